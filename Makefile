@@ -1,0 +1,55 @@
+# One command each, on a fresh machine too: every target sets up .venv first. PYTHON=python3.12 picks another Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHORT ?=
+
+NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
+PYTHON_FILES := lora_kernels tests bench examples scripts csrc setup.py
+
+.PHONY: help test demo bench doctor lint format clean
+
+help:
+	@echo "make test     set up and run the test suite"
+	@echo "make demo     fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
+	@echo "make bench    measure against PEFT and the frozen layer; writes bench/results/ and README's table"
+	@echo "make doctor   what serves this machine, and what is missing"
+	@echo "make lint     ruff, mypy, clang-format (make format: repair)"
+
+$(VENV)/.requirements: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --upgrade --quiet pip
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+# An editable install: the extension is built into lora_kernels/, and again only when a source changed.
+$(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
+	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+test: $(VENV)/.installed
+	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/digits.py $(if $(SHORT),--short)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m lora_kernels bench --plot
+	$(BIN)/python scripts/update_readme.py
+
+doctor: $(VENV)/.installed
+	$(BIN)/python -m lora_kernels doctor
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf build dist *.egg-info lora_kernels/*.so $(VENV)/.installed

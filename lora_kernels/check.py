@@ -1,0 +1,99 @@
+"""The door's checks: each fault is named with the values that make it one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.random import draw_seed
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def operands(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p: float, autocast: bool) -> None:
+    """One look at what is usual; everything else goes to `_complain`, which finds the fault and says it."""
+    dtype, adapter_dtype = x.dtype, a.dtype
+    x_shape, w_shape, a_shape, b_shape = x.shape, w.shape, a.shape, b.shape
+    if (
+        dtype in DTYPES
+        and (w.dtype == dtype or autocast)
+        and (adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype in HALVES))
+        and b.dtype == adapter_dtype
+        and ((x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu) or w.device == a.device == b.device == x.device)
+        and x_shape
+        and len(w_shape) == len(a_shape) == len(b_shape) == 2
+        and x_shape[-1] == w_shape[1] == a_shape[1] != 0
+        and w_shape[0] == b_shape[0] != 0
+        and a_shape[0] == b_shape[1] != 0
+        and 0 <= p < 1
+        and not w.requires_grad
+        and (bias is None or (bias.dtype == dtype and bias.device == x.device and bias.shape == w_shape[:1]))
+    ):
+        return
+    _complain(x, w, a, b, bias, p, autocast)
+
+
+def _complain(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p: float, autocast: bool) -> None:
+    operands = {"x": x, "weight": w, "lora_a": a, "lora_b": b} | ({} if bias is None else {"bias": bias})
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in operands.items())
+    dtypes = ", ".join(f"{name} {t.dtype}" for name, t in operands.items())
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be fp64, fp32, fp16 or bf16; got {dtypes}")
+    if (w.dtype != x.dtype and not autocast) or (bias is not None and bias.dtype != x.dtype):
+        raise TypeError(f"weight and bias must have x's dtype; got {dtypes}. Convert x, or run under torch.autocast")
+    if a.dtype != b.dtype or (a.dtype != x.dtype and not (a.dtype == torch.float32 and x.dtype in HALVES)):
+        raise TypeError(
+            f"lora_a and lora_b must both have x's dtype, or both fp32 beside an fp16 or bf16 x; got {dtypes}"
+        )
+    if len({t.device for t in operands.values()}) > 1:
+        raise ValueError(
+            "operands lie on different devices: " + ", ".join(f"{name} on {t.device}" for name, t in operands.items())
+        )
+    if x.dim() < 1 or w.dim() != 2 or a.dim() != 2 or b.dim() != 2:
+        raise ValueError(f"x must be [..., K], weight [N, K], lora_a [R, K], lora_b [N, R]; got {shapes}")
+    if x.shape[-1] != w.shape[1] or a.shape[1] != w.shape[1]:
+        raise ValueError(f"x, weight and lora_a differ in K, their last dimension; got {shapes}")
+    if b.shape[0] != w.shape[0] or (bias is not None and bias.shape != w.shape[:1]):
+        raise ValueError(f"weight, lora_b and bias differ in N, their first dimension; got {shapes}")
+    if a.shape[0] != b.shape[1]:
+        raise ValueError(f"the rank is lora_a's first and lora_b's last dimension, and they differ; got {shapes}")
+    if 0 in (*w.shape, a.shape[0]):
+        raise ValueError(f"N, K and the rank must be at least 1; got {shapes}")
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {p}")
+    raise ValueError(
+        "weight requires a gradient, and lora_linear has none for it: W is frozen. "
+        "Call weight.requires_grad_(False), or pass weight.detach()"
+    )
+
+
+def seed(given: Tensor | int | None, device: torch.device) -> Tensor:
+    """The seed as the back-ends take it: an int64 tensor of one element on `device`, drawn where None is given."""
+    if given is None:
+        return draw_seed(device)
+    if isinstance(given, Tensor):
+        if given.dtype != torch.int64 or given.numel() != 1 or given.device != device:
+            raise ValueError(
+                f"seed must be an int64 tensor of one element on {device}, "
+                f"got {given.dtype}, shape {tuple(given.shape)}, on {given.device}"
+            )
+        return given
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(given).__name__}")
+    if not 0 <= given < 2**63:
+        raise ValueError(f"seed must lie in [0, 2**63), got {given}")
+    return torch.tensor(given, dtype=torch.int64, device=device)
+
+
+def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
+    """(s, B), with a tensor scale folded into B in B's dtype: no synchronisation, and differentiable in the scale."""
+    if isinstance(given, Tensor):
+        if given.numel() != 1 or not given.dtype.is_floating_point:
+            raise ValueError(
+                f"a tensor scale must be floating and have one element, got {given.dtype}, shape {tuple(given.shape)}"
+            )
+        return 1.0, lora_b * given.reshape(()).to(lora_b.dtype)
+    if not abs(given) < float("inf"):  # math.isfinite breaks torch.compile
+        raise ValueError(f"scale must be finite, got {given}")
+    return given, lora_b

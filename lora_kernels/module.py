@@ -1,0 +1,254 @@
+"""`FusedLoRALinear`: an ``nn.Linear`` with a frozen weight and a trained low-rank update, in one call."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels.ops import lora_linear
+
+_MERGE_ROWS = 512
+"""Rows of W merged at a time: bounds the fp64 temporary to 512 × in_features."""
+
+
+class FusedLoRALinear(nn.Linear):
+    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ with W and bias frozen: a drop-in for ``nn.Linear``.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv:2106.09685). A starts
+    Kaiming-uniform(√5), B zero, so a fresh module computes what its base computes.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        r: the rank, at least 1.
+        lora_alpha: s = lora_alpha / r; with `use_rslora` lora_alpha / √r (Kalajdzievski, 2023, arXiv:2312.03732).
+        lora_dropout: p in [0, 1): dropout on x in the low-rank branch, while training.
+        adapter_dtype: of A and B: the weight's where None, or fp32 beside an fp16 or bf16 weight.
+        backend: the name of a back-end, which is then never replaced by another; None for the automatic choice.
+
+    Attributes:
+        weight [out, in], bias [out] or None: the base, requires_grad False.
+        lora_A [r, in], lora_B [out, r]: the adapter, parameters.
+        scaling: s, a float that may be changed at any time.
+        merged: whether `weight` holds W + s·B·A at present.
+
+    ``state_dict`` always holds the base weight and the adapter, merged or not. Loading takes the state_dict of an
+    ``nn.Linear`` too: the adapter then keeps its values.
+
+    Raises:
+        ValueError: r below 1, lora_dropout outside [0, 1), a lora_alpha that is not finite; loading an adapter of
+            another rank.
+        TypeError: an adapter_dtype that does not go with the weight's dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_settings(r, lora_alpha, lora_dropout)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> FusedLoRALinear:
+        """The module over `linear`'s own weight and bias: shared, not copied, and frozen from here on."""
+        _check_settings(r, lora_alpha, lora_dropout)
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.in_features, module.out_features = linear.in_features, linear.out_features
+        module.weight, module.bias = linear.weight, linear.bias
+        module.training = linear.training
+        module._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend)
+        return module
+
+    def _add_adapter(
+        self,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        adapter_dtype: torch.dtype | None,
+        backend: str | None,
+    ) -> None:
+        dtype = adapter_dtype or self.weight.dtype
+        if dtype != self.weight.dtype and not (
+            dtype == torch.float32 and self.weight.dtype in (torch.float16, torch.bfloat16)
+        ):
+            raise TypeError(
+                f"adapter_dtype must be the weight's ({self.weight.dtype}), or fp32 beside fp16 or bf16; got {dtype}"
+            )
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
+        self.scaling: float = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.backend = backend
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=dtype, device=self.weight.device))
+        # The base weight while merged. A buffer, so that it moves with the module; not persistent, because state_dict
+        # tells it as `weight`.
+        self.register_buffer("_base", None, persistent=False)
+        self.reset_adapter()
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds W + s·B·A at present."""
+        return self._base is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → y [..., out_features]. Raises what `lora_linear` raises."""
+        # Straight from the dictionary: nn.Module's attribute look-up costs about a microsecond a parameter, on every
+        # call.
+        p = self._parameters
+        weight, bias, lora_a, lora_b = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
+        if self._buffers["_base"] is not None:
+            if self.training and lora_a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                warnings.warn(
+                    "this FusedLoRALinear is merged: its adapter gets no gradient until unmerge()", stacklevel=2
+                )
+            return F.linear(x, weight, bias)
+        return lora_linear(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            scale=self.scaling,
+            bias=bias,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+
+    def reset_adapter(self) -> None:
+        """Start anew: A Kaiming-uniform(√5), B zero. A merged module is unmerged first."""
+        self.unmerge()
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @torch.no_grad()
+    def merge(self, safe: bool = True) -> None:
+        """weight ← W + s·B·A, computed in fp64 and rounded once. The base weight is kept (at the cost of its memory)
+        for `unmerge`.
+
+        With `safe` a result that is not finite raises ValueError and leaves the module as it was. Merging twice does
+        nothing.
+        """
+        if self.merged:
+            return
+        merged = self._merged_weight(safe)
+        self._base = self.weight.detach()
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """weight ← W, bit for bit what it was before `merge`. Does nothing where nothing is merged."""
+        if self._base is not None:
+            self.weight = nn.Parameter(self._base, requires_grad=False)
+            self._base = None
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """An ``nn.Linear`` with weight W + s·B·A (as `merge` computes it) and a copy of the bias. This module stays as
+        it is."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
+        )
+        weight = self.weight.detach().clone() if self.merged else self._merged_weight(safe=True)
+        linear.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear.train(self.training)
+
+    def _merged_weight(self, safe: bool) -> Tensor:
+        # Metal has no fp64; everywhere else the product and the sum are exact but for the one rounding at the end.
+        wide = torch.float32 if self.weight.device.type == "mps" else torch.float64
+        a, b = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
+        merged = torch.empty_like(self.weight)
+        for n in range(0, self.out_features, _MERGE_ROWS):
+            rows = slice(n, n + _MERGE_ROWS)
+            merged[rows] = torch.addmm(self.weight[rows].to(wide), b[rows], a, alpha=float(self.scaling)).to(
+                merged.dtype
+            )
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"merging gives weights that are not finite (scaling {self.scaling}): nothing was changed. "
+                "Look at lora_A and lora_B"
+            )
+        return merged
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._base is not None:
+            destination[prefix + "weight"] = self._base
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        keys = [prefix + "lora_A", prefix + "lora_B"]
+        for key, dim in zip(keys, (0, 1), strict=True):
+            if key in state_dict and state_dict[key].shape[dim] != self.r:
+                rank = state_dict[key].shape[dim]
+                raise ValueError(
+                    f"{key} {tuple(state_dict[key].shape)} is of rank {rank}, this module of r={self.r}: "
+                    f"nothing was loaded into it. Build it with r={rank}"
+                )
+        merged = self.merged
+        self.unmerge()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not any(key in state_dict for key in keys):  # a plain Linear's: the adapter keeps its values
+            missing_keys[:] = [key for key in missing_keys if key not in keys]
+        if merged:
+            self.merge()
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows beside the shapes."""
+        text = f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
+        if self.lora_dropout:
+            text += f", lora_dropout={self.lora_dropout:g}"
+        if self.lora_A.dtype != self.weight.dtype:
+            text += f", adapter_dtype={self.lora_A.dtype}"
+        if self.backend is not None:
+            text += f", backend={self.backend!r}"
+        return text + (", merged" if self.merged else "")
+
+
+def _check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"r must be an integer of at least 1, got {r!r}")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")

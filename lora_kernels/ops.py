@@ -1,0 +1,252 @@
+"""`lora_linear`: the door, the autograd Function behind it, and the two registered operators that the Function calls.
+
+    door (checks, autocast, flatten) → LoRALinearFunction → torch.ops.lora_kernels.{forward, backward}
+    → dispatch.pick → a back-end
+
+The operators are opaque to ``torch.compile`` and take no part in autograd themselves; the Function does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import check, dispatch
+from lora_kernels.backends import Call
+
+_AUTOCAST = (torch.float32, *check.HALVES)
+
+_library = torch.library.Library("lora_kernels", "DEF")
+_library.define(
+    "forward(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, float scale, float p, Tensor? seed, "
+    "str? backend, bool save_h) -> (Tensor y, Tensor h)"
+)
+_library.define(
+    "backward(Tensor dy, Tensor? x, Tensor w, Tensor a, Tensor b, Tensor? h, float scale, float p, Tensor? seed, "
+    "str? backend, bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)"
+)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scale: float | Tensor,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + scale · (dropout(x) Aᵀ) Bᵀ, in one call, with gradients for x, A, B and bias. W is frozen.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv:2106.09685).
+
+    Args:
+        x: [..., K], fp64, fp32, fp16 or bf16. M is the product of its leading dimensions, 0 included.
+        weight: W [N, K], in x's dtype; must not require a gradient.
+        lora_a: A [R, K], in x's dtype, or fp32 beside an fp16 or bf16 x (its gradient is then fp32, not rounded through
+            x's dtype).
+        lora_b: B [N, R], in A's dtype.
+        scale: s, α/R for plain LoRA and α/√R for rsLoRA; finite. A tensor of one element stays on its device (s·B is
+            then formed in B's dtype, and the gradient reaches `scale` if it wants one).
+        bias: [N], in x's dtype.
+        dropout_p: p in [0, 1): the probability with which an element of x is dropped in the low-rank branch. Applied
+            whenever it is above 0; there is no training flag here.
+        seed: of the mask: an int in [0, 2⁶³) or an int64 tensor of one element on x's device. Drawn from torch's
+            generator of x's device where None. The mask is a function of (seed, row, column), the same in every
+            back-end.
+        backend: the name of a back-end, which then serves the call or raises; None for the automatic choice (see
+            `explain`).
+
+    Under autocast x, weight and bias are converted to its dtype, and fp32 A and B are left as they are.
+
+    Returns:
+        y [..., N], in x's dtype, contiguous.
+
+    Raises:
+        TypeError: for dtypes other than the above, or a `seed` or `scale` that is no number.
+        ValueError: for shapes that do not fit together, operands on different devices, a weight that requires a
+            gradient, p outside [0, 1), a scale that is not finite, or a named back-end that is unknown or cannot serve
+            the call (with all its reasons).
+        RuntimeError: from autograd, on double backward.
+    """
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype in _AUTOCAST:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        lora_a, lora_b = (t.to(dtype) if t.dtype in check.HALVES else t for t in (lora_a, lora_b))
+    check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast)
+    scale, lora_b = check.scale(scale, lora_b)
+    seed = check.seed(seed, x.device) if dropout_p > 0 else None
+
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    operands = (rows, weight, lora_a, lora_b, bias, scale, dropout_p, seed, backend)
+    if autocast:
+        with torch.autocast(x.device.type, enabled=False):
+            y = LoRALinearFunction.apply(*operands)
+    elif torch.is_grad_enabled():
+        y = LoRALinearFunction.apply(*operands)
+    else:
+        y, _ = _forward(*operands, False)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> dispatch.Explanation:
+    """Which back-end `lora_linear` would run for these operands, and every reason why each other one was passed over.
+
+    Takes what `lora_linear` takes and raises what it raises; computes nothing.
+    """
+    check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast=False)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return dispatch.explain(_call("forward", rows, weight, lora_a, lora_b, rows.shape[0], dropout_p), backend)
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """Saves x only if A needs a gradient, h [M,R] only if B does, the seed, and references to w, a, b: no mask, no
+    x̂."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+        backend: str | None,
+    ) -> Tensor:
+        """y, through the registered operator."""
+        _, _, need_da, need_db, *_ = ctx.needs_input_grad
+        # Under autocast w comes in its own dtype and is converted here and again in the backward, so that no copy of it
+        # is saved.
+        y, h = _forward(x, w.to(x.dtype), a, b, bias, scale, p, seed, backend, need_db)
+        ctx.save_for_backward(x if need_da else None, w, a, b, h if need_db else None, seed)
+        ctx.dtype, ctx.bias_dtype = x.dtype, bias if bias is None else bias.dtype
+        ctx.scale, ctx.p, ctx.backend = scale, p, backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """dx, da, db and dbias: of these only what is asked."""
+        x, w, a, b, h, seed = ctx.saved_tensors
+        need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
+        dx = da = db = dbias = None
+        with torch.no_grad(), torch.autocast("cpu" if dy.is_meta else dy.device.type, enabled=False):
+            dy = dy.to(ctx.dtype)
+            if need_dx or need_da or need_db:
+                dx, da, db = _backward(
+                    dy, x, w.to(ctx.dtype), a, b, h, ctx.scale, ctx.p, seed, ctx.backend, need_dx, need_da, need_db
+                )
+            if need_dbias:
+                dbias = dy.sum(0)
+        grads = (dx if need_dx else None, None, da if need_da else None, db if need_db else None, dbias)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grads = _RefuseDoubleBackward.apply(torch.empty(0, requires_grad=True), *grads)
+        return *grads, None, None, None, None
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """Ties gradients to an error.
+
+    PyTorch's once_differentiable does so only where dy itself requires a gradient, and otherwise hands out gradients
+    that look constant: a gradient penalty on dx would then silently lose its part in A and B.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "lora_linear has no double backward: its gradients cannot be differentiated again. Leave create_graph=True "
+            "away, or compute this layer as F.linear(x, W) + scale * (x @ A.T @ B.T) for second derivatives"
+        )
+
+
+def _run_forward(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    backend: str | None,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:
+    call = _call("forward", x, w, a, b, x.shape[0], p)
+    y, h = dispatch.pick(call, backend).forward(x, w, a, b, bias, scale, p, seed, save_h)
+    return y, _or_empty(h, x)
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    backend: str | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _call("backward", dy, w, a, b, dy.shape[0], p)
+    dx, da, db = dispatch.pick(call, backend).backward(dy, x, w, a, b, h, scale, p, seed, need_dx, need_da, need_db)
+    return _or_empty(dx, dy), _or_empty(da, a), _or_empty(db, b)
+
+
+def _fake_forward(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore
+    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0]) if save_h else x.new_empty(0)
+
+
+def _fake_backward(dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db):  # type: ignore
+    return (
+        dy.new_empty(dy.shape[0], w.shape[1]) if need_dx else dy.new_empty(0),
+        a.new_empty(a.shape) if need_da else a.new_empty(0),
+        b.new_empty(b.shape) if need_db else b.new_empty(0),
+    )
+
+
+for _name, _run, _fake in (("forward", _run_forward, _fake_forward), ("backward", _run_backward, _fake_backward)):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)
+_forward = torch.ops.lora_kernels.forward.default
+_backward = torch.ops.lora_kernels.backward.default
+
+
+def _call(op: str, rows: Tensor, w: Tensor, a: Tensor, b: Tensor, M: int, p: float) -> Call:
+    N, K = w.shape
+    aligned = rows.is_cpu or all(map(_is_aligned, (rows, w, a, b)))
+    return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], p > 0, aligned)
+
+
+def _is_aligned(t: Tensor) -> bool:
+    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """An operator returns tensors: one of no elements stands for what was not asked for."""
+    return like.new_empty(0) if t is None else t

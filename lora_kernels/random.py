@@ -1,0 +1,80 @@
+"""Dropout as a function of (seed, row, column): the rule, in plain torch.
+
+Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is called once for
+eight neighbouring elements of a row of x [M,K]:
+
+    key     = (seed mod 2³², seed >> 32)
+    counter = (k >> 3, m mod 2³², m >> 32, 0)
+    lane    = 16 bits: output word (k & 7) >> 1, its low half where k is even, its high half where k is odd
+    keep    = lane >= T,  T = min(round(65536 p), 65535)
+    x̂       = c · keep ⊙ x,  c = 65536 / (65536 - T): the inverse of the exact probability of being kept
+
+There is no state and no stored mask, and every back-end draws these same bits: the mask of one can be checked against
+any other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+PHILOX_ROUNDS = 10
+_LOW = 0xFFFFFFFF
+_SEED_LIMIT = 2**63 - 1
+
+
+def threshold(p: float) -> int:
+    """T: a 16-bit lane below it drops its element. p below 2⁻¹⁷ gives 0: nothing is dropped."""
+    return min(round(p * 65536), 65535)
+
+
+def rescale(p: float) -> float:
+    """c = 65536 / (65536 - T), the factor on what is kept. Exactly representable in fp64, rounded once where it is used
+    in fp32."""
+    return 65536 / (65536 - threshold(p))
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh seed from torch's generator of `device`: int64, shape (), on `device`, with no synchronisation.
+
+    ``torch.manual_seed`` makes it reproducible, activation checkpointing replays it, and a CUDA graph draws a new one
+    at every replay.
+    """
+    return torch.randint(0, _SEED_LIMIT, (), dtype=torch.int64, device=device)
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 on int64 tensors that hold 32-bit words. Shapes broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        # int64 products wrap modulo 2⁶⁴, which leaves all 64 bits right; the shift is arithmetic, so the high half is
+        # masked.
+        product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _LOW) ^ c1 ^ k0,
+            product1 & _LOW,
+            ((product0 >> 32) & _LOW) ^ c3 ^ k1,
+            product0 & _LOW,
+        )
+        k0, k1 = (k0 + PHILOX_WEYL[0]) & _LOW, (k1 + PHILOX_WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def keep_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """The elements of x [M,K] that dropout keeps: bool [M,K], on the seed's device."""
+    device = seed.device
+    m = torch.arange(M, dtype=torch.int64, device=device)[:, None]
+    group = torch.arange((K + 7) // 8, dtype=torch.int64, device=device)[None, :]
+    words = philox((group, m & _LOW, m >> 32, torch.zeros_like(group)), (seed & _LOW, (seed >> 32) & _LOW))
+    lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return lanes.flatten(1)[:, :K] >= threshold(p)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """x̂ = c · keep ⊙ x for x [M,K]; differentiable in x."""
+    return torch.where(keep_mask(seed, *x.shape, p), x, x.new_zeros(())) * rescale(p)

@@ -1,0 +1,113 @@
+"""Bad input: the kind of error, the offending values in the message, and nothing half-changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_kernels import FusedLoRALinear, lora_linear
+
+
+def call(**changes):
+    given = {
+        "x": torch.randn(3, 8),
+        "weight": torch.randn(5, 8),
+        "lora_a": torch.randn(2, 8),
+        "lora_b": torch.randn(5, 2),
+        "bias": torch.randn(5),
+        "scale": 1.0,
+    } | changes
+    operands = [given.pop(name) for name in ("x", "weight", "lora_a", "lora_b")]
+    return lora_linear(*operands, **given)
+
+
+BAD = [
+    ({"x": torch.randn(())}, ValueError, r"x \(\)"),
+    ({"x": torch.randn(3, 7)}, ValueError, r"differ in K.*x \(3, 7\), weight \(5, 8\)"),
+    ({"lora_a": torch.randn(2, 9)}, ValueError, r"differ in K.*lora_a \(2, 9\)"),
+    ({"lora_a": torch.randn(2, 8, 1)}, ValueError, r"lora_a \(2, 8, 1\)"),
+    ({"lora_b": torch.randn(6, 2)}, ValueError, r"differ in N.*lora_b \(6, 2\)"),
+    ({"bias": torch.randn(4)}, ValueError, r"differ in N.*bias \(4,\)"),
+    ({"bias": torch.randn(5, 1)}, ValueError, r"bias \(5, 1\)"),
+    ({"lora_b": torch.randn(5, 3)}, ValueError, r"rank.*lora_a \(2, 8\), lora_b \(5, 3\)"),
+    ({"lora_a": torch.randn(0, 8), "lora_b": torch.randn(5, 0)}, ValueError, r"at least 1.*lora_a \(0, 8\)"),
+    ({"x": torch.ones(3, 8, dtype=torch.int64)}, TypeError, "x torch.int64"),
+    ({"x": torch.ones(3, 8, dtype=torch.complex64)}, TypeError, "x torch.complex64"),
+    ({"x": torch.ones(3, 8, dtype=torch.float64)}, TypeError, "weight torch.float32"),
+    ({"weight": torch.randn(5, 8).half()}, TypeError, "weight torch.float16"),
+    ({"bias": torch.randn(5).half()}, TypeError, "bias torch.float16"),
+    ({"lora_a": torch.randn(2, 8).half()}, TypeError, "lora_a torch.float16, lora_b torch.float32"),
+    ({"lora_a": torch.randn(2, 8).double(), "lora_b": torch.randn(5, 2).double()}, TypeError, "lora_a torch.float64"),
+    ({"lora_b": torch.empty(5, 2, device="meta")}, ValueError, "lora_b on meta"),
+    ({"weight": torch.randn(5, 8, requires_grad=True)}, ValueError, "frozen"),
+    ({"dropout_p": 1.0}, ValueError, "got 1.0"),
+    ({"dropout_p": -0.1}, ValueError, "got -0.1"),
+    ({"dropout_p": float("nan")}, ValueError, "got nan"),
+    ({"scale": float("inf")}, ValueError, "finite, got inf"),
+    ({"scale": float("nan")}, ValueError, "finite, got nan"),
+    ({"scale": torch.ones(2)}, ValueError, r"one element.*\(2,\)"),
+    ({"scale": torch.ones((), dtype=torch.int32)}, ValueError, "int32"),
+    ({"dropout_p": 0.5, "seed": -1}, ValueError, "got -1"),
+    ({"dropout_p": 0.5, "seed": 2**63}, ValueError, "got 9223372036854775808"),
+    ({"dropout_p": 0.5, "seed": 1.5}, TypeError, "float"),
+    ({"dropout_p": 0.5, "seed": torch.tensor(1.0)}, ValueError, "torch.float32"),
+    ({"dropout_p": 0.5, "seed": torch.tensor([1, 2])}, ValueError, r"\(2,\)"),
+    ({"backend": "cudnn"}, ValueError, "unknown backend 'cudnn'.*'eager'"),
+    ({"backend": "triton"}, ValueError, "backend='triton' cannot serve this call"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD, ids=[f"{i}" for i in range(len(BAD))])
+def test_bad_input_is_named(changes, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        call(**changes)
+
+
+def test_good_input_passes():
+    assert call().shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "got 0"),
+        ({"r": -3}, "got -3"),
+        ({"r": 2.0}, "got 2.0"),
+        ({"lora_dropout": 1.0}, "got 1.0"),
+        ({"lora_alpha": float("inf")}, "got inf"),
+    ],
+)
+def test_bad_settings_of_the_module(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FusedLoRALinear(4, 4, **settings)
+    base = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=message):
+        FusedLoRALinear.from_linear(base, **settings)
+    assert base.weight.requires_grad  # untouched
+
+
+def test_bad_adapter_dtype():
+    base = torch.nn.Linear(4, 4)
+    with pytest.raises(TypeError, match="float16"):
+        FusedLoRALinear.from_linear(base, adapter_dtype=torch.float16)
+    assert base.weight.requires_grad
+
+
+def test_another_rank_is_refused_and_nothing_is_loaded():
+    source, target = FusedLoRALinear(6, 5, r=8), FusedLoRALinear(6, 5, r=4)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=r"lora_A \(8, 6\) is of rank 8, this module of r=4"):
+        target.load_state_dict(source.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+
+
+def test_a_merge_that_overflows_changes_nothing():
+    layer = FusedLoRALinear(4, 4, dtype=torch.float16)
+    torch.nn.init.constant_(layer.lora_B, 6e4)
+    torch.nn.init.constant_(layer.lora_A, 6e4)
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge()
+    assert torch.equal(layer.weight, before) and not layer.merged
+    layer.merge(safe=False)
+    assert layer.merged

@@ -1,0 +1,36 @@
+"""Importing does nothing: no Triton, no CUDA query, no environment, no warning; and it is quick."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import os, sys, time, warnings
+warnings.simplefilter("error")
+import torch
+reads = []
+class Watch(dict):
+    def get(self, key, default=None): reads.append(key); return os.environ.get(key, default)
+    def __getitem__(self, key): reads.append(key); return os.environ[key]
+environ = os.environ
+torch.cuda._lazy_init = lambda: (_ for _ in ()).throw(AssertionError("CUDA was initialised"))
+before = set(sys.modules)
+os.environ = Watch(environ)
+start = time.perf_counter()
+import lora_kernels
+seconds = time.perf_counter() - start
+os.environ = environ
+assert "triton" not in sys.modules, "triton was imported"
+assert not torch.cuda.is_initialized()
+assert not reads, f"environment read: {reads}"
+heavy = {m.split(".")[0] for m in set(sys.modules) - before} - {"lora_kernels"} - set(sys.stdlib_module_names)
+assert heavy <= {"torch"}, f"imported beside torch: {heavy}"
+print(seconds)
+"""
+
+
+def test_import_is_quick_and_does_nothing():
+    runs = [subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True) for _ in range(3)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert min(float(run.stdout) for run in runs) <= 0.05

@@ -1,0 +1,35 @@
+"""The judge itself: it must reject results that are slightly wrong, in every dtype, or the suite proves nothing."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+
+WRONG = {
+    "a factor of 1 - p forgotten": lambda t, q: t * 0.7,
+    "one row missing": lambda t, q: torch.cat([t[:-1], torch.zeros_like(t[:1])]),
+    "one element off": lambda t, q: t.clone().index_put_((torch.tensor(0), torch.tensor(0)), t[0, 0] + t.abs().max()),
+    "not a number": lambda t, q: t.clone().index_put_(
+        (torch.tensor(0), torch.tensor(0)), torch.tensor(float("nan"), dtype=t.dtype)
+    ),
+    "transposed": lambda t, q: t.t().contiguous() if t.shape[0] == t.shape[1] else t.flip(0),
+    "three roundings more": lambda t, q: (
+        t.double() * (1 + 6 * torch.finfo(q.x.dtype).eps * torch.randn_like(t.double()))
+    ).to(t.dtype),
+}
+
+
+@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["y", "dx", "da", "db"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_rejected(wrong, name, dtypes):
+    q = oracle.problem(48, 40, 56, 8, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3)
+    results = oracle.evaluate(q)
+    oracle.check(results, q)
+    with pytest.raises(AssertionError, match=name):
+        oracle.check({name: WRONG[wrong](results[name], q)}, q)
+
+
+def test_the_poison_reaches_uninitialised_memory(poison):
+    assert torch.empty(7).isnan().all() and torch.empty_like(torch.ones(3)).isnan().all()
