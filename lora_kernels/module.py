@@ -81,7 +81,8 @@ class FusedLoRALinear(nn.Linear):
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module.in_features, module.out_features = linear.in_features, linear.out_features
-        module.weight, module.bias = linear.weight, linear.bias
+        module.register_parameter("weight", linear.weight)
+        module.register_parameter("bias", linear.bias)
         module.training = linear.training
         module._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend)
         return module

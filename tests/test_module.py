@@ -62,6 +62,14 @@ def test_from_linear_shares_and_freezes():
     torch.testing.assert_close(layer(x), base(x))
 
 
+def test_from_linear_without_bias():
+    base, x = nn.Linear(6, 5, bias=False), torch.randn(3, 6)
+    layer = FusedLoRALinear.from_linear(base, r=2)
+    assert layer.bias is None
+    torch.testing.assert_close(layer(x), base(x))
+    assert set(layer.state_dict()) == {"weight", "lora_A", "lora_B"} and layer.to_linear().bias is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_merge_rounds_once_and_unmerge_restores_every_bit(dtype):
     layer, x = trained(700, 600, r=4, dtype=dtype), torch.randn(3, 700, dtype=dtype)

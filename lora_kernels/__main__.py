@@ -1,0 +1,28 @@
+"""``python -m lora_kernels doctor | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lora_kernels import doctor
+from lora_kernels.bench import run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show × shows a question mark, and no traceback
+            stream.reconfigure(errors="replace")
+    parser = argparse.ArgumentParser(prog="python -m lora_kernels", description="LoRA at the cost of the frozen layer.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor.add_arguments(
+        commands.add_parser("doctor", help="what serves this machine, what is missing and how to get it")
+    )
+    run.add_arguments(commands.add_parser("bench", help="measure the layer against the frozen one, PEFT and others"))
+    args = parser.parse_args(argv)
+    return {"doctor": doctor.main, "bench": run.main}[args.command](args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""The judge of numbers: the equation in fp64 is the truth, plain torch in the same dtype says how far off one may be.
+
+The bench shows no number of a back-end that this has not passed in the same run; the tests judge by the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import reference
+from lora_kernels.ops import lora_linear
+
+NAMES = ("y", "dx", "da", "db", "dbias")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The operands of one call: x [M,K], w [N,K], a [R,K], b [N,R], bias [N] or None, dy [M,N]."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    scale: float
+    p: float
+    seed: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same numbers in another dtype."""
+        x, w, a, b, dy = (t.detach().to(dtype) for t in (self.x, self.w, self.a, self.b, self.dy))
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return replace(self, x=x, w=w, a=a, b=b, bias=bias, dy=dy)
+
+
+def problem(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
+    p: float = 0.0,
+    bias: bool = True,
+    strided: bool = False,
+    scale: float = 0.75,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Problem:
+    """Random operands of ordinary sizes, such that every term of y weighs about the same. `strided` gives every matrix
+    other strides."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(rows: int, cols: int, std: float, dtype: torch.dtype) -> Tensor:
+        if not strided:
+            return (torch.randn(rows, cols, generator=generator, device=device) * std).to(dtype)
+        base = (torch.randn(cols + 3, 2 * rows, generator=generator, device=device) * std).to(dtype)
+        return base.t()[::2, 1 : cols + 1]
+
+    adapter_dtype = adapter_dtype or dtype
+    return Problem(
+        x=draw(M, K, 1.0, dtype),
+        w=draw(N, K, K**-0.5, dtype),
+        a=draw(R, K, K**-0.5, adapter_dtype),
+        b=draw(N, R, R**-0.5, adapter_dtype),
+        bias=draw(1, N, 1.0, dtype)[0] if bias else None,
+        dy=draw(M, N, 1.0, dtype),
+        scale=scale,
+        p=p,
+        seed=torch.tensor(12345 + seed * 7919 + (seed << 40), dtype=torch.int64, device=device) if p else None,
+    )
+
+
+def evaluate(q: Problem, function: Callable[..., Tensor] = reference.lora_linear, **kwargs: Any) -> dict[str, Tensor]:
+    """y and every gradient, by autograd through `function`."""
+    leaves = {
+        name: t.detach().requires_grad_() for name in ("x", "a", "b", "bias") if (t := getattr(q, name)) is not None
+    }
+    bias = leaves.get("bias")
+    y = function(
+        leaves["x"], q.w, leaves["a"], leaves["b"], scale=q.scale, bias=bias, dropout_p=q.p, seed=q.seed, **kwargs
+    )
+    torch.autograd.backward(y, q.dy)
+    return {"y": y.detach()} | {f"d{name}": t.grad for name, t in leaves.items()}
+
+
+def truth(q: Problem) -> dict[str, Tensor]:
+    """In fp64, of the operands as they are."""
+    return evaluate(q.to(torch.float64))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One result against the truth."""
+
+    name: str
+    rms: float
+    rms_allowed: float
+    worst: float
+    worst_allowed: float
+    fault: str | None
+    """What is wrong with it; None where nothing is."""
+
+
+def judge(
+    got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = None, plain: dict[str, Tensor] | None = None
+) -> list[Verdict]:
+    """Every result in `got` against the truth: as good as plain torch in the same dtype, with the two factors of the
+    project's rule.
+
+    RMS error <= 1.25 × plain torch's, largest error <= 2 × plain torch's largest + eps × the largest value. On small
+    problems plain torch's errors are themselves noisy estimates from few roundings (n of them: h and g have M·R
+    elements): they are widened by four standard errors, 4/√n. One rounding to x's dtype is never an error.
+
+    `want` and `plain` may be passed where they are known: ``truth(q)`` and ``evaluate(q)``.
+    """
+    want = truth(q) if want is None else want
+    plain = evaluate(q) if plain is None else plain
+    return [_verdict(name, value, q, want[name], plain[name]) for name, value in got.items() if value is not None]
+
+
+def _verdict(name: str, value: Tensor, q: Problem, exact: Tensor, plain: Tensor) -> Verdict:
+    none = (0.0, 0.0, 0.0, 0.0)
+    if value.shape != exact.shape:
+        return Verdict(name, *none, f"{name}: shape {tuple(value.shape)}, expected {tuple(exact.shape)}")
+    if not exact.numel():
+        return Verdict(name, *none, None)
+    ours = value.double()
+    if not torch.isfinite(ours).all():
+        return Verdict(name, *none, f"{name}: not finite")
+    eps = torch.finfo(q.x.dtype).eps
+    error, allowed = (ours - exact).abs(), (plain.double() - exact).abs()
+    n = min(exact.numel(), q.x.shape[0] * q.a.shape[0]) or 1
+    widened = 1 + 4 / n**0.5
+    rms, rms_allowed = _rms(error), widened * max(1.25 * _rms(allowed), 0.5 * eps * _rms(exact))
+    worst, worst_allowed = error.max().item(), widened * 2 * allowed.max().item() + eps * exact.abs().max().item()
+    fault = None
+    if rms > rms_allowed:
+        fault = f"{name}: RMS error {rms:.3g}, allowed {rms_allowed:.3g}"
+    elif worst > worst_allowed:
+        fault = f"{name}: largest error {worst:.3g}, allowed {worst_allowed:.3g}"
+    return Verdict(name, rms, rms_allowed, worst, worst_allowed, fault)
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()
+
+
+def check(got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = None) -> None:
+    """`judge` as an assertion."""
+    for verdict in judge(got, q, want):
+        assert verdict.fault is None, verdict.fault
+
+
+class Gate:
+    """`lora_linear` by each back-end on one problem. The truth and plain torch are computed once."""
+
+    def __init__(self, q: Problem) -> None:
+        self.q, self.want, self.plain = q, truth(q), evaluate(q)
+
+    def faults(self, backend: str) -> tuple[list[Verdict], list[str]]:
+        """What was judged, and all that is wrong: faults, missing gradients, an exception. No faults: a green gate."""
+        try:
+            got = evaluate(self.q, lora_linear, backend=backend)
+        except Exception as error:  # a back-end under judgement may fail in any way; all of them are red
+            return [], [
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+            ]
+        verdicts = judge(got, self.q, self.want, self.plain)
+        expected = [name for name in NAMES if name != "dbias" or self.q.bias is not None]
+        missing = [f"{name}: missing" for name in expected if got.get(name) is None]
+        return verdicts, missing + [verdict.fault for verdict in verdicts if verdict.fault is not None]

@@ -1,0 +1,93 @@
+"""What a call costs beside its kernels, and what an import costs."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import lora_kernels
+from lora_kernels import dispatch
+from lora_kernels.bench.gate import problem
+from lora_kernels.bench.timing import timer_for
+from lora_kernels.ops import lora_linear
+
+CALL_TARGET_US = 15.0
+IMPORT_TARGET_MS = 50.0
+_CALLS = 300
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Microseconds of `lora_linear` beyond those of its back-end's forward on the same operands."""
+
+    backend: str
+    p: float
+    grad: bool
+    call_us: float
+    backend_us: float
+    overhead_us: float
+    """The median over rounds of the difference within a round."""
+
+
+def measure_overhead(device: torch.device, backend: str, rounds: int) -> list[Overhead]:
+    """On a problem so small that its kernels take next to nothing, by p and by whether gradients are recorded."""
+    module, timer = dispatch.load(backend), timer_for(device)
+    results = []
+    for p in (0.0, 0.1):
+        q = problem(4, 64, 64, 8, p=p, bias=False, device=device)
+        for grad in (False, True):
+            a, b = (t.detach().requires_grad_(grad) for t in (q.a, q.b))
+
+            def call(a=a, b=b, q=q):  # type: ignore[no-untyped-def]
+                return lora_linear(q.x, q.w, a, b, scale=q.scale, dropout_p=q.p, backend=backend)
+
+            def kernels(q=q, grad=grad):  # type: ignore[no-untyped-def]
+                return module.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed, grad)
+
+            with nullcontext() if grad else torch.no_grad():
+                for function in (call, kernels):
+                    timer.sample([function], _CALLS)
+                pairs = [(timer.sample([call], _CALLS), timer.sample([kernels], _CALLS)) for _ in range(rounds)]
+            calls, backends = ([1e6 * value for value in column] for column in zip(*pairs, strict=True))
+            difference = statistics.median(u - v for u, v in zip(calls, backends, strict=True))
+            results.append(
+                Overhead(backend, p, grad, statistics.median(calls), statistics.median(backends), difference)
+            )
+    return results
+
+
+@dataclass(frozen=True)
+class ImportCost:
+    """Of ``import lora_kernels`` after ``import torch``, in a fresh interpreter."""
+
+    milliseconds: float
+    """The median of several."""
+    loads_triton: bool
+
+
+def measure_import(times: int) -> ImportCost:
+    """By starting `times` interpreters."""
+    code = (
+        "import sys, time, torch; before = 'triton' in sys.modules; start = time.perf_counter(); import lora_kernels; "
+        "print(time.perf_counter() - start, 'triton' in sys.modules and not before)"
+    )
+    package = str(Path(lora_kernels.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    runs = []
+    for _ in range(times):
+        output = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        runs.append((float(output[-2]), output[-1] == "True"))
+    return ImportCost(1000 * statistics.median(t for t, _ in runs), any(triton for _, triton in runs))

@@ -1,0 +1,176 @@
+"""From a run's document to what a person reads: tables of plain strings, and lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from lora_kernels.bench.overhead import CALL_TARGET_US, IMPORT_TARGET_MS
+from lora_kernels.bench.shapes import BACKWARD, FORWARD
+
+Document = dict[str, Any]
+Table = tuple[str, list[str], list[list[str]]]
+
+NOISY = 0.15
+"""A run in which the floor differs from itself by more, in a quarter of the rounds of any cell, is said to be noisy."""
+
+_COLUMNS = ((FORWARD, "forward"), (BACKWARD, "fwd + bwd"))
+
+
+def where(document: Document) -> str:
+    """What it was measured on, in a line."""
+    device, versions = document["device"], document["versions"]
+    if device["type"] == "cuda":
+        name = f"{device['name']} ({device['arch']}, driver {device['driver']})"
+    else:
+        name = f"{device['name']}, {device['threads']} threads, {device['isa']}"
+    packages = ", ".join(f"{name} {version or '-'}" for name, version in versions.items())
+    return f"{name} · {packages} · {document['rounds']} rounds"
+
+
+def shape_table(document: Document, shape: str) -> Table:
+    """Variants by pass and p: time, ratio to the floor and its spread."""
+    entries = {(e["variant"], e["pass"], e["p"]): e for e in document["timings"] if e["shape"] == shape}
+    red = {(f"ours: {g['backend']}", g["p"]) for g in document["gate"] if g["shape"] == shape and not g["green"]}
+    columns = [
+        (which, p, f"{label} p={p:g}")
+        for which, label in _COLUMNS
+        for p in dict.fromkeys(e["p"] for e in document["timings"] if e["shape"] == shape)
+        if any(e["pass"] == which and e["p"] == p for e in entries.values())
+    ]
+    automatic = {e["variant"] for e in entries.values() if e["automatic"]}
+    rows = []
+    for name in dict.fromkeys([*(variant for variant, *_ in entries), *sorted(variant for variant, _ in red)]):
+        row = [f"{name} (automatic)" if name in automatic else name]
+        for which, p, _ in columns:
+            entry = entries.get((name, which, p))
+            row.append("red" if (name, p) in red else "-" if entry is None else _cell(entry))
+        rows.append(row)
+    return f"{shape} · {document['shapes'][shape]['size']}", ["", *(title for *_, title in columns)], rows
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    low, ratio, high = entry["ratio"]
+    if entry["variant"] == "F.linear":
+        return f"{duration(entry['seconds'][1])}             "
+    return f"{duration(entry['seconds'][1])} ×{ratio:.2f} ±{(high - low) / 2:.2f}"
+
+
+def faults(document: Document, shape: str) -> Iterator[str]:
+    """Why rows of a shape's table have no numbers."""
+    for gate in document["gate"]:
+        if gate["shape"] == shape and not gate["green"]:
+            yield f"✗ {gate['backend']} p={gate['p']:g}: gate red, no numbers: {'; '.join(gate['faults'])}"
+
+
+def summary(document: Document) -> Iterator[Table]:
+    """Targets, bytes and call overhead, each as a table where there is anything to say."""
+    timed = [e for e in document["timings"] if e["target"] is not None]
+    if timed:
+        peft = {
+            (e["shape"], e["p"]): e for e in document["timings"] if e["variant"] == "PEFT" and e["pass"] == BACKWARD
+        }
+        rows = []
+        for e in timed:
+            theirs = peft.get((e["shape"], e["p"]))
+            rows.append(
+                [
+                    e["shape"],
+                    f"{e['p']:g}",
+                    e["variant"],
+                    f"×{e['ratio'][1]:.2f}",
+                    f"≤ {e['target']:.2f}",
+                    "met" if meets(e) else "missed",
+                    f"×{theirs['ratio'][1]:.2f}" if theirs else "-",
+                    f"{e['over_peft'][1]:.2f}" if e["over_peft"] else "-",
+                ]
+            )
+        header = ["forward + backward", "p", "variant", "ratio", "target", "", "PEFT", "ours / PEFT"]
+        yield "Targets: ratio to the frozen layer", header, rows
+    if document["memory"]:
+        yield _memory_table(document)
+    if document["overhead"]:
+        rows = [
+            [
+                o["backend"],
+                f"{o['p']:g}",
+                "recorded" if o["grad"] else "no",
+                f"{o['call_us']:.1f}",
+                f"{o['backend_us']:.1f}",
+                f"{o['overhead_us']:.1f}",
+                f"≤ {CALL_TARGET_US:g}",
+                "met" if o["overhead_us"] <= CALL_TARGET_US else "missed",
+            ]
+            for o in document["overhead"]
+        ]
+        header = ["back-end", "p", "gradients", "lora_linear, µs", "its forward, µs", "overhead, µs", "target", ""]
+        yield "A call beside its kernels: 4×64→64 r8, forward", header, rows
+
+
+def meets(entry: dict[str, Any]) -> bool:
+    """Whether a timing reaches its target, judged on the two decimals that are shown."""
+    return bool(round(entry["ratio"][1], 2) <= entry["target"])
+
+
+def _memory_table(document: Document) -> Table:
+    names = list(dict.fromkeys(m["variant"] for m in document["memory"]))
+    rows = []
+    for shape, p in dict.fromkeys((m["shape"], m["p"]) for m in document["memory"]):
+        entries = {m["variant"]: m for m in document["memory"] if (m["shape"], m["p"]) == (shape, p)}
+        limit = next(iter(entries.values()))["saved_limit"]
+        mine = [m for m in entries.values() if m["backend"]]
+        verdict = "-" if not mine else "met" if all(m["saved_bytes"] <= limit for m in mine) else "missed"
+        cells = [
+            "-" if m is None else f"{mib(m['saved_bytes'])} / {mib(m['peak_bytes'])}" for m in map(entries.get, names)
+        ]
+        rows.append([shape, f"{p:g}", *cells, f"≤ {mib(limit)}", verdict])
+    title = "Bytes, MiB: saved for the backward (parameters not counted) / most allocated at a time by torch in a step"
+    return title, ["", "p", *names, "saved, limit", ""], rows
+
+
+def closing(document: Document) -> Iterator[str]:
+    """The rest, in lines."""
+    compared = [e for e in document["timings"] if e["automatic"] and e["over_peft"]]
+    slower = [e for e in compared if e["over_peft"][1] > 1]
+    if compared:
+        yield f"Slower than PEFT: {len(slower)} of {len(compared)} cells" + (
+            ": " + "; ".join(f"{e['shape']} {e['pass']} p={e['p']:g} ({_spread(e['over_peft'])})" for e in slower)
+            if slower
+            else ""
+        )
+    cost = document["import"]
+    if cost:
+        verdict = "met" if cost["milliseconds"] <= IMPORT_TARGET_MS and not cost["loads_triton"] else "missed"
+        triton = "loads Triton" if cost["loads_triton"] else "loads no Triton"
+        target = f"target ≤ {IMPORT_TARGET_MS:g} ms: {verdict}"
+        yield f"import lora_kernels after torch: {cost['milliseconds']:.0f} ms ({target}), {triton}"
+    if document["noise"]:
+        lows, _, highs = zip(*(entry["ratio"] for entry in document["noise"]), strict=True)
+        yield f"Noise: the floor against itself within a round, widest quartiles: {min(lows):.2f} to {max(highs):.2f}"
+        if min(lows) < 1 - NOISY or max(highs) > 1 + NOISY:
+            yield "✗ The machine was busy with something else: repeat this on a quiet one before quoting it"
+    passed_over = {
+        (name, reason): None
+        for shape in document["shapes"].values()
+        for name, reasons in shape["passed_over"].items()
+        for reason in reasons
+    }
+    for name, reason in passed_over:
+        yield f"{name} is not measured: {reason}"
+    yield from document["notes"]
+
+
+def _spread(values: tuple[float, float, float]) -> str:
+    return f"{values[1]:.2f}, quartiles {values[0]:.2f} to {values[2]:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits, in µs or ms."""
+    value, unit = (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "µs")
+    return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}" if value >= 1 else f"{value:.2f} {unit}"
+
+
+def mib(count: int | None) -> str:
+    """Bytes in MiB."""
+    return "-" if count is None else f"{count / 2**20:.2f}"

@@ -1,0 +1,149 @@
+"""``python -m lora_kernels bench``: gate, measure, show, write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels import dispatch
+from lora_kernels.bench import machine, plot, report
+from lora_kernels.bench.measure import METHOD, Bench
+from lora_kernels.bench.shapes import DEFAULT, NAMED, TARGETED, Shape
+from lora_kernels.bench.terminal import Terminal, terminal
+
+ROUNDS, QUICK_ROUNDS = 15, 4
+RESULTS = Path("bench/results")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``bench``."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=NAMED, metavar="NAME", help=f"of: {', '.join(NAMED)}".replace("%", "%%")
+    )
+    parser.add_argument("--backend", choices=dispatch.BACKENDS, help="of ours, measure this one only")
+    parser.add_argument("--quick", action="store_true", help="the shapes that have a target, in few rounds")
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"default: {ROUNDS}, with --quick {QUICK_ROUNDS}")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's on the CPU (default: torch's own choice)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"the JSON to write (default: {RESULTS}/<date>-<machine>.json for a whole run; one of some shapes, rounds "
+        "or back-ends is written only where this says)",
+    )
+    parser.add_argument("--plot", action="store_true", help="draw a PNG beside the JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status: 0; 1 where a gate is red; 2 where nothing can be measured as asked."""
+    show = terminal()
+    fault = _fault(args)
+    if fault:
+        show.line(f"bench: {fault}")
+        return 2
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    partial = bool(args.quick or args.shapes or args.rounds or args.backend)
+    bench = Bench(device, args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS), args.backend, _command(args))
+    document = bench.document
+    _measure(bench, _shapes(args, device), show, imports=1 if partial else 3)
+    for table in report.summary(document):
+        show.table(*table)
+    for text in report.closing(document):
+        show.line(text)
+    out = args.out if args.out or partial else _default_out(document)
+    if out is None:
+        show.line("A partial run: not written. --out FILE writes it.")
+    else:
+        write(document, out)
+        show.line(f"Written: {out}")
+        if args.plot:
+            _plot(document, out.with_suffix(".png"), show)
+    red = [entry for entry in document["gate"] if not entry["green"]]
+    if red or not document["gate"]:
+        show.line(
+            f"✗ {len(red)} of {len(document['gate'])} gates red" if red else "✗ none of our back-ends could be measured"
+        )
+        return 1
+    show.line(f"✓ all {len(document['gate'])} gates green")
+    return 0
+
+
+def _measure(bench: Bench, shapes: list[Shape], show: Terminal, imports: int) -> None:
+    document = bench.document
+    show.line(report.where(document))
+    show.line(METHOD)
+    with show.progress(bench.steps(shapes)) as advance:
+        for shape in shapes:
+            bench.measure(shape, advance)
+            show.table(*report.shape_table(document, shape.name))
+            for text in report.faults(document, shape.name):
+                show.line(text)
+        advance("calls and imports", 0)
+        bench.measure_calls(imports)
+
+
+def _fault(args: argparse.Namespace) -> str | None:
+    """What is wrong with the options."""
+    if args.rounds is not None and args.rounds < 1:
+        return f"--rounds must be at least 1, got {args.rounds}"
+    if args.threads is not None and args.threads < 1:
+        return f"--threads must be at least 1, got {args.threads}"
+    if args.plot and not args.out and (args.quick or args.shapes or args.rounds or args.backend):
+        return "--plot draws beside the JSON, and a partial run writes one only where --out FILE says"
+    try:
+        device = torch.device(args.device or "cpu")
+    except RuntimeError as error:
+        return f"--device {args.device}: {str(error).splitlines()[0]}"
+    if device.type not in DEFAULT:
+        return f"--device {args.device}: the bench can time {' and '.join(DEFAULT)}"
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return f"--device {args.device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+    return None
+
+
+def _shapes(args: argparse.Namespace, device: torch.device) -> list[Shape]:
+    if args.shapes:
+        return [NAMED[name] for name in args.shapes]
+    return list(TARGETED if args.quick else DEFAULT[device.type])
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command, without the places it writes to."""
+    words = ["python -m lora_kernels bench"]
+    for name in ("device", "shapes", "backend", "quick", "rounds", "threads"):
+        value = getattr(args, name)
+        if value:
+            words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [str(value)])]
+    return " ".join(words)
+
+
+def _default_out(document: dict[str, Any]) -> Path:
+    return RESULTS / f"{document['date'][:10]}-{machine.kind(document['device'])}.json"
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Whole or not at all: beside its place first, then moved into it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _plot(document: dict[str, Any], path: Path, show: Terminal) -> None:
+    try:
+        plot.draw(document, path)
+    except ImportError as error:
+        show.line(f"No picture: {error} (pip install matplotlib)")
+    else:
+        show.line(f"Drawn: {path}")

@@ -1,0 +1,91 @@
+"""The layers that are benched: named by the model they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+FORWARD, BACKWARD = "forward", "forward + backward"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """x [M,K], w [N,K], a [R,K], b [N,R]."""
+
+    name: str
+    M: int
+    K: int
+    N: int
+    R: int
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None
+    """x's where None."""
+    bias: bool = True
+    targets: dict[float, float] = field(default_factory=dict)
+    """By p: what forward + backward may cost, as a ratio to the frozen layer's."""
+    training: bool = True
+    """False: a decoding step, of which only the forward without dropout is asked."""
+
+    @property
+    def adapters(self) -> torch.dtype:
+        """The dtype of a and b."""
+        return self.adapter_dtype or self.dtype
+
+    @property
+    def size(self) -> str:
+        """dtypes and sizes, for people."""
+        adapters = "" if self.adapters == self.dtype else f", {SHORT[self.adapters]} adapters"
+        return f"{SHORT[self.dtype]} {self.M}×{self.K}→{self.N} r{self.R}{adapters}"
+
+    @property
+    def cells(self) -> list[tuple[float, str]]:
+        """(p, pass) of everything that is timed."""
+        return [(p, which) for p in (0.0, 0.1) for which in (FORWARD, BACKWARD)] if self.training else [(0.0, FORWARD)]
+
+    @property
+    def saved_limit(self) -> int:
+        """Bytes that may be saved for the backward: x, h and 64."""
+        return (self.M * self.K + self.M * self.R) * self.dtype.itemsize + 64
+
+
+_BF16 = torch.bfloat16
+_VIT = Shape("vit-base-attention", 512, 768, 768, 8, targets={0.0: 1.10, 0.1: 1.18})
+_GPT2 = Shape("gpt2-mlp-up", 2048, 768, 3072, 16, targets={0.0: 1.00, 0.1: 1.05})
+_LLAMA = Shape("llama-1b-attention", 1024, 2048, 2048, 16, bias=False, targets={0.0: 0.97, 0.1: 1.02})
+
+TARGETED = (
+    _VIT,
+    _GPT2,
+    _LLAMA,
+    replace(_VIT, name="vit-base-attention-bf16", dtype=_BF16, targets={0.0: 1.18, 0.1: 1.25}),
+    replace(_GPT2, name="gpt2-mlp-up-bf16", dtype=_BF16, targets={0.0: 1.06, 0.1: 1.10}),
+)
+"""The rows for which there is a target."""
+
+_MIXED = tuple(
+    replace(shape, name=f"{shape.name}-bf16-fp32-adapters", dtype=_BF16, adapter_dtype=torch.float32, targets={})
+    for shape in (_VIT, _GPT2)
+)
+_DECODE = tuple(
+    Shape(f"decode-{M}{suffix}", M, 4096, 4096, 16, dtype=dtype, bias=False, training=False)
+    for dtype, suffix in ((torch.float32, ""), (_BF16, "-bf16"))
+    for M in (1, 16)
+)
+_LLAMA_3_1 = tuple(
+    Shape(f"llama-{model}-{name}-{M}", M, K, N, 16, dtype=_BF16, bias=False)
+    for model, projections in (
+        ("8b", {"q": (4096, 4096), "k": (4096, 1024), "up": (4096, 14336), "down": (14336, 4096)}),
+        ("70b", {"q": (8192, 8192), "k": (8192, 1024), "up": (8192, 28672), "down": (28672, 8192)}),
+    )
+    for name, (K, N) in projections.items()
+    for M in (2048, 8192, 16384)
+)
+_TINY = Shape("tiny", 40, 64, 48, 4)
+
+DEFAULT = {"cpu": (*TARGETED, *_MIXED, *_DECODE), "cuda": (*TARGETED, *_MIXED, *_DECODE, *_LLAMA_3_1)}
+"""What is benched where no shapes are named, by device type."""
+
+NAMED = {shape.name: shape for shape in (*DEFAULT["cuda"], _TINY)}
+"""Every shape there is; `tiny` is for trying the bench itself."""

@@ -1,0 +1,164 @@
+"""How long a call takes on a machine that is never quiet: variants interleaved in rounds, compared within a round.
+
+A round times every variant once and the floor twice, half a round apart; the order turns by one place from round to
+round, and every other round runs backwards. What slows the machine for a while slows the whole round, so the figure to
+trust is the median over rounds of time / floor of the same round, not the quotient of two medians.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Step = Callable[[], object]
+
+SAMPLE_SECONDS = 0.002
+"""A sample repeats its call until it lasts about this long."""
+
+SLOW, SLOW_ROUNDS = 10, 3
+"""A variant that takes this many times the floor's time is left out after this many rounds."""
+
+
+class Timer(Protocol):
+    """Seconds per call of `steps`, called in turn `repeats` times."""
+
+    def sample(self, steps: Sequence[Step], repeats: int) -> float:
+        """Run and time."""
+
+
+class CpuTimer:
+    """By the process's monotonic clock."""
+
+    def sample(self, steps: Sequence[Step], repeats: int) -> float:
+        """Run and time."""
+        count = len(steps)
+        start = time.perf_counter()
+        for i in range(repeats):
+            steps[i % count]()
+        return (time.perf_counter() - start) / repeats
+
+
+class CudaTimer:
+    """By events on the current stream: what the GPU needs, or what Python needs to feed it, whichever is longer."""
+
+    def __init__(self) -> None:
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def sample(self, steps: Sequence[Step], repeats: int) -> float:
+        """Run and time."""
+        count = len(steps)
+        torch.cuda.synchronize()
+        self._start.record()
+        for i in range(repeats):
+            steps[i % count]()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1000 / repeats
+
+
+def timer_for(device: torch.device) -> Timer:
+    """By device type."""
+    return CudaTimer() if device.type == "cuda" else CpuTimer()
+
+
+def operand_sets(device: torch.device, bytes_per_set: int) -> int:
+    """How many sets of operands to go through in turn, so that a GPU finds none of them in its L2 cache.
+
+    On a CPU one set is used: its last-level cache is shared, and the floor finds its operands there as the variants do.
+    """
+    if device.type != "cuda":
+        return 1
+    return max(1, min(64, math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / bytes_per_set)))
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What was measured: per round and variant the seconds per call, of the floor twice.
+
+    Slow variants are in the first rounds only.
+    """
+
+    floor: str
+    samples: list[dict[str, list[float]]]
+    repeats: dict[str, int]
+    """How many calls made one sample."""
+
+    def seconds(self, name: str) -> list[float]:
+        """Per call, round by round."""
+        return [statistics.fmean(taken[name]) for taken in self.samples if taken[name]]
+
+    def ratios(self, name: str, to: str) -> list[float]:
+        """Round by round."""
+        common = [taken for taken in self.samples if taken[name] and taken[to]]
+        return [statistics.fmean(taken[name]) / statistics.fmean(taken[to]) for taken in common]
+
+    def noise(self) -> list[float]:
+        """The floor against itself: what the machine alone makes of a ratio of 1."""
+        return [second / first for first, second in (taken[self.floor] for taken in self.samples)]
+
+
+def interleave(
+    floor: str,
+    steps: Mapping[str, Sequence[Step]],
+    rounds: int,
+    timer: Timer,
+    advance: Callable[[], None] = lambda: None,
+) -> Rounds:
+    """Time `steps`: by variant, one callable per set of operands. `advance` is called after every round, untimed."""
+    estimates = {}
+    for name, each in steps.items():
+        timer.sample(each, len(each))  # first calls choose, compile and allocate
+        estimates[name] = timer.sample(each, len(each))
+    repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / estimate)) for name, estimate in estimates.items()}
+    last_round = {name: SLOW_ROUNDS if estimates[name] > SLOW * estimates[floor] else rounds for name in steps}
+    order = _with_two_floors(floor, [name for name in steps if name != floor])
+    samples = []
+    with _quiet():
+        for index in range(rounds):
+            taken: dict[str, list[float]] = {name: [] for name in steps}
+            for name in (name for name in turned(order, index) if index < last_round[name]):
+                taken[name].append(timer.sample(steps[name], repeats[name]))
+            samples.append(taken)
+            advance()
+    return Rounds(floor, samples, repeats)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """(lower quartile, median, upper quartile)."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def turned(order: Sequence[str], index: int) -> list[str]:
+    """The order of round `index`: turned by `index` places, backwards in odd rounds."""
+    place = index % len(order)
+    result = [*order[place:], *order[:place]]
+    return result[::-1] if index % 2 else result
+
+
+def _with_two_floors(floor: str, others: list[str]) -> list[str]:
+    half = (len(others) + 1) // 2
+    return [floor, *others[:half], floor, *others[half:]]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No garbage collection in between."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

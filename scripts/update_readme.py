@@ -1,0 +1,157 @@
+"""Writes README's measured table and picture from bench/results, between the markers.
+
+    python scripts/update_readme.py [--check] [RESULT.json ...]
+
+Without names the newest run of each device type (CPU, CUDA) is taken. ``--check`` changes nothing: exit status 1 where
+README is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BACKWARD = "forward + backward"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README is stale")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md and bench/results")
+    args = parser.parse_args(argv)
+    readme = args.root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        print(f"README.md needs one line {BEGIN} and one line {END} after it")
+        return 1
+    results = args.results or newest(args.root / "bench" / "results")
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    fresh = f"{head}{BEGIN}\n{section(results, args.root)}\n{END}{tail}"
+    if args.check:
+        if fresh != text:
+            print("README.md is stale: run python scripts/update_readme.py")
+        return int(fresh != text)
+    readme.write_text(fresh, encoding="utf-8")
+    print("README.md is up to date" if fresh == text else "README.md: table written")
+    return 0
+
+
+def newest(folder: Path) -> list[Path]:
+    """Of each device type the run with the latest date inside."""
+    best: dict[str, tuple[str, Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        kind = document["device"]["type"]
+        best[kind] = max(best.get(kind, ("", path)), (document["date"], path))
+    return [best[kind][1] for kind in sorted(best)]
+
+
+def section(results: list[Path], root: Path) -> str:
+    if not results:
+        return "No run on record yet: `python -m lora_kernels bench --plot`, then `python scripts/update_readme.py`."
+    return "\n\n".join(_one(json.loads(path.read_text(encoding="utf-8")), path, root) for path in results)
+
+
+def _one(document: dict[str, Any], path: Path, root: Path) -> str:
+    return "\n\n".join(
+        filter(None, (_heading(document, path, root), _table(document), _picture(path, root), _rest(document)))
+    )
+
+
+def _heading(document: dict[str, Any], path: Path, root: Path) -> str:
+    device, versions = document["device"], document["versions"]
+    if device["type"] == "cpu":
+        name = f"{device['name']} ({device['isa']}), {device['threads']} threads"
+    else:
+        name = f"{device['name']} ({device['arch']}, driver {device['driver']})"
+    peft = f", PEFT {versions['peft']}" if versions["peft"] else ""
+    return (
+        f"**{name}**, torch {versions['torch']}{peft}, {document['date'][:10]}, median of {document['rounds']} "
+        f"interleaved rounds ([all figures]({_link(path, root)})). Forward + backward; × is the ratio to the frozen "
+        "layer (`F.linear` with dx only) in the same round. Every row stands behind a check of its values and "
+        "gradients in the same run."
+    )
+
+
+def _table(document: dict[str, Any]) -> str:
+    entries = [e for e in document["timings"] if e["pass"] == BACKWARD]
+    baselines = [name for name in ("PEFT", "addmm_", "merge") if any(e["variant"] == name for e in entries)]
+    lines = [
+        "| layer | p | `F.linear` | " + "".join(f"{name} | " for name in baselines) + "**ours** | target |",
+        "|---|---|---|" + "---|" * len(baselines) + "---|---|",
+    ]
+    for shape, p in dict.fromkeys((e["shape"], e["p"]) for e in entries):
+        row = {e["variant"]: e for e in entries if (e["shape"], e["p"]) == (shape, p)}
+        mine = next((e for e in row.values() if e["automatic"]), None)
+        cells = [
+            f"{shape}: {document['shapes'][shape]['size']}",
+            f"{p:g}",
+            f"{row['F.linear']['seconds'][1] * 1e3:.3g} ms",
+        ]
+        cells += [_ratio(row.get(name)) for name in baselines]
+        cells += ["red" if mine is None else f"**{_ratio(mine)}** (`{mine['backend']}`)", _target(mine)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(entry: dict[str, Any] | None) -> str:
+    return "-" if entry is None else f"×{entry['ratio'][1]:.2f}"
+
+
+def _target(entry: dict[str, Any] | None) -> str:
+    if entry is None or entry["target"] is None:
+        return ""
+    met = round(entry["ratio"][1], 2) <= entry["target"]
+    return f"≤ {entry['target']:.2f} {'met' if met else 'missed'}"
+
+
+def _picture(path: Path, root: Path) -> str:
+    picture = path.with_suffix(".png")
+    return f"![Forward + backward over the frozen layer]({_link(picture, root)})" if picture.exists() else ""
+
+
+def _rest(document: dict[str, Any]) -> str:
+    parts = []
+    mine = [m for m in document["memory"] if m["backend"]]
+    if mine:
+        over = [m for m in mine if m["saved_bytes"] > m["saved_limit"]]
+        parts.append(
+            "Saved for the backward: never more than x + M·r·itemsize + 64 bytes, dropout or not."
+            if not over
+            else f"Saved for the backward: above x + M·r·itemsize + 64 bytes in {len(over)} of {len(mine)} cells."
+        )
+    compared = [e for e in document["timings"] if e["automatic"] and e["over_peft"]]
+    if compared:
+        slower = [e for e in compared if e["over_peft"][1] > 1]
+        where = "; ".join(f"{e['shape']} {e['pass']} p={e['p']:g}, ×{e['over_peft'][1]:.2f}" for e in slower)
+        parts.append(
+            f"Slower than PEFT in {len(slower)} of {len(compared)} benched cells{f' ({where})' if where else ''}."
+        )
+    calls = [o["overhead_us"] for o in document["overhead"] if not o["grad"] and not o["p"]]
+    if calls:
+        parts.append(f"A forward call costs {max(calls):.0f} µs beside its kernels.")
+    if document["import"]:
+        parts.append(f"The import takes {document['import']['milliseconds']:.0f} ms after torch's.")
+    noise = [entry["ratio"] for entry in document["noise"]]
+    if noise:
+        parts.append(
+            "The floor measured against itself in the same way (widest quartiles of all cells): "
+            f"×{min(r[0] for r in noise):.2f} to ×{max(r[2] for r in noise):.2f}."
+        )
+    return " ".join(parts)
+
+
+def _link(path: Path, root: Path) -> str:
+    path = path.resolve()
+    return path.relative_to(root.resolve()).as_posix() if path.is_relative_to(root.resolve()) else path.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What a kernel's numbers are judged by: the judge of `lora_kernels.bench.gate`, and what to try it on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.bench.gate import NAMES, Problem, check, evaluate, problem, truth
+
+__all__ = ["DTYPES", "NAMES", "SHAPES", "Problem", "backend_results", "check", "evaluate", "problem", "truth"]
+
+
+def backend_results(module, q: Problem, **needs: bool) -> dict[str, Tensor]:
+    """y, h and every gradient of a back-end called directly, as the operators call it."""
+    flags = {"need_dx": True, "need_da": True, "need_db": True} | needs
+    y, h = module.forward(q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
+    dx, da, db = module.backward(q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, **flags)
+    return {"y": y, "dx": dx, "da": da, "db": db}
+
+
+SHAPES = [  # M, N, K, R
+    (1, 1, 1, 1),
+    (5, 7, 3, 2),
+    (3, 40, 24, 8),
+    (17, 33, 65, 3),
+    (64, 48, 80, 16),
+    (33, 129, 31, 17),
+    (40, 24, 16, 64),
+    (9, 16, 8, 256),
+    (0, 16, 24, 4),
+]
+"""Odd, ragged, empty; r from 1 to 256, powers of two and not, and above K."""
+
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+"""(dtype, adapter_dtype): every combination below fp64."""
