@@ -66,7 +66,7 @@ def print_tables(results: Results) -> None:
     console.print(table)
 
     table = Table("training step")
-    for column in ("median", "middle half", "floor"):
+    for column in ("median", "middle half", "ratio"):
         table.add_column(column, justify="right")
     medians = {name: statistics.median(times) for name, times in results.step_times.items()}
     floor = next(iter(medians.values()))

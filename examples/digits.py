@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="the whole path with fewer epochs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the files")
     arguments = parser.parse_args()
-    lengths = Lengths(pretrain_epochs=7, adapt_epochs=6, timed_rounds=10) if arguments.short else Lengths()
+    lengths = Lengths(pretrain_epochs=6, adapt_epochs=5, timed_rounds=10) if arguments.short else Lengths()
     results = run(arguments.out, lengths)
     if not all(held for held, _ in results.checks.values()):
         raise SystemExit("a check failed: see the NO above")

@@ -69,7 +69,7 @@ class Explanation:
 def explain(call: Call, backend: str | None) -> Explanation:
     """Why `call` is served by the back-end it is served by. Raises as `pick` does."""
     calls = [call._replace(op=op) for op in ("forward", "backward")]
-    chosen = [pick(each, backend).name for each in calls]
+    chosen = [str(pick(each, backend).name) for each in calls]
     passed_over: dict[str, list[str]] = {}
     for name in BACKENDS:
         if name in chosen:
@@ -81,7 +81,7 @@ def explain(call: Call, backend: str | None) -> Explanation:
         else:
             reasons = [reason for each in calls for reason in _passed_over(name, each)]
             passed_over[name] = list(dict.fromkeys(reasons)) or [f"{chosen[0]!r} comes first on {call.device.type}"]
-    return Explanation(call, *chosen, passed_over)
+    return Explanation(call, chosen[0], chosen[1], passed_over)
 
 
 def _order(call: Call) -> tuple[str, ...]:
@@ -92,14 +92,21 @@ def _passed_over(name: str, call: Call) -> list[str]:
     """Why the automatic choice passes over a back-end: what it refuses, and on a GPU a want of evidence."""
     reasons = refusals(name, call)
     if not reasons and call.device.type == "cuda" and name != "eager":
-        major, minor = torch.cuda.get_device_capability(call.device)
-        arch = f"sm_{major}{minor}"
+        arch = _arch(call.device)
         if arch not in load(name).EVIDENCE:
             reasons = [
                 f"not yet run on a GPU of architecture {arch}: no evidence in bench/results; "
                 f"ask for it with backend={name!r}"
             ]
     return reasons
+
+
+def _arch(device: torch.device) -> str:
+    """ "sm_90", or AMD's name for it, "gfx942"."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def refusals(name: str, call: Call) -> list[str]:

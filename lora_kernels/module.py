@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,8 @@ class FusedLoRALinear(nn.Linear):
         TypeError: an adapter_dtype that does not go with the weight's dtype.
     """
 
+    _base: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -81,7 +83,7 @@ class FusedLoRALinear(nn.Linear):
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module.in_features, module.out_features = linear.in_features, linear.out_features
-        module.register_parameter("weight", linear.weight)
+        module.register_parameter("weight", cast(nn.Parameter, linear.weight))
         module.register_parameter("bias", linear.bias)
         module.training = linear.training
         module._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend)
@@ -125,7 +127,7 @@ class FusedLoRALinear(nn.Linear):
         """x [..., in_features] → y [..., out_features]. Raises what `lora_linear` raises."""
         # Straight from the dictionary: nn.Module's attribute look-up costs about a microsecond a parameter, on every
         # call.
-        p = self._parameters
+        p: dict[str, Any] = self._parameters
         weight, bias, lora_a, lora_b = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
         if self._buffers["_base"] is not None:
             if self.training and lora_a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():

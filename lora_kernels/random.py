@@ -77,4 +77,4 @@ def keep_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """x̂ = c · keep ⊙ x for x [M,K]; differentiable in x."""
-    return torch.where(keep_mask(seed, *x.shape, p), x, x.new_zeros(())) * rescale(p)
+    return torch.where(keep_mask(seed, x.shape[0], x.shape[1], p), x, x.new_zeros(())) * rescale(p)

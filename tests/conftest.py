@@ -1,9 +1,30 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Poisoned allocations need deterministic algorithms, which cuBLAS has under this setting only.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cuda", choices=("cuda", "cpu"), help="what tests/test_gpu.py runs on")
+    parser.addoption("--backend", action="append", help="of tests/test_gpu.py: this back-end only")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: runs on an NVIDIA GPU, and is skipped where there is none")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="there is no GPU here (torch.cuda.is_available() is False)")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

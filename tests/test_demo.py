@@ -22,7 +22,7 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_demo(digits: ModuleType, tmp_path: Path) -> None:
-    results = digits.run(tmp_path, digits.Lengths(pretrain_epochs=3, adapt_epochs=2, timed_rounds=2))
+    results = digits.run(tmp_path, digits.Lengths(pretrain_epochs=2, adapt_epochs=2, timed_rounds=2))
 
     assert len(results.checks) == 4
     assert [what for what, (held, _) in results.checks.items() if not held] == []

@@ -84,7 +84,8 @@ def _masked(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0:
         return x
     assert seed is not None
-    return torch.where(random.keep_mask(seed, *x.shape, p), x, x.new_zeros(()))
+    M, K = x.shape
+    return torch.where(random.keep_mask(seed, M, K, p), x, x.new_zeros(()))
 
 
 def _transposed_product(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,9 @@ from lora_kernels.ops import lora_linear
 
 NAMES = ("y", "dx", "da", "db", "dbias")
 
+_FEW = 64
+"""Results of fewer elements are too few to say from plain torch's errors what an ordinary error is."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -37,6 +40,12 @@ class Problem:
         x, w, a, b, dy = (t.detach().to(dtype) for t in (self.x, self.w, self.a, self.b, self.dy))
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         return replace(self, x=x, w=w, a=a, b=b, bias=bias, dy=dy)
+
+    def absolute(self) -> Problem:
+        """The same with every number's absolute value: its results are the sums of the terms' absolute values."""
+        x, w, a, b, dy = (t.detach().abs() for t in (self.x, self.w, self.a, self.b, self.dy))
+        bias = None if self.bias is None else self.bias.detach().abs()
+        return replace(self, x=x, w=w, a=a, b=b, bias=bias, dy=dy, scale=abs(self.scale))
 
 
 def problem(
@@ -117,16 +126,23 @@ def judge(
 
     RMS error <= 1.25 × plain torch's, largest error <= 2 × plain torch's largest + eps × the largest value. On small
     problems plain torch's errors are themselves noisy estimates from few roundings (n of them: h and g have M·R
-    elements): they are widened by four standard errors, 4/√n. One rounding to x's dtype is never an error.
+    elements): they are widened by four standard errors, 4/√n. One rounding to x's dtype is never an error: of the
+    result, or, of a result too small for statistics, of the terms it is the sum of (they may all but cancel).
 
     `want` and `plain` may be passed where they are known: ``truth(q)`` and ``evaluate(q)``.
     """
     want = truth(q) if want is None else want
     plain = evaluate(q) if plain is None else plain
-    return [_verdict(name, value, q, want[name], plain[name]) for name, value in got.items() if value is not None]
+    values = {name: value for name, value in got.items() if value is not None}
+    few = any(value.numel() < _FEW for value in values.values())
+    terms = truth(q.absolute()) if few else want
+    return [
+        _verdict(name, value, q, want[name], plain[name], (terms if value.numel() < _FEW else want)[name])
+        for name, value in values.items()
+    ]
 
 
-def _verdict(name: str, value: Tensor, q: Problem, exact: Tensor, plain: Tensor) -> Verdict:
+def _verdict(name: str, value: Tensor, q: Problem, exact: Tensor, plain: Tensor, size: Tensor) -> Verdict:
     none = (0.0, 0.0, 0.0, 0.0)
     if value.shape != exact.shape:
         return Verdict(name, *none, f"{name}: shape {tuple(value.shape)}, expected {tuple(exact.shape)}")
@@ -139,8 +155,8 @@ def _verdict(name: str, value: Tensor, q: Problem, exact: Tensor, plain: Tensor)
     error, allowed = (ours - exact).abs(), (plain.double() - exact).abs()
     n = min(exact.numel(), q.x.shape[0] * q.a.shape[0]) or 1
     widened = 1 + 4 / n**0.5
-    rms, rms_allowed = _rms(error), widened * max(1.25 * _rms(allowed), 0.5 * eps * _rms(exact))
-    worst, worst_allowed = error.max().item(), widened * 2 * allowed.max().item() + eps * exact.abs().max().item()
+    rms, rms_allowed = _rms(error), widened * max(1.25 * _rms(allowed), 0.5 * eps * _rms(size))
+    worst, worst_allowed = error.max().item(), widened * 2 * allowed.max().item() + eps * size.abs().max().item()
     fault = None
     if rms > rms_allowed:
         fault = f"{name}: RMS error {rms:.3g}, allowed {rms_allowed:.3g}"

@@ -1,0 +1,1 @@
+"""The @triton.jit kernels, and the table of their tiles. Imported by `lora_kernels.backends.triton` only."""

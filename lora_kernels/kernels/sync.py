@@ -1,0 +1,65 @@
+"""How the programs of one launch agree on who does what and on what is ready.
+
+`sync` is an int32 array that is zero before every launch and zero again after it:
+
+    sync[0]        the next ticket
+    sync[1 : ]     flags (how many parts of a row block are published) and counts (how many parts of a sum have arrived)
+
+Work is claimed in the order of the tickets and an item waits only for items with lower tickets, which some running
+program has claimed: whatever is resident, and however few, the launch ends.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def claim(sync):
+    """The next ticket."""
+    return tl.atomic_add(sync, 1, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def settle(AMD: tl.constexpr):
+    """A barrier after which one thread can release what every thread of the program has stored."""
+    if AMD:
+        # A wave's release waits for its own stores only, so each wave waits for its own before the barrier.
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v,~{memory}", [0], dtype=tl.int32, is_pure=False, pack=1
+        )
+    # Triton 3.6 and 3.7 place no barrier of their own between a store and a release.
+    tl.debug_barrier()
+
+
+@triton.jit
+def publish(flag, AMD: tl.constexpr):
+    """Counts this program's stores as done: they happen before whatever follows a `wait` that sees the count."""
+    settle(AMD)
+    tl.atomic_add(flag, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(flag, count):
+    """Returns when `flag` has been published `count` times."""
+    # An atomic add of nothing, because a volatile load in a loop followed by an unused acquire is removed as dead code.
+    while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < count:
+        pass
+
+
+@triton.jit
+def arrive(count, parts, AMD: tl.constexpr):
+    """Counts one of `parts` as stored. True for the last one to arrive, which then sees what all of them stored."""
+    settle(AMD)
+    return tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == parts - 1
+
+
+@triton.jit
+def leave(sync, ticket, items, used):
+    """Called with the first ticket beyond the work. The last program out, whose ticket is the highest, zeroes the first
+    `used` elements of sync."""
+    if ticket == items + tl.num_programs(0) - 1:
+        for start in range(0, used, 256):
+            slot = start + tl.arange(0, 256)
+            tl.store(sync + slot, tl.zeros((256,), tl.int32), mask=slot < used)
