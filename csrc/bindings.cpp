@@ -1,0 +1,93 @@
+// lora_kernels._C: pointers, sizes and strides in, nothing of torch. The caller (backends/cpu.py) has checked dtypes,
+// shapes and unit last strides.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/isa.h"
+#include "cpu/lora.h"
+#include "philox.h"
+
+namespace py = pybind11;
+using lk::cpu::DType;
+using lk::cpu::i64;
+using lk::cpu::Tile;
+
+namespace {
+
+Tile tile(uintptr_t data, i64 ld, int dtype) { return {reinterpret_cast<void*>(data), ld, static_cast<DType>(dtype)}; }
+
+lk::cpu::Problem problem(i64 M, i64 N, i64 K, i64 R, double scale, uint32_t threshold, uintptr_t seed, int threads) {
+  lk::cpu::Dropout dropout;
+  if (threshold) {
+    dropout.threshold = threshold;
+    std::memcpy(&dropout.seed, reinterpret_cast<const void*>(seed), sizeof(dropout.seed));
+  }
+  return {M, N, K, R, static_cast<float>(scale), dropout, threads};
+}
+
+void forward(int threads, int dtype, int adapter_dtype, i64 M, i64 N, i64 K, i64 R, uintptr_t x, i64 stride_xm,
+             uintptr_t a, i64 stride_ar, uintptr_t b, i64 stride_bn, uintptr_t y, i64 stride_ym, uintptr_t h,
+             i64 stride_hm, double scale, uint32_t threshold, uintptr_t seed) {
+  py::gil_scoped_release unlocked;
+  lk::cpu::forward(problem(M, N, K, R, scale, threshold, seed, threads), tile(x, stride_xm, dtype),
+                   tile(a, stride_ar, adapter_dtype), tile(b, stride_bn, adapter_dtype), tile(y, stride_ym, dtype),
+                   tile(h, stride_hm, dtype));
+}
+
+void backward(int threads, int dtype, int adapter_dtype, i64 M, i64 N, i64 K, i64 R, uintptr_t dy, i64 stride_dym,
+              uintptr_t x, i64 stride_xm, uintptr_t a, i64 stride_ar, uintptr_t b, i64 stride_bn, uintptr_t h,
+              i64 stride_hm, uintptr_t dx, i64 stride_dxm, uintptr_t da, i64 stride_dar, uintptr_t db, i64 stride_dbn,
+              double scale, uint32_t threshold, uintptr_t seed) {
+  py::gil_scoped_release unlocked;
+  lk::cpu::backward(problem(M, N, K, R, scale, threshold, seed, threads), tile(dy, stride_dym, dtype),
+                    tile(x, stride_xm, dtype), tile(a, stride_ar, adapter_dtype), tile(b, stride_bn, adapter_dtype),
+                    tile(h, stride_hm, dtype), tile(dx, stride_dxm, dtype), tile(da, stride_dar, adapter_dtype),
+                    tile(db, stride_dbn, adapter_dtype));
+}
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, std::array<uint32_t, 2> key) {
+  const lk::Philox4 r = lk::philox4x32_10(c[0], c[1], c[2], c[3], key[0], key[1]);
+  return {r.word[0], r.word[1], r.word[2], r.word[3]};
+}
+
+py::bytes keep_bits(uint64_t seed, uint32_t threshold, i64 m0, i64 rows, i64 cols) {
+  const i64 ld = (cols + 63) / 64 * 8;
+  std::string bits(static_cast<size_t>(rows * ld), '\0');
+  lk::cpu::kernels().keep_bits(seed, threshold, m0, 0, rows, cols, reinterpret_cast<uint8_t*>(bits.data()), ld);
+  return bits;
+}
+
+void set_cpu_isa(const std::string& name) {
+  if (lk::cpu::choose_isa(name)) return;
+  std::string have;
+  for (const auto& isa : lk::cpu::available_isas()) have += (have.empty() ? "" : ", ") + isa;
+  throw std::invalid_argument("this machine cannot run cpu isa '" + name + "'; it can run: " + have);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of the low-rank half of a LoRA linear layer";
+  m.attr("F32") = static_cast<int>(DType::f32);
+  m.attr("BF16") = static_cast<int>(DType::bf16);
+  m.attr("F16") = static_cast<int>(DType::f16);
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.def("cpu_isa", [] { return std::string(lk::cpu::kernels().name); }, "The instruction set in use.");
+  m.def("cpu_isas", &lk::cpu::available_isas, "The instruction sets that this machine can run, best first.");
+  m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(); ValueError if this machine cannot run it.");
+  m.def("forward", &forward,
+        "h = c keep(x) a^T where x is given; y += s h b^T where y is given. A null pointer: absent.");
+  m.def("backward", &backward,
+        "g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). A null pointer: absent.");
+  m.def("philox", &philox, "Philox4x32-10 of one counter and key.");
+  m.def("keep_bits", &keep_bits,
+        "The dropout bits of rows m0.., packed eight columns to a byte, rows padded to 8 bytes.");
+}

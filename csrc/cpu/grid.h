@@ -1,0 +1,51 @@
+// How the work is cut. A cut that decides the order of a sum depends on the shape alone, so that results depend
+// neither on the thread count nor on which thread took what.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace lk::cpu {
+
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
+// Row stride of a panel, in floats: an odd number of cache lines, or the rows of a panel would all want the same few
+// places of an L1 cache.
+inline i64 panel_stride(i64 cols) { return (ceil_div(cols, 16) | 1) * 16; }
+
+// S slabs of rows by C chunks of columns (a multiple of 64 wide: whole words of keep bits).
+struct Grid {
+  i64 M, cols, S, slab, C, chunk;
+
+  i64 size() const { return S * C; }
+  i64 m0(i64 t) const { return t / C * slab; }
+  i64 k0(i64 t) const { return t % C * chunk; }
+  i64 rows(i64 t) const { return std::max<i64>(0, std::min(slab, M - m0(t))); }
+  i64 width(i64 t) const { return std::max<i64>(0, std::min(chunk, cols - k0(t))); }
+};
+
+inline Grid make_grid(i64 M, i64 cols, i64 slab, i64 chunk) {
+  slab = std::max<i64>(slab, 1);
+  chunk = std::max<i64>(chunk, 1);
+  return {M, cols, std::max<i64>(1, ceil_div(M, slab)), slab, std::max<i64>(1, ceil_div(cols, chunk)), chunk};
+}
+
+// Forking a team costs microseconds, so tiny work stays on the caller. The choice is one thread or all of torch's,
+// nothing between: libgomp ends the threads of its pool that a smaller team leaves over, and starts them anew after.
+inline int team(int threads, double flops) { return flops < 2e6 ? 1 : std::max(threads, 1); }
+
+inline int worker() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+}  // namespace lk::cpu

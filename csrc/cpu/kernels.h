@@ -1,0 +1,62 @@
+// Tile kernels of one instruction set, and the table through which the drivers reach the one that was chosen.
+//
+// All arithmetic is fp32. A tile of x (or dy, y, dx) is addressed in place by pointer and row stride; adapters come as
+// fp32 "panels" P [R, cols] with the lanes running along the columns; `keep`, where not null, holds one bit per
+// element (rows of ld_keep bytes, bit j of byte i: column 8 i + j) and zeroes what dropout drops.
+#pragma once
+
+#include <cstdint>
+
+namespace lk::cpu {
+
+using i64 = int64_t;
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+inline i64 size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// A row-major operand whose last stride is 1.
+struct Tile {
+  void* data;
+  i64 ld;  // row stride, in elements
+  DType dtype;
+
+  Tile at(i64 row, i64 col) const { return {static_cast<char*>(data) + (row * ld + col) * size_of(dtype), ld, dtype}; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct Keep {
+  const uint8_t* bits;
+  i64 ld;  // bytes per row
+};
+
+struct Kernels {
+  const char* name;
+
+  // bits of rows m0.. and columns k0.. (k0 a multiple of 64); writes ceil(cols / 64) * 8 bytes a row
+  void (*keep_bits)(uint64_t seed, uint32_t threshold, i64 m0, i64 k0, i64 rows, i64 cols, uint8_t* bits, i64 ld);
+
+  // out[m, r] (+)= sum_k keep(x)[m, k] P[r, k]
+  void (*dot)(Tile x, Keep keep, const float* P, i64 ldp, i64 rows, i64 cols, i64 R, float* out, i64 ldo, bool add);
+
+  // D[r, k] += sum_m G[m, r] keep(x)[m, k]
+  void (*outer)(Tile x, Keep keep, const float* G, i64 ldg, i64 rows, i64 cols, i64 R, float* D, i64 ldd);
+
+  // y[m, k] += keep(sum_r H[m, r] P[r, k])
+  void (*expand)(Tile y, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols, i64 R);
+
+  // out[i, j] = factor * src[i, j]; to fp32 and from fp32
+  void (*read)(Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo);
+  void (*write)(const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out);
+
+  // the same, transposed: out[j, i] = factor * src[i, j] with src [rows, cols]
+  void (*read_t)(Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo);
+  void (*write_t)(const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out);
+};
+
+// One per file compiled with that instruction set's flags.
+const Kernels& kernels_baseline();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+}  // namespace lk::cpu

@@ -1,0 +1,196 @@
+"""Builds the native modules with ninja: `_C` (CPU) always, `_cuda` where nvcc is found. Needs no torch.
+
+Environment:
+    CXX                           the C++ compiler (default: the first of c++, g++, clang++ that works)
+    LORA_KERNELS_CUDA             auto (default): build `_cuda` if nvcc is found; 0: don't; 1: fail without nvcc
+    LORA_KERNELS_CUDA_ARCHS       list of architectures (default "90a"), e.g. "80 90a"
+    CUDA_HOME                     where to look for nvcc before PATH and /usr/local/cuda
+    LORA_KERNELS_REQUIRE_NATIVE   1: no working C++ compiler is an error; otherwise the package installs as pure Python
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-DNDEBUG"]
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": ["-DLK_ISA_AVX2", "-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-DLK_ISA_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+}
+# gcc 12 sees uninitialised variables in its own <avx512fintrin.h> (GCC bug 105593)
+ISA_FLAGS["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _compiles(command: list[str], source: str) -> str:
+    """'' if the compiler takes the source, else what it said."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.cpp")
+        path.write_text(source)
+        try:
+            done = subprocess.run([*command, "-c", str(path), "-o", str(path) + ".o"], capture_output=True, text=True)
+        except OSError as error:
+            return str(error)
+        return "" if done.returncode == 0 else (done.stderr or f"exit status {done.returncode}").strip()
+
+
+def find_cxx() -> tuple[list[str], str]:
+    """(compiler command, '') or ([], why there is none that can build a Python extension)."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    probe = "#include <Python.h>\n#include <vector>\nint main() { return 0; }\n"
+    reasons = []
+    for candidate in candidates:
+        command = candidate.split()
+        said = _compiles([*command, "-std=c++17", f"-I{sysconfig.get_path('include')}"], probe)
+        if not said:
+            return command, ""
+        reasons.append(f"{candidate}: {said.splitlines()[0]}")
+    return [], "; ".join(reasons)
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    for home in filter(None, homes):
+        if Path(home, "bin", "nvcc").exists():
+            return str(Path(home, "bin", "nvcc"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def wanted_nvcc() -> str | None:
+    """The nvcc to build `_cuda` with, or None; an error where LORA_KERNELS_CUDA=1 cannot be met."""
+    choice = os.environ.get("LORA_KERNELS_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"LORA_KERNELS_CUDA={choice!r}: expected auto, 0 or 1")
+    nvcc = None if choice == "0" else find_nvcc()
+    if choice == "1" and nvcc is None:
+        raise SystemExit(
+            "LORA_KERNELS_CUDA=1, but there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin: "
+            "install the CUDA toolkit, point CUDA_HOME at it, or set LORA_KERNELS_CUDA=auto"
+        )
+    return nvcc
+
+
+def cuda_archs() -> list[str]:
+    archs = os.environ.get("LORA_KERNELS_CUDA_ARCHS", "90a").replace(",", " ").replace(";", " ").split()
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
+    if wrong or not archs:
+        raise SystemExit(f"LORA_KERNELS_CUDA_ARCHS={' '.join(wrong or archs)!r}: expected a list such as '80 90a'")
+    return archs
+
+
+def extensions() -> list[Extension]:
+    """What this machine can build: [] without a C++ compiler."""
+    nvcc = wanted_nvcc()
+    cxx, why = find_cxx()
+    if not cxx:
+        message = (
+            f"no working C++17 compiler with Python headers ({why}). Install one (Debian: apt install g++ python3-dev) "
+            "and reinstall to get the CPU and CUDA kernels"
+        )
+        if os.environ.get("LORA_KERNELS_REQUIRE_NATIVE") == "1":
+            raise SystemExit(f"LORA_KERNELS_REQUIRE_NATIVE=1, but there is {message}")
+        print(f"WARNING: lora_kernels installs without its native kernels: {message}.", file=sys.stderr)
+        return []
+    names = ["_C"] + (["_cuda"] if nvcc else [])
+    return [Extension(f"lora_kernels.{name}", sources=[]) for name in names]
+
+
+class Ninja:
+    """One build.ninja: objects with their own flags, linked into modules."""
+
+    def __init__(self, folder: Path, cxx: list[str], nvcc: str | None):
+        self.folder, self.lines = folder, []
+        self.rule("cxx", f"{' '.join(cxx)} -MMD -MF $out.d $flags -c $in -o $out")
+        self.rule("link", f"{' '.join(cxx)} -shared $in -o $out $flags", deps=False)
+        if nvcc:
+            self.rule("nvlink", f"{nvcc} -shared $in -o $out $flags", deps=False)
+            self.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out")
+
+    def rule(self, name: str, command: str, deps: bool = True) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}"]
+        self.lines += ["  depfile = $out.d", "  deps = gcc"] if deps else []
+
+    def build(self, rule: str, source: list[str], target: str, flags: list[str]) -> str:
+        escaped = [str(s).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for s in [target, *source]]
+        self.lines += [f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}", f"  flags = {' '.join(flags)}"]
+        return target
+
+    def run(self, verbose: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        ninja = shutil.which("ninja")
+        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([*command, *jobs, *(["-v"] if verbose else [])], cwd=self.folder, check=True)
+
+
+class BuildNative(build_ext):
+    """build_ext that leaves compiling to ninja: flags differ from file to file, and a second build is incremental."""
+
+    def run(self) -> None:
+        if not self.extensions:
+            return
+        cxx, _ = find_cxx()
+        nvcc = find_nvcc() if any(e.name.endswith("._cuda") for e in self.extensions) else None
+        folder = Path(self.build_temp).resolve()
+        ninja = Ninja(folder, cxx, nvcc)
+        for extension in self.extensions:
+            target = str(Path(self.get_ext_fullpath(extension.name)).resolve())
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            if extension.name.endswith("._cuda"):
+                self._cuda(ninja, target)
+            else:
+                self._cpu(ninja, target, cxx)
+        ninja.run(self.verbose > 1)
+
+    def _includes(self) -> list[str]:
+        import pybind11
+
+        # -isystem: their warnings are not ours
+        return ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+
+    def _cpu(self, ninja: Ninja, target: str, cxx: list[str]) -> None:
+        common = [*CXX_FLAGS, *self._includes(), *(["-DLK_X86"] if IS_X86 else [])]
+        openmp = [] if _compiles([*cxx, "-fopenmp"], "#include <omp.h>\nint main() { return 0; }\n") else ["-fopenmp"]
+        cpu = ROOT / "csrc" / "cpu"
+        objects = []
+        for isa in ISA_FLAGS if IS_X86 else ["baseline"]:
+            flags = [*common, *ISA_FLAGS[isa]]
+            objects.append(ninja.build("cxx", [str(cpu / "kernels.cpp")], f"kernels_{isa}.o", flags))
+        for source in [ROOT / "csrc" / "bindings.cpp", *sorted(cpu.glob("*.cpp"))]:
+            if source.name != "kernels.cpp":
+                objects.append(ninja.build("cxx", [str(source)], f"{source.stem}.o", [*common, *openmp]))
+        ninja.build("link", objects, target, [*self._link_flags(), *openmp])
+
+    def _cuda(self, ninja: Ninja, target: str) -> None:
+        # nvcc compiles the bindings and links as well: it knows where its headers and libraries are
+        folder = ROOT / "csrc" / "cuda"
+        archs = cuda_archs()
+        gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        common = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *self._includes()]
+        device = [*common, "--expt-relaxed-constexpr", "-lineinfo", *gencode]
+        host = [*common, "-DNDEBUG", f"'-DLK_CUDA_ARCHS=\"{' '.join(archs)}\"'"]
+        objects = []
+        for source in sorted([*folder.rglob("*.cu"), *folder.rglob("*.cpp")]):
+            name = "cuda_" + "_".join(source.relative_to(folder).parts) + ".o"
+            flags = device if source.suffix == ".cu" else host
+            if source.parent.name == "sm90" and source.suffix == ".cu":  # wgmma and setmaxnreg are of this target alone
+                flags = [*[flag for flag in flags if flag not in gencode], "-gencode=arch=compute_90a,code=sm_90a"]
+            objects.append(ninja.build("nvcc", [str(source)], name, flags))
+        ninja.build("nvlink", objects, target, ["-cudart=static", "-Xlinker=--gc-sections,-s"])
+
+    def _link_flags(self) -> list[str]:
+        return ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--gc-sections", "-s"]

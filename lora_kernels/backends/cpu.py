@@ -1,0 +1,106 @@
+"""The CPU back-end: the low-rank half and its dropout in csrc/cpu; the base GEMM from torch (MKL) or oneDNN.
+
+    h = c·(keep ⊙ x) aᵀ          y = x wᵀ + bias, then y += s · h bᵀ in place
+    g = s · dy b                 dx = dy w, then dx += c · keep ⊙ (g a) in place
+    da = c · gᵀ(keep ⊙ x)        db = s · dyᵀ h
+
+The native kernels compute in fp32 whatever the dtype, keep h and g in fp32 between their two halves, and sum in an
+order that depends on the shape alone: results change neither from run to run nor with the number of threads. The keep
+bits come from Philox inside the pass over x; no mask and no x̂ exist. Nothing of size M×N or M×K is allocated beyond
+the results.
+
+Operands are addressed by row stride. One whose last stride is not 1 (a transposed view of x, dy, a, b or h) is copied
+first; w may have any strides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels import random
+from lora_kernels.backends import Call
+from lora_kernels.backends.cpu_gemm import base_gemm, base_gemm_choices
+
+try:
+    from lora_kernels import _C
+except ImportError as error:
+    raise ImportError(
+        f"the native CPU kernels are not there ({error}): they are built when lora_kernels is installed, which takes a "
+        "C++17 compiler and Python's headers (Debian: apt install g++ python3-dev), then: "
+        "pip install --force-reinstall --no-deps lora_kernels"
+    ) from error
+
+__all__ = ["backward", "base_gemm_choices", "forward", "name", "why_not"]
+
+name = "cpu"
+
+_CODES = {torch.float32: _C.F32, torch.bfloat16: _C.BF16, torch.float16: _C.F16}
+
+
+def why_not(call: Call) -> list[str]:
+    reasons = []
+    if call.device.type != "cpu":
+        reasons.append(f"the tensors are on {call.device}, the kernels run on a CPU")
+    if call.dtype not in _CODES:
+        reasons.append(f"x has {call.dtype}, the kernels take float32, bfloat16 and float16")
+    elif call.adapter_dtype not in (call.dtype, torch.float32):
+        reasons.append(
+            f"lora_a and lora_b have {call.adapter_dtype}, the kernels take {call.dtype} or float32 beside such an x"
+        )
+    return reasons
+
+
+def forward(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    save_h: bool,
+) -> tuple[Tensor, Tensor | None]:
+    x, a, b = _rows(x), _rows(a), _rows(b)
+    M, K = x.shape
+    N, R = b.shape
+    y = base_gemm(x, w, bias)
+    h = x.new_empty(M, R) if save_h else None
+    _C.forward(
+        torch.get_num_threads(), _CODES[x.dtype], _CODES[a.dtype], M, N, K, R,
+        x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0),
+        y.data_ptr(), N, 0 if h is None else h.data_ptr(), R,
+        scale, random.threshold(p) if p else 0, 0 if seed is None else seed.data_ptr(),
+    )  # fmt: skip
+    return y, h
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, w: Tensor, a: Tensor, b: Tensor, h: Tensor | None, scale: float, p: float, seed: Tensor | None,
+    need_dx: bool, need_da: bool, need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dy, a, b = _rows(dy), _rows(a), _rows(b)
+    M, N = dy.shape
+    R, K = a.shape
+    dx = base_gemm(dy, w.t(), None) if need_dx else None
+    da = a.new_empty(R, K) if need_da else None
+    db = b.new_empty(N, R) if need_db else None
+    x = _rows(x) if x is not None and need_da else None
+    h = _rows(h) if h is not None and need_db else None
+    _C.backward(
+        torch.get_num_threads(), _CODES[dy.dtype], _CODES[a.dtype], M, N, K, R,
+        dy.data_ptr(), dy.stride(0), *_address(x), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), *_address(h),
+        *_address(dx), *_address(da), *_address(db),
+        scale, random.threshold(p) if p else 0, 0 if seed is None else seed.data_ptr(),
+    )  # fmt: skip
+    return dx, da, db
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t with unit last stride: itself, or a copy."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _address(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
