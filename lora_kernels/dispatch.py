@@ -11,10 +11,10 @@ import torch
 
 from lora_kernels.backends import Call
 
-AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager")}
+AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 """The order in which back-ends are tried, by device type. Devices not named here are served by `eager`."""
 
-BACKENDS = ("cpu", "triton", "eager")
+BACKENDS = ("cpu", "cuda", "triton", "eager")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,266 @@
+// dx = dy w + c · keep ⊙ (g a), da = c · gᵀ (keep ⊙ x), db = s · dyᵀ h, with g = s · dy b, in one launch.
+//
+//   g tiles    g[128, RP] over all of N, to scratch; published by row block.
+//   db tiles   dyᵀ h [128 of N, RP] over a part of M: needs no g, so these fill the time until g is there.
+//   dx tiles   g a first, masked and scaled in the accumulators, then dy w on top over all of N; w is read as it
+//              lies, N-major.
+//   da tiles   (keep ⊙ x)ᵀ g [128 of K, RP] over a part of M, x masked in shared memory.
+//
+// Parts of da and db go to scratch; the last to arrive sums them in the order of the parts, so that gradients do not
+// depend on timing.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace lk::sm90 {
+
+// The 64 contraction rows `row`.. of an operand of rank RP, columns `rank`..: boxes of at most 64 columns.
+template <class G>
+__device__ __forceinline__ void load_rank_boxes(uint32_t to, const CUtensorMap& map, uint32_t full, int rank, int row) {
+#pragma unroll
+  for (int i = 0; i < G::kRankBoxes; ++i) tma_load(to + i * 64 * G::kWidth, &map, full, rank + i * 64, row);
+}
+// Likewise BOXES * 64 columns of a wide operand.
+template <int BOXES>
+__device__ __forceinline__ void load_boxes(uint32_t to, const CUtensorMap& map, uint32_t full, int column, int row) {
+#pragma unroll
+  for (int i = 0; i < BOXES; ++i) tma_load(to + i * kBoxBytes, &map, full, column + i * 64, row);
+}
+
+template <int BN, int RP, class S>
+__device__ __forceinline__ void backward_produce(const BackwardParams& p, const S& shared) {
+  using G = Tile<BN, RP>;
+  Producer<S> producer(shared, p.plan.prep);
+  const int blocks = ceil_div(p.N, kTileK), parts = ceil_div(p.M, kTileK), low = rank_stages(p.R),
+            items = p.plan.items();
+  const int* const ready = p.counters + kReady;
+  for (;;) {
+    const int ticket = producer.claim(p.counters);
+    if (ticket >= items) return;
+    const Item item = item_of(p.plan, ticket);
+    if (item.kind == Kind::kSkinny) {
+      producer.await_adapters(p.counters);
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i, producer.next()) {
+        producer.open(G::kSkinnyBytes);
+        tma_load(producer.address(), &p.dy_rows, producer.full(), i * kTileK, item.m * kTileM);
+        load_rank_boxes<G>(producer.address() + G::kBytesA, p.b, producer.full(), item.n * RP, i * kTileK);
+      }
+    } else if (item.kind == Kind::kOut) {
+      producer.await_adapters(p.counters);
+      producer.await(ready + item.m, ready_target(p.plan));
+#pragma unroll 1
+      for (int i = 0; i < low; ++i, producer.next()) {
+        producer.open(G::kOutBytes);
+        tma_load(producer.address(), &p.g_rows, producer.full(), i * kTileK, item.m * kTileM);
+        load_boxes<BN / 64>(producer.address() + G::kBytesA, p.a, producer.full(), item.n * BN, i * kTileK);
+      }
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i, producer.next()) {
+        producer.open(G::kOutBytes);
+        tma_load(producer.address(), &p.dy_rows, producer.full(), i * kTileK, item.m * kTileM);
+        load_boxes<BN / 64>(producer.address() + G::kBytesA, p.w, producer.full(), item.n * BN, i * kTileK);
+      }
+    } else if (item.kind == Kind::kDb) {
+      const GradientTile tile = gradient_tile(p.plan, item.n);
+      const int end = split_begin(parts, p.plan.db_splits, item.split + 1);
+      producer.await_adapters(p.counters);
+#pragma unroll 1
+      for (int i = split_begin(parts, p.plan.db_splits, item.split); i < end; ++i, producer.next()) {
+        producer.open(G::kSkinnyBytes);
+        load_boxes<2>(producer.address(), p.dy_columns, producer.full(), tile.columns, i * kTileK);
+        load_rank_boxes<G>(producer.address() + G::kBytesA, p.h, producer.full(), tile.rank, i * kTileK);
+      }
+    } else if (item.kind == Kind::kDa) {
+      const GradientTile tile = gradient_tile(p.plan, item.n);
+      const int begin = split_begin(parts, p.plan.da_splits, item.split),
+                end = split_begin(parts, p.plan.da_splits, item.split + 1);
+#pragma unroll 1
+      for (int i = begin; i < end; ++i, producer.next()) {
+        producer.open(G::kSkinnyBytes);
+        load_boxes<2>(producer.address(), p.x_columns, producer.full(), tile.columns, i * kTileK);
+        if (i == begin || i % 2 == 0)
+          producer.await(ready + i / 2, ready_target(p.plan));  // two parts of 64 rows a row block
+        load_rank_boxes<G>(producer.address() + G::kBytesA, p.g_columns, producer.full(), tile.rank, i * kTileK);
+      }
+    }
+  }
+}
+
+// Which accumulators of a [64, BN] tile, rows m.. and columns n.., are kept: a bit each. The four lanes of a quad hold
+// the same 8 columns of a row, a pair each; each lane draws for one of four neighbouring groups of 8 columns, and they
+// exchange words.
+template <int BN>
+__device__ __forceinline__ void keep_tile(uint32_t (&keep)[BN / 64], const Dropout& dropout, int m, int n, int thread) {
+  const int q = thread % 4, row = m + fragment_row(thread, 0);
+#pragma unroll
+  for (int w = 0; w < BN / 64; ++w) {
+    keep[w] = 0;
+#pragma unroll 1
+    for (int part = 0; part < 4; ++part) {  // two rows of two times 32 columns
+      Philox4 r = dropout.draw(row + keep_row(part), (n >> 3) + keep_group(w, part) + q);
+#pragma unroll
+      for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          quad_put(r.word, q, bit, i, __shfl_xor_sync(~0u, quad_sent(r.word, q, bit, i), bit));
+      uint32_t bits = 0;
+#pragma unroll
+      for (int v = 0; v < 4; ++v) bits |= keep_bits(r.word[v], dropout.threshold) << (2 * v);
+      keep[w] |= bits << (8 * part);
+    }
+  }
+}
+// d = factor · keep ⊙ d.
+template <int BN>
+__device__ __forceinline__ void mask_tile(float (&d)[BN / 2], const uint32_t (&keep)[BN / 64], float factor) {
+#pragma unroll
+  for (int i = 0; i < BN / 2; ++i) d[i] = keep[keep_word(i)] >> keep_bit(i) & 1 ? d[i] * factor : 0.f;
+}
+
+// A part of a da or db tile, in accumulators: rows are columns of x or dy, columns are the rank.
+template <class T, class G, int RP, class S>
+__device__ __forceinline__ void gradient_part(Consumer<S>& c, float (&d)[RP / 2], int begin, int end,
+                                              const Dropout* dropout, int column) {
+  wgmma_registers(d);
+#pragma unroll 1
+  for (int i = begin; i < end; ++i) {
+    const uint32_t stage = c.wait(), box = stage + c.group * kBoxBytes;
+    if (dropout != nullptr && dropout->threshold > 0)
+      mask_box(*dropout, box, i * kTileK, column + c.group * 64, c.group, c.thread);
+    mma_stage<T, MnMajor<128>, MnMajor<G::kWidth>, RP, kTileK / 16>(d, box, stage + G::kBytesA);
+    c.advance();
+  }
+  c.drain(d);
+}
+
+// factor · d to da [R,K] or db [N,R], according to the strides. `to` is the warpgroup's origin in it, `columns` and
+// `ranks` are what is left of it from there.
+template <class TO, int REGISTERS>
+__device__ __forceinline__ void store_gradient(TO* to, const float (&d)[REGISTERS], float factor, int thread,
+                                               int columns, int ranks, int column_stride, int rank_stride) {
+  const int column = fragment_row(thread, 0), rank = fragment_col(thread, 0);
+  TO* at = to + column * column_stride + rank * rank_stride;
+#pragma unroll
+  for (int j = 0; j < REGISTERS / 4; ++j, at += 8 * rank_stride)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (column + fragment_row(0, e) < columns && rank + fragment_col(0, 4 * j + e) < ranks)
+        at[fragment_row(0, e) * column_stride + fragment_col(0, e) * rank_stride] =
+            static_cast<TO>(d[4 * j + e] * factor);
+}
+template <class T, class S, int REGISTERS>
+__device__ __forceinline__ void store_gradient_tile(const Consumer<S>& c, const BackwardParams& p,
+                                                    const float (&d)[REGISTERS], void* to, float factor,
+                                                    const GradientTile& tile, int columns, int column_stride,
+                                                    int rank_stride) {
+  const int first = tile.columns + c.group * 64;
+  const int64_t origin = static_cast<int64_t>(first) * column_stride + static_cast<int64_t>(tile.rank) * rank_stride;
+  if (p.adapters_fp32)
+    store_gradient(static_cast<float*>(to) + origin, d, factor, c.thread, columns - first, p.R - tile.rank,
+                   column_stride, rank_stride);
+  else
+    store_gradient(static_cast<T*>(to) + origin, d, factor, c.thread, columns - first, p.R - tile.rank, column_stride,
+                   rank_stride);
+}
+
+template <class T, int BN, int RP, class S>
+__device__ __forceinline__ void backward_consume(const BackwardParams& p, const S& shared, int group) {
+  using G = Tile<BN, RP>;
+  Consumer<S> c(shared, group);
+  const Dropout dropout(p);
+  const int blocks = ceil_div(p.N, kTileK), parts = ceil_div(p.M, kTileK), low = rank_stages(p.R),
+            items = p.plan.items();
+  for (;;) {
+    const int ticket = c.next_ticket();
+    if (ticket >= items) break;
+    const Item item = item_of(p.plan, ticket);
+    if (item.kind == Kind::kPrep) {
+      prep_item<T>(p, item.m);
+    } else if (item.kind == Kind::kSkinny) {
+      float g[RP / 2] = {};
+      skinny_tile<T, MnMajor<G::kWidth>, RP>(c, g, blocks, nullptr, 0);
+      store_skinny<T, RP>(c, p, g, item.m, item.n * RP, p.g_pointer, p.scale, nullptr, 0.f);
+    } else if (item.kind == Kind::kOut) {
+      uint32_t keep[BN / 64];  // drawn while g, or its loads, are on their way
+      if (dropout.threshold > 0) keep_tile<BN>(keep, dropout, item.m * kTileM + group * 64, item.n * BN, c.thread);
+      float dx[BN / 2] = {};
+      wgmma_registers(dx);
+#pragma unroll 1
+      for (int i = 0; i < low; ++i) {
+        const uint32_t stage = c.wait();
+        mma_stage<T, KMajor, MnMajor<128>, BN, G::kRankSteps>(dx, stage + group * kBoxBytes, stage + G::kBytesA);
+        c.advance();
+      }
+      c.drain(dx);
+      if (dropout.threshold > 0) mask_tile<BN>(dx, keep, p.rescale);
+      wgmma_registers(dx);
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i) {
+        const uint32_t stage = c.wait();
+        mma_stage<T, KMajor, MnMajor<128>, BN, kTileK / 16>(dx, stage + group * kBoxBytes, stage + G::kBytesA);
+        c.advance();
+      }
+      c.drain(dx);
+      store_tile<T, BN>(c, p.dx, dx, item.m * kTileM + group * 64, item.n * BN, p.K, nullptr);
+    } else if (item.kind == Kind::kDb) {
+      const GradientTile tile = gradient_tile(p.plan, item.n);
+      const int splits = p.plan.db_splits;
+      float db[RP / 2] = {};
+      gradient_part<T, G, RP>(c, db, split_begin(parts, splits, item.split), split_begin(parts, splits, item.split + 1),
+                              nullptr, 0);
+      if (sum_parts(c, db, p.db_partials, p.counters + db_counter(p.plan, item.n, group), item.n, item.split, splits))
+        store_gradient_tile<T>(c, p, db, p.db, p.scale, tile, p.N, p.R, 1);
+    } else {
+      const GradientTile tile = gradient_tile(p.plan, item.n);
+      const int splits = p.plan.da_splits;
+      float da[RP / 2] = {};
+      gradient_part<T, G, RP>(c, da, split_begin(parts, splits, item.split), split_begin(parts, splits, item.split + 1),
+                              &dropout, tile.columns);
+      if (sum_parts(c, da, p.da_partials, p.counters + da_counter(p.plan, item.n, group), item.n, item.split, splits))
+        store_gradient_tile<T>(c, p, da, p.da, p.rescale, tile, p.K, 1, p.K);
+    }
+  }
+  if (c.thread == 0) tma_store_wait_all();
+}
+
+template <class T, int BN, int RP>
+__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
+  using G = Tile<BN, RP>;
+  extern __shared__ uint8_t raw[];
+  const Shared<G::kStages, G::kStageBytes, G::kStagingBytes> shared(raw);
+  shared.init();
+  const int group =
+      __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // uniform: descriptors stay in uniform registers
+  if (group == 0) {
+    registers_give<40>();
+    if (threadIdx.x == 0) backward_produce<BN, RP>(p, shared);
+    __syncwarp();
+  } else {
+    registers_take<232>();
+    backward_consume<T, BN, RP>(p, shared, group - 1);
+  }
+  finish(shared, p);
+}
+
+template <class T, int BN>
+cudaError_t launch_backward_columns(const BackwardParams& p, int blocks, cudaStream_t stream) {
+  switch (padded_rank(p.R)) {
+    case 16:
+      return launch(backward_kernel<T, BN, 16>, p, Tile<BN, 16>::kSharedBytes, blocks, stream);
+    case 32:
+      return launch(backward_kernel<T, BN, 32>, p, Tile<BN, 32>::kSharedBytes, blocks, stream);
+    case 64:
+      return launch(backward_kernel<T, BN, 64>, p, Tile<BN, 64>::kSharedBytes, blocks, stream);
+    default:
+      return launch(backward_kernel<T, BN, 128>, p, Tile<BN, 128>::kSharedBytes, blocks, stream);
+  }
+}
+
+template <class T>
+cudaError_t launch_backward(const BackwardParams& p, int columns, int blocks, cudaStream_t stream) {
+  return columns == 256 ? launch_backward_columns<T, 256>(p, blocks, stream)
+                        : launch_backward_columns<T, 128>(p, blocks, stream);
+}
+
+}  // namespace lk::sm90

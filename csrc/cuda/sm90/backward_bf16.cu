@@ -1,0 +1,7 @@
+#include "backward.cuh"
+
+namespace lk::sm90 {
+
+template cudaError_t launch_backward<__nv_bfloat16>(const BackwardParams&, int, int, cudaStream_t);
+
+}  // namespace lk::sm90

@@ -1,0 +1,126 @@
+// y = x wᵀ + bias + s · h bᵀ, h = x̂ aᵀ, in one launch.
+//
+//   h tiles   h[128, RP] over all of K; x is masked in shared memory, c goes on the accumulators. h is stored unscaled
+//             where it is saved, and s · h, rounded once from fp32, beside it in scratch: s goes neither on b exactly
+//             nor on accumulators that already hold x wᵀ.
+//   y tiles   y[128, BN] over all of K, then ceil(R / 64) more stages of s · h and b into the same accumulators.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace lk::sm90 {
+
+template <int BN, int RP, class S>
+__device__ __forceinline__ void forward_produce(const ForwardParams& p, const S& shared) {
+  using G = Tile<BN, RP>;
+  Producer<S> producer(shared, p.plan.prep);
+  const int blocks = ceil_div(p.K, kTileK), low = rank_stages(p.R), items = p.plan.items();
+  for (;;) {
+    const int ticket = producer.claim(p.counters);
+    if (ticket >= items) return;
+    const Item item = item_of(p.plan, ticket);
+    if (item.kind == Kind::kSkinny) {
+      producer.await_adapters(p.counters);
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i, producer.next()) {
+        producer.open(G::kSkinnyBytes);
+        tma_load(producer.address(), &p.x, producer.full(), i * kTileK, item.m * kTileM);
+        tma_load(producer.address() + G::kBytesA, &p.a, producer.full(), i * kTileK, item.n * RP);
+      }
+    } else if (item.kind == Kind::kOut) {
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i, producer.next()) {
+        producer.open(G::kOutBytes);
+        tma_load(producer.address(), &p.x, producer.full(), i * kTileK, item.m * kTileM);
+        tma_load(producer.address() + G::kBytesA, &p.w, producer.full(), i * kTileK, item.n * BN);
+      }
+      producer.await_adapters(p.counters);
+#pragma unroll 1
+      for (int i = 0; i < low; ++i, producer.next()) {
+        producer.open(G::kOutBytes);
+        tma_load(producer.address() + G::kBytesA, &p.b, producer.full(), i * kTileK, item.n * BN);
+        if (i == 0) producer.await(p.counters + kReady + item.m, ready_target(p.plan));
+        tma_load(producer.address(), &p.sh, producer.full(), i * kTileK, item.m * kTileM);
+      }
+    }
+  }
+}
+
+template <class T, int BN, int RP, class S>
+__device__ __forceinline__ void forward_consume(const ForwardParams& p, const S& shared, int group) {
+  using G = Tile<BN, RP>;
+  Consumer<S> c(shared, group);
+  const Dropout dropout(p);
+  const int blocks = ceil_div(p.K, kTileK), low = rank_stages(p.R), items = p.plan.items();
+  for (;;) {
+    const int ticket = c.next_ticket();
+    if (ticket >= items) break;
+    const Item item = item_of(p.plan, ticket);
+    if (item.kind == Kind::kPrep) {
+      prep_item<T>(p, item.m);
+    } else if (item.kind == Kind::kSkinny) {
+      float h[RP / 2] = {};
+      skinny_tile<T, KMajor, RP>(c, h, blocks, &dropout, item.m * kTileM);
+      store_skinny<T, RP>(c, p, h, item.m, item.n * RP, p.sh_pointer, p.scale * p.rescale, p.h, p.rescale);
+    } else {
+      float y[BN / 2] = {};
+      wgmma_registers(y);
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i) {
+        const uint32_t stage = c.wait();
+        mma_stage<T, KMajor, KMajor, BN, kTileK / 16>(y, stage + group * kBoxBytes, stage + G::kBytesA);
+        c.advance();
+      }
+#pragma unroll 1
+      for (int i = 0; i < low; ++i) {
+        const uint32_t stage = c.wait();
+        mma_stage<T, KMajor, KMajor, BN, G::kRankSteps>(y, stage + group * kBoxBytes, stage + G::kBytesA);
+        c.advance();
+      }
+      c.drain(y);
+      store_tile<T, BN>(c, p.y, y, item.m * kTileM + group * 64, item.n * BN, p.N, p.bias);
+    }
+  }
+  if (c.thread == 0) tma_store_wait_all();
+}
+
+template <class T, int BN, int RP>
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
+  using G = Tile<BN, RP>;
+  extern __shared__ uint8_t raw[];
+  const Shared<G::kStages, G::kStageBytes, G::kStagingBytes> shared(raw);
+  shared.init();
+  const int group =
+      __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // uniform: descriptors stay in uniform registers
+  if (group == 0) {
+    registers_give<40>();
+    if (threadIdx.x == 0) forward_produce<BN, RP>(p, shared);
+    __syncwarp();
+  } else {
+    registers_take<232>();
+    forward_consume<T, BN, RP>(p, shared, group - 1);
+  }
+  finish(shared, p);
+}
+
+template <class T, int BN>
+cudaError_t launch_forward_columns(const ForwardParams& p, int blocks, cudaStream_t stream) {
+  switch (padded_rank(p.R)) {
+    case 16:
+      return launch(forward_kernel<T, BN, 16>, p, Tile<BN, 16>::kSharedBytes, blocks, stream);
+    case 32:
+      return launch(forward_kernel<T, BN, 32>, p, Tile<BN, 32>::kSharedBytes, blocks, stream);
+    case 64:
+      return launch(forward_kernel<T, BN, 64>, p, Tile<BN, 64>::kSharedBytes, blocks, stream);
+    default:
+      return launch(forward_kernel<T, BN, 128>, p, Tile<BN, 128>::kSharedBytes, blocks, stream);
+  }
+}
+
+template <class T>
+cudaError_t launch_forward(const ForwardParams& p, int columns, int blocks, cudaStream_t stream) {
+  return columns == 256 ? launch_forward_columns<T, 256>(p, blocks, stream)
+                        : launch_forward_columns<T, 128>(p, blocks, stream);
+}
+
+}  // namespace lk::sm90

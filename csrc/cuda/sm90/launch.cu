@@ -1,0 +1,326 @@
+// From the operands of api.h to a launch: checks, plan, scratch memory, tensor maps.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "params.h"
+
+namespace lk::sm90 {
+namespace {
+
+// ---- tensor maps. The driver's entry point is asked for at run time: nothing links against libcuda, and a machine
+// without it can import.
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+cudaError_t encode_tiled(EncodeTiled* to) {
+  static EncodeTiled found = nullptr;  // the same address every time: a race writes it twice
+  if (found == nullptr) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    if (status != cudaSuccess) return status;
+    if (result != cudaDriverEntryPointSuccess) return cudaErrorCallRequiresNewerDriver;
+    found = reinterpret_cast<EncodeTiled>(function);
+  }
+  *to = found;
+  return cudaSuccess;
+}
+
+// Encodes one map after the other and keeps the first failure.
+class Maps {
+ public:
+  explicit Maps(bool bf16) : bf16_(bf16), status_(encode_tiled(&encode_)) {}
+
+  // Boxes of box_rows x box_columns of a row-major [rows, columns] of stride ld, swizzled by the bytes of a box's row.
+  // What lies outside the matrix is loaded as zeros and not stored.
+  void add(CUtensorMap* map, const void* p, int rows, int columns, int64_t ld, int box_rows, int box_columns) {
+    if (status_ != cudaSuccess) return;
+    const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t stride[1] = {static_cast<cuuint64_t>(ld) * 2};
+    const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)},
+                     step[2] = {1, 1};
+    const CUtensorMapSwizzle swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                       : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                           : CU_TENSOR_MAP_SWIZZLE_32B;
+    const CUresult result = encode_(map, bf16_ ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+                                    const_cast<void*>(p), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                    swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS)
+      status_ = static_cast<cudaError_t>(result);  // the two enumerations agree on their values
+  }
+  cudaError_t status() const { return status_; }
+
+ private:
+  bool bf16_;
+  EncodeTiled encode_ = nullptr;
+  cudaError_t status_;
+};
+
+// ---- scratch memory
+class Scratch {
+ public:
+  explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
+  void* take(size_t bytes) {
+    char* const p = base_ + bytes_;
+    bytes_ += (bytes + 255) / 256 * 256;
+    return p;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  size_t bytes_ = 0;
+};
+
+bool aligned(const void* p, int64_t ld) { return reinterpret_cast<uintptr_t>(p) % 16 == 0 && ld % 8 == 0; }
+
+// A matrix that TMA reads: as it is, or a conversion of it in scratch.
+struct Matrix {
+  const void* p;
+  int64_t ld;
+};
+
+// Where TMA cannot read an operand, plans its conversion. Returns what TMA is to read.
+Matrix readable(const void* p, int rows, int columns, int64_t ld, bool fp32, Scratch& scratch, PrepJob& job,
+                int& chunks) {
+  if (!fp32 && aligned(p, ld)) return {p, ld};
+  const int pitch = round_up(columns, 8);
+  job = {p,   scratch.take(static_cast<size_t>(rows) * pitch * 2), ld, rows, columns, pitch, prep_chunks(rows, pitch),
+         fp32};
+  chunks += job.chunks;
+  return {job.to, pitch};
+}
+
+// Makes the device current, too: this module has a CUDA runtime of its own, which is not told of the one that torch
+// chose.
+cudaError_t multiprocessors(int device, int* sms) {
+  const cudaError_t status = cudaSetDevice(device);
+  return status != cudaSuccess ? status : cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device);
+}
+
+bool supported(const Operands& o) {
+  const int64_t limit = int64_t{1} << 31;
+  return o.M >= 1 && o.N >= 8 && o.K >= 8 && o.N % 8 == 0 && o.K % 8 == 0 && o.R >= 1 && o.R <= kMaxRank &&
+         o.threshold < 65536 && int64_t{o.R} * o.K < limit && int64_t{o.R} * o.N < limit && aligned(o.w, o.ldw) &&
+         (o.x == nullptr || aligned(o.x, o.ldx)) && (o.threshold == 0 || o.seed != nullptr);
+}
+
+void common(const Operands& o, Common& p) {
+  p.counters = o.counters;
+  p.seed = o.seed;
+  p.threshold = o.threshold;
+  p.rescale = o.threshold > 0 ? o.rescale : 1.f;
+  p.scale = o.scale;
+  p.M = o.M;
+  p.N = o.N;
+  p.K = o.K;
+  p.R = o.R;
+  p.pitch = round_up(o.R, 8);
+}
+
+bool is_decode(const ForwardArgs& o) { return o.M <= kDecodeRows && o.threshold == 0; }
+
+struct Decode {
+  DecodeParams p{};
+  Matrix a;
+  Workspace needed;
+
+  Decode(const ForwardArgs& o, int sms) {
+    common(o, p);
+    Scratch scratch(o.scratch);
+    a = readable(o.a, o.R, o.K, o.lda, o.adapters_fp32, scratch, p.prep[0], p.plan.prep);
+    p.plan.a_tiles = ceil_div(o.R, kTileM);
+    p.plan.w_tiles = ceil_div(o.N, kTileM);
+    p.plan.blocks = ceil_div(o.K, kTileK);
+    p.plan.splits = decode_splits(p.plan.tiles(), p.plan.blocks, sms);
+    const int rows = decode_rows(o.M);
+    p.h_sum = static_cast<float*>(scratch.take(sizeof(float) * o.R * rows));
+    if (p.plan.splits > 1)
+      p.partials = static_cast<float*>(
+          scratch.take(sizeof(float) * partial_index(p.plan.splits, p.plan.tiles(), 0, rows / 2, 0, 0)));
+    p.counter_count = decode_counters(p.plan);
+    p.b = o.b;
+    p.ldb = o.ldb;
+    p.adapters_fp32 = o.adapters_fp32;
+    p.bias = o.bias;
+    p.y = o.y;
+    p.h = o.h;
+    needed = {static_cast<size_t>(p.counter_count), scratch.bytes()};
+  }
+  cudaError_t run(const ForwardArgs& o, int sms) {
+    Maps maps(o.bf16);
+    maps.add(&p.x, o.x, o.M, o.K, o.ldx, decode_rows(o.M), kTileK);
+    maps.add(&p.w, o.w, o.N, o.K, o.ldw, kTileM, kTileK);
+    maps.add(&p.a, a.p, o.R, o.K, a.ld, kTileM, kTileK);
+    if (maps.status() != cudaSuccess) return maps.status();
+    const int blocks = std::min(p.plan.items(), sms);
+    const cudaStream_t stream = static_cast<cudaStream_t>(o.stream);
+    return o.bf16 ? launch_decode<__nv_bfloat16>(p, blocks, stream) : launch_decode<__half>(p, blocks, stream);
+  }
+};
+
+struct Forward {
+  ForwardParams p{};
+  Matrix a, b;
+  int columns;
+  Workspace needed;
+
+  Forward(const ForwardArgs& o, int sms) : columns(tile_columns(o.M, o.N, sms)) {
+    common(o, p);
+    Scratch scratch(o.scratch);
+    a = readable(o.a, o.R, o.K, o.lda, o.adapters_fp32, scratch, p.prep[0], p.plan.prep);
+    b = readable(o.b, o.N, o.R, o.ldb, o.adapters_fp32, scratch, p.prep[1], p.plan.prep);
+    p.plan.rank_tiles = rank_tiles(o.R);
+    p.plan.blocks = p.plan.tiles_m = ceil_div(o.M, kTileM);
+    p.plan.tiles_n = ceil_div(o.N, columns);
+    p.sh_pointer = scratch.take(static_cast<size_t>(o.M) * p.pitch * 2);
+    p.counter_count = counters(p.plan);
+    p.bias = o.bias;
+    p.h = o.h;
+    needed = {static_cast<size_t>(p.counter_count), scratch.bytes()};
+  }
+  cudaError_t run(const ForwardArgs& o, int sms) {
+    Maps maps(o.bf16);
+    maps.add(&p.x, o.x, o.M, o.K, o.ldx, kTileM, kTileK);
+    maps.add(&p.w, o.w, o.N, o.K, o.ldw, columns, kTileK);
+    maps.add(&p.a, a.p, o.R, o.K, a.ld, padded_rank(o.R), kTileK);
+    maps.add(&p.b, b.p, o.N, o.R, b.ld, columns, kTileK);
+    maps.add(&p.sh, p.sh_pointer, o.M, o.R, p.pitch, kTileM, kTileK);
+    maps.add(&p.y, o.y, o.M, o.N, o.N, 64, 64);
+    if (maps.status() != cudaSuccess) return maps.status();
+    const int blocks = std::min(p.plan.items(), sms);
+    const cudaStream_t stream = static_cast<cudaStream_t>(o.stream);
+    return o.bf16 ? launch_forward<__nv_bfloat16>(p, columns, blocks, stream)
+                  : launch_forward<__half>(p, columns, blocks, stream);
+  }
+};
+
+struct Backward {
+  BackwardParams p{};
+  Matrix a{}, b{}, h{};
+  int columns;
+  Workspace needed;
+
+  Backward(const BackwardArgs& o, int sms) : columns(tile_columns(o.M, o.K, sms)) {
+    common(o, p);
+    Scratch scratch(o.scratch);
+    const bool need_g = o.dx != nullptr || o.da != nullptr;
+    Plan& plan = p.plan;
+    plan.rank_tiles = rank_tiles(o.R);
+    if (need_g) {
+      b = readable(o.b, o.N, o.R, o.ldb, o.adapters_fp32, scratch, p.prep[0], plan.prep);
+      plan.blocks = ceil_div(o.M, kTileM);
+      p.g_pointer = scratch.take(static_cast<size_t>(o.M) * p.pitch * 2);
+    }
+    if (o.dx != nullptr) {
+      a = readable(o.a, o.R, o.K, o.lda, o.adapters_fp32, scratch, p.prep[1], plan.prep);
+      plan.tiles_m = ceil_div(o.M, kTileM);
+      plan.tiles_n = ceil_div(o.K, columns);
+    }
+    if (o.db != nullptr) {
+      h = readable(o.h, o.M, o.R, o.R, false, scratch, p.prep[2], plan.prep);
+      plan.db_tiles = ceil_div(o.N, 128) * plan.rank_tiles;
+      plan.db_splits = gradient_splits(plan.db_tiles, o.M, sms);
+      p.db_partials = partials(scratch, plan.db_tiles, plan.db_splits);
+    }
+    if (o.da != nullptr) {
+      plan.da_tiles = ceil_div(o.K, 128) * plan.rank_tiles;
+      plan.da_splits = gradient_splits(plan.da_tiles, o.M, sms);
+      p.da_partials = partials(scratch, plan.da_tiles, plan.da_splits);
+    }
+    p.counter_count = counters(plan);
+    p.da = o.da;
+    p.db = o.db;
+    p.adapters_fp32 = o.adapters_fp32;
+    needed = {static_cast<size_t>(p.counter_count), scratch.bytes()};
+  }
+  cudaError_t run(const BackwardArgs& o, int sms) {
+    const int rank_box = rank_width(padded_rank(o.R)) / 2;
+    Maps maps(o.bf16);
+    if (p.plan.blocks > 0) {
+      maps.add(&p.dy_rows, o.dy, o.M, o.N, o.lddy, kTileM, kTileK);
+      maps.add(&p.b, b.p, o.N, o.R, b.ld, kTileK, rank_box);
+    }
+    if (o.dx != nullptr) {
+      maps.add(&p.g_rows, p.g_pointer, o.M, o.R, p.pitch, kTileM, kTileK);
+      maps.add(&p.a, a.p, o.R, o.K, a.ld, kTileK, 64);
+      maps.add(&p.w, o.w, o.N, o.K, o.ldw, kTileK, 64);
+      maps.add(&p.dx, o.dx, o.M, o.K, o.K, 64, 64);
+    }
+    if (o.db != nullptr) {
+      maps.add(&p.dy_columns, o.dy, o.M, o.N, o.lddy, kTileK, 64);
+      maps.add(&p.h, h.p, o.M, o.R, h.ld, kTileK, rank_box);
+    }
+    if (o.da != nullptr) {
+      maps.add(&p.x_columns, o.x, o.M, o.K, o.ldx, kTileK, 64);
+      maps.add(&p.g_columns, p.g_pointer, o.M, o.R, p.pitch, kTileK, rank_box);
+    }
+    if (maps.status() != cudaSuccess) return maps.status();
+    const int blocks = std::min(p.plan.items(), sms);
+    const cudaStream_t stream = static_cast<cudaStream_t>(o.stream);
+    return o.bf16 ? launch_backward<__nv_bfloat16>(p, columns, blocks, stream)
+                  : launch_backward<__half>(p, columns, blocks, stream);
+  }
+
+ private:
+  float* partials(Scratch& scratch, int tiles, int splits) const {
+    if (splits == 1) return nullptr;
+    return static_cast<float*>(
+        scratch.take(sizeof(float) * partial_index(splits, tiles, 0, padded_rank(p.R) / 2, 0, 0)));
+  }
+};
+
+bool supported(const ForwardArgs& o) { return supported(static_cast<const Operands&>(o)) && o.x != nullptr; }
+bool supported(const BackwardArgs& o) {
+  return supported(static_cast<const Operands&>(o)) && aligned(o.dy, o.lddy) && (o.da == nullptr || o.x != nullptr) &&
+         (o.db == nullptr || o.h != nullptr) && (o.dx != nullptr || o.da != nullptr || o.db != nullptr);
+}
+
+template <class PASS, class ARGS>
+cudaError_t measure(const ARGS& o, Workspace* needed) {
+  int sms = 0;
+  const cudaError_t status = multiprocessors(o.device, &sms);
+  if (status == cudaSuccess) *needed = PASS(o, sms).needed;
+  return status;
+}
+template <class PASS, class ARGS>
+cudaError_t run(const ARGS& o) {
+  int sms = 0;
+  const cudaError_t status = multiprocessors(o.device, &sms);
+  return status != cudaSuccess ? status : PASS(o, sms).run(o, sms);
+}
+
+}  // namespace
+
+extern "C" {
+
+int lk_sm90_forward_workspace(const ForwardArgs* args, Workspace* needed) {
+  if (!supported(*args)) return cudaErrorInvalidValue;
+  return is_decode(*args) ? measure<Decode>(*args, needed) : measure<Forward>(*args, needed);
+}
+int lk_sm90_forward(const ForwardArgs* args) {
+  if (!supported(*args)) return cudaErrorInvalidValue;
+  return is_decode(*args) ? run<Decode>(*args) : run<Forward>(*args);
+}
+int lk_sm90_backward_workspace(const BackwardArgs* args, Workspace* needed) {
+  return supported(*args) ? measure<Backward>(*args, needed) : cudaErrorInvalidValue;
+}
+int lk_sm90_backward(const BackwardArgs* args) {
+  return supported(*args) ? run<Backward>(*args) : cudaErrorInvalidValue;
+}
+
+int lk_sm90_capture_id(void* stream, unsigned long long* id) {
+  cudaStreamCaptureStatus capturing;
+  *id = 0;
+  const cudaError_t status = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &capturing, id);
+  if (status == cudaSuccess && capturing != cudaStreamCaptureStatusActive) *id = 0;
+  return status;
+}
+
+}  // extern "C"
+
+}  // namespace lk::sm90

@@ -1,0 +1,78 @@
+// What the kernels take, by value: tensor maps, pointers, sizes and the plan.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "api.h"
+#include "schedule.h"
+
+namespace lk::sm90 {
+
+// Conversion of an operand that TMA cannot read (fp32, or rows that are no multiple of 16 bytes) to 16 bits and a row
+// stride of `pitch`, a multiple of 8. Whatever lies between `cols` and `pitch` is never used: the tensor maps end at
+// `cols`.
+struct PrepJob {
+  const void* from;
+  void* to;
+  int64_t ld;
+  int rows, cols, pitch, chunks;
+  bool fp32;
+};
+constexpr int kPrepJobs = 3;
+
+struct Common {
+  PrepJob prep[kPrepJobs];
+  int* counters;
+  int counter_count;
+  const int64_t* seed;
+  uint32_t threshold;
+  float rescale, scale;
+  int M, N, K, R;
+  int pitch;  // row stride of the low-rank operand in the workspace: s · h forward, g backward
+};
+
+struct ForwardParams : Common {
+  CUtensorMap x, w, a, b;
+  CUtensorMap
+      sh;  // s · h, rounded once from fp32: the factor of the low-rank steps, beside the unscaled h that is saved
+  CUtensorMap y;
+  void* sh_pointer;
+  void* h;           // or null
+  const void* bias;  // or null
+  Plan plan;
+};
+
+struct BackwardParams : Common {
+  CUtensorMap dy_rows, b;            // g tiles: [128, 64] and [64, RP]
+  CUtensorMap g_rows, a, w, dx;      // dx tiles: [128, 64], [64, 64], [64, 64]
+  CUtensorMap dy_columns, h;         // db tiles: [64, 64] and [64, RP]
+  CUtensorMap x_columns, g_columns;  // da tiles: [64, 64] and [64, RP]
+  void* g_pointer;
+  void *da, *db;  // or null
+  float *da_partials, *db_partials;
+  bool adapters_fp32;
+  Plan plan;
+};
+
+struct DecodeParams : Common {
+  CUtensorMap x, w, a;
+  const void* b;
+  int64_t ldb;
+  bool adapters_fp32;
+  const void* bias;  // or null
+  void *y, *h;       // h or null
+  float* h_sum;      // [R, MP], fp32: h transposed
+  float* partials;
+  DecodePlan plan;
+};
+
+// One function for every element type and pass, so that they compile side by side. `columns` is 128 or 256.
+template <class T>
+cudaError_t launch_forward(const ForwardParams& p, int columns, int blocks, cudaStream_t stream);
+template <class T>
+cudaError_t launch_backward(const BackwardParams& p, int columns, int blocks, cudaStream_t stream);
+template <class T>
+cudaError_t launch_decode(const DecodeParams& p, int blocks, cudaStream_t stream);
+
+}  // namespace lk::sm90

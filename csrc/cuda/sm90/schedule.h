@@ -1,0 +1,154 @@
+// Which work item a ticket is, and what a launch needs: counters and scratch memory. Arithmetic only, checked by a host
+// compiler (tests/test_cuda_schedule.py).
+//
+// Blocks claim tickets from one atomic counter and work through theirs in ascending order. An item waits only for items
+// with lower tickets; so the lowest ticket not yet finished is always running and waits for nothing: whatever is
+// resident, there is no deadlock.
+//
+//   ticket kernels   prep | h or g tiles | db tiles | y or dx tiles, with the da tiles spread among them
+//   decode           prep | row tiles of a, each split along K | row tiles of w, each split along K
+#pragma once
+
+#include "layout.h"
+
+namespace lk::sm90 {
+
+enum class Kind { kPrep, kSkinny, kOut, kDb, kDa };
+
+struct Item {
+  Kind kind;
+  int m;      // prep: chunk. skinny, out: block of 128 rows
+  int n;      // skinny: rank tile. out: column tile. db, da: tile, see gradient_tile. decode: tile of 128 rows
+  int split;  // db, da, decode: part of the contraction
+};
+
+struct Plan {
+  int prep = 0;                  // chunks of adapters to convert
+  int rank_tiles = 1;            // 128 of the rank each
+  int blocks = 0;                // row blocks of 128 of h or g; 0 where neither is wanted
+  int tiles_m = 0, tiles_n = 0;  // of y or dx; tiles_n is 0 where it is not wanted
+  int db_tiles = 0, db_splits = 1;
+  int da_tiles = 0, da_splits = 1;
+
+  LK_CONSTEXPR int skinny() const { return blocks * rank_tiles; }
+  LK_CONSTEXPR int out() const { return tiles_m * tiles_n; }
+  LK_CONSTEXPR int db() const { return db_tiles * db_splits; }
+  LK_CONSTEXPR int da() const { return da_tiles * da_splits; }
+  LK_CONSTEXPR int items() const { return prep + skinny() + db() + out() + da(); }
+};
+
+constexpr int kGroupM = 8;  // y and dx tiles go down 8 rows of tiles before the next column: these share w in L2
+
+LK_CONSTEXPR Item out_item(const Plan& plan, int i) {
+  const int per_group = kGroupM * plan.tiles_n, group = i / per_group, first = group * kGroupM;
+  const int rows = plan.tiles_m - first < kGroupM ? plan.tiles_m - first : kGroupM, j = i - group * per_group;
+  return {Kind::kOut, first + j % rows, j / rows, 0};
+}
+
+LK_CONSTEXPR Item item_of(const Plan& plan, int ticket) {
+  int i = ticket;
+  if (i < plan.prep) return {Kind::kPrep, i, 0, 0};
+  i -= plan.prep;
+  if (i < plan.skinny()) return {Kind::kSkinny, i / plan.rank_tiles, i % plan.rank_tiles, 0};
+  i -= plan.skinny();
+  if (i < plan.db()) return {Kind::kDb, 0, i % plan.db_tiles, i / plan.db_tiles};
+  i -= plan.db();
+  // da tiles are memory-bound and dx tiles are not: one da tile after every so many dx tiles, so that neither waits for
+  // the other's kind
+  const int64_t da = plan.da(), rest = da + plan.out();
+  const int before = static_cast<int>(i * da / rest), after = static_cast<int>((i + 1) * da / rest);
+  if (after > before) return {Kind::kDa, 0, before % plan.da_tiles, before / plan.da_tiles};
+  return out_item(plan, i - before);
+}
+
+// Part `split` of `splits` of `blocks` blocks is [split_begin(split), split_begin(split + 1)): never empty where splits
+// <= blocks.
+LK_CONSTEXPR int split_begin(int blocks, int splits, int split) {
+  return static_cast<int>(static_cast<int64_t>(blocks) * split / splits);
+}
+
+// Splits of the contraction over M of `tiles` da or db tiles: about two items a multiprocessor, each of at least 8
+// blocks of 64 rows.
+LK_CONSTEXPR int gradient_splits(int tiles, int M, int sms) {
+  const int blocks = ceil_div(M, kTileK), wanted = ceil_div(2 * sms, tiles), most = blocks / 8 > 0 ? blocks / 8 : 1;
+  return wanted < most ? wanted : most;
+}
+
+// 256 columns a tile where that fills the multiprocessors, else 128.
+LK_CONSTEXPR int tile_columns(int M, int columns, int sms) {
+  return ceil_div(M, kTileM) * ceil_div(columns, 256) >= sms ? 256 : 128;
+}
+
+// A chunk of the conversion of an adapter: 4 times 8 elements for every consumer thread.
+constexpr int kPrepChunk = kConsumers * 32;
+LK_CONSTEXPR int prep_chunks(int rows, int pitch) {
+  return static_cast<int>((static_cast<int64_t>(rows) * pitch + kPrepChunk - 1) / kPrepChunk);
+}
+
+// Counters: int32, all zero between launches (the last block out of a launch clears what it used).
+constexpr int kTicket = 0, kExited = 1, kPrepDone = 2, kReady = 4;
+
+// Row block m of h or g is there when both warpgroups have published their half of each of its rank tiles, at counter
+// kReady + m.
+LK_CONSTEXPR int ready_target(const Plan& plan) { return kGroups * plan.rank_tiles; }
+// Arrivals of the splits of a da or db tile, by warpgroup.
+LK_CONSTEXPR int db_counter(const Plan& plan, int tile, int group) {
+  return kReady + plan.blocks + tile * kGroups + group;
+}
+LK_CONSTEXPR int da_counter(const Plan& plan, int tile, int group) {
+  return kReady + plan.blocks + (plan.db_tiles + tile) * kGroups + group;
+}
+LK_CONSTEXPR int counters(const Plan& plan) { return kReady + plan.blocks + (plan.db_tiles + plan.da_tiles) * kGroups; }
+
+// A da or db tile is 128 columns of x or dy and one rank tile; those of the same columns are neighbours.
+struct GradientTile {
+  int columns, rank;  // the first of each
+};
+LK_CONSTEXPR GradientTile gradient_tile(const Plan& plan, int tile) {
+  return {tile / plan.rank_tiles * 128, tile % plan.rank_tiles * 128};
+}
+
+// Partial sums of a da or db tile: accumulator `reg` of consumer thread `thread`, so that every access is coalesced and
+// the thread that sums reads the positions that it holds itself.
+LK_CONSTEXPR int64_t partial_index(int splits, int tile, int split, int registers, int reg, int thread) {
+  return ((static_cast<int64_t>(tile) * splits + split) * registers + reg) * kConsumers + thread;
+}
+
+struct DecodePlan {
+  int prep = 0;
+  int a_tiles = 0, w_tiles = 0;  // of 128 rows
+  int splits = 1;                // of K, in blocks of 64
+  int blocks = 0;                // ceil(K / 64)
+
+  LK_CONSTEXPR int tiles() const { return a_tiles + w_tiles; }
+  LK_CONSTEXPR int items() const { return prep + tiles() * splits; }
+};
+
+// Item of a decode ticket: n counts the tiles of a first, then those of w. The splits of a tile are neighbours and end
+// together.
+LK_CONSTEXPR Item decode_item(const DecodePlan& plan, int ticket) {
+  if (ticket < plan.prep) return {Kind::kPrep, ticket, 0, 0};
+  const int i = ticket - plan.prep, tile = i / plan.splits;
+  return {tile < plan.a_tiles ? Kind::kSkinny : Kind::kOut, 0, tile, i % plan.splits};
+}
+
+// Splits of K: the fewest rounds of the multiprocessors, counting about 4 stages of latency an item and, for an equal
+// time, fewer parts.
+LK_CONSTEXPR int decode_splits(int tiles, int blocks, int sms) {
+  int best = 1, best_time = 0;
+  for (int splits = 1; splits <= 32 && splits <= blocks; ++splits) {
+    const int time = ceil_div(tiles * splits, sms) * (ceil_div(blocks, splits) + 4);
+    if (splits == 1 || time < best_time) {
+      best = splits;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+constexpr int kDecodeReady = 3;  // published by the last arriver of each half of each tile of a
+LK_CONSTEXPR int decode_ready_target(const DecodePlan& plan) { return plan.a_tiles * kGroups; }
+LK_CONSTEXPR int decode_counter(int tile, int group) { return kReady + tile * kGroups + group; }
+LK_CONSTEXPR int decode_counters(const DecodePlan& plan) { return kReady + plan.tiles() * kGroups; }
+
+}  // namespace lk::sm90

@@ -1,0 +1,118 @@
+// What the kernels have in common: narrow tiles (h = x̂ aᵀ, g = s · dy b), output tiles on their way to memory, sums.
+#pragma once
+
+#include "pipeline.cuh"
+
+namespace lk::sm90 {
+
+// d[64, RP] = A[64, blocks * 64] B: A is this warpgroup's half of the A boxes. Where there is `dropout`, it masks A.
+template <class T, class B, int RP, class S>
+__device__ __forceinline__ void skinny_tile(Consumer<S>& c, float (&d)[RP / 2], int blocks, const Dropout* dropout,
+                                            int m) {
+  wgmma_registers(d);
+#pragma unroll 1
+  for (int i = 0; i < blocks; ++i) {
+    const uint32_t stage = c.wait(), box = stage + c.group * kBoxBytes;
+    if (dropout != nullptr && dropout->threshold > 0)
+      mask_box(*dropout, box, m + c.group * 64, i * kTileK, c.group, c.thread);
+    mma_stage<T, KMajor, B, RP, kTileK / 16>(d, box, stage + kTileM * kTileK * 2);
+    c.advance();
+  }
+  c.drain(d);
+}
+
+// A narrow tile to memory, this warpgroup's rows of the block and `rank` onward of the columns: factor · d to `to` (row
+// stride `pitch`, even), and saved_factor · d to the contiguous `saved` [M,R] where there is one; then publishes the
+// row block.
+template <class T, int RP, class S>
+__device__ __forceinline__ void store_skinny(const Consumer<S>& c, const Common& p, const float (&d)[RP / 2], int block,
+                                             int rank, void* to, float factor, void* saved, float saved_factor) {
+  const int first = block * kTileM + c.group * 64;
+#pragma unroll
+  for (int i = 0; i < RP / 2; i += 2) {
+    const int row = first + fragment_row(c.thread, i), col = rank + fragment_col(c.thread, i);
+    if (row < p.M && col < p.R) {
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(to) + static_cast<int64_t>(row) * p.pitch + col) =
+          pack2<T>(d[i] * factor, d[i + 1] * factor);
+      if (saved != nullptr) {
+        T* const at = static_cast<T*>(saved) + static_cast<int64_t>(row) * p.R + col;
+        if (p.R % 2 == 0) {
+          *reinterpret_cast<uint32_t*>(at) = pack2<T>(d[i] * saved_factor, d[i + 1] * saved_factor);
+        } else {
+          at[0] = rounded<T>(d[i] * saved_factor);
+          if (col + 1 < p.R) at[1] = rounded<T>(d[i + 1] * saved_factor);
+        }
+      }
+    }
+  }
+  __threadfence();
+  fence_proxy();  // TMA of other blocks reads what was stored here
+  group_sync(c.group);
+  if (c.thread == 0) add_release(p.counters + kReady + block, 1);
+}
+
+// Rounds a [64, BN] tile to T, adds the bias where there is one, and stores it by TMA: columns n.., rows m.. of this
+// warpgroup. Chunks of 64 columns go through two staging boxes; a box is written again once the store before the last
+// one has read it.
+template <class T, int BN, class S>
+__device__ __forceinline__ void store_tile(const Consumer<S>& c, const CUtensorMap& map, const float (&d)[BN / 2],
+                                           int m, int n, int columns, const void* bias) {
+#pragma unroll
+  for (int chunk = 0; chunk < BN / 64; ++chunk) {
+    const uint32_t box = c.shared.staging(c.group) + (chunk & 1) * kBoxBytes;
+    if (c.thread == 0) tma_store_wait_read<1>();
+    group_sync(c.group);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      uint32_t v[4];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int i = chunk * 32 + (pair * 2 + e) * 4, col = n + fragment_col(c.thread, i);
+        float2 add = {0.f, 0.f};
+        if (bias != nullptr && col < columns) {
+          const T* const at = static_cast<const T*>(bias) + col;
+          add = {static_cast<float>(at[0]), static_cast<float>(at[1])};
+        }
+        v[2 * e] = pack2<T>(d[i] + add.x, d[i + 1] + add.y);
+        v[2 * e + 1] = pack2<T>(d[i + 2] + add.x, d[i + 3] + add.y);
+      }
+      store_matrices(box + stmatrix_offset(c.warp(), c.lane(), pair), v);
+    }
+    fence_proxy_shared();  // ordinary stores before TMA reads them, of every thread before the barrier
+    group_sync(c.group);
+    if (c.thread == 0) {
+      tma_store(&map, box, n + chunk * 64, m);
+      tma_store_commit();
+    }
+  }
+}
+
+// Leaves the part in scratch and counts it. True in the warpgroup that is the last of its tile to arrive, with d the
+// sum of all parts.
+template <int REGISTERS, class S>
+__device__ __forceinline__ bool sum_parts(const Consumer<S>& c, float (&d)[REGISTERS], float* partials, int* counter,
+                                          int tile, int split, int splits) {
+  if (splits == 1) return true;
+  const int consumer = c.group * 128 + c.thread;
+  float* const own = partials + partial_index(splits, tile, split, REGISTERS, 0, consumer);
+#pragma unroll
+  for (int i = 0; i < REGISTERS; ++i) own[i * kConsumers] = d[i];
+  __threadfence();
+  group_sync(c.group);
+  if (c.thread == 0) store_shared_int(c.shared.word(c.group), add_acquire_release(counter, 1) == splits - 1);
+  group_sync(c.group);
+  if (!load_shared_int(c.shared.word(c.group))) return false;
+  __threadfence();
+  const float* part = partials + partial_index(splits, tile, 0, REGISTERS, 0, consumer);
+#pragma unroll
+  for (int i = 0; i < REGISTERS; ++i) d[i] = __ldcg(part + i * kConsumers);
+#pragma unroll 1
+  for (int s = 1; s < splits; ++s) {
+    part += REGISTERS * kConsumers;
+#pragma unroll
+    for (int i = 0; i < REGISTERS; ++i) d[i] += __ldcg(part + i * kConsumers);
+  }
+  return true;
+}
+
+}  // namespace lk::sm90

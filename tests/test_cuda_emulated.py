@@ -1,0 +1,243 @@
+"""The source of the sm_90a kernels, run whole on an emulated GPU (sm90_emulator.h), in random order."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import sm90
+import torch
+
+from lora_kernels import random
+from lora_kernels.backends import cuda
+from lora_kernels.bench.gate import Problem, judge, problem
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the emulated kernels with"),
+    pytest.mark.skipif(sm90.cuda_include() is None, reason="the headers of the CUDA toolkit are not there"),
+    pytest.mark.timeout(300),  # the first test compiles the kernels for the host
+]
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def results(device: sm90.Device, q: Problem) -> dict[str, torch.Tensor]:
+    y, h = device.forward(q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed)
+    dx, da, db = device.backward(q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed)
+    return {"y": y, "dx": dx, "da": da, "db": db}
+
+
+def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
+    assert [verdict.fault for verdict in judge(got, q) if verdict.fault] == []
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "R", "p", "dtype", "adapter_dtype", "sms", "resident"),
+    [
+        (1, 8, 8, 1, 0.0, BF16, BF16, 4, 4),  # decode, all at the edge
+        (3, 136, 1288, 8, 0.0, BF16, BF16, 16, 3),  # decode, K in parts
+        (16, 264, 200, 20, 0.0, FP16, FP32, 3, 2),  # decode, fp32 adapters, converted
+        (33, 72, 328, 136, 0.0, BF16, BF16, 9, 9),  # decode, two tiles of a
+        (64, 392, 72, 256, 0.0, FP16, FP16, 4, 1),
+        (40, 72, 72, 3, 0.4, BF16, BF16, 4, 2),  # few rows, but dropout
+        (200, 264, 136, 16, 0.0, BF16, BF16, 4, 2),  # tiles of 256 columns
+        (200, 264, 136, 20, 0.25, BF16, FP32, 4, 4),
+        (130, 520, 392, 64, 0.1, FP16, FP16, 3, 3),
+        (130, 520, 392, 33, 0.0, BF16, BF16, 64, 7),  # tiles of 128 columns, more blocks than items at a time
+        (257, 72, 328, 128, 0.5, BF16, BF16, 3, 2),
+        (257, 136, 72, 129, 0.3, BF16, BF16, 99, 5),  # two rank tiles
+        (129, 264, 264, 256, 0.0, FP16, FP32, 2, 1),
+        (1100, 136, 72, 8, 0.3, BF16, BF16, 4, 3),  # da and db in parts
+        (1601, 72, 200, 160, 0.0, FP16, FP16, 8, 8),
+    ],
+)
+def test_results(M, N, K, R, p, dtype, adapter_dtype, sms, resident) -> None:
+    q = problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p, seed=M)
+    assert_right(results(sm90.Device(M, sms, resident), q), q)
+
+
+def test_random_shapes_on_one_stream() -> None:
+    """Launch after launch over one workspace, as on a stream."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    device = sm90.Device(3, 5, 3)
+    for seed in range(12):
+        adapter_dtype = BF16 if seed % 3 else FP32
+        q = problem(
+            draw(1, 300), 8 * draw(1, 40), 8 * draw(1, 40), draw(1, 257), dtype=BF16, adapter_dtype=adapter_dtype,
+            p=0.2 * (seed % 2), bias=seed % 4 != 3, scale=(0.5, -3.0, 0.0)[seed % 3], seed=seed,
+        )  # fmt: skip
+        assert_right(results(device, q), q)
+
+
+def test_results_do_not_depend_on_timing() -> None:
+    q = problem(1100, 136, 136, 40, dtype=BF16, p=0.2)
+    runs = [results(sm90.Device(seed, 6, resident), q) for seed, resident in ((1, 1), (2, 3), (3, 6))]
+    for run in runs[1:]:
+        for name, value in run.items():
+            assert torch.equal(value, runs[0][name]), name
+
+
+def test_decode_does_not_depend_on_timing() -> None:
+    q = problem(5, 264, 1400, 24, dtype=FP16)
+    devices = [sm90.Device(1, 12, 1), sm90.Device(2, 12, 12)]
+    runs = [device.forward(q.x, q.w, q.a, q.b, q.bias, 1.0, 0.0, None) for device in devices]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_dropout_is_the_rule() -> None:
+    """With one-hot a, h is c · keep ⊙ x itself, so that every bit of the mask shows."""
+    M, K = 300, 136
+    q = problem(M, 8, K, K, dtype=FP16, p=0.37)
+    x, a = torch.ones(M, K, dtype=FP16), torch.eye(K, dtype=FP16)
+    _, h = sm90.Device().forward(x, q.w, a, q.b, None, 1.0, q.p, q.seed)
+    assert torch.equal(h != 0, random.keep_mask(q.seed, M, K, q.p))
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
+def test_only_what_is_asked(needs: tuple[int, int, int]) -> None:
+    q = problem(150, 72, 136, 12, dtype=BF16, p=0.2)
+    device = sm90.Device(5)
+    _, h = device.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed)
+    whole = device.backward(q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed)
+    part = device.backward(
+        q.dy, q.x if needs[1] else None, q.w, q.a, q.b, h if needs[2] else None, q.scale, q.p, q.seed, *map(bool, needs)
+    )
+    for needed, want, got in zip(needs, whole, part, strict=True):
+        assert torch.equal(got, want) if needed else got is None
+
+
+def test_h_is_not_stored_unless_asked_for() -> None:
+    for M in (150, 20):
+        q = problem(M, 72, 136, 12, dtype=BF16)
+        y, h = sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, save_h=False)
+        assert h is None
+        assert torch.equal(y, sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)[0])
+
+
+def test_row_strides() -> None:
+    """Rows apart, and a and b at odd places: what TMA cannot read of them is converted in the launch."""
+    q = problem(140, 72, 136, 24, dtype=BF16, p=0.3)
+
+    def apart(t: torch.Tensor, by: int, offset: int = 0) -> torch.Tensor:
+        wide = torch.full((t.shape[0], t.shape[1] + by), float("nan"), dtype=t.dtype)
+        wide[:, offset : offset + t.shape[1]] = t
+        return wide[:, offset : offset + t.shape[1]]
+
+    moved = replace(q, x=apart(q.x, 8), w=apart(q.w, 24), dy=apart(q.dy, 16), a=apart(q.a, 3, 1), b=apart(q.b, 5, 2))
+    for name, value in results(sm90.Device(9), moved).items():
+        assert torch.equal(value, results(sm90.Device(2), q)[name]), name
+
+
+def test_infinite_rows_stay_alone() -> None:
+    """A row of x that is not finite spoils no other row, and the padding of the rank adds no NaN to it."""
+    q = problem(130, 72, 136, 5, dtype=BF16)
+    x = q.x.clone()
+    x[7, 3], x[129] = float("inf"), float("nan")
+    y, h = sm90.Device().forward(x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)
+    clean_y, clean_h = sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)
+    others = torch.ones(130, dtype=torch.bool)
+    others[[7, 129]] = False
+    assert torch.equal(y[others], clean_y[others])
+    assert torch.equal(h[others], clean_h[others])
+    assert torch.equal(torch.isnan(h[7]), torch.isnan(x[7:8].float() @ q.a.float().t())[0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"K": 4}, {"N": 12}, {"R": 257}, {"M": 0}, {"ldw": 73}, {"w": 8}, {"threshold": 70000}, {"threshold": 5}],
+)
+def test_refusals(wrong: dict[str, int | None]) -> None:
+    q = problem(16, 72, 72, 8, dtype=BF16)
+    args = sm90.ForwardArgs()
+    sm90.Device()._operands(args, 16, q.x, q.w, q.a, q.b, 1.0, 0.0, None)
+    needed = sm90.Workspace()
+    workspace = sm90.library().emulated_forward_workspace
+    assert workspace(ctypes.byref(args), ctypes.byref(needed)) == b""
+    for field, value in wrong.items():
+        setattr(args, field, value)
+    assert workspace(ctypes.byref(args), ctypes.byref(needed)) == b"cudaError_t 1"  # cudaErrorInvalidValue
+
+
+class Extension:
+    """lora_kernels._cuda, by way of the emulator."""
+
+    capture = 0
+
+    def __init__(self) -> None:
+        self.device = sm90.Device(11)
+        self.Sm90Forward = lambda **operands: self.call("forward", sm90.ForwardArgs, operands)
+        self.Sm90Backward = lambda **operands: self.call("backward", sm90.BackwardArgs, operands)
+
+    def capture_id(self, stream: int) -> int:
+        return self.capture
+
+    def call(self, direction: str, kind: type[sm90.Operands], operands: dict) -> SimpleNamespace:
+        args = kind(**{field: value or 0 for field, value in operands.items()})
+
+        def results(**pointers: int) -> None:
+            for field, value in pointers.items():
+                setattr(args, field, value)
+
+        def workspace() -> tuple[int, int]:
+            needed = sm90.Workspace()
+            function = getattr(sm90.library(), f"emulated_{direction}_workspace")
+            assert function(ctypes.byref(args), ctypes.byref(needed)) == b""
+            return needed.counters, needed.scratch
+
+        def launch(counters: int, scratch: int) -> None:
+            args.counters, args.scratch = counters, scratch
+            assert getattr(sm90.library(), f"emulated_{direction}")(ctypes.byref(args)) == b""
+
+        return SimpleNamespace(results=results, workspace=workspace, launch=launch)
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> Extension:
+    """lets the back-end run on CPU tensors."""
+    extension = Extension()
+    monkeypatch.setattr(cuda, "_extension", lambda: extension)
+    monkeypatch.setattr(cuda, "_workspaces", {})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
+    return extension
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("M", "p"), [(1, 0.0), (20, 0.0), (150, 0.3), (0, 0.3)])
+@pytest.mark.usefixtures("extension", "poison")
+def test_backend(M: int, p: float, strided: bool) -> None:
+    q = problem(M, 72, 136, 12, dtype=BF16, adapter_dtype=FP32, p=p, strided=strided)
+    y, h = cuda.forward(q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
+    dx, da, db = cuda.backward(q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
+    assert_right({"y": y, "dx": dx, "da": da, "db": db}, q)
+    assert all(t.is_contiguous() for t in (y, h, dx, da, db))
+    assert da.dtype == db.dtype == FP32
+
+
+def test_workspaces(extension: Extension) -> None:
+    """One a stream, which grows; another while the stream is captured, and another for the next capture."""
+    cpu = torch.device("cpu")
+    first = cuda._workspace(cpu, 5, 10, 100)
+    assert cuda._workspace(cpu, 5, 9, 90) == first
+    assert cuda._workspace(cpu, 6, 9, 90).scratch is not first.scratch
+    grown = cuda._workspace(cpu, 5, 2000, 300)
+    assert grown.counters.numel() >= 2000
+    assert grown.scratch.numel() == 300
+    assert not grown.counters.any()
+    extension.capture = 77
+    captured = cuda._workspace(cpu, 5, 10, 100)
+    assert captured.scratch is not grown.scratch
+    assert cuda._workspace(cpu, 5, 10, 100).scratch is captured.scratch
+    extension.capture = 78
+    assert cuda._workspace(cpu, 5, 10, 100).scratch is not captured.scratch
+    extension.capture = 0
+    assert cuda._workspace(cpu, 5, 10, 100).scratch is grown.scratch
