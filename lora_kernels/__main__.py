@@ -1,11 +1,11 @@
-"""``python -m lora_kernels doctor | bench``."""
+"""``python -m lora_kernels doctor | bench | tune``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from lora_kernels import doctor
+from lora_kernels import doctor, tune
 from lora_kernels.bench import run
 
 
@@ -20,8 +20,13 @@ def main(argv: list[str] | None = None) -> int:
         commands.add_parser("doctor", help="what serves this machine, what is missing and how to get it")
     )
     run.add_arguments(commands.add_parser("bench", help="measure the layer against the frozen one, PEFT and others"))
+    tune.add_arguments(
+        commands.add_parser(
+            "tune", help="measure which tiles of the Triton back-end are fastest on this GPU, and keep them"
+        )
+    )
     args = parser.parse_args(argv)
-    return {"doctor": doctor.main, "bench": run.main}[args.command](args)
+    return {"doctor": doctor.main, "bench": run.main, "tune": tune.main}[args.command](args)
 
 
 if __name__ == "__main__":

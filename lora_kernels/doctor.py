@@ -94,7 +94,7 @@ def _backend(name: str, devices: list[torch.device]) -> dict[str, Any]:
     automatic, reasons = [], []
     for device in devices:
         for dtype, short in SHORT.items():
-            call = Call("forward", device, dtype, dtype, 512, 1024, 1024, 16, dropout=True, aligned=True)
+            call = Call("forward", device, dtype, dtype, 512, 1024, 1024, 16, dropout=True)
             refused = [r for op in ("forward", "backward") for r in dispatch.refusals(name, call._replace(op=op))]
             if refused:
                 reasons += refused

@@ -239,12 +239,7 @@ _backward = torch.ops.lora_kernels.backward.default
 
 def _call(op: str, rows: Tensor, w: Tensor, a: Tensor, b: Tensor, M: int, p: float) -> Call:
     N, K = w.shape
-    aligned = rows.is_cpu or all(map(_is_aligned, (rows, w, a, b)))
-    return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], p > 0, aligned)
-
-
-def _is_aligned(t: Tensor) -> bool:
-    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+    return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], p > 0)
 
 
 def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def _table(document: dict[str, Any]) -> str:
     ]
     for shape, p in dict.fromkeys((e["shape"], e["p"]) for e in entries):
         row = {e["variant"]: e for e in entries if (e["shape"], e["p"]) == (shape, p)}
-        mine = next((e for e in row.values() if e["automatic"]), None)
+        own = [e for e in row.values() if e["backend"]]
+        mine = next((e for e in own if e["automatic"]), own[0] if own else None)
         cells = [
             f"{shape}: {document['shapes'][shape]['size']}",
             f"{p:g}",
@@ -113,8 +114,11 @@ def _target(entry: dict[str, Any] | None) -> str:
 
 
 def _picture(path: Path, root: Path) -> str:
-    picture = path.with_suffix(".png")
-    return f"![Forward + backward over the frozen layer]({_link(picture, root)})" if picture.exists() else ""
+    pictures = {
+        "Forward + backward over the frozen layer": path.with_suffix(".png"),
+        "Time over the roofline's floor": path.with_name(f"{path.stem}-roofline.png"),
+    }
+    return "\n\n".join(f"![{text}]({_link(file, root)})" for text, file in pictures.items() if file.exists())
 
 
 def _rest(document: dict[str, Any]) -> str:
@@ -139,6 +143,16 @@ def _rest(document: dict[str, Any]) -> str:
         parts.append(f"A forward call costs {max(calls):.0f} µs beside its kernels.")
     if document["import"]:
         parts.append(f"The import takes {document['import']['milliseconds']:.0f} ms after torch's.")
+    rates = document.get("roofline")
+    reached = [
+        e["floor"]["seconds"] / e["seconds"][1] for e in document["timings"] if e["automatic"] and e.get("floor")
+    ]
+    if rates and reached:
+        gemm = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates["gemm"].items())
+        parts.append(
+            f"Roofline, measured in the same run: GEMM {gemm}; copy {rates['copy'] / 1e9:.3g} GB/s. Ours reaches "
+            f"{100 * min(reached):.0f} to {100 * max(reached):.0f}% of it."
+        )
     noise = [entry["ratio"] for entry in document["noise"]]
     if noise:
         parts.append(

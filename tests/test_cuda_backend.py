@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels.backends import Call, cuda
 
-SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32, 100, 64, 72, 12, True, True)
+SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32, 100, 64, 72, 12, True)
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("hopper")
 def test_a_hopper_call_is_served() -> None:
     assert cuda.why_not(SERVED) == []
-    assert cuda.why_not(SERVED._replace(aligned=False, M=0, R=256)) == []
+    assert cuda.why_not(SERVED._replace(M=0, R=256)) == []
 
 
 @pytest.mark.usefixtures("hopper")

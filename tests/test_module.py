@@ -118,8 +118,7 @@ def test_reset_adapter():
     assert not layer.merged and layer.lora_B.count_nonzero() == 0 and torch.equal(layer.weight, before)
 
 
-# --- state_dict
-# ---------------------------------------------------------------------------------------------------------------------------
+# --- state_dict ---
 
 
 def test_loads_a_linears_state_dict_and_keeps_its_adapter():

@@ -142,7 +142,7 @@ def problem(
 
 
 def close(got: Tensor, bound: Bound) -> None:
-    """Within one rounding to got's dtype and the bound of an fp32 sum of `terms` products: terms · 2⁻²⁴ · Σ|products|."""
+    """Within one rounding to got's dtype and an fp32 sum's bound for `terms` products: n · 2⁻²⁴ · Σ|products|."""
     want, magnitude, terms = bound
     assert not torch.isnan(got).any()
     fp32 = (4 + terms) * 2**-24 * magnitude

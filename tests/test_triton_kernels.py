@@ -251,7 +251,7 @@ def test_a_captured_launch_has_its_own_workspace() -> None:
 
 
 def call(**changes: object) -> Call:
-    return Call("forward", CPU, torch.bfloat16, torch.bfloat16, 8, 8, 8, 8, False, True)._replace(**changes)
+    return Call("forward", CPU, torch.bfloat16, torch.bfloat16, 8, 8, 8, 8, False)._replace(**changes)
 
 
 def test_refusals_name_what_is_refused() -> None:

@@ -39,6 +39,3 @@ class Call(NamedTuple):
     K: int
     R: int
     dropout: bool
-    aligned: bool
-    """Whether every operand has unit last stride and its rows and base address lie at multiples of 16 bytes. Always
-    True on a CPU, where no back-end asks."""

@@ -33,6 +33,8 @@ class Target(NamedTuple):
     """The current stream, as a number."""
     capturing: Callable[[], bool]
     """Whether that stream is being captured into a graph."""
+    name: str | None = None
+    """What the driver calls the device: what plans measured on it are kept under."""
 
 
 class Launch(NamedTuple):
@@ -72,6 +74,7 @@ def _query(device: torch.device) -> Target:
         guard=functools.partial(torch.cuda.device, device),
         stream=lambda: torch.cuda.current_stream(device).cuda_stream,
         capturing=torch.cuda.is_current_stream_capturing,
+        name=properties.name,
     )
 
 

@@ -63,37 +63,42 @@ def forward(
     save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
     x, a, b = _rows(x), _rows(a), _rows(b)
-    M, K = x.shape
-    N, R = b.shape
-    y = base_gemm(x, w, bias)
+    (M, K), (N, R) = x.shape, b.shape
     h = x.new_empty(M, R) if save_h else None
-    _C.forward(
-        torch.get_num_threads(), _CODES[x.dtype], _CODES[a.dtype], M, N, K, R,
-        x.data_ptr(), x.stride(0), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0),
-        y.data_ptr(), N, 0 if h is None else h.data_ptr(), R,
-        scale, random.threshold(p) if p else 0, 0 if seed is None else seed.data_ptr(),
-    )  # fmt: skip
+    # all that can be done before the base GEMM: it leaves the caches cold, and Python takes ten times as long after it
+    sizes = (torch.get_num_threads(), _CODES[x.dtype], _CODES[a.dtype], M, N, K, R)
+    operands = (*_address(x), *_address(a), *_address(b))
+    rest = (N, *_address(h), scale, random.threshold(p), 0 if seed is None else seed.data_ptr())
+    y = base_gemm(x, w, bias)
+    _C.forward(*sizes, *operands, y.data_ptr(), *rest)
     return y, h
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, w: Tensor, a: Tensor, b: Tensor, h: Tensor | None, scale: float, p: float, seed: Tensor | None,
-    need_dx: bool, need_da: bool, need_db: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dy, a, b = _rows(dy), _rows(a), _rows(b)
-    M, N = dy.shape
-    R, K = a.shape
-    dx = base_gemm(dy, w.t(), None) if need_dx else None
-    da = a.new_empty(R, K) if need_da else None
-    db = b.new_empty(N, R) if need_db else None
     x = _rows(x) if x is not None and need_da else None
     h = _rows(h) if h is not None and need_db else None
-    _C.backward(
-        torch.get_num_threads(), _CODES[dy.dtype], _CODES[a.dtype], M, N, K, R,
-        dy.data_ptr(), dy.stride(0), *_address(x), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), *_address(h),
-        *_address(dx), *_address(da), *_address(db),
-        scale, random.threshold(p) if p else 0, 0 if seed is None else seed.data_ptr(),
-    )  # fmt: skip
+    (M, N), (R, K) = dy.shape, a.shape
+    da = a.new_empty(R, K) if need_da else None
+    db = b.new_empty(N, R) if need_db else None
+    sizes = (torch.get_num_threads(), _CODES[dy.dtype], _CODES[a.dtype], M, N, K, R)
+    operands = (*_address(dy), *_address(x), *_address(a), *_address(b), *_address(h))
+    rest = (*_address(da), *_address(db), scale, random.threshold(p), 0 if seed is None else seed.data_ptr())
+    dx = base_gemm(dy, w.t(), None) if need_dx else None
+    _C.backward(*sizes, *operands, *_address(dx), *rest)
     return dx, da, db
 
 

@@ -55,7 +55,17 @@ def forward(
     assert target is not None, "dispatch asks why_not first"
     (M, K), N, R = x.shape, w.shape[0], a.shape[0]
     plan = tiles.forward_plan(
-        target.arch, x.element_size(), M, N, K, R, p > 0, launch.describable(x, w), target.multiprocessors
+        target.arch,
+        x.element_size(),
+        M,
+        N,
+        K,
+        R,
+        p > 0,
+        launch.describable(x, w),
+        target.multiprocessors,
+        target.name,
+        (x.dtype, a.dtype),
     )
     with target.guard():
         y = torch.empty(M, N, dtype=x.dtype, device=x.device)
@@ -82,7 +92,17 @@ def backward(
     assert target is not None, "dispatch asks why_not first"
     (M, N), (R, K) = dy.shape, a.shape
     plan = tiles.backward_plan(
-        target.arch, dy.element_size(), M, N, K, R, p > 0, launch.describable(dy, w), target.multiprocessors
+        target.arch,
+        dy.element_size(),
+        M,
+        N,
+        K,
+        R,
+        p > 0,
+        launch.describable(dy, w),
+        target.multiprocessors,
+        target.name,
+        (dy.dtype, a.dtype),
     )
     with target.guard():
         dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device) if need_dx else None

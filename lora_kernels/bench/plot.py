@@ -1,14 +1,29 @@
-"""The picture of a run: forward + backward over the frozen layer, by shape and variant."""
+"""The pictures of a run: forward + backward over the frozen layer, by shape and variant; time over the roofline's
+floor, by M and by R."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.bench.shapes import BACKWARD
+from lora_kernels.bench.shapes import BACKWARD, FORWARD, GRAPH
 
 _BASELINES = {"PEFT": "#8c8c8c", "addmm_": "#d9a441", "merge": "#c05b4d"}
 _OURS = "#2a6f97"
+
+
+def draw_all(document: dict[str, Any], path: Path) -> list[Path]:
+    """`draw` at `path`, where there is a training shape; `draw_roofline` beside it at <name>-roofline.png, where shapes
+    differ in M alone or in R alone. Returns what was drawn. Raises ImportError where matplotlib is not installed."""
+    drawn = []
+    if any(e["pass"] == BACKWARD for e in document["timings"]):
+        draw(document, path)
+        drawn.append(path)
+    if sweeps(document):
+        roofline = path.with_name(f"{path.stem}-roofline.png")
+        draw_roofline(document, roofline)
+        drawn.append(roofline)
+    return drawn
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
@@ -16,8 +31,9 @@ def draw(document: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    mine = ours(document)
     timings = [
-        e for e in document["timings"] if e["pass"] == BACKWARD and (e["variant"] in _BASELINES or e["automatic"])
+        e for e in document["timings"] if e["pass"] == BACKWARD and (e["variant"] in _BASELINES or e["variant"] in mine)
     ]
     shapes = list(dict.fromkeys(e["shape"] for e in timings))
     panels = list(dict.fromkeys(e["p"] for e in timings))
@@ -41,12 +57,19 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def ours(document: dict[str, Any]) -> set[str]:
+    """What stands for this package in a picture: the automatic choice, or the first of its back-ends where that was not
+    measured."""
+    names = [e["variant"] for e in document["timings"] if e["backend"]]
+    return {e["variant"] for e in document["timings"] if e["automatic"]} or set(names[:1])
+
+
 def _panel(axes: Any, timings: list[dict[str, Any]], shapes: list[str], described: dict[str, Any]) -> None:
     order = [*_BASELINES, "ours"]
     width = 0.8 / len(order)
     top = 1.0
     for j, name in enumerate(order):
-        entries = {e["shape"]: e for e in timings if (e["automatic"] if name == "ours" else e["variant"] == name)}
+        entries = {e["shape"]: e for e in timings if (e["backend"] if name == "ours" else e["variant"] == name)}
         places = [k for k, shape in enumerate(shapes) if shape in entries]
         if not places:
             continue
@@ -66,3 +89,61 @@ def _panel(axes: Any, timings: list[dict[str, Any]], shapes: list[str], describe
         range(len(shapes)), [f"{shape}\n{described[shape]['size']}".replace(", ", "\n") for shape in shapes], fontsize=7
     )
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def sweeps(document: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """("M" or "R", shapes): for each, the largest set of shapes that differ in nothing else, of at least three."""
+    found = []
+    for axis in ("M", "R"):
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name, shape in document["shapes"].items():
+            same = tuple(shape[key] for key in ("M", "N", "K", "R", "dtype", "adapter_dtype") if key != axis)
+            groups.setdefault(same, []).append(name)
+        largest = max(groups.values(), key=len, default=[])
+        if len({document["shapes"][name][axis] for name in largest}) >= 3 and document.get("roofline"):
+            found.append((axis, largest))
+    return found
+
+
+def draw_roofline(document: dict[str, Any], path: Path) -> None:
+    """A PNG with a panel for each sweep and pass: time / floor of every variant, without dropout; 1 is the roofline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    passes = [which for which in (FORWARD, GRAPH, BACKWARD) if any(e["pass"] == which for e in document["timings"])]
+    found = sweeps(document)
+    figure = Figure(figsize=(5.2 * len(passes), 3.6 * len(found) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(found), len(passes), squeeze=False)
+    for row, (axis, shapes) in zip(grid, found, strict=True):
+        for axes, which in zip(row, passes, strict=True):
+            _roofline_panel(axes, document, axis, shapes, which)
+    figure.suptitle(
+        f"{document['device']['name']}: time over the roofline's floor (1 = the measured GEMM or copy rate)"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _roofline_panel(axes: Any, document: dict[str, Any], axis: str, shapes: list[str], which: str) -> None:
+    entries = [e for e in document["timings"] if e["shape"] in shapes and e["pass"] == which and e["p"] == 0]
+    for name in dict.fromkeys(e["variant"] for e in entries):
+        mine = sorted((e for e in entries if e["variant"] == name), key=lambda e: document["shapes"][e["shape"]][axis])
+        axes.plot(
+            [document["shapes"][e["shape"]][axis] for e in mine],
+            [e["seconds"][1] / e["floor"]["seconds"] for e in mine],
+            "o-" if mine[0]["backend"] else "x--",
+            color=_OURS if name in ours(document) else _BASELINES.get(name),
+            lw=1.2,
+            ms=4,
+            label=name,
+        )
+    axes.axhline(1.0, color="#333333", lw=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel(f"{axis} ({document['shapes'][shapes[0]]['size']}, and other {axis})", fontsize=8)
+    axes.set_ylabel("time / floor", fontsize=8)
+    axes.set_title(which, loc="left", fontsize=9)
+    axes.grid(alpha=0.25)
+    if entries:
+        axes.legend(fontsize=7, frameon=False)

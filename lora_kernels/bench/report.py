@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_kernels.bench.overhead import CALL_TARGET_US, IMPORT_TARGET_MS
-from lora_kernels.bench.shapes import BACKWARD, FORWARD
+from lora_kernels.bench.shapes import BACKWARD, FORWARD, GRAPH
 
 Document = dict[str, Any]
 Table = tuple[str, list[str], list[list[str]]]
@@ -15,7 +15,7 @@ Table = tuple[str, list[str], list[list[str]]]
 NOISY = 0.15
 """A run in which the floor differs from itself by more, in a quarter of the rounds of any cell, is said to be noisy."""
 
-_COLUMNS = ((FORWARD, "forward"), (BACKWARD, "fwd + bwd"))
+_COLUMNS = ((FORWARD, "forward"), (GRAPH, "in a graph"), (BACKWARD, "fwd + bwd"))
 
 
 def where(document: Document) -> str:
@@ -29,8 +29,16 @@ def where(document: Document) -> str:
     return f"{name} · {packages} · {document['rounds']} rounds"
 
 
+def rates(document: Document) -> str:
+    """The two rates that floors are computed from, in a line."""
+    measured = document["roofline"]
+    gemm = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in measured["gemm"].items())
+    return f"Roofline, measured now: GEMM {gemm}; copy {measured['copy'] / 1e9:.4g} GB/s. % is floor / time."
+
+
 def shape_table(document: Document, shape: str) -> Table:
-    """Variants by pass and p: time, ratio to the floor and its spread."""
+    """Variants by pass and p: time, ratio to the frozen layer and its spread, and the fraction of the roofline reached;
+    below them the floor that the roofline sets."""
     entries = {(e["variant"], e["pass"], e["p"]): e for e in document["timings"] if e["shape"] == shape}
     red = {(f"ours: {g['backend']}", g["p"]) for g in document["gate"] if g["shape"] == shape and not g["green"]}
     columns = [
@@ -47,14 +55,24 @@ def shape_table(document: Document, shape: str) -> Table:
             entry = entries.get((name, which, p))
             row.append("red" if (name, p) in red else "-" if entry is None else _cell(entry))
         rows.append(row)
+    floors = [_roof([e for e in entries.values() if (e["pass"], e["p"]) == (which, p)]) for which, p, _ in columns]
+    if any(floors):
+        rows.append(["roofline", *(text or "-" for text in floors)])
     return f"{shape} · {document['shapes'][shape]['size']}", ["", *(title for *_, title in columns)], rows
 
 
 def _cell(entry: dict[str, Any]) -> str:
     low, ratio, high = entry["ratio"]
+    reached = f" {100 * entry['floor']['seconds'] / entry['seconds'][1]:3.0f}%" if entry.get("floor") else ""
     if entry["variant"] == "F.linear":
-        return f"{duration(entry['seconds'][1])}             "
-    return f"{duration(entry['seconds'][1])} ×{ratio:.2f} ±{(high - low) / 2:.2f}"
+        return f"{duration(entry['seconds'][1])}             {reached}"
+    return f"{duration(entry['seconds'][1])} ×{ratio:.2f} ±{(high - low) / 2:.2f}{reached}"
+
+
+def _roof(entries: list[dict[str, Any]]) -> str:
+    """The floor of a column: of the layer with its low-rank half."""
+    floors = [e["floor"] for e in entries if e.get("floor") and e["variant"] != "F.linear"]
+    return f"{duration(floors[0]['seconds'])} ({floors[0]['bound']})" if floors else ""
 
 
 def faults(document: Document, shape: str) -> Iterator[str]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_kernels import dispatch
-from lora_kernels.bench import machine, plot, report
+from lora_kernels.bench import machine, plot, report, report_suite
 from lora_kernels.bench.measure import METHOD, Bench
-from lora_kernels.bench.shapes import DEFAULT, NAMED, TARGETED, Shape
+from lora_kernels.bench.shapes import DEFAULT, NAMED, SUITES, TARGETED, Shape
 from lora_kernels.bench.terminal import Terminal, terminal
+from lora_kernels.bench.variants import baselines, more_baselines
 
 ROUNDS, QUICK_ROUNDS = 15, 4
 RESULTS = Path("bench/results")
@@ -24,11 +26,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``bench``."""
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     parser.add_argument(
-        "--shapes", nargs="+", choices=NAMED, metavar="NAME", help=f"of: {', '.join(NAMED)}".replace("%", "%%")
+        "--shapes", nargs="+", choices=NAMED, metavar="NAME", help="by name; a name there is none of lists them all"
     )
+    parser.add_argument("--suite", choices=SUITES, help="a named set of shapes, with tables and pictures of its own")
     parser.add_argument("--backend", choices=dispatch.BACKENDS, help="of ours, measure this one only")
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="of ours, leave this one out")
+    parser.add_argument(
+        "--peers",
+        choices=("basic", "all"),
+        help="all: also PEFT with adapters in the other dtype and, on some shapes, compiled (default: all on a GPU)",
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="another project's layer from its sources: lorafusion=CHECKOUT, unsloth=CHECKOUT, or any name and a "
+        "Python file with lora_linear(x, w, a, b, *, bias, scale, p)",
+    )
     parser.add_argument("--quick", action="store_true", help="the shapes that have a target, in few rounds")
     parser.add_argument("--rounds", type=int, metavar="N", help=f"default: {ROUNDS}, with --quick {QUICK_ROUNDS}")
+    parser.add_argument("--seconds", type=float, metavar="S", help="begin no further shape after this long")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's on the CPU (default: torch's own choice)")
     parser.add_argument(
         "--out",
@@ -50,11 +68,24 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.threads:
         torch.set_num_threads(args.threads)
-    partial = bool(args.quick or args.shapes or args.rounds or args.backend)
-    bench = Bench(device, args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS), args.backend, _command(args))
+    partial = _is_partial(args)
+    found, notes = baselines()
+    sources = [(name, Path(path)) for name, _, path in (text.partition("=") for text in args.peer)]
+    more, more_notes = more_baselines(sources)
+    if args.peers == "basic" or (args.peers is None and device.type != "cuda"):
+        more = [variant for variant in more if variant.name in dict(sources)]
+    bench = Bench(
+        device,
+        args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS),
+        _command(args),
+        ([*found, *more], [*notes, *more_notes]),
+        args.backend,
+        args.without,
+        args.suite,
+    )
     document = bench.document
-    _measure(bench, _shapes(args, device), show, imports=1 if partial else 3)
-    for table in report.summary(document):
+    _measure(bench, args, _shapes(args, device), show, imports=1 if partial else 3)
+    for table in (*report.summary(document), *report_suite.tables(document)):
         show.table(*table)
     for text in report.closing(document):
         show.line(text)
@@ -76,18 +107,40 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(bench: Bench, shapes: list[Shape], show: Terminal, imports: int) -> None:
-    document = bench.document
+def _measure(bench: Bench, args: argparse.Namespace, shapes: list[Shape], show: Terminal, imports: int) -> None:
+    document, start = bench.document, time.monotonic()
     show.line(report.where(document))
     show.line(METHOD)
+    bench.measure_rates(shapes)
+    show.line(report.rates(document))
     with show.progress(bench.steps(shapes)) as advance:
-        for shape in shapes:
+        for i, shape in enumerate(shapes):
+            if args.seconds and time.monotonic() - start > args.seconds:
+                left = ", ".join(each.name for each in shapes[i:])
+                document["notes"].append(f"Not measured, {args.seconds:g} s being spent: {left}")
+                break
             bench.measure(shape, advance)
             show.table(*report.shape_table(document, shape.name))
             for text in report.faults(document, shape.name):
                 show.line(text)
+            if args.out:
+                write(document, args.out)  # what is measured stays, whatever comes
         advance("calls and imports", 0)
         bench.measure_calls(imports)
+
+
+def _is_partial(args: argparse.Namespace) -> bool:
+    """Whether less than everything, or something else, is measured: only a whole run is written unasked."""
+    return bool(
+        args.quick
+        or args.shapes
+        or args.suite
+        or args.rounds
+        or args.backend
+        or args.without
+        or args.seconds
+        or args.peer
+    )
 
 
 def _fault(args: argparse.Namespace) -> str | None:
@@ -96,8 +149,13 @@ def _fault(args: argparse.Namespace) -> str | None:
         return f"--rounds must be at least 1, got {args.rounds}"
     if args.threads is not None and args.threads < 1:
         return f"--threads must be at least 1, got {args.threads}"
-    if args.plot and not args.out and (args.quick or args.shapes or args.rounds or args.backend):
+    if args.plot and not args.out and _is_partial(args):
         return "--plot draws beside the JSON, and a partial run writes one only where --out FILE says"
+    if args.suite and args.shapes:
+        return "--suite and --shapes both name what to measure: give one of them"
+    for text in args.peer:
+        if not all(text.partition("=")):
+            return f"--peer {text}: expected NAME=PATH"
     try:
         device = torch.device(args.device or "cpu")
     except RuntimeError as error:
@@ -106,22 +164,28 @@ def _fault(args: argparse.Namespace) -> str | None:
         return f"--device {args.device}: the bench can time {' and '.join(DEFAULT)}"
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         return f"--device {args.device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+    kind = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if args.suite and kind not in SUITES[args.suite]:
+        return f"--suite {args.suite} is for {', '.join(SUITES[args.suite])}, and the device is {kind}"
     return None
 
 
 def _shapes(args: argparse.Namespace, device: torch.device) -> list[Shape]:
     if args.shapes:
         return [NAMED[name] for name in args.shapes]
+    if args.suite:
+        return list(SUITES[args.suite][device.type])
     return list(TARGETED if args.quick else DEFAULT[device.type])
 
 
 def _command(args: argparse.Namespace) -> str:
     """The command, without the places it writes to."""
     words = ["python -m lora_kernels bench"]
-    for name in ("device", "shapes", "backend", "quick", "rounds", "threads"):
+    for name in ("device", "suite", "shapes", "backend", "without", "peers", "quick", "rounds", "seconds", "threads"):
         value = getattr(args, name)
         if value:
             words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [str(value)])]
+    words += [f"--peer {text.partition('=')[0]}=..." for text in args.peer]
     return " ".join(words)
 
 
@@ -142,8 +206,8 @@ def write(document: dict[str, Any], path: Path) -> None:
 
 def _plot(document: dict[str, Any], path: Path, show: Terminal) -> None:
     try:
-        plot.draw(document, path)
+        drawn = plot.draw_all(document, path)
     except ImportError as error:
         show.line(f"No picture: {error} (pip install matplotlib)")
     else:
-        show.line(f"Drawn: {path}")
+        show.line(f"Drawn: {', '.join(map(str, drawn))}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-_WIDTH = 132
+_WIDTH = 144
 """Columns, where the output is no terminal."""
 
 

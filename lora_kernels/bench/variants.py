@@ -5,13 +5,18 @@ peft      PEFT's own lora.Linear over nn.Linear
 addmm_    the strongest composite of torch operations: an autograd.Function by hand, the low-rank term added in place
 merge     F.linear(x, w + s·b a, bias), formed anew at every step, with autograd through it; has no dropout
 <name>    this package, by back-end
+
+and where all peers are asked for, PEFT with its adapters in the other dtype (fp32 is its default), PEFT's layer under
+torch.compile on a few shapes, and other projects' layers from their sources (`lora_kernels.bench.peers`).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels import dispatch
 from lora_kernels.backends import Call
+from lora_kernels.bench import peers
 from lora_kernels.bench.gate import Problem
-from lora_kernels.bench.shapes import FORWARD, Shape
+from lora_kernels.bench.shapes import BACKWARD, SHORT, Shape
 from lora_kernels.module import FusedLoRALinear
 
 
@@ -50,12 +56,18 @@ class Variant:
     """Of ours: whether this is the one that serves where none is asked for."""
     dropout: bool = True
     """Whether it can be built with p above 0."""
+    wanted: Callable[[Shape], bool] = lambda shape: True
+    """Whether it is measured on a shape."""
+    doubted: bool = False
+    """Whether it may fail, or compute something else: it is tried first."""
+    counted: bool = True
+    """Whether its bytes are counted, which builds it twice more."""
 
 
 def step(task: Task, q: Problem, which: str) -> Callable[[], object]:
     """One forward without gradients, or one forward + backward with gradients of x and everything trained."""
     layer = task.layer
-    if which == FORWARD:
+    if which != BACKWARD:
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -78,13 +90,46 @@ def baselines() -> tuple[list[Variant], list[str]]:
     return [Variant("PEFT", _peft), *found], []
 
 
-def ours(shape: Shape, device: torch.device, named: str | None) -> tuple[list[Variant], dict[str, list[str]]]:
-    """Every back-end that serves `shape` (only the one `named`, if any), and why the others do not."""
+def more_baselines(sources: Sequence[tuple[str, Path]]) -> tuple[list[Variant], list[str]]:
+    """The further peers, those from `sources` (name, path) among them, and what cannot be compared with, with the
+    reason."""
+    found, notes = [], []
+    if importlib.util.find_spec("peft") is not None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            build = functools.partial(_peft, adapter_dtype=dtype)
+            found.append(Variant(f"PEFT, {SHORT[dtype]} adapters", build, wanted=functools.partial(_is_other, dtype)))
+        found.append(
+            Variant("PEFT compiled", _peft_compiled, wanted=lambda shape: shape.compiled, doubted=True, counted=False)
+        )
+    for name, path in sources:
+        try:
+            peer = peers.load(name, path)
+        except Exception as error:  # someone else's import may fail in any way
+            notes.append(f"{name} is not measured: {type(error).__name__}: {error}")
+            continue
+        notes += peer.notes
+        found.append(Variant(name, functools.partial(_theirs, peer.lora_linear), dropout=peer.dropout, doubted=True))
+    return found, notes
+
+
+def _is_other(dtype: torch.dtype, shape: Shape) -> bool:
+    """Whether `dtype` is what the adapters of a 16-bit shape could have, and do not have."""
+    return shape.dtype != torch.float32 and shape.adapters != dtype and dtype in (torch.float32, shape.dtype)
+
+
+def ours(
+    shape: Shape, device: torch.device, named: str | None, without: Sequence[str] = ()
+) -> tuple[list[Variant], dict[str, list[str]]]:
+    """Every back-end that serves `shape` (only the one `named`, if any, and none of `without`), and why the others do
+    not."""
     q = shape
-    calls = [Call(op, device, q.dtype, q.adapters, q.M, q.N, q.K, q.R, True, True) for op in ("forward", "backward")]
+    calls = [Call(op, device, q.dtype, q.adapters, q.M, q.N, q.K, q.R, True) for op in ("forward", "backward")]
     found, passed_over = [], {}
     automatic = dispatch.pick(calls[0], None).name
     for name in dispatch.BACKENDS if named is None else (named,):
+        if name in without:
+            passed_over[name] = [f"left out by --without {name}"]
+            continue
         reasons = list(dict.fromkeys(reason for call in calls for reason in dispatch.refusals(name, call)))
         if reasons:
             passed_over[name] = reasons
@@ -112,7 +157,7 @@ def _fused(backend: str) -> Callable[[Problem], Task]:
     return build
 
 
-def _peft(q: Problem) -> Task:
+def _peft(q: Problem, adapter_dtype: torch.dtype | None = None) -> Task:
     from peft import LoraConfig, inject_adapter_in_model
 
     rank = q.a.shape[0]
@@ -121,9 +166,20 @@ def _peft(q: Problem) -> Task:
     adapters = layer.lora_A["default"], layer.lora_B["default"]
     with torch.no_grad():
         for module, values in zip(adapters, (q.a, q.b), strict=True):
-            module.to(device=values.device, dtype=values.dtype)
+            module.to(device=values.device, dtype=adapter_dtype or values.dtype)
             module.weight.copy_(values)
     return Task(layer.train(), tuple(module.weight for module in adapters), _frozen(q))
+
+
+def _peft_compiled(q: Problem) -> Task:
+    torch.compiler.reset()  # or it would stop to compile after some shapes
+    task = _peft(q)
+    return Task(torch.compile(task.layer, dynamic=False), task.trained, task.frozen)
+
+
+def _theirs(lora_linear: peers.LoRALinear, q: Problem) -> Task:
+    a, b = q.a.detach().requires_grad_(), q.b.detach().requires_grad_()
+    return Task(lambda x: lora_linear(x, q.w, a, b, bias=q.bias, scale=q.scale, p=q.p), (a, b), _frozen(q))
 
 
 def _addmm(q: Problem) -> Task:

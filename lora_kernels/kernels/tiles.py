@@ -1,5 +1,5 @@
-"""Which plan and which tile serve a call: frozen tables and one look-up. Chosen by compiling ahead of time, not yet by
-running on a GPU.
+"""Which plan and which tile serve a call: what ``python -m lora_kernels tune`` measured on this machine, if it was
+asked to, else frozen tables. Those are chosen by compiling ahead of time, not yet by running on a GPU.
 
 The test suite compiles every entry: no register spills, within the architecture's shared memory, onto its tensor cores.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,29 +212,84 @@ def find(arch: str, itemsize: int, kind: str, R: int, dropout: bool, aligned: bo
     return None
 
 
+def _measured(
+    op: str,
+    device: str | None,
+    dtypes: tuple[torch.dtype, torch.dtype] | None,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dropout: bool,
+    aligned: bool,
+) -> Plan | None:
+    """What was measured to be fastest. None where nothing was, or where operands are not aligned, as those measured
+    were."""
+    if device is None or dtypes is None or not aligned:
+        return None
+    from lora_kernels.kernels import tuned  # which reads a file: not before a plan is asked for
+
+    return tuned.find(device, tuned.key(op, *dtypes, M, N, K, R, dropout))
+
+
 @functools.lru_cache(maxsize=4096)
 def forward_plan(
-    arch: str, itemsize: int, M: int, N: int, K: int, R: int, dropout: bool, aligned: bool, multiprocessors: int
+    arch: str,
+    itemsize: int,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dropout: bool,
+    aligned: bool,
+    multiprocessors: int,
+    device: str | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> Plan:
-    """How to run a forward. `aligned`: descriptors can be made of x and w."""
+    """How to run a forward. `aligned`: descriptors can be made of x and w. `device`, the device's name, and `dtypes`,
+    x's and the adapters', are what measured plans are looked up by; without them the tables alone are asked."""
+    if measured := _measured("forward", device, dtypes, M, N, K, R, dropout, aligned):
+        return measured
     kind = "decode16" if M <= 16 else "decode64" if M <= 64 else "redundant" if M <= 512 and not dropout else "tickets"
     tile = find(arch, itemsize, kind, R, dropout, aligned)
     if tile is None or kind == "tickets":
         tile = find(arch, itemsize, "tickets", R, dropout, aligned)
         assert tile is not None, "an entry for any rank ends every table"
         return Plan(False, tile, 1)
-    # Two programs to a multiprocessor, each with at least eight steps of K.
+    return Plan(True, tile, forward_split(tile, M, N, K, multiprocessors))
+
+
+def forward_split(tile: Tile, M: int, N: int, K: int, multiprocessors: int) -> int:
+    """Of a redundant forward: two programs to a multiprocessor, each with at least eight steps of K."""
     tiles = max(1, -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N))
-    return Plan(True, tile, max(1, min(2 * multiprocessors // tiles, K // (8 * tile.BLOCK_K))))
+    return max(1, min(2 * multiprocessors // tiles, K // (8 * tile.BLOCK_K)))
 
 
 @functools.lru_cache(maxsize=4096)
 def backward_plan(
-    arch: str, itemsize: int, M: int, N: int, K: int, R: int, dropout: bool, aligned: bool, multiprocessors: int
+    arch: str,
+    itemsize: int,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dropout: bool,
+    aligned: bool,
+    multiprocessors: int,
+    device: str | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> Plan:
-    """How to run a backward. `aligned`: descriptors can be made of dy and w."""
+    """How to run a backward. `aligned`: descriptors can be made of dy and w. `device` and `dtypes` as in
+    `forward_plan`."""
+    if measured := _measured("backward", device, dtypes, M, N, K, R, dropout, aligned):
+        return measured
     tile = find(arch, itemsize, "backward", R, dropout, aligned)
     assert tile is not None, "an entry for any rank ends every table"
-    # Two programs to a multiprocessor, each with at least four row blocks, and no more than 16 partial sums to add up.
+    return Plan(False, tile, backward_split(tile, M, N, K, R, multiprocessors))
+
+
+def backward_split(tile: Tile, M: int, N: int, K: int, R: int, multiprocessors: int) -> int:
+    """Two programs to a multiprocessor, each with at least four row blocks, and no more than 16 partial sums to add
+    up."""
     tiles = max(1, -(-max(N, K) // tile.BLOCK_C) * -(-R // tile.block_r(R)))
-    return Plan(False, tile, max(1, min(2 * multiprocessors // tiles, M // (4 * tile.BLOCK_M), 16)))
+    return max(1, min(2 * multiprocessors // tiles, M // (4 * tile.BLOCK_M), 16))
