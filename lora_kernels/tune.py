@@ -122,7 +122,7 @@ def _find(name: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> tuple[Mo
         from lora_kernels.backends import _triton_launch, triton
     except ImportError as error:
         return f"needs a GPU that Triton serves: {_line(error)}"
-    refusals = triton.why_not(Call("forward", device, dtype, adapter_dtype, 16, 16, 16, 16, False, True))
+    refusals = triton.why_not(Call("forward", device, dtype, adapter_dtype, 16, 16, 16, 16, False))
     if refusals:
         return f"needs a GPU that Triton serves: {'; '.join(refusals)}"
     return _triton_launch, device, _triton_launch.find_target(device)

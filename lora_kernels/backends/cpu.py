@@ -68,9 +68,10 @@ def forward(
     # all that can be done before the base GEMM: it leaves the caches cold, and Python takes ten times as long after it
     sizes = (torch.get_num_threads(), _CODES[x.dtype], _CODES[a.dtype], M, N, K, R)
     operands = (*_address(x), *_address(a), *_address(b))
-    rest = (N, *_address(h), scale, random.threshold(p), 0 if seed is None else seed.data_ptr())
+    threshold, key = random.threshold(p), 0 if seed is None else seed.data_ptr()
+    saved = _address(h)
     y = base_gemm(x, w, bias)
-    _C.forward(*sizes, *operands, y.data_ptr(), *rest)
+    _C.forward(*sizes, *operands, y.data_ptr(), N, *saved, scale, threshold, key)
     return y, h
 
 
@@ -96,9 +97,10 @@ def backward(
     db = b.new_empty(N, R) if need_db else None
     sizes = (torch.get_num_threads(), _CODES[dy.dtype], _CODES[a.dtype], M, N, K, R)
     operands = (*_address(dy), *_address(x), *_address(a), *_address(b), *_address(h))
-    rest = (*_address(da), *_address(db), scale, random.threshold(p), 0 if seed is None else seed.data_ptr())
+    gradients = (*_address(da), *_address(db))
+    threshold, key = random.threshold(p), 0 if seed is None else seed.data_ptr()
     dx = base_gemm(dy, w.t(), None) if need_dx else None
-    _C.backward(*sizes, *operands, *_address(dx), *rest)
+    _C.backward(*sizes, *operands, *_address(dx), *gradients, scale, threshold, key)
     return dx, da, db
 
 
