@@ -126,7 +126,7 @@ def judge(
 
     RMS error <= 1.25 × plain torch's, largest error <= 2 × plain torch's largest + eps × the largest value. On small
     problems plain torch's errors are themselves noisy estimates from few roundings (n of them: h and g have M·R
-    elements): they are widened by four standard errors, 4/√n. One rounding to x's dtype is never an error: of the
+    elements, and dropout leaves 1 - p of those of x): they are widened by four standard errors, 4/√n. One rounding to x's dtype is never an error: of the
     result, or, of a result too small for statistics, of the terms it is the sum of (they may all but cancel).
 
     `want` and `plain` may be passed where they are known: ``truth(q)`` and ``evaluate(q)``.
@@ -153,7 +153,7 @@ def _verdict(name: str, value: Tensor, q: Problem, exact: Tensor, plain: Tensor,
         return Verdict(name, *none, f"{name}: not finite")
     eps = torch.finfo(q.x.dtype).eps
     error, allowed = (ours - exact).abs(), (plain.double() - exact).abs()
-    n = min(exact.numel(), q.x.shape[0] * q.a.shape[0]) or 1
+    n = max(1.0, (1 - q.p) * min(exact.numel(), q.x.shape[0] * q.a.shape[0]))
     widened = 1 + 4 / n**0.5
     rms, rms_allowed = _rms(error), widened * max(1.25 * _rms(allowed), 0.5 * eps * _rms(size))
     worst, worst_allowed = error.max().item(), widened * 2 * allowed.max().item() + eps * size.abs().max().item()
