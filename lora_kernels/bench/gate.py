@@ -126,8 +126,9 @@ def judge(
 
     RMS error <= 1.25 × plain torch's, largest error <= 2 × plain torch's largest + eps × the largest value. On small
     problems plain torch's errors are themselves noisy estimates from few roundings (n of them: h and g have M·R
-    elements, and dropout leaves 1 - p of those of x): they are widened by four standard errors, 4/√n. One rounding to x's dtype is never an error: of the
-    result, or, of a result too small for statistics, of the terms it is the sum of (they may all but cancel).
+    elements, and dropout leaves 1 - p of those of x): they are widened by four standard errors, 4/√n. One rounding to
+    x's dtype is never an error: of the result, or, of a result too small for statistics, of the terms it is the sum of
+    (they may all but cancel).
 
     `want` and `plain` may be passed where they are known: ``truth(q)`` and ``evaluate(q)``.
     """
