@@ -49,6 +49,13 @@ void backward(int threads, int dtype, int adapter_dtype, i64 M, i64 N, i64 K, i6
                     tile(db, stride_dbn, adapter_dtype));
 }
 
+void gemm(int threads, int dtype, i64 M, i64 N, i64 K, uintptr_t x, i64 stride_xm, uintptr_t w, i64 stride_wn,
+          i64 stride_wk, uintptr_t bias, uintptr_t y, i64 stride_ym) {
+  py::gil_scoped_release unlocked;
+  lk::cpu::gemm(threads, M, N, K, tile(x, stride_xm, dtype), tile(w, stride_wn, dtype), stride_wk, tile(bias, N, dtype),
+                tile(y, stride_ym, dtype));
+}
+
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, std::array<uint32_t, 2> key) {
   const lk::Philox4 r = lk::philox4x32_10(c[0], c[1], c[2], c[3], key[0], key[1]);
   return {r.word[0], r.word[1], r.word[2], r.word[3]};
@@ -71,7 +78,7 @@ void set_cpu_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of the low-rank half of a LoRA linear layer";
+  m.doc() = "CPU kernels of a LoRA linear layer";
   m.attr("F32") = static_cast<int>(DType::f32);
   m.attr("BF16") = static_cast<int>(DType::bf16);
   m.attr("F16") = static_cast<int>(DType::f16);
@@ -87,6 +94,8 @@ PYBIND11_MODULE(_C, m) {
         "h = c keep(x) a^T where x is given; y += s h b^T where y is given. A null pointer: absent.");
   m.def("backward", &backward,
         "g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). A null pointer: absent.");
+  m.def("gemm", &gemm, "y = x w^T + bias: fp32, or any dtype where gemm_few(M, stride_wk).");
+  m.def("gemm_few", &lk::cpu::gemm_few, "Whether gemm reads w as it is: for few rows of x, w's own lying along k.");
   m.def("philox", &philox, "Philox4x32-10 of one counter and key.");
   m.def("keep_bits", &keep_bits,
         "The dropout bits of rows m0.., packed eight columns to a byte, rows padded to 8 bytes.");

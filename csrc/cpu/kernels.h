@@ -30,6 +30,8 @@ struct Keep {
   i64 ld;  // bytes per row
 };
 
+constexpr i64 kGemmDepth = 256;  // terms that a pass of the GEMM adds to y
+
 struct Kernels {
   const char* name;
 
@@ -44,6 +46,14 @@ struct Kernels {
 
   // y[m, k] += keep(sum_r H[m, r] P[r, k])
   void (*expand)(Tile y, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols, i64 R);
+
+  // Panels of w, the n side of the GEMM: P[n / width][k][n % width] = w[n, k], zeroes to the end of the last panel
+  void (*gemm_pack)(const float* w, i64 stride_n, i64 stride_k, i64 cols, i64 depth, float* P);
+  i64 gemm_width;
+
+  // y[m, n] = (add ? y : bias)[m, n] + sum_k x[m, k] P[.., k, ..], depth <= kGemmDepth; a null bias is zero
+  void (*gemm)(const float* x, i64 ldx, const float* P, i64 rows, i64 cols, i64 depth, const float* bias, bool add,
+               float* y, i64 ldy);
 
   // out[i, j] = factor * src[i, j]; to fp32 and from fp32
   void (*read)(Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo);

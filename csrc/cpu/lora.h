@@ -1,4 +1,4 @@
-// The low-rank half of the layer on a CPU, beside the base GEMM that the caller has already put into y or dx.
+// The layer on a CPU: the base GEMM, and the low-rank half beside a base that is already in y or dx.
 #pragma once
 
 #include "kernels.h"
@@ -29,5 +29,10 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h);
 // dx += c keep(g a)   [M, K], where dx is given
 // da = c g^T keep(x)  [R, K], where da is given
 void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx, Tile da, Tile db);
+
+// y = x w^T + bias      [M, N], the base GEMM; w(n, k) lies at n w.ld + k stride_wk; fp32, or any dtype where
+// gemm_few(M, stride_wk)
+void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile bias, Tile y);
+bool gemm_few(i64 M, i64 stride_wk);
 
 }  // namespace lk::cpu

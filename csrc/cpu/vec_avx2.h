@@ -17,6 +17,7 @@ struct V {
   static constexpr int RR = 4;  // 16 registers: 12 accumulators, 3 operands, 1 to spare
   static constexpr int OUTER_NV = 3;
   static constexpr int EXPAND_MR = 4, EXPAND_NV = 3;
+  static constexpr int GEMM_MR = 6, GEMM_NV = 2;
   static constexpr int dot_rows(int rr) { return rr == 4 ? 3 : 4; }
 
   using reg = __m256;
@@ -81,6 +82,22 @@ struct V {
     alignas(16) float s[4];
     _mm_store_ps(s, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
     for (int j = 0; j < n; ++j) out[j] = s[j];
+  }
+
+  static void transpose(reg (&t)[W]) {
+    reg u[W];
+    for (int i = 0; i < W; i += 4) {  // 4 x 4 blocks in each half
+      const reg a = _mm256_unpacklo_ps(t[i], t[i + 1]), b = _mm256_unpackhi_ps(t[i], t[i + 1]);
+      const reg c = _mm256_unpacklo_ps(t[i + 2], t[i + 3]), d = _mm256_unpackhi_ps(t[i + 2], t[i + 3]);
+      u[i] = _mm256_shuffle_ps(a, c, 0x44);
+      u[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      u[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      u[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    for (int j = 0; j < 4; ++j) {  // the halves
+      t[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+      t[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+    }
   }
 
   // Four counters in the low halves of 64-bit lanes. _mm256_mul_epu32 ignores the high halves, so they may hold

@@ -17,6 +17,7 @@ struct V {
   static constexpr int RR = 8;  // 32 registers: 24 accumulators and up to 8 operands
   static constexpr int OUTER_NV = 3;
   static constexpr int EXPAND_MR = 6, EXPAND_NV = 4;
+  static constexpr int GEMM_MR = 12, GEMM_NV = 2;
   static constexpr int dot_rows(int rr) { return rr == 8 ? 3 : rr == 4 ? 6 : 8; }
 
   using reg = __m512;
@@ -75,6 +76,27 @@ struct V {
     const __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
     const __m128 v = _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1));
     _mm_mask_storeu_ps(out, static_cast<__mmask8>((1 << n) - 1), v);
+  }
+
+  static void transpose(reg (&t)[W]) {
+    reg u[W];
+    for (int i = 0; i < W; i += 4) {  // 4 x 4 blocks in each quarter
+      const reg a = _mm512_unpacklo_ps(t[i], t[i + 1]), b = _mm512_unpackhi_ps(t[i], t[i + 1]);
+      const reg c = _mm512_unpacklo_ps(t[i + 2], t[i + 3]), d = _mm512_unpackhi_ps(t[i + 2], t[i + 3]);
+      u[i] = _mm512_shuffle_ps(a, c, 0x44);
+      u[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+      u[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+      u[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+    }
+    for (int j = 0; j < 4; ++j) {  // the quarters
+      const reg a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+      const reg c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88),
+                d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+      t[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+      t[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
+      t[8 + j] = _mm512_shuffle_f32x4(a, c, 0xdd);
+      t[12 + j] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
   }
 
   // a shuffle, not a shift: shifts share a port with the multiplications

@@ -15,6 +15,7 @@ struct V {
   static constexpr int RR = 2;                        // largest block of r in dot and outer
   static constexpr int OUTER_NV = 2;                  // vectors of columns in outer
   static constexpr int EXPAND_MR = 2, EXPAND_NV = 2;  // rows, vectors of columns in expand
+  static constexpr int GEMM_MR = 2, GEMM_NV = 2;      // the same of the GEMM
   static constexpr int dot_rows(int rr) { return rr == 2 ? 2 : 4; }
 
   struct reg {
@@ -71,6 +72,15 @@ struct V {
       const float* v = a[j].v;
       out[j] = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
     }
+  }
+
+  static void transpose(reg (&t)[W]) {
+    for (int i = 0; i < W; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float s = t[i].v[j];
+        t[i].v[j] = t[j].v[i];
+        t[j].v[i] = s;
+      }
   }
 
   // 8 bytes of keep bits: columns 8 * group .. 8 * group + 63 of row m

@@ -1,4 +1,4 @@
-"""The CPU back-end: the low-rank half and its dropout in csrc/cpu; the base GEMM from torch (MKL) or oneDNN.
+"""The CPU back-end: the low-rank half and its dropout in csrc/cpu; the base GEMM from torch or csrc/cpu too.
 
     h = c·(keep ⊙ x) aᵀ          y = x wᵀ + bias, then y += s · h bᵀ in place
     g = s · dy b                 dx = dy w, then dx += c · keep ⊙ (g a) in place
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from lora_kernels import random
 from lora_kernels.backends import Call
-from lora_kernels.backends.cpu_gemm import base_gemm, base_gemm_choices
 
 try:
     from lora_kernels import _C
+    from lora_kernels.backends.cpu_gemm import CODES, base_gemm, base_gemm_choices
 except ImportError as error:
     raise ImportError(
         f"the native CPU kernels are not there ({error}): they are built when lora_kernels is installed, which takes a "
@@ -35,14 +35,12 @@ __all__ = ["backward", "base_gemm_choices", "forward", "name", "why_not"]
 
 name = "cpu"
 
-_CODES = {torch.float32: _C.F32, torch.bfloat16: _C.BF16, torch.float16: _C.F16}
-
 
 def why_not(call: Call) -> list[str]:
     reasons = []
     if call.device.type != "cpu":
         reasons.append(f"the tensors are on {call.device}, the kernels run on a CPU")
-    if call.dtype not in _CODES:
+    if call.dtype not in CODES:
         reasons.append(f"x has {call.dtype}, the kernels take float32, bfloat16 and float16")
     elif call.adapter_dtype not in (call.dtype, torch.float32):
         reasons.append(
@@ -66,7 +64,7 @@ def forward(
     (M, K), (N, R) = x.shape, b.shape
     h = x.new_empty(M, R) if save_h else None
     # all that can be done before the base GEMM: it leaves the caches cold, and Python takes ten times as long after it
-    sizes = (torch.get_num_threads(), _CODES[x.dtype], _CODES[a.dtype], M, N, K, R)
+    sizes = (torch.get_num_threads(), CODES[x.dtype], CODES[a.dtype], M, N, K, R)
     operands = (*_address(x), *_address(a), *_address(b))
     threshold, key = random.threshold(p), 0 if seed is None else seed.data_ptr()
     saved = _address(h)
@@ -95,7 +93,7 @@ def backward(
     (M, N), (R, K) = dy.shape, a.shape
     da = a.new_empty(R, K) if need_da else None
     db = b.new_empty(N, R) if need_db else None
-    sizes = (torch.get_num_threads(), _CODES[dy.dtype], _CODES[a.dtype], M, N, K, R)
+    sizes = (torch.get_num_threads(), CODES[dy.dtype], CODES[a.dtype], M, N, K, R)
     operands = (*_address(dy), *_address(x), *_address(a), *_address(b), *_address(h))
     gradients = (*_address(da), *_address(db))
     threshold, key = random.threshold(p), 0 if seed is None else seed.data_ptr()
