@@ -28,8 +28,10 @@ SHAPES = [  # M, N, K, R
     (40, 24, 16, 64),
     (9, 16, 8, 256),
     (0, 16, 24, 4),
+    (211, 193, 187, 8),
 ]
-"""Odd, ragged, empty; r from 1 to 256, powers of two and not, and above K."""
+"""The last is large enough for statistics, the others have every element within the bound of rounding. Odd, ragged,
+empty; r from 1 to 256, powers of two and not, and above K."""
 
 
 DTYPES = [
