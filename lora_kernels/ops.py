@@ -148,7 +148,8 @@ class LoRALinearFunction(torch.autograd.Function):
         x, w, a, b, h, seed = ctx.saved_tensors
         need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
         dx = da = db = dbias = None
-        with torch.no_grad(), torch.autocast("cpu" if dy.is_meta else dy.device.type, enabled=False):
+        device = dy.device.type  # torch 2.6 cannot compile dy.is_meta in here
+        with torch.no_grad(), torch.autocast("cpu" if device == "meta" else device, enabled=False):
             dy = dy.to(ctx.dtype)
             if need_dx or need_da or need_db:
                 dx, da, db = _backward(

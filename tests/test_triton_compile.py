@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import NamedTuple
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.timeout(90)
 
 
 class Entry(NamedTuple):
-    """One entry of the tables, in the variant that asks most of the compiler: dropout where it serves dropout, fp32
-    adapters."""
+    """One entry of the tables, in one of the variants that ask most of the compiler: with dropout, where the entry
+    serves dropout."""
 
     arch: str
     kind: str
@@ -43,16 +44,17 @@ class Entry(NamedTuple):
 
 def _entries() -> Iterator[Entry]:
     for (arch, itemsize), table in tiles.TABLES.items():
-        if arch == "sm_89":
-            continue  # sm_86's tiles, limits and instructions
         for kind in table:
             # An entry with a twin for dropout, or of a kind that is never chosen with it, is compiled without.
             p = 0.0 if f"{kind}_dropout" in table or kind.startswith("redundant") else 0.1
             if itemsize == 2:
+                # One tile, other instructions: both types, once with the adapters that take more registers.
                 yield Entry(arch, kind, torch.bfloat16, torch.float32, p)
-            elif arch in ("sm_80", "sm_90", "gfx942"):
-                # The fp32 tiles are the same everywhere: three families, by their matrix instructions.
-                yield Entry(arch, kind, torch.float32, torch.float32, p, "high" if arch == "sm_80" else "highest")
+                yield Entry(arch, kind, torch.float16, torch.float16, p)
+            else:
+                # "high" is for tensor cores, "highest" for the ordinary ones (or AMD's matrix cores, in full fp32).
+                for precision in ("highest", "high"):
+                    yield Entry(arch, kind, torch.float32, torch.float32, p, precision)
 
 
 ENTRIES = list(_entries())
@@ -109,7 +111,7 @@ def test_entry(number: int, compiled: dict[int, Future[Report]]) -> None:
         assert not report.tensor_core, "rounds fp32 operands"
     else:
         assert report.tensor_core, "no tensor-core instructions"
-    if entry.arch in ("sm_90", "sm_100") and "decode16" not in entry.kind and entry.dtype == torch.bfloat16:
+    if entry.arch in ("sm_90", "sm_100") and "decode16" not in entry.kind and entry.dtype.itemsize == 2:
         wanted = "wgmma.mma_async" if entry.arch == "sm_90" else "tcgen05.mma"
         assert list(report.tensor_core) == [wanted], f"falls back to {list(report.tensor_core)}"
     assert (report.bulk_copies > 0) == ("_tma" in entry.kind)
@@ -118,6 +120,12 @@ def test_entry(number: int, compiled: dict[int, Future[Report]]) -> None:
         assembly.check_consumption(report.assembly)
     if not cuda and not entry.kind.startswith("redundant"):
         assembly.check_publication_amd(report.assembly)
+
+
+def test_no_entry_is_left_out() -> None:
+    entries = {(arch, itemsize, kind) for (arch, itemsize), table in tiles.TABLES.items() for kind in table}
+    variants = Counter((e.arch, e.dtype.itemsize, e.kind) for e in ENTRIES)
+    assert variants == dict.fromkeys(entries, 2)  # two types of 16 bits, two precisions of fp32
 
 
 PTX = """

@@ -1,7 +1,9 @@
 """Which plan and which tile serve a call: what ``python -m lora_kernels tune`` measured on this machine, if it was
 asked to, else frozen tables. Those are chosen by compiling ahead of time, not yet by running on a GPU.
 
-The test suite compiles every entry: no register spills, within the architecture's shared memory, onto its tensor cores.
+The test suite compiles every entry for its architecture, in both types of 16 bits or both precisions of fp32: no
+register spills (with the Triton that it pins: others spill in a few), within the architecture's shared memory, onto its
+tensor cores (or, fp32 in full precision, not).
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class Plan(NamedTuple):
 #   tickets             forward by tickets
 #   backward            backward by tickets
 #   ..._tma             the same through descriptors, where operands are aligned
-#   ..._dropout         the same with dropout, where the mask's registers ask for another tile
+#   ..._dropout         the same with dropout, where the mask asks for another tile
 # In tickets and backward BLOCK_M elements take at least 128 bytes: row blocks of h and g share no line of L1.
 
 _DECODE16 = Tile(max_rank=128, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, BLOCK_R=128, num_warps=4, num_stages=3)
@@ -175,15 +177,22 @@ _16_BIT: dict[str, dict[str, Tile]] = {
 _16_BIT["sm_89"] = _16_BIT["sm_86"]
 
 # fp32 runs on the ordinary cores where its matmul precision is "highest", with operands in registers: small tiles, the
-# same everywhere.
+# same everywhere but on sm_100.
 _32_BIT: dict[str, Tile] = {
     "decode16": Tile(max_rank=32, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=32, num_warps=4, num_stages=2),
     "tickets": Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=4, num_stages=2),
     "backward": Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=64, BLOCK_T=16, num_warps=8, num_stages=2),
 }
 
+# Before 3.8, Triton puts the products with x under dropout onto sm_100's tensor cores, in tf32 whatever precision was
+# asked for, unless they have fewer than 64 rows: BLOCK_M of tiles of h, BLOCK_C of parts of da.
+_32_BIT_SM_100: dict[str, Tile] = _32_BIT | {
+    "tickets_dropout": Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=4, num_stages=2),
+    "backward": Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=32, BLOCK_T=32, num_warps=8, num_stages=2),
+}
+
 TABLES: dict[tuple[str, int], dict[str, Tile]] = {(arch, 2): table for arch, table in _16_BIT.items()} | {
-    (arch, 4): _32_BIT for arch in _16_BIT
+    (arch, 4): _32_BIT_SM_100 if arch == "sm_100" else _32_BIT for arch in _16_BIT
 }
 """(architecture, bytes per element) → kind of launch → tile."""
 
