@@ -30,8 +30,10 @@ ISA_FLAGS = {
     "avx2": ["-DLK_ISA_AVX2", "-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-DLK_ISA_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
+ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 # gcc 12 sees uninitialised variables in its own <avx512fintrin.h> (GCC bug 105593)
-ISA_FLAGS["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+for _flags in (ISA_FLAGS["avx512"], ISA_FLAGS["avx512_bf16"]):
+    _flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -167,11 +169,15 @@ class BuildNative(build_ext):
         openmp = [] if _compiles([*cxx, "-fopenmp"], "#include <omp.h>\nint main() { return 0; }\n") else ["-fopenmp"]
         cpu = ROOT / "csrc" / "cpu"
         objects = []
-        for isa in ISA_FLAGS if IS_X86 else ["baseline"]:
+        tables = [("kernels.cpp", isa) for isa in ("baseline", "avx2", "avx512")] + [
+            ("low_rank_bf16.cpp", "avx512_bf16")
+        ]
+        for source, isa in tables if IS_X86 else tables[:1]:
             flags = [*common, *ISA_FLAGS[isa]]
-            objects.append(ninja.build("cxx", [str(cpu / "kernels.cpp")], f"kernels_{isa}.o", flags))
+            objects.append(ninja.build("cxx", [str(cpu / source)], f"{Path(source).stem}_{isa}.o", flags))
+        compiled = {source for source, _ in tables}
         for source in [ROOT / "csrc" / "bindings.cpp", *sorted(cpu.glob("*.cpp"))]:
-            if source.name != "kernels.cpp":
+            if source.name not in compiled:
                 objects.append(ninja.build("cxx", [str(source)], f"{source.stem}.o", [*common, *openmp]))
         ninja.build("link", objects, target, [*self._link_flags(), *openmp])
 

@@ -1,4 +1,5 @@
-"""The native CPU kernels (csrc/): addresses (0: absent), sizes and row strides. Every operand has unit last stride."""
+"""The native CPU kernels (csrc/): addresses (0: absent), sizes and row strides. Every operand but gemm's w has unit last
+stride."""
 
 F32: int
 BF16: int
@@ -21,5 +22,10 @@ def backward(
     dx: int, stride_dxm: int, da: int, stride_dar: int, db: int, stride_dbn: int,
     scale: float, threshold: int, seed: int, /,
 ) -> None: ...  # fmt: skip
+def gemm(
+    threads: int, dtype: int, M: int, N: int, K: int,
+    x: int, stride_xm: int, w: int, stride_wn: int, stride_wk: int, bias: int, y: int, stride_ym: int, /,
+) -> None: ...  # fmt: skip
+def gemm_few(M: int, stride_wk: int, /) -> bool: ...
 def philox(counter: list[int], key: list[int]) -> list[int]: ...
 def keep_bits(seed: int, threshold: int, m0: int, rows: int, cols: int) -> bytes: ...

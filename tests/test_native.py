@@ -141,11 +141,12 @@ def problem(
     }
 
 
-def close(got: Tensor, bound: Bound) -> None:
-    """Within one rounding to got's dtype and an fp32 sum's bound for `terms` products: n · 2⁻²⁴ · Σ|products|."""
+def close(got: Tensor, bound: Bound, through_bf16: bool = False) -> None:
+    """Within one rounding to got's dtype and an fp32 sum's bound for `terms` products: n · 2⁻²⁴ · Σ|products|; where h
+    or g passes through bf16, one rounding of them more."""
     want, magnitude, terms = bound
     assert not torch.isnan(got).any()
-    fp32 = (4 + terms) * 2**-24 * magnitude
+    fp32 = ((4 + terms) * 2**-24 + (2**-8 if through_bf16 else 0)) * magnitude
     rounding = (
         torch.finfo(got.dtype).eps / 2 * (want.abs() + fp32)
         + torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
@@ -156,41 +157,47 @@ def close(got: Tensor, bound: Bound) -> None:
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 def test_forward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float) -> None:
-    """h = x̂ aᵀ alone, y += s h bᵀ alone, and both in one call (where y sees h before it is rounded)."""
+    """h = x̂ aᵀ alone, y += s h bᵀ alone, and both in one call (where y sees h before it is rounded, if
+    it is not multiplied as bf16)."""
+    pairs = isa == "avx512_bf16" and dtype == adapter_dtype == torch.bfloat16
     for shape in SHAPES:
         q, want = problem(shape, dtype, adapter_dtype, p)
         close(q.forward(up=False)[1], want["h"])
-        close(q.forward(down=False)[0], want["y of h"])
+        close(q.forward(down=False)[0], want["y of h"], pairs)
         y, h = q.forward()
-        close(y, want["y"])
+        close(y, want["y"], pairs)
         close(h, want["h"])
 
 
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 def test_backward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float) -> None:
+    pairs = isa == "avx512_bf16" and dtype == adapter_dtype == torch.bfloat16
     for shape in SHAPES:
         q, want = problem(shape, dtype, adapter_dtype, p)
         for name, value in q.backward().items():
-            close(value, want[name])
+            close(value, want[name], pairs and name != "db")
 
 
 @pytest.mark.parametrize("shape", [(67, 48, 33, 3), (130, 100, 90, 65)])
-def test_backward_computes_what_is_asked(isa: str, shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_backward_computes_what_is_asked(
+    isa: str, shape: tuple[int, int, int, int], adapter_dtype: torch.dtype
+) -> None:
     """Each result alone has the very bits it has beside the others."""
-    q = Operands(*shape, torch.bfloat16, torch.float32, 0.1)
+    q = Operands(*shape, torch.bfloat16, adapter_dtype, 0.1)
     everything = q.backward()
     for name in everything:
         alone = q.backward(**{other: other == name for other in everything})
         assert alone.keys() == {name} and torch.equal(alone[name], everything[name])
 
 
-@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [*((dtype, torch.float32) for dtype in CODES), DTYPES[1]])
 @pytest.mark.parametrize("shape", [(523, 700, 391, 8), (1100, 130, 300, 16), (260, 400, 300, 70)])
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
-    shape: tuple[int, int, int, int], dtype: torch.dtype
+    shape: tuple[int, int, int, int], dtype: torch.dtype, adapter_dtype: torch.dtype
 ) -> None:
-    q = Operands(*shape, dtype, torch.float32, 0.1)
+    q = Operands(*shape, dtype, adapter_dtype, 0.1)
     y, h = q.forward(1)
     grads = q.backward(1)
     for threads in (1, 2, 3, 7):

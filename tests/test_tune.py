@@ -243,7 +243,7 @@ class TestCommand:
         assert main(list(self.OPTIONS)) == 0
         shown = " ".join(capsys.readouterr().out.split())
         for op, name in (("forward", "y"), ("backward", "dx")):
-            assert f"5x24x16:4 {op}: dropped" in shown and f"stages 3: {name}: RMS error" in shown
+            assert f"5x24x16:4 {op}: dropped" in shown and f"stages 3: {name}: error" in shown
         assert "the tables'" in shown and tuned.load(NAME) == {}
 
     def test_the_faster_candidate_is_kept_and_then_used(self, launching, monkeypatch, capsys) -> None:

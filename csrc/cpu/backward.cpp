@@ -38,6 +38,7 @@ void clear(float* D, i64 ldd, i64 rows, i64 cols) {
 
 void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx, Tile da, Tile db) {
   const Kernels& k = kernels();
+  const LowRank& l = k.low_rank(dy.dtype, a.dtype);
   const bool need_g = dx || da, one_pass = p.R <= kFusedRank;
   const bool drop = p.dropout.threshold != 0;
   const float c = p.dropout.rescale();
@@ -45,29 +46,27 @@ void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx
   const int threads = team(p.threads, 2.0 * p.M * p.R * products);
 
   const i64 ldn = panel_stride(p.N), ldk = panel_stride(p.K), MR = p.M * p.R;
-  const bool a_packed = static_cast<bool>(dx), h_packed = db && h.dtype != DType::f32;
+  const bool a_packed = static_cast<bool>(dx), h_packed = db && (l.pairs || h.dtype != DType::f32);
   const Grid pack_a = make_grid(p.R, p.K, p.R, 512), pack_b = make_grid(p.N, p.R, 128, p.R);
   const Grid rows = make_grid(p.M, p.R, kTileRows, p.R);
   const Grid over_n = fused_grid(p.M, p.N, p.R), over_k = fused_grid(p.M, p.K, p.R);
   const i64 g_parts = one_pass ? over_n.C : 1;
 
   Scratch scratch;
-  float *a32, *bt, *h32, *g, *db_part, *da_part, *cg;
+  float *a_panel, *b_panel, *h32, *g, *g_rows, *db_part, *da_part;
   uint8_t* bits;
-  const i64 bits_per_thread = drop ? kTileRows * over_k.chunk / 8 : 0, cg_per_thread = drop && dx ? kTileRows * p.R : 0;
+  const i64 bits_per_thread = drop ? kTileRows * over_k.chunk / 8 : 0;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) scratch.reserve();
-    a32 = scratch.floats(a_packed ? p.R * ldk : 0);
-    bt = scratch.floats(need_g ? p.R * ldn : 0);
+    a_panel = scratch.floats(a_packed ? p.R * ldk : 0);
+    b_panel = scratch.floats(need_g ? p.R * ldn : 0);
     h32 = scratch.floats(h_packed ? MR : 0);
     g = scratch.floats(need_g ? g_parts * MR : 0);
+    g_rows = scratch.floats(dx ? MR : 0);
     db_part = scratch.floats(db ? over_n.S * p.R * ldn : 0);
     da_part = scratch.floats(da ? over_k.S * p.R * ldk : 0);
-    cg = scratch.floats(threads * cg_per_thread);
     bits = scratch.bytes(threads * bits_per_thread);
   }
-  const float* const A = a_packed ? a32 : static_cast<const float*>(a.data);
-  const i64 lda = a_packed ? ldk : a.ld;
   const float* const H = h_packed ? h32 : static_cast<const float*>(h.data);
   const i64 ldh = h_packed ? p.R : h.ld;
   const Keep all{nullptr, 0};
@@ -78,17 +77,17 @@ void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx
     if (a_packed) {
 #pragma omp for schedule(static) nowait
       for (i64 t = 0; t < pack_a.size(); ++t)
-        k.read(a.at(0, pack_a.k0(t)), p.R, pack_a.width(t), 1.0f, a32 + pack_a.k0(t), ldk);
+        l.expand_panel(a.at(0, pack_a.k0(t)), p.R, pack_a.width(t), a_panel + pack_a.k0(t), ldk);
     }
     if (need_g) {
 #pragma omp for schedule(static) nowait
       for (i64 t = 0; t < pack_b.size(); ++t)
-        k.read_t(b.at(pack_b.m0(t), 0), pack_b.rows(t), p.R, 1.0f, bt + pack_b.m0(t), ldn);
+        l.dot_panel_t(b.at(pack_b.m0(t), 0), pack_b.rows(t), p.R, b_panel + l.dot_column(pack_b.m0(t)), ldn);
     }
     if (h_packed) {
 #pragma omp for schedule(static) nowait
       for (i64 t = 0; t < rows.size(); ++t)
-        k.read(h.at(rows.m0(t), 0), rows.rows(t), p.R, 1.0f, h32 + rows.m0(t) * p.R, p.R);
+        l.outer_rows(h.at(rows.m0(t), 0), rows.rows(t), p.R, 1.0f, h32 + rows.m0(t) * p.R);
     }
 #pragma omp barrier
 
@@ -98,8 +97,8 @@ void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx
       for (i64 t = 0; t < rows.size(); ++t) {
         const i64 m0 = rows.m0(t);
         for (i64 n0 = 0; n0 < p.N; n0 += kDepth)
-          k.dot(dy.at(m0, n0), all, bt + n0, ldn, rows.rows(t), std::min(kDepth, p.N - n0), p.R, g + m0 * p.R, p.R,
-                n0 > 0);
+          l.dot(dy.at(m0, n0), all, b_panel + l.dot_column(n0), ldn, rows.rows(t), std::min(kDepth, p.N - n0), p.R,
+                g + m0 * p.R, p.R, n0 > 0);
       }
     }
     if (db || (need_g && one_pass)) {
@@ -112,8 +111,9 @@ void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx
           const i64 n = std::min(kTileRows, last - m0);
           const Tile tile = dy.at(m0, n0);
           if (need_g && one_pass)
-            k.dot(tile, all, bt + n0, ldn, n, width, p.R, g + t % over_n.C * MR + m0 * p.R, p.R, false);
-          if (db) k.outer(tile, all, H + m0 * ldh, ldh, n, width, p.R, D, ldn);
+            l.dot(tile, all, b_panel + l.dot_column(n0), ldn, n, width, p.R, g + t % over_n.C * MR + m0 * p.R, p.R,
+                  false);
+          if (db) l.outer(tile, all, H + m0 * ldh, ldh, n, width, p.R, D, ldn);
         }
       }
     }
@@ -125,7 +125,9 @@ void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx
       for (i64 t = 0; t < rows.size(); ++t) {
         float* const gm = g + rows.m0(t) * p.R;
         sum_parts(gm, rows.rows(t) * p.R, gm, MR, g_parts);
-        k.read({gm, p.R, DType::f32}, rows.rows(t), p.R, p.scale, gm, p.R);
+        const Tile sum{gm, p.R, DType::f32};
+        if (dx) l.expand_rows(sum, rows.rows(t), p.R, c * p.scale, g_rows + rows.m0(t) * p.R);
+        if (da) l.outer_rows(sum, rows.rows(t), p.R, p.scale, gm);
       }
     }
     if (db) {
@@ -152,17 +154,9 @@ void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx
         if (da) clear(D, ldk, p.R, width);
         for (i64 m0 = first; m0 < last; m0 += kTileRows) {
           const i64 n = std::min(kTileRows, last - m0);
-          const float* gm = g + m0 * p.R;
           if (drop) k.keep_bits(p.dropout.seed, p.dropout.threshold, m0, k0, n, width, my_bits, keep.ld);
-          if (da) k.outer(x.at(m0, k0), keep, gm, p.R, n, width, p.R, D, ldk);
-          if (dx) {
-            if (drop) {
-              float* const scaled = cg + worker() * cg_per_thread;
-              k.read({const_cast<float*>(gm), p.R, DType::f32}, n, p.R, c, scaled, p.R);
-              gm = scaled;
-            }
-            k.expand(dx.at(m0, k0), keep, gm, p.R, A + k0, lda, n, width, p.R);
-          }
+          if (da) l.outer(x.at(m0, k0), keep, g + m0 * p.R, p.R, n, width, p.R, D, ldk);
+          if (dx) l.expand(dx.at(m0, k0), keep, g_rows + m0 * p.R, p.R, a_panel + k0, ldk, n, width, p.R);
         }
       }
     }

@@ -19,6 +19,7 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h) {
   const int threads = team(p.threads, 2.0 * p.M * p.R * ((down ? p.K : 0) + (up ? p.N : 0)));
   const float c = p.dropout.rescale();
   const bool drop = p.dropout.threshold != 0;
+  const LowRank& l = few ? *k.fp32 : k.low_rank(x.dtype, a.dtype);
   const bool a_packed = down && (!few || a.dtype != DType::f32), b_packed = up && !few;
 
   const i64 ldn = panel_stride(p.N), ldk = panel_stride(p.K);
@@ -27,18 +28,18 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h) {
   const Grid rows = make_grid(p.M, p.K, task_rows, std::max<i64>(p.K, 1)), tiles = make_grid(p.M, p.N, kRows, kWidth);
 
   Scratch scratch;
-  float *h32, *a32, *bt, *tmp;
+  float *h32, *a_panel, *b_panel, *tmp;
   uint8_t* bits;
   const i64 bits_per_thread = drop ? task_rows * kDepth / 8 : 0;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) scratch.reserve();
     h32 = scratch.floats(p.M * p.R);
-    a32 = scratch.floats(a_packed ? p.R * ldk : 0);
-    bt = scratch.floats(b_packed ? p.R * ldn : 0);
+    a_panel = scratch.floats(a_packed ? p.R * ldk : 0);
+    b_panel = scratch.floats(b_packed ? p.R * ldn : 0);
     tmp = scratch.floats(up && few ? threads * kWidth : 0);
     bits = scratch.bytes(threads * bits_per_thread);
   }
-  const float* const P = a_packed ? a32 : static_cast<const float*>(a.data);
+  const float* const P = a_packed ? a_panel : static_cast<const float*>(a.data);
   const i64 ldp = a_packed ? ldk : a.ld;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -46,17 +47,17 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h) {
     if (a_packed) {
 #pragma omp for schedule(static) nowait
       for (i64 t = 0; t < pack_a.size(); ++t)
-        k.read(a.at(0, pack_a.k0(t)), p.R, pack_a.width(t), 1.0f, a32 + pack_a.k0(t), ldk);
+        l.dot_panel(a.at(0, pack_a.k0(t)), p.R, pack_a.width(t), a_panel + l.dot_column(pack_a.k0(t)), ldk);
     }
     if (b_packed) {
 #pragma omp for schedule(static) nowait
       for (i64 t = 0; t < pack_b.size(); ++t)
-        k.read_t(b.at(pack_b.m0(t), 0), pack_b.rows(t), p.R, 1.0f, bt + pack_b.m0(t), ldn);
+        l.expand_panel_t(b.at(pack_b.m0(t), 0), pack_b.rows(t), p.R, b_panel + pack_b.m0(t), ldn);
     }
     if (!down) {
 #pragma omp for schedule(static) nowait
       for (i64 t = 0; t < rows.size(); ++t)
-        k.read(h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, h32 + rows.m0(t) * p.R, p.R);
+        l.expand_rows(h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, h32 + rows.m0(t) * p.R);
     }
 #pragma omp barrier
     if (down) {
@@ -69,11 +70,11 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h) {
         do {
           const i64 depth = std::min(kDepth, p.K - k0);
           if (drop) k.keep_bits(p.dropout.seed, p.dropout.threshold, m0, k0, n, depth, my_bits, kDepth / 8);
-          k.dot(x.at(m0, k0), {my_bits, kDepth / 8}, P + k0, ldp, n, depth, p.R, hm, p.R, k0 > 0);
+          l.dot(x.at(m0, k0), {my_bits, kDepth / 8}, P + l.dot_column(k0), ldp, n, depth, p.R, hm, p.R, k0 > 0);
           k0 += depth;
         } while (k0 < p.K);
         if (h) k.write(hm, p.R, n, p.R, c, h.at(m0, 0));
-        if (up) k.read({hm, p.R, DType::f32}, n, p.R, c * p.scale, hm, p.R);
+        if (up) l.expand_rows({hm, p.R, DType::f32}, n, p.R, c * p.scale, hm);
       }
     }
     if (up) {
@@ -81,14 +82,14 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h) {
       for (i64 t = 0; t < tiles.size(); ++t) {
         const i64 m0 = tiles.m0(t), n0 = tiles.k0(t), width = tiles.width(t), n = tiles.rows(t);
         if (!few) {
-          k.expand(y.at(m0, n0), {nullptr, 0}, h32 + m0 * p.R, p.R, bt + n0, ldn, n, width, p.R);
+          l.expand(y.at(m0, n0), {nullptr, 0}, h32 + m0 * p.R, p.R, b_panel + n0, ldn, n, width, p.R);
           continue;
         }
         const float one = 1.0f;
         float* const column = tmp + worker() * kWidth;
         for (i64 m = m0; m < m0 + n; ++m) {
-          k.dot(b.at(n0, 0), {nullptr, 0}, h32 + m * p.R, p.R, width, p.R, 1, column, 1, false);
-          k.expand(y.at(m, n0), {nullptr, 0}, &one, 1, column, width, 1, width, 1);
+          l.dot(b.at(n0, 0), {nullptr, 0}, h32 + m * p.R, p.R, width, p.R, 1, column, 1, false);
+          l.expand(y.at(m, n0), {nullptr, 0}, &one, 1, column, width, 1, width, 1);
         }
       }
     }

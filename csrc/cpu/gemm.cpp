@@ -39,7 +39,7 @@ void few_rows(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, Tile bias, Tile 
     float* const part = parts + worker() * kStrip * M;
     i64 k0 = 0;
     do {
-      k.dot(w.at(n0, k0), {nullptr, 0}, X + k0, ldx, n, std::min(kDepth, K - k0), M, part, M, k0 > 0);
+      k.fp32->dot(w.at(n0, k0), {nullptr, 0}, X + k0, ldx, n, std::min(kDepth, K - k0), M, part, M, k0 > 0);
       k0 += kDepth;
     } while (k0 < K);
     if (add)

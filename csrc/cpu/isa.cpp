@@ -11,7 +11,7 @@ namespace {
 
 #if defined(LK_X86)
 struct Features {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false;
 };
 
 Features detect() {
@@ -27,6 +27,7 @@ Features detect() {
   Features f;
   f.avx2 = ymm && fma && f16c && has(5);
   f.avx512 = f.avx2 && zmm && has(16) && has(17) && has(30) && has(31);  // F, DQ, BW, VL
+  f.avx512_bf16 = f.avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) != 0;
   return f;
 }
 #endif
@@ -35,6 +36,15 @@ std::vector<const Kernels*> detect_tables() {
   std::vector<const Kernels*> tables;
 #if defined(LK_X86)
   const Features f = detect();
+  if (f.avx512_bf16) {
+    static const Kernels with_bf16 = [] {
+      Kernels k = kernels_avx512();
+      k.name = "avx512_bf16";
+      k.bf16 = &low_rank_avx512_bf16();
+      return k;
+    }();
+    tables.push_back(&with_bf16);
+  }
   if (f.avx512) tables.push_back(&kernels_avx512());
   if (f.avx2) tables.push_back(&kernels_avx2());
 #endif

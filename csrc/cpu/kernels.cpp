@@ -23,7 +23,7 @@ void keep_bits(uint64_t seed, uint32_t threshold, i64 m0, i64 k0, i64 rows, i64 
       break;                     \
     }                            \
     case DType::bf16: {          \
-      using T = bf16;            \
+      using T = lk::cpu::bf16;   \
       call;                      \
       break;                     \
     }                            \
@@ -34,15 +34,20 @@ void keep_bits(uint64_t seed, uint32_t threshold, i64 m0, i64 k0, i64 rows, i64 
     }                            \
   }
 
-constexpr Kernels kTable = {
-#if defined(LK_ISA_AVX512)
-    "avx512",
-#elif defined(LK_ISA_AVX2)
-    "avx2",
-#else
-    "baseline",
-#endif
-    keep_bits,
+void panel(Tile src, i64 rows, i64 cols, float* P, i64 ldp) {
+  LK_BY_DTYPE(src.dtype, (read<T>(src, rows, cols, 1.0f, P, ldp)))
+}
+
+void panel_t(Tile src, i64 rows, i64 cols, float* P, i64 ldp) {
+  LK_BY_DTYPE(src.dtype, (read_t<T>(src, rows, cols, 1.0f, P, ldp)))
+}
+
+void scaled_rows(Tile src, i64 rows, i64 R, float factor, float* out) {
+  LK_BY_DTYPE(src.dtype, (read<T>(src, rows, R, factor, out, R)))
+}
+
+constexpr LowRank kFp32 = {
+    false,
     [](Tile x, Keep keep, const float* P, i64 ldp, i64 rows, i64 cols, i64 R, float* out, i64 ldo, bool add) {
       LK_BY_DTYPE(x.dtype, keep.bits ? (dot<T, true>(x, keep, P, ldp, rows, cols, R, out, ldo, add))
                                      : (dot<T, false>(x, keep, P, ldp, rows, cols, R, out, ldo, add)))
@@ -55,6 +60,25 @@ constexpr Kernels kTable = {
       LK_BY_DTYPE(y.dtype, keep.bits ? (expand<T, true>(y, keep, H, ldh, P, ldp, rows, cols, R))
                                      : (expand<T, false>(y, keep, H, ldh, P, ldp, rows, cols, R)))
     },
+    panel,
+    panel_t,
+    panel,
+    panel_t,
+    scaled_rows,
+    scaled_rows,
+};
+
+constexpr Kernels kTable = {
+#if defined(LK_ISA_AVX512)
+    "avx512",
+#elif defined(LK_ISA_AVX2)
+    "avx2",
+#else
+    "baseline",
+#endif
+    &kFp32,
+    nullptr,
+    keep_bits,
     gemm_pack,
     kGemmWidth,
     gemm,

@@ -1,8 +1,8 @@
 // Tile kernels of one instruction set, and the table through which the drivers reach the one that was chosen.
 //
-// All arithmetic is fp32. A tile of x (or dy, y, dx) is addressed in place by pointer and row stride; adapters come as
-// fp32 "panels" P [R, cols] with the lanes running along the columns; `keep`, where not null, holds one bit per
-// element (rows of ld_keep bytes, bit j of byte i: column 8 i + j) and zeroes what dropout drops.
+// All sums are fp32. A tile of x (or dy, y, dx) is addressed in place by pointer and row stride; adapters come as
+// "panels" P [R, cols] with the lanes running along the columns; `keep`, where not null, holds one bit per element
+// (rows of ld_keep bytes, bit j of byte i: column 8 i + j) and zeroes what dropout drops.
 #pragma once
 
 #include <cstdint>
@@ -32,20 +32,44 @@ struct Keep {
 
 constexpr i64 kGemmDepth = 256;  // terms that a pass of the GEMM adds to y
 
+// The three products of the low-rank half, and the formats of their operands. Buffers are of floats in every format.
+struct LowRank {
+  bool pairs;  // bf16 operands, two by two, for instructions that add two products at a time; else fp32
+
+  // out[m, r] (+)= sum_k keep(x)[m, k] P[r, k]; P from dot_panel, its column k0 at P + dot_column(k0)
+  void (*dot)(Tile x, Keep keep, const float* P, i64 ldp, i64 rows, i64 cols, i64 R, float* out, i64 ldo, bool add);
+
+  // D[r, k] += sum_m G[m, r] keep(x)[m, k]; G from outer_rows
+  void (*outer)(Tile x, Keep keep, const float* G, i64 ldg, i64 rows, i64 cols, i64 R, float* D, i64 ldd);
+
+  // y[m, k] += keep(sum_r H[m, r] P[r, k]); H from expand_rows, P from expand_panel
+  void (*expand)(Tile y, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols, i64 R);
+
+  // P [R, cols] of src [R, cols], or, _t, of src [cols, R]
+  void (*dot_panel)(Tile src, i64 R, i64 cols, float* P, i64 ldp);
+  void (*dot_panel_t)(Tile src, i64 cols, i64 R, float* P, i64 ldp);
+  void (*expand_panel)(Tile src, i64 R, i64 cols, float* P, i64 ldp);
+  void (*expand_panel_t)(Tile src, i64 cols, i64 R, float* P, i64 ldp);
+
+  // factor * src [rows, R], with rows R floats apart, as G or H; may be done in place. Row m of either is at m R, for
+  // even m
+  void (*outer_rows)(Tile src, i64 rows, i64 R, float factor, float* G);
+  void (*expand_rows)(Tile src, i64 rows, i64 R, float factor, float* H);
+
+  i64 dot_column(i64 k0) const { return pairs ? k0 / 2 : k0; }
+};
+
 struct Kernels {
   const char* name;
+  const LowRank* fp32;  // for any operands
+  const LowRank* bf16;  // where x and the adapters are bf16; may be null
+
+  const LowRank& low_rank(DType x, DType adapters) const {
+    return bf16 && x == DType::bf16 && adapters == DType::bf16 ? *bf16 : *fp32;
+  }
 
   // bits of rows m0.. and columns k0.. (k0 a multiple of 64); writes ceil(cols / 64) * 8 bytes a row
   void (*keep_bits)(uint64_t seed, uint32_t threshold, i64 m0, i64 k0, i64 rows, i64 cols, uint8_t* bits, i64 ld);
-
-  // out[m, r] (+)= sum_k keep(x)[m, k] P[r, k]
-  void (*dot)(Tile x, Keep keep, const float* P, i64 ldp, i64 rows, i64 cols, i64 R, float* out, i64 ldo, bool add);
-
-  // D[r, k] += sum_m G[m, r] keep(x)[m, k]
-  void (*outer)(Tile x, Keep keep, const float* G, i64 ldg, i64 rows, i64 cols, i64 R, float* D, i64 ldd);
-
-  // y[m, k] += keep(sum_r H[m, r] P[r, k])
-  void (*expand)(Tile y, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols, i64 R);
 
   // Panels of w, the n side of the GEMM: P[n / width][k][n % width] = w[n, k], zeroes to the end of the last panel
   void (*gemm_pack)(const float* w, i64 stride_n, i64 stride_k, i64 cols, i64 depth, float* P);
@@ -68,5 +92,6 @@ struct Kernels {
 const Kernels& kernels_baseline();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const LowRank& low_rank_avx512_bf16();
 
 }  // namespace lk::cpu

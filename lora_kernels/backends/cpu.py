@@ -4,8 +4,10 @@
     g = s · dy b                 dx = dy w, then dx += c · keep ⊙ (g a) in place
     da = c · gᵀ(keep ⊙ x)        db = s · dyᵀ h
 
-The native kernels compute in fp32 whatever the dtype, keep h and g in fp32 between their two halves, and sum in an
-order that depends on the shape alone: results change neither from run to run nor with the number of threads. The keep
+The native kernels sum in fp32 whatever the dtype, in an order that depends on the shape alone: results change neither
+from run to run nor with the number of threads. They keep h and g in fp32 between their two halves, except where
+everything is bf16 and the processor multiplies it natively (AVX512_BF16): there h and g are rounded to bf16 as plain
+torch rounds them, and subnormals count as zero as in its own GEMM. The keep
 bits come from Philox inside the pass over x; no mask and no x̂ exist. Nothing of size M×N or M×K is allocated beyond
 the results.
 
