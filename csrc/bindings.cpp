@@ -30,12 +30,12 @@ lk::cpu::Problem problem(i64 M, i64 N, i64 K, i64 R, double scale, uint32_t thre
 }
 
 void forward(int threads, int dtype, int adapter_dtype, i64 M, i64 N, i64 K, i64 R, uintptr_t x, i64 stride_xm,
-             uintptr_t a, i64 stride_ar, uintptr_t b, i64 stride_bn, uintptr_t y, i64 stride_ym, uintptr_t h,
-             i64 stride_hm, double scale, uint32_t threshold, uintptr_t seed) {
+             uintptr_t a, i64 stride_ar, uintptr_t b, i64 stride_bn, uintptr_t bias, uintptr_t y, i64 stride_ym,
+             uintptr_t h, i64 stride_hm, double scale, uint32_t threshold, uintptr_t seed) {
   py::gil_scoped_release unlocked;
   lk::cpu::forward(problem(M, N, K, R, scale, threshold, seed, threads), tile(x, stride_xm, dtype),
-                   tile(a, stride_ar, adapter_dtype), tile(b, stride_bn, adapter_dtype), tile(y, stride_ym, dtype),
-                   tile(h, stride_hm, dtype));
+                   tile(a, stride_ar, adapter_dtype), tile(b, stride_bn, adapter_dtype), tile(bias, N, dtype),
+                   tile(y, stride_ym, dtype), tile(h, stride_hm, dtype));
 }
 
 void backward(int threads, int dtype, int adapter_dtype, i64 M, i64 N, i64 K, i64 R, uintptr_t dy, i64 stride_dym,
@@ -50,9 +50,9 @@ void backward(int threads, int dtype, int adapter_dtype, i64 M, i64 N, i64 K, i6
 }
 
 void gemm(int threads, int dtype, i64 M, i64 N, i64 K, uintptr_t x, i64 stride_xm, uintptr_t w, i64 stride_wn,
-          i64 stride_wk, uintptr_t bias, uintptr_t y, i64 stride_ym) {
+          i64 stride_wk, uintptr_t y, i64 stride_ym) {
   py::gil_scoped_release unlocked;
-  lk::cpu::gemm(threads, M, N, K, tile(x, stride_xm, dtype), tile(w, stride_wn, dtype), stride_wk, tile(bias, N, dtype),
+  lk::cpu::gemm(threads, M, N, K, tile(x, stride_xm, dtype), tile(w, stride_wn, dtype), stride_wk,
                 tile(y, stride_ym, dtype));
 }
 
@@ -91,10 +91,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &lk::cpu::available_isas, "The instruction sets that this machine can run, best first.");
   m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(); ValueError if this machine cannot run it.");
   m.def("forward", &forward,
-        "h = c keep(x) a^T where x is given; y += s h b^T where y is given. A null pointer: absent.");
+        "h = c keep(x) a^T where x is given; y += s h b^T + bias where y is given. A null pointer: absent.");
   m.def("backward", &backward,
         "g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). A null pointer: absent.");
-  m.def("gemm", &gemm, "y = x w^T + bias: fp32, or any dtype where gemm_few(M, stride_wk).");
+  m.def("gemm", &gemm, "y = x w^T: fp32, or any dtype where gemm_few(M, stride_wk).");
   m.def("gemm_few", &lk::cpu::gemm_few, "Whether gemm reads w as it is: for few rows of x, w's own lying along k.");
   m.def("philox", &philox, "Philox4x32-10 of one counter and key.");
   m.def("keep_bits", &keep_bits,

@@ -1,4 +1,4 @@
-"""The native CPU kernels (csrc/): addresses (0: absent), sizes and row strides. Every operand but gemm's w has unit last
+"""The native CPU kernels (csrc/): addresses (0: absent), sizes and row strides. Every operand but w has unit last
 stride."""
 
 F32: int
@@ -11,7 +11,7 @@ def cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...
 def forward(
     threads: int, dtype: int, adapter_dtype: int, M: int, N: int, K: int, R: int,
-    x: int, stride_xm: int, a: int, stride_ar: int, b: int, stride_bn: int,
+    x: int, stride_xm: int, a: int, stride_ar: int, b: int, stride_bn: int, bias: int,
     y: int, stride_ym: int, h: int, stride_hm: int,
     scale: float, threshold: int, seed: int, /,
 ) -> None: ...  # fmt: skip
@@ -24,7 +24,7 @@ def backward(
 ) -> None: ...  # fmt: skip
 def gemm(
     threads: int, dtype: int, M: int, N: int, K: int,
-    x: int, stride_xm: int, w: int, stride_wn: int, stride_wk: int, bias: int, y: int, stride_ym: int, /,
+    x: int, stride_xm: int, w: int, stride_wn: int, stride_wk: int, y: int, stride_ym: int, /,
 ) -> None: ...  # fmt: skip
 def gemm_few(M: int, stride_wk: int, /) -> bool: ...
 def philox(counter: list[int], key: list[int]) -> list[int]: ...

@@ -156,7 +156,7 @@ void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx
           const i64 n = std::min(kTileRows, last - m0);
           if (drop) k.keep_bits(p.dropout.seed, p.dropout.threshold, m0, k0, n, width, my_bits, keep.ld);
           if (da) l.outer(x.at(m0, k0), keep, g + m0 * p.R, p.R, n, width, p.R, D, ldk);
-          if (dx) l.expand(dx.at(m0, k0), keep, g_rows + m0 * p.R, p.R, a_panel + k0, ldk, n, width, p.R);
+          if (dx) l.expand(dx.at(m0, k0), keep, nullptr, g_rows + m0 * p.R, p.R, a_panel + k0, ldk, n, width, p.R);
         }
       }
     }

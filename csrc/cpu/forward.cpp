@@ -13,7 +13,7 @@ constexpr i64 kFewRows = 4;   // up to here b is read as it is; beyond, transpos
 
 }  // namespace
 
-void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h) {
+void forward(const Problem& p, Tile x, Tile a, Tile b, Tile bias, Tile y, Tile h) {
   const Kernels& k = kernels();
   const bool down = static_cast<bool>(x), up = static_cast<bool>(y), few = p.M <= kFewRows;
   const int threads = team(p.threads, 2.0 * p.M * p.R * ((down ? p.K : 0) + (up ? p.N : 0)));
@@ -22,13 +22,15 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h) {
   const LowRank& l = few ? *k.fp32 : k.low_rank(x.dtype, a.dtype);
   const bool a_packed = down && (!few || a.dtype != DType::f32), b_packed = up && !few;
 
+  const bool convert_bias = bias && bias.dtype != DType::f32;
+
   const i64 ldn = panel_stride(p.N), ldk = panel_stride(p.K);
   const Grid pack_a = make_grid(p.R, p.K, p.R, 512), pack_b = make_grid(p.N, p.R, 128, p.R);
   const i64 task_rows = std::clamp<i64>(round_up(ceil_div(p.M, 4 * threads), 6), 6, kRows);
   const Grid rows = make_grid(p.M, p.K, task_rows, std::max<i64>(p.K, 1)), tiles = make_grid(p.M, p.N, kRows, kWidth);
 
   Scratch scratch;
-  float *h32, *a_panel, *b_panel, *tmp;
+  float *h32, *a_panel, *b_panel, *bias32, *tmp;
   uint8_t* bits;
   const i64 bits_per_thread = drop ? task_rows * kDepth / 8 : 0;
   for (int pass = 0; pass < 2; ++pass) {
@@ -36,9 +38,12 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h) {
     h32 = scratch.floats(p.M * p.R);
     a_panel = scratch.floats(a_packed ? p.R * ldk : 0);
     b_panel = scratch.floats(b_packed ? p.R * ldn : 0);
+    bias32 = scratch.floats(convert_bias ? p.N : 0);
     tmp = scratch.floats(up && few ? threads * kWidth : 0);
     bits = scratch.bytes(threads * bits_per_thread);
   }
+  if (convert_bias) k.read(bias, 1, p.N, 1.0f, bias32, p.N);
+  const float* const add = convert_bias ? bias32 : static_cast<const float*>(bias.data);
   const float* const P = a_packed ? a_panel : static_cast<const float*>(a.data);
   const i64 ldp = a_packed ? ldk : a.ld;
 
@@ -81,15 +86,16 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile y, Tile h) {
 #pragma omp for schedule(dynamic, 1)
       for (i64 t = 0; t < tiles.size(); ++t) {
         const i64 m0 = tiles.m0(t), n0 = tiles.k0(t), width = tiles.width(t), n = tiles.rows(t);
+        const float* const bias_n = add ? add + n0 : nullptr;
         if (!few) {
-          l.expand(y.at(m0, n0), {nullptr, 0}, h32 + m0 * p.R, p.R, b_panel + n0, ldn, n, width, p.R);
+          l.expand(y.at(m0, n0), {nullptr, 0}, bias_n, h32 + m0 * p.R, p.R, b_panel + n0, ldn, n, width, p.R);
           continue;
         }
         const float one = 1.0f;
         float* const column = tmp + worker() * kWidth;
         for (i64 m = m0; m < m0 + n; ++m) {
           l.dot(b.at(n0, 0), {nullptr, 0}, h32 + m * p.R, p.R, width, p.R, 1, column, 1, false);
-          l.expand(y.at(m, n0), {nullptr, 0}, &one, 1, column, width, 1, width, 1);
+          l.expand(y.at(m, n0), {nullptr, 0}, bias_n, &one, 1, column, width, 1, width, 1);
         }
       }
     }

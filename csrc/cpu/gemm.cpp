@@ -12,27 +12,20 @@ constexpr i64 kFewRows = 16;    // up to here w is read as it is
 constexpr i64 kStrip = 96;      // rows of w per task there
 constexpr i64 kDepth = 1024;  // and terms per pass, so that the strip and x are still in a cache for the next rows of x
 
-const float* floats(const Kernels& k, Tile t, i64 rows, i64 cols, float* copy, i64 ld) {
-  if (!t || t.dtype == DType::f32) return static_cast<const float*>(t.data);
-  k.read(t, rows, cols, 1.0f, copy, ld);
-  return copy;
-}
-
 // w's rows lie along k: every element is read once, and meets the few rows of x where it lies.
-void few_rows(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, Tile bias, Tile y) {
+void few_rows(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {
   const Kernels& k = kernels();
   const bool convert = x.dtype != DType::f32;
   const i64 ldx = convert ? panel_stride(K) : x.ld, strips = ceil_div(N, kStrip);
   Scratch scratch;
-  float *x32, *bias32, *parts;
+  float *x32, *parts;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) scratch.reserve();
     x32 = scratch.floats(convert ? M * ldx : 0);
-    bias32 = scratch.floats(convert && bias ? N : 0);
     parts = scratch.floats(threads * kStrip * M);
   }
-  const float* const X = floats(k, x, M, K, x32, ldx);
-  const float* const add = floats(k, bias, 1, N, bias32, N);
+  if (convert) k.read(x, M, K, 1.0f, x32, ldx);
+  const float* const X = convert ? x32 : static_cast<const float*>(x.data);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (i64 t = 0; t < strips; ++t) {
     const i64 n0 = t * kStrip, n = std::min(kStrip, N - n0);
@@ -42,21 +35,17 @@ void few_rows(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, Tile bias, Tile 
       k.fp32->dot(w.at(n0, k0), {nullptr, 0}, X + k0, ldx, n, std::min(kDepth, K - k0), M, part, M, k0 > 0);
       k0 += kDepth;
     } while (k0 < K);
-    if (add)
-      for (i64 i = 0; i < n; ++i)
-        for (i64 m = 0; m < M; ++m) part[i * M + m] += add[n0 + i];
     k.write_t(part, M, n, M, 1.0f, y.at(0, n0));
   }
 }
 
 }  // namespace
 
-void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile bias, Tile y) {
+void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y) {
   threads = team(threads, 2.0 * M * N * K);
-  if (gemm_few(M, stride_wk)) return few_rows(threads, M, N, K, x, w, bias, y);
+  if (gemm_few(M, stride_wk)) return few_rows(threads, M, N, K, x, w, y);
   const Kernels& k = kernels();
-  const float *const X = static_cast<const float*>(x.data), *const B = static_cast<const float*>(bias.data);
-  const float* const W = static_cast<const float*>(w.data);
+  const float *const X = static_cast<const float*>(x.data), *const W = static_cast<const float*>(w.data);
   float* const Y = static_cast<float*>(y.data);
   // tasks of equal size, and of a number that the threads can share out evenly
   const i64 groups = round_up(ceil_div(N, kGroup), threads);
@@ -76,8 +65,7 @@ void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile 
     for (i64 pass = 0; pass < passes; ++pass) {
       const i64 k0 = K * pass / passes, depth = K * (pass + 1) / passes - k0;
       k.gemm_pack(W + n0 * w.ld + k0 * stride_wk, w.ld, stride_wk, cols, depth, P);
-      k.gemm(X + m0 * x.ld + k0, x.ld, P, tasks.rows(t), cols, depth, B ? B + n0 : nullptr, pass > 0,
-             Y + m0 * y.ld + n0, y.ld);
+      k.gemm(X + m0 * x.ld + k0, x.ld, P, tasks.rows(t), cols, depth, pass > 0, Y + m0 * y.ld + n0, y.ld);
     }
   }
 }

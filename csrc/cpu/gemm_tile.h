@@ -23,9 +23,9 @@ inline __attribute__((always_inline)) void gemm_chain(const float* xs, const flo
   }
 }
 
-// y[m, n] = (add ? y : bias)[m, n] + sum_k x[m, k] P[k, n] for MR rows and one panel; lanes along n
+// y[m, n] = (add ? y[m, n] : 0) + sum_k x[m, k] P[k, n] for MR rows and one panel; lanes along n
 template <int MR>
-void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, const float* bias, bool add, float* y, i64 ldy) {
+void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, bool add, float* y, i64 ldy) {
   constexpr int NV = V::GEMM_NV;
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v)
       __builtin_prefetch(y + i * ldy + v * W, 1, 3);
@@ -41,24 +41,21 @@ void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, const float
   LK_UNROLL for (int v = 0; v < NV; ++v) {
     const int n = cols - v * W < W ? static_cast<int>(cols - v * W) : W;
     if (n <= 0) break;
-    const reg first = bias ? V::load(bias + v * W, n) : V::zero();
     LK_UNROLL for (int i = 0; i < MR; ++i) {
       float* out = y + i * ldy + v * W;
-      V::store(out, V::add(add ? V::load(out, n) : first, acc[i][v]), n);
+      V::store(out, add ? V::add(V::load(out, n), acc[i][v]) : acc[i][v], n);
     }
   }
 }
 
 // rows <= MR, with as many accumulators as there are rows
 template <int MR>
-void gemm_group(i64 rows, const float* xs, const float* P, i64 cols, i64 depth, const float* bias, bool add, float* y,
-                i64 ldy) {
-  if (rows == MR) return gemm_rows<MR>(xs, P, cols, depth, bias, add, y, ldy);
-  if constexpr (MR > 1) gemm_group<MR - 1>(rows, xs, P, cols, depth, bias, add, y, ldy);
+void gemm_group(i64 rows, const float* xs, const float* P, i64 cols, i64 depth, bool add, float* y, i64 ldy) {
+  if (rows == MR) return gemm_rows<MR>(xs, P, cols, depth, add, y, ldy);
+  if constexpr (MR > 1) gemm_group<MR - 1>(rows, xs, P, cols, depth, add, y, ldy);
 }
 
-void gemm(const float* x, i64 ldx, const float* P, i64 rows, i64 cols, i64 depth, const float* bias, bool add, float* y,
-          i64 ldy) {
+void gemm(const float* x, i64 ldx, const float* P, i64 rows, i64 cols, i64 depth, bool add, float* y, i64 ldy) {
   constexpr i64 MR = V::GEMM_MR;
   alignas(64) float xs[MR * kGemmRow];
   const i64 groups = (rows + MR - 1) / MR;  // of rows / groups rows, or one more
@@ -66,8 +63,8 @@ void gemm(const float* x, i64 ldx, const float* P, i64 rows, i64 cols, i64 depth
     const i64 m0 = rows * group / groups, n = rows * (group + 1) / groups - m0;
     for (i64 i = 0; i < n; ++i) __builtin_memcpy(xs + i * kGemmRow, x + (m0 + i) * ldx, depth * sizeof(float));
     for (i64 n0 = 0; n0 < cols; n0 += kGemmWidth)
-      gemm_group<MR>(n, xs, P + n0 * depth, cols - n0 < kGemmWidth ? cols - n0 : kGemmWidth, depth,
-                     bias ? bias + n0 : nullptr, add, y + m0 * ldy + n0, ldy);
+      gemm_group<MR>(n, xs, P + n0 * depth, cols - n0 < kGemmWidth ? cols - n0 : kGemmWidth, depth, add,
+                     y + m0 * ldy + n0, ldy);
   }
 }
 

@@ -56,9 +56,10 @@ constexpr LowRank kFp32 = {
       LK_BY_DTYPE(x.dtype, keep.bits ? (outer<T, true>(x, keep, G, ldg, rows, cols, R, D, ldd))
                                      : (outer<T, false>(x, keep, G, ldg, rows, cols, R, D, ldd)))
     },
-    [](Tile y, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols, i64 R) {
-      LK_BY_DTYPE(y.dtype, keep.bits ? (expand<T, true>(y, keep, H, ldh, P, ldp, rows, cols, R))
-                                     : (expand<T, false>(y, keep, H, ldh, P, ldp, rows, cols, R)))
+    [](Tile y, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols,
+       i64 R) {
+      LK_BY_DTYPE(y.dtype, keep.bits ? (expand<T, true>(y, keep, bias, H, ldh, P, ldp, rows, cols, R))
+                                     : (expand<T, false>(y, keep, bias, H, ldh, P, ldp, rows, cols, R)))
     },
     panel,
     panel_t,

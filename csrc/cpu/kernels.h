@@ -42,8 +42,9 @@ struct LowRank {
   // D[r, k] += sum_m G[m, r] keep(x)[m, k]; G from outer_rows
   void (*outer)(Tile x, Keep keep, const float* G, i64 ldg, i64 rows, i64 cols, i64 R, float* D, i64 ldd);
 
-  // y[m, k] += keep(sum_r H[m, r] P[r, k]); H from expand_rows, P from expand_panel
-  void (*expand)(Tile y, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols, i64 R);
+  // y[m, k] += keep(sum_r H[m, r] P[r, k]) + bias[k]; H from expand_rows, P from expand_panel; bias may be null
+  void (*expand)(Tile y, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows,
+                 i64 cols, i64 R);
 
   // P [R, cols] of src [R, cols], or, _t, of src [cols, R]
   void (*dot_panel)(Tile src, i64 R, i64 cols, float* P, i64 ldp);
@@ -75,9 +76,8 @@ struct Kernels {
   void (*gemm_pack)(const float* w, i64 stride_n, i64 stride_k, i64 cols, i64 depth, float* P);
   i64 gemm_width;
 
-  // y[m, n] = (add ? y : bias)[m, n] + sum_k x[m, k] P[.., k, ..], depth <= kGemmDepth; a null bias is zero
-  void (*gemm)(const float* x, i64 ldx, const float* P, i64 rows, i64 cols, i64 depth, const float* bias, bool add,
-               float* y, i64 ldy);
+  // y[m, n] = (add ? y[m, n] : 0) + sum_k x[m, k] P[.., k, ..], depth <= kGemmDepth
+  void (*gemm)(const float* x, i64 ldx, const float* P, i64 rows, i64 cols, i64 depth, bool add, float* y, i64 ldy);
 
   // out[i, j] = factor * src[i, j]; to fp32 and from fp32
   void (*read)(Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo);

@@ -120,7 +120,7 @@ void outer(Tile x, Keep keep, const float* G, i64 ldg, i64 rows, i64 cols, i64 R
     outer_cols<T, KEEP, true, 1>(base + k, x.ld, shifted(k), G, ldg, rows, R, D + k, ldd, static_cast<int>(cols - k));
 }
 
-// ---- y[m, k] += keep(sum_r H[m, r] P[r, k]): MR rows by NV vectors of columns, lanes along k ----
+// ---- y[m, k] += keep(sum_r H[m, r] P[r, k]) + bias[k]: MR rows by NV vectors of columns, lanes along k ----
 
 constexpr i64 kRankBlock = 32;  // a long sum over r is taken in blocks: a smaller error
 
@@ -139,7 +139,8 @@ inline __attribute__((always_inline)) void expand_sum(const float* H, i64 ldh, c
 }
 
 template <class T, bool KEEP, bool TAIL, int MR, int NV>
-void expand_block(T* y, i64 ldy, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 R, int n) {
+void expand_block(T* y, i64 ldy, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp, i64 R,
+                  int n) {
   reg acc[MR][NV];
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v) ahead(y + (i + MR) * ldy + v * W);
   expand_sum<TAIL>(H, ldh, P, ldp, R < kRankBlock ? R : kRankBlock, n, acc);
@@ -152,8 +153,9 @@ void expand_block(T* y, i64 ldy, Keep keep, const float* H, i64 ldh, const float
   // all loads before the first store: rows a multiple of 4 KB apart look alike to the store buffer
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v) {
     const T* in = y + i * ldy + v * W;
-    const reg low_rank = KEEP ? V::keep(acc[i][v], keep.bits + i * keep.ld + v * W / 8) : acc[i][v];
-    acc[i][v] = V::add(TAIL ? V::load(in, n) : V::load(in), low_rank);
+    reg term = KEEP ? V::keep(acc[i][v], keep.bits + i * keep.ld + v * W / 8) : acc[i][v];
+    if (bias) term = V::add(term, TAIL ? V::load(bias + v * W, n) : V::load(bias + v * W));
+    acc[i][v] = V::add(TAIL ? V::load(in, n) : V::load(in), term);
   }
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v) {
     T* out = y + i * ldy + v * W;
@@ -163,25 +165,30 @@ void expand_block(T* y, i64 ldy, Keep keep, const float* H, i64 ldh, const float
 
 // A few whole rows at a time: a walk down a strip of columns would meet a new page at every row.
 template <class T, bool KEEP, int MR>
-void expand_rows(T* y, i64 ldy, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 cols, i64 R) {
+void expand_rows(T* y, i64 ldy, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp,
+                 i64 cols, i64 R) {
   constexpr int NV = V::EXPAND_NV;
   const auto shifted = [&](i64 k) { return Keep{keep.bits + k / 8, keep.ld}; };
   i64 k = 0;
   for (; k + NV * W <= cols; k += NV * W)
-    expand_block<T, KEEP, false, MR, NV>(y + k, ldy, shifted(k), H, ldh, P + k, ldp, R, W);
-  for (; k + W <= cols; k += W) expand_block<T, KEEP, false, MR, 1>(y + k, ldy, shifted(k), H, ldh, P + k, ldp, R, W);
+    expand_block<T, KEEP, false, MR, NV>(y + k, ldy, shifted(k), bias ? bias + k : nullptr, H, ldh, P + k, ldp, R, W);
+  for (; k + W <= cols; k += W)
+    expand_block<T, KEEP, false, MR, 1>(y + k, ldy, shifted(k), bias ? bias + k : nullptr, H, ldh, P + k, ldp, R, W);
   if (k < cols)
-    expand_block<T, KEEP, true, MR, 1>(y + k, ldy, shifted(k), H, ldh, P + k, ldp, R, static_cast<int>(cols - k));
+    expand_block<T, KEEP, true, MR, 1>(y + k, ldy, shifted(k), bias ? bias + k : nullptr, H, ldh, P + k, ldp, R,
+                                       static_cast<int>(cols - k));
 }
 
 template <class T, bool KEEP>
-void expand(Tile y, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols, i64 R) {
+void expand(Tile y, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols,
+            i64 R) {
   constexpr int MR = V::EXPAND_MR;
   const auto shifted = [&](i64 m) { return Keep{keep.bits + m * keep.ld, keep.ld}; };
   i64 m = 0;
   for (; m + MR <= rows; m += MR)
-    expand_rows<T, KEEP, MR>(row<T>(y, m), y.ld, shifted(m), H + m * ldh, ldh, P, ldp, cols, R);
-  for (; m < rows; ++m) expand_rows<T, KEEP, 1>(row<T>(y, m), y.ld, shifted(m), H + m * ldh, ldh, P, ldp, cols, R);
+    expand_rows<T, KEEP, MR>(row<T>(y, m), y.ld, shifted(m), bias, H + m * ldh, ldh, P, ldp, cols, R);
+  for (; m < rows; ++m)
+    expand_rows<T, KEEP, 1>(row<T>(y, m), y.ld, shifted(m), bias, H + m * ldh, ldh, P, ldp, cols, R);
 }
 
 }  // namespace

@@ -117,10 +117,11 @@ void outer(Tile x, Keep keep, const float* G, i64 ldg, i64 rows, i64 cols, i64 R
   }
 }
 
-// ---- y[m, k] += keep(sum_r H[m, r] P[r, k]): MR rows by NV vectors of columns, pairs along r ----
+// ---- y[m, k] += keep(sum_r H[m, r] P[r, k]) + bias[k]: MR rows by NV vectors of columns, pairs along r ----
 
 template <bool KEEP, int MR, int NV>
-void expand_block(bf16* y, i64 ldy, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 pairs, i64 cols) {
+void expand_block(bf16* y, i64 ldy, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp,
+                  i64 pairs, i64 cols) {
   reg acc[MR][NV];
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v) {
     ahead(y + (i + MR) * ldy + v * W);
@@ -138,34 +139,37 @@ void expand_block(bf16* y, i64 ldy, Keep keep, const float* H, i64 ldh, const fl
   }
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v) {
     const __m256i in = _mm256_maskz_loadu_epi16(v == NV - 1 ? last : 0xffff, y + i * ldy + v * W);
-    const reg low_rank = KEEP ? V::keep(acc[i][v], keep.bits + i * keep.ld + v * W / 8) : acc[i][v];
-    acc[i][v] = V::add(V::widen(in, bf16{}), low_rank);
+    reg term = KEEP ? V::keep(acc[i][v], keep.bits + i * keep.ld + v * W / 8) : acc[i][v];
+    if (bias) term = V::add(term, _mm512_maskz_loadu_ps(v == NV - 1 ? last : 0xffff, bias + v * W));
+    acc[i][v] = V::add(V::widen(in, bf16{}), term);
   }
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v) _mm256_mask_storeu_epi16(
       y + i * ldy + v * W, v == NV - 1 ? last : 0xffff, (__m256i)_mm512_cvtneps_pbh(acc[i][v]));
 }
 
 template <bool KEEP, int MR>
-void expand_rows_of(bf16* y, i64 ldy, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 pairs,
-                    i64 cols) {
+void expand_rows_of(bf16* y, i64 ldy, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp,
+                    i64 pairs, i64 cols) {
   constexpr int NV = V::EXPAND_NV;
   const auto shifted = [&](i64 k) { return Keep{keep.bits + k / 8, keep.ld}; };
   i64 k = 0;
   for (; k + NV * W <= cols; k += NV * W)
-    expand_block<KEEP, MR, NV>(y + k, ldy, shifted(k), H, ldh, P + k, ldp, pairs, NV * W);
-  for (; k < cols; k += W) expand_block<KEEP, MR, 1>(y + k, ldy, shifted(k), H, ldh, P + k, ldp, pairs, cols - k);
+    expand_block<KEEP, MR, NV>(y + k, ldy, shifted(k), bias ? bias + k : nullptr, H, ldh, P + k, ldp, pairs, NV * W);
+  for (; k < cols; k += W)
+    expand_block<KEEP, MR, 1>(y + k, ldy, shifted(k), bias ? bias + k : nullptr, H, ldh, P + k, ldp, pairs, cols - k);
 }
 
 template <bool KEEP>
-void expand(Tile y, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols, i64 R) {
+void expand(Tile y, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols,
+            i64 R) {
   constexpr int MR = V::EXPAND_MR;
   const i64 pairs = (R + 1) / 2;
   const auto shifted = [&](i64 m) { return Keep{keep.bits + m * keep.ld, keep.ld}; };
   i64 m = 0;
   for (; m + MR <= rows; m += MR)
-    expand_rows_of<KEEP, MR>(row<bf16>(y, m), y.ld, shifted(m), H + m * ldh, ldh, P, ldp, pairs, cols);
+    expand_rows_of<KEEP, MR>(row<bf16>(y, m), y.ld, shifted(m), bias, H + m * ldh, ldh, P, ldp, pairs, cols);
   for (; m < rows; ++m)
-    expand_rows_of<KEEP, 1>(row<bf16>(y, m), y.ld, shifted(m), H + m * ldh, ldh, P, ldp, pairs, cols);
+    expand_rows_of<KEEP, 1>(row<bf16>(y, m), y.ld, shifted(m), bias, H + m * ldh, ldh, P, ldp, pairs, cols);
 }
 
 // ---- the formats ----
@@ -239,9 +243,8 @@ constexpr LowRank kTable = {
     [](Tile x, Keep keep, const float* G, i64 ldg, i64 rows, i64 cols, i64 R, float* D, i64 ldd) {
       (keep.bits ? outer<true> : outer<false>)(x, keep, G, ldg, rows, cols, R, D, ldd);
     },
-    [](Tile y, Keep keep, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols, i64 R) {
-      (keep.bits ? expand<true> : expand<false>)(y, keep, H, ldh, P, ldp, rows, cols, R);
-    },
+    [](Tile y, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols,
+       i64 R) { (keep.bits ? expand<true> : expand<false>)(y, keep, bias, H, ldh, P, ldp, rows, cols, R); },
     dot_panel,
     dot_panel_t,
     expand_panel,

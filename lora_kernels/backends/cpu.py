@@ -1,6 +1,6 @@
 """The CPU back-end: the low-rank half and its dropout in csrc/cpu; the base GEMM from torch or csrc/cpu too.
 
-    h = c·(keep ⊙ x) aᵀ          y = x wᵀ + bias, then y += s · h bᵀ in place
+    h = c·(keep ⊙ x) aᵀ          y = x wᵀ, then y += s · h bᵀ + bias in place
     g = s · dy b                 dx = dy w, then dx += c · keep ⊙ (g a) in place
     da = c · gᵀ(keep ⊙ x)        db = s · dyᵀ h
 
@@ -67,10 +67,12 @@ def forward(
     h = x.new_empty(M, R) if save_h else None
     # all that can be done before the base GEMM: it leaves the caches cold, and Python takes ten times as long after it
     sizes = (torch.get_num_threads(), CODES[x.dtype], CODES[a.dtype], M, N, K, R)
-    operands = (*_address(x), *_address(a), *_address(b))
+    if bias is not None and bias.stride(0) != 1:
+        bias = bias.contiguous()
+    operands = (*_address(x), *_address(a), *_address(b), 0 if bias is None else bias.data_ptr())
     threshold, key = random.threshold(p), 0 if seed is None else seed.data_ptr()
     saved = _address(h)
-    y = base_gemm(x, w, bias)
+    y = base_gemm(x, w)
     _C.forward(*sizes, *operands, y.data_ptr(), N, *saved, scale, threshold, key)
     return y, h
 
@@ -99,7 +101,7 @@ def backward(
     operands = (*_address(dy), *_address(x), *_address(a), *_address(b), *_address(h))
     gradients = (*_address(da), *_address(db))
     threshold, key = random.threshold(p), 0 if seed is None else seed.data_ptr()
-    dx = base_gemm(dy, w.t(), None) if need_dx else None
+    dx = base_gemm(dy, w.t()) if need_dx else None
     _C.backward(*sizes, *operands, *_address(dx), *gradients, scale, threshold, key)
     return dx, da, db
 
