@@ -8,6 +8,7 @@ The operators are opaque to ``torch.compile`` and take no part in autograd thems
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -148,8 +149,7 @@ class LoRALinearFunction(torch.autograd.Function):
         x, w, a, b, h, seed = ctx.saved_tensors
         need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
         dx = da = db = dbias = None
-        device = dy.device.type  # torch 2.6 cannot compile dy.is_meta in here
-        with torch.no_grad(), torch.autocast("cpu" if device == "meta" else device, enabled=False):
+        with torch.no_grad(), _no_autocast(dy.device.type):
             dy = dy.to(ctx.dtype)
             if need_dx or need_da or need_db:
                 dx, da, db = _backward(
@@ -161,6 +161,13 @@ class LoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _RefuseDoubleBackward.apply(torch.empty(0, requires_grad=True), *grads)
         return *grads, None, None, None, None
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    """Mostly there is none, and entering torch.autocast takes its time."""
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):
