@@ -1,4 +1,4 @@
-"""The floor under a time: what the machine's own GEMM and its own copy would need for the same work.
+"""The floor under a time: what the fastest GEMM at hand and the machine's own copy would need for the same work.
 
     FLOPs   forward 2·M·K·N + 2·M·R·(K+N)           backward, W frozen: 2·M·K·N + 4·M·R·(K+N)
     bytes   forward e·(M·K + M·N + K·N)             backward e·(2·M·K + 2·M·N + K·N)
@@ -11,7 +11,8 @@ Operands that stay in a cache between calls can beat the second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class Floor(NamedTuple):
 
 
 def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
-    """{"gemm": {"bf16": FLOP/s, ...}, "copy": bytes/s (read and written)} on random data: the best of five samples."""
+    """{"gemm": {"bf16": FLOP/s, ...}, "copy": bytes/s (read and written)} on random data: the best of five samples, of
+    torch's GEMM and, where the CPU back-end has one of its own, of that."""
     timer = timer_for(device)
     size, repeats, count = (8192, 10, 1 << 29) if device.type == "cuda" else (1024, 2, 1 << 25)
 
@@ -42,10 +44,22 @@ def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[s
     gemm = {}
     for dtype in dict.fromkeys(dtypes):
         x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        gemm[SHORT[dtype]] = 2 * size**3 / best(lambda x=x, w=w: torch.nn.functional.linear(x, w), repeats)
+        times = [best(functools.partial(each, x, w), repeats) for each in _gemms(device, dtype)]
+        gemm[SHORT[dtype]] = 2 * size**3 / min(times)
     source = torch.randint(0, 127, (count,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return {"gemm": gemm, "copy": 2 * count / best(lambda: target.copy_(source), repeats)}
+
+
+def _gemms(device: torch.device, dtype: torch.dtype) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    if device.type == "cpu" and dtype == torch.float32:
+        try:
+            from lora_kernels.backends.cpu_gemm import own
+        except ImportError:  # not built
+            pass
+        else:
+            return [torch.nn.functional.linear, own]
+    return [torch.nn.functional.linear]
 
 
 def floor(shape: Shape, which: str, rates: dict[str, Any], frozen: bool = False) -> Floor:
