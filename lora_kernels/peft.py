@@ -66,6 +66,13 @@ class FusedLinear(peft_layer.Linear):
         self._check_forward_args(x, adapter_names=names)
         return self._fused_by_sample(x, names)
 
+    def _get_name(self) -> str:
+        return "Linear"  # PEFT's repr, which begins with lora.Linear
+
+    def extra_repr(self) -> str:
+        """Tells a fused layer from PEFT's own."""
+        return "fused by lora_kernels"
+
     def _why_not_now(self, x: Tensor, args: Any, kwargs: dict[str, Any], names: list[str] | None) -> str | None:
         """None where the fused path serves the call; "" where no adapter is to be computed; else the reason."""
         if self.disable_adapters or self.merged:

@@ -350,6 +350,13 @@ def test_autocast():
     assert all(layer.fused_calls == 1 for layer in layers(model))
 
 
+def test_repr_is_pefts_and_says_that_it_is_fused():
+    model = make()
+    plain = repr(model.base_model.model.up)
+    lora_kernels.fuse(model)
+    assert repr(model.base_model.model.up) == plain.replace("(\n", "(\n  fused by lora_kernels\n", 1)
+
+
 def test_a_model_without_peft_layers():
     report = lora_kernels.fuse(Net(), strict=True)
     assert str(report) == "0 of 0 LoRA layers fused: the model has none"
