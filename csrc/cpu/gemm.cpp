@@ -15,6 +15,7 @@ constexpr i64 kDepth = 1024;  // and terms per pass, so that the strip and x are
 // w's rows lie along k: every element is read once, and meets the few rows of x where it lies.
 void few_rows(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {
   const Kernels& k = kernels();
+  const LowRank& l = k.low_rank(x.dtype, w.dtype);
   const bool convert = x.dtype != DType::f32;
   const i64 ldx = convert ? panel_stride(K) : x.ld, strips = ceil_div(N, kStrip);
   Scratch scratch;
@@ -24,7 +25,7 @@ void few_rows(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {
     x32 = scratch.floats(convert ? M * ldx : 0);
     parts = scratch.floats(threads * kStrip * M);
   }
-  if (convert) k.read(x, M, K, 1.0f, x32, ldx);
+  if (convert) l.dot_panel(x, M, K, x32, ldx);
   const float* const X = convert ? x32 : static_cast<const float*>(x.data);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (i64 t = 0; t < strips; ++t) {
@@ -32,7 +33,7 @@ void few_rows(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {
     float* const part = parts + worker() * kStrip * M;
     i64 k0 = 0;
     do {
-      k.fp32->dot(w.at(n0, k0), {nullptr, 0}, X + k0, ldx, n, std::min(kDepth, K - k0), M, part, M, k0 > 0);
+      l.dot(w.at(n0, k0), {nullptr, 0}, X + l.dot_column(k0), ldx, n, std::min(kDepth, K - k0), M, part, M, k0 > 0);
       k0 += kDepth;
     } while (k0 < K);
     k.write_t(part, M, n, M, 1.0f, y.at(0, n0));
