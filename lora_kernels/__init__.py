@@ -5,24 +5,62 @@
 in one call, forward and backward.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_kernels.dora import dora_linear
 from lora_kernels.module import FusedLoRALinear
 from lora_kernels.ops import explain, lora_linear
 
 if TYPE_CHECKING:
+    from lora_kernels.adapters import load_adapter, load_loralib, save_adapter
+    from lora_kernels.inject import (
+        adapter_parameters,
+        apply_lora,
+        mark_only_lora_as_trainable,
+        merge_and_unload,
+        trainable_parameters,
+    )
     from lora_kernels.peft import FuseReport, disable, enable, fuse, unfuse
 
-__all__ = ["FuseReport", "FusedLoRALinear", "disable", "enable", "explain", "fuse", "lora_linear", "unfuse"]
+__all__ = [
+    "FuseReport",
+    "FusedLoRALinear",
+    "adapter_parameters",
+    "apply_lora",
+    "disable",
+    "dora_linear",
+    "enable",
+    "explain",
+    "fuse",
+    "load_adapter",
+    "load_loralib",
+    "lora_linear",
+    "mark_only_lora_as_trainable",
+    "merge_and_unload",
+    "save_adapter",
+    "trainable_parameters",
+    "unfuse",
+]
 __version__ = "0.1.0"
 
-_FROM_PEFT = ("FuseReport", "disable", "enable", "fuse", "unfuse")
+_LAZY = {
+    "peft": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
+    "inject": (
+        "adapter_parameters",
+        "apply_lora",
+        "mark_only_lora_as_trainable",
+        "merge_and_unload",
+        "trainable_parameters",
+    ),
+    "adapters": ("load_adapter", "load_loralib", "save_adapter"),
+}
+"""What is imported where it is first asked for: some of it needs PEFT."""
+_HOME = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs PEFT imports it where it is first asked for."""
-    if name in _FROM_PEFT:
-        from lora_kernels import peft
-
-        return getattr(peft, name)
+    """The lazy names."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f"lora_kernels.{_HOME[name]}"), name)
     raise AttributeError(f"module 'lora_kernels' has no attribute {name!r}")

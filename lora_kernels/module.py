@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels import dora
 from lora_kernels.ops import lora_linear
 
 _MERGE_ROWS = 512
@@ -27,17 +28,21 @@ class FusedLoRALinear(nn.Linear):
         r: the rank, at least 1.
         lora_alpha: s = lora_alpha / r; with `use_rslora` lora_alpha / √r (Kalajdzievski, 2023, arXiv:2312.03732).
         lora_dropout: p in [0, 1): dropout on x in the low-rank branch, while training.
-        adapter_dtype: of A and B: the weight's where None, or fp32 beside an fp16 or bf16 weight.
+        use_dora: weight-decomposed LoRA, y = d ⊙ (x Wᵀ + s·h Bᵀ) + bias with d = m / ‖W + s·B A‖ by rows (see
+            `lora_kernels.dora.dora_linear`). Dropout then acts on x in all that the adapter adds to the base. m starts
+            as ‖W‖.
+        adapter_dtype: of A, B and m: the weight's where None, or fp32 beside an fp16 or bf16 weight.
         backend: the name of a back-end, which is then never replaced by another; None for the automatic choice.
 
     Attributes:
         weight [out, in], bias [out] or None: the base, requires_grad False.
-        lora_A [r, in], lora_B [out, r]: the adapter, parameters.
+        lora_A [r, in], lora_B [out, r]: the adapter, parameters; with DoRA lora_magnitude_vector [out] too.
         scaling: s, a float that may be changed at any time.
-        merged: whether `weight` holds W + s·B·A at present.
+        merged: whether `weight` holds W + s·B·A (with DoRA: d ⊙ that) at present.
 
     ``state_dict`` always holds the base weight and the adapter, merged or not. Loading takes the state_dict of an
-    ``nn.Linear`` too: the adapter then keeps its values.
+    ``nn.Linear`` too: the adapter then keeps its values (but a magnitude that is ‖W + s·B A‖, as a new one is, follows
+    the loaded W).
 
     Raises:
         ValueError: r below 1, lora_dropout outside [0, 1), a lora_alpha that is not finite; loading an adapter of
@@ -57,6 +62,7 @@ class FusedLoRALinear(nn.Linear):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -64,7 +70,7 @@ class FusedLoRALinear(nn.Linear):
     ) -> None:
         _check_settings(r, lora_alpha, lora_dropout)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend)
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend)
 
     @classmethod
     def from_linear(
@@ -75,6 +81,7 @@ class FusedLoRALinear(nn.Linear):
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> FusedLoRALinear:
@@ -86,7 +93,7 @@ class FusedLoRALinear(nn.Linear):
         module.register_parameter("weight", cast(nn.Parameter, linear.weight))
         module.register_parameter("bias", linear.bias)
         module.training = linear.training
-        module._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend)
+        module._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend)
         return module
 
     def _add_adapter(
@@ -95,6 +102,7 @@ class FusedLoRALinear(nn.Linear):
         lora_alpha: float,
         lora_dropout: float,
         use_rslora: bool,
+        use_dora: bool,
         adapter_dtype: torch.dtype | None,
         backend: str | None,
     ) -> None:
@@ -107,12 +115,15 @@ class FusedLoRALinear(nn.Linear):
             )
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling: float = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.backend = backend
+        self.use_dora, self.backend = use_dora, backend
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=self.weight.device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=dtype, device=self.weight.device))
+        if use_dora:
+            self.lora_magnitude_vector = nn.Parameter(torch.empty_like(self.lora_B[:, 0]))
+        self._weight_norms = dora.WeightNorms()
         # The base weight while merged. A buffer, so that it moves with the module; not persistent, because state_dict
         # tells it as `weight`.
         self.register_buffer("_base", None, persistent=False)
@@ -135,27 +146,45 @@ class FusedLoRALinear(nn.Linear):
                     "this FusedLoRALinear is merged: its adapter gets no gradient until unmerge()", stacklevel=2
                 )
             return F.linear(x, weight, bias)
+        dropout_p = self.lora_dropout if self.training else 0.0
+        if self.use_dora:
+            return dora.dora_linear(
+                x,
+                weight,
+                lora_a,
+                lora_b,
+                p["lora_magnitude_vector"],
+                scale=self.scaling,
+                bias=bias,
+                dropout_p=dropout_p,
+                weight_norm_sq=self._weight_norms.of(weight),
+                backend=self.backend,
+            )
         return lora_linear(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            scale=self.scaling,
-            bias=bias,
-            dropout_p=self.lora_dropout if self.training else 0.0,
-            backend=self.backend,
+            x, weight, lora_a, lora_b, scale=self.scaling, bias=bias, dropout_p=dropout_p, backend=self.backend
         )
 
     def reset_adapter(self) -> None:
-        """Start anew: A Kaiming-uniform(√5), B zero. A merged module is unmerged first."""
+        """Start anew: A Kaiming-uniform(√5), B zero, m = ‖W‖. A merged module is unmerged first."""
         self.unmerge()
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        if self.use_dora:
+            self._reset_magnitude()
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        self.lora_magnitude_vector.copy_(self._weight_norm())
+
+    def _weight_norm(self) -> Tensor:
+        """‖W + s·B A‖, the magnitude with which d = 1."""
+        self._weight_norms.clear()
+        return dora.weight_norm(self.weight, self.lora_A, self.lora_B, float(self.scaling), self.lora_magnitude_vector)
 
     @torch.no_grad()
     def merge(self, safe: bool = True) -> None:
-        """weight ← W + s·B·A, computed in fp64 and rounded once. The base weight is kept (at the cost of its memory)
-        for `unmerge`.
+        """weight ← W + s·B·A, with DoRA d ⊙ that, computed in fp64 and rounded once. The base weight is kept (at the
+        cost of its memory) for `unmerge`.
 
         With `safe` a result that is not finite raises ValueError and leaves the module as it was. Merging twice does
         nothing.
@@ -190,12 +219,14 @@ class FusedLoRALinear(nn.Linear):
         # Metal has no fp64; everywhere else the product and the sum are exact but for the one rounding at the end.
         wide = torch.float32 if self.weight.device.type == "mps" else torch.float64
         a, b = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
+        d = None
+        if self.use_dora:  # the forward's own d
+            d = dora.ratio(self.lora_magnitude_vector.detach(), self._weight_norm())[:, None].to(wide)
         merged = torch.empty_like(self.weight)
         for n in range(0, self.out_features, _MERGE_ROWS):
             rows = slice(n, n + _MERGE_ROWS)
-            merged[rows] = torch.addmm(self.weight[rows].to(wide), b[rows], a, alpha=float(self.scaling)).to(
-                merged.dtype
-            )
+            block = torch.addmm(self.weight[rows].to(wide), b[rows], a, alpha=float(self.scaling))
+            merged[rows] = (block if d is None else block.mul_(d[rows])).to(merged.dtype)
         if safe and not torch.isfinite(merged).all():
             raise ValueError(
                 f"merging gives weights that are not finite (scaling {self.scaling}): nothing was changed. "
@@ -226,13 +257,20 @@ class FusedLoRALinear(nn.Linear):
                     f"{key} {tuple(state_dict[key].shape)} is of rank {rank}, this module of r={self.r}: "
                     f"nothing was loaded into it. Build it with r={rank}"
                 )
+        if self.use_dora:
+            keys.append(prefix + "lora_magnitude_vector")
+        plain = not any(key in state_dict for key in keys)  # a plain Linear's: the adapter keeps its values
         merged = self.merged
         self.unmerge()
+        follows = self.use_dora and plain and not self.weight.is_meta
+        follows = follows and torch.equal(self.lora_magnitude_vector, self._weight_norm())
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if not any(key in state_dict for key in keys):  # a plain Linear's: the adapter keeps its values
+        if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
+        if follows:
+            self._reset_magnitude()
         if merged:
             self.merge()
 
@@ -241,6 +279,8 @@ class FusedLoRALinear(nn.Linear):
         text = f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
         if self.lora_dropout:
             text += f", lora_dropout={self.lora_dropout:g}"
+        if self.use_dora:
+            text += ", use_dora=True"
         if self.lora_A.dtype != self.weight.dtype:
             text += f", adapter_dtype={self.lora_A.dtype}"
         if self.backend is not None:

@@ -4,7 +4,7 @@ A layer's class is changed to a subclass that overrides ``forward`` alone, so th
 switching and deleting adapters stay PEFT's. What the kernels cannot serve, layer by layer and call by call, goes to
 PEFT's own forward; `FuseReport` tells where and why.
 
-    result = base(x) + Σ over active adapters of scaling · lora_B(lora_A(dropout(x)))      as PEFT defines it
+    result = base(x) + Σ over active adapters of scaling · lora_B(lora_A(dropout(x)))      as PEFT defines it, and DoRA
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import check
+from lora_kernels.dora import dora_linear
 from lora_kernels.ops import lora_linear
 
 try:
     from peft.tuners.lora import LoraModel
     from peft.tuners.lora import layer as peft_layer
+    from peft.tuners.lora.variants import DoraLinearVariant
     from peft.tuners.tuners_utils import BaseTunerLayer
 except ImportError as error:
     raise ImportError(
@@ -49,6 +51,7 @@ class FusedLinear(peft_layer.Linear):
     lora_A: Any
     lora_B: Any
     lora_dropout: Any
+    lora_magnitude_vector: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: `x` [..., in_features], and optionally ``adapter_names``, one for each of x's first dimension."""
@@ -84,6 +87,8 @@ class FusedLinear(peft_layer.Linear):
         active = [name for name in (self.active_adapters if names is None else set(names)) if name in self.lora_A]
         if not active:
             return ""
+        if (len(active) > 1 or names is not None) and any(name in self.lora_variant for name in active):
+            return "a DoRA adapter beside others"
         weight: Any = self.get_base_layer().weight
         autocast = torch.is_autocast_enabled(x.device.type)
         if x.dtype not in check.DTYPES or (x.dtype != weight.dtype and not autocast):
@@ -102,6 +107,8 @@ class FusedLinear(peft_layer.Linear):
         base: Any = self.get_base_layer()
         weight = base.weight.t() if self.fan_in_fan_out else base.weight
         bias = base.bias
+        if names[0] in self.lora_variant:
+            return self._fused_dora(x, names[0])
         rates = {_rate(self.lora_dropout[name]) for name in names}
         together = names if rates == {0.0} else names[:1]
         for name in together:
@@ -122,6 +129,22 @@ class FusedLinear(peft_layer.Linear):
             low = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
             y = y + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](low))) * self.scaling[name]
         return y.to(dtype)
+
+    def _fused_dora(self, x: Tensor, name: str) -> Tensor:
+        base: Any = self.get_base_layer()
+        return dora_linear(
+            x,
+            base.weight,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.lora_magnitude_vector[name].weight,
+            scale=self.scaling[name],
+            bias=base.bias,
+            dropout_p=_rate(self.lora_dropout[name]),
+            # ‖W‖² anew in every call: PEFT writes W through .data, which no cache can see
+            weight_norm_sq=None,
+            backend=self._backend,
+        )
 
     def _fused_by_sample(self, x: Tensor, names: list[str]) -> Tensor:
         """One call per adapter, over the samples that ask for it."""
@@ -173,9 +196,13 @@ def _base_reason(layer: Any) -> str | None:
 
 def _adapter_reason(layer: Any, name: str) -> str | None:
     """Why adapter `name` of `layer` cannot be fused; None where it can."""
-    if name in layer.lora_variant:
-        return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
     a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if name in layer.lora_variant:
+        kind = type(layer.lora_variant[name])
+        if kind is not DoraLinearVariant:
+            return f"adapter {name!r} is a {kind.__name__}"
+        if layer.fan_in_fan_out or b.bias is not None or _has_hooks(layer.lora_magnitude_vector[name]):
+            return f"adapter {name!r} is DoRA over a Conv1D, with a bias of its own or with hooks"
     if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
         return f"adapter {name!r} consists of a {type(a).__name__} and a {type(b).__name__}"
     for weight in (a.weight, b.weight):

@@ -93,6 +93,7 @@ def fused_equals_peft(model: nn.Module, x: torch.Tensor, rtol: float | None = No
         {"modules_to_save": ["head"]},
         {"target_modules": ["up"], "lora_bias": True},
         {"init_lora_weights": "pissa"},
+        {"use_dora": True},
     ],
     ids=str,
 )
@@ -300,6 +301,36 @@ def test_single_calls_are_left_to_peft_with_a_reason():
         "adapter 'default' drops everything: p = 1.0": 1,
     }
     assert (up.fused_calls, down.fused_calls) == (1, 4)
+
+
+def test_dora_with_dropout_is_pefts_with_our_mask(monkeypatch):
+    seeds = iter(torch.arange(100, 200))
+    monkeypatch.setattr("lora_kernels.check.draw_seed", lambda device: next(seeds))
+    model = make(use_dora=True, lora_dropout=0.3).train()
+    plain = copy.deepcopy(model)
+    for seed, name in ((100, "up"), (101, "down")):
+        plain.base_model.model.get_submodule(name).lora_dropout["default"] = MaskOfSeed(0.3, torch.tensor(seed))
+    x = torch.randn(3, 7, 24)
+    want = run(plain, x)
+    assert lora_kernels.fuse(model, strict=True).fused
+    same(run(model, x), want, rtol=1e-5)
+    model.eval().merge_adapter()
+    model.unmerge_adapter()
+    torch.testing.assert_close(
+        model(x), plain.eval().apply(lambda m: setattr(m, "p", 0.0) if isinstance(m, MaskOfSeed) else None)(x)
+    )
+    assert all(layer.fused_calls == 2 for layer in layers(model))
+
+
+def test_dora_beside_another_adapter_is_left_to_peft():
+    model, x = make(use_dora=True), torch.randn(4, 24)
+    model.add_adapter("second", config())
+    randomise(model)
+    model.base_model.set_adapter(["default", "second"])
+    lora_kernels.fuse(model)
+    lora_kernels.unfuse(plain := copy.deepcopy(model))
+    assert torch.equal(model(x), plain(x))
+    assert all(layer.passed_over == {"a DoRA adapter beside others": 1} for layer in layers(model))
 
 
 def test_variants_are_left_to_peft():
