@@ -87,7 +87,11 @@ def seed(given: Tensor | int | None, device: torch.device) -> Tensor:
 
 
 def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
-    """(s, B), with a tensor scale folded into B in B's dtype: no synchronisation, and differentiable in the scale."""
+    """(s, B), with a tensor scale folded into B in B's dtype: no synchronisation, and differentiable in the scale.
+
+    torch.compile makes a float that has changed a symbol, which an opaque operator would bind to its value of the
+    moment: a recompilation for each value, if it were not folded too.
+    """
     if isinstance(given, Tensor):
         if given.numel() != 1 or not given.dtype.is_floating_point:
             raise ValueError(
@@ -96,4 +100,9 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
         return 1.0, lora_b * given.reshape(()).to(lora_b.dtype)
     if not abs(given) < float("inf"):  # math.isfinite breaks torch.compile
         raise ValueError(f"scale must be finite, got {given}")
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # heavy; there while compiling
+
+        if not has_static_value(given):
+            return 1.0, lora_b * given
     return given, lora_b
