@@ -90,14 +90,15 @@ class FusedLinear(peft_layer.Linear):
         if (len(active) > 1 or names is not None) and any(name in self.lora_variant for name in active):
             return "a DoRA adapter beside others"
         weight: Any = self.get_base_layer().weight
-        autocast = torch.is_autocast_enabled(x.device.type)
+        # Autocast leaves fp64 as it is.
+        autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
         if x.dtype not in check.DTYPES or (x.dtype != weight.dtype and not autocast):
             return f"x is {x.dtype}, the base weight {weight.dtype}"
         for name in active:
             if reason := _adapter_reason(self, name):
                 return reason
             dtype = self.lora_A[name].weight.dtype
-            if dtype not in (x.dtype, torch.float32) and not autocast:
+            if dtype not in (x.dtype, torch.float32) and not (autocast and dtype in check.HALVES):
                 return f"adapter {name!r} is {dtype} beside {x.dtype}"
             if dtype != x.dtype and not (self.cast_input_dtype_enabled and x.dtype in check.HALVES) and not autocast:
                 return f"adapter {name!r} is {dtype} beside {x.dtype}, and x may not be converted"

@@ -1,0 +1,60 @@
+"""The language-model examples run as a newcomer runs them, in a few steps, and say what they promise."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for _needed in ("transformers", "accelerate", "peft"):
+    pytest.importorskip(_needed)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def start(*words: str, threads: int) -> str:
+    """What a command prints; it must succeed."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=100, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_finetune_lm(tmp_path: Path) -> None:
+    said = start(str(EXAMPLES / "finetune_lm.py"), "--short", "--out", str(tmp_path), threads=2)
+    assert "28 of 28 LoRA layers fused" in said and " not fused" not in said
+    found = {
+        name: [float(value) for value in values.split()]
+        for name, values in re.findall(r"^  (pretrained|with the adapter|adapter off) +([\d. ]+)$", said, re.MULTILINE)
+    }
+    assert found["adapter off"] == found["pretrained"]
+    assert found["with the adapter"][1] < 0.97 * found["pretrained"][1] < 1000
+    assert re.search(r"^  fused +[\d.]+ ms", said, re.MULTILINE)
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_finetune_fsdp_and_resume_on_another_number_of_processes(tmp_path: Path) -> None:
+    perplexities = []
+    for processes, more in ((2, []), (1, ["--resume"])):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        script = str(EXAMPLES / "finetune_fsdp.py")
+        said = start(*launcher, script, "--short", "--out", str(tmp_path), *more, threads=1)
+        assert f"28 layers fused, 0 not; {processes} processes" in said
+        perplexities += [
+            (int(step), float(value)) for step, value in re.findall(r"step (\d+): .* ([\d.]+)$", said, re.M)
+        ]
+    (zero, first), (saved, second), (resumed, third), (end, last) = perplexities
+    assert zero == 0 < saved == resumed < end
+    assert second < 0.97 * first and abs(third - second) <= 0.1 and last < second
+    assert len(list(tmp_path.glob("checkpoint-*/*.distcp"))) == 2 + 1
