@@ -13,6 +13,7 @@ gloo on CPUs, nccl on GPUs. Needs transformers, accelerate and peft.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 from pathlib import Path
@@ -158,10 +159,10 @@ def main() -> None:
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
-    try:
-        run(arguments.out, SHORT if arguments.short else Lengths(), arguments.resume, device)
-    finally:
-        dist.destroy_process_group()
+    run(arguments.out, SHORT if arguments.short else Lengths(), arguments.resume, device)
+    gc.collect()  # the sharded model holds on to its groups in cycles, and torch aborts if it goes after them
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
