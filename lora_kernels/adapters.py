@@ -29,7 +29,7 @@ from lora_kernels.adapter_files import (
     write_all,
 )
 from lora_kernels.inject import AdaptedLayer, ApplyReport
-from lora_kernels.module import FusedLoRALinear
+from lora_kernels.module import FusedLoRALinear, scaling_of
 from lora_kernels.targets import Selection, by_pattern, lora_layers, select, some
 
 
@@ -228,7 +228,7 @@ def _fill(model: nn.Module, pairs: Pairs, alphas: dict[str, float], rslora: bool
         _copy(layer, pairs[name])
         layer.lora_alpha = alphas[name]
         layer.use_rslora = layer.use_rslora if rslora is None else rslora
-        layer.scaling = layer.lora_alpha / (math.sqrt(layer.r) if layer.use_rslora else layer.r)
+        layer.scaling = scaling_of(layer.lora_alpha, layer.r, layer.use_rslora)
     return ApplyReport(
         tuple(AdaptedLayer(n, x.r, x.lora_alpha, x.in_features, x.out_features) for n, x in layers.items()), {}, ()
     )

@@ -74,12 +74,7 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a magnitude of another dtype, ValueError
             for a magnitude or weight_norm_sq that is not [N] on x's device.
     """
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if autocast and x.dtype in (torch.float32, *check.HALVES):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        lora_a, lora_b = (t.to(dtype) if t.dtype in check.HALVES else t for t in (lora_a, lora_b))
+    autocast, x, bias, lora_a, lora_b = ops._as_autocast_asks(x, bias, lora_a, lora_b)
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast)
     _check_rows(weight, lora_a, magnitude, weight_norm_sq)
     scale, lora_b = check.scale(scale, lora_b)

@@ -114,7 +114,7 @@ class FusedLoRALinear(nn.Linear):
                 f"adapter_dtype must be the weight's ({self.weight.dtype}), or fp32 beside fp16 or bf16; got {dtype}"
             )
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
-        self.scaling: float = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling: float = scaling_of(lora_alpha, r, use_rslora)
         self.use_dora, self.backend = use_dora, backend
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -286,6 +286,11 @@ class FusedLoRALinear(nn.Linear):
         if self.backend is not None:
             text += f", backend={self.backend!r}"
         return text + (", merged" if self.merged else "")
+
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """s = α/r, or α/√r."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def _check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:

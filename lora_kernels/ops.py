@@ -75,12 +75,7 @@ def lora_linear(
             the call (with all its reasons).
         RuntimeError: from autograd, on double backward.
     """
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if autocast and x.dtype in _AUTOCAST:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        lora_a, lora_b = (t.to(dtype) if t.dtype in check.HALVES else t for t in (lora_a, lora_b))
+    autocast, x, bias, lora_a, lora_b = _as_autocast_asks(x, bias, lora_a, lora_b)
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast)
     scale, lora_b = check.scale(scale, lora_b)
     seed = check.seed(seed, x.device) if dropout_p > 0 else None
@@ -161,6 +156,19 @@ class LoRALinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = _RefuseDoubleBackward.apply(torch.empty(0, requires_grad=True), *grads)
         return *grads, None, None, None, None
+
+
+def _as_autocast_asks(
+    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[bool, Tensor, Tensor | None, Tensor, Tensor]:
+    """(whether there is autocast, x, bias, a, b): in its dtype, but fp32 a and b as they are, and fp64 x."""
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype in _AUTOCAST:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        a, b = (t.to(dtype) if t.dtype in check.HALVES else t for t in (a, b))
+    return autocast, x, bias, a, b
 
 
 def _no_autocast(device: str) -> AbstractContextManager[object]:

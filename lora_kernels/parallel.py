@@ -88,11 +88,20 @@ class _ShardedLinear(FusedLoRALinear):
             "options=StateDictOptions(full_state_dict=True)) and merge a whole module with it"
         )
 
-    def _seed(self, x: Tensor, rank: int) -> dict[str, Any]:
-        """The dropout of this call, with `rank` in its seed."""
-        if not (self.training and self.lora_dropout > 0):
-            return {}
-        return {"dropout_p": self.lora_dropout, "seed": draw_seed(x.device) ^ rank}
+    def _own_part(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, rank: int) -> Tensor:
+        """This process's call, with `rank` in the seed of its dropout."""
+        p = self.lora_dropout if self.training else 0.0
+        return lora_linear(
+            x,
+            _local(self._parameters["weight"]),
+            a,
+            b,
+            scale=self.scaling,
+            bias=bias,
+            dropout_p=p,
+            seed=draw_seed(x.device) ^ rank if p > 0 else None,
+            backend=self.backend,
+        )
 
 
 class _ColwiseLinear(_ShardedLinear):
@@ -100,17 +109,8 @@ class _ColwiseLinear(_ShardedLinear):
         """x [..., K], replicated → y [..., N], sharded on N."""
         whole = cast(DTensor, x)
         local = whole.to_local(grad_placements=[Partial()])
-        weight, bias, a, b = (self._parameters[name] for name in ("weight", "bias", "lora_A", "lora_B"))
-        y = lora_linear(
-            local,
-            _local(weight),
-            _summed(a),
-            _local(b),
-            scale=self.scaling,
-            bias=None if bias is None else _local(bias),
-            backend=self.backend,
-            **self._seed(local, 0),
-        )
+        bias, a, b = (self._parameters[name] for name in ("bias", "lora_A", "lora_B"))
+        y = self._own_part(local, _summed(a), _local(b), None if bias is None else _local(bias), 0)
         shape = torch.Size((*local.shape[:-1], self.out_features))
         return DTensor.from_local(
             y, whole.device_mesh, [Shard(y.dim() - 1)], run_check=False, shape=shape, stride=_strides(shape)
@@ -123,18 +123,10 @@ class _RowwiseLinear(_ShardedLinear):
         part = cast(DTensor, x)
         local, mesh = part.to_local(), part.device_mesh
         rank = mesh.get_local_rank()
-        weight, bias, a, b = (self._parameters[name] for name in ("weight", "bias", "lora_A", "lora_B"))
-        y = lora_linear(
-            local,
-            _local(weight),
-            _local(a),
-            _summed(b),
-            scale=self.scaling,
-            # the first process adds the bias; the others' zero keeps them in the sum of its gradient
-            bias=None if bias is None else _summed(bias) * float(rank == 0),
-            backend=self.backend,
-            **self._seed(local, rank),
-        )
+        bias, a, b = (self._parameters[name] for name in ("bias", "lora_A", "lora_B"))
+        # the first process adds the bias; the others' zero keeps them in the sum of its gradient
+        part_of_bias = None if bias is None else _summed(bias) * float(rank == 0)
+        y = self._own_part(local, _local(a), _summed(b), part_of_bias, rank)
         return DTensor.from_local(y, mesh, [Partial()], run_check=False)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import check
+from lora_kernels import check, dispatch
 from lora_kernels.dora import dora_linear
 from lora_kernels.ops import lora_linear
 
@@ -252,8 +252,6 @@ def fuse(model: nn.Module, *, strict: bool = False, backend: str | None = None) 
         RuntimeError: with `strict`, with the report.
         ValueError: for a back-end there is none of.
     """
-    from lora_kernels import dispatch
-
     if backend is not None and backend not in dispatch.BACKENDS:
         raise ValueError(f"there is no back-end {backend!r}: one of {', '.join(dispatch.BACKENDS)}, or None")
     fused, not_fused, layers = {}, {}, []

@@ -89,9 +89,6 @@ constexpr Kernels kTable = {
     [](const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out) {
       LK_BY_DTYPE(out.dtype, (write<T>(src, lds, rows, cols, factor, out)))
     },
-    [](Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo) {
-      LK_BY_DTYPE(src.dtype, (read_t<T>(src, rows, cols, factor, out, ldo)))
-    },
     [](const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out) {
       LK_BY_DTYPE(out.dtype, (write_t<T>(src, lds, rows, cols, factor, out)))
     },

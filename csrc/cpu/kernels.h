@@ -83,8 +83,7 @@ struct Kernels {
   void (*read)(Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo);
   void (*write)(const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out);
 
-  // the same, transposed: out[j, i] = factor * src[i, j] with src [rows, cols]
-  void (*read_t)(Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo);
+  // out[j, i] = factor * src[i, j] with src [rows, cols]
   void (*write_t)(const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out);
 };
 
