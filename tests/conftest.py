@@ -32,6 +32,18 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["eager", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each back-end that runs on this machine's CPU, by name."""
+    from lora_kernels import dispatch
+
+    try:
+        dispatch.load(request.param)
+    except ImportError as error:
+        pytest.skip(f"backend {request.param!r} is not built: {error}")
+    return request.param
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Every uninitialised allocation is filled with NaN (integers: with their largest value): what reads it before

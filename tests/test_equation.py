@@ -10,20 +10,9 @@ from hypothesis import strategies as st
 
 from lora_kernels import dispatch, lora_linear
 
-BACKENDS = ["eager", "cpu"]
-
 
 def results(q: oracle.Problem, backend: str) -> dict[str, torch.Tensor]:
     return oracle.evaluate(q, lora_linear, backend=backend)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    try:
-        dispatch.load(request.param)
-    except ImportError as error:
-        pytest.skip(f"backend {request.param!r} is not built: {error}")
-    return request.param
 
 
 @pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)

@@ -11,17 +11,8 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
-from lora_kernels import FusedLoRALinear, dispatch, lora_linear
+from lora_kernels import FusedLoRALinear, lora_linear
 from lora_kernels.random import keep_mask, rescale
-
-
-@pytest.fixture(params=["eager", "cpu"])
-def backend(request) -> str:
-    try:
-        dispatch.load(request.param)
-    except ImportError as error:
-        pytest.skip(f"backend {request.param!r} is not built: {error}")
-    return request.param
 
 
 def leaves(q: oracle.Problem) -> list[torch.Tensor]:
