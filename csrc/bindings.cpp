@@ -6,6 +6,8 @@
 #include <array>
 #include <cstring>
 #include <stdexcept>
+#include <tuple>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/lora.h"
@@ -20,40 +22,77 @@ namespace {
 
 Tile tile(uintptr_t data, i64 ld, int dtype) { return {reinterpret_cast<void*>(data), ld, static_cast<DType>(dtype)}; }
 
-lk::cpu::Problem problem(i64 M, i64 N, i64 K, i64 R, double scale, uint32_t threshold, uintptr_t seed, int threads) {
-  lk::cpu::Dropout dropout;
+struct DTypes {
+  int dtype, adapter_dtype;
+};
+
+// Of a branch forward: N, R, a, stride_ar, b, stride_bn, bias, y, stride_ym, h, stride_hm, scale, threshold, seed.
+using Forward = std::tuple<i64, i64, uintptr_t, i64, uintptr_t, i64, uintptr_t, uintptr_t, i64, uintptr_t, i64, double,
+                           uint32_t, uintptr_t>;
+
+// And backward: N, R, dy, stride_dym, a, stride_ar, b, stride_bn, h, stride_hm, da, stride_dar, db, stride_dbn, scale,
+// threshold, seed.
+using Backward = std::tuple<i64, i64, uintptr_t, i64, uintptr_t, i64, uintptr_t, i64, uintptr_t, i64, uintptr_t, i64,
+                            uintptr_t, i64, double, uint32_t, uintptr_t>;
+
+lk::cpu::Dropout dropout(uint32_t threshold, uintptr_t seed) {
+  lk::cpu::Dropout d;
   if (threshold) {
-    dropout.threshold = threshold;
-    std::memcpy(&dropout.seed, reinterpret_cast<const void*>(seed), sizeof(dropout.seed));
+    d.threshold = threshold;
+    std::memcpy(&d.seed, reinterpret_cast<const void*>(seed), sizeof(d.seed));
   }
-  return {M, N, K, R, static_cast<float>(scale), dropout, threads};
+  return d;
 }
 
-void forward(int threads, int dtype, int adapter_dtype, i64 M, i64 N, i64 K, i64 R, uintptr_t x, i64 stride_xm,
-             uintptr_t a, i64 stride_ar, uintptr_t b, i64 stride_bn, uintptr_t bias, uintptr_t y, i64 stride_ym,
-             uintptr_t h, i64 stride_hm, double scale, uint32_t threshold, uintptr_t seed) {
-  py::gil_scoped_release unlocked;
-  lk::cpu::forward(problem(M, N, K, R, scale, threshold, seed, threads), tile(x, stride_xm, dtype),
-                   tile(a, stride_ar, adapter_dtype), tile(b, stride_bn, adapter_dtype), tile(bias, N, dtype),
-                   tile(y, stride_ym, dtype), tile(h, stride_hm, dtype));
+lk::cpu::Branch branch(const DTypes& c, const Forward& f) {
+  const auto& [N, R, a, stride_ar, b, stride_bn, bias, y, stride_ym, h, stride_hm, scale, threshold, seed] = f;
+  lk::cpu::Branch p{N, R, static_cast<float>(scale), dropout(threshold, seed), {}, {}, {}, {}, {}, {}, {}, {}};
+  p.a = tile(a, stride_ar, c.adapter_dtype);
+  p.b = tile(b, stride_bn, c.adapter_dtype);
+  p.bias = tile(bias, N, c.dtype);
+  p.y = tile(y, stride_ym, c.dtype);
+  p.h = tile(h, stride_hm, c.dtype);
+  return p;
 }
 
-void backward(int threads, int dtype, int adapter_dtype, i64 M, i64 N, i64 K, i64 R, uintptr_t dy, i64 stride_dym,
-              uintptr_t x, i64 stride_xm, uintptr_t a, i64 stride_ar, uintptr_t b, i64 stride_bn, uintptr_t h,
-              i64 stride_hm, uintptr_t dx, i64 stride_dxm, uintptr_t da, i64 stride_dar, uintptr_t db, i64 stride_dbn,
-              double scale, uint32_t threshold, uintptr_t seed) {
+lk::cpu::Branch branch(const DTypes& c, const Backward& g) {
+  const auto& [N, R, dy, stride_dym, a, stride_ar, b, stride_bn, h, stride_hm, da, stride_dar, db, stride_dbn, scale,
+               threshold, seed] = g;
+  lk::cpu::Branch p{N, R, static_cast<float>(scale), dropout(threshold, seed), {}, {}, {}, {}, {}, {}, {}, {}};
+  p.dy = tile(dy, stride_dym, c.dtype);
+  p.a = tile(a, stride_ar, c.adapter_dtype);
+  p.b = tile(b, stride_bn, c.adapter_dtype);
+  p.h = tile(h, stride_hm, c.dtype);
+  p.da = tile(da, stride_dar, c.adapter_dtype);
+  p.db = tile(db, stride_dbn, c.adapter_dtype);
+  return p;
+}
+
+template <class Of>
+std::vector<lk::cpu::Branch> branches(const DTypes& c, const std::vector<Of>& given) {
+  std::vector<lk::cpu::Branch> all;
+  for (const Of& each : given) all.push_back(branch(c, each));
+  return all;
+}
+
+void forward(int threads, int dtype, int adapter_dtype, i64 M, i64 K, uintptr_t x, i64 stride_xm,
+             const std::vector<Forward>& adapters) {
   py::gil_scoped_release unlocked;
-  lk::cpu::backward(problem(M, N, K, R, scale, threshold, seed, threads), tile(dy, stride_dym, dtype),
-                    tile(x, stride_xm, dtype), tile(a, stride_ar, adapter_dtype), tile(b, stride_bn, adapter_dtype),
-                    tile(h, stride_hm, dtype), tile(dx, stride_dxm, dtype), tile(da, stride_dar, adapter_dtype),
-                    tile(db, stride_dbn, adapter_dtype));
+  lk::cpu::forward(threads, M, K, tile(x, stride_xm, dtype), branches({dtype, adapter_dtype}, adapters));
+}
+
+void backward(int threads, int dtype, int adapter_dtype, i64 M, i64 K, uintptr_t x, i64 stride_xm, uintptr_t dx,
+              i64 stride_dxm, const std::vector<Backward>& adapters) {
+  py::gil_scoped_release unlocked;
+  lk::cpu::backward(threads, M, K, tile(x, stride_xm, dtype), tile(dx, stride_dxm, dtype),
+                    branches({dtype, adapter_dtype}, adapters));
 }
 
 void gemm(int threads, int dtype, i64 M, i64 N, i64 K, uintptr_t x, i64 stride_xm, uintptr_t w, i64 stride_wn,
-          i64 stride_wk, uintptr_t y, i64 stride_ym) {
+          i64 stride_wk, uintptr_t y, i64 stride_ym, bool add) {
   py::gil_scoped_release unlocked;
   lk::cpu::gemm(threads, M, N, K, tile(x, stride_xm, dtype), tile(w, stride_wn, dtype), stride_wk,
-                tile(y, stride_ym, dtype));
+                tile(y, stride_ym, dtype), add);
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, std::array<uint32_t, 2> key) {
@@ -91,10 +130,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &lk::cpu::available_isas, "The instruction sets that this machine can run, best first.");
   m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(); ValueError if this machine cannot run it.");
   m.def("forward", &forward,
-        "h = c keep(x) a^T where x is given; y += s h b^T + bias where y is given. A null pointer: absent.");
+        "For each branch: h = c keep(x) a^T where x is given; y += s h b^T + bias where y is given. Null: absent.");
   m.def("backward", &backward,
-        "g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). A null pointer: absent.");
-  m.def("gemm", &gemm, "y = x w^T: fp32, or any dtype where gemm_few(M, stride_wk).");
+        "For each branch: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Null: absent.");
+  m.def("gemm", &gemm, "y = x w^T, or with add y += that: fp32, or, without add, any dtype where gemm_few(M, stride_wk).");
   m.def("gemm_few", &lk::cpu::gemm_few, "Whether gemm reads w as it is: for few rows of x, w's own lying along k.");
   m.def("philox", &philox, "Philox4x32-10 of one counter and key.");
   m.def("keep_bits", &keep_bits,

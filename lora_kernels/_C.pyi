@@ -10,21 +10,16 @@ def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...
 def forward(
-    threads: int, dtype: int, adapter_dtype: int, M: int, N: int, K: int, R: int,
-    x: int, stride_xm: int, a: int, stride_ar: int, b: int, stride_bn: int, bias: int,
-    y: int, stride_ym: int, h: int, stride_hm: int,
-    scale: float, threshold: int, seed: int, /,
+    threads: int, dtype: int, adapter_dtype: int, M: int, K: int, x: int, stride_xm: int,
+    branches: list[tuple[float, ...]], /,  # N R · a and b, each with its stride · bias · y, h · scale threshold seed
 ) -> None: ...  # fmt: skip
 def backward(
-    threads: int, dtype: int, adapter_dtype: int, M: int, N: int, K: int, R: int,
-    dy: int, stride_dym: int, x: int, stride_xm: int,
-    a: int, stride_ar: int, b: int, stride_bn: int, h: int, stride_hm: int,
-    dx: int, stride_dxm: int, da: int, stride_dar: int, db: int, stride_dbn: int,
-    scale: float, threshold: int, seed: int, /,
+    threads: int, dtype: int, adapter_dtype: int, M: int, K: int, x: int, stride_xm: int, dx: int, stride_dxm: int,
+    branches: list[tuple[float, ...]], /,  # N R · dy, a, b, h, da and db, each with its stride · scale threshold seed
 ) -> None: ...  # fmt: skip
 def gemm(
     threads: int, dtype: int, M: int, N: int, K: int,
-    x: int, stride_xm: int, w: int, stride_wn: int, stride_wk: int, y: int, stride_ym: int, /,
+    x: int, stride_xm: int, w: int, stride_wn: int, stride_wk: int, y: int, stride_ym: int, add: bool, /,
 ) -> None: ...  # fmt: skip
 def gemm_few(M: int, stride_wk: int, /) -> bool: ...
 def philox(counter: list[int], key: list[int]) -> list[int]: ...

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels import check, ops, random
+from lora_kernels.autograd import as_autocast_asks, no_autocast, refuse_double_backward
 
 _WEIGHT_ROWS = 512
 """Rows of a 16-bit W converted to fp32 at a time."""
@@ -74,14 +75,14 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a magnitude of another dtype, ValueError
             for a magnitude or weight_norm_sq that is not [N] on x's device.
     """
-    autocast, x, bias, lora_a, lora_b = ops._as_autocast_asks(x, bias, lora_a, lora_b)
+    autocast, x, bias, lora_a, lora_b = as_autocast_asks(x, bias, lora_a, lora_b)
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast)
     _check_rows(weight, lora_a, magnitude, weight_norm_sq)
     scale, lora_b = check.scale(scale, lora_b)
     seed = check.seed(seed, x.device) if dropout_p > 0 else None
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    with ops._no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         norm = _dora_norm(weight, lora_a.detach(), lora_b.detach(), scale, weight_norm_sq)
         d = ratio(magnitude, norm)
         operands = (rows, weight, lora_a, lora_b, d, bias, scale, dropout_p, seed, backend)
@@ -120,7 +121,7 @@ class DoRALinearFunction(torch.autograd.Function):
         """dx, da, db, dd and dbias: of these only what is asked."""
         x, w, a, b, d, h, z, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with torch.no_grad(), ops._no_autocast(dy.device.type):
+        with torch.no_grad(), no_autocast(dy.device.type):
             dy = dy.to(ctx.dtype)
             run = _backward_dropout if ctx.p > 0 else _backward
             gradients = run(
@@ -130,9 +131,7 @@ class DoRALinearFunction(torch.autograd.Function):
         asked = (needs[0], *needs[2:5])
         dx, da, db, dd = (t if need else None for t, need in zip(gradients, asked, strict=True))
         grads = (dx, None, da, db, dd, dbias)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = ops._RefuseDoubleBackward.apply(torch.empty(0, requires_grad=True), *grads)
-        return *grads, None, None, None, None
+        return *refuse_double_backward("dora_linear", grads), None, None, None, None
 
 
 def _forward(

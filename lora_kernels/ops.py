@@ -8,16 +8,14 @@ The operators are opaque to ``torch.compile`` and take no part in autograd thems
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels import check, dispatch
+from lora_kernels.autograd import as_autocast_asks, no_autocast, refuse_double_backward
 from lora_kernels.backends import Call
-
-_AUTOCAST = (torch.float32, *check.HALVES)
 
 _library = torch.library.Library("lora_kernels", "DEF")
 _library.define(
@@ -75,7 +73,7 @@ def lora_linear(
             the call (with all its reasons).
         RuntimeError: from autograd, on double backward.
     """
-    autocast, x, bias, lora_a, lora_b = _as_autocast_asks(x, bias, lora_a, lora_b)
+    autocast, x, bias, lora_a, lora_b = as_autocast_asks(x, bias, lora_a, lora_b)
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast)
     scale, lora_b = check.scale(scale, lora_b)
     seed = check.seed(seed, x.device) if dropout_p > 0 else None
@@ -108,7 +106,7 @@ def explain(
     """
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast=False)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return dispatch.explain(_call("forward", rows, weight, lora_a, lora_b, rows.shape[0], dropout_p), backend)
+    return dispatch.explain(call_of("forward", rows, weight, lora_a, lora_b, rows.shape[0], dropout_p), backend)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -144,7 +142,7 @@ class LoRALinearFunction(torch.autograd.Function):
         x, w, a, b, h, seed = ctx.saved_tensors
         need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
         dx = da = db = dbias = None
-        with torch.no_grad(), _no_autocast(dy.device.type):
+        with torch.no_grad(), no_autocast(dy.device.type):
             dy = dy.to(ctx.dtype)
             if need_dx or need_da or need_db:
                 dx, da, db = _backward(
@@ -153,48 +151,7 @@ class LoRALinearFunction(torch.autograd.Function):
             if need_dbias:
                 dbias = dy.sum(0)
         grads = (dx if need_dx else None, None, da if need_da else None, db if need_db else None, dbias)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = _RefuseDoubleBackward.apply(torch.empty(0, requires_grad=True), *grads)
-        return *grads, None, None, None, None
-
-
-def _as_autocast_asks(
-    x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
-) -> tuple[bool, Tensor, Tensor | None, Tensor, Tensor]:
-    """(whether there is autocast, x, bias, a, b): in its dtype, but fp32 a and b as they are, and fp64 x."""
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if autocast and x.dtype in _AUTOCAST:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        a, b = (t.to(dtype) if t.dtype in check.HALVES else t for t in (a, b))
-    return autocast, x, bias, a, b
-
-
-def _no_autocast(device: str) -> AbstractContextManager[object]:
-    """Mostly there is none, and entering torch.autocast takes its time."""
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-class _RefuseDoubleBackward(torch.autograd.Function):
-    """Ties gradients to an error.
-
-    PyTorch's once_differentiable does so only where dy itself requires a gradient, and otherwise hands out gradients
-    that look constant: a gradient penalty on dx would then silently lose its part in A and B.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grads
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "lora_linear has no double backward: its gradients cannot be differentiated again. Leave create_graph=True "
-            "away, or compute this layer as F.linear(x, W) + scale * (x @ A.T @ B.T) for second derivatives"
-        )
+        return *refuse_double_backward("lora_linear", grads), None, None, None, None
 
 
 def _run_forward(
@@ -209,9 +166,9 @@ def _run_forward(
     backend: str | None,
     save_h: bool,
 ) -> tuple[Tensor, Tensor]:
-    call = _call("forward", x, w, a, b, x.shape[0], p)
+    call = call_of("forward", x, w, a, b, x.shape[0], p)
     y, h = dispatch.pick(call, backend).forward(x, w, a, b, bias, scale, p, seed, save_h)
-    return y, _or_empty(h, x)
+    return y, or_empty(h, x)
 
 
 def _run_backward(
@@ -229,9 +186,9 @@ def _run_backward(
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _call("backward", dy, w, a, b, dy.shape[0], p)
+    call = call_of("backward", dy, w, a, b, dy.shape[0], p)
     dx, da, db = dispatch.pick(call, backend).backward(dy, x, w, a, b, h, scale, p, seed, need_dx, need_da, need_db)
-    return _or_empty(dx, dy), _or_empty(da, a), _or_empty(db, b)
+    return or_empty(dx, dy), or_empty(da, a), or_empty(db, b)
 
 
 def _fake_forward(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore
@@ -253,11 +210,12 @@ _forward = torch.ops.lora_kernels.forward.default
 _backward = torch.ops.lora_kernels.backward.default
 
 
-def _call(op: str, rows: Tensor, w: Tensor, a: Tensor, b: Tensor, M: int, p: float) -> Call:
+def call_of(op: str, rows: Tensor, w: Tensor, a: Tensor, b: Tensor, M: int, p: float) -> Call:
+    """What the back-ends judge a call by."""
     N, K = w.shape
     return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], p > 0)
 
 
-def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
     """An operator returns tensors: one of no elements stands for what was not asked for."""
     return like.new_empty(0) if t is None else t

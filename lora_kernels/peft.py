@@ -10,15 +10,18 @@ PEFT's own forward; `FuseReport` tells where and why.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import check, dispatch
+from lora_kernels import check, dispatch, peft_groups
 from lora_kernels.dora import dora_linear
 from lora_kernels.ops import lora_linear
+from lora_kernels.peft_groups import FAMILIES, SharedInput
 
 try:
     from peft.tuners.lora import LoraModel
@@ -48,6 +51,7 @@ class FusedLinear(peft_layer.Linear):
     fused_calls: int
     passed_over: Counter[str]
     _backend: str | None
+    _group: SharedInput | None
     lora_A: Any
     lora_B: Any
     lora_dropout: Any
@@ -55,8 +59,12 @@ class FusedLinear(peft_layer.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: `x` [..., in_features], and optionally ``adapter_names``, one for each of x's first dimension."""
+        if self._group is not None and not args and not kwargs and (y := self._group.take(self, x)) is not None:
+            if not torch.compiler.is_compiling():
+                self.fused_calls += 1
+            return y
         names = kwargs.get("adapter_names")
-        reason = self._why_not_now(x, args, kwargs, names)
+        reason = self.why_not_now(x, args, kwargs, names)
         if not torch.compiler.is_compiling():
             if reason is None:
                 self.fused_calls += 1
@@ -76,7 +84,13 @@ class FusedLinear(peft_layer.Linear):
         """Tells a fused layer from PEFT's own."""
         return "fused by lora_kernels"
 
-    def _why_not_now(self, x: Tensor, args: Any, kwargs: dict[str, Any], names: list[str] | None) -> str | None:
+    def why_not_now(
+        self,
+        x: Tensor,
+        args: Any = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        names: list[str] | None = None,
+    ) -> str | None:
         """None where the fused path serves the call; "" where no adapter is to be computed; else the reason."""
         if self.disable_adapters or self.merged:
             return "" if names is None else "adapter_names beside disabled or merged adapters"
@@ -104,26 +118,29 @@ class FusedLinear(peft_layer.Linear):
                 return f"adapter {name!r} is {dtype} beside {x.dtype}, and x may not be converted"
         return None
 
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+    def operands(self, *names: str) -> tuple[Tensor, Tensor, Tensor, float | Tensor, Tensor | None, float]:
+        """(weight, lora_a, lora_b, scale, bias, dropout_p) of the base with one adapter, or with several that have no
+        dropout: those are one of their ranks' sum."""
         base: Any = self.get_base_layer()
         weight = base.weight.t() if self.fan_in_fan_out else base.weight
         bias = base.bias
-        if names[0] in self.lora_variant:
-            return self._fused_dora(x, names[0])
-        rates = {_rate(self.lora_dropout[name]) for name in names}
-        together = names if rates == {0.0} else names[:1]
-        for name in together:
+        for name in names:
             if (own := self.lora_B[name].bias) is not None:
                 term = own * self.scaling[name]
                 bias = (term if bias is None else bias + term).to(weight.dtype)
-        if len(together) == 1:
-            a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
-            scale = self.scaling[names[0]]
-        else:  # without dropout several adapters are one of their ranks' sum
-            a = torch.cat([self.lora_A[name].weight for name in together])
-            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in together], 1)
+        if len(names) == 1:
+            a, b, scale = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight, self.scaling[names[0]]
+        else:
+            a = torch.cat([self.lora_A[name].weight for name in names])
+            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], 1)
             scale = 1.0
-        p = _rate(self.lora_dropout[names[0]])
+        return weight, a, b, scale, bias, _rate(self.lora_dropout[names[0]])
+
+    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+        if names[0] in self.lora_variant:
+            return self._fused_dora(x, names[0])
+        together = names if {_rate(self.lora_dropout[name]) for name in names} == {0.0} else names[:1]
+        weight, a, b, scale, bias, p = self.operands(*together)
         y = lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
         dtype = y.dtype
         for name in names[len(together) :]:  # each with a mask of its own
@@ -224,6 +241,8 @@ class FuseReport:
     """Module → its size and adapters."""
     not_fused: dict[str, str]
     """Module → why PEFT's own forward serves it, all adapters or some."""
+    groups: dict[str, SharedInput] = field(default_factory=dict)
+    """Module → its children that are computed by one call, with ``group``."""
 
     def __str__(self) -> str:
         rows = [(name, "fused", what) for name, what in self.fused.items()]
@@ -231,11 +250,18 @@ class FuseReport:
         head = f"{len(self.fused)} of {len(rows)} LoRA layers fused"
         if not rows:
             return f"{head}: the model has none"
+        rows += [(name, "grouped", str(group)) for name, group in self.groups.items()]
         width = max(len(name) for name, _, _ in rows)
         return "\n".join([head, *(f"  {name:{width}}  {state:9}  {what}" for name, state, what in rows)])
 
 
-def fuse(model: nn.Module, *, strict: bool = False, backend: str | None = None) -> FuseReport:
+def fuse(
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    backend: str | None = None,
+    group: bool | Sequence[Sequence[str]] = False,
+) -> FuseReport:
     """Put every LoRA linear of a PEFT model on the fused path. Call it after ``get_peft_model`` or ``from_pretrained``,
     before wrapping or compiling. Calling it again takes in layers that have come since.
 
@@ -243,6 +269,10 @@ def fuse(model: nn.Module, *, strict: bool = False, backend: str | None = None) 
         model: a PeftModel, or any module with PEFT's LoRA layers inside.
         strict: raise, and change nothing, where a layer or an adapter cannot be fused.
         backend: by name, for all layers; it then never falls back. None: chosen per call.
+        group: compute layers that read the same x by one call, each with its own dropout mask: True for the names of
+            `lora_kernels.peft_groups.FAMILIES` (q/k/v and gate/up of Llama, Qwen, Mistral, Gemma; query/key/value of
+            BERT and ViT), or such names of another model, as in ``[("wq", "wk", "wv")]``. A group whose layers turn out
+            to be called with different inputs ends (see its ``dissolved``).
 
     Returns:
         Which layers are fused, which are not, and why. A fused layer still leaves single calls to PEFT: those that ask
@@ -269,20 +299,24 @@ def fuse(model: nn.Module, *, strict: bool = False, backend: str | None = None) 
         else:
             ranks = ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
             fused[path] = f"{layer.in_features}→{layer.out_features}, {ranks}"
-    report = FuseReport(fused, not_fused)
     if strict and not_fused:
-        raise RuntimeError(f"fuse(strict=True) found LoRA layers that cannot be fused; nothing was changed.\n{report}")
+        raise RuntimeError(
+            "fuse(strict=True) found LoRA layers that cannot be fused; nothing was changed.\n"
+            f"{FuseReport(fused, not_fused)}"
+        )
     for layer in layers:
         _swap(layer, backend)
-    return report
+    families = FAMILIES if group is True else group or ()
+    return FuseReport(fused, not_fused, peft_groups.group(model, FusedLinear, families))
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every layer PEFT's own class back, as `fuse` found it."""
     for layer in model.modules():
         if isinstance(layer, FusedLinear):
+            _leave_group(layer)
             layer.__class__ = peft_layer.Linear  # type: ignore[assignment]
-            del layer.fused_calls, layer.passed_over, layer._backend
+            del layer.fused_calls, layer.passed_over, layer._backend, layer._group
 
 
 def _layer_reason(layer: Any) -> str | None:
@@ -294,8 +328,14 @@ def _layer_reason(layer: Any) -> str | None:
 def _swap(layer: Any, backend: str | None) -> None:
     if not isinstance(layer, FusedLinear):
         layer.__class__ = FusedLinear
-        layer.fused_calls, layer.passed_over = 0, Counter()
+        layer.fused_calls, layer.passed_over, layer._group = 0, Counter(), None
+    _leave_group(layer)
     layer._backend = backend
+
+
+def _leave_group(layer: FusedLinear) -> None:
+    if layer._group is not None:
+        layer._group.dissolve("fuse was called anew, or unfuse")
 
 
 _create = LoraModel.__dict__["_create_new_module"]

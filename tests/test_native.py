@@ -84,16 +84,17 @@ class Operands:
         return self.scale, random.threshold(self.p), self.seed.data_ptr()
 
     def forward(self, threads: int = 2, *, down: bool = True, up: bool = True) -> tuple[Tensor, Tensor]:
+        M, N, K, R = self.sizes
         h = self.nan(*self.h.shape, self.x.dtype) if down else self.h
         y = self.y.clone()
         _C.forward(
-            threads, CODES[self.x.dtype], CODES[self.a.dtype], *self.sizes,
-            *at(self.x if down else None), *at(self.a), *at(self.b), self.bias.data_ptr(), *at(y if up else None),
-            *at(h), *self.call(),
+            threads, CODES[self.x.dtype], CODES[self.a.dtype], M, K, *at(self.x if down else None),
+            [(N, R, *at(self.a), *at(self.b), self.bias.data_ptr(), *at(y if up else None), *at(h), *self.call())],
         )  # fmt: skip
         return y, h
 
     def backward(self, threads: int = 2, dx: bool = True, da: bool = True, db: bool = True) -> dict[str, Tensor]:
+        M, N, K, R = self.sizes
         out = {}
         if dx:
             out["dx"] = self.dx.clone()
@@ -102,9 +103,9 @@ class Operands:
         if db:
             out["db"] = self.nan(*self.b.shape, self.b.dtype)
         _C.backward(
-            threads, CODES[self.x.dtype], CODES[self.a.dtype], *self.sizes, *at(self.dy),
-            *at(self.x if da else None), *at(self.a), *at(self.b), *at(self.h if db else None),
-            *at(out.get("dx")), *at(out.get("da")), *at(out.get("db")), *self.call(),
+            threads, CODES[self.x.dtype], CODES[self.a.dtype], M, K, *at(self.x if da else None), *at(out.get("dx")),
+            [(N, R, *at(self.dy), *at(self.a), *at(self.b), *at(self.h if db else None), *at(out.get("da")),
+              *at(out.get("db")), *self.call())],
         )  # fmt: skip
         return out
 
@@ -215,7 +216,7 @@ GEMM_SHAPES = [(1, 1, 1), (3, 100, 2100), (16, 97, 1030), (17, 33, 129), (40, 80
 
 def gemm(x: Tensor, w: Tensor, y: Tensor, threads: int = 2) -> Tensor:
     operands = (*at(x), w.data_ptr(), *w.stride(), *at(y))
-    _C.gemm(threads, CODES[x.dtype], y.shape[0], y.shape[1], x.shape[1], *operands)
+    _C.gemm(threads, CODES[x.dtype], y.shape[0], y.shape[1], x.shape[1], *operands, False)
     return y
 
 

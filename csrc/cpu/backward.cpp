@@ -34,141 +34,192 @@ void clear(float* D, i64 ldd, i64 rows, i64 cols) {
   for (i64 r = 0; r < rows; ++r) std::memset(D + r * ldd, 0, cols * sizeof(float));
 }
 
+// What a branch needs besides its operands.
+struct Work {
+  const LowRank& l;
+  bool need_g, one_pass, a_packed, h_packed;
+  i64 ldn;
+  Grid pack_a, pack_b, rows, over_n;
+  i64 g_parts;
+  float *a_panel = nullptr, *b_panel = nullptr, *h32 = nullptr, *g = nullptr, *g_rows = nullptr, *db_part = nullptr,
+        *da_part = nullptr;
+
+  Work(const Branch& p, i64 M, i64 K, bool dx)
+      : l(kernels().low_rank(p.dy.dtype, p.a.dtype)),
+        need_g(dx || p.da),
+        one_pass(p.R <= kFusedRank),
+        a_packed(dx),
+        h_packed(p.db && (l.pairs || p.h.dtype != DType::f32)),
+        ldn(panel_stride(p.N)),
+        pack_a(make_grid(p.R, K, p.R, 512)),
+        pack_b(make_grid(p.N, p.R, 128, p.R)),
+        rows(make_grid(M, p.R, kTileRows, p.R)),
+        over_n(fused_grid(M, p.N, p.R)),
+        g_parts(one_pass ? over_n.C : 1) {}
+};
+
+// The parts that a branch's dy gives: g (over columns) and db (over rows).
+void pass_over_dy(const Branch& p, const Work& w, i64 M) {
+  const Keep all{nullptr, 0};
+  if (w.need_g && !w.one_pass) {
+#pragma omp for schedule(dynamic, 1) nowait
+    for (i64 t = 0; t < w.rows.size(); ++t) {
+      const i64 m0 = w.rows.m0(t);
+      for (i64 n0 = 0; n0 < p.N; n0 += kDepth)
+        w.l.dot(p.dy.at(m0, n0), all, w.b_panel + w.l.dot_column(n0), w.ldn, w.rows.rows(t), std::min(kDepth, p.N - n0),
+                p.R, w.g + m0 * p.R, p.R, n0 > 0);
+    }
+  }
+  if (!p.db && !(w.need_g && w.one_pass)) return;
+  const float* const H = w.h_packed ? w.h32 : static_cast<const float*>(p.h.data);
+  const i64 ldh = w.h_packed ? p.R : p.h.ld;
+#pragma omp for schedule(dynamic, 1) nowait
+  for (i64 t = 0; t < w.over_n.size(); ++t) {
+    const i64 n0 = w.over_n.k0(t), width = w.over_n.width(t), first = w.over_n.m0(t), last = first + w.over_n.rows(t);
+    float* const D = p.db ? w.db_part + t / w.over_n.C * p.R * w.ldn + n0 : nullptr;
+    if (p.db) clear(D, w.ldn, p.R, width);
+    for (i64 m0 = first; m0 < last; m0 += kTileRows) {
+      const i64 n = std::min(kTileRows, last - m0);
+      const Tile tile = p.dy.at(m0, n0);
+      if (w.need_g && w.one_pass)
+        w.l.dot(tile, all, w.b_panel + w.l.dot_column(n0), w.ldn, n, width, p.R,
+                w.g + t % w.over_n.C * M * p.R + m0 * p.R, p.R, false);
+      if (p.db) w.l.outer(tile, all, H + m0 * ldh, ldh, n, width, p.R, D, w.ldn);
+    }
+  }
+}
+
+// g as the next stage takes it, and db.
+void sum_over_dy(const Branch& p, const Work& w, i64 M, bool dx) {
+  if (w.need_g) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.rows.size(); ++t) {
+      float* const gm = w.g + w.rows.m0(t) * p.R;
+      sum_parts(gm, w.rows.rows(t) * p.R, gm, M * p.R, w.g_parts);
+      const Tile sum{gm, p.R, DType::f32};
+      const float c = p.dropout.rescale();
+      if (dx) w.l.expand_rows(sum, w.rows.rows(t), p.R, c * p.scale, w.g_rows + w.rows.m0(t) * p.R);
+      if (p.da) w.l.outer_rows(sum, w.rows.rows(t), p.R, p.scale, gm);
+    }
+  }
+  if (!p.db) return;
+#pragma omp for schedule(static) nowait
+  for (i64 n0 = 0; n0 < p.N; n0 += kReduce) {
+    const i64 width = std::min(kReduce, p.N - n0);
+    for (i64 r = 0; r < p.R; ++r) {
+      float* const D = w.db_part + r * w.ldn + n0;
+      sum_parts(D, width, D, p.R * w.ldn, w.over_n.S);
+    }
+    kernels().write_t(w.db_part + n0, w.ldn, p.R, width, p.scale, p.db.at(n0, 0));
+  }
+}
+
 }  // namespace
 
-void backward(const Problem& p, Tile dy, Tile x, Tile a, Tile b, Tile h, Tile dx, Tile da, Tile db) {
+void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Branch>& branches) {
   const Kernels& k = kernels();
-  const LowRank& l = k.low_rank(dy.dtype, a.dtype);
-  const bool need_g = dx || da, one_pass = p.R <= kFusedRank;
-  const bool drop = p.dropout.threshold != 0;
-  const float c = p.dropout.rescale();
-  const double products = (need_g ? p.N : 0.0) + (db ? p.N : 0.0) + (dx ? p.K : 0.0) + (da ? p.K : 0.0);
-  const int threads = team(p.threads, 2.0 * p.M * p.R * products);
-
-  const i64 ldn = panel_stride(p.N), ldk = panel_stride(p.K), MR = p.M * p.R;
-  const bool a_packed = static_cast<bool>(dx), h_packed = db && (l.pairs || h.dtype != DType::f32);
-  const Grid pack_a = make_grid(p.R, p.K, p.R, 512), pack_b = make_grid(p.N, p.R, 128, p.R);
-  const Grid rows = make_grid(p.M, p.R, kTileRows, p.R);
-  const Grid over_n = fused_grid(p.M, p.N, p.R), over_k = fused_grid(p.M, p.K, p.R);
-  const i64 g_parts = one_pass ? over_n.C : 1;
+  const i64 ldk = panel_stride(K);
+  std::vector<Work> works;
+  works.reserve(branches.size());
+  double products = 0;
+  i64 largest = 0;
+  bool drop = false;
+  for (const Branch& p : branches) {
+    const Work& w = works.emplace_back(p, M, K, static_cast<bool>(dx));
+    products += static_cast<double>(p.R) * ((w.need_g ? p.N : 0) + (p.db ? p.N : 0) + (dx ? K : 0) + (p.da ? K : 0));
+    largest = std::max(largest, p.R);
+    drop |= p.dropout.threshold != 0;
+  }
+  threads = team(threads, 2.0 * M * products);
+  const Grid over_k = fused_grid(M, K, largest);
 
   Scratch scratch;
-  float *a_panel, *b_panel, *h32, *g, *g_rows, *db_part, *da_part;
   uint8_t* bits;
   const i64 bits_per_thread = drop ? kTileRows * over_k.chunk / 8 : 0;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) scratch.reserve();
-    a_panel = scratch.floats(a_packed ? p.R * ldk : 0);
-    b_panel = scratch.floats(need_g ? p.R * ldn : 0);
-    h32 = scratch.floats(h_packed ? MR : 0);
-    g = scratch.floats(need_g ? g_parts * MR : 0);
-    g_rows = scratch.floats(dx ? MR : 0);
-    db_part = scratch.floats(db ? over_n.S * p.R * ldn : 0);
-    da_part = scratch.floats(da ? over_k.S * p.R * ldk : 0);
+    for (size_t i = 0; i < works.size(); ++i) {
+      const Branch& p = branches[i];
+      Work& w = works[i];
+      w.a_panel = scratch.floats(w.a_packed ? p.R * ldk : 0);
+      w.b_panel = scratch.floats(w.need_g ? p.R * w.ldn : 0);
+      w.h32 = scratch.floats(w.h_packed ? M * p.R : 0);
+      w.g = scratch.floats(w.need_g ? w.g_parts * M * p.R : 0);
+      w.g_rows = scratch.floats(dx ? M * p.R : 0);
+      w.db_part = scratch.floats(p.db ? w.over_n.S * p.R * w.ldn : 0);
+      w.da_part = scratch.floats(p.da ? over_k.S * p.R * ldk : 0);
+    }
     bits = scratch.bytes(threads * bits_per_thread);
   }
-  const float* const H = h_packed ? h32 : static_cast<const float*>(h.data);
-  const i64 ldh = h_packed ? p.R : h.ld;
-  const Keep all{nullptr, 0};
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     // panels of fp32
-    if (a_packed) {
+    for (size_t i = 0; i < works.size(); ++i) {
+      const Branch& p = branches[i];
+      const Work& w = works[i];
+      if (w.a_packed) {
 #pragma omp for schedule(static) nowait
-      for (i64 t = 0; t < pack_a.size(); ++t)
-        l.expand_panel(a.at(0, pack_a.k0(t)), p.R, pack_a.width(t), a_panel + pack_a.k0(t), ldk);
-    }
-    if (need_g) {
+        for (i64 t = 0; t < w.pack_a.size(); ++t)
+          w.l.expand_panel(p.a.at(0, w.pack_a.k0(t)), p.R, w.pack_a.width(t), w.a_panel + w.pack_a.k0(t), ldk);
+      }
+      if (w.need_g) {
 #pragma omp for schedule(static) nowait
-      for (i64 t = 0; t < pack_b.size(); ++t)
-        l.dot_panel_t(b.at(pack_b.m0(t), 0), pack_b.rows(t), p.R, b_panel + l.dot_column(pack_b.m0(t)), ldn);
-    }
-    if (h_packed) {
+        for (i64 t = 0; t < w.pack_b.size(); ++t)
+          w.l.dot_panel_t(p.b.at(w.pack_b.m0(t), 0), w.pack_b.rows(t), p.R, w.b_panel + w.l.dot_column(w.pack_b.m0(t)),
+                          w.ldn);
+      }
+      if (w.h_packed) {
 #pragma omp for schedule(static) nowait
-      for (i64 t = 0; t < rows.size(); ++t)
-        l.outer_rows(h.at(rows.m0(t), 0), rows.rows(t), p.R, 1.0f, h32 + rows.m0(t) * p.R);
+        for (i64 t = 0; t < w.rows.size(); ++t)
+          w.l.outer_rows(p.h.at(w.rows.m0(t), 0), w.rows.rows(t), p.R, 1.0f, w.h32 + w.rows.m0(t) * p.R);
+      }
     }
 #pragma omp barrier
 
-    // dy b and dy^T h: one pass over dy where the rank is small
-    if (need_g && !one_pass) {
-#pragma omp for schedule(dynamic, 1) nowait
-      for (i64 t = 0; t < rows.size(); ++t) {
-        const i64 m0 = rows.m0(t);
-        for (i64 n0 = 0; n0 < p.N; n0 += kDepth)
-          l.dot(dy.at(m0, n0), all, b_panel + l.dot_column(n0), ldn, rows.rows(t), std::min(kDepth, p.N - n0), p.R,
-                g + m0 * p.R, p.R, n0 > 0);
-      }
-    }
-    if (db || (need_g && one_pass)) {
+    // dy b and dy^T h: one pass over each dy where the rank is small
+    for (size_t i = 0; i < works.size(); ++i) pass_over_dy(branches[i], works[i], M);
+#pragma omp barrier
+    for (size_t i = 0; i < works.size(); ++i) sum_over_dy(branches[i], works[i], M, static_cast<bool>(dx));
+#pragma omp barrier
+
+    // dx and g^T x: a tile of them serves every branch, and a branch's keep bits serve both
+    uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
 #pragma omp for schedule(dynamic, 1)
-      for (i64 t = 0; t < over_n.size(); ++t) {
-        const i64 n0 = over_n.k0(t), width = over_n.width(t), first = over_n.m0(t), last = first + over_n.rows(t);
-        float* const D = db ? db_part + t / over_n.C * p.R * ldn + n0 : nullptr;
-        if (db) clear(D, ldn, p.R, width);
-        for (i64 m0 = first; m0 < last; m0 += kTileRows) {
-          const i64 n = std::min(kTileRows, last - m0);
-          const Tile tile = dy.at(m0, n0);
-          if (need_g && one_pass)
-            l.dot(tile, all, b_panel + l.dot_column(n0), ldn, n, width, p.R, g + t % over_n.C * MR + m0 * p.R, p.R,
-                  false);
-          if (db) l.outer(tile, all, H + m0 * ldh, ldh, n, width, p.R, D, ldn);
+    for (i64 t = 0; t < over_k.size(); ++t) {
+      const i64 k0 = over_k.k0(t), width = over_k.width(t), first = over_k.m0(t), last = first + over_k.rows(t);
+      for (size_t i = 0; i < works.size(); ++i)
+        if (branches[i].da)
+          clear(works[i].da_part + t / over_k.C * branches[i].R * ldk + k0, ldk, branches[i].R, width);
+      for (i64 m0 = first; m0 < last; m0 += kTileRows) {
+        const i64 n = std::min(kTileRows, last - m0);
+        for (size_t i = 0; i < works.size(); ++i) {
+          const Branch& p = branches[i];
+          const Work& w = works[i];
+          if (!w.need_g) continue;
+          const uint32_t threshold = p.dropout.threshold;
+          const Keep keep{threshold ? my_bits : nullptr, over_k.chunk / 8};
+          if (threshold) k.keep_bits(p.dropout.seed, threshold, m0, k0, n, width, my_bits, keep.ld);
+          if (p.da)
+            w.l.outer(x.at(m0, k0), keep, w.g + m0 * p.R, p.R, n, width, p.R, w.da_part + t / over_k.C * p.R * ldk + k0,
+                      ldk);
+          if (dx)
+            w.l.expand(dx.at(m0, k0), keep, nullptr, w.g_rows + m0 * p.R, p.R, w.a_panel + k0, ldk, n, width, p.R);
         }
       }
     }
-#pragma omp barrier
-
-    // sums of the parts
-    if (need_g) {
+    for (size_t i = 0; i < works.size(); ++i) {
+      const Branch& p = branches[i];
+      const Work& w = works[i];
+      if (!p.da) continue;
 #pragma omp for schedule(static) nowait
-      for (i64 t = 0; t < rows.size(); ++t) {
-        float* const gm = g + rows.m0(t) * p.R;
-        sum_parts(gm, rows.rows(t) * p.R, gm, MR, g_parts);
-        const Tile sum{gm, p.R, DType::f32};
-        if (dx) l.expand_rows(sum, rows.rows(t), p.R, c * p.scale, g_rows + rows.m0(t) * p.R);
-        if (da) l.outer_rows(sum, rows.rows(t), p.R, p.scale, gm);
-      }
-    }
-    if (db) {
-#pragma omp for schedule(static) nowait
-      for (i64 n0 = 0; n0 < p.N; n0 += kReduce) {
-        const i64 width = std::min(kReduce, p.N - n0);
+      for (i64 k0 = 0; k0 < K; k0 += kReduce) {
+        const i64 width = std::min(kReduce, K - k0);
         for (i64 r = 0; r < p.R; ++r) {
-          float* const D = db_part + r * ldn + n0;
-          sum_parts(D, width, D, p.R * ldn, over_n.S);
-        }
-        k.write_t(db_part + n0, ldn, p.R, width, p.scale, db.at(n0, 0));
-      }
-    }
-#pragma omp barrier
-
-    // dx and g^T x: the keep bits of a tile serve both
-    if (need_g) {
-      uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
-      const Keep keep{my_bits, over_k.chunk / 8};
-#pragma omp for schedule(dynamic, 1)
-      for (i64 t = 0; t < over_k.size(); ++t) {
-        const i64 k0 = over_k.k0(t), width = over_k.width(t), first = over_k.m0(t), last = first + over_k.rows(t);
-        float* const D = da ? da_part + t / over_k.C * p.R * ldk + k0 : nullptr;
-        if (da) clear(D, ldk, p.R, width);
-        for (i64 m0 = first; m0 < last; m0 += kTileRows) {
-          const i64 n = std::min(kTileRows, last - m0);
-          if (drop) k.keep_bits(p.dropout.seed, p.dropout.threshold, m0, k0, n, width, my_bits, keep.ld);
-          if (da) l.outer(x.at(m0, k0), keep, g + m0 * p.R, p.R, n, width, p.R, D, ldk);
-          if (dx) l.expand(dx.at(m0, k0), keep, nullptr, g_rows + m0 * p.R, p.R, a_panel + k0, ldk, n, width, p.R);
-        }
-      }
-    }
-    if (da) {
-#pragma omp for schedule(static)
-      for (i64 k0 = 0; k0 < p.K; k0 += kReduce) {
-        const i64 width = std::min(kReduce, p.K - k0);
-        for (i64 r = 0; r < p.R; ++r) {
-          float* const D = da_part + r * ldk + k0;
+          float* const D = w.da_part + r * ldk + k0;
           sum_parts(D, width, D, p.R * ldk, over_k.S);
         }
-        k.write(da_part + k0, ldk, p.R, width, c, da.at(0, k0));
+        k.write(w.da_part + k0, ldk, p.R, width, p.dropout.rescale(), p.da.at(0, k0));
       }
     }
   }

@@ -11,58 +11,88 @@ constexpr i64 kRows = 48;     // rows of x or y per task
 constexpr i64 kWidth = 4096;  // columns of y per task
 constexpr i64 kFewRows = 4;   // up to here b is read as it is; beyond, transposing it first pays
 
+// What a branch needs besides its operands.
+struct Work {
+  const LowRank& l;
+  bool a_packed, b_packed, convert_bias;
+  i64 ldn;
+  Grid pack_a, pack_b, tiles;
+  float *h32 = nullptr, *a_panel = nullptr, *b_panel = nullptr, *bias32 = nullptr;
+
+  Work(const Branch& p, i64 M, i64 K, DType x, bool down, bool few)
+      : l(few ? *kernels().fp32 : kernels().low_rank(x, p.a.dtype)),
+        a_packed(down && (!few || p.a.dtype != DType::f32)),
+        b_packed(p.y && !few),
+        convert_bias(p.bias && p.bias.dtype != DType::f32),
+        ldn(panel_stride(p.N)),
+        pack_a(make_grid(p.R, K, p.R, 512)),
+        pack_b(make_grid(p.N, p.R, 128, p.R)),
+        tiles(make_grid(M, p.N, kRows, kWidth)) {}
+};
+
 }  // namespace
 
-void forward(const Problem& p, Tile x, Tile a, Tile b, Tile bias, Tile y, Tile h) {
+void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branches) {
   const Kernels& k = kernels();
-  const bool down = static_cast<bool>(x), up = static_cast<bool>(y), few = p.M <= kFewRows;
-  const int threads = team(p.threads, 2.0 * p.M * p.R * ((down ? p.K : 0) + (up ? p.N : 0)));
-  const float c = p.dropout.rescale();
-  const bool drop = p.dropout.threshold != 0;
-  const LowRank& l = few ? *k.fp32 : k.low_rank(x.dtype, a.dtype);
-  const bool a_packed = down && (!few || a.dtype != DType::f32), b_packed = up && !few;
-
-  const bool convert_bias = bias && bias.dtype != DType::f32;
-
-  const i64 ldn = panel_stride(p.N), ldk = panel_stride(p.K);
-  const Grid pack_a = make_grid(p.R, p.K, p.R, 512), pack_b = make_grid(p.N, p.R, 128, p.R);
-  const i64 task_rows = std::clamp<i64>(round_up(ceil_div(p.M, 4 * threads), 6), 6, kRows);
-  const Grid rows = make_grid(p.M, p.K, task_rows, std::max<i64>(p.K, 1)), tiles = make_grid(p.M, p.N, kRows, kWidth);
+  const bool down = static_cast<bool>(x), few = M <= kFewRows;
+  const i64 ldk = panel_stride(K);
+  std::vector<Work> works;
+  works.reserve(branches.size());
+  double products = 0;
+  bool drop = false, up_few = false;
+  for (const Branch& p : branches) {
+    works.emplace_back(p, M, K, x.dtype, down, few);
+    products += static_cast<double>(p.R) * ((down ? K : 0) + (p.y ? p.N : 0));
+    drop |= p.dropout.threshold != 0;
+    up_few |= p.y && few;
+  }
+  threads = team(threads, 2.0 * M * products);
+  const i64 task_rows = std::clamp<i64>(round_up(ceil_div(M, 4 * threads), 6), 6, kRows);
+  const Grid rows = make_grid(M, K, task_rows, std::max<i64>(K, 1));
 
   Scratch scratch;
-  float *h32, *a_panel, *b_panel, *bias32, *tmp;
+  float* tmp;
   uint8_t* bits;
   const i64 bits_per_thread = drop ? task_rows * kDepth / 8 : 0;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) scratch.reserve();
-    h32 = scratch.floats(p.M * p.R);
-    a_panel = scratch.floats(a_packed ? p.R * ldk : 0);
-    b_panel = scratch.floats(b_packed ? p.R * ldn : 0);
-    bias32 = scratch.floats(convert_bias ? p.N : 0);
-    tmp = scratch.floats(up && few ? threads * kWidth : 0);
+    for (size_t i = 0; i < works.size(); ++i) {
+      const Branch& p = branches[i];
+      Work& w = works[i];
+      w.h32 = scratch.floats(M * p.R);
+      w.a_panel = scratch.floats(w.a_packed ? p.R * ldk : 0);
+      w.b_panel = scratch.floats(w.b_packed ? p.R * w.ldn : 0);
+      w.bias32 = scratch.floats(w.convert_bias ? p.N : 0);
+    }
+    tmp = scratch.floats(up_few ? threads * kWidth : 0);
     bits = scratch.bytes(threads * bits_per_thread);
   }
-  if (convert_bias) k.read(bias, 1, p.N, 1.0f, bias32, p.N);
-  const float* const add = convert_bias ? bias32 : static_cast<const float*>(bias.data);
-  const float* const P = a_packed ? a_panel : static_cast<const float*>(a.data);
-  const i64 ldp = a_packed ? ldk : a.ld;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if (a_packed) {
+    for (size_t i = 0; i < works.size(); ++i) {
+      const Branch& p = branches[i];
+      const Work& w = works[i];
+      if (w.convert_bias) {
+#pragma omp single nowait
+        k.read(p.bias, 1, p.N, 1.0f, w.bias32, p.N);
+      }
+      if (w.a_packed) {
 #pragma omp for schedule(static) nowait
-      for (i64 t = 0; t < pack_a.size(); ++t)
-        l.dot_panel(a.at(0, pack_a.k0(t)), p.R, pack_a.width(t), a_panel + l.dot_column(pack_a.k0(t)), ldk);
-    }
-    if (b_packed) {
+        for (i64 t = 0; t < w.pack_a.size(); ++t)
+          w.l.dot_panel(p.a.at(0, w.pack_a.k0(t)), p.R, w.pack_a.width(t), w.a_panel + w.l.dot_column(w.pack_a.k0(t)),
+                        ldk);
+      }
+      if (w.b_packed) {
 #pragma omp for schedule(static) nowait
-      for (i64 t = 0; t < pack_b.size(); ++t)
-        l.expand_panel_t(b.at(pack_b.m0(t), 0), pack_b.rows(t), p.R, b_panel + pack_b.m0(t), ldn);
-    }
-    if (!down) {
+        for (i64 t = 0; t < w.pack_b.size(); ++t)
+          w.l.expand_panel_t(p.b.at(w.pack_b.m0(t), 0), w.pack_b.rows(t), p.R, w.b_panel + w.pack_b.m0(t), w.ldn);
+      }
+      if (!down) {
 #pragma omp for schedule(static) nowait
-      for (i64 t = 0; t < rows.size(); ++t)
-        l.expand_rows(h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, h32 + rows.m0(t) * p.R);
+        for (i64 t = 0; t < rows.size(); ++t)
+          w.l.expand_rows(p.h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, w.h32 + rows.m0(t) * p.R);
+      }
     }
 #pragma omp barrier
     if (down) {
@@ -70,32 +100,47 @@ void forward(const Problem& p, Tile x, Tile a, Tile b, Tile bias, Tile y, Tile h
 #pragma omp for schedule(dynamic, 1)
       for (i64 t = 0; t < rows.size(); ++t) {
         const i64 m0 = rows.m0(t), n = rows.rows(t);
-        float* const hm = h32 + m0 * p.R;
         i64 k0 = 0;
         do {
-          const i64 depth = std::min(kDepth, p.K - k0);
-          if (drop) k.keep_bits(p.dropout.seed, p.dropout.threshold, m0, k0, n, depth, my_bits, kDepth / 8);
-          l.dot(x.at(m0, k0), {my_bits, kDepth / 8}, P + l.dot_column(k0), ldp, n, depth, p.R, hm, p.R, k0 > 0);
+          const i64 depth = std::min(kDepth, K - k0);
+          for (size_t i = 0; i < works.size(); ++i) {
+            const Branch& p = branches[i];
+            const Work& w = works[i];
+            const uint32_t threshold = p.dropout.threshold;
+            if (threshold) k.keep_bits(p.dropout.seed, threshold, m0, k0, n, depth, my_bits, kDepth / 8);
+            const float* const P = w.a_packed ? w.a_panel : static_cast<const float*>(p.a.data);
+            w.l.dot(x.at(m0, k0), {threshold ? my_bits : nullptr, kDepth / 8}, P + w.l.dot_column(k0),
+                    w.a_packed ? ldk : p.a.ld, n, depth, p.R, w.h32 + m0 * p.R, p.R, k0 > 0);
+          }
           k0 += depth;
-        } while (k0 < p.K);
-        if (h) k.write(hm, p.R, n, p.R, c, h.at(m0, 0));
-        if (up) l.expand_rows({hm, p.R, DType::f32}, n, p.R, c * p.scale, hm);
+        } while (k0 < K);
+        for (size_t i = 0; i < works.size(); ++i) {
+          const Branch& p = branches[i];
+          float* const hm = works[i].h32 + m0 * p.R;
+          const float c = p.dropout.rescale();
+          if (p.h) k.write(hm, p.R, n, p.R, c, p.h.at(m0, 0));
+          if (p.y) works[i].l.expand_rows({hm, p.R, DType::f32}, n, p.R, c * p.scale, hm);
+        }
       }
     }
-    if (up) {
-#pragma omp for schedule(dynamic, 1)
-      for (i64 t = 0; t < tiles.size(); ++t) {
-        const i64 m0 = tiles.m0(t), n0 = tiles.k0(t), width = tiles.width(t), n = tiles.rows(t);
-        const float* const bias_n = add ? add + n0 : nullptr;
+    for (size_t i = 0; i < works.size(); ++i) {
+      const Branch& p = branches[i];
+      const Work& w = works[i];
+      if (!p.y) continue;
+      const float* const bias = w.convert_bias ? w.bias32 : static_cast<const float*>(p.bias.data);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (i64 t = 0; t < w.tiles.size(); ++t) {
+        const i64 m0 = w.tiles.m0(t), n0 = w.tiles.k0(t), width = w.tiles.width(t), n = w.tiles.rows(t);
+        const float* const bias_n = bias ? bias + n0 : nullptr;
         if (!few) {
-          l.expand(y.at(m0, n0), {nullptr, 0}, bias_n, h32 + m0 * p.R, p.R, b_panel + n0, ldn, n, width, p.R);
+          w.l.expand(p.y.at(m0, n0), {nullptr, 0}, bias_n, w.h32 + m0 * p.R, p.R, w.b_panel + n0, w.ldn, n, width, p.R);
           continue;
         }
         const float one = 1.0f;
         float* const column = tmp + worker() * kWidth;
         for (i64 m = m0; m < m0 + n; ++m) {
-          l.dot(b.at(n0, 0), {nullptr, 0}, h32 + m * p.R, p.R, width, p.R, 1, column, 1, false);
-          l.expand(y.at(m, n0), {nullptr, 0}, bias_n, &one, 1, column, width, 1, width, 1);
+          w.l.dot(p.b.at(n0, 0), {nullptr, 0}, w.h32 + m * p.R, p.R, width, p.R, 1, column, 1, false);
+          w.l.expand(p.y.at(m, n0), {nullptr, 0}, bias_n, &one, 1, column, width, 1, width, 1);
         }
       }
     }

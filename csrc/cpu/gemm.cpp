@@ -42,9 +42,9 @@ void few_rows(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {
 
 }  // namespace
 
-void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y) {
+void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add) {
   threads = team(threads, 2.0 * M * N * K);
-  if (gemm_few(M, stride_wk)) return few_rows(threads, M, N, K, x, w, y);
+  if (!add && gemm_few(M, stride_wk)) return few_rows(threads, M, N, K, x, w, y);
   const Kernels& k = kernels();
   const float *const X = static_cast<const float*>(x.data), *const W = static_cast<const float*>(w.data);
   float* const Y = static_cast<float*>(y.data);
@@ -66,7 +66,7 @@ void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile 
     for (i64 pass = 0; pass < passes; ++pass) {
       const i64 k0 = K * pass / passes, depth = K * (pass + 1) / passes - k0;
       k.gemm_pack(W + n0 * w.ld + k0 * stride_wk, w.ld, stride_wk, cols, depth, P);
-      k.gemm(X + m0 * x.ld + k0, x.ld, P, tasks.rows(t), cols, depth, pass > 0, Y + m0 * y.ld + n0, y.ld);
+      k.gemm(X + m0 * x.ld + k0, x.ld, P, tasks.rows(t), cols, depth, add || pass > 0, Y + m0 * y.ld + n0, y.ld);
     }
   }
 }

@@ -12,6 +12,14 @@ All tensors are two-dimensional (``bias`` one-dimensional, ``seed`` zero-dimensi
 any strides. ``x`` is None where ``need_da`` is false, ``h`` where ``need_db`` is false. Results are fresh and
 contiguous; nothing received is written to.
 
+A back-end may have, for layers that read the same x,
+
+* ``forward_group(x, branches, save_h) -> (ys, hs)``,
+* ``backward_group(dys, x, branches, hs, need_dx, need_da, need_db) -> (dx, das, dbs)``, with one dx for all.
+
+There ``branches`` is a sequence of `Branch`, and everything in the plural a list with one entry for each. One that has
+not is called once for each branch.
+
 A back-end for a GPU also has ``EVIDENCE``, the architectures ("sm_90") for which ``bench/results/`` holds a run. The
 automatic choice passes over a GPU back-end without evidence; asking for it by name does not.
 """
@@ -21,6 +29,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Call(NamedTuple):
@@ -39,3 +48,15 @@ class Call(NamedTuple):
     K: int
     R: int
     dropout: bool
+
+
+class Branch(NamedTuple):
+    """One of the layers that read the same x: the frozen w, and its adapter."""
+
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scale: float
+    p: float
+    seed: Tensor | None

@@ -17,11 +17,13 @@ first; w may have any strides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lora_kernels import random
-from lora_kernels.backends import Call
+from lora_kernels.backends import Branch, Call
 
 try:
     from lora_kernels import _C
@@ -33,7 +35,7 @@ except ImportError as error:
         "pip install --force-reinstall --no-deps lora_kernels"
     ) from error
 
-__all__ = ["backward", "base_gemm_choices", "forward", "name", "why_not"]
+__all__ = ["backward", "backward_group", "base_gemm_choices", "forward", "forward_group", "name", "why_not"]
 
 name = "cpu"
 
@@ -62,18 +64,13 @@ def forward(
     seed: Tensor | None,
     save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    x, a, b = _rows(x), _rows(a), _rows(b)
-    (M, K), (N, R) = x.shape, b.shape
-    h = x.new_empty(M, R) if save_h else None
+    x = _rows(x)
+    h = x.new_empty(x.shape[0], a.shape[0]) if save_h else None
     # all that can be done before the base GEMM: it leaves the caches cold, and Python takes ten times as long after it
-    sizes = (torch.get_num_threads(), CODES[x.dtype], CODES[a.dtype], M, N, K, R)
-    if bias is not None and bias.stride(0) != 1:
-        bias = bias.contiguous()
-    operands = (*_address(x), *_address(a), *_address(b), 0 if bias is None else bias.data_ptr())
-    threshold, key = random.threshold(p), 0 if seed is None else seed.data_ptr()
-    saved = _address(h)
+    common = _common(x, a)
+    before, after, _kept = _forward_branch(a, b, bias, h, scale, p, seed)
     y = base_gemm(x, w)
-    _C.forward(*sizes, *operands, y.data_ptr(), N, *saved, scale, threshold, key)
+    _C.forward(*common, *_address(x), [(*before, *_address(y), *after)])
     return y, h
 
 
@@ -91,19 +88,90 @@ def backward(
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dy, a, b = _rows(dy), _rows(a), _rows(b)
+    dy = _rows(dy)
     x = _rows(x) if x is not None and need_da else None
-    h = _rows(h) if h is not None and need_db else None
-    (M, N), (R, K) = dy.shape, a.shape
-    da = a.new_empty(R, K) if need_da else None
-    db = b.new_empty(N, R) if need_db else None
-    sizes = (torch.get_num_threads(), CODES[dy.dtype], CODES[a.dtype], M, N, K, R)
-    operands = (*_address(dy), *_address(x), *_address(a), *_address(b), *_address(h))
-    gradients = (*_address(da), *_address(db))
-    threshold, key = random.threshold(p), 0 if seed is None else seed.data_ptr()
+    da, db = a.new_empty(a.shape) if need_da else None, b.new_empty(b.shape) if need_db else None
+    common = _common(dy, a)
+    branch, _kept = _backward_branch(dy, a, b, h, da, db, scale, p, seed)
     dx = base_gemm(dy, w.t()) if need_dx else None
-    _C.backward(*sizes, *operands, *_address(dx), *gradients, scale, threshold, key)
+    _C.backward(*common, *_address(x), *_address(dx), [branch])
     return dx, da, db
+
+
+def forward_group(
+    x: Tensor, branches: Sequence[Branch], save_h: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """One pass over x for every h."""
+    x = _rows(x)
+    hs = [x.new_empty(x.shape[0], q.a.shape[0]) if save else None for q, save in zip(branches, save_h, strict=True)]
+    parts = [_forward_branch(q.a, q.b, q.bias, h, q.scale, q.p, q.seed) for q, h in zip(branches, hs, strict=True)]
+    ys = [base_gemm(x, q.w) for q in branches]
+    calls = [(*before, *_address(y), *after) for (before, after, _), y in zip(parts, ys, strict=True)]
+    _C.forward(*_common(x, branches[0].a), *_address(x), calls)
+    return ys, hs
+
+
+def backward_group(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    branches: Sequence[Branch],
+    hs: Sequence[Tensor | None],
+    need_dx: bool,
+    need_da: Sequence[bool],
+    need_db: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """One dx for all, each base GEMM added to it, and one pass over x and dx for the rest."""
+    dys = [_rows(dy) for dy in dys]
+    x = _rows(x) if x is not None and any(need_da) else None
+    das = [q.a.new_empty(q.a.shape) if need else None for q, need in zip(branches, need_da, strict=True)]
+    dbs = [q.b.new_empty(q.b.shape) if need else None for q, need in zip(branches, need_db, strict=True)]
+    parts = [
+        _backward_branch(dy, q.a, q.b, h, da, db, q.scale, q.p, q.seed)
+        for dy, q, h, da, db in zip(dys, branches, hs, das, dbs, strict=True)
+    ]
+    dx = None
+    if need_dx:
+        for dy, q in zip(dys, branches, strict=True):
+            dx = base_gemm(dy, q.w.t(), dx)
+    _C.backward(*_common(dys[0], branches[0].a), *_address(x), *_address(dx), [branch for branch, _ in parts])
+    return dx, das, dbs
+
+
+def _common(rows: Tensor, a: Tensor) -> tuple[int, int, int, int, int]:
+    return torch.get_num_threads(), CODES[rows.dtype], CODES[a.dtype], rows.shape[0], a.shape[1]
+
+
+def _forward_branch(
+    a: Tensor, b: Tensor, bias: Tensor | None, h: Tensor | None, scale: float, p: float, seed: Tensor | None
+) -> tuple[tuple[int, ...], tuple[float, ...], tuple[Tensor | None, ...]]:
+    """(what _C.forward takes of a branch before y, and after it, and the tensors that must live until then)."""
+    a, b = _rows(a), _rows(b)
+    if bias is not None and bias.stride(0) != 1:
+        bias = bias.contiguous()
+    before = (*b.shape, *_address(a), *_address(b), 0 if bias is None else bias.data_ptr())
+    return before, (*_address(h), *_dropped(scale, p, seed)), (a, b, bias)
+
+
+def _backward_branch(
+    dy: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[tuple[float, ...], tuple[Tensor | None, ...]]:
+    """(what _C.backward takes of a branch, and the tensors that must live until then)."""
+    a, b = _rows(a), _rows(b)
+    h = _rows(h) if h is not None and db is not None else None
+    places = (*_address(dy), *_address(a), *_address(b), *_address(h), *_address(da), *_address(db))
+    return (*b.shape, *places, *_dropped(scale, p, seed)), (a, b, h)
+
+
+def _dropped(scale: float, p: float, seed: Tensor | None) -> tuple[float, int, int]:
+    return scale, random.threshold(p), 0 if seed is None else seed.data_ptr()
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -30,16 +30,16 @@ Key = tuple[torch.dtype, int, bool, int, int]
 _choices: dict[Key, str] = {}
 
 
-def base_gemm(x: Tensor, w: Tensor) -> Tensor:
-    """x wᵀ [M,N], fresh and contiguous; x [M,K] with unit last stride, w [N,K] of any strides."""
+def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """x wᵀ [M,N], fresh and contiguous, or added to `out`; x [M,K] with unit last stride, w [N,K] of any strides."""
     M, N, K = x.shape[0], *w.shape
-    if not (M * N * K and (x.dtype == torch.float32 or _C.gemm_few(M, w.stride(1)))):
-        return F.linear(x, w)
+    if not (M * N * K and (x.dtype == torch.float32 or (out is None and _C.gemm_few(M, w.stride(1))))):
+        return _torch(x, w, out)
     key = (x.dtype, torch.get_num_threads(), w.stride(1) != 1, M.bit_length() // 2, (N * K).bit_length() // 2)
     choice = _choices.get(key)
     if choice is None:
         choice = _choices[key] = _faster(x, w)
-    return _GEMMS[choice](x, w)
+    return _GEMMS[choice](x, w, out)
 
 
 def base_gemm_choices() -> dict[str, str]:
@@ -51,16 +51,20 @@ def base_gemm_choices() -> dict[str, str]:
     }
 
 
-def own(x: Tensor, w: Tensor) -> Tensor:
-    """csrc/cpu/gemm.cpp; x in fp32, or few rows of any dtype and w's own along K."""
+def own(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """csrc/cpu/gemm.cpp; x in fp32, or few rows of any dtype and w's own along K (then without `out`)."""
     M, N, K = x.shape[0], *w.shape
-    y = x.new_empty(M, N)
+    y = x.new_empty(M, N) if out is None else out
     operands = (x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), w.stride(1))
-    _C.gemm(torch.get_num_threads(), CODES[x.dtype], M, N, K, *operands, y.data_ptr(), N)
+    _C.gemm(torch.get_num_threads(), CODES[x.dtype], M, N, K, *operands, y.data_ptr(), N, out is not None)
     return y
 
 
-_GEMMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear, "own": own}
+def _torch(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    return F.linear(x, w) if out is None else out.addmm_(x, w.t())
+
+
+_GEMMS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {"torch": _torch, "own": own}
 
 
 def _faster(x: Tensor, w: Tensor) -> str:
@@ -68,7 +72,7 @@ def _faster(x: Tensor, w: Tensor) -> str:
     for repeat in range(_REPEATS + 1):
         for name, gemm in _GEMMS.items():
             start = time.perf_counter()
-            gemm(x, w)
+            gemm(x, w, None)
             if repeat:  # the first round warms up
                 best[name] = min(best[name], time.perf_counter() - start)
     return "own" if best["own"] < _MARGIN * best["torch"] else "torch"
