@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -19,8 +19,10 @@ from lora_kernels.targets import by_pattern, matches, some
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-LORALIB_KEY = re.compile(r"(.+)\.lora_([AB])")
+MAGNITUDE = "magnitude_vector"
+# The magnitude's key ends here: in the PEFT that brought DoRA it was a parameter, not yet a module with a weight.
+PEFT_KEY = re.compile(rf"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB](?=\.weight)|{MAGNITUDE}$)(\.weight)?")
+LORALIB_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])")
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
@@ -29,7 +31,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     # These begin with other values of A and B. The rest (pissa, olora, loftq, corda, lora_ga) change the base as well.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "trainable_token_indices": (None, [], {}),
-    "use_dora": (False,),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False,),
     "layer_replication": (None, []),
@@ -40,19 +41,31 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
     "ensure_weight_tying": (False,),
 }
-"""The values of LoraConfig's fields with which an adapter is A and B beside an unchanged ``nn.Linear``."""
+"""The values of LoraConfig's fields with which an adapter is A and B (and m) beside an unchanged ``nn.Linear``."""
 
 _SETTINGS = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 _OF_NO_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
 
-Pairs = dict[str, tuple[Tensor, Tensor]]
-"""A [r, in] and B [out, r] by the layer's name."""
+
+class Adapter(NamedTuple):
+    """What the files hold of one layer."""
+
+    a: Tensor
+    """[r, in]"""
+    b: Tensor
+    """[out, r]"""
+    m: Tensor | None = None
+    """[out], with DoRA."""
+
+
+Adapters = dict[str, Adapter]
+"""By the layer's name."""
 
 
 def safetensors_torch() -> Any:
@@ -100,6 +113,7 @@ def read_config(path: Path) -> dict[str, Any]:
         "lora_alpha": (int, float),
         "lora_dropout": (int, float),
         "use_rslora": (bool,),
+        "use_dora": (bool,),
         "rank_pattern": (dict, type(None)),
         "alpha_pattern": (dict, type(None)),
         "target_modules": (list, str),
@@ -123,31 +137,45 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def pairs_of(state: Mapping[str, Tensor], key: re.Pattern[str], source: str) -> Pairs:
-    """A and B by layer. Raises ValueError for keys that `key` does not match, half a pair, shapes that are no pair."""
-    halves: dict[str, dict[str, Tensor]] = {}
+def adapters_of(state: Mapping[str, Tensor], key: re.Pattern[str], dora: bool, source: str) -> Adapters:
+    """A, B and with `dora` m by layer. Raises ValueError for keys that `key` does not match, layers of which a part is
+    missing or too many, shapes that are none of an adapter's."""
+    found: dict[str, dict[str, Tensor]] = {}
     surplus = []
     for k, tensor in sorted(state.items()):  # a file's order is not the same in every process
-        found = key.fullmatch(k)
-        if found:
-            halves.setdefault(found[1], {})[found[2]] = tensor
+        match = key.fullmatch(k)
+        if match:
+            found.setdefault(match["layer"], {})[match["part"]] = tensor
         else:
             surplus.append(k)
     if surplus:
-        raise ValueError(f"{source} has keys that are no lora_A or lora_B: {some(surplus)}; nothing was loaded")
-    single = [f"{name}.lora_{'B' if 'A' in parts else 'A'}" for name, parts in halves.items() if len(parts) == 1]
-    if single:
-        raise ValueError(f"{source} lacks {some(single)}; nothing was loaded")
-    if not halves:
+        known = f"lora_A, lora_B or lora_{MAGNITUDE}" if dora else "lora_A or lora_B"
+        raise ValueError(f"{source} has keys that are no {known}: {some(surplus)}; nothing was loaded")
+    wanted = ("A", "B", MAGNITUDE) if dora else ("A", "B")
+    missing = [f"{name}.lora_{part}" for name, parts in found.items() for part in wanted if part not in parts]
+    if missing:
+        raise ValueError(f"{source} lacks {some(missing)}; nothing was loaded")
+    beside = [f"{name}.lora_{part}" for name, parts in found.items() for part in parts if part not in wanted]
+    if beside:
+        raise ValueError(
+            f"{source} has {some(beside)}, but use_dora in {CONFIG} is false: the two files are not of one adapter. "
+            "Nothing was loaded"
+        )
+    if not found:
         raise ValueError(f"{source} holds no adapter")
-    pairs = {name: (parts["A"], parts["B"]) for name, parts in halves.items()}
-    for name, (a, b) in pairs.items():
+    adapters = {name: Adapter(parts["A"], parts["B"], parts.get(MAGNITUDE)) for name, parts in found.items()}
+    for name, (a, b, m) in adapters.items():
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(
                 f"{source}: {name}.lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are not [r, in] and [out, r] "
                 "(as of a convolution, or of loralib's MergedLinear); nothing was loaded"
             )
-    return pairs
+        if m is not None and m.shape != b.shape[:1]:
+            raise ValueError(
+                f"{source}: {name}.lora_{MAGNITUDE} {tuple(m.shape)} is not [out], a number for each row of lora_B "
+                f"{tuple(b.shape)}; nothing was loaded"
+            )
+    return adapters
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -163,9 +191,10 @@ def bare(model: nn.Module) -> nn.Module:
 
 def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str, Any]:
     """The fields of LoraConfig that a reader needs; the others keep PEFT's defaults."""
-    if len({layer.use_rslora for layer in layers.values()}) > 1:
-        some_rslora = some([name for name, layer in layers.items() if layer.use_rslora])
-        raise ValueError(f"only some layers have use_rslora ({some_rslora}): PEFT's format has one setting for all")
+    for setting in ("use_rslora", "use_dora"):
+        having = [name for name, layer in layers.items() if getattr(layer, setting)]
+        if having and len(having) < len(layers):
+            raise ValueError(f"only some layers have {setting} ({some(having)}): PEFT's format has one setting for all")
     first = next(iter(layers.values()))
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha for name, layer in layers.items()}
@@ -191,7 +220,7 @@ def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_dora": False,
+        "use_dora": first.use_dora,
         "lora_bias": False,
         "modules_to_save": None,
     }
@@ -199,7 +228,8 @@ def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str,
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
     """rank_pattern or alpha_pattern: plain names if they mean each layer and no other, else the anchored ones."""
-    plain = {name: value for name, value in values.items() if value != default}
+    # in the order in which the file, and PEFT's own, will have them: the first key that matches counts
+    plain = {name: value for name, value in sorted(values.items()) if value != default}
     literal = all(re.fullmatch(r"[\w.]+", name) for name in plain)
     if literal and all(by_pattern(plain, name, default) == value for name, value in values.items()):
         return plain

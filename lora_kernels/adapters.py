@@ -17,12 +17,14 @@ from lora_kernels import inject
 from lora_kernels.adapter_files import (
     CONFIG,
     LORALIB_KEY,
+    MAGNITUDE,
     PEFT_KEY,
     WEIGHTS,
-    Pairs,
+    Adapter,
+    Adapters,
+    adapters_of,
     bare,
     config_of,
-    pairs_of,
     read_config,
     read_weights,
     safetensors_torch,
@@ -37,7 +39,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapters of every `FusedLoRALinear` in `model` to `directory` in PEFT's format, from where
     ``PeftModel.from_pretrained`` and `load_adapter` read them.
 
-    A and B are written in their own dtype under ``base_model.model.<name>.lora_A.weight`` and ``.lora_B.weight``.
+    A and B are written in their own dtype under ``base_model.model.<name>.lora_A.weight`` and ``.lora_B.weight``,
+    DoRA's m under ``.lora_magnitude_vector``.
     r and lora_alpha that differ between layers go to rank_pattern and alpha_pattern. lora_alpha is written, not
     `scaling`: a layer that is switched off by ``scaling = 0`` is saved whole. A merged layer's adapter is saved too.
     Trained parameters outside the adapters are not saved: a warning names them.
@@ -49,7 +52,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no `FusedLoRALinear`, is one itself (it has no name to save under), has layers with
-            other parameters beside lora_A and lora_B, or layers that differ in use_rslora, of which the format has one.
+            other parameters beside these, or sharded ones, or layers that differ in use_rslora or use_dora, of which
+            the format has one.
         ImportError: safetensors is not installed.
     """
     st = safetensors_torch()
@@ -58,17 +62,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not layers or "" in layers:
         what = "is a FusedLoRALinear itself: put it in a module, for a name" if layers else "has no FusedLoRALinear"
         raise ValueError(f"the model {what}; nothing was saved")
-    _only_ab(layers)
-    adapters = {id(parameter) for parameter in inject.adapter_parameters(model)}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
+    _only_plain(layers)
+    own = {id(parameter) for parameter in inject.adapter_parameters(model)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         warnings.warn(f"these trained parameters are in no adapter and were not saved: {some(others)}", stacklevel=2)
     config = config_of(model, layers)
-    tensors = {
-        f"base_model.model.{name}.lora_{part}.weight": tensor.detach().cpu().contiguous()
-        for name, layer in layers.items()
-        for part, tensor in (("A", layer.lora_A), ("B", layer.lora_B))
-    }
+    tensors = {}
+    for name, layer in layers.items():
+        a, b, m = _parameters(layer)
+        for part, tensor in (("A.weight", a), ("B.weight", b), (MAGNITUDE, m)):
+            if tensor is not None:
+                tensors[f"base_model.model.{name}.lora_{part}"] = tensor.detach().cpu().contiguous()
     weights = st.save(tensors, metadata={"format": "pt"})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -83,11 +88,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyReport:
     """Load an adapter in PEFT's format, made by PEFT or by `save_adapter`, from `directory` into `model`.
 
-    A model with `FusedLoRALinear` layers must have them where the file has adapters, and of the same ranks. A and B are
-    written into its parameters (and rounded to their dtype); lora_alpha, use_rslora and scaling become the config's,
-    lora_dropout and what is trained stay the model's. A plain model gets LoRA first, as by `apply_lora` with the
-    config's settings: the adapters train, everything else is frozen. A and B are then of the weight's dtype if the file
-    is, and fp32 beside other fp16 and bf16 weights. Whether the model is in training mode stays as it is.
+    A model with `FusedLoRALinear` layers must have them where the file has adapters, of the same ranks, and with
+    use_dora where the file is of DoRA. A, B and m are written into its parameters (and rounded to their dtype);
+    lora_alpha, use_rslora and scaling become the config's, lora_dropout and what is trained stay the model's. A plain
+    model gets LoRA first, as by `apply_lora` with the config's settings: the adapters train, everything else is frozen.
+    A, B and m are then of the weight's dtype if the file is, and fp32 beside other fp16 and bf16 weights. Whether the
+    model is in training mode stays as it is.
 
     The base is known by its names and shapes only: whether its weights are those that the adapter was trained beside
     is not in the files.
@@ -98,18 +104,20 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     Raises:
         FileNotFoundError: one of the two files is missing (``adapter_model.bin``, a pickle, is not read).
         ValueError: a file that is cut short or is not what its name says; keys that are missing or that the model has
-            no place for; other shapes or ranks; a config with something that `FusedLoRALinear` does not compute (DoRA,
-            lora_bias, modules_to_save, an initialisation that changes the base, ...); a merged layer.
+            no place for; other shapes or ranks; DoRA into layers without it, or the reverse; a config with something
+            that `FusedLoRALinear` does not compute (lora_bias, modules_to_save, an initialisation that changes the
+            base, ...); a merged layer, or a sharded one.
         ImportError: safetensors is not installed.
         Whatever is raised, the model is as it was.
     """
     directory, model = Path(directory), bare(model)
     config = read_config(directory / CONFIG)
-    pairs = pairs_of(read_weights(directory / WEIGHTS), PEFT_KEY, str(directory / WEIGHTS))
+    dora = bool(config.get("use_dora", False))
+    adapters = adapters_of(read_weights(directory / WEIGHTS), PEFT_KEY, dora, str(directory / WEIGHTS))
     layers = lora_layers(model)
     r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for name, (a, _) in pairs.items():
+    for name, (a, _, _) in adapters.items():
         rank = by_pattern(ranks, name, r)
         if a.shape[0] != rank:
             raise ValueError(
@@ -118,7 +126,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
             )
     rslora = bool(config.get("use_rslora", False))
     if layers:
-        return _fill(model, pairs, {n: by_pattern(alphas, n, alpha) for n in pairs}, rslora, str(directory))
+        return _fill(model, adapters, {n: by_pattern(alphas, n, alpha) for n in adapters}, rslora, str(directory))
     try:
         selection = select(
             model,
@@ -136,8 +144,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
             f"{directory} is an adapter of another base, or of layers not supported here: {error}"
         ) from None
     for target in selection.targets:
-        target.settings.update(lora_dropout=config.get("lora_dropout", 0.0), use_rslora=rslora)
-    return _apply(model, selection, pairs, str(directory))
+        target.settings.update(lora_dropout=config.get("lora_dropout", 0.0), use_rslora=rslora, use_dora=dora)
+    return _apply(model, selection, adapters, str(directory))
 
 
 def load_loralib(
@@ -157,7 +165,8 @@ def load_loralib(
             layers of another as they are.
 
     Biases in the state (``lora_state_dict(model, bias="all")``) are written into the parameters of that name.
-    loralib's MergedLinear, Embedding and convolutions are refused. Raises as `load_adapter`.
+    loralib's MergedLinear, Embedding and convolutions are refused, and so are layers with DoRA. Raises as
+    `load_adapter`.
     """
     model = bare(model)
     if isinstance(state, Mapping):
@@ -167,7 +176,7 @@ def load_loralib(
     else:
         state, source = read_weights(Path(state)), str(state)
     biases = {key: state.pop(key) for key in list(state) if key.rpartition(".")[2] == "bias"}
-    pairs = pairs_of(state, LORALIB_KEY, source)
+    adapters = adapters_of(state, LORALIB_KEY, False, source)
     own = dict(model.named_parameters())
     bad = [key for key, value in biases.items() if key not in own or own[key].shape != value.shape]
     if bad:
@@ -175,18 +184,18 @@ def load_loralib(
     layers = lora_layers(model)
     if layers:
         alphas = {name: layer.lora_alpha if lora_alpha is None else lora_alpha for name, layer in layers.items()}
-        report = _fill(model, pairs, alphas, None, source)
+        report = _fill(model, adapters, alphas, None, source)
     elif lora_alpha is None:
         raise ValueError("a loralib checkpoint does not hold lora_alpha: pass it (loralib's default is 1)")
     else:
-        exact = "|".join(map(re.escape, pairs))
+        exact = "|".join(map(re.escape, adapters))
         try:
             selection = select(model, r=1, lora_alpha=lora_alpha, target_modules=exact)
         except ValueError as error:
             raise ValueError(f"{source} is of another base, or of layers not supported here: {error}") from None
         for target in selection.targets:
-            target.settings["r"] = pairs[target.name][0].shape[0]
-        report = _apply(model, selection, pairs, source)
+            target.settings["r"] = adapters[target.name].a.shape[0]
+        report = _apply(model, selection, adapters, source)
     with torch.no_grad():
         for key, value in biases.items():
             own[key].copy_(value)
@@ -196,59 +205,94 @@ def load_loralib(
 # --- into the model ---
 
 
-def _apply(model: nn.Module, selection: Selection, pairs: Pairs, source: str) -> ApplyReport:
-    """LoRA into a plain model, with the values of `pairs`."""
-    _same_names(set(pairs), {target.name for target in selection.targets}, dict(model.named_modules()), source)
+def _apply(model: nn.Module, selection: Selection, adapters: Adapters, source: str) -> ApplyReport:
+    """LoRA into a plain model, with the values of `adapters`."""
+    _same_names(set(adapters), {target.name for target in selection.targets}, dict(model.named_modules()), source)
     for target in selection.targets:
-        a, b = pairs[target.name]
-        _same_shapes(target.name, a, b, target.settings["r"], target.linear, source)
+        adapter = adapters[target.name]
+        _same_shapes(target.name, adapter, target.settings["r"], target.linear, source)
         dtype = target.linear.weight.dtype
+        other = any(tensor.dtype != dtype for tensor in adapter if tensor is not None)
         halves = (torch.float16, torch.bfloat16)
-        target.settings["adapter_dtype"] = torch.float32 if dtype in halves and a.dtype != dtype else None
+        target.settings["adapter_dtype"] = torch.float32 if dtype in halves and other else None
     report = inject.replace(model, selection)
     layers = lora_layers(model)
-    for name, pair in pairs.items():
-        _copy(layers[name], pair)
+    for name, adapter in adapters.items():
+        _copy(layers[name], adapter)
     return report
 
 
-def _fill(model: nn.Module, pairs: Pairs, alphas: dict[str, float], rslora: bool | None, source: str) -> ApplyReport:
-    """The values of `pairs` into layers that are there."""
+def _fill(
+    model: nn.Module, adapters: Adapters, alphas: dict[str, float], rslora: bool | None, source: str
+) -> ApplyReport:
+    """The values of `adapters` into layers that are there."""
     layers = lora_layers(model)
-    _only_ab(layers)
-    _same_names(set(pairs), set(layers), dict(model.named_modules()), source)
+    _only_plain(layers)
+    _same_names(set(adapters), set(layers), dict(model.named_modules()), source)
+    _same_kind(adapters, layers, source)
     for name, layer in layers.items():
-        _same_shapes(name, *pairs[name], layer.r, layer, source)
+        _same_shapes(name, adapters[name], layer.r, layer, source)
         if not math.isfinite(alphas[name]):
             raise ValueError(f"{source}: lora_alpha of {name} is {alphas[name]}")
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"these layers are merged: {some(merged)}. unmerge() them first")
     for name, layer in layers.items():
-        _copy(layer, pairs[name])
+        _copy(layer, adapters[name])
         layer.lora_alpha = alphas[name]
         layer.use_rslora = layer.use_rslora if rslora is None else rslora
         layer.scaling = scaling_of(layer.lora_alpha, layer.r, layer.use_rslora)
-    return ApplyReport(
-        tuple(AdaptedLayer(n, x.r, x.lora_alpha, x.in_features, x.out_features) for n, x in layers.items()), {}, ()
-    )
+    return ApplyReport(tuple(AdaptedLayer.of(name, layer) for name, layer in layers.items()), {}, ())
 
 
-def _only_ab(layers: dict[str, FusedLoRALinear]) -> None:
-    known = ("weight", "bias", "lora_A", "lora_B")
+def _only_plain(layers: dict[str, FusedLoRALinear]) -> None:
+    known = {"weight", "bias", "lora_A", "lora_B", f"lora_{MAGNITUDE}"}
     more = [
         f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters() if key not in known
     ]
     if more:
         raise ValueError(
-            f"only lora_A and lora_B are supported here, the model has {some(more)} too; nothing was changed"
+            f"only lora_A, lora_B and lora_{MAGNITUDE} are supported here, the model has {some(more)} too; nothing was "
+            "changed"
+        )
+    sharded = [
+        f"{name}.{key} (a {type(p).__name__})"
+        for name, layer in layers.items()
+        for key, p in layer.named_parameters()
+        if key.startswith("lora_") and type(p) is not nn.Parameter
+    ]
+    if sharded:
+        raise ValueError(
+            f"these adapters are not plain Parameters: {some(sharded)}; nothing was changed. Save from, and load into, "
+            "a whole model: get_model_state_dict and set_model_state_dict of torch.distributed.checkpoint.state_dict "
+            "move its state from and to a sharded one (options=StateDictOptions(full_state_dict=True))"
         )
 
 
+def _parameters(layer: FusedLoRALinear) -> Adapter:
+    return Adapter(layer.lora_A, layer.lora_B, layer.lora_magnitude_vector if layer.use_dora else None)
+
+
 @torch.no_grad()
-def _copy(layer: FusedLoRALinear, pair: tuple[Tensor, Tensor]) -> None:
-    layer.lora_A.copy_(pair[0])
-    layer.lora_B.copy_(pair[1])
+def _copy(layer: FusedLoRALinear, adapter: Adapter) -> None:
+    for parameter, value in zip(_parameters(layer), adapter, strict=True):
+        if parameter is not None and value is not None:
+            parameter.copy_(value)
+
+
+def _same_kind(adapters: Adapters, layers: dict[str, FusedLoRALinear], source: str) -> None:
+    plain = [f"{n}.lora_{MAGNITUDE}" for n, layer in layers.items() if adapters[n].m is not None and not layer.use_dora]
+    if plain:
+        raise ValueError(
+            f"{source} is of DoRA, and the model's layers are not: they have no {some(plain)}. Nothing was loaded. "
+            "apply_lora(model, ..., use_dora=True) makes such layers, and so does loading into the plain model"
+        )
+    dora = [f"{n}.lora_{MAGNITUDE}" for n, layer in layers.items() if adapters[n].m is None and layer.use_dora]
+    if dora:
+        raise ValueError(
+            f"{source} is of plain LoRA, and the model's layers are DoRA: it has no {some(dora)}. Nothing was loaded. "
+            "Load it into a model whose layers have use_dora=False, or into the plain model"
+        )
 
 
 def _same_names(have: set[str], want: set[str], modules: Mapping[str, nn.Module], source: str) -> None:
@@ -269,7 +313,8 @@ def _same_names(have: set[str], want: set[str], modules: Mapping[str, nn.Module]
         )
 
 
-def _same_shapes(name: str, a: Tensor, b: Tensor, r: int, linear: nn.Linear, source: str) -> None:
+def _same_shapes(name: str, adapter: Adapter, r: int, linear: nn.Linear, source: str) -> None:
+    a, b, _ = adapter  # m is of B's rows, as adapters_of knows
     want = (r, linear.in_features), (linear.out_features, r)
     if (tuple(a.shape), tuple(b.shape)) != want:
         raise ValueError(

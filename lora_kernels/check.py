@@ -101,8 +101,9 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
     if not abs(given) < float("inf"):  # math.isfinite breaks torch.compile
         raise ValueError(f"scale must be finite, got {given}")
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value  # heavy; there while compiling
+        from torch.fx.experimental import symbolic_shapes  # heavy; there while compiling
 
-        if not has_static_value(given):
+        # since torch 2.8; before, a value that has changed costs a recompilation
+        if hasattr(symbolic_shapes, "has_static_value") and not symbolic_shapes.has_static_value(given):
             return 1.0, lora_b * given
     return given, lora_b

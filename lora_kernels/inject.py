@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_kernels import dispatch
 from lora_kernels.module import FusedLoRALinear
-from lora_kernels.targets import Names, Selection, lora_layers, select, some
+from lora_kernels.targets import Names, Selection, by_reason, lora_layers, select, some
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class AdaptedLayer:
     lora_alpha: float
     in_features: int
     out_features: int
+    use_dora: bool = False
+
+    @classmethod
+    def of(cls, name: str, layer: FusedLoRALinear) -> AdaptedLayer:
+        """The line for a layer."""
+        return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora)
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,9 @@ class ApplyReport:
         width = max([len(layer.name) for layer in self.layers] + [len("module")])
         lines = [f"{'module':<{width}}  {'r':>4}  {'alpha':>6}  in → out"]
         for layer in self.layers:
-            shape = f"{layer.in_features} → {layer.out_features}"
+            shape = f"{layer.in_features} → {layer.out_features}{'  DoRA' if layer.use_dora else ''}"
             lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {shape}")
-        for reason in dict.fromkeys(self.passed_over.values()):
-            lines.append(f"passed over, {reason}: {some([n for n, why in self.passed_over.items() if why == reason])}")
+        lines += [f"passed over, {reason}: {some(names)}" for reason, names in by_reason(self.passed_over).items()]
         if self.unused:
             lines.append(f"matched nothing: {', '.join(self.unused)}")
         return "\n".join(lines)
@@ -72,6 +77,7 @@ def apply_lora(
     target_modules: Names = "all-linear",
     exclude_modules: Names | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
@@ -85,8 +91,9 @@ def apply_lora(
     Args:
         model: any module. It is changed in place. A layer that stands at several places goes by its first name and is
             replaced at each; weights that are tied stay tied.
-        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, backend: as for `FusedLoRALinear` (but lora_alpha is 8,
-            as in PEFT). adapter_dtype None is the weight's dtype; PEFT's choice beside fp16 and bf16 is fp32.
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend: as for `FusedLoRALinear` (but
+            lora_alpha is 8, as in PEFT). adapter_dtype None is the weight's dtype; PEFT's choice beside fp16 and bf16
+            is fp32.
         target_modules: "all-linear": every ``nn.Linear`` but the one that ``model.get_output_embeddings()`` returns, if
             the model has that method. Another string: a regular expression that the whole dotted name must match.
             Names: those whose dotted name is one of them or ends in ``.`` and one of them.
@@ -97,8 +104,9 @@ def apply_lora(
             name (or names) of the list of blocks whose numbers they are, in place of any.
 
     With "all-linear" what is not exactly an ``nn.Linear`` is passed over, with a reason in the report: quantised
-    layers, subclasses (``nn.MultiheadAttention`` reads the weight of its out_proj itself, past any adapter), weights
-    that are a subclass of Parameter (sharded, quantised) and layers with hooks, which would be lost. Where a pattern or
+    layers, GPT-2's Conv1D (whose checkpoints hold W transposed: for those PEFT and `fuse`), subclasses
+    (``nn.MultiheadAttention`` reads the weight of its out_proj itself, past any adapter), weights that are a subclass
+    of Parameter (sharded, quantised) and layers with hooks, which would be lost. Where a pattern or
     a name asks for such a module, or for no linear layer at all, ValueError is raised.
 
     ``nn.TransformerEncoderLayer`` has a path for inference that reads the weights of linear1 and linear2 itself, past
@@ -127,14 +135,18 @@ def apply_lora(
         dispatch.load(backend)
     for target in selection.targets:
         target.settings.update(
-            lora_dropout=lora_dropout, use_rslora=use_rslora, adapter_dtype=adapter_dtype, backend=backend
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
         )
     return replace(model, selection)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """The model with a plain ``nn.Linear`` in place of every `FusedLoRALinear`, weight W + s·B·A (see its `merge`), in
-    place; `model` is returned, or the new layer where `model` itself is one.
+    """The model with a plain ``nn.Linear`` in place of every `FusedLoRALinear`, weight W + s·B·A or with DoRA d ⊙ that
+    (see its `merge`), in place; `model` is returned, or the new layer where `model` itself is one.
 
     Every parameter is frozen afterwards, as PEFT leaves it: ``requires_grad_()`` what is to train. Weights that were
     tied to a merged one stay the base's.
@@ -142,6 +154,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is no `FusedLoRALinear`, or merging one gives weights that are not finite: the model is then
             as it was.
+        NotImplementedError: a layer is tensor parallel; the model is then as it was, too.
     """
     layers = lora_layers(model)
     if not layers:
@@ -150,8 +163,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         try:
             layer.to_linear()
-        except ValueError as error:
-            raise ValueError(f"{name or 'the model'}: {error}") from None
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{name or 'the model'}: {error}") from None
     places = _places(model)
     for layer in layers.values():
         linear = layer.to_linear().requires_grad_(False)
@@ -163,7 +176,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of the adapters (lora_A, lora_B) of every `FusedLoRALinear` in `model`, frozen ones too."""
+    """The parameters of the adapters of every `FusedLoRALinear` in `model`, frozen ones too: lora_A and lora_B, with
+    DoRA lora_magnitude_vector."""
     for layer in lora_layers(model).values():
         for name, parameter in layer.named_parameters(recurse=False):
             if name.startswith("lora_"):
@@ -217,10 +231,7 @@ def replace(model: nn.Module, selection: Selection) -> ApplyReport:
             _put(model, place, layer)
     _close_fast_paths(model)
     return ApplyReport(
-        tuple(
-            AdaptedLayer(target.name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features)
-            for target, layer in zip(selection.targets, layers, strict=True)
-        ),
+        tuple(AdaptedLayer.of(target.name, layer) for target, layer in zip(selection.targets, layers, strict=True)),
         selection.passed_over,
         selection.unused,
     )

@@ -61,7 +61,7 @@ def select(
 
     targets: list[Target] = []
     passed_over: dict[str, str] = {}
-    unfit: list[str] = []
+    unfit: dict[str, str] = {}
     for name, module in model.named_modules():
         if not name:
             continue
@@ -80,7 +80,7 @@ def select(
         elif why_not and every:
             reason = why_not
         elif why_not:
-            unfit.append(f"{name} ({why_not})")
+            unfit[name] = why_not
             continue
         else:
             assert isinstance(module, nn.Linear)
@@ -94,7 +94,7 @@ def select(
             passed_over[name] = reason
     if unfit:
         raise ValueError(
-            f"target_modules match what cannot be replaced: {some(unfit)}. Name other modules, or add these to "
+            f"target_modules match what cannot be replaced: {_told(unfit)}. Name other modules, or add these to "
             "exclude_modules"
         )
     if not targets:
@@ -131,6 +131,18 @@ def some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names that have the same reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return names
+
+
+def _told(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{some(names)} ({reason})" for reason, names in by_reason(reasons).items())
+
+
 def _key(pattern: Iterable[str], name: str) -> str | None:
     return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None)
 
@@ -154,6 +166,11 @@ def _looks_linear(module: nn.Module) -> bool:
 def _why_not(module: nn.Module) -> str:
     """The reason why a module cannot be replaced, or ""."""
     kind = type(module).__name__
+    if kind == "Conv1D" and type(module).__module__.startswith("transformers."):
+        # Its weight is [in, out]. A FusedLoRALinear could compute with the transposed view, but could not stand in its
+        # place: the model's state_dict would have another shape there, or, where in = out, a checkpoint would load
+        # transposed without a word; and the view would be a Parameter of its own, no longer tied to what shares W.
+        return "a Conv1D, its weight [in, out]: it takes LoRA by PEFT's get_peft_model, then lora_kernels.fuse"
     if not isinstance(module, nn.Linear):
         return f"a {kind}, not an nn.Linear"
     if type(module) is not nn.Linear:
@@ -184,9 +201,8 @@ def _nothing(model: nn.Module, wanted: str | Sequence[str], passed_over: dict[st
     if not passed_over:
         kinds = Counter(type(module).__name__ for module in model.modules())
         return f"the model has no nn.Linear; it has {some([f'{n} {kind}' for kind, n in kinds.most_common()])}"
-    had = some([f"{name} ({reason})" for name, reason in passed_over.items()])
     asked = repr(wanted) if isinstance(wanted, str) else some([repr(n) for n in wanted])
-    return f"target_modules ({asked:.200}) match no nn.Linear to replace; the model has {had}"
+    return f"target_modules ({asked:.200}) match no nn.Linear to replace; the model has {_told(passed_over)}"
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

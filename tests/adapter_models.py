@@ -1,8 +1,11 @@
-"""Models that get adapters, and all that loading one could change."""
+"""Models that get adapters, files to break, and all that loading one could change."""
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +36,9 @@ def train(model: nn.Module) -> nn.Module:
     """Other than initial values in every adapter."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:  # about the norm, as after training
+                parameter.mul_(0.5 + torch.rand(parameter.shape).to(parameter.dtype))
+            elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape) / 3)
     return model
 
@@ -50,10 +55,29 @@ def run(model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return model(torch.randn(7, 5, generator=generator).to(dtype))
 
 
+def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16:  # each rounds its own terms of about 1, over three layers
+        torch.testing.assert_close(a, b, rtol=2**-5, atol=2**-4)
+    else:
+        torch.testing.assert_close(a, b)
+
+
+def edit_config(directory: Path, **fields: object) -> None:
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | fields))
+
+
+def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    st = pytest.importorskip("safetensors.torch")
+    tensors = st.load_file(directory / WEIGHTS)
+    change(tensors)
+    st.save_file(tensors, directory / WEIGHTS)
+
+
 def state(model: nn.Module) -> dict[str, object]:
     """Everything that an attempt to load could change."""
     settings = {
-        name: (m.r, m.lora_alpha, m.scaling, m.use_rslora)
+        name: (m.r, m.lora_alpha, m.scaling, m.use_rslora, m.use_dora)
         for name, m in model.named_modules()
         if isinstance(m, FusedLoRALinear)
     }

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_models import (
     KINDS,
+    NO_FSDP,
     R,
     adapters,
     average,
@@ -21,6 +22,7 @@ from distributed_models import (
     make,
     mine,
     optimizer,
+    shard,
     single,
     step,
     trained,
@@ -34,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,40 +66,33 @@ def ddp_draws_a_mask_per_process(folder: Path) -> None:
             assert torch.equal(everyone[0], everyone[i]) == alike
 
 
-@check(*KINDS)
+@check(*KINDS, why_not=NO_FSDP)
 def fsdp(folder: Path, kind: str) -> None:
     """Base, adapters and head sharded, frozen and trained in one group."""
-    model = make(kind)
-    for block in blocks(model):
-        fully_shard(block)
-    fully_shard(model)
+    model = shard(make(kind))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     equal(step(model, mine(batch())), single(kind))
     fused_path_ran(model, kind)
 
 
-@check(*KINDS)
+@check(*KINDS, why_not=NO_FSDP)
 def fsdp_with_replicated_adapters(folder: Path, kind: str) -> None:
     model = make(kind)
     ignored = adapters(model)
-    for block in blocks(model):
-        fully_shard(block, ignored_params=set(ignored))
-    fully_shard(model, ignored_params=set(ignored))
+    shard(model, ignored)
     assert {isinstance(p, DTensor) for p in ignored} == {False}
     equal(step(model, mine(batch()), lambda: average(ignored)), single(kind))
     fused_path_ran(model, kind)
 
 
-@check("module sharded", "module replicated", "peft sharded", "peft replicated")
+@check("module sharded", "module replicated", "peft sharded", "peft replicated", why_not=NO_FSDP)
 def fsdp_in_bf16(folder: Path, kind: str) -> None:
     """Mixed precision: sharded adapters are bf16 in the kernel, replicated ones fp32 beside a bf16 base."""
     kind, adapter = kind.split()
     model = make(kind)
     ignored = adapters(model) if adapter == "replicated" else []
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in blocks(model):
-        fully_shard(block, mp_policy=policy, ignored_params=set(ignored))
-    fully_shard(model, mp_policy=policy, ignored_params=set(ignored))
+    shard(model, ignored, mp_policy=policy)
     y = model(mine(batch()))
     loss(y).backward()
     average(ignored)
@@ -123,7 +118,7 @@ def fsdp_in_bf16(folder: Path, kind: str) -> None:
         torch.testing.assert_close(got[name], value)
 
 
-@check("module")
+@check("module", why_not=NO_FSDP)
 def fsdp_of_a_bf16_base_with_fp32_adapters(folder: Path, kind: str) -> None:
     def build() -> nn.Module:
         model = make(kind).bfloat16()
@@ -133,10 +128,7 @@ def fsdp_of_a_bf16_base_with_fp32_adapters(folder: Path, kind: str) -> None:
             p.requires_grad_(False)
         return model
 
-    model, x = build(), batch().bfloat16()
-    for block in blocks(model):
-        fully_shard(block)
-    fully_shard(model)
+    model, x = shard(build()), batch().bfloat16()
     got, want = step(model, mine(x)), step(build(), x)
     assert torch.equal(got.pop("y"), mine(want.pop("y")))
     for name, value in want.items():
@@ -145,14 +137,13 @@ def fsdp_of_a_bf16_base_with_fp32_adapters(folder: Path, kind: str) -> None:
             torch.testing.assert_close(got[name], value, rtol=0, atol=2**-6 * value.abs().max().item())
 
 
-@check(*KINDS)
+@check(*KINDS, why_not=NO_FSDP)
 def fsdp_with_checkpointing_and_dropout(folder: Path, kind: str) -> None:
     """Each process's masks are its own, and the recomputation draws them again."""
     model, plain = make(kind, 0.3), make(kind, 0.3)
     for block in blocks(model):
         block.checkpointed = True
-        fully_shard(block)
-    fully_shard(model)
+    shard(model)
     torch.manual_seed(dist.get_rank())
     got = step(model, mine(batch()))
     torch.manual_seed(dist.get_rank())
@@ -161,17 +152,9 @@ def fsdp_with_checkpointing_and_dropout(folder: Path, kind: str) -> None:
     fused_path_ran(model, kind, 2)
 
 
-def sharded(kind: str) -> nn.Module:
-    model = make(kind)
-    for block in blocks(model):
-        fully_shard(block)
-    fully_shard(model)
-    return model
-
-
 def resumed(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Another start than the one that was saved, so that what is not loaded shows."""
-    model = sharded(kind)
+    model = shard(make(kind))
     with torch.no_grad():
         for p in trained(model).values():
             p.fill_(0.5)
@@ -194,10 +177,10 @@ def train(model: nn.Module, optimise: torch.optim.Optimizer, steps: int) -> Tens
     return torch.cat(everyone)
 
 
-@check(*KINDS, sizes=(2,))
+@check(*KINDS, sizes=(2,), why_not=NO_FSDP)
 def save_sharded(folder: Path, kind: str) -> None:
     """For the groups that come after this one: what is trained; and all, with the optimizer."""
-    model = sharded(kind)
+    model = shard(make(kind))
     optimise = optimizer(model)
     y = {"saved": train(model, optimise, 2)}
     state = get_model_state_dict(model, options=TRAINED)
@@ -210,7 +193,7 @@ def save_sharded(folder: Path, kind: str) -> None:
         torch.save(y, folder / f"{kind}.pt")
 
 
-@check(*KINDS, sizes=(1, 4))
+@check(*KINDS, sizes=(1, 4), why_not=NO_FSDP)
 def resume_on_another_number_of_processes(folder: Path, kind: str) -> None:
     want = torch.load(folder / f"{kind}.pt", weights_only=True)
     model, optimise = resumed(kind)

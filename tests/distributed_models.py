@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +21,13 @@ K, N, R, ROWS = 24, 40, 4, 8
 KINDS = ("module", "peft")
 CHECKS: dict[str, tuple[tuple[int, ...], Callable[..., None]]] = {}
 """Name → the sizes of group it runs in, and the check: (folder) → None."""
+SKIPPED: dict[str, str] = {}
+"""Name → why the check cannot run here."""
+NO_FSDP = (
+    ""
+    if hasattr(torch.cpu.Stream, "record_event") and "ignored_params" in inspect.signature(fully_shard).parameters
+    else f"fully_shard runs on CPUs, and takes ignored_params, from torch 2.7 on; this is {torch.__version__}"
+)
 
 
 class Block(nn.Module):
@@ -50,14 +59,18 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def check(*kinds: str, sizes: tuple[int, ...] = (2, 4)) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a check, once per kind where there are any: it then takes the kind beside the folder."""
+def check(
+    *kinds: str, sizes: tuple[int, ...] = (2, 4), why_not: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a check, once per kind where there are any: it then takes the kind beside the folder. `why_not`: it is
+    skipped, and this is the reason."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        for kind in kinds:
-            CHECKS[f"{function.__name__}[{kind}]"] = sizes, lambda folder, kind=kind: function(folder, kind)
-        if not kinds:
-            CHECKS[function.__name__] = sizes, function
+        named = {f"{function.__name__}[{kind}]": (lambda folder, kind=kind: function(folder, kind)) for kind in kinds}
+        for name, run in named.items() or [(function.__name__, function)]:
+            CHECKS[name] = sizes, run
+            if why_not:
+                SKIPPED[name] = why_not
         return function
 
     return register
@@ -96,6 +109,13 @@ def adapters(model: nn.Module) -> list[nn.Parameter]:
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def shard(model: nn.Module, ignored: Iterable[nn.Parameter] = (), **policy: object) -> nn.Module:
+    """Every block and the rest, but for the parameters that are to stay whole in each process."""
+    for part in (*blocks(model), model):
+        fully_shard(part, ignored_params=set(ignored), **policy)
+    return model
 
 
 def whole(t: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import sys
 from collections import OrderedDict
@@ -11,27 +10,16 @@ from collections import OrderedDict
 import hypothesis.strategies as hs
 import pytest
 import torch
-from adapter_models import CONFIG, WEIGHTS, adapted, assert_unchanged, net, state
+from adapter_models import CONFIG, WEIGHTS, adapted, assert_unchanged, edit_config, edit_weights, net, state
 from hypothesis import given, settings
 from torch import nn
 
 from lora_kernels.adapters import load_adapter, save_adapter
 
 peft = pytest.importorskip("peft")
-st = pytest.importorskip("safetensors.torch")
+pytest.importorskip("safetensors.torch")
 
 # --- what does not fit ---
-
-
-def edit_config(directory, **fields) -> None:
-    config = json.loads((directory / CONFIG).read_text())
-    (directory / CONFIG).write_text(json.dumps(config | fields))
-
-
-def edit_weights(directory, change) -> None:
-    tensors = st.load_file(directory / WEIGHTS)
-    change(tensors)
-    st.save_file(tensors, directory / WEIGHTS)
 
 
 KEY = "base_model.model.head.lora_A.weight"
@@ -85,7 +73,6 @@ BROKEN = {
     "peft_type": (lambda d: edit_config(d, peft_type="LOHA"), ValueError, "peft_type is 'LOHA'"),
 }  # fmt: skip
 UNSUPPORTED = {
-    "use_dora": True,
     "lora_bias": True,
     "bias": "all",
     "modules_to_save": ["head"],
@@ -164,13 +151,6 @@ def test_pefts_adapter_of_what_is_no_linear_is_refused(tmp_path):
     peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["fc", "conv"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="conv"):
         load_adapter(base, tmp_path)
-
-
-def test_pefts_dora_is_refused(tmp_path):
-    config = peft.LoraConfig(target_modules=["head"], use_dora=True)
-    peft.get_peft_model(net(), config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"use_dora=True.*PEFT"):
-        load_adapter(net(), tmp_path)
 
 
 def test_a_field_of_the_future_is_told(tmp_path):
