@@ -158,6 +158,18 @@ def test_inductor():
     same(step(model, torch.compile(model, fullgraph=True), ids), step(model, model, ids))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_mode_with_cuda_graphs(device):
+    """reduce-overhead records CUDA graphs on a GPU, with outputs that the next step may overwrite."""
+    model, ids = lora_llama(1, random=True).to(device), tokens().to(device)
+    lora_kernels.fuse(model, strict=True, group=True)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):  # warm-up, recording, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        got = {name: value.clone() for name, value in step(model, compiled, ids).items()}
+        same(got, step(model, model, ids))
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_plain_model(dynamic):
     model, graphs = nn.Sequential(FusedLoRALinear(16, 24, r=4), nn.GELU(), FusedLoRALinear(24, 8, r=4)), Graphs()
