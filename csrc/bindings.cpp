@@ -11,6 +11,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/lora.h"
+#include "cpu/quant.h"
 #include "philox.h"
 
 namespace py = pybind11;
@@ -95,6 +96,38 @@ void gemm(int threads, int dtype, i64 M, i64 N, i64 K, uintptr_t x, i64 stride_x
                 tile(y, stride_ym, dtype), add);
 }
 
+// format, N, K, codes, levels, scales, scale_rows, scale_cols, blocksize, table, absmax, offset (an address)
+using QuantizedWeight =
+    std::tuple<int, i64, i64, uintptr_t, uintptr_t, uintptr_t, i64, i64, i64, uintptr_t, uintptr_t, uintptr_t>;
+
+lk::cpu::Quantized quantized(const QuantizedWeight& w) {
+  const auto& [format, N, K, codes, levels, scales, scale_rows, scale_cols, blocksize, table, absmax, offset] = w;
+  return {static_cast<lk::cpu::Format>(format),
+          N,
+          K,
+          reinterpret_cast<const uint8_t*>(codes),
+          reinterpret_cast<const float*>(levels),
+          reinterpret_cast<const void*>(scales),
+          scale_rows,
+          scale_cols,
+          blocksize,
+          reinterpret_cast<const float*>(table),
+          reinterpret_cast<const float*>(absmax),
+          offset ? *reinterpret_cast<const float*>(offset) : 0.0f};
+}
+
+void dequantize(int threads, const QuantizedWeight& w, i64 n0, i64 rows, i64 k0, i64 cols, int dtype, uintptr_t out,
+                i64 stride_out) {
+  py::gil_scoped_release unlocked;
+  lk::cpu::dequantize(threads, quantized(w), n0, rows, k0, cols, tile(out, stride_out, dtype));
+}
+
+void quantized_gemm(int threads, int dtype, i64 M, const QuantizedWeight& w, bool transposed, uintptr_t x,
+                    i64 stride_xm, uintptr_t y, i64 stride_ym) {
+  py::gil_scoped_release unlocked;
+  lk::cpu::quantized_gemm(threads, M, quantized(w), transposed, tile(x, stride_xm, dtype), tile(y, stride_ym, dtype));
+}
+
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, std::array<uint32_t, 2> key) {
   const lk::Philox4 r = lk::philox4x32_10(c[0], c[1], c[2], c[3], key[0], key[1]);
   return {r.word[0], r.word[1], r.word[2], r.word[3]};
@@ -133,8 +166,13 @@ PYBIND11_MODULE(_C, m) {
         "For each branch: h = c keep(x) a^T where x is given; y += s h b^T + bias where y is given. Null: absent.");
   m.def("backward", &backward,
         "For each branch: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Null: absent.");
-  m.def("gemm", &gemm, "y = x w^T, or with add y += that: fp32, or, without add, any dtype where gemm_few(M, stride_wk).");
+  m.def("gemm", &gemm,
+        "y = x w^T, or with add y += that: fp32, or, without add, any dtype where gemm_few(M, stride_wk).");
   m.def("gemm_few", &lk::cpu::gemm_few, "Whether gemm reads w as it is: for few rows of x, w's own lying along k.");
+  m.def("dequantize", &dequantize, "out = w[n0.., k0..], dequantised.");
+  m.def("quantized_gemm", &quantized_gemm,
+        "y = x w^T, or transposed y = x w: fp32, or any dtype where quantized_few(M, transposed).");
+  m.def("quantized_few", &lk::cpu::quantized_few, "Whether quantized_gemm reads the codes as they are.");
   m.def("philox", &philox, "Philox4x32-10 of one counter and key.");
   m.def("keep_bits", &keep_bits,
         "The dropout bits of rows m0.., packed eight columns to a byte, rows padded to 8 bytes.");

@@ -22,5 +22,13 @@ def gemm(
     x: int, stride_xm: int, w: int, stride_wn: int, stride_wk: int, y: int, stride_ym: int, add: bool, /,
 ) -> None: ...  # fmt: skip
 def gemm_few(M: int, stride_wk: int, /) -> bool: ...
+def dequantize(
+    threads: int, w: tuple[int, ...], n0: int, rows: int, k0: int, cols: int, dtype: int, out: int, stride_out: int, /
+) -> None: ...  # w: format N K codes levels scales scale_rows scale_cols blocksize table absmax offset
+def quantized_gemm(
+    threads: int, dtype: int, M: int, w: tuple[int, ...], transposed: bool,
+    x: int, stride_xm: int, y: int, stride_ym: int, /,
+) -> None: ...  # fmt: skip
+def quantized_few(M: int, transposed: bool, /) -> bool: ...
 def philox(counter: list[int], key: list[int]) -> list[int]: ...
 def keep_bits(seed: int, threshold: int, m0: int, rows: int, cols: int) -> bytes: ...

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lora_kernels.quant import QuantizedWeight
 from lora_kernels.random import draw_seed
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def operands(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p: float, autocast: bool) -> None:
-    """One look at what is usual; everything else goes to `_complain`, which finds the fault and says it."""
+def operands(
+    x: Tensor, w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, bias: Tensor | None, p: float, any_w: bool
+) -> None:
+    """One look at what is usual; everything else goes to `_complain`, which finds the fault and says it. `any_w`: w may
+    differ from x in dtype."""
     dtype, adapter_dtype = x.dtype, a.dtype
     x_shape, w_shape, a_shape, b_shape = x.shape, w.shape, a.shape, b.shape
     if (
         dtype in DTYPES
-        and (w.dtype == dtype or autocast)
+        and (w.dtype == dtype or any_w)
         and (adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype in HALVES))
         and b.dtype == adapter_dtype
         and ((x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu) or w.device == a.device == b.device == x.device)
@@ -31,16 +37,20 @@ def operands(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p:
         and (bias is None or (bias.dtype == dtype and bias.device == x.device and bias.shape == w_shape[:1]))
     ):
         return
-    _complain(x, w, a, b, bias, p, autocast)
+    _complain(x, w, a, b, bias, p, any_w)
 
 
-def _complain(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p: float, autocast: bool) -> None:
-    operands = {"x": x, "weight": w, "lora_a": a, "lora_b": b} | ({} if bias is None else {"bias": bias})
+def _complain(
+    x: Tensor, w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, bias: Tensor | None, p: float, any_w: bool
+) -> None:
+    operands: dict[str, Any] = {"x": x, "weight": w, "lora_a": a, "lora_b": b} | (
+        {} if bias is None else {"bias": bias}
+    )
     shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in operands.items())
     dtypes = ", ".join(f"{name} {t.dtype}" for name, t in operands.items())
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be fp64, fp32, fp16 or bf16; got {dtypes}")
-    if (w.dtype != x.dtype and not autocast) or (bias is not None and bias.dtype != x.dtype):
+    if (w.dtype != x.dtype and not any_w) or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(f"weight and bias must have x's dtype; got {dtypes}. Convert x, or run under torch.autocast")
     if a.dtype != b.dtype or (a.dtype != x.dtype and not (a.dtype == torch.float32 and x.dtype in HALVES)):
         raise TypeError(
@@ -50,7 +60,7 @@ def _complain(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p
         raise ValueError(
             "operands lie on different devices: " + ", ".join(f"{name} on {t.device}" for name, t in operands.items())
         )
-    if x.dim() < 1 or w.dim() != 2 or a.dim() != 2 or b.dim() != 2:
+    if x.dim() < 1 or len(w.shape) != 2 or a.dim() != 2 or b.dim() != 2:
         raise ValueError(f"x must be [..., K], weight [N, K], lora_a [R, K], lora_b [N, R]; got {shapes}")
     if x.shape[-1] != w.shape[1] or a.shape[1] != w.shape[1]:
         raise ValueError(f"x, weight and lora_a differ in K, their last dimension; got {shapes}")

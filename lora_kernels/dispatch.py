@@ -120,5 +120,5 @@ def refusals(name: str, call: Call) -> list[str]:
 
 def _describe(call: Call) -> str:
     adapters = "" if call.adapter_dtype == call.dtype else f", {call.adapter_dtype} adapters"
-    dropout = ", dropout" if call.dropout else ""
-    return f"{call.op} on {call.device}, {call.dtype}{adapters}, M={call.M} N={call.N} K={call.K} R={call.R}{dropout}"
+    more = (f", {call.w_format} weight" if call.w_format != "dense" else "") + (", dropout" if call.dropout else "")
+    return f"{call.op} on {call.device}, {call.dtype}{adapters}, M={call.M} N={call.N} K={call.K} R={call.R}{more}"

@@ -8,29 +8,33 @@ The operators are opaque to ``torch.compile`` and take no part in autograd thems
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels import check, dispatch
+from lora_kernels import check, dispatch, quant
 from lora_kernels.autograd import as_autocast_asks, no_autocast, refuse_double_backward
 from lora_kernels.backends import Call
+from lora_kernels.quant import QuantizedWeight
 
 _library = torch.library.Library("lora_kernels", "DEF")
+# With a quantised weight w is its codes, and its other parts stand last.
+_QUANTISED = 'Tensor[]? w_scales=None, str w_format="dense", int w_blocksize=0'
 _library.define(
     "forward(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, float scale, float p, Tensor? seed, "
-    "str? backend, bool save_h) -> (Tensor y, Tensor h)"
+    f"str? backend, bool save_h, {_QUANTISED}) -> (Tensor y, Tensor h)"
 )
 _library.define(
     "backward(Tensor dy, Tensor? x, Tensor w, Tensor a, Tensor b, Tensor? h, float scale, float p, Tensor? seed, "
-    "str? backend, bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)"
+    f"str? backend, bool need_dx, bool need_da, bool need_db, {_QUANTISED}) -> (Tensor dx, Tensor da, Tensor db)"
 )
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
@@ -46,7 +50,8 @@ def lora_linear(
 
     Args:
         x: [..., K], fp64, fp32, fp16 or bf16. M is the product of its leading dimensions, 0 included.
-        weight: W [N, K], in x's dtype; must not require a gradient.
+        weight: W [N, K], in x's dtype; must not require a gradient. Or a `QuantizedWeight` of 4 or 8 bits, beside an x
+            of any dtype: it is dequantised in pieces, within the products, and never lies in memory whole.
         lora_a: A [R, K], in x's dtype, or fp32 beside an fp16 or bf16 x (its gradient is then fp32, not rounded through
             x's dtype).
         lora_b: B [N, R], in A's dtype.
@@ -74,25 +79,31 @@ def lora_linear(
         RuntimeError: from autograd, on double backward.
     """
     autocast, x, bias, lora_a, lora_b = as_autocast_asks(x, bias, lora_a, lora_b)
-    check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast)
+    w: Any = weight
+    parts: tuple[Any, ...] = ()
+    if isinstance(weight, QuantizedWeight):
+        if not weight.checked:
+            weight.check()
+        w, parts = weight.codes, (weight.format, weight.blocksize, *weight.tensors[1:])
+    check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast or w is not weight)
     scale, lora_b = check.scale(scale, lora_b)
     seed = check.seed(seed, x.device) if dropout_p > 0 else None
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    operands = (rows, weight, lora_a, lora_b, bias, scale, dropout_p, seed, backend)
+    operands = (rows, w, lora_a, lora_b, bias, scale, dropout_p, seed, backend)
     if autocast:
         with torch.autocast(x.device.type, enabled=False):
-            y = LoRALinearFunction.apply(*operands)
+            y = LoRALinearFunction.apply(*operands, *parts)
     elif torch.is_grad_enabled():
-        y = LoRALinearFunction.apply(*operands)
+        y = LoRALinearFunction.apply(*operands, *parts)
     else:
-        y, _ = _forward(*operands, False)
+        y, _ = _forward(*operands, False, *_last(*parts))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def explain(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
@@ -104,7 +115,7 @@ def explain(
 
     Takes what `lora_linear` takes and raises what it raises; computes nothing.
     """
-    check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast=False)
+    check.operands(x, weight, lora_a, lora_b, bias, dropout_p, isinstance(weight, QuantizedWeight))
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return dispatch.explain(call_of("forward", rows, weight, lora_a, lora_b, rows.shape[0], dropout_p), backend)
 
@@ -125,33 +136,47 @@ class LoRALinearFunction(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
         backend: str | None,
+        w_format: str = "dense",
+        w_blocksize: int = 0,
+        *w_scales: Tensor,
     ) -> Tensor:
         """y, through the registered operator."""
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
         # Under autocast w comes in its own dtype and is converted here and again in the backward, so that no copy of it
         # is saved.
-        y, h = _forward(x, w.to(x.dtype), a, b, bias, scale, p, seed, backend, need_db)
-        ctx.save_for_backward(x if need_da else None, w, a, b, h if need_db else None, seed)
-        ctx.dtype, ctx.bias_dtype = x.dtype, bias if bias is None else bias.dtype
+        cast = w.to(x.dtype) if w_format == "dense" else w
+        last = _last(w_format, w_blocksize, *w_scales)
+        y, h = _forward(x, cast, a, b, bias, scale, p, seed, backend, need_db, *last)
+        ctx.save_for_backward(x if need_da else None, w, a, b, h if need_db else None, seed, *w_scales)
+        ctx.dtype, ctx.w_format, ctx.w_blocksize = x.dtype, w_format, w_blocksize
         ctx.scale, ctx.p, ctx.backend = scale, p, backend
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """dx, da, db and dbias: of these only what is asked."""
-        x, w, a, b, h, seed = ctx.saved_tensors
+        x, w, a, b, h, seed, *w_scales = ctx.saved_tensors
         need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
         dx = da = db = dbias = None
         with torch.no_grad(), no_autocast(dy.device.type):
             dy = dy.to(ctx.dtype)
             if need_dx or need_da or need_db:
+                w = w.to(ctx.dtype) if ctx.w_format == "dense" else w
+                last = _last(ctx.w_format, ctx.w_blocksize, *w_scales)
                 dx, da, db = _backward(
-                    dy, x, w.to(ctx.dtype), a, b, h, ctx.scale, ctx.p, seed, ctx.backend, need_dx, need_da, need_db
+                    dy, x, w, a, b, h, ctx.scale, ctx.p, seed, ctx.backend, need_dx, need_da, need_db, *last
                 )
             if need_dbias:
                 dbias = dy.sum(0)
         grads = (dx if need_dx else None, None, da if need_da else None, db if need_db else None, dbias)
-        return *refuse_double_backward("lora_linear", grads), None, None, None, None
+        return *refuse_double_backward("lora_linear", grads), *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+
+def _last(
+    w_format: str = "dense", w_blocksize: int = 0, *w_scales: Tensor
+) -> tuple[()] | tuple[list[Tensor], str, int]:
+    """The operators' last arguments, which a dense weight leaves out."""
+    return () if w_format == "dense" else (list(w_scales), w_format, w_blocksize)
 
 
 def _run_forward(
@@ -165,9 +190,13 @@ def _run_forward(
     seed: Tensor | None,
     backend: str | None,
     save_h: bool,
+    w_scales: Sequence[Tensor] | None = None,
+    w_format: str = "dense",
+    w_blocksize: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    call = call_of("forward", x, w, a, b, x.shape[0], p)
-    y, h = dispatch.pick(call, backend).forward(x, w, a, b, bias, scale, p, seed, save_h)
+    weight = w if w_scales is None else quant.assemble(w, w_scales, w_format, w_blocksize, x.dtype)
+    call = call_of("forward", x, weight, a, b, x.shape[0], p)
+    y, h = dispatch.pick(call, backend).forward(x, weight, a, b, bias, scale, p, seed, save_h)
     return y, or_empty(h, x)
 
 
@@ -185,19 +214,26 @@ def _run_backward(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    w_scales: Sequence[Tensor] | None = None,
+    w_format: str = "dense",
+    w_blocksize: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = call_of("backward", dy, w, a, b, dy.shape[0], p)
-    dx, da, db = dispatch.pick(call, backend).backward(dy, x, w, a, b, h, scale, p, seed, need_dx, need_da, need_db)
+    weight = w if w_scales is None else quant.assemble(w, w_scales, w_format, w_blocksize, dy.dtype)
+    call = call_of("backward", dy, weight, a, b, dy.shape[0], p)
+    serving = dispatch.pick(call, backend)
+    dx, da, db = serving.backward(dy, x, weight, a, b, h, scale, p, seed, need_dx, need_da, need_db)
     return or_empty(dx, dy), or_empty(da, a), or_empty(db, b)
 
 
-def _fake_forward(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore
+def _fake_forward(x, w, a, b, bias, scale, p, seed, backend, save_h, *quantised, **named):  # type: ignore
     return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0]) if save_h else x.new_empty(0)
 
 
-def _fake_backward(dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db):  # type: ignore
+def _fake_backward(  # type: ignore
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *quantised, **named
+):
     return (
-        dy.new_empty(dy.shape[0], w.shape[1]) if need_dx else dy.new_empty(0),
+        dy.new_empty(dy.shape[0], a.shape[1]) if need_dx else dy.new_empty(0),
         a.new_empty(a.shape) if need_da else a.new_empty(0),
         b.new_empty(b.shape) if need_db else b.new_empty(0),
     )
@@ -210,10 +246,11 @@ _forward = torch.ops.lora_kernels.forward.default
 _backward = torch.ops.lora_kernels.backward.default
 
 
-def call_of(op: str, rows: Tensor, w: Tensor, a: Tensor, b: Tensor, M: int, p: float) -> Call:
+def call_of(op: str, rows: Tensor, w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, M: int, p: float) -> Call:
     """What the back-ends judge a call by."""
     N, K = w.shape
-    return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], p > 0)
+    w_format = w.format if isinstance(w, QuantizedWeight) else "dense"
+    return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], p > 0, w_format)
 
 
 def or_empty(t: Tensor | None, like: Tensor) -> Tensor:

@@ -6,10 +6,13 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kDepth = 1024;  // columns of x (and of a's panel) per pass: the panel's 8 rows stay in L1
-constexpr i64 kRows = 48;     // rows of x or y per task
-constexpr i64 kWidth = 4096;  // columns of y per task
-constexpr i64 kFewRows = 4;   // up to here b is read as it is; beyond, transposing it first pays
+constexpr i64 kDepth = 1024;     // columns of x (and of a's panel) per pass: the panel's 8 rows stay in L1
+constexpr i64 kRows = 48;        // rows of x or y per task
+constexpr i64 kWidth = 4096;     // columns of y per task
+constexpr i64 kFewRows = 4;      // up to here b is read as it is; beyond, transposing it first pays
+constexpr i64 kFewRanks = 8;     // there: rows of a per task,
+constexpr i64 kFewWidth = 1024;  // columns of y per task,
+constexpr i64 kFewWeight = 16;   // and a product weighs so much, because memory is what takes the time
 
 // What a branch needs besides its operands.
 struct Work {
@@ -27,8 +30,27 @@ struct Work {
         ldn(panel_stride(p.N)),
         pack_a(make_grid(p.R, K, p.R, 512)),
         pack_b(make_grid(p.N, p.R, 128, p.R)),
-        tiles(make_grid(M, p.N, kRows, kWidth)) {}
+        tiles(make_grid(M, p.N, kRows, few ? kFewWidth : kWidth)) {}
 };
+
+// h[m0.., r0..] (+)= keep(x) a^T over the columns from k0 on, unscaled
+void dot_x(const Branch& p, const Work& w, Tile x, i64 ldk, i64 m0, i64 rows, i64 k0, i64 depth, i64 r0, i64 ranks,
+           uint8_t* bits) {
+  const uint32_t threshold = p.dropout.threshold;
+  if (threshold) kernels().keep_bits(p.dropout.seed, threshold, m0, k0, rows, depth, bits, kDepth / 8);
+  const i64 ldp = w.a_packed ? ldk : p.a.ld;
+  const float* const P = (w.a_packed ? w.a_panel : static_cast<const float*>(p.a.data)) + r0 * ldp;
+  w.l.dot(x.at(m0, k0), {threshold ? bits : nullptr, kDepth / 8}, P + w.l.dot_column(k0), ldp, rows, depth, ranks,
+          w.h32 + m0 * p.R + r0, p.R, k0 > 0);
+}
+
+// h as it is saved, and as y takes it
+void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
+  float* const hm = w.h32 + m0 * p.R;
+  const float c = p.dropout.rescale();
+  if (p.h) kernels().write(hm, p.R, rows, p.R, c, p.h.at(m0, 0));
+  if (p.y) w.l.expand_rows({hm, p.R, DType::f32}, rows, p.R, c * p.scale, hm);
+}
 
 }  // namespace
 
@@ -46,7 +68,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
     drop |= p.dropout.threshold != 0;
     up_few |= p.y && few;
   }
-  threads = team(threads, 2.0 * M * products);
+  threads = team(threads, 2.0 * (few ? std::min(M, i64{1}) * kFewWeight : M) * products);
   const i64 task_rows = std::clamp<i64>(round_up(ceil_div(M, 4 * threads), 6), 6, kRows);
   const Grid rows = make_grid(M, K, task_rows, std::max<i64>(K, 1));
 
@@ -95,32 +117,32 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
       }
     }
 #pragma omp barrier
-    if (down) {
-      uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
+    uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
+    if (down && few) {
+      for (size_t i = 0; i < works.size(); ++i) {
+        const Branch& p = branches[i];
+        const Work& w = works[i];
+#pragma omp for schedule(static) nowait
+        for (i64 r0 = 0; r0 < p.R; r0 += kFewRanks) {
+          for (i64 k0 = 0; k0 < K; k0 += kDepth)
+            dot_x(p, w, x, ldk, 0, M, k0, std::min(kDepth, K - k0), r0, std::min(kFewRanks, p.R - r0), my_bits);
+        }
+      }
+#pragma omp barrier
+#pragma omp single
+      for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], 0, M);
+    } else if (down) {
 #pragma omp for schedule(dynamic, 1)
       for (i64 t = 0; t < rows.size(); ++t) {
         const i64 m0 = rows.m0(t), n = rows.rows(t);
         i64 k0 = 0;
         do {
           const i64 depth = std::min(kDepth, K - k0);
-          for (size_t i = 0; i < works.size(); ++i) {
-            const Branch& p = branches[i];
-            const Work& w = works[i];
-            const uint32_t threshold = p.dropout.threshold;
-            if (threshold) k.keep_bits(p.dropout.seed, threshold, m0, k0, n, depth, my_bits, kDepth / 8);
-            const float* const P = w.a_packed ? w.a_panel : static_cast<const float*>(p.a.data);
-            w.l.dot(x.at(m0, k0), {threshold ? my_bits : nullptr, kDepth / 8}, P + w.l.dot_column(k0),
-                    w.a_packed ? ldk : p.a.ld, n, depth, p.R, w.h32 + m0 * p.R, p.R, k0 > 0);
-          }
+          for (size_t i = 0; i < works.size(); ++i)
+            dot_x(branches[i], works[i], x, ldk, m0, n, k0, depth, 0, branches[i].R, my_bits);
           k0 += depth;
         } while (k0 < K);
-        for (size_t i = 0; i < works.size(); ++i) {
-          const Branch& p = branches[i];
-          float* const hm = works[i].h32 + m0 * p.R;
-          const float c = p.dropout.rescale();
-          if (p.h) k.write(hm, p.R, n, p.R, c, p.h.at(m0, 0));
-          if (p.y) works[i].l.expand_rows({hm, p.R, DType::f32}, n, p.R, c * p.scale, hm);
-        }
+        for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], m0, n);
       }
     }
     for (size_t i = 0; i < works.size(); ++i) {

@@ -2,6 +2,7 @@
 #include "convert.h"
 #include "gemm_tile.h"
 #include "low_rank.h"
+#include "quant_tile.h"
 #include "tile.h"
 
 namespace lk::cpu {
@@ -83,6 +84,10 @@ constexpr Kernels kTable = {
     gemm_pack,
     kGemmWidth,
     gemm,
+    decode,
+    quant_dot,
+    quant_x,
+    quant_scales,
     [](Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo) {
       LK_BY_DTYPE(src.dtype, (read<T>(src, rows, cols, factor, out, ldo)))
     },

@@ -30,6 +30,22 @@ struct Keep {
   i64 ld;  // bytes per row
 };
 
+enum class Format : int { nf4 = 0, fp4 = 1, int8 = 2, fp8 = 3 };
+
+constexpr i64 kQuantRows = 4;
+constexpr i64 kQuantPad = 128;  // floats
+constexpr i64 kNested = 256;    // scales that share one of double quantisation's
+
+// At most kQuantRows rows of a quantised weight; every `segment` columns have a scale.
+struct QuantRows {
+  Format format;
+  const uint8_t* codes;
+  i64 ldc;  // bytes
+  const float* levels;
+  const float* scales;
+  i64 lds, segment, rows, K;
+};
+
 constexpr i64 kGemmDepth = 256;  // terms that a pass of the GEMM adds to y
 
 // The three products of the low-rank half, and the formats of their operands. Buffers are of floats in every format.
@@ -78,6 +94,17 @@ struct Kernels {
 
   // y[m, n] = (add ? y[m, n] : 0) + sum_k x[m, k] P[.., k, ..], depth <= kGemmDepth
   void (*gemm)(const float* x, i64 ldx, const float* P, i64 rows, i64 cols, i64 depth, bool add, float* y, i64 ldy);
+
+  // out[i] = code i, dequantised with one scale; the first code at a whole byte
+  void (*decode)(Format format, const uint8_t* codes, i64 count, const float* levels, float scale, float* out);
+
+  // out[i, m] = sum_k w[i, k] x[m, k]; X from rows of x by quant_x, in place, ldx a multiple of kQuantPad
+  void (*quant_dot)(const QuantRows& w, const float* X, i64 ldx, i64 M, float* out, i64 ldo);
+  void (*quant_x)(Format format, float* X, i64 ldx, i64 M, i64 K);
+
+  // out[i] = table[codes[first + i]] absmax[(first + i) / 256] + offset
+  void (*quant_scales)(const uint8_t* codes, i64 first, i64 count, const float* table, const float* absmax,
+                       float offset, float* out);
 
   // out[i, j] = factor * src[i, j]; to fp32 and from fp32
   void (*read)(Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo);

@@ -8,7 +8,8 @@ A back-end is a module ``lora_kernels.backends.<name>`` with
 * ``backward(dy, x, w, a, b, h, scale, p, seed, need_dx, need_da, need_db) -> (dx, da, db)``: None for what is not
   needed.
 
-All tensors are two-dimensional (``bias`` one-dimensional, ``seed`` zero-dimensional int64, or None where p is 0), of
+``w`` is a tensor, or a `QuantizedWeight` where ``call.w_format`` says so and ``why_not`` agreed. All tensors are
+two-dimensional (``bias`` one-dimensional, ``seed`` zero-dimensional int64, or None where p is 0), of
 any strides. ``x`` is None where ``need_da`` is false, ``h`` where ``need_db`` is false. Results are fresh and
 contiguous; nothing received is written to.
 
@@ -48,6 +49,8 @@ class Call(NamedTuple):
     K: int
     R: int
     dropout: bool
+    w_format: str = "dense"
+    """Or a format of `lora_kernels.quant`: w is a `QuantizedWeight` then."""
 
 
 class Branch(NamedTuple):

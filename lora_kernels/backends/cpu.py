@@ -24,10 +24,12 @@ from torch import Tensor
 
 from lora_kernels import random
 from lora_kernels.backends import Branch, Call
+from lora_kernels.quant import QuantizedWeight
 
 try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu_gemm import CODES, base_gemm, base_gemm_choices
+    from lora_kernels.backends.cpu_quant import quantized_gemm
 except ImportError as error:
     raise ImportError(
         f"the native CPU kernels are not there ({error}): they are built when lora_kernels is installed, which takes a "
@@ -55,7 +57,7 @@ def why_not(call: Call) -> list[str]:
 
 def forward(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | QuantizedWeight,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
@@ -69,7 +71,7 @@ def forward(
     # all that can be done before the base GEMM: it leaves the caches cold, and Python takes ten times as long after it
     common = _common(x, a)
     before, after, _kept = _forward_branch(a, b, bias, h, scale, p, seed)
-    y = base_gemm(x, w)
+    y = quantized_gemm(x, w) if isinstance(w, QuantizedWeight) else base_gemm(x, w)
     _C.forward(*common, *_address(x), [(*before, *_address(y), *after)])
     return y, h
 
@@ -77,7 +79,7 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    w: Tensor,
+    w: Tensor | QuantizedWeight,
     a: Tensor,
     b: Tensor,
     h: Tensor | None,
@@ -93,7 +95,9 @@ def backward(
     da, db = a.new_empty(a.shape) if need_da else None, b.new_empty(b.shape) if need_db else None
     common = _common(dy, a)
     branch, _kept = _backward_branch(dy, a, b, h, da, db, scale, p, seed)
-    dx = base_gemm(dy, w.t()) if need_dx else None
+    dx = None
+    if need_dx:
+        dx = quantized_gemm(dy, w, transposed=True) if isinstance(w, QuantizedWeight) else base_gemm(dy, w.t())
     _C.backward(*common, *_address(x), *_address(dx), [branch])
     return dx, da, db
 

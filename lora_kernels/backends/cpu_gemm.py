@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ _MARGIN = 0.95
 
 CODES = {torch.float32: _C.F32, torch.bfloat16: _C.BF16, torch.float16: _C.F16}
 
-Key = tuple[torch.dtype, int, bool, int, int]
+Gemms = dict[str, Callable[..., Tensor]]
+Key = tuple[str, int, bool, int, int]
 _choices: dict[Key, str] = {}
 
 
@@ -35,19 +37,25 @@ def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     M, N, K = x.shape[0], *w.shape
     if not (M * N * K and (x.dtype == torch.float32 or (out is None and _C.gemm_few(M, w.stride(1))))):
         return _torch(x, w, out)
-    key = (x.dtype, torch.get_num_threads(), w.stride(1) != 1, M.bit_length() // 2, (N * K).bit_length() // 2)
+    kind = _KINDS[x.dtype]
+    return _GEMMS[chosen(_GEMMS, kind, M, N * K, w.stride(1) != 1, x, w)](x, w, out)
+
+
+def chosen(gemms: Gemms, kind: str, M: int, weights: int, transposed: bool, *operands: Any) -> str:
+    """Which of `gemms` serves the class of calls that these `operands` belong to: timed on them the first time."""
+    key = (kind, torch.get_num_threads(), transposed, M.bit_length() // 2, weights.bit_length() // 2)
     choice = _choices.get(key)
     if choice is None:
-        choice = _choices[key] = _faster(x, w)
-    return _GEMMS[choice](x, w, out)
+        choice = _choices[key] = _faster(gemms, *operands)
+    return choice
 
 
 def base_gemm_choices() -> dict[str, str]:
     """What this process has settled on so far: a description of the class of calls, and "torch" or "own"."""
     return {
-        f"{str(dtype).removeprefix('torch.')}, {threads} threads, {'w transposed' if transposed else 'w as stored'}, "
+        f"{kind}, {threads} threads, {'w transposed' if transposed else 'w as stored'}, "
         f"M {4**m // 2 or 1}..{2 * 4**m - 1}, {4**n // 2 or 1}..{2 * 4**n - 1} weights": choice
-        for (dtype, threads, transposed, m, n), choice in sorted(_choices.items(), key=str)
+        for (kind, threads, transposed, m, n), choice in sorted(_choices.items())
     }
 
 
@@ -64,15 +72,16 @@ def _torch(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     return F.linear(x, w) if out is None else out.addmm_(x, w.t())
 
 
-_GEMMS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {"torch": _torch, "own": own}
+_GEMMS: Gemms = {"torch": _torch, "own": own}
+_KINDS = {dtype: str(dtype).removeprefix("torch.") for dtype in CODES}
 
 
-def _faster(x: Tensor, w: Tensor) -> str:
-    best = dict.fromkeys(_GEMMS, float("inf"))
+def _faster(gemms: Gemms, *operands: Any) -> str:
+    best = dict.fromkeys(gemms, float("inf"))
     for repeat in range(_REPEATS + 1):
-        for name, gemm in _GEMMS.items():
+        for name, gemm in gemms.items():
             start = time.perf_counter()
-            gemm(x, w, None)
+            gemm(*operands)
             if repeat:  # the first round warms up
                 best[name] = min(best[name], time.perf_counter() - start)
     return "own" if best["own"] < _MARGIN * best["torch"] else "torch"

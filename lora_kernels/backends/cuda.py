@@ -63,6 +63,8 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"serves ranks up to {_MAX_RANK}, got {call.R}")
     if call.M >= 2**31:
         reasons.append(f"serves fewer than 2³¹ rows, got {call.M}")
+    if call.w_format != "dense":
+        reasons.append(f"the kernels take a dense weight, not {call.w_format}")
     return reasons
 
 

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from lora_kernels import random
 from lora_kernels.backends import Call
+from lora_kernels.quant import QuantizedWeight
 
 name = "eager"
 
 _ROWS = 1024
 """Rows of x or dy converted to fp32 at a time, where fp32 adapters stand beside a 16-bit x."""
+
+_ELEMENTS = 1 << 22
+"""Of a quantised w dequantised at a time."""
 
 
 def why_not(call: Call) -> list[str]:
@@ -25,7 +29,7 @@ def why_not(call: Call) -> list[str]:
 
 def forward(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | QuantizedWeight,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
@@ -34,7 +38,7 @@ def forward(
     seed: Tensor | None,
     save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    y = F.linear(x, w, bias)
+    y = F.linear(x, w, bias) if isinstance(w, Tensor) else _quantised(x, w, bias)
     h = _masked(x, p, seed) @ a.to(x.dtype).t()
     if p > 0:
         h *= random.rescale(p)
@@ -45,7 +49,7 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    w: Tensor,
+    w: Tensor | QuantizedWeight,
     a: Tensor,
     b: Tensor,
     h: Tensor | None,
@@ -61,7 +65,7 @@ def backward(
         g = dy @ b.to(dy.dtype)
         g *= scale
     if need_dx:
-        dx = dy @ w
+        dx = dy @ w if isinstance(w, Tensor) else _quantised_transposed(dy, w)
         if p > 0:
             low = (g @ a.to(dy.dtype)).mul_(random.rescale(p))
             dx += _masked(low, p, seed)
@@ -77,6 +81,32 @@ def backward(
         db = _transposed_product(dy, h, b.dtype)
         db *= scale
     return dx, da, db
+
+
+def _blocks(w: QuantizedWeight) -> list[tuple[int, int]]:
+    N, K = w.shape
+    step = max(1, _ELEMENTS // K)
+    return [(n, min(N, n + step)) for n in range(0, N, step)]
+
+
+def _quantised(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias, W dequantised a few rows at a time."""
+    y = x.new_empty(x.shape[0], w.shape[0])
+    for first, last in _blocks(w):
+        y[:, first:last] = F.linear(x, w.rows(first, last, x.dtype), None if bias is None else bias[first:last])
+    return y
+
+
+def _quantised_transposed(dy: Tensor, w: QuantizedWeight) -> Tensor:
+    """dy W, the parts summed in fp32."""
+    blocks = _blocks(w)
+    if len(blocks) == 1:
+        return dy @ w.rows(*blocks[0], dy.dtype)
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    dx = torch.zeros(dy.shape[0], w.shape[1], dtype=wide, device=dy.device)
+    for first, last in blocks:
+        dx.addmm_(dy[:, first:last].to(wide), w.rows(first, last, wide))
+    return dx.to(dy.dtype)
 
 
 def _masked(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

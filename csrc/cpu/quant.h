@@ -1,0 +1,30 @@
+// A frozen weight [N, K] in 4 or 8 bits, as lora_kernels/quant.py lays it out, and its products.
+#pragma once
+
+#include "kernels.h"
+
+namespace lk::cpu {
+
+struct Quantized {
+  Format format;
+  i64 N, K;
+  const uint8_t* codes;
+  const float* levels;          // 4 bits: the 16 values of a code
+  const void* scales;           // fp32; with double quantisation uint8
+  i64 scale_rows, scale_cols;   // fp8: [1, 1], [N, 1] or [N / 128, K / 128], rounded up
+  i64 blocksize;                // 4 bits: elements of row-major w to a scale
+  const float *table, *absmax;  // double quantisation: scale i is table[scales[i]] absmax[i / 256] + offset; else null
+  float offset;
+
+  bool four_bits() const { return format == Format::nf4 || format == Format::fp4; }
+  i64 row_bytes() const { return four_bits() ? K / 2 : K; }
+};
+
+// out = w[n0.. , k0.. ], of the shape that is given; k0 and cols even for 4 bits
+void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, Tile out);
+
+// y = x w^T [M, N], or, transposed, y = x w [M, K]; fp32, or any dtype where quantized_few
+void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y);
+bool quantized_few(i64 M, bool transposed);
+
+}  // namespace lk::cpu

@@ -1,0 +1,111 @@
+// Codes to fp32 in AVX-512.
+#pragma once
+
+namespace lk::cpu {
+namespace {
+
+struct Q {
+  using Lut = __m512;
+
+  static Lut lut(const float* levels) { return levels ? _mm512_loadu_ps(levels) : _mm512_setzero_ps(); }
+
+  // 32 elements of 16 bytes: the high nibble comes first
+  static void four(const uint8_t* c, const Lut& t, reg (&v)[2]) {
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(c)), low = _mm_set1_epi8(15);
+    const __m128i lo = _mm_and_si128(b, low), hi = _mm_and_si128(_mm_srli_epi16(b, 4), low);
+    v[0] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(hi, lo)), t);
+    v[1] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(hi, lo)), t);
+  }
+  static reg gather(const float* table, const uint8_t* c) {
+    return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c))), table, 4);
+  }
+  static reg i8(const uint8_t* c) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c))));
+  }
+  // e4m3's bits in fp16's places are its value times 2^-8; all ones is NaN
+  static reg e4m3(const uint8_t* c) {
+    const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c)));
+    const __m256i h = _mm256_and_si256(_mm256_slli_epi16(b, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+    const __m256i ones = _mm256_set1_epi16(0x7f << 7);
+    const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(h, ones), ones);
+    return _mm512_cvtph_ps(_mm256_or_si256(h, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00))));
+  }
+};
+
+constexpr i64 kChunk = 128;  // elements of a register of codes
+
+// x in the order of chunks_dot: element 8 l + (s ^ 1) of a chunk at 16 s + l
+inline void chunks_of(float* x, i64 n) {
+  for (i64 k = 0; k < n; k += kChunk) {
+    float chunk[kChunk];
+    for (int s = 0; s < 8; ++s)
+      for (int l = 0; l < 16; ++l) chunk[16 * s + l] = x[k + 8 * l + (s ^ 1)];
+    __builtin_memcpy(x + k, chunk, sizeof(chunk));
+  }
+}
+
+// Lane l of a register of codes, shifted by s nibbles, has element 8 l + (s ^ 1) of its 128 in its last 4 bits, the
+// only ones that the permutation looks at.
+inline void look_up(__m512i q, __m512 t, __m512 (&v)[8]) {
+  v[0] = _mm512_permutexvar_ps(q, t);
+  LK_UNROLL for (int j = 1; j < 8; ++j) v[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4 * j), t);
+}
+
+inline __m512 chunk_dot(const __m512 (&v)[8], const float* x) {
+  __m512 p = _mm512_mul_ps(v[0], _mm512_loadu_ps(x)), r = _mm512_mul_ps(v[4], _mm512_loadu_ps(x + 64));
+  LK_UNROLL for (int j = 1; j < 4; ++j) {
+    p = _mm512_fmadd_ps(v[j], _mm512_loadu_ps(x + 16 * j), p);
+    r = _mm512_fmadd_ps(v[4 + j], _mm512_loadu_ps(x + 64 + 16 * j), r);
+  }
+  return _mm512_add_ps(p, r);
+}
+
+// A scale belongs to 4, 8 or 16 lanes of one chunk, or to several chunks.
+template <int XR>
+inline void chunks_dot(const QuantRows& w, const float* X, i64 ldx, float* out, i64 ldo) {
+  constexpr int RW = XR == 4 ? 2 : 4;
+  const __m512 t = _mm512_loadu_ps(w.levels);
+  const bool narrow = w.segment < kChunk && w.segment < w.K;
+  const int per_chunk = narrow ? static_cast<int>(kChunk / w.segment) : 1;  // scales
+  const i64 length = narrow ? kChunk : w.segment, row_scales = (w.K + w.segment - 1) / w.segment;
+  const __m512i lanes =
+      _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), per_chunk == 4   ? 2
+                                                                                                 : per_chunk == 2 ? 3
+                                                                                                                  : 4);
+  for (i64 i0 = 0; i0 < w.rows; i0 += RW) {
+    const uint8_t* c[RW];
+    const float* scales[RW];
+    LK_UNROLL for (int i = 0; i < RW; ++i) {
+      const i64 at = i0 + i < w.rows ? i0 + i : i0;
+      c[i] = w.codes + at * w.ldc;
+      scales[i] = w.scales + at * w.lds;
+    }
+    reg acc[RW][XR];
+    LK_UNROLL for (int i = 0; i < RW; ++i) LK_UNROLL for (int m = 0; m < XR; ++m) acc[i][m] = V::zero();
+    i64 s = 0;
+    for (i64 k0 = 0; k0 < w.K; k0 += length, s += per_chunk) {
+      const i64 end = k0 + length < w.K ? k0 + length : w.K;
+      const __mmask16 some =
+          static_cast<__mmask16>((1u << (row_scales - s < per_chunk ? row_scales - s : per_chunk)) - 1);
+      for (i64 k = k0; k < end; k += kChunk) {
+        const __mmask64 bytes = end - k >= kChunk ? ~__mmask64{0} : (__mmask64{1} << ((end - k) / 2)) - 1;
+        LK_UNROLL for (int i = 0; i < RW; ++i) {
+          _mm_prefetch(reinterpret_cast<const char*>(c[i] + k / 2 + RW * w.ldc), _MM_HINT_T0);  // of the next rows
+          const __m512 scale = _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(some, scales[i] + s));
+          __m512 v[8];
+          look_up(_mm512_maskz_loadu_epi8(bytes, c[i] + k / 2), t, v);
+          LK_UNROLL for (int m = 0; m < XR; ++m) acc[i][m] =
+              _mm512_fmadd_ps(chunk_dot(v, X + m * ldx + k), scale, acc[i][m]);
+        }
+      }
+    }
+    LK_UNROLL for (int i = 0; i < RW; ++i) {
+      float sums[4];
+      V::sums(acc[i], XR, sums);
+      for (int m = 0; m < XR && i0 + i < w.rows; ++m) out[(i0 + i) * ldo + m] = sums[m];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lk::cpu

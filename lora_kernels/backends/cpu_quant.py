@@ -1,0 +1,80 @@
+"""The base GEMM over a quantised weight on a CPU, from the codes as they are stored.
+
+Few rows of x meet the codes in registers. For many, either our own fp32 GEMM takes its panels from a block of W that is
+dequantised when it is needed, or torch's takes a few columns of y at a time, their part of W dequantised into x's
+dtype: the faster of the two for fp32, the second for 16 bits. Sums are complete within one GEMM, and never more than
+`_BLOCK_BYTES` of W exist dequantised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels import _C, quant_tables
+from lora_kernels.backends.cpu_gemm import CODES, Gemms, chosen
+from lora_kernels.quant import FORMATS, QuantizedWeight
+
+_BLOCK_BYTES = 4 << 20
+
+_LEVELS = {name: quant_tables.levels(name, torch.device("cpu")) for name in ("nf4", "fp4")}
+
+
+def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> Tensor:
+    """x Wᵀ [M,N], or x W [M,K] where `transposed`, fresh and contiguous; x [M,.] in fp32, bf16 or fp16 with unit last
+    stride."""
+    M, (N, K) = x.shape[0], w.shape
+    if not M * N * K:
+        return x.new_zeros(M, K if transposed else N)
+    if _C.quantized_few(M, transposed):
+        return _own(x, w, transposed)
+    if x.dtype != torch.float32:
+        return _by_blocks(x, w, transposed)
+    return _GEMMS[chosen(_GEMMS, w.format, M, N * K, transposed, x, w, transposed)](x, w, transposed)
+
+
+def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tensor) -> Tensor:
+    """W[n0:n1, k0:k1] in `out`'s dtype, written to the beginning of `out`, which has room for it; k0 and k1 even."""
+    rows, cols = n1 - n0, k1 - k0
+    place = (CODES[out.dtype], out.data_ptr(), cols)
+    _C.dequantize(torch.get_num_threads(), _operand(w), n0, rows, k0, cols, *place)
+    return out[: rows * cols].view(rows, cols)
+
+
+def _own(x: Tensor, w: QuantizedWeight, transposed: bool) -> Tensor:
+    """csrc/cpu/quant.cpp; fp32, or few rows of any dtype."""
+    y = x.new_empty(x.shape[0], w.shape[1 if transposed else 0])
+    place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0))
+    _C.quantized_gemm(torch.get_num_threads(), CODES[x.dtype], x.shape[0], _operand(w), transposed, *place)
+    return y
+
+
+def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool) -> Tensor:
+    """torch's GEMM over a part of y's columns at a time."""
+    N, K = w.shape
+    inner, outer = (N, K) if transposed else (K, N)
+    y = x.new_empty(x.shape[0], outer)
+    step = min(outer, max(16, _BLOCK_BYTES // (inner * x.element_size()) // 16 * 16))
+    room = x.new_empty(inner * step)
+    for first in range(0, outer, step):
+        last = min(outer, first + step)
+        if transposed:
+            block = dequantize(w, 0, N, first, last, room)
+        else:
+            block = dequantize(w, first, last, 0, K, room).t()
+        torch.mm(x, block, out=y[:, first:last])
+    return y
+
+
+_GEMMS: Gemms = {"torch": _by_blocks, "own": _own}
+
+
+def _operand(w: QuantizedWeight) -> tuple[int, ...]:
+    N, K = w.shape
+    levels = _LEVELS.get(w.format)
+    rows, cols = w.scales.shape if w.format == "fp8" else (1, 1)
+    table, absmax, offset = (0, 0, 0) if w.nested is None else (part.data_ptr() for part in w.nested)
+    return (
+        FORMATS.index(w.format), N, K, w.codes.data_ptr(), 0 if levels is None else levels.data_ptr(),
+        w.scales.data_ptr(), rows, cols, w.blocksize, table, absmax, offset,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""The number formats of a quantised weight: their values, and the nearest of them to a given number.
+
+nf4      the 16 levels of NormalFloat4: quantiles of the normal distribution, with an exact zero, scaled to [-1, 1]
+         (Dettmers, Pagnoni, Holtzman and Zettlemoyer, "QLoRA", arXiv:2305.14314, section 3 and appendix E)
+fp4      a sign, two bits of exponent, one of mantissa, scaled so that the largest is 1: 0, 1/192, 1/6, 1/4, 1/3, 1/2,
+         2/3, 1, in the order of their bit patterns, which is not that of their values
+dynamic  the 256 levels that double quantisation stores absmax in: 2^i fractions of [0.1, 1] at the decade 10^(i - 6)
+         for i = 0 ... 6, with both signs, and 0 and 1 (Dettmers, "8-Bit Approximations for Parallelism in Deep
+         Learning", arXiv:1511.04561)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+_FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+FP4 = _FP4_MAGNITUDES + tuple(0.0 - value for value in _FP4_MAGNITUDES)  # both zeros are +0
+LEVELS = {"nf4": NF4, "fp4": FP4}
+
+# Positions in LEVELS by increasing value. FP4 has two zeros: code 0 stands for what is nearest to zero from below, and
+# code 8 from above.
+_SORTED = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
+
+_made: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def _kept(name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """`make()` on `device`, made once."""
+    table = _made.get((name, device))
+    if table is None or torch.compiler.is_compiling():
+        with torch.inference_mode(False):
+            table = make().to(device)
+        if type(table) is Tensor and not torch.compiler.is_compiling():  # a FakeTensor must not outlive its mode
+            _made[name, device] = table
+    return table
+
+
+def levels(format: str, device: torch.device) -> Tensor:
+    """What the 16 codes of nf4 or fp4 stand for: fp32 [16] on `device`."""
+    return _kept(format, device, lambda: torch.tensor(LEVELS[format], dtype=torch.float32))
+
+
+def pairs(format: str, device: torch.device) -> Tensor:
+    """What a byte of two codes stands for, the high nibble first: the two fp32 of each of 256 bytes as one int64 [256],
+    so that one look-up fetches both."""
+
+    def make() -> Tensor:
+        level = torch.tensor(LEVELS[format], dtype=torch.float32)
+        both = torch.stack([level.repeat_interleave(16), level.repeat(16)], dim=1)
+        return both.view(torch.int64).flatten()
+
+    return _kept(f"{format} pairs", device, make)
+
+
+def dynamic(device: torch.device) -> Tensor:
+    """The levels of the 8-bit dynamic map in increasing order: fp32 [256] on `device`."""
+
+    def make() -> Tensor:
+        parts = [torch.tensor([0.0, 1.0])]
+        for i in range(7):
+            edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+            fractions = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
+            parts += [fractions, -fractions]
+        return torch.cat(parts).sort().values
+
+    return _kept("dynamic", device, make)
+
+
+def nearest4(format: str, v: Tensor) -> Tensor:
+    """The code of the level nearest to each of v, fp32 in [-1, 1]: uint8 of v's shape. Ties go to the lower level."""
+
+    def midpoints() -> Tensor:
+        level = torch.tensor(LEVELS[format], dtype=torch.float32)[list(_SORTED[format])]
+        return (level[:-1] + level[1:]) / 2
+
+    rank = torch.bucketize(v, _kept(f"{format} midpoints", v.device, midpoints), out_int32=True)
+    if format == "nf4":
+        return rank.to(torch.uint8)
+    order = _kept(f"{format} order", v.device, lambda: torch.tensor(_SORTED[format], dtype=torch.uint8))
+    return order[rank]
+
+
+def nearest8(v: Tensor) -> Tensor:
+    """The code of the dynamic map for each of v, fp32 in [-1, 1]: uint8 of v's shape.
+
+    As bitsandbytes 0.50.2 finds it on the CPU: v goes to the nearest of 65536 points evenly spaced on [-1, 1], and that
+    point to the nearest level, a tie to the lower one. A v within 1/65535 of a midpoint may so go to the farther level.
+    """
+
+    def midpoints() -> Tensor:
+        table = dynamic(torch.device("cpu"))
+        return (table[:-1] + table[1:]) / 2
+
+    point = ((v + 1) * 0.5 * 65535 + 0.5).floor()  # fused or not, the sum has the same floor for every fp32 v
+    return torch.bucketize(point * 2 / 65535 - 1, _kept("dynamic midpoints", v.device, midpoints)).to(torch.uint8)

@@ -1,0 +1,154 @@
+"""The CPU's products with a quantised weight: every format, orientation, dtype and instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+_C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels are not built")
+from lora_kernels.backends import cpu_quant  # noqa: E402
+from lora_kernels.quant import QuantizedWeight, quantize_weight  # noqa: E402
+
+FORMATS = {
+    "nf4": {},
+    "nf4 nested": {"double_quant": True},
+    "nf4 in 32": {"blocksize": 32},
+    "nf4 in 4096, nested": {"blocksize": 4096, "double_quant": True},
+    "fp4 in 128": {"blocksize": 128},
+    "int8": {},
+    "fp8 tensor": {"scaling": "tensor"},
+    "fp8 row": {"scaling": "row"},
+    "fp8 block": {"scaling": "block"},
+}
+SHAPES = [(1, 2), (7, 6), (33, 62), (40, 64), (130, 66), (65, 192), (131, 256), (130, 520), (5, 4098)]
+"""N, K: blocks that are rows, parts of rows, several rows, and that straddle them; strips and panels with a rest."""
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def quantised(name: str, N: int, K: int) -> QuantizedWeight:
+    w = torch.randn(N, K, generator=torch.Generator().manual_seed(N * K))
+    return quantize_weight(w, name.split()[0], **FORMATS[name])
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request):
+    best = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(best)
+
+
+def judge(y: Tensor, x: Tensor, W: Tensor) -> None:
+    """Every element within what rounding can do (Higham): n·u for a sum of n terms in fp32, roundings of W and y."""
+    assert y.dtype == x.dtype and y.is_contiguous() and y.shape == (x.shape[0], W.shape[1])
+    unit, own = torch.finfo(torch.float32).eps / 2, torch.finfo(x.dtype).eps / 2
+    exact, magnitude = x.double() @ W.double(), x.double().abs() @ W.double().abs()
+    relative = (W.shape[0] + 4) * unit + (own if own > unit else 0)
+    bound = relative * magnitude + own * exact.abs() + 2 * torch.finfo(x.dtype).smallest_normal
+    excess = (y.double() - exact).abs() - bound
+    assert (excess <= 0).all(), f"{excess.max():.3g} above the bound"
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products(name, transposed, isa):
+    for N, K in SHAPES:
+        q = quantised(name, N, K)
+        W = q.dequantize(torch.float32)
+        W = W if transposed else W.t()
+        for M in (1, 2, 3, 7, 16, 17, 70):
+            for dtype in DTYPES:
+                x = torch.randn(M, W.shape[0] + 3).to(dtype)[:, : W.shape[0]]
+                judge(cpu_quant.quantized_gemm(x, q, transposed), x, W)
+                if dtype == torch.float32:
+                    judge(cpu_quant._own(x, q, transposed), x, W)
+                    judge(cpu_quant._by_blocks(x, q, transposed), x, W)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantising_gives_the_same_bits_as_in_torch(name, isa):
+    for N, K in SHAPES:
+        q = quantised(name, N, K)
+        for dtype in DTYPES:
+            want = q.dequantize(dtype)
+            room = torch.full((N * K,), 7.0, dtype=dtype)
+            assert torch.equal(cpu_quant.dequantize(q, 0, N, 0, K, room), want)
+            part = (N // 3, N - N // 4, K // 4 * 2, K - K // 10 * 2)
+            assert torch.equal(cpu_quant.dequantize(q, *part, room), want[part[0] : part[1], part[2] : part[3]])
+
+
+def test_every_code_of_fp8_and_int8(isa):
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
+    for format, view, scales in (
+        ("fp8", torch.float8_e4m3fn, torch.tensor([[0.5], [3.0]])),
+        ("int8", torch.int8, torch.tensor([0.5, 3.0])),
+    ):
+        q = QuantizedWeight(format, (2, 256), torch.float32, codes.view(view), scales).check()
+        got = cpu_quant.dequantize(q, 0, 2, 0, 256, torch.empty(512))
+        assert torch.equal(got.nan_to_num(7e7), q.dequantize().nan_to_num(7e7))
+        assert got.isnan().sum() == (4 if format == "fp8" else 0)
+        x = torch.zeros(1, 256)
+        x[0, 3] = 1.0
+        few = cpu_quant.quantized_gemm(x, q)
+        assert few.isnan().all() if format == "fp8" else torch.equal(few[0], q.dequantize()[:, 3])
+
+
+@pytest.mark.parametrize("M", [1, 5, 40])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["nf4", "nf4 nested", "int8", "fp8 block"])
+def test_bits_do_not_depend_on_the_threads_nor_on_the_run(name, transposed, M):
+    q = quantised(name, 300, 1280)
+    x = torch.randn(M, 300 if transposed else 1280)
+    threads = torch.get_num_threads()
+    want = cpu_quant._own(x, q, transposed)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(cpu_quant._own(x, q, transposed), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_no_rows():
+    q = quantised("nf4", 8, 64)
+    assert cpu_quant.quantized_gemm(torch.empty(0, 64), q).shape == (0, 8)
+    assert cpu_quant.quantized_gemm(torch.empty(0, 8), q, transposed=True).shape == (0, 64)
+
+
+MEMORY = """
+import resource, sys, torch
+from lora_kernels import lora_linear
+from lora_kernels.quant import quantize_weight
+from lora_kernels.quant import QuantizedWeight
+M, N, K, R = 64, 8192, 8192, 8
+dtype = getattr(torch, sys.argv[1])
+q = QuantizedWeight("nf4", (N, K), dtype, torch.randint(256, (N, K // 2), dtype=torch.uint8), torch.rand(N * K // 64), 64)
+a, b = torch.randn(R, K).to(dtype).requires_grad_(), torch.randn(N, R).to(dtype).requires_grad_()
+def step(M):
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    lora_linear(x, q, a, b, scale=0.5, dropout_p=0.1, backend="cpu").float().sum().backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+small = QuantizedWeight("nf4", (256, 256), dtype, q.codes[:256, :128].contiguous(), q.scales[:1024].contiguous(), 64)
+x = torch.randn(64, 256).to(dtype).requires_grad_()
+lora_linear(x, small, a[:, :256], b[:256], scale=0.5, backend="cpu").float().sum().backward()
+warm = torch.randn(128, K).to(dtype)  # what torch's own GEMM keeps for itself, whoever calls it
+torch.mm(torch.randn(M, K).to(dtype), warm.t()), torch.mm(torch.randn(M, 128).to(dtype), warm)
+del warm
+before = peak()
+step(64)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_weight_never_lies_in_memory_whole(dtype):
+    """A training step at M = 64 over 8192 x 8192, 256 MB in fp32: peak memory beyond the weights."""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    activations = 4 * 64 * 8192 * 4 * 2 / 2**20  # x, y, dx, dy, and fp32 copies
+    assert float(done.stdout) <= 16 + activations
