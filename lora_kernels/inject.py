@@ -14,7 +14,8 @@ from torch import nn
 
 from lora_kernels import dispatch
 from lora_kernels.module import FusedLoRALinear
-from lora_kernels.targets import Names, Selection, by_reason, lora_layers, select, some
+from lora_kernels.quant_module import QuantizedLoRALinear
+from lora_kernels.targets import Names, Selection, Target, by_reason, lora_layers, select, some
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class AdaptedLayer:
     in_features: int
     out_features: int
     use_dora: bool = False
+    quant: str | None = None
 
     @classmethod
     def of(cls, name: str, layer: FusedLoRALinear) -> AdaptedLayer:
         """The line for a layer."""
-        return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora)
+        quant = layer.format if isinstance(layer, QuantizedLoRALinear) else None
+        return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora, quant)
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,19 @@ class ApplyReport:
     """Every other linear layer, with the reason why it was left as it is."""
     unused: tuple[str, ...]
     """Names and patterns that no layer matched: often a slip of the pen, but nothing that stops PEFT."""
+    quantised: tuple[int, int] | None = None
+    """Bytes of the weights of these layers before and after, where they were quantised."""
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("module")])
         lines = [f"{'module':<{width}}  {'r':>4}  {'alpha':>6}  in → out"]
         for layer in self.layers:
-            shape = f"{layer.in_features} → {layer.out_features}{'  DoRA' if layer.use_dora else ''}"
+            kind = f"  {layer.quant}" if layer.quant else "  DoRA" if layer.use_dora else ""
+            shape = f"{layer.in_features} → {layer.out_features}{kind}"
             lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {shape}")
+        if self.quantised is not None:
+            before, after = self.quantised
+            lines.append(f"their weights: {before:,} → {after:,} bytes ({100 * after / before:.1f} %)")
         lines += [f"passed over, {reason}: {some(names)}" for reason, names in by_reason(self.passed_over).items()]
         if self.unused:
             lines.append(f"matched nothing: {', '.join(self.unused)}")
@@ -84,6 +93,9 @@ def apply_lora(
     layers_pattern: Names | None = None,
     adapter_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    quant: str | None = None,
+    blocksize: int = 64,
+    double_quant: bool = False,
 ) -> ApplyReport:
     """Replace the ``nn.Linear`` layers that match by `FusedLoRALinear` over the same weights, in place, and freeze
     every other parameter. The rules and defaults are those of PEFT's ``LoraConfig``; PEFT itself is not needed.
@@ -102,6 +114,10 @@ def apply_lora(
             dotted name, from a dot or the start on. The first key that matches counts.
         layers_to_transform: numbers of blocks: only those, where target_modules are ends of names. layers_pattern: the
             name (or names) of the list of blocks whose numbers they are, in place of any.
+        quant: "nf4", "fp4", "int8" or "fp8": keep the frozen weights in that format only (QLoRA; a
+            `QuantizedLoRALinear` each, and the report tells the bytes). What else shares such a weight keeps the dense
+            one. The dense model and the quantised weights are in memory together until all are made. blocksize and
+            double_quant: of nf4 and fp4.
 
     With "all-linear" what is not exactly an ``nn.Linear`` is passed over, with a reason in the report: quantised
     layers, GPT-2's Conv1D (whose checkpoints hold W transposed: for those PEFT and `fuse`), subclasses
@@ -115,7 +131,8 @@ def apply_lora(
 
     Raises:
         ValueError: nothing matches, or something that cannot be replaced does; the model has LoRA layers already; a
-            value that `FusedLoRALinear` refuses; an unknown backend; layers_to_transform with a string.
+            value that `FusedLoRALinear` refuses; an unknown backend; layers_to_transform with a string; a weight that
+            `quant` cannot hold (NaN, or an odd K in 4 bits), by name.
         TypeError: an adapter_dtype that does not go with a weight's. ImportError: a backend that is not installed.
         re.error: a string that is no regular expression.
         Whatever is raised, the model is as it was.
@@ -140,6 +157,9 @@ def apply_lora(
             use_dora=use_dora,
             adapter_dtype=adapter_dtype,
             backend=backend,
+            quant=quant,
+            blocksize=blocksize,
+            double_quant=double_quant,
         )
     return replace(model, selection)
 
@@ -209,8 +229,10 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Literal["none", "all", "
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """How many numbers `model` trains and holds; shared parameters count once."""
-    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in model.parameters()]
+    """How many numbers `model` trains and holds; shared parameters count once, quantised weights by their elements."""
+    packed = [layer for layer in lora_layers(model).values() if isinstance(layer, QuantizedLoRALinear)]
+    elements = {id(layer.weight): layer.in_features * layer.out_features for layer in packed}
+    sizes = [(p.requires_grad, elements.get(id(p), p.numel())) for p in model.parameters()]
     return TrainableParameters(sum(n for trained, n in sizes if trained), sum(n for _, n in sizes))
 
 
@@ -218,13 +240,15 @@ def replace(model: nn.Module, selection: Selection) -> ApplyReport:
     """Put a `FusedLoRALinear` in the place of every target and freeze the rest, or raise with nothing changed."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        layers = [FusedLoRALinear.from_linear(target.linear, **target.settings) for target in selection.targets]
+        layers = [_adapted(target) for target in selection.targets]
     except BaseException:
         for parameter, requires_grad in trained:  # from_linear freezes what it takes
             parameter.requires_grad = requires_grad
         raise
     for parameter, _ in trained:
         parameter.requires_grad = False  # not requires_grad_(), which a lazy layer's parameter refuses
+    packed = [layer for layer in layers if isinstance(layer, QuantizedLoRALinear)]
+    before = sum(target.linear.weight.nbytes for target in selection.targets)
     places = _places(model)
     for target, layer in zip(selection.targets, layers, strict=True):
         for place in places[id(target.linear)]:
@@ -234,7 +258,15 @@ def replace(model: nn.Module, selection: Selection) -> ApplyReport:
         tuple(AdaptedLayer.of(target.name, layer) for target, layer in zip(selection.targets, layers, strict=True)),
         selection.passed_over,
         selection.unused,
+        (before, sum(layer.quantized_weight().nbytes for layer in packed)) if packed else None,
     )
+
+
+def _adapted(target: Target) -> FusedLoRALinear:
+    try:
+        return FusedLoRALinear.from_linear(target.linear, **target.settings)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{target.name}: {error}") from None
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels import dora
 from lora_kernels.ops import lora_linear
+from lora_kernels.quant import quantize_weight
 
 _MERGE_ROWS = 512
 """Rows of W merged at a time: bounds the fp64 temporary to 512 × in_features."""
@@ -68,7 +69,7 @@ class FusedLoRALinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_settings(r, lora_alpha, lora_dropout)
+        check_settings(r, lora_alpha, lora_dropout)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend)
 
@@ -84,9 +85,44 @@ class FusedLoRALinear(nn.Linear):
         use_dora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         backend: str | None = None,
+        quant: str | None = None,
+        blocksize: int = 64,
+        double_quant: bool = False,
     ) -> FusedLoRALinear:
-        """The module over `linear`'s own weight and bias: shared, not copied, and frozen from here on."""
-        _check_settings(r, lora_alpha, lora_dropout)
+        """The module over `linear`'s own weight and bias: shared, not copied, and frozen from here on.
+
+        With `quant` ("nf4", "fp4", "int8" or "fp8") a `QuantizedLoRALinear` over the quantised weight instead (QLoRA,
+        Dettmers et al., 2023, arXiv:2305.14314): nothing of the dense one is kept. blocksize and double_quant are for
+        nf4 and fp4 (see `lora_kernels.quant.quantize_weight`, also for what is raised).
+
+        Raises:
+            ValueError: as the constructor; use_dora with `quant`; double_quant without. TypeError: a weight that is
+                quantised already.
+        """
+        check_settings(r, lora_alpha, lora_dropout)
+        if quant is not None:
+            from lora_kernels.quant_module import QuantizedLoRALinear, refuse_dora
+
+            refuse_dora(use_dora, quant)
+            weight = quantize_weight(linear.weight, quant, blocksize=blocksize, double_quant=double_quant)
+            return QuantizedLoRALinear.over(
+                weight,
+                linear.bias,
+                r=r,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                use_rslora=use_rslora,
+                use_dora=use_dora,
+                adapter_dtype=adapter_dtype,
+                backend=backend,
+            ).train(linear.training)
+        if double_quant:
+            raise ValueError('double_quant is for quant="nf4" and quant="fp4", and quant is None')
+        if not linear.weight.is_floating_point():
+            raise TypeError(
+                f"the weight of this {type(linear).__name__} is {linear.weight.dtype}, quantised already: "
+                "QuantizedLoRALinear.from_bnb takes the layers of bitsandbytes"
+            )
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module.in_features, module.out_features = linear.in_features, linear.out_features
@@ -106,13 +142,10 @@ class FusedLoRALinear(nn.Linear):
         adapter_dtype: torch.dtype | None,
         backend: str | None,
     ) -> None:
-        dtype = adapter_dtype or self.weight.dtype
-        if dtype != self.weight.dtype and not (
-            dtype == torch.float32 and self.weight.dtype in (torch.float16, torch.bfloat16)
-        ):
-            raise TypeError(
-                f"adapter_dtype must be the weight's ({self.weight.dtype}), or fp32 beside fp16 or bf16; got {dtype}"
-            )
+        own = self.weight_dtype
+        dtype = adapter_dtype or own
+        if dtype != own and not (dtype == torch.float32 and own in (torch.float16, torch.bfloat16)):
+            raise TypeError(f"adapter_dtype must be the weight's ({own}), or fp32 beside fp16 or bf16; got {dtype}")
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling: float = scaling_of(lora_alpha, r, use_rslora)
         self.use_dora, self.backend = use_dora, backend
@@ -130,6 +163,11 @@ class FusedLoRALinear(nn.Linear):
         self.reset_adapter()
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of W: the dtype that x is expected in."""
+        return self.weight.dtype
+
+    @property
     def merged(self) -> bool:
         """Whether `weight` holds W + s·B·A at present."""
         return self._base is not None
@@ -141,10 +179,7 @@ class FusedLoRALinear(nn.Linear):
         p: dict[str, Any] = self._parameters
         weight, bias, lora_a, lora_b = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
         if self._buffers["_base"] is not None:
-            if self.training and lora_a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                warnings.warn(
-                    "this FusedLoRALinear is merged: its adapter gets no gradient until unmerge()", stacklevel=2
-                )
+            self._warn_if_trained(lora_a)
             return F.linear(x, weight, bias)
         dropout_p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
@@ -163,6 +198,13 @@ class FusedLoRALinear(nn.Linear):
         return lora_linear(
             x, weight, lora_a, lora_b, scale=self.scaling, bias=bias, dropout_p=dropout_p, backend=self.backend
         )
+
+    def _warn_if_trained(self, lora_a: Tensor) -> None:
+        """Of a merged module."""
+        if self.training and lora_a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
+            )
 
     def reset_adapter(self) -> None:
         """Start anew: A Kaiming-uniform(√5), B zero, m = ‖W‖. A merged module is unmerged first."""
@@ -207,9 +249,9 @@ class FusedLoRALinear(nn.Linear):
         """An ``nn.Linear`` with weight W + s·B·A (as `merge` computes it) and a copy of the bias. This module stays as
         it is."""
         linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight_dtype
         )
-        weight = self.weight.detach().clone() if self.merged else self._merged_weight(safe=True)
+        weight = self._merged_weight(safe=True) if self._base is None else self.weight.detach().clone()
         linear.weight = nn.Parameter(weight)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())
@@ -249,14 +291,8 @@ class FusedLoRALinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self._check_rank(state_dict, prefix)
         keys = [prefix + "lora_A", prefix + "lora_B"]
-        for key, dim in zip(keys, (0, 1), strict=True):
-            if key in state_dict and state_dict[key].shape[dim] != self.r:
-                rank = state_dict[key].shape[dim]
-                raise ValueError(
-                    f"{key} {tuple(state_dict[key].shape)} is of rank {rank}, this module of r={self.r}: "
-                    f"nothing was loaded into it. Build it with r={rank}"
-                )
         if self.use_dora:
             keys.append(prefix + "lora_magnitude_vector")
         plain = not any(key in state_dict for key in keys)  # a plain Linear's: the adapter keeps its values
@@ -274,6 +310,15 @@ class FusedLoRALinear(nn.Linear):
         if merged:
             self.merge()
 
+    def _check_rank(self, state_dict: dict[str, Any], prefix: str) -> None:
+        for key, dim in ((prefix + "lora_A", 0), (prefix + "lora_B", 1)):
+            if key in state_dict and state_dict[key].shape[dim] != self.r:
+                rank = state_dict[key].shape[dim]
+                raise ValueError(
+                    f"{key} {tuple(state_dict[key].shape)} is of rank {rank}, this module of r={self.r}: "
+                    f"nothing was loaded into it. Build it with r={rank}"
+                )
+
     def extra_repr(self) -> str:
         """What ``repr`` shows beside the shapes."""
         text = f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
@@ -281,7 +326,7 @@ class FusedLoRALinear(nn.Linear):
             text += f", lora_dropout={self.lora_dropout:g}"
         if self.use_dora:
             text += ", use_dora=True"
-        if self.lora_A.dtype != self.weight.dtype:
+        if self.lora_A.dtype != self.weight_dtype:
             text += f", adapter_dtype={self.lora_A.dtype}"
         if self.backend is not None:
             text += f", backend={self.backend!r}"
@@ -293,7 +338,8 @@ def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def _check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
+def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raises ValueError for a setting that no layer can have."""
     if not isinstance(r, int) or r < 1:
         raise ValueError(f"r must be an integer of at least 1, got {r!r}")
     if not math.isfinite(lora_alpha):

@@ -64,7 +64,7 @@ class SharedInput:
             if layer.__dict__.get("_group") is self:
                 layer._group = None
 
-    def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+    def take(self, layer: Any, x: Tensor) -> Tensor | None:
         """The y of `layer` for x, where the group serves the call."""
         place = next((i for i, member in enumerate(self.layers) if member is layer), None)
         if not self._open or place is None:  # called past its parent; a replica of a member

@@ -173,6 +173,11 @@ def _why_not(module: nn.Module) -> str:
         return "a Conv1D, its weight [in, out]: it takes LoRA by PEFT's get_peft_model, then lora_kernels.fuse"
     if not isinstance(module, nn.Linear):
         return f"a {kind}, not an nn.Linear"
+    if type(module).__module__.startswith("bitsandbytes."):
+        return (
+            f"a {kind} of bitsandbytes: it takes LoRA by PEFT's get_peft_model, then lora_kernels.fuse, or by "
+            "QuantizedLoRALinear.from_bnb"
+        )
     if type(module) is not nn.Linear:
         return f"a {kind}: a subclass of nn.Linear, which may compute something else or be read past its forward"
     if type(module.weight) is not nn.Parameter:

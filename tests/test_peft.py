@@ -165,8 +165,8 @@ def test_several_active_adapters(p, monkeypatch):
     fused_equals_peft(model, torch.randn(5, 24))
     model.train()
     calls = []
-    original = lora_kernels.peft.lora_linear
-    monkeypatch.setattr("lora_kernels.peft.lora_linear", lambda *a, **k: calls.append(k) or original(*a, **k))
+    original = lora_kernels.peft_linear.lora_linear
+    monkeypatch.setattr("lora_kernels.peft_linear.lora_linear", lambda *a, **k: calls.append(k) or original(*a, **k))
     model(torch.randn(5, 24))
     assert [call["dropout_p"] for call in calls] == [p]
 

@@ -1,0 +1,294 @@
+"""The fused path of PEFT's LoRA linears: `Fused`, which every kind shares, and `FusedLinear` over a dense base.
+
+A layer's class is changed to a subclass that overrides ``forward`` alone, so that merging, saving, loading, swapping,
+switching and deleting adapters stay PEFT's. What the kernels cannot serve goes to PEFT's own forward, with a reason.
+
+    result = base(x) + Σ over active adapters of scaling · lora_B(lora_A(dropout(x)))      as PEFT defines it, and DoRA
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lora_kernels import check
+from lora_kernels.dora import dora_linear
+from lora_kernels.ops import lora_linear
+from lora_kernels.peft_groups import SharedInput
+from lora_kernels.quant import QuantizedWeight
+
+_IGNORED = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
+"""Keywords of PEFT's variants, which its plain LoRA takes and drops."""
+
+
+class Fused:
+    """What a LoRA linear of PEFT becomes: stands before PEFT's class `plain` among a subclass's bases.
+
+    Subclasses say what their base weight is (`_weight`), when it can be served (`base_reason`, `adapter_reason`,
+    `_dtype_reason`), and may compute in another dtype than x's (`_fused`).
+
+    Attributes:
+        fused_calls: how many forwards took the fused path (not counted inside ``torch.compile``).
+        passed_over: why others went to PEFT's own forward: reason → how many.
+    """
+
+    plain: ClassVar[type[Any]]
+    own: ClassVar[dict[str, Callable[[], Any]]] = {
+        "fused_calls": int,
+        "passed_over": Counter,
+        "_backend": lambda: None,
+        "_group": lambda: None,
+    }
+    """The attributes that a fused layer has beside PEFT's, and what makes their first values."""
+
+    fused_calls: int
+    passed_over: Counter[str]
+    _backend: str | None
+    _group: SharedInput | None
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_variant: Any
+    scaling: Any
+    active_adapters: Any
+    disable_adapters: Any
+    merged: Any
+    get_base_layer: Any
+    cast_input_dtype_enabled: Any
+    _cast_input_dtype: Any
+    _check_forward_args: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's: `x` [..., in_features], and optionally ``adapter_names``, one for each of x's first dimension."""
+        if self._group is not None and not args and not kwargs and (y := self._group.take(self, x)) is not None:
+            if not torch.compiler.is_compiling():
+                self.fused_calls += 1
+            return y
+        names = kwargs.get("adapter_names")
+        reason = self.why_not_now(x, args, kwargs, names)
+        if not torch.compiler.is_compiling():
+            if reason is None:
+                self.fused_calls += 1
+            elif reason:
+                self.passed_over[reason] += 1
+        if reason is not None:
+            return self.plain.forward(self, x, *args, **kwargs)
+        if names is None:
+            return self._fused(x, [name for name in self.active_adapters if name in self.lora_A])
+        self._check_forward_args(x, adapter_names=names)
+        return self._fused_by_sample(x, names)
+
+    def _get_name(self) -> str:
+        return self.plain.__name__  # PEFT's repr, which begins with lora.Linear
+
+    def extra_repr(self) -> str:
+        """Tells a fused layer from PEFT's own."""
+        return "fused by lora_kernels"
+
+    def why_not_now(
+        self,
+        x: Tensor,
+        args: Any = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        names: list[str] | None = None,
+    ) -> str | None:
+        """None where the fused path serves the call; "" where no adapter is to be computed; else the reason."""
+        if self.disable_adapters or self.merged:
+            return "" if names is None else "adapter_names beside disabled or merged adapters"
+        if args or any(key != "adapter_names" and key not in _IGNORED for key in kwargs):
+            return "further arguments for the base layer"
+        if reason := self.base_reason(self):
+            return reason
+        active = [name for name in (self.active_adapters if names is None else set(names)) if name in self.lora_A]
+        if not active:
+            return ""
+        if (len(active) > 1 or names is not None) and any(name in self.lora_variant for name in active):
+            return "a DoRA adapter beside others"
+        for name in active:
+            if reason := self.adapter_reason(self, name):
+                return reason
+        return self._dtype_reason(x, active)
+
+    @staticmethod
+    def base_reason(layer: Any) -> str | None:
+        """Why no adapter of `layer`, fused or not yet, can be fused with its base; None where one can."""
+        raise NotImplementedError
+
+    @staticmethod
+    def base_note(layer: Any) -> str:
+        """What a report says of the base beside its size."""
+        return ""
+
+    @staticmethod
+    def adapter_reason(layer: Any, name: str) -> str | None:
+        """Why adapter `name` of `layer`, fused or not yet, cannot be fused; None where it can."""
+        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
+            return f"adapter {name!r} consists of a {type(a).__name__} and a {type(b).__name__}"
+        for weight in (a.weight, b.weight):
+            if type(weight) not in (nn.Parameter, Tensor):
+                return f"adapter {name!r} has a {type(weight).__name__}"
+        if has_hooks(a) or has_hooks(b):
+            return f"adapter {name!r} has hooks, which the fused path would pass over"
+        if type(dropout) not in (nn.Dropout, nn.Identity) or has_hooks(dropout):
+            return f"adapter {name!r} has a dropout of its own: {type(dropout).__name__}"
+        return f"adapter {name!r} drops everything: p = {dropout.p}" if _rate(dropout) >= 1 else None
+
+    def _dtype_reason(self, x: Tensor, names: list[str]) -> str | None:
+        """Why these adapters cannot be served with this x; None where they can."""
+        raise NotImplementedError
+
+    def _weight(self) -> Tensor | QuantizedWeight:
+        """W [N,K] of the base, which `base_reason` has found in order."""
+        raise NotImplementedError
+
+    def operands(
+        self, *names: str, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]:
+        """(weight, lora_a, lora_b, scale, bias, dropout_p) of the base with one adapter, or with several that have no
+        dropout: those are one of their ranks' sum. The bias in `dtype`, or the weight's."""
+        weight, bias = self._weight(), self.get_base_layer().bias
+        for name in names:
+            if (own := self.lora_B[name].bias) is not None:
+                term = own * self.scaling[name]
+                bias = term if bias is None else bias + term
+        if bias is not None:
+            bias = bias.to(dtype or weight.dtype)
+        if len(names) == 1:
+            a, b, scale = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight, self.scaling[names[0]]
+        else:
+            a = torch.cat([self.lora_A[name].weight for name in names])
+            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], 1)
+            scale = 1.0
+        return weight, a, b, scale, bias, _rate(self.lora_dropout[names[0]])
+
+    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+        together = names if {_rate(self.lora_dropout[name]) for name in names} == {0.0} else names[:1]
+        weight, a, b, scale, bias, p = self.operands(*together, dtype=x.dtype)
+        y = lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
+        dtype = y.dtype
+        for name in names[len(together) :]:  # each with a mask of its own
+            low = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+            y = y + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](low))) * self.scaling[name]
+        return y.to(dtype)
+
+    def _base(self, x: Tensor) -> Tensor:
+        """The base alone."""
+        return self.get_base_layer()(x)
+
+    def _fused_by_sample(self, x: Tensor, names: list[str]) -> Tensor:
+        """One call per adapter, over the samples that ask for it."""
+        order: list[int] = []
+        parts = []
+        for name in dict.fromkeys(names):
+            indices = [i for i, other in enumerate(names) if other == name]
+            order += indices
+            part = x[indices]
+            parts.append(self._fused(part, [name]) if name in self.lora_A else self._base(part))
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        return torch.cat(parts)[back.to(x.device)]
+
+
+class FusedLinear(Fused, peft_layer.Linear):
+    """PEFT's LoRA linear over an ``nn.Linear`` or a Conv1D, computed by `lora_kernels.lora_linear` where that serves
+    the call."""
+
+    plain = peft_layer.Linear
+    lora_magnitude_vector: Any
+
+    @staticmethod
+    def base_reason(layer: Any) -> str | None:
+        """As said there."""
+        base = layer.base_layer
+        if isinstance(base, BaseTunerLayer):
+            return "its base is another tuner's layer"
+        if type(base).forward is nn.Linear.forward:
+            if layer.fan_in_fan_out:
+                return "fan_in_fan_out over an nn.Linear"
+        elif not layer.is_target_conv_1d_layer:
+            return f"its base is a {type(base).__name__} with a forward of its own"
+        weight = base.weight
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"its base weight is a {type(weight).__name__}"
+        if weight.requires_grad:
+            return "its base weight is trained"
+        return "its base layer has hooks, which the fused path would pass over" if has_hooks(base) else None
+
+    @staticmethod
+    def adapter_reason(layer: Any, name: str) -> str | None:
+        """As said there, for DoRA too."""
+        if name in layer.lora_variant:
+            kind = type(layer.lora_variant[name])
+            if kind is not DoraLinearVariant:
+                return f"adapter {name!r} is a {kind.__name__}"
+            own_bias = layer.lora_B[name].bias is not None
+            if layer.fan_in_fan_out or own_bias or has_hooks(layer.lora_magnitude_vector[name]):
+                return f"adapter {name!r} is DoRA over a Conv1D, with a bias of its own or with hooks"
+        return Fused.adapter_reason(layer, name)
+
+    def _dtype_reason(self, x: Tensor, names: list[str]) -> str | None:
+        weight, autocast = self.get_base_layer().weight, autocast_of(x)
+        if x.dtype not in check.DTYPES or (x.dtype != weight.dtype and not autocast):
+            return f"x is {x.dtype}, the base weight {weight.dtype}"
+        for name in names:
+            dtype = self.lora_A[name].weight.dtype
+            if dtype not in (x.dtype, torch.float32) and not (autocast and dtype in check.HALVES):
+                return f"adapter {name!r} is {dtype} beside {x.dtype}"
+            if dtype != x.dtype and not (self.cast_input_dtype_enabled and x.dtype in check.HALVES) and not autocast:
+                return f"adapter {name!r} is {dtype} beside {x.dtype}, and x may not be converted"
+        return None
+
+    def _weight(self) -> Tensor:
+        base: Any = self.get_base_layer()
+        return base.weight.t() if self.fan_in_fan_out else base.weight
+
+    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+        return self._fused_dora(x, names[0]) if names[0] in self.lora_variant else super()._fused(x, names)
+
+    def _fused_dora(self, x: Tensor, name: str) -> Tensor:
+        base: Any = self.get_base_layer()
+        return dora_linear(
+            x,
+            base.weight,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.lora_magnitude_vector[name].weight,
+            scale=self.scaling[name],
+            bias=base.bias,
+            dropout_p=_rate(self.lora_dropout[name]),
+            # ‖W‖² anew in every call: PEFT writes W through .data, which no cache can see
+            weight_norm_sq=None,
+            backend=self._backend,
+        )
+
+
+def autocast_of(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of x, where it is enabled and asks any: it leaves fp64 as it is."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call that passes over the module's own would lose something."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _rate(dropout: nn.Module) -> float:
+    """p of the dropout as it stands: 0 while not training."""
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
