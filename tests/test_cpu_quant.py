@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,7 +43,8 @@ def isa(request):
 
 
 def judge(y: Tensor, x: Tensor, W: Tensor) -> None:
-    """Every element within what rounding can do (Higham): n·u for a sum of n terms in fp32, roundings of W and y."""
+    """Every element within what rounding can do (Higham): n·u for a sum of n terms in fp32, roundings of W (or of
+    what it is before it is scaled) and of y."""
     assert y.dtype == x.dtype and y.is_contiguous() and y.shape == (x.shape[0], W.shape[1])
     unit, own = torch.finfo(torch.float32).eps / 2, torch.finfo(x.dtype).eps / 2
     exact, magnitude = x.double() @ W.double(), x.double().abs() @ W.double().abs()
@@ -124,7 +128,8 @@ from lora_kernels.quant import quantize_weight
 from lora_kernels.quant import QuantizedWeight
 M, N, K, R = 64, 8192, 8192, 8
 dtype = getattr(torch, sys.argv[1])
-q = QuantizedWeight("nf4", (N, K), dtype, torch.randint(256, (N, K // 2), dtype=torch.uint8), torch.rand(N * K // 64), 64)
+codes, scales = torch.randint(256, (N, K // 2), dtype=torch.uint8), torch.rand(N * K // 64)
+q = QuantizedWeight("nf4", (N, K), dtype, codes, scales, 64)
 a, b = torch.randn(R, K).to(dtype).requires_grad_(), torch.randn(N, R).to(dtype).requires_grad_()
 def step(M):
     x = torch.randn(M, K).to(dtype).requires_grad_()
@@ -145,9 +150,6 @@ print(peak() - before)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_weight_never_lies_in_memory_whole(dtype):
     """A training step at M = 64 over 8192 x 8192, 256 MB in fp32: peak memory beyond the weights."""
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     activations = 4 * 64 * 8192 * 4 * 2 / 2**20  # x, y, dx, dy, and fp32 copies

@@ -41,6 +41,7 @@ std::vector<const Kernels*> detect_tables() {
       Kernels k = kernels_avx512();
       k.name = "avx512_bf16";
       k.bf16 = &low_rank_avx512_bf16();
+      k.quant_bf16 = &quant_avx512_bf16();
       return k;
     }();
     tables.push_back(&with_bf16);

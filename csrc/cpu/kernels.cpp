@@ -80,6 +80,7 @@ constexpr Kernels kTable = {
 #endif
     &kFp32,
     nullptr,
+    nullptr,
     keep_bits,
     gemm_pack,
     kGemmWidth,

@@ -76,10 +76,18 @@ struct LowRank {
   i64 dot_column(i64 k0) const { return pairs ? k0 / 2 : k0; }
 };
 
+// 4-bit codes beside bf16 x, by instructions that add two products at a time: X holds bf16 in half as many floats, ldx
+// a multiple of kQuantPad / 2.
+struct QuantPairs {
+  void (*dot)(const QuantRows& w, const float* X, i64 ldx, i64 M, float* out, i64 ldo);
+  void (*arrange)(Tile x, i64 M, i64 K, float* X, i64 ldx);
+};
+
 struct Kernels {
   const char* name;
-  const LowRank* fp32;  // for any operands
-  const LowRank* bf16;  // where x and the adapters are bf16; may be null
+  const LowRank* fp32;           // for any operands
+  const LowRank* bf16;           // where x and the adapters are bf16; may be null
+  const QuantPairs* quant_bf16;  // for 4 bits where x is bf16; may be null
 
   const LowRank& low_rank(DType x, DType adapters) const {
     return bf16 && x == DType::bf16 && adapters == DType::bf16 ? *bf16 : *fp32;
@@ -119,5 +127,6 @@ const Kernels& kernels_baseline();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const LowRank& low_rank_avx512_bf16();
+const QuantPairs& quant_avx512_bf16();
 
 }  // namespace lk::cpu

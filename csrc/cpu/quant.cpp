@@ -9,7 +9,7 @@ namespace lk::cpu {
 namespace {
 
 constexpr i64 kFewRows = 16;  // up to here every code is read once, or a few times from L1, and meets the rows of x
-constexpr i64 kStrip = 128;    // rows of w per task there; a divisor of kFp8Block
+constexpr i64 kStrip = 128;   // rows of w per task there; a divisor of kFp8Block
 constexpr i64 kFp8Block = 128;
 constexpr i64 kDepth = 1024;
 
@@ -76,7 +76,9 @@ void few_rows(int threads, i64 M, const Quantized& w, Tile x, Tile y) {
   const Kernels& k = kernels();
   threads = team(threads, 2.0 * M * w.N * w.K);
   const bool direct = has_segments(w);
-  const i64 ldx = round_up(w.K, kQuantPad), strips = ceil_div(w.N, kStrip), room = kStrip * segments(w);
+  const QuantPairs* const pairs = direct && w.four_bits() && x.dtype == DType::bf16 ? k.quant_bf16 : nullptr;
+  const i64 ldx = round_up(w.K, kQuantPad) / (pairs ? 2 : 1), strips = ceil_div(w.N, kStrip),
+            room = kStrip * segments(w);
   const float factor = w.format == Format::fp8 ? 256.0f : 1.0f;  // what decoding leaves to the scales
   Scratch scratch;
   float *X, *parts, *rooms;
@@ -86,8 +88,12 @@ void few_rows(int threads, i64 M, const Quantized& w, Tile x, Tile y) {
     parts = scratch.floats(threads * kStrip * M);
     rooms = scratch.floats(threads * (direct ? room : kQuantRows * w.K));
   }
-  k.read(x, M, w.K, 1.0f, X, ldx);
-  if (direct) k.quant_x(w.format, X, ldx, M, w.K);
+  if (pairs) {
+    pairs->arrange(x, M, w.K, X, ldx);
+  } else {
+    k.read(x, M, w.K, 1.0f, X, ldx);
+    if (direct) k.quant_x(w.format, X, ldx, M, w.K);
+  }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (i64 t = 0; t < strips; ++t) {
     const i64 n0 = t * kStrip, n = std::min(kStrip, w.N - n0);
@@ -99,9 +105,9 @@ void few_rows(int threads, i64 M, const Quantized& w, Tile x, Tile y) {
       if (direct) {
         for (i64 j = 0; j < kQuantRows * strip.lds; j += 16)  // the scales of the rows after the next
           __builtin_prefetch(strip.scales + (i + 2 * kQuantRows) * strip.lds + j);
-        k.quant_dot({w.format, w.codes + (n0 + i) * w.row_bytes(), w.row_bytes(), w.levels,
-                     strip.scales + i * strip.lds, strip.lds, strip.segment, some, w.K},
-                    X, ldx, M, part + i * M, M);
+        (pairs ? pairs->dot : k.quant_dot)({w.format, w.codes + (n0 + i) * w.row_bytes(), w.row_bytes(), w.levels,
+                                            strip.scales + i * strip.lds, strip.lds, strip.segment, some, w.K},
+                                           X, ldx, M, part + i * M, M);
         continue;
       }
       for (i64 j = 0; j < some; ++j) decode_row(w, n0 + i + j, 0, w.K, mine + j * w.K);

@@ -90,7 +90,7 @@ inline void chunks_dot(const QuantRows& w, const float* X, i64 ldx, float* out, 
       for (i64 k = k0; k < end; k += kChunk) {
         const __mmask64 bytes = end - k >= kChunk ? ~__mmask64{0} : (__mmask64{1} << ((end - k) / 2)) - 1;
         LK_UNROLL for (int i = 0; i < RW; ++i) {
-          _mm_prefetch(reinterpret_cast<const char*>(c[i] + k / 2 + RW * w.ldc), _MM_HINT_T0);  // of the next rows
+          _mm_prefetch(reinterpret_cast<const char*>(c[i] + k / 2 + 4 * RW * w.ldc), _MM_HINT_T1);  // of later rows
           const __m512 scale = _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(some, scales[i] + s));
           __m512 v[8];
           look_up(_mm512_maskz_loadu_epi8(bytes, c[i] + k / 2), t, v);
