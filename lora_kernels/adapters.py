@@ -255,6 +255,13 @@ def _only_plain(layers: dict[str, FusedLoRALinear]) -> None:
             f"only lora_A, lora_B and lora_{MAGNITUDE} are supported here, the model has {some(more)} too; nothing was "
             "changed"
         )
+    split = [f"{name} (init={layer.init!r})" for name, layer in layers.items() if layer.init != "kaiming"]
+    if split:
+        raise ValueError(
+            f"the base weights of these layers were changed as their adapters began: {some(split)}; nothing was "
+            "changed now. An adapter file holds no base: save the state_dict of the whole model, or merge_and_unload() it "
+            "first"
+        )
     sharded = [
         f"{name}.{key} (a {type(p).__name__})"
         for name, layer in layers.items()

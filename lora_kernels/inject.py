@@ -96,6 +96,7 @@ def apply_lora(
     quant: str | None = None,
     blocksize: int = 64,
     double_quant: bool = False,
+    init: str = "kaiming",
 ) -> ApplyReport:
     """Replace the ``nn.Linear`` layers that match by `FusedLoRALinear` over the same weights, in place, and freeze
     every other parameter. The rules and defaults are those of PEFT's ``LoraConfig``; PEFT itself is not needed.
@@ -118,6 +119,7 @@ def apply_lora(
             `QuantizedLoRALinear` each, and the report tells the bytes). What else shares such a weight keeps the dense
             one. The dense model and the quantised weights are in memory together until all are made. blocksize and
             double_quant: of nf4 and fp4.
+        init: as for `FusedLoRALinear.from_linear`.
 
     With "all-linear" what is not exactly an ``nn.Linear`` is passed over, with a reason in the report: quantised
     layers, GPT-2's Conv1D (whose checkpoints hold W transposed: for those PEFT and `fuse`), subclasses
@@ -160,6 +162,7 @@ def apply_lora(
             quant=quant,
             blocksize=blocksize,
             double_quant=double_quant,
+            init=init,
         )
     return replace(model, selection)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import dora
+from lora_kernels import dora, initialise
 from lora_kernels.ops import lora_linear
 from lora_kernels.quant import quantize_weight
 
@@ -52,6 +53,8 @@ class FusedLoRALinear(nn.Linear):
     """
 
     _base: Tensor | None
+    init = "kaiming"
+    """How the adapter began. Other than so, W was split, and the adapter says nothing without this module's base."""
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class FusedLoRALinear(nn.Linear):
         quant: str | None = None,
         blocksize: int = 64,
         double_quant: bool = False,
+        init: str = "kaiming",
     ) -> FusedLoRALinear:
         """The module over `linear`'s own weight and bias: shared, not copied, and frozen from here on.
 
@@ -95,17 +99,30 @@ class FusedLoRALinear(nn.Linear):
         Dettmers et al., 2023, arXiv:2305.14314): nothing of the dense one is kept. blocksize and double_quant are for
         nf4 and fp4 (see `lora_kernels.quant.quantize_weight`, also for what is raised).
 
+        `init` other than "kaiming" splits W into another base and an adapter that is not zero, so that a fresh module
+        computes what `linear` does (with `quant` more nearly than the quantised W alone): "pissa" or "olora", over a
+        dense base of its own, "loftq" or "lq_lora" over a quantised one (see `lora_kernels.initialise`). Such an
+        adapter is of no use without its base.
+
         Raises:
-            ValueError: as the constructor; use_dora with `quant`; double_quant without. TypeError: a weight that is
-                quantised already.
+            ValueError: as the constructor; use_dora with `quant`; double_quant without; an `init` there is none of, or
+                of the other kind of base, or what it raises, such as for r above min(in, out). TypeError: a weight that
+                is quantised already.
         """
         check_settings(r, lora_alpha, lora_dropout)
         if quant is not None:
             from lora_kernels.quant_module import QuantizedLoRALinear, refuse_dora
 
             refuse_dora(use_dora, quant)
-            weight = quantize_weight(linear.weight, quant, blocksize=blocksize, double_quant=double_quant)
-            return QuantizedLoRALinear.over(
+            settings: dict[str, Any] = {"blocksize": blocksize, "double_quant": double_quant}
+            split = _split(init, _QUANTISED, quant)
+            if split is None:
+                weight, start = quantize_weight(linear.weight, quant, **settings), ()
+            else:
+                weight, *start, _ = split(
+                    linear.weight, r, scaling_of(lora_alpha, r, use_rslora), format=quant, **settings
+                )
+            quantised = QuantizedLoRALinear.over(
                 weight,
                 linear.bias,
                 r=r,
@@ -115,7 +132,9 @@ class FusedLoRALinear(nn.Linear):
                 use_dora=use_dora,
                 adapter_dtype=adapter_dtype,
                 backend=backend,
-            ).train(linear.training)
+            )
+            quantised._start(init, *start)
+            return quantised.train(linear.training)
         if double_quant:
             raise ValueError('double_quant is for quant="nf4" and quant="fp4", and quant is None')
         if not linear.weight.is_floating_point():
@@ -123,14 +142,28 @@ class FusedLoRALinear(nn.Linear):
                 f"the weight of this {type(linear).__name__} is {linear.weight.dtype}, quantised already: "
                 "QuantizedLoRALinear.from_bnb takes the layers of bitsandbytes"
             )
+        split, base, start = _split(init, _DENSE, quant), cast(nn.Parameter, linear.weight), ()
+        if split is not None:
+            weight, *start = split(base, r, scaling_of(lora_alpha, r, use_rslora))
+            base = nn.Parameter(weight, requires_grad=False)
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module.in_features, module.out_features = linear.in_features, linear.out_features
-        module.register_parameter("weight", cast(nn.Parameter, linear.weight))
+        module.register_parameter("weight", base)
         module.register_parameter("bias", linear.bias)
         module.training = linear.training
         module._add_adapter(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend)
+        module._start(init, *start)
         return module
+
+    @torch.no_grad()
+    def _start(self, init: str, *ab: Tensor) -> None:
+        self.init = init
+        if ab:
+            self.lora_A.copy_(ab[0])
+            self.lora_B.copy_(ab[1])
+            if self.use_dora:
+                self._reset_magnitude()
 
     def _add_adapter(
         self,
@@ -331,6 +364,23 @@ class FusedLoRALinear(nn.Linear):
         if self.backend is not None:
             text += f", backend={self.backend!r}"
         return text + (", merged" if self.merged else "")
+
+
+_DENSE: dict[str, Callable[..., Any]] = {"pissa": initialise.pissa, "olora": initialise.olora}
+_QUANTISED: dict[str, Callable[..., Any]] = {"loftq": initialise.loftq, "lq_lora": initialise.lq_lora}
+
+
+def _split(init: str, ways: dict[str, Callable[..., Any]], quant: str | None) -> Callable[..., Any] | None:
+    if init == "kaiming" or init in ways:
+        return ways.get(init)
+    if init not in {**_DENSE, **_QUANTISED}:
+        names = ", ".join(map(repr, ("kaiming", *_DENSE, *_QUANTISED)))
+        raise ValueError(f"unknown init {init!r}: one of {names}")
+    if quant is None:
+        raise ValueError(f'init={init!r} splits W into a quantised base and an adapter: give quant="nf4", or another')
+    raise ValueError(
+        f"init={init!r} is for a dense base, and quant={quant!r}: take {' or '.join(map(repr, _QUANTISED))}"
+    )
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
