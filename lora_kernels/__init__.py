@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_kernels.dora import dora_linear
 from lora_kernels.module import FusedLoRALinear
 from lora_kernels.ops import explain, lora_linear
+from lora_kernels.quant import QuantizedWeight, dequantize_weight, quantize_weight
 
 if TYPE_CHECKING:
     from lora_kernels.adapters import load_adapter, load_loralib, save_adapter
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.peft import FuseReport, disable, enable, fuse, unfuse
+    from lora_kernels.quant_module import QuantizedLoRALinear
 
 __all__ = [
     "FuseReport",
     "FusedLoRALinear",
+    "QuantizedLoRALinear",
+    "QuantizedWeight",
     "adapter_parameters",
     "apply_lora",
+    "dequantize_weight",
     "disable",
     "dora_linear",
     "enable",
@@ -38,6 +43,7 @@ __all__ = [
     "lora_linear",
     "mark_only_lora_as_trainable",
     "merge_and_unload",
+    "quantize_weight",
     "save_adapter",
     "trainable_parameters",
     "unfuse",
@@ -53,6 +59,7 @@ _LAZY = {
         "merge_and_unload",
         "trainable_parameters",
     ),
+    "quant_module": ("QuantizedLoRALinear",),
     "adapters": ("load_adapter", "load_loralib", "save_adapter"),
 }
 """What is imported where it is first asked for: some of it needs PEFT."""

@@ -51,7 +51,8 @@ def lora_linear(
     Args:
         x: [..., K], fp64, fp32, fp16 or bf16. M is the product of its leading dimensions, 0 included.
         weight: W [N, K], in x's dtype; must not require a gradient. Or a `QuantizedWeight` of 4 or 8 bits, beside an x
-            of any dtype: it is dequantised in pieces, within the products, and never lies in memory whole.
+            of any dtype. It is dequantised in pieces, within the products; on a GPU, for many rows of x, as a whole
+            into memory that is free again after the call.
         lora_a: A [R, K], in x's dtype, or fp32 beside an fp16 or bf16 x (its gradient is then fp32, not rounded through
             x's dtype).
         lora_b: B [N, R], in A's dtype.

@@ -1,9 +1,9 @@
-"""Writes README's measured table and picture from bench/results, between the markers.
+"""Writes README's measured tables and picture from bench/results, each between its markers.
 
     python scripts/update_readme.py [--check] [RESULT.json ...]
 
-Without names the newest run of each device type (CPU, CUDA) is taken. ``--check`` changes nothing: exit status 1 where
-README is stale.
+Without names the newest run of each device type (CPU, CUDA) is taken, and the newest of quantised layers and of
+generation from folders of their own. ``--check`` changes nothing: exit status 1 where README is stale.
 """
 
 from __future__ import annotations
@@ -25,22 +25,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README is stale")
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md and bench/results")
     args = parser.parse_args(argv)
-    readme = args.root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    readme, folder = args.root / "README.md", args.root / "bench" / "results"
+    old = readme.read_text(encoding="utf-8")
+    fresh = _between(old, BEGIN, END, section(args.results or newest(folder), args.root))
+    if fresh is None:
         print(f"README.md needs one line {BEGIN} and one line {END} after it")
         return 1
-    results = args.results or newest(args.root / "bench" / "results")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    fresh = f"{head}{BEGIN}\n{section(results, args.root)}\n{END}{tail}"
+    for name, render in MORE.items():
+        found = newest(folder / name)
+        text = render(found[0], args.root) if found else "No run on record yet."
+        fresh = _between(fresh, f"<!-- {name}:begin -->", f"<!-- {name}:end -->", text) or fresh
     if args.check:
-        if fresh != text:
+        if fresh != old:
             print("README.md is stale: run python scripts/update_readme.py")
-        return int(fresh != text)
+        return int(fresh != old)
     readme.write_text(fresh, encoding="utf-8")
-    print("README.md is up to date" if fresh == text else "README.md: table written")
+    print("README.md is up to date" if fresh == old else "README.md: tables written")
     return 0
+
+
+def _between(text: str, begin: str, end: str, fresh: str) -> str | None:
+    """`text` with `fresh` between the two markers; None where they are not there once each, in this order."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        return None
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{fresh}\n{end}{rest.split(end)[1]}"
 
 
 def newest(folder: Path) -> list[Path]:
@@ -162,10 +171,42 @@ def _rest(document: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
+def quantised(path: Path, root: Path) -> str:
+    """A table for each M: time, and the ratio to each of the others in the same round."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    device, versions, size = document["device"], document["versions"], document["size"]
+    parts = [
+        f"**{device['name']} ({device['isa']}), {device['threads']} threads**, torch {versions['torch']}, PEFT "
+        f"{versions['peft']}, bitsandbytes {versions['bitsandbytes']}, {document['date'][:10]}, "
+        f"{size['K']}→{size['N']} r{size['R']}, median of {document['rounds']} interleaved rounds over {document['sets']} sets of weights "
+        f"([all figures]({_link(path, root)})). Every row of ours stands behind a check of its values and gradients."
+    ]
+    for M in dict.fromkeys(row["M"] for row in document["rows"]):
+        what = "a decoding step, M = 1" if M == 1 else f"forward + backward, M = {M}"
+        lines = [f"| {what} | time | of `F.linear` | of PEFT + bitsandbytes | target |", "|---|---|---|---|---|"]
+        for row in (row for row in document["rows"] if row["M"] == M):
+            short = row["name"].rpartition(" ")[2]
+            own = not row["name"].startswith(("F.linear", "PEFT"))
+            name = f"**{row['name']}**" if own else row["name"]
+            floor = "; ".join(f"×{q[1]:.2f} {to[9:]}" for to, q in row["ratios"].items() if to.startswith("F.linear"))
+            peer = row["ratios"].get(f"PEFT + bitsandbytes {short}")
+            met = [
+                f"≤ {most:.2f} of {to} {'met' if round(row['ratios'][to][1], 2) <= most else 'missed'}"
+                for to, most in row["targets"].items()
+            ]
+            cells = [name, f"{row['seconds'][1] * 1e3:.3g} ms", floor or "-", f"×{peer[1]:.2f}" if peer else "-"]
+            lines.append("| " + " | ".join([*cells, "; ".join(met)]) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def _link(path: Path, root: Path) -> str:
     path = path.resolve()
     return path.relative_to(root.resolve()).as_posix() if path.is_relative_to(root.resolve()) else path.name
 
+
+MORE = {"quantised": quantised}
+"""What else is written, by the name of its markers and of its folder in bench/results."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -137,11 +137,11 @@ def forward_launch(
     if `save_h`."""
     tile = plan.tile
     strides = (*x.stride(), *w.stride(), *a.stride(), *b.stride(), None if bias is None else bias.stride(0))
-    frame = _forward_frame(
+    frame = forward_frame(
         target.arch,
         target.multiprocessors,
         plan,
-        _precision(x.dtype),
+        precision_of(x.dtype),
         *x.shape,
         *b.shape,
         strides,
@@ -161,7 +161,7 @@ def forward_launch(
         "h": h,
         "seed": y if seed is None else seed,
         "sync": sync,
-        **_scaling(scale, b.shape[1]),
+        **scaling(scale, b.shape[1]),
     }
     if plan.redundant:
         arguments["part"] = part
@@ -169,7 +169,7 @@ def forward_launch(
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_frame(
+def forward_frame(
     arch: str,
     multiprocessors: int,
     plan: Plan,
@@ -185,7 +185,7 @@ def _forward_frame(
 ) -> Frame:
     tile = plan.tile
     BLOCK_R = tile.block_r(R)
-    rows, cols, chunks = _cdiv(M, tile.BLOCK_M), _cdiv(N, tile.BLOCK_N), _cdiv(R, BLOCK_R)
+    rows, cols, chunks = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N), cdiv(R, BLOCK_R)
     names = ("xm", "xk", "wn", "wk", "ar", "ak", "bn", "br", "bias")
     arguments: dict[str, Any] = {
         **{f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)},
@@ -212,8 +212,8 @@ def _forward_frame(
     if not plan.redundant:
         programs = min(rows * (chunks + cols), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
         return Frame(forward_tickets, programs, 1 + rows, 0, arguments, options)
-    steps = max(1, _cdiv(K, plan.split * tile.BLOCK_K))
-    splits = max(1, _cdiv(K, steps * tile.BLOCK_K))
+    steps = max(1, cdiv(K, plan.split * tile.BLOCK_K))
+    splits = max(1, cdiv(K, steps * tile.BLOCK_K))
     floats = rows * cols * splits * tile.BLOCK_M * (tile.BLOCK_N + BLOCK_R) if splits > 1 else 0
     arguments |= {"steps": steps, "SAVE_H": save_h, "SPLIT": splits > 1}
     return Frame(forward_redundant, rows * cols * splits, rows * cols, floats, arguments, options)
@@ -247,7 +247,7 @@ def backward_launch(
         target.arch,
         target.multiprocessors,
         plan,
-        _precision(dy.dtype),
+        precision_of(dy.dtype),
         *dy.shape,
         *a.shape,
         strides,
@@ -295,11 +295,11 @@ def _backward_frame(
     tile = plan.tile
     need_dx, need_da, need_db = needs
     BLOCK_R = tile.block_r(R)
-    rows, chunks = _cdiv(M, tile.BLOCK_M), _cdiv(R, BLOCK_R)
-    blocks = max(1, _cdiv(rows, plan.split))
-    splits = max(1, _cdiv(rows, blocks))
-    tiles_da, tiles_db = need_da * _cdiv(K, tile.BLOCK_C) * chunks, need_db * _cdiv(N, tile.BLOCK_C) * chunks
-    tiles_dx, tiles_g = need_dx * rows * _cdiv(K, tile.BLOCK_K), (need_dx or need_da) * rows * chunks
+    rows, chunks = cdiv(M, tile.BLOCK_M), cdiv(R, BLOCK_R)
+    blocks = max(1, cdiv(rows, plan.split))
+    splits = max(1, cdiv(rows, blocks))
+    tiles_da, tiles_db = need_da * cdiv(K, tile.BLOCK_C) * chunks, need_db * cdiv(N, tile.BLOCK_C) * chunks
+    tiles_dx, tiles_g = need_dx * rows * cdiv(K, tile.BLOCK_K), (need_dx or need_da) * rows * chunks
     names = ("dym", "dyn", "xm", "xk", "wn", "wk", "ar", "ak", "bn", "br", "hm", "hr")
     arguments: dict[str, Any] = {
         **{f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)},
@@ -354,17 +354,17 @@ def _described(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
 
 
-def _cdiv(n: int, d: int) -> int:
+def cdiv(n: int, d: int) -> int:
     return -(-n // d)
 
 
-def _scaling(scale: float, R: int) -> dict[str, float | int]:
+def scaling(scale: float, R: int) -> dict[str, float | int]:
     """A scale below 2⁻¹⁰⁰ counts as 0: its inverse would overflow the fp32 accumulators that it multiplies."""
     if abs(scale) < 2.0**-100:
         return {"scale": 1.0, "inverse": 1.0, "R_up": 0}
     return {"scale": scale, "inverse": 1.0 / scale, "R_up": R}
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     """ "ieee" or "tf32", by ``torch.get_float32_matmul_precision()``. Means nothing for 16-bit operands."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

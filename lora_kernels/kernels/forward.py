@@ -109,6 +109,71 @@ def forward_tickets(
     leave(sync, ticket, items, 1 + rows)
 
 
+@triton.jit
+def add_parts(
+    acc,
+    h_tile,
+    part,
+    sync,
+    tile,
+    split,
+    parts,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    AMD: tl.constexpr,
+):
+    """One of `parts` parts of both sums of a redundant tile: whole sums and True for the last to arrive, which adds
+    them up in their order and leaves sync[tile] zero."""
+    SLOT: tl.constexpr = BLOCK_M * (BLOCK_N + BLOCK_R)
+    first = part + tile.to(tl.int64) * parts * SLOT
+    store_part(first + split * SLOT, acc, BLOCK_M, BLOCK_N)
+    store_part(first + split * SLOT + BLOCK_M * BLOCK_N, h_tile, BLOCK_M, BLOCK_R)
+    last = arrive(sync + tile, parts, AMD)
+    if last:
+        tl.store(sync + tile, 0)
+        acc = sum_parts(first, SLOT, parts, BLOCK_M, BLOCK_N)
+        h_tile = sum_parts(first + BLOCK_M * BLOCK_N, SLOT, parts, BLOCK_M, BLOCK_R)
+    return acc, h_tile, last
+
+
+@triton.jit
+def store_redundant(
+    acc,
+    h_tile,
+    b,
+    bias,
+    y,
+    h,
+    stride_bn,
+    stride_br,
+    stride_bias,
+    m,
+    n,
+    M,
+    N,
+    R,
+    R_up,
+    scale,
+    inverse,
+    c,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The end of a redundant tile: acc = x wᵀ and h_tile = (keep ⊙ x) aᵀ become y, and h in the first column."""
+    h_tile *= c
+    if SAVE_H and n == 0:
+        store_tile(h, R, 1, h_tile, m, 0, M, R, BLOCK_M, BLOCK_R)
+    # y = x wᵀ + s · h bᵀ + bias
+    b_tile = load_tile(b, stride_br, stride_bn, 0, n, R_up, N, BLOCK_R, BLOCK_N).to(y.dtype.element_ty)
+    acc = tl.dot(h_tile.to(y.dtype.element_ty), b_tile, acc * inverse, input_precision=PRECISION)
+    store_y(y, acc * scale, bias, stride_bias, m, n, M, N, BLOCK_M, BLOCK_N, HAS_BIAS)
+
+
 @triton.jit(do_not_specialize=["M", "T", "steps"])
 def forward_redundant(
     x,
@@ -184,20 +249,9 @@ def forward_redundant(
     last = True
     if SPLIT:
         parts = tl.cdiv(K, steps * BLOCK_K)
-        SLOT: tl.constexpr = BLOCK_M * (BLOCK_N + BLOCK_R)
-        first = part + tile.to(tl.int64) * parts * SLOT
-        store_part(first + split * SLOT, acc, BLOCK_M, BLOCK_N)
-        store_part(first + split * SLOT + BLOCK_M * BLOCK_N, h_tile, BLOCK_M, BLOCK_R)
-        last = arrive(sync + tile, parts, AMD)
-        if last:
-            tl.store(sync + tile, 0)
-            acc = sum_parts(first, SLOT, parts, BLOCK_M, BLOCK_N)
-            h_tile = sum_parts(first + BLOCK_M * BLOCK_N, SLOT, parts, BLOCK_M, BLOCK_R)
+        acc, h_tile, last = add_parts(acc, h_tile, part, sync, tile, split, parts, BLOCK_M, BLOCK_N, BLOCK_R, AMD)
     if last:
-        h_tile *= c
-        if SAVE_H and pn == 0:
-            store_tile(h, R, 1, h_tile, m, 0, M, R, BLOCK_M, BLOCK_R)
-        # y = x wᵀ + s · h bᵀ + bias
-        b_tile = load_tile(b, stride_br, stride_bn, 0, n, R_up, N, BLOCK_R, BLOCK_N).to(y.dtype.element_ty)
-        acc = tl.dot(h_tile.to(y.dtype.element_ty), b_tile, acc * inverse, input_precision=PRECISION)
-        store_y(y, acc * scale, bias, stride_bias, m, n, M, N, BLOCK_M, BLOCK_N, HAS_BIAS)
+        store_redundant(
+            acc, h_tile, b, bias, y, h, stride_bn, stride_br, stride_bias, m, n, M, N, R, R_up, scale, inverse, c,
+            BLOCK_M, BLOCK_N, BLOCK_R, HAS_BIAS, SAVE_H, PRECISION,
+        )  # fmt: skip
