@@ -259,8 +259,8 @@ def _only_plain(layers: dict[str, FusedLoRALinear]) -> None:
     if split:
         raise ValueError(
             f"the base weights of these layers were changed as their adapters began: {some(split)}; nothing was "
-            "changed now. An adapter file holds no base: save the state_dict of the whole model, or merge_and_unload() it "
-            "first"
+            "changed now. An adapter file holds no base: save the state_dict of the whole model, or merge_and_unload() "
+            "it first"
         )
     sharded = [
         f"{name}.{key} (a {type(p).__name__})"

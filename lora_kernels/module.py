@@ -156,6 +156,13 @@ class FusedLoRALinear(nn.Linear):
         module._start(init, *start)
         return module
 
+    @classmethod
+    def from_bnb(cls, linear: nn.Linear, **settings: Any) -> FusedLoRALinear:
+        """`QuantizedLoRALinear.from_bnb`: the module over a Linear4bit or Linear8bitLt of bitsandbytes."""
+        from lora_kernels.quant_module import QuantizedLoRALinear
+
+        return QuantizedLoRALinear.from_bnb(linear, **settings)
+
     @torch.no_grad()
     def _start(self, init: str, *ab: Tensor) -> None:
         self.init = init

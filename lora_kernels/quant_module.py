@@ -29,8 +29,8 @@ class MergeReport(NamedTuple):
 
 
 class QuantizedLoRALinear(FusedLoRALinear):
-    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ over a W in nf4, fp4, int8 or fp8. On a CPU W never lies in memory whole;
-    on a GPU it does during a call with many rows.
+    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ over a W in nf4, fp4, int8 or fp8. On a CPU W never lies in memory
+    whole; on a GPU it does during a call with many rows.
 
     Made by ``FusedLoRALinear.from_linear(linear, quant="nf4")``, by `over` and by `from_bnb`. `x` may have any dtype of
     `lora_linear`; `weight_dtype`, that of the weight that was quantised, is what A and B have by default.

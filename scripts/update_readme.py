@@ -175,11 +175,12 @@ def quantised(path: Path, root: Path) -> str:
     """A table for each M: time, and the ratio to each of the others in the same round."""
     document = json.loads(path.read_text(encoding="utf-8"))
     device, versions, size = document["device"], document["versions"], document["size"]
+    packages = f"torch {versions['torch']}, PEFT {versions['peft']}, bitsandbytes {versions['bitsandbytes']}"
     parts = [
-        f"**{device['name']} ({device['isa']}), {device['threads']} threads**, torch {versions['torch']}, PEFT "
-        f"{versions['peft']}, bitsandbytes {versions['bitsandbytes']}, {document['date'][:10]}, "
-        f"{size['K']}→{size['N']} r{size['R']}, median of {document['rounds']} interleaved rounds over {document['sets']} sets of weights "
-        f"([all figures]({_link(path, root)})). Every row of ours stands behind a check of its values and gradients."
+        f"**{device['name']} ({device['isa']}), {device['threads']} threads**, {packages}, {document['date'][:10]}, "
+        f"{size['K']}→{size['N']} r{size['R']}, median of {document['rounds']} interleaved rounds over "
+        f"{document['sets']} sets of weights ([all figures]({_link(path, root)})). Every row of ours stands behind a "
+        "check of its values and gradients."
     ]
     for M in dict.fromkeys(row["M"] for row in document["rows"]):
         what = "a decoding step, M = 1" if M == 1 else f"forward + backward, M = {M}"

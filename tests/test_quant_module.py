@@ -381,7 +381,7 @@ def test_adapter_files_hold_a_and_b_only(settings, tmp_path):
 def test_from_bnb():
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     linear, x = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu"), torch.randn(3, 64)
-    layer = QuantizedLoRALinear.from_bnb(linear, r=4)
+    layer = FusedLoRALinear.from_bnb(linear, r=4)
     assert layer.weight.data_ptr() == linear.weight.data_ptr() and layer.format == "nf4"
     torch.testing.assert_close(layer(x), linear(x))
     eight = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu").eval()

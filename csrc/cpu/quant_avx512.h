@@ -32,7 +32,8 @@ struct Q {
   }
 };
 
-constexpr i64 kChunk = 128;  // elements of a register of codes
+constexpr i64 kChunk = 128;   // elements of a register of codes
+constexpr i64 kAhead = 4096;  // bytes
 
 // x in the order of chunks_dot: element 8 l + (s ^ 1) of a chunk at 16 s + l
 inline void chunks_of(float* x, i64 n) {
@@ -63,7 +64,7 @@ inline __m512 chunk_dot(const __m512 (&v)[8], const float* x) {
 // A scale belongs to 4, 8 or 16 lanes of one chunk, or to several chunks.
 template <int XR>
 inline void chunks_dot(const QuantRows& w, const float* X, i64 ldx, float* out, i64 ldo) {
-  constexpr int RW = XR == 4 ? 2 : 4;
+  constexpr int RW = XR == 1 ? 1 : XR == 2 ? 4 : 2;  // one stream of codes where it is memory that counts
   const __m512 t = _mm512_loadu_ps(w.levels);
   const bool narrow = w.segment < kChunk && w.segment < w.K;
   const int per_chunk = narrow ? static_cast<int>(kChunk / w.segment) : 1;  // scales
@@ -90,7 +91,7 @@ inline void chunks_dot(const QuantRows& w, const float* X, i64 ldx, float* out, 
       for (i64 k = k0; k < end; k += kChunk) {
         const __mmask64 bytes = end - k >= kChunk ? ~__mmask64{0} : (__mmask64{1} << ((end - k) / 2)) - 1;
         LK_UNROLL for (int i = 0; i < RW; ++i) {
-          _mm_prefetch(reinterpret_cast<const char*>(c[i] + k / 2 + 4 * RW * w.ldc), _MM_HINT_T1);  // of later rows
+          _mm_prefetch(reinterpret_cast<const char*>(c[i] + k / 2 + kAhead), _MM_HINT_T1);  // of later rows
           const __m512 scale = _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(some, scales[i] + s));
           __m512 v[8];
           look_up(_mm512_maskz_loadu_epi8(bytes, c[i] + k / 2), t, v);

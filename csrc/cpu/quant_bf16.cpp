@@ -6,7 +6,8 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kChunk = 128;  // elements of a register of codes
+constexpr i64 kChunk = 128;   // elements of a register of codes
+constexpr i64 kAhead = 4096;  // bytes
 
 // The permutation looks at 5 bits of an index, of which 4 are a code: the table holds the levels twice.
 inline __m512i table_of(const float* levels) {
@@ -38,9 +39,8 @@ inline __m512 chunk_dot(const __m512bh (&v)[4], const float* x) {
 }
 
 // A scale belongs to 4, 8 or 16 lanes of one chunk, or to several chunks.
-template <int XR>
+template <int RW, int XR>
 void rows_dot(const QuantRows& w, __m512i t, const float* X, i64 ldx, float* out, i64 ldo) {
-  constexpr int RW = kQuantRows;
   const bool narrow = w.segment < kChunk && w.segment < w.K;
   const int per_chunk = narrow ? static_cast<int>(kChunk / w.segment) : 1;  // scales
   const i64 length = narrow ? kChunk : w.segment, row_scales = (w.K + w.segment - 1) / w.segment;
@@ -60,7 +60,7 @@ void rows_dot(const QuantRows& w, __m512i t, const float* X, i64 ldx, float* out
     const __mmask16 some = static_cast<__mmask16>((1u << (left < per_chunk ? left : per_chunk)) - 1);
     for (i64 k = k0; k < end; k += kChunk) {
       LK_UNROLL for (int i = 0; i < RW; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(c[i] + k / 2 + 4 * RW * w.ldc), _MM_HINT_T1);  // of later rows
+        _mm_prefetch(reinterpret_cast<const char*>(c[i] + k / 2 + kAhead), _MM_HINT_T1);  // of later rows
         const __m512 scale = _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(some, scales[i] + s));
         __m512bh v[4];
         look_up(load_codes(c[i] + k / 2, end - k), t, v);
@@ -75,8 +75,15 @@ void rows_dot(const QuantRows& w, __m512i t, const float* X, i64 ldx, float* out
 void dot(const QuantRows& w, const float* X, i64 ldx, i64 M, float* out, i64 ldo) {
   const __m512i t = table_of(w.levels);
   i64 m = 0;
-  for (; m + 4 <= M; m += 4) rows_dot<4>(w, t, X + m * ldx, ldx, out + m, ldo);
-  for (; m < M; ++m) rows_dot<1>(w, t, X + m * ldx, ldx, out + m, ldo);
+  for (; m + 4 <= M; m += 4) rows_dot<kQuantRows, 4>(w, t, X + m * ldx, ldx, out + m, ldo);
+  for (; m < M; ++m)
+    for (i64 i = 0; i < w.rows; ++i) {  // row by row: one stream of codes, as the prefetchers like it
+      QuantRows one = w;
+      one.codes += i * w.ldc;
+      one.scales += i * w.lds;
+      one.rows = 1;
+      rows_dot<1, 1>(one, t, X + m * ldx, ldx, out + i * ldo + m, ldo);
+    }
 }
 
 // Elements 8 l + (s ^ 1) and that + 4 of a chunk, beside each other at 16 s + l
