@@ -43,6 +43,24 @@ def test_finetune_lm(tmp_path: Path) -> None:
     }
 
 
+def test_generate_qlora(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    said = start(str(EXAMPLES / "generate_qlora.py"), "--short", "--out", str(tmp_path))
+    assert "28 of 28 LoRA layers fused" in said and " not fused" not in said
+    dense, stored = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) KiB", said))
+    assert dense / 8 < stored < dense / 7  # 4 bits of 32, and a scale for every 64
+    before, after = map(float, re.search(r"examples: ([\d.]+) before, ([\d.]+) after", said).groups())
+    assert after < 0.97 * before < 1000
+    merged = float(re.search(r"perplexity, merged: ([\d.]+)", said)[1])
+    assert abs(merged - after) < 0.5 * (before - after)  # 4 bits lost little of the base
+    assert len(re.findall(r"^  [\d.]+ tokens  '", said, re.MULTILINE)) == 3 * 3
+    # bitsandbytes may compute in bf16, whatever it is asked for
+    assert float(re.search(r"logits differ by (\S+) ", said)[1]) < torch.finfo(torch.bfloat16).eps
+    rates = [float(rate) for rate in re.findall(r"^  .* ([\d.]+) tokens/s$", said, re.MULTILINE)]
+    assert len(rates) == 2 and min(rates) > 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard runs on CPUs from torch 2.7 on")
 def test_finetune_fsdp_and_resume_on_another_number_of_processes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lora_kernels import _C, quant_tables
 from lora_kernels.backends.cpu_gemm import CODES, Gemms, chosen
 from lora_kernels.quant import FORMATS, QuantizedWeight
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 8 << 20
 
 _LEVELS = {name: quant_tables.levels(name, torch.device("cpu")) for name in ("nf4", "fp4")}
 
