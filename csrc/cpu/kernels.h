@@ -44,6 +44,11 @@ struct QuantRows {
   const float* levels;
   const float* scales;
   i64 lds, segment, rows, K;
+
+  QuantRows part(i64 first, i64 most) const {
+    const i64 n = rows - first < most ? rows - first : most;
+    return {format, codes + first * ldc, ldc, levels, scales + first * lds, lds, segment, n, K};
+  }
 };
 
 constexpr i64 kGemmDepth = 256;  // terms that a pass of the GEMM adds to y

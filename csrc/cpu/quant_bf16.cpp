@@ -77,13 +77,8 @@ void dot(const QuantRows& w, const float* X, i64 ldx, i64 M, float* out, i64 ldo
   i64 m = 0;
   for (; m + 4 <= M; m += 4) rows_dot<kQuantRows, 4>(w, t, X + m * ldx, ldx, out + m, ldo);
   for (; m < M; ++m)
-    for (i64 i = 0; i < w.rows; ++i) {  // row by row: one stream of codes, as the prefetchers like it
-      QuantRows one = w;
-      one.codes += i * w.ldc;
-      one.scales += i * w.lds;
-      one.rows = 1;
-      rows_dot<1, 1>(one, t, X + m * ldx, ldx, out + i * ldo + m, ldo);
-    }
+    for (i64 i = 0; i < w.rows; ++i)  // row by row: one stream of codes, as the prefetchers like it
+      rows_dot<1, 1>(w.part(i, 1), t, X + m * ldx, ldx, out + i * ldo + m, ldo);
 }
 
 // Elements 8 l + (s ^ 1) and that + 4 of a chunk, beside each other at 16 s + l

@@ -119,6 +119,9 @@ void rows_dot(const QuantRows& w, const float* X, i64 ldx, float* out, i64 ldo) 
 template <class F>
 void quant_dot_as(const QuantRows& w, const float* X, i64 ldx, i64 M, float* out, i64 ldo) {
   i64 m = 0;
+  if constexpr (W == 16)  // there are registers enough
+    for (; m + 4 <= M; m += 4)
+      for (i64 i = 0; i < w.rows; i += 2) rows_dot<F, 2, 4>(w.part(i, 2), X + m * ldx, ldx, out + i * ldo + m, ldo);
   for (; m + 2 <= M; m += 2) rows_dot<F, kQuantRows, 2>(w, X + m * ldx, ldx, out + m, ldo);
   if (m < M) rows_dot<F, kQuantRows, 1>(w, X + m * ldx, ldx, out + m, ldo);
 }
