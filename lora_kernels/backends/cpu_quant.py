@@ -8,6 +8,8 @@ dtype: the faster of the two for fp32, the second for 16 bits. Sums are complete
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool) -> Tensor:
     inner, outer = (N, K) if transposed else (K, N)
     y = x.new_empty(x.shape[0], outer)
     step = min(outer, max(16, _BLOCK_BYTES // (inner * x.element_size()) // 16 * 16))
-    room = x.new_empty(inner * step)
+    room = _room(inner * step, x.dtype)
     for first in range(0, outer, step):
         last = min(outer, first + step)
         if transposed:
@@ -66,6 +68,18 @@ def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool) -> Tensor:
     return y
 
 
+def _room(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a block, which stays with the calling thread: fresh pages cost as much as filling them."""
+    nbytes = count * dtype.itemsize
+    kept: Tensor | None = getattr(_kept, "room", None)
+    if kept is None or kept.nbytes < nbytes:
+        kept = torch.empty(nbytes, dtype=torch.uint8)
+        if nbytes <= _BLOCK_BYTES:
+            _kept.room = kept
+    return kept[:nbytes].view(dtype)
+
+
+_kept = threading.local()
 _GEMMS: Gemms = {"torch": _by_blocks, "own": _own}
 
 
