@@ -148,9 +148,11 @@ def _peer_layer(w: Tensor, p: gate.Problem, training: bool) -> nn.Module:
 
     base = Linear4bit(w.shape[1], w.shape[0], bias=False, compute_dtype=p.x.dtype, quant_type="nf4")
     base.weight = Params4bit(w.to(p.x.dtype), requires_grad=False, quant_type="nf4")
-    model = nn.Sequential(base.to("cpu"))
+    model: Any = nn.Sequential(base.to("cpu"))
+    model.is_loaded_in_4bit = True  # as transformers marks it: PEFT takes its class for bitsandbytes then
     R = p.a.shape[0]
     peft = get_peft_model(model, LoraConfig(r=R, lora_alpha=R * p.scale, target_modules=["0"]))  # type: ignore[arg-type]
+    assert type(peft.base_model.model[0]).__name__ == "Linear4bit"
     with torch.no_grad():
         for name, t in peft.named_parameters():
             if "lora_" in name:
