@@ -98,7 +98,8 @@ class _FusedBnb(Fused):
 
     @staticmethod
     def _found(layer: Any) -> QuantizedWeight | str:
-        return layer.__dict__.get("_stored", _Stored()).of(layer.base_layer)
+        stored = layer.__dict__.get("_stored")
+        return (_Stored() if stored is None else stored).of(layer.base_layer)
 
     @staticmethod
     def adapter_reason(layer: Any, name: str) -> str | None:
@@ -147,7 +148,7 @@ class _FusedBnb(Fused):
 
     def _base(self, x: Tensor) -> Tensor:
         inner, outer = self._served(x)
-        bias = self.get_base_layer().bias
+        bias = self.base_layer.bias
         with no_autocast(x.device.type):
             bias = None if bias is None else bias.to(inner)
             return quantized_linear(x.to(inner), self._weight(), bias, self._backend).to(outer)
@@ -176,7 +177,7 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
         return f", {getattr(_FusedBnb._found(layer), 'format', '')} in {str(dtype).removeprefix('torch.')}"
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
-        base = self.get_base_layer()
+        base = self.base_layer
         inner = base.compute_dtype or x.dtype
         if not base.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
             inner = x.dtype  # what bitsandbytes makes compute_dtype at the first call
@@ -193,7 +194,7 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
 
     def _served(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         found = super()._served(x)
-        base = self.get_base_layer()
+        base = self.base_layer
         if not base.compute_type_is_set:  # the call is served, so bitsandbytes will not come to it
             base.set_compute_type(x)
             base.compute_type_is_set = True
@@ -225,7 +226,7 @@ class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
         if autocast is None:
             return x.dtype, x.dtype
         # While training on the CPU bitsandbytes calls torch's linear, which autocast converts.
-        plain = x.device.type in ("cpu", "xpu") and self.get_base_layer().training
+        plain = x.device.type in ("cpu", "xpu") and self.base_layer.training
         return autocast, autocast if plain else torch.promote_types(x.dtype, autocast)
 
 

@@ -61,7 +61,9 @@ class Fused:
     active_adapters: Any
     disable_adapters: Any
     merged: Any
-    get_base_layer: Any
+    base_layer: Any
+    """Never another tuner's, which `base_reason` refuses: get_base_layer() would search for one, at microseconds a
+    call."""
     cast_input_dtype_enabled: Any
     _cast_input_dtype: Any
     _check_forward_args: Any
@@ -155,7 +157,7 @@ class Fused:
     ) -> tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]:
         """(weight, lora_a, lora_b, scale, bias, dropout_p) of the base with one adapter, or with several that have no
         dropout: those are one of their ranks' sum. The bias in `dtype`, or the weight's."""
-        weight, bias = self._weight(), self.get_base_layer().bias
+        weight, bias = self._weight(), self.base_layer.bias
         for name in names:
             if (own := self.lora_B[name].bias) is not None:
                 term = own * self.scaling[name]
@@ -182,7 +184,7 @@ class Fused:
 
     def _base(self, x: Tensor) -> Tensor:
         """The base alone."""
-        return self.get_base_layer()(x)
+        return self.base_layer(x)
 
     def _fused_by_sample(self, x: Tensor, names: list[str]) -> Tensor:
         """One call per adapter, over the samples that ask for it."""
@@ -236,7 +238,7 @@ class FusedLinear(Fused, peft_layer.Linear):
         return Fused.adapter_reason(layer, name)
 
     def _dtype_reason(self, x: Tensor, names: list[str]) -> str | None:
-        weight, autocast = self.get_base_layer().weight, autocast_of(x)
+        weight, autocast = self.base_layer.weight, autocast_of(x)
         if x.dtype not in check.DTYPES or (x.dtype != weight.dtype and not autocast):
             return f"x is {x.dtype}, the base weight {weight.dtype}"
         for name in names:
@@ -248,14 +250,14 @@ class FusedLinear(Fused, peft_layer.Linear):
         return None
 
     def _weight(self) -> Tensor:
-        base: Any = self.get_base_layer()
+        base: Any = self.base_layer
         return base.weight.t() if self.fan_in_fan_out else base.weight
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         return self._fused_dora(x, names[0]) if names[0] in self.lora_variant else super()._fused(x, names)
 
     def _fused_dora(self, x: Tensor, name: str) -> Tensor:
-        base: Any = self.get_base_layer()
+        base: Any = self.base_layer
         return dora_linear(
             x,
             base.weight,
