@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -47,7 +48,7 @@ lk::cpu::Dropout dropout(uint32_t threshold, uintptr_t seed) {
 
 lk::cpu::Branch branch(const DTypes& c, const Forward& f) {
   const auto& [N, R, a, stride_ar, b, stride_bn, bias, y, stride_ym, h, stride_hm, scale, threshold, seed] = f;
-  lk::cpu::Branch p{N, R, static_cast<float>(scale), dropout(threshold, seed), {}, {}, {}, {}, {}, {}, {}, {}};
+  lk::cpu::Branch p{N, R, static_cast<float>(scale), dropout(threshold, seed), {}, {}, {}, {}, {}, {}, {}, {}, {}};
   p.a = tile(a, stride_ar, c.adapter_dtype);
   p.b = tile(b, stride_bn, c.adapter_dtype);
   p.bias = tile(bias, N, c.dtype);
@@ -59,7 +60,7 @@ lk::cpu::Branch branch(const DTypes& c, const Forward& f) {
 lk::cpu::Branch branch(const DTypes& c, const Backward& g) {
   const auto& [N, R, dy, stride_dym, a, stride_ar, b, stride_bn, h, stride_hm, da, stride_dar, db, stride_dbn, scale,
                threshold, seed] = g;
-  lk::cpu::Branch p{N, R, static_cast<float>(scale), dropout(threshold, seed), {}, {}, {}, {}, {}, {}, {}, {}};
+  lk::cpu::Branch p{N, R, static_cast<float>(scale), dropout(threshold, seed), {}, {}, {}, {}, {}, {}, {}, {}, {}};
   p.dy = tile(dy, stride_dym, c.dtype);
   p.a = tile(a, stride_ar, c.adapter_dtype);
   p.b = tile(b, stride_bn, c.adapter_dtype);
@@ -74,26 +75,6 @@ std::vector<lk::cpu::Branch> branches(const DTypes& c, const std::vector<Of>& gi
   std::vector<lk::cpu::Branch> all;
   for (const Of& each : given) all.push_back(branch(c, each));
   return all;
-}
-
-void forward(int threads, int dtype, int adapter_dtype, i64 M, i64 K, uintptr_t x, i64 stride_xm,
-             const std::vector<Forward>& adapters) {
-  py::gil_scoped_release unlocked;
-  lk::cpu::forward(threads, M, K, tile(x, stride_xm, dtype), branches({dtype, adapter_dtype}, adapters));
-}
-
-void backward(int threads, int dtype, int adapter_dtype, i64 M, i64 K, uintptr_t x, i64 stride_xm, uintptr_t dx,
-              i64 stride_dxm, const std::vector<Backward>& adapters) {
-  py::gil_scoped_release unlocked;
-  lk::cpu::backward(threads, M, K, tile(x, stride_xm, dtype), tile(dx, stride_dxm, dtype),
-                    branches({dtype, adapter_dtype}, adapters));
-}
-
-void gemm(int threads, int dtype, i64 M, i64 N, i64 K, uintptr_t x, i64 stride_xm, uintptr_t w, i64 stride_wn,
-          i64 stride_wk, uintptr_t y, i64 stride_ym, bool add) {
-  py::gil_scoped_release unlocked;
-  lk::cpu::gemm(threads, M, N, K, tile(x, stride_xm, dtype), tile(w, stride_wn, dtype), stride_wk,
-                tile(y, stride_ym, dtype), add);
 }
 
 // format, N, K, codes, levels, scales, scale_rows, scale_cols, blocksize, table, absmax, offset (an address)
@@ -114,6 +95,38 @@ lk::cpu::Quantized quantized(const QuantizedWeight& w) {
           reinterpret_cast<const float*>(table),
           reinterpret_cast<const float*>(absmax),
           offset ? *reinterpret_cast<const float*>(offset) : 0.0f};
+}
+
+// w of a branch whose base product forward shall compute: nothing, or w and stride_wn, or codes
+using Base = std::variant<std::monostate, std::tuple<uintptr_t, i64>, QuantizedWeight>;
+
+void forward(int threads, int dtype, int adapter_dtype, i64 M, i64 K, uintptr_t x, i64 stride_xm,
+             const std::vector<Forward>& adapters, const std::vector<Base>& bases) {
+  py::gil_scoped_release unlocked;
+  const Tile rows = tile(x, stride_xm, dtype);
+  std::vector<lk::cpu::Branch> all = branches({dtype, adapter_dtype}, adapters);
+  for (size_t i = 0; i < bases.size() && i < all.size(); ++i) {
+    if (const auto* dense = std::get_if<1>(&bases[i]))
+      all[i].base =
+          lk::cpu::few_rows(M, all[i].N, K, rows, tile(std::get<0>(*dense), std::get<1>(*dense), dtype), all[i].y);
+    else if (const auto* codes = std::get_if<2>(&bases[i]))
+      all[i].base = lk::cpu::few_rows(M, quantized(*codes), rows, all[i].y);
+  }
+  lk::cpu::forward(threads, M, K, rows, all);
+}
+
+void backward(int threads, int dtype, int adapter_dtype, i64 M, i64 K, uintptr_t x, i64 stride_xm, uintptr_t dx,
+              i64 stride_dxm, const std::vector<Backward>& adapters) {
+  py::gil_scoped_release unlocked;
+  lk::cpu::backward(threads, M, K, tile(x, stride_xm, dtype), tile(dx, stride_dxm, dtype),
+                    branches({dtype, adapter_dtype}, adapters));
+}
+
+void gemm(int threads, int dtype, i64 M, i64 N, i64 K, uintptr_t x, i64 stride_xm, uintptr_t w, i64 stride_wn,
+          i64 stride_wk, uintptr_t y, i64 stride_ym, bool add) {
+  py::gil_scoped_release unlocked;
+  lk::cpu::gemm(threads, M, N, K, tile(x, stride_xm, dtype), tile(w, stride_wn, dtype), stride_wk,
+                tile(y, stride_ym, dtype), add);
 }
 
 void dequantize(int threads, const QuantizedWeight& w, i64 n0, i64 rows, i64 k0, i64 cols, int dtype, uintptr_t out,
@@ -163,7 +176,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &lk::cpu::available_isas, "The instruction sets that this machine can run, best first.");
   m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(); ValueError if this machine cannot run it.");
   m.def("forward", &forward,
-        "For each branch: h = c keep(x) a^T where x is given; y += s h b^T + bias where y is given. Null: absent.");
+        "For each branch: y = x w^T where its base is given and M is few; h = c keep(x) a^T where x is given; y += s h "
+        "b^T + "
+        "bias where y is given. Null: absent.");
   m.def("backward", &backward,
         "For each branch: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Null: absent.");
   m.def("gemm", &gemm,

@@ -90,6 +90,7 @@ class Operands:
         _C.forward(
             threads, CODES[self.x.dtype], CODES[self.a.dtype], M, K, *at(self.x if down else None),
             [(N, R, *at(self.a), *at(self.b), self.bias.data_ptr(), *at(y if up else None), *at(h), *self.call())],
+            [],
         )  # fmt: skip
         return y, h
 
@@ -248,6 +249,28 @@ def test_gemm(isa: str, dtype: torch.dtype, w_is: str) -> None:
     every = dtype == torch.float32 or (dtype == torch.bfloat16 and isa == "avx512_bf16")
     few = {"along k": 3, "along n": 1, "strided": 0}[w_is]  # a w of one element lies along both
     assert served == (len(GEMM_SHAPES) + 1 if every else few)
+
+
+@pytest.mark.parametrize("M", [1, 3, 5, 16])
+@pytest.mark.parametrize("dtype", CODES)
+def test_a_launch_that_computes_the_base_of_few_rows_too(isa: str, dtype: torch.dtype, M: int) -> None:
+    """Bit for bit what the GEMM and then the low-rank half give: two layers at once, the second without a base."""
+    K, R, N = 1030, 20, (300, 97)
+    x = torch.randn(M, K).to(dtype)
+    ws, as_, bs = ([torch.randn(*shape).to(dtype) for shape in shapes] for shapes in (
+        [(n, K) for n in N], [(R, K) for _ in N], [(n, R) for n in N]))  # fmt: skip
+    want = [gemm(x, w, torch.full((M, w.shape[0]), math.nan, dtype=dtype)) for w in ws]
+
+    def run(threads: int, ys: list[Tensor], bases: list) -> None:
+        each = [(n, R, *at(a), *at(b), 0, *at(y), 0, 0, 0.5, 0, 0) for n, a, b, y in zip(N, as_, bs, ys, strict=True)]
+        _C.forward(threads, CODES[dtype], CODES[dtype], M, K, *at(x), each, bases)
+
+    ys = [torch.full_like(want[0], math.nan), want[1].clone()]
+    run(1, want, [])
+    for threads in (1, 2, 7):
+        got = [ys[0].clone(), ys[1].clone()]
+        run(threads, got, [at(ws[0]), None])
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("w_is", ["along k", "along n"])

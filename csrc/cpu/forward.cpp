@@ -65,6 +65,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
   for (const Branch& p : branches) {
     works.emplace_back(p, M, K, x.dtype, down, few);
     products += static_cast<double>(p.R) * ((down ? K : 0) + (p.y ? p.N : 0));
+    if (p.base) products += static_cast<double>(p.N) * K;
     drop |= p.dropout.threshold != 0;
     up_few |= p.y && few;
   }
@@ -85,6 +86,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
       w.a_panel = scratch.floats(w.a_packed ? p.R * ldk : 0);
       w.b_panel = scratch.floats(w.b_packed ? p.R * w.ldn : 0);
       w.bias32 = scratch.floats(w.convert_bias ? p.N : 0);
+      if (p.base) p.base->take(scratch, threads);
     }
     tmp = scratch.floats(up_few ? threads * kWidth : 0);
     bits = scratch.bytes(threads * bits_per_thread);
@@ -95,6 +97,10 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
     for (size_t i = 0; i < works.size(); ++i) {
       const Branch& p = branches[i];
       const Work& w = works[i];
+      if (p.base) {
+#pragma omp single nowait
+        p.base->arrange();
+      }
       if (w.convert_bias) {
 #pragma omp single nowait
         k.read(p.bias, 1, p.N, 1.0f, w.bias32, p.N);
@@ -128,11 +134,8 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
             dot_x(p, w, x, ldk, 0, M, k0, std::min(kDepth, K - k0), r0, std::min(kFewRanks, p.R - r0), my_bits);
         }
       }
-#pragma omp barrier
-#pragma omp single
-      for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], 0, M);
     } else if (down) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (i64 t = 0; t < rows.size(); ++t) {
         const i64 m0 = rows.m0(t), n = rows.rows(t);
         i64 k0 = 0;
@@ -144,6 +147,16 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
         } while (k0 < K);
         for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], m0, n);
       }
+    }
+    for (const Branch& p : branches) {
+      if (!p.base) continue;
+#pragma omp for schedule(dynamic, 1) nowait
+      for (i64 t = 0; t < p.base->strips(); ++t) p.base->strip(t);
+    }
+#pragma omp barrier
+    if (down && few) {
+#pragma omp single
+      for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], 0, M);
     }
     for (size_t i = 0; i < works.size(); ++i) {
       const Branch& p = branches[i];

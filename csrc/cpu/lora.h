@@ -1,9 +1,10 @@
 // The layer on a CPU: the base GEMM, and the low-rank half beside a base that is already in y or dx.
 #pragma once
 
+#include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "few.h"
 
 namespace lk::cpu {
 
@@ -24,11 +25,13 @@ struct Branch {
   Tile bias, y;     // forward: [N], [M, N]
   Tile dy, da, db;  // backward: [M, N], [R, K], [N, R]
   Tile h;           // [M, R]
+
+  std::shared_ptr<FewRows> base;  // forward: what writes x w^T to y first; null: it is there already
 };
 
 // For each branch, in one pass over x for all:
 // h = c keep(x) a^T   [M, R], where x is given (else h is read)
-// y += s h b^T + bias [M, N], where y is given; bias may be absent
+// y += s h b^T + bias [M, N], where y is given; bias may be absent. With a base y is x w^T before that
 // h may be absent when x and y are both there.
 void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branches);
 

@@ -1,5 +1,6 @@
 #include "quant.h"
 
+#include "few.h"
 #include "gemm_tasks.h"
 #include "grid.h"
 #include "isa.h"
@@ -72,54 +73,77 @@ void decode_rows(const Gemm& g, const Quantized& w, i64 n0, i64 rows, i64 k0, i6
   }
 }
 
-void few_rows(int threads, i64 M, const Quantized& w, Tile x, Tile y) {
-  const Kernels& k = kernels();
-  threads = team(threads, 2.0 * M * w.N * w.K);
-  const bool direct = has_segments(w);
-  const QuantPairs* const pairs = direct && w.four_bits() && x.dtype == DType::bf16 ? k.quant_bf16 : nullptr;
-  const i64 ldx = round_up(w.K, kQuantPad) / (pairs ? 2 : 1), strips = ceil_div(w.N, kStrip),
-            room = kStrip * segments(w);
-  Scratch scratch;
-  float *X, *parts, *rooms;
-  for (int pass = 0; pass < 2; ++pass) {
-    if (pass) scratch.reserve();
-    X = scratch.floats(M * ldx);
-    parts = scratch.floats(threads * kStrip * M);
-    rooms = scratch.floats(threads * (direct ? room : kQuantRows * w.K));
+class Codes : public FewRows {
+ public:
+  Codes(i64 M, const Quantized& w, Tile x, Tile y)
+      : M_(M),
+        w_(w),
+        x_(x),
+        y_(y),
+        direct_(has_segments(w)),
+        pairs_(direct_ && w.four_bits() && x.dtype == DType::bf16 ? kernels().quant_bf16 : nullptr),
+        ldx_(round_up(w.K, kQuantPad) / (pairs_ ? 2 : 1)),
+        room_(direct_ ? kStrip * segments(w) : kQuantRows * w.K) {}
+
+  void take(Scratch& scratch, int threads) override {
+    X_ = scratch.floats(M_ * ldx_);
+    parts_ = scratch.floats(threads * kStrip * M_);
+    rooms_ = scratch.floats(threads * room_);
   }
-  if (pairs) {
-    pairs->arrange(x, M, w.K, X, ldx);
-  } else {
-    k.read(x, M, w.K, 1.0f, X, ldx);
-    if (direct) k.quant_x(w.format, X, ldx, M, w.K);
+  void arrange() override {
+    if (pairs_) return pairs_->arrange(x_, M_, w_.K, X_, ldx_);
+    kernels().read(x_, M_, w_.K, 1.0f, X_, ldx_);
+    if (direct_) kernels().quant_x(w_.format, X_, ldx_, M_, w_.K);
   }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (i64 t = 0; t < strips; ++t) {
-    const i64 n0 = t * kStrip, n = std::min(kStrip, w.N - n0);
-    float* const out = parts + worker() * kStrip * M;
-    float* const mine = rooms + worker() * (direct ? room : kQuantRows * w.K);
-    const Strip strip = direct ? strip_of(w, n0, n, mine) : Strip{};
-    const QuantRows all = part(w, strip, n0, n);
+  i64 strips() const override { return ceil_div(w_.N, kStrip); }
+  void strip(i64 t) override {
+    const i64 n0 = t * kStrip, n = std::min(kStrip, w_.N - n0);
+    float* const out = parts_ + worker() * kStrip * M_;
+    float* const room = rooms_ + worker() * room_;
+    if (direct_)
+      meet_codes(n0, n, room, out);
+    else
+      meet_decoded(n0, n, room, out);
+    kernels().write_t(out, M_, n, M_, direct_ ? quant_factor(w_.format) : 1.0f, y_.at(0, n0));
+  }
+
+ private:
+  void meet_codes(i64 n0, i64 n, float* room, float* out) const {
+    const auto dot = pairs_ ? pairs_->dot : kernels().quant_dot;
+    const Strip strip = strip_of(w_, n0, n, room);
+    const QuantRows rows = part(w_, strip, n0, n);
+    for (i64 i = 0; i < n; i += kQuantRows) {
+      for (i64 j = 0; j < kQuantRows * strip.lds; j += 16)  // the scales of the rows after the next
+        __builtin_prefetch(strip.scales + (i + 2 * kQuantRows) * strip.lds + j);
+      dot(rows.part(i, kQuantRows), X_, ldx_, M_, out + i * M_, M_);
+    }
+  }
+  void meet_decoded(i64 n0, i64 n, float* room, float* out) const {
     for (i64 i = 0; i < n; i += kQuantRows) {
       const i64 some = std::min(kQuantRows, n - i);
-      if (direct) {
-        for (i64 j = 0; j < kQuantRows * strip.lds; j += 16)  // the scales of the rows after the next
-          __builtin_prefetch(strip.scales + (i + 2 * kQuantRows) * strip.lds + j);
-        (pairs ? pairs->dot : k.quant_dot)(all.part(i, kQuantRows), X, ldx, M, out + i * M, M);
-        continue;
-      }
-      decode_rows(*k.gemm_fp32, w, n0 + i, some, 0, w.K, nullptr, mine);
-      for (i64 k0 = 0; k0 < w.K; k0 += kDepth)
-        k.fp32->dot(Tile{mine, w.K, DType::f32}.at(0, k0), {nullptr, 0}, X + k0, ldx, some, std::min(kDepth, w.K - k0),
-                    M, out + i * M, M, k0 > 0);
+      decode_rows(*kernels().gemm_fp32, w_, n0 + i, some, 0, w_.K, nullptr, room);
+      for (i64 k0 = 0; k0 < w_.K; k0 += kDepth)
+        kernels().fp32->dot(Tile{room, w_.K, DType::f32}.at(0, k0), {nullptr, 0}, X_ + k0, ldx_, some,
+                            std::min(kDepth, w_.K - k0), M_, out + i * M_, M_, k0 > 0);
     }
-    k.write_t(out, M, n, M, direct ? quant_factor(w.format) : 1.0f, y.at(0, n0));
   }
-}
+
+  const i64 M_;
+  const Quantized w_;
+  const Tile x_, y_;
+  const bool direct_;
+  const QuantPairs* const pairs_;
+  const i64 ldx_, room_;  // floats of a row of X, and of a thread for scales or decoded rows
+  float *X_ = nullptr, *parts_ = nullptr, *rooms_ = nullptr;
+};
 
 }  // namespace
 
 bool quantized_few(i64 M, bool transposed) { return M <= kFewRows && !transposed; }
+
+std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y) {
+  return std::make_unique<Codes>(M, w, x, y);
+}
 
 void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, Tile out) {
   const Kernels& k = kernels();
@@ -143,7 +167,7 @@ void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 c
 }
 
 void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y) {
-  if (quantized_few(M, transposed)) return few_rows(threads, M, w, x, y);
+  if (quantized_few(M, transposed)) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y));
   const Gemm& g = *kernels().gemm(x.dtype);
   const i64 N = transposed ? w.K : w.N, K = transposed ? w.N : w.K;
   // some rows of w at a time, decoded in L1

@@ -1,6 +1,8 @@
 // Codes to fp32 in AVX-512.
 #pragma once
 
+#include "quant_chunks.h"
+
 namespace lk::cpu {
 namespace {
 
@@ -32,9 +34,6 @@ struct Q {
   }
 };
 
-constexpr i64 kChunk = 128;   // elements of a register of codes
-constexpr i64 kAhead = 4096;  // bytes
-
 // x in the order of chunks_dot: element 8 l + (s ^ 1) of a chunk at 16 s + l
 inline void chunks_of(float* x, i64 n) {
   for (i64 k = 0; k < n; k += kChunk) {
@@ -61,45 +60,19 @@ inline __m512 chunk_dot(const __m512 (&v)[8], const float* x) {
   return _mm512_add_ps(p, r);
 }
 
-// A scale belongs to 4, 8 or 16 lanes of one chunk, or to several chunks.
 template <int XR>
 inline void chunks_dot(const QuantRows& w, const float* X, i64 ldx, float* out, i64 ldo) {
   constexpr int RW = XR == 1 ? 1 : XR == 2 ? 4 : 2;  // one stream of codes where it is memory that counts
   const __m512 t = _mm512_loadu_ps(w.levels);
-  const bool narrow = w.segment < kChunk && w.segment < w.K;
-  const int per_chunk = narrow ? static_cast<int>(kChunk / w.segment) : 1;  // scales
-  const i64 length = narrow ? kChunk : w.segment, row_scales = (w.K + w.segment - 1) / w.segment;
-  const __m512i lanes =
-      _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), per_chunk == 4   ? 2
-                                                                                                 : per_chunk == 2 ? 3
-                                                                                                                  : 4);
   for (i64 i0 = 0; i0 < w.rows; i0 += RW) {
-    const uint8_t* c[RW];
-    const float* scales[RW];
-    LK_UNROLL for (int i = 0; i < RW; ++i) {
-      const i64 at = i0 + i < w.rows ? i0 + i : i0;
-      c[i] = w.codes + at * w.ldc;
-      scales[i] = w.scales + at * w.lds;
-    }
     reg acc[RW][XR];
     LK_UNROLL for (int i = 0; i < RW; ++i) LK_UNROLL for (int m = 0; m < XR; ++m) acc[i][m] = V::zero();
-    i64 s = 0;
-    for (i64 k0 = 0; k0 < w.K; k0 += length, s += per_chunk) {
-      const i64 end = k0 + length < w.K ? k0 + length : w.K;
-      const __mmask16 some =
-          static_cast<__mmask16>((1u << (row_scales - s < per_chunk ? row_scales - s : per_chunk)) - 1);
-      for (i64 k = k0; k < end; k += kChunk) {
-        const __mmask64 bytes = end - k >= kChunk ? ~__mmask64{0} : (__mmask64{1} << ((end - k) / 2)) - 1;
-        LK_UNROLL for (int i = 0; i < RW; ++i) {
-          _mm_prefetch(reinterpret_cast<const char*>(c[i] + k / 2 + kAhead), _MM_HINT_T1);  // of later rows
-          const __m512 scale = _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(some, scales[i] + s));
-          __m512 v[8];
-          look_up(_mm512_maskz_loadu_epi8(bytes, c[i] + k / 2), t, v);
-          LK_UNROLL for (int m = 0; m < XR; ++m) acc[i][m] =
-              _mm512_fmadd_ps(chunk_dot(v, X + m * ldx + k), scale, acc[i][m]);
-        }
-      }
-    }
+    each_chunk<RW>(w.part(i0, RW), [&](int i, __m512i codes, __m512 scale, i64 k) {
+      __m512 v[8];
+      look_up(codes, t, v);
+      LK_UNROLL for (int m = 0; m < XR; ++m) acc[i][m] =
+          _mm512_fmadd_ps(chunk_dot(v, X + m * ldx + k), scale, acc[i][m]);
+    });
     LK_UNROLL for (int i = 0; i < RW; ++i) {
       float sums[4];
       V::sums(acc[i], XR, sums);

@@ -28,6 +28,7 @@ from lora_kernels.quant import QuantizedWeight
 
 try:
     from lora_kernels import _C
+    from lora_kernels.backends import cpu_gemm, cpu_quant
     from lora_kernels.backends.cpu_gemm import CODES, base_gemm, base_gemm_choices
     from lora_kernels.backends.cpu_quant import quantized_gemm
 except ImportError as error:
@@ -71,8 +72,8 @@ def forward(
     # all that can be done before the base GEMM: it leaves the caches cold, and Python takes ten times as long after it
     common = _common(x, a)
     before, after, _kept = _forward_branch(a, b, bias, h, scale, p, seed)
-    y = quantized_gemm(x, w) if isinstance(w, QuantizedWeight) else base_gemm(x, w)
-    _C.forward(*common, *_address(x), [(*before, *_address(y), *after)])
+    y, base = _base(x, w)
+    _C.forward(*common, *_address(x), [(*before, *_address(y), *after)], [base])
     return y, h
 
 
@@ -109,10 +110,10 @@ def forward_group(
     x = _rows(x)
     hs = [x.new_empty(x.shape[0], q.a.shape[0]) if save else None for q, save in zip(branches, save_h, strict=True)]
     parts = [_forward_branch(q.a, q.b, q.bias, h, q.scale, q.p, q.seed) for q, h in zip(branches, hs, strict=True)]
-    ys = [base_gemm(x, q.w) for q in branches]
+    ys, bases = zip(*[_base(x, q.w) for q in branches], strict=True)
     calls = [(*before, *_address(y), *after) for (before, after, _), y in zip(parts, ys, strict=True)]
-    _C.forward(*_common(x, branches[0].a), *_address(x), calls)
-    return ys, hs
+    _C.forward(*_common(x, branches[0].a), *_address(x), calls, bases)
+    return list(ys), hs
 
 
 def backward_group(
@@ -139,6 +140,14 @@ def backward_group(
             dx = base_gemm(dy, q.w.t(), dx)
     _C.backward(*_common(dys[0], branches[0].a), *_address(x), *_address(dx), [branch for branch, _ in parts])
     return dx, das, dbs
+
+
+def _base(x: Tensor, w: Tensor | QuantizedWeight) -> tuple[Tensor, tuple[int, ...] | None]:
+    """(y, what _C.forward needs to write x wᵀ to it), or (x wᵀ, None)."""
+    few = cpu_quant.few_rows(x, w) if isinstance(w, QuantizedWeight) else cpu_gemm.few_rows(x, w)
+    if few is not None:
+        return x.new_empty(x.shape[0], w.shape[0]), few
+    return (quantized_gemm(x, w) if isinstance(w, QuantizedWeight) else base_gemm(x, w)), None
 
 
 def _common(rows: Tensor, a: Tensor) -> tuple[int, int, int, int, int]:

@@ -34,11 +34,20 @@ _choices: dict[Key, str] = {}
 
 def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """x wᵀ [M,N], fresh and contiguous, or added to `out`; x [M,K] with unit last stride, w [N,K] of any strides."""
-    M, N, K = x.shape[0], *w.shape
-    if not (M * N * K and (has_own(x.dtype) or (out is None and _C.gemm_few(M, w.stride(1))))):
-        return _torch(x, w, out)
-    kind = _KINDS[x.dtype]
-    return _GEMMS[chosen(_GEMMS, _MARGIN, kind, M, N * K, w.stride(1) != 1, x, w)](x, w, out)
+    served = w.numel() and x.shape[0] and (has_own(x.dtype) or (out is None and _C.gemm_few(x.shape[0], w.stride(1))))
+    return _GEMMS[_choice(x, w)](x, w, out) if served else _torch(x, w, out)
+
+
+def few_rows(x: Tensor, w: Tensor) -> tuple[int, int] | None:
+    """What `_C.forward` takes to compute x wᵀ itself, in the launch that does the rest: where x has few rows, w's own
+    lie along K, and our GEMM is the faster."""
+    M = x.shape[0]
+    served = M and w.numel() and _C.gemm_few(M, w.stride(1)) and _choice(x, w) == "own"
+    return (w.data_ptr(), w.stride(0)) if served else None
+
+
+def _choice(x: Tensor, w: Tensor) -> str:
+    return chosen(_GEMMS, _MARGIN, _KINDS[x.dtype], x.shape[0], w.numel(), w.stride(1) != 1, x, w)
 
 
 def has_own(dtype: torch.dtype) -> bool:

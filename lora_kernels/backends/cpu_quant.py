@@ -41,6 +41,12 @@ def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> T
     return y
 
 
+def few_rows(x: Tensor, w: QuantizedWeight) -> tuple[int, ...] | None:
+    """What `_C.forward` takes to compute x Wᵀ itself, in the launch that does the rest: where x has few rows."""
+    M, (N, K) = x.shape[0], w.shape
+    return _operand(w) if M * N * K and _C.quantized_few(M, False) else None
+
+
 def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tensor) -> Tensor:
     """W[n0:n1, k0:k1] in `out`'s dtype, written to the beginning of `out`, which has room for it; k0 and k1 even."""
     rows, cols = n1 - n0, k1 - k0
