@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lora_kernels import check
 
+_PLAIN = (Tensor, nn.Parameter)
 _AUTOCAST = (torch.float32, *check.HALVES)
 
 
@@ -17,13 +19,41 @@ def as_autocast_asks(
     x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
 ) -> tuple[bool, Tensor, Tensor | None, Tensor, Tensor]:
     """(whether there is autocast, x, bias, a, b): in its dtype, but fp32 a and b as they are, and fp64 x."""
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    device = device_type(x)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and x.dtype in _AUTOCAST:
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         a, b = (t.to(dtype) if t.dtype in check.HALVES else t for t in (a, b))
     return autocast, x, bias, a, b
+
+
+def device_type(t: Tensor) -> str:
+    """``t.device.type``, which builds its string anew each time."""
+    return "cpu" if t.is_cpu else t.device.type
+
+
+def watched(*operands: Tensor) -> bool:
+    """Whether a call has to be seen as the operator that it is: by a compiler, a tracer, a profiler, a mode
+    (checkpointing policies and FLOP counters are modes), functorch, forward-mode AD, or by a subclass of Tensor or a
+    device that has its own way with it. Else the operator's kernel can be called itself: its dispatch takes a third as
+    long as all else that Python does for a call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or not all([type(t) in _PLAIN and (t.is_cpu or t.is_cuda) and not t.is_neg() for t in operands])
+    )
+
+
+def no_graph() -> AbstractContextManager[object]:
+    """For a backward: mostly gradients are not recorded in it, and entering torch.no_grad takes its time."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def no_autocast(device: str) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import check, dispatch, quant
-from lora_kernels.autograd import as_autocast_asks, no_autocast, refuse_double_backward
+from lora_kernels.autograd import as_autocast_asks, device_type, no_autocast, no_graph, refuse_double_backward, watched
 from lora_kernels.backends import Call
 from lora_kernels.quant import QuantizedWeight
 
@@ -95,10 +95,18 @@ def lora_linear(
     if autocast:
         with torch.autocast(x.device.type, enabled=False):
             y = LoRALinearFunction.apply(*operands, *parts)
-    elif torch.is_grad_enabled():
+    elif watched(rows, w, lora_a, lora_b):
+        recorded = torch.is_grad_enabled()
+        y = LoRALinearFunction.apply(*operands, *parts) if recorded else _forward(*operands, False, *_last(*parts))[0]
+    elif torch.is_grad_enabled() and (
+        rows.requires_grad
+        or lora_a.requires_grad
+        or lora_b.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
         y = LoRALinearFunction.apply(*operands, *parts)
     else:
-        y, _ = _forward(*operands, False, *_last(*parts))
+        y, _ = _serve(rows, weight, *operands[2:], False)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -145,7 +153,7 @@ class LoRALinearFunction(torch.autograd.Function):
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
         # Under autocast w comes in its own dtype and is converted here and again in the backward, so that no copy of it
         # is saved.
-        cast = w.to(x.dtype) if w_format == "dense" else w
+        cast = w.to(x.dtype) if w_format == "dense" and w.dtype != x.dtype else w
         last = _last(w_format, w_blocksize, *w_scales)
         y, h = _forward(x, cast, a, b, bias, scale, p, seed, backend, need_db, *last)
         ctx.save_for_backward(x if need_da else None, w, a, b, h if need_db else None, seed, *w_scales)
@@ -159,7 +167,7 @@ class LoRALinearFunction(torch.autograd.Function):
         x, w, a, b, h, seed, *w_scales = ctx.saved_tensors
         need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
         dx = da = db = dbias = None
-        with torch.no_grad(), no_autocast(dy.device.type):
+        with no_graph(), no_autocast(device_type(dy)):
             dy = dy.to(ctx.dtype)
             if need_dx or need_da or need_db:
                 w = w.to(ctx.dtype) if ctx.w_format == "dense" else w
@@ -180,6 +188,24 @@ def _last(
     return () if w_format == "dense" else (list(w_scales), w_format, w_blocksize)
 
 
+def _serve(
+    x: Tensor,
+    w: Tensor | QuantizedWeight,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    backend: str | None,
+    save_h: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, h) of the back-end that serves the call."""
+    serving = dispatch.pick(call_of("forward", x, w, a, b, x.shape[0], p), backend)
+    y, h = serving.forward(x, w, a, b, bias, scale, p, seed, save_h)
+    return y, h
+
+
 def _run_forward(
     x: Tensor,
     w: Tensor,
@@ -196,8 +222,7 @@ def _run_forward(
     w_blocksize: int = 0,
 ) -> tuple[Tensor, Tensor]:
     weight = w if w_scales is None else quant.assemble(w, w_scales, w_format, w_blocksize, x.dtype)
-    call = call_of("forward", x, weight, a, b, x.shape[0], p)
-    y, h = dispatch.pick(call, backend).forward(x, weight, a, b, bias, scale, p, seed, save_h)
+    y, h = _serve(x, weight, a, b, bias, scale, p, seed, backend, save_h)
     return y, or_empty(h, x)
 
 

@@ -22,8 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from lora_kernels import check
-from lora_kernels.autograd import no_autocast
-from lora_kernels.peft_linear import Fused, autocast_of, has_hooks
+from lora_kernels.autograd import device_type, no_autocast
+from lora_kernels.peft_linear import Fused, as_dtype, autocast_of, has_hooks, part, tensor
 from lora_kernels.quant import DTYPES, QuantizedWeight, from_bnb
 from lora_kernels.quant_module import quantized_linear
 
@@ -45,19 +45,17 @@ class _Stored:
         """Of the layer, Linear4bit or Linear8bitLt."""
         weight = base._parameters["weight"]
         state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
+        packed = False
         if state is not None:
-            scales = state.absmax
+            scales, packed = state.absmax, getattr(state, "packing_format_for_cpu", False)
         elif (scales := getattr(weight, "SCB", None)) is None:  # a Linear8bitLt moves it there in its first forward
             scales = getattr(getattr(base, "state", None), "SCB", None)
         at = self._at[0]
         if not torch.compiler.is_compiling():  # which knows no addresses: there the parameter itself has to do
             with torch._C.DisableTorchFunctionSubclass():  # a Params4bit's would cost microseconds
                 at = weight.data_ptr()
-        packed = getattr(state, "packing_format_for_cpu", False)
-        if (
-            any(new is not old for new, old in zip((weight, state, scales), self._of, strict=True))
-            or (at, packed) != self._at
-        ):
+        of = self._of
+        if weight is not of[0] or state is not of[1] or scales is not of[2] or (at, packed) != self._at:
             try:
                 self._found = from_bnb(base)
             except (TypeError, ValueError) as error:
@@ -77,16 +75,15 @@ class _FusedBnb(Fused):
     kind: ClassVar[type[Any]]
     _stored: _Stored
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def merge(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's."""
-        if self.merged:
-            self._stored.clear()  # of what merging has replaced
-        return super().forward(x, *args, **kwargs)
+        super().merge(*args, **kwargs)
+        self._stored.clear()  # of what merging has replaced
 
     @classmethod
     def base_reason(cls, layer: Any) -> str | None:
         """As said there; a base that bitsandbytes has not quantised yet is one reason."""
-        base = layer.base_layer
+        base = layer._modules["base_layer"]
         if isinstance(base, BaseTunerLayer):
             return "its base is another tuner's layer"
         if type(base).forward is not cls.kind.forward:
@@ -99,7 +96,7 @@ class _FusedBnb(Fused):
     @staticmethod
     def _found(layer: Any) -> QuantizedWeight | str:
         stored = layer.__dict__.get("_stored")
-        return (_Stored() if stored is None else stored).of(layer.base_layer)
+        return (_Stored() if stored is None else stored).of(layer._modules["base_layer"])
 
     @staticmethod
     def adapter_reason(layer: Any, name: str) -> str | None:
@@ -125,7 +122,7 @@ class _FusedBnb(Fused):
             return found
         inner, _ = found
         for name in names:
-            dtype = self.lora_A[name].weight.dtype
+            dtype = tensor(part(self, "lora_A", name), "weight").dtype
             if dtype not in (inner, torch.float32) and not (dtype in check.HALVES and inner == torch.float32):
                 return f"adapter {name!r} is {dtype} beside {inner}"
             if dtype != x.dtype and not self.cast_input_dtype_enabled and autocast_of(x) is None:
@@ -138,13 +135,13 @@ class _FusedBnb(Fused):
         """As said there; A and B of 16 bits in fp32 where that is `dtype`."""
         weight, a, b, scale, bias, p = super().operands(*names, dtype=dtype)
         if dtype == torch.float32:
-            a, b = a.to(dtype), b.to(dtype)
+            a, b = as_dtype(a, dtype), as_dtype(b, dtype)
         return weight, a, b, scale, bias, p
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         inner, outer = self._served(x)
-        with no_autocast(x.device.type):
-            return super()._fused(x.to(inner), names).to(outer)
+        with no_autocast(device_type(x)):
+            return as_dtype(super()._fused(as_dtype(x, inner), names), outer)
 
     def _base(self, x: Tensor) -> Tensor:
         inner, outer = self._served(x)
@@ -177,24 +174,24 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
         return f", {getattr(_FusedBnb._found(layer), 'format', '')} in {str(dtype).removeprefix('torch.')}"
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
-        base = self.base_layer
-        inner = base.compute_dtype or x.dtype
-        if not base.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
-            inner = x.dtype  # what bitsandbytes makes compute_dtype at the first call
-        if x.dtype not in DTYPES or inner not in DTYPES:
-            return f"x is {x.dtype}, compute_dtype {inner}"
+        base, dtype = self._modules["base_layer"], x.dtype
+        inner = base.compute_dtype or dtype
+        if not base.compute_type_is_set and dtype in (torch.float32, torch.bfloat16):
+            inner = dtype  # what bitsandbytes makes compute_dtype at the first call
+        if dtype not in DTYPES or inner not in DTYPES:
+            return f"x is {dtype}, compute_dtype {inner}"
         autocast = autocast_of(x)
         if autocast is None:
-            if inner not in (x.dtype, torch.float32):
-                return f"x is {x.dtype}, compute_dtype {inner}, and there is no autocast: the adapter has all bits of x"
-            return inner, x.dtype
+            if inner not in (dtype, torch.float32):
+                return f"x is {dtype}, compute_dtype {inner}, and there is no autocast: the adapter has all bits of x"
+            return inner, dtype
         if inner not in (autocast, torch.float32):
             return f"compute_dtype is {inner}, autocast asks for {autocast}"
-        return inner, torch.promote_types(x.dtype, autocast)
+        return inner, torch.promote_types(dtype, autocast)
 
     def _served(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         found = super()._served(x)
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         if not base.compute_type_is_set:  # the call is served, so bitsandbytes will not come to it
             base.set_compute_type(x)
             base.compute_type_is_set = True

@@ -77,7 +77,7 @@ class SharedInput:
         if reason := self._why_not(x):
             self.passed_over[reason] += 1
             return None
-        names = [_active(member)[0] for member in self.layers]
+        names = [member.active()[0] for member in self.layers]
         ys = lora_linear_group(
             x,
             [Layer(*member.operands(name)) for member, name in zip(self.layers, names, strict=True)],
@@ -93,10 +93,10 @@ class SharedInput:
         for name, member in zip(self.names, self.layers, strict=True):
             if (reason := member.why_not_now(x)) is not None:
                 return f"{name}: {reason or 'no adapter is to be computed'}"
-            active = _active(member)
+            active = member.active()
             if len(active) > 1 or active[0] in member.lora_variant:
                 return f"{name}: several adapters, or DoRA"
-        if len({member.lora_A[_active(member)[0]].weight.dtype for member in self.layers}) > 1:
+        if len({member.lora_A[member.active()[0]].weight.dtype for member in self.layers}) > 1:
             return "adapters of several dtypes"
         return None
 
@@ -127,10 +127,6 @@ def group(model: nn.Module, kind: type[nn.Module], families: Sequence[Sequence[s
             count += 1
             groups[path if count == 1 else f"{path} ({count})"] = SharedInput(parent, names)
     return groups
-
-
-def _active(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _version(x: Tensor) -> int | None:

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lora_kernels import check
+from lora_kernels.autograd import device_type
 from lora_kernels.dora import dora_linear
 from lora_kernels.ops import lora_linear
 from lora_kernels.peft_groups import SharedInput
@@ -71,22 +72,30 @@ class Fused:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: `x` [..., in_features], and optionally ``adapter_names``, one for each of x's first dimension."""
         if self._group is not None and not args and not kwargs and (y := self._group.take(self, x)) is not None:
-            if not torch.compiler.is_compiling():
-                self.fused_calls += 1
+            self._count(None)
             return y
-        names = kwargs.get("adapter_names")
+        names = kwargs.get("adapter_names") if kwargs else None
         reason = self.why_not_now(x, args, kwargs, names)
-        if not torch.compiler.is_compiling():
-            if reason is None:
-                self.fused_calls += 1
-            elif reason:
-                self.passed_over[reason] += 1
+        self._count(reason)
         if reason is not None:
             return self.plain.forward(self, x, *args, **kwargs)
         if names is None:
-            return self._fused(x, [name for name in self.active_adapters if name in self.lora_A])
+            return self._fused(x, self.active())
         self._check_forward_args(x, adapter_names=names)
         return self._fused_by_sample(x, names)
+
+    def _count(self, reason: str | None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if reason is None:
+            self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute costs microseconds
+        elif reason:
+            self.passed_over[reason] += 1
+
+    def active(self) -> list[str]:
+        """The active adapters that this layer has."""
+        adapters = self._modules["lora_A"]._modules
+        return [name for name in self.active_adapters if name in adapters]
 
     def _get_name(self) -> str:
         return self.plain.__name__  # PEFT's repr, which begins with lora.Linear
@@ -105,11 +114,11 @@ class Fused:
         """None where the fused path serves the call; "" where no adapter is to be computed; else the reason."""
         if self.disable_adapters or self.merged:
             return "" if names is None else "adapter_names beside disabled or merged adapters"
-        if args or any(key != "adapter_names" and key not in _IGNORED for key in kwargs):
+        if args or (kwargs and any(key != "adapter_names" and key not in _IGNORED for key in kwargs)):
             return "further arguments for the base layer"
         if reason := self.base_reason(self):
             return reason
-        active = [name for name in (self.active_adapters if names is None else set(names)) if name in self.lora_A]
+        active = self.active() if names is None else [name for name in set(names) if name in self.lora_A]
         if not active:
             return ""
         if (len(active) > 1 or names is not None) and any(name in self.lora_variant for name in active):
@@ -132,10 +141,10 @@ class Fused:
     @staticmethod
     def adapter_reason(layer: Any, name: str) -> str | None:
         """Why adapter `name` of `layer`, fused or not yet, cannot be fused; None where it can."""
-        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if type(a) is not nn.Linear or type(b) is not nn.Linear or a.bias is not None:
+        a, b, dropout = part(layer, "lora_A", name), part(layer, "lora_B", name), part(layer, "lora_dropout", name)
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or tensor(a, "bias") is not None:
             return f"adapter {name!r} consists of a {type(a).__name__} and a {type(b).__name__}"
-        for weight in (a.weight, b.weight):
+        for weight in (tensor(a, "weight"), tensor(b, "weight")):
             if type(weight) not in (nn.Parameter, Tensor):
                 return f"adapter {name!r} has a {type(weight).__name__}"
         if has_hooks(a) or has_hooks(b):
@@ -157,27 +166,30 @@ class Fused:
     ) -> tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]:
         """(weight, lora_a, lora_b, scale, bias, dropout_p) of the base with one adapter, or with several that have no
         dropout: those are one of their ranks' sum. The bias in `dtype`, or the weight's."""
-        weight, bias = self._weight(), self.base_layer.bias
+        weight, bias, scaling = self._weight(), tensor(self._modules["base_layer"], "bias"), self.scaling
+        a, b = ([tensor(part(self, half, name), "weight") for name in names] for half in ("lora_A", "lora_B"))
         for name in names:
-            if (own := self.lora_B[name].bias) is not None:
-                term = own * self.scaling[name]
+            if (own := tensor(part(self, "lora_B", name), "bias")) is not None:
+                term = own * scaling[name]
                 bias = term if bias is None else bias + term
         if bias is not None:
-            bias = bias.to(dtype or weight.dtype)
+            bias = as_dtype(bias, dtype or weight.dtype)
+        p = _rate(part(self, "lora_dropout", names[0]))
         if len(names) == 1:
-            a, b, scale = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight, self.scaling[names[0]]
-        else:
-            a = torch.cat([self.lora_A[name].weight for name in names])
-            b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], 1)
-            scale = 1.0
-        return weight, a, b, scale, bias, _rate(self.lora_dropout[names[0]])
+            return weight, a[0], b[0], scaling[names[0]], bias, p
+        scaled = [each * scaling[name] for each, name in zip(b, names, strict=True)]
+        return weight, torch.cat(a), torch.cat(scaled, 1), 1.0, bias, p
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        together = names if {_rate(self.lora_dropout[name]) for name in names} == {0.0} else names[:1]
+        together = names
+        if len(names) > 1 and any(_rate(part(self, "lora_dropout", name)) for name in names):
+            together = names[:1]
         weight, a, b, scale, bias, p = self.operands(*together, dtype=x.dtype)
         y = lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
+        if together is names:
+            return y
         dtype = y.dtype
-        for name in names[len(together) :]:  # each with a mask of its own
+        for name in names[1:]:  # each with a mask of its own
             low = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
             y = y + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](low))) * self.scaling[name]
         return y.to(dtype)
@@ -210,7 +222,7 @@ class FusedLinear(Fused, peft_layer.Linear):
     @staticmethod
     def base_reason(layer: Any) -> str | None:
         """As said there."""
-        base = layer.base_layer
+        base = layer._modules["base_layer"]
         if isinstance(base, BaseTunerLayer):
             return "its base is another tuner's layer"
         if type(base).forward is nn.Linear.forward:
@@ -218,7 +230,7 @@ class FusedLinear(Fused, peft_layer.Linear):
                 return "fan_in_fan_out over an nn.Linear"
         elif not layer.is_target_conv_1d_layer:
             return f"its base is a {type(base).__name__} with a forward of its own"
-        weight = base.weight
+        weight = tensor(base, "weight")
         if type(weight) not in (nn.Parameter, Tensor):
             return f"its base weight is a {type(weight).__name__}"
         if weight.requires_grad:
@@ -238,20 +250,23 @@ class FusedLinear(Fused, peft_layer.Linear):
         return Fused.adapter_reason(layer, name)
 
     def _dtype_reason(self, x: Tensor, names: list[str]) -> str | None:
-        weight, autocast = self.base_layer.weight, autocast_of(x)
-        if x.dtype not in check.DTYPES or (x.dtype != weight.dtype and not autocast):
-            return f"x is {x.dtype}, the base weight {weight.dtype}"
+        given, autocast = x.dtype, autocast_of(x)
+        weight = tensor(self._modules["base_layer"], "weight").dtype
+        if given not in check.DTYPES or (given != weight and not autocast):
+            return f"x is {given}, the base weight {weight}"
         for name in names:
-            dtype = self.lora_A[name].weight.dtype
-            if dtype not in (x.dtype, torch.float32) and not (autocast and dtype in check.HALVES):
-                return f"adapter {name!r} is {dtype} beside {x.dtype}"
-            if dtype != x.dtype and not (self.cast_input_dtype_enabled and x.dtype in check.HALVES) and not autocast:
-                return f"adapter {name!r} is {dtype} beside {x.dtype}, and x may not be converted"
+            dtype = tensor(part(self, "lora_A", name), "weight").dtype
+            if dtype == given:
+                continue
+            if dtype != torch.float32 and not (autocast and dtype in check.HALVES):
+                return f"adapter {name!r} is {dtype} beside {given}"
+            if not (self.cast_input_dtype_enabled and given in check.HALVES) and not autocast:
+                return f"adapter {name!r} is {dtype} beside {given}, and x may not be converted"
         return None
 
     def _weight(self) -> Tensor:
-        base: Any = self.base_layer
-        return base.weight.t() if self.fan_in_fan_out else base.weight
+        weight: Tensor = tensor(self._modules["base_layer"], "weight")
+        return weight.t() if self.fan_in_fan_out else weight
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         return self._fused_dora(x, names[0]) if names[0] in self.lora_variant else super()._fused(x, names)
@@ -275,9 +290,33 @@ class FusedLinear(Fused, peft_layer.Linear):
 
 def autocast_of(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of x, where it is enabled and asks any: it leaves fp64 as it is."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    device = device_type(x)
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(device)
+
+
+# The way of every call goes past nn.Module's attribute look-up, a microsecond for each submodule and parameter.
+
+
+def part(layer: nn.Module, half: str, name: str) -> Any:
+    """``layer.lora_A[name]``, or another of its dictionaries of modules."""
+    adapters: Any = layer._modules[half]
+    return adapters._modules[name]
+
+
+def tensor(module: Any, name: str) -> Any:
+    """``module.weight``, or another parameter or None in its place. It is an attribute of another kind where the module
+    is a replica of DataParallel or parametrised."""
+    try:
+        return module._parameters[name]
+    except KeyError:
+        return getattr(module, name)
+
+
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, which takes a microsecond where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def has_hooks(module: nn.Module) -> bool:
