@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels import check, ops, random
-from lora_kernels.autograd import as_autocast_asks, no_autocast, refuse_double_backward
+from lora_kernels.autograd import as_autocast_asks, no_autocast, no_graph, refuse_double_backward
 
 _WEIGHT_ROWS = 512
 """Rows of a 16-bit W converted to fp32 at a time."""
@@ -121,7 +121,7 @@ class DoRALinearFunction(torch.autograd.Function):
         """dx, da, db, dd and dbias: of these only what is asked."""
         x, w, a, b, d, h, z, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        with torch.no_grad(), no_autocast(dy.device.type):
+        with no_graph(), no_autocast(dy.device.type):
             dy = dy.to(ctx.dtype)
             run = _backward_dropout if ctx.p > 0 else _backward
             gradients = run(
@@ -147,7 +147,7 @@ def _forward(
     backend: str | None,
     save_h: bool,
     save_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """(y, h, z or u). What is not to be saved is worked on in place."""
     w = w.to(x.dtype)  # under autocast; here and again in the backward, so that no copy of it is saved
     if p == 0:
@@ -180,6 +180,7 @@ def _backward_dropout(dy, x, w, a, b, d, h, u, scale, p, seed, backend, need_dx,
         if need_dd:  # Σₘ dy ⊙ (u + s·h Bᵀ), and s·dyᵀ h is the operator's db
             dd = torch.add((low * b).sum(1, dtype=d.dtype), _column_dot(dy, u), alpha=random.rescale(p)).to(d.dtype)
         if need_db:
+            assert low is not None
             db = _scaled_rows(low, d)
     if need_dx:
         assert dx is not None
@@ -213,6 +214,7 @@ def _keep(x: Tensor, p: float, seed: Tensor, backend: str | None) -> Tensor:
     (M, K), N = x.shape, 8
     dy, w, a, b = x.new_ones(M, N), x.new_zeros(N, K), x.new_ones(1, K), x.new_ones(N, 1)
     dx, _, _ = ops._backward(dy, None, w, a, b, None, 1 / N, p, seed, backend, True, False, False)
+    assert dx is not None
     return dx.sign_()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import check, dispatch, ops
-from lora_kernels.autograd import as_autocast_asks, no_autocast, refuse_double_backward
+from lora_kernels.autograd import as_autocast_asks, no_autocast, no_graph, refuse_double_backward
 from lora_kernels.backends import Branch
 
 _LAYERS = "Tensor[] w, Tensor[] a, Tensor[] b, "
@@ -102,7 +102,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             return [column[i] for i in asked]
 
         device = w[0].device.type
-        with torch.no_grad(), no_autocast(device):
+        with no_graph(), no_autocast(device):
             cast = {i: dy.to(ctx.dtype) for i, dy in enumerate(dys) if dy is not None}
             asked = [i for i in cast if need_dx or ctx.need_da[i] or ctx.need_db[i]]
             if asked:

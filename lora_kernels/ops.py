@@ -3,19 +3,30 @@
     door (checks, autocast, flatten) → LoRALinearFunction → torch.ops.lora_kernels.{forward, backward}
     → dispatch.pick → a back-end
 
-The operators are opaque to ``torch.compile`` and take no part in autograd themselves; the Function does.
+The operators are opaque to ``torch.compile`` and take no part in autograd themselves; the Function does. Either is left
+out of a call that has no use for it: the Function where no gradient is wanted, an operator where nobody would see it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_kernels import check, dispatch, quant
-from lora_kernels.autograd import as_autocast_asks, device_type, no_autocast, no_graph, refuse_double_backward, watched
+from lora_kernels.autograd import (
+    as_autocast_asks,
+    as_dtype,
+    device_type,
+    no_autocast,
+    no_graph,
+    refuse_double_backward,
+    watched,
+)
 from lora_kernels.backends import Call
 from lora_kernels.quant import QuantizedWeight
 
@@ -91,22 +102,14 @@ def lora_linear(
     seed = check.seed(seed, x.device) if dropout_p > 0 else None
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    operands = (rows, w, lora_a, lora_b, bias, scale, dropout_p, seed, backend)
+    rest = (lora_a, lora_b, bias, scale, dropout_p, seed, backend)
     if autocast:
         with torch.autocast(x.device.type, enabled=False):
-            y = LoRALinearFunction.apply(*operands, *parts)
-    elif watched(rows, w, lora_a, lora_b):
-        recorded = torch.is_grad_enabled()
-        y = LoRALinearFunction.apply(*operands, *parts) if recorded else _forward(*operands, False, *_last(*parts))[0]
-    elif torch.is_grad_enabled() and (
-        rows.requires_grad
-        or lora_a.requires_grad
-        or lora_b.requires_grad
-        or (bias is not None and bias.requires_grad)
-    ):
-        y = LoRALinearFunction.apply(*operands, *parts)
+            y = LoRALinearFunction.apply(rows, w, *rest, *parts)
+    elif torch.is_grad_enabled() and _recorded(rows, lora_a, lora_b, bias):
+        y = LoRALinearFunction.apply(rows, w, *rest, *parts)
     else:
-        y, _ = _serve(rows, weight, *operands[2:], False)
+        y, _ = _forward(rows, weight, *rest, False)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -153,9 +156,8 @@ class LoRALinearFunction(torch.autograd.Function):
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
         # Under autocast w comes in its own dtype and is converted here and again in the backward, so that no copy of it
         # is saved.
-        cast = w.to(x.dtype) if w_format == "dense" and w.dtype != x.dtype else w
-        last = _last(w_format, w_blocksize, *w_scales)
-        y, h = _forward(x, cast, a, b, bias, scale, p, seed, backend, need_db, *last)
+        weight = _whole(w, w_scales, w_format, w_blocksize, x.dtype)
+        y, h = _forward(x, weight, a, b, bias, scale, p, seed, backend, need_db)
         ctx.save_for_backward(x if need_da else None, w, a, b, h if need_db else None, seed, *w_scales)
         ctx.dtype, ctx.w_format, ctx.w_blocksize = x.dtype, w_format, w_blocksize
         ctx.scale, ctx.p, ctx.backend = scale, p, backend
@@ -168,12 +170,11 @@ class LoRALinearFunction(torch.autograd.Function):
         need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
         dx = da = db = dbias = None
         with no_graph(), no_autocast(device_type(dy)):
-            dy = dy.to(ctx.dtype)
+            dy = as_dtype(dy, ctx.dtype)
             if need_dx or need_da or need_db:
-                w = w.to(ctx.dtype) if ctx.w_format == "dense" else w
-                last = _last(ctx.w_format, ctx.w_blocksize, *w_scales)
+                weight = _whole(w, w_scales, ctx.w_format, ctx.w_blocksize, ctx.dtype)
                 dx, da, db = _backward(
-                    dy, x, w, a, b, h, ctx.scale, ctx.p, seed, ctx.backend, need_dx, need_da, need_db, *last
+                    dy, x, weight, a, b, h, ctx.scale, ctx.p, seed, ctx.backend, need_dx, need_da, need_db
                 )
             if need_dbias:
                 dbias = dy.sum(0)
@@ -181,14 +182,32 @@ class LoRALinearFunction(torch.autograd.Function):
         return *refuse_double_backward("lora_linear", grads), *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
-def _last(
-    w_format: str = "dense", w_blocksize: int = 0, *w_scales: Tensor
-) -> tuple[()] | tuple[list[Tensor], str, int]:
+def _whole(
+    w: Tensor, w_scales: Sequence[Tensor] | None, w_format: str, w_blocksize: int, dtype: torch.dtype
+) -> Tensor | QuantizedWeight:
+    """The weight of a Function's or an operator's arguments, in `dtype`."""
+    if w_format == "dense":
+        return as_dtype(w, dtype)
+    return quant.assemble(w, w_scales or (), w_format, w_blocksize, dtype)
+
+
+def _last(w: Tensor | QuantizedWeight) -> tuple[()] | tuple[list[Tensor], str, int]:
     """The operators' last arguments, which a dense weight leaves out."""
-    return () if w_format == "dense" else (list(w_scales), w_format, w_blocksize)
+    return (list(w.tensors[1:]), w.format, w.blocksize) if isinstance(w, QuantizedWeight) else ()
 
 
-def _serve(
+def _recorded(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd has any use for the Function: for a gradient, or to refuse forward-mode AD."""
+    return (
+        x.requires_grad
+        or a.requires_grad
+        or b.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or forward_ad._current_level >= 0
+    )
+
+
+def _forward(
     x: Tensor,
     w: Tensor | QuantizedWeight,
     a: Tensor,
@@ -200,10 +219,46 @@ def _serve(
     backend: str | None,
     save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, h) of the back-end that serves the call."""
-    serving = dispatch.pick(call_of("forward", x, w, a, b, x.shape[0], p), backend)
-    y, h = serving.forward(x, w, a, b, bias, scale, p, seed, save_h)
+    """(y, h) of the back-end that serves the call, through the operator where that is watched. h is of no use unless
+    `save_h`."""
+    codes = w.codes if isinstance(w, QuantizedWeight) else w
+    if watched(x, codes, a, b, bias):
+        y, h = _forward_op(x, codes, a, b, bias, scale, p, seed, backend, save_h, *_last(w))
+    else:
+        y, h = _serving("forward", x, w, a, b, p, backend).forward(x, w, a, b, bias, scale, p, seed, save_h)
     return y, h
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | QuantizedWeight,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    backend: str | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, da, db) likewise."""
+    codes = w.codes if isinstance(w, QuantizedWeight) else w
+    needs = (need_dx, need_da, need_db)
+    if watched(dy, codes, a, b, x):
+        dx, da, db = _backward_op(dy, x, codes, a, b, h, scale, p, seed, backend, *needs, *_last(w))
+    else:
+        serving = _serving("backward", dy, w, a, b, p, backend)
+        dx, da, db = serving.backward(dy, x, w, a, b, h, scale, p, seed, *needs)
+    return dx, da, db
+
+
+def _serving(
+    op: str, rows: Tensor, w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, p: float, backend: str | None
+) -> ModuleType:
+    return dispatch.pick(call_of(op, rows, w, a, b, rows.shape[0], p), backend)
 
 
 def _run_forward(
@@ -221,8 +276,8 @@ def _run_forward(
     w_format: str = "dense",
     w_blocksize: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    weight = w if w_scales is None else quant.assemble(w, w_scales, w_format, w_blocksize, x.dtype)
-    y, h = _serve(x, weight, a, b, bias, scale, p, seed, backend, save_h)
+    weight = _whole(w, w_scales, w_format, w_blocksize, x.dtype)
+    y, h = _serving("forward", x, weight, a, b, p, backend).forward(x, weight, a, b, bias, scale, p, seed, save_h)
     return y, or_empty(h, x)
 
 
@@ -244,9 +299,8 @@ def _run_backward(
     w_format: str = "dense",
     w_blocksize: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight = w if w_scales is None else quant.assemble(w, w_scales, w_format, w_blocksize, dy.dtype)
-    call = call_of("backward", dy, weight, a, b, dy.shape[0], p)
-    serving = dispatch.pick(call, backend)
+    weight = _whole(w, w_scales, w_format, w_blocksize, dy.dtype)
+    serving = _serving("backward", dy, weight, a, b, p, backend)
     dx, da, db = serving.backward(dy, x, weight, a, b, h, scale, p, seed, need_dx, need_da, need_db)
     return or_empty(dx, dy), or_empty(da, a), or_empty(db, b)
 
@@ -268,8 +322,8 @@ def _fake_backward(  # type: ignore
 for _name, _run, _fake in (("forward", _run_forward, _fake_forward), ("backward", _run_backward, _fake_backward)):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=_library)
-_forward = torch.ops.lora_kernels.forward.default
-_backward = torch.ops.lora_kernels.backward.default
+_forward_op = torch.ops.lora_kernels.forward.default
+_backward_op = torch.ops.lora_kernels.backward.default
 
 
 def call_of(op: str, rows: Tensor, w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, M: int, p: float) -> Call:

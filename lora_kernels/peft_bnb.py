@@ -22,8 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from lora_kernels import check
-from lora_kernels.autograd import device_type, no_autocast
-from lora_kernels.peft_linear import Fused, as_dtype, autocast_of, has_hooks, part, tensor
+from lora_kernels.autograd import as_dtype, device_type, no_autocast
+from lora_kernels.peft_linear import Fused, autocast_of, has_hooks, part, tensor
 from lora_kernels.quant import DTYPES, QuantizedWeight, from_bnb
 from lora_kernels.quant_module import quantized_linear
 
@@ -39,7 +39,8 @@ class _Stored:
         """Forget, and hold nothing."""
         self._of: tuple[Any, ...] = (None, None, None)
         self._at = (0, False)
-        self._found: QuantizedWeight | str = ""
+        self.found: QuantizedWeight | str = ""
+        """What `of` has found last."""
 
     def of(self, base: Any) -> QuantizedWeight | str:
         """Of the layer, Linear4bit or Linear8bitLt."""
@@ -57,11 +58,11 @@ class _Stored:
         of = self._of
         if weight is not of[0] or state is not of[1] or scales is not of[2] or (at, packed) != self._at:
             try:
-                self._found = from_bnb(base)
+                self.found = from_bnb(base)
             except (TypeError, ValueError) as error:
-                self._found = f"its base weight cannot be read: {error}"
+                self.found = f"its base weight cannot be read: {error}"
             self._of, self._at = (weight, state, scales), (at, packed)
-        return self._found
+        return self.found
 
     def __deepcopy__(self, memo: object) -> _Stored:
         return _Stored()
@@ -77,7 +78,7 @@ class _FusedBnb(Fused):
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's."""
-        super().merge(*args, **kwargs)
+        self.plain.merge(self, *args, **kwargs)
         self._stored.clear()  # of what merging has replaced
 
     @classmethod
@@ -108,7 +109,7 @@ class _FusedBnb(Fused):
         return Fused.adapter_reason(layer, name)
 
     def _weight(self) -> QuantizedWeight:
-        found = self._found(self)
+        found = self._stored.found
         assert isinstance(found, QuantizedWeight), found
         return found
 
@@ -139,18 +140,18 @@ class _FusedBnb(Fused):
         return weight, a, b, scale, bias, p
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        inner, outer = self._served(x)
+        inner, outer = self._settle(x)
         with no_autocast(device_type(x)):
             return as_dtype(super()._fused(as_dtype(x, inner), names), outer)
 
     def _base(self, x: Tensor) -> Tensor:
-        inner, outer = self._served(x)
+        inner, outer = self._settle(x)
         bias = self.base_layer.bias
         with no_autocast(x.device.type):
             bias = None if bias is None else bias.to(inner)
             return quantized_linear(x.to(inner), self._weight(), bias, self._backend).to(outer)
 
-    def _served(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    def _settle(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """`_dtypes` of an x that `_dtype_reason` has found in order."""
         found = self._dtypes(x)
         assert not isinstance(found, str), found
@@ -174,7 +175,8 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
         return f", {getattr(_FusedBnb._found(layer), 'format', '')} in {str(dtype).removeprefix('torch.')}"
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
-        base, dtype = self._modules["base_layer"], x.dtype
+        base: Any = self._modules["base_layer"]
+        dtype = x.dtype
         inner = base.compute_dtype or dtype
         if not base.compute_type_is_set and dtype in (torch.float32, torch.bfloat16):
             inner = dtype  # what bitsandbytes makes compute_dtype at the first call
@@ -189,8 +191,8 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
             return f"compute_dtype is {inner}, autocast asks for {autocast}"
         return inner, torch.promote_types(dtype, autocast)
 
-    def _served(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        found = super()._served(x)
+    def _settle(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        found = super()._settle(x)
         base: Any = self._modules["base_layer"]
         if not base.compute_type_is_set:  # the call is served, so bitsandbytes will not come to it
             base.set_compute_type(x)

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lora_kernels import check
-from lora_kernels.autograd import device_type
+from lora_kernels.autograd import as_dtype, device_type
 from lora_kernels.dora import dora_linear
 from lora_kernels.ops import lora_linear
 from lora_kernels.peft_groups import SharedInput
@@ -54,6 +54,7 @@ class Fused:
     passed_over: Counter[str]
     _backend: str | None
     _group: SharedInput | None
+    _modules: Any
     lora_A: Any
     lora_B: Any
     lora_dropout: Any
@@ -75,12 +76,13 @@ class Fused:
             self._count(None)
             return y
         names = kwargs.get("adapter_names") if kwargs else None
-        reason = self.why_not_now(x, args, kwargs, names)
-        self._count(reason)
-        if reason is not None:
+        served = self._served(x, args, kwargs, names)
+        if isinstance(served, str):
+            self._count(served)
             return self.plain.forward(self, x, *args, **kwargs)
+        self._count(None)
         if names is None:
-            return self._fused(x, self.active())
+            return self._fused(x, served)
         self._check_forward_args(x, adapter_names=names)
         return self._fused_by_sample(x, names)
 
@@ -112,6 +114,11 @@ class Fused:
         names: list[str] | None = None,
     ) -> str | None:
         """None where the fused path serves the call; "" where no adapter is to be computed; else the reason."""
+        served = self._served(x, args, kwargs, names)
+        return served if isinstance(served, str) else None
+
+    def _served(self, x: Tensor, args: Any, kwargs: Mapping[str, Any], names: list[str] | None) -> list[str] | str:
+        """The adapters of a call that the fused path serves, else why it does not."""
         if self.disable_adapters or self.merged:
             return "" if names is None else "adapter_names beside disabled or merged adapters"
         if args or (kwargs and any(key != "adapter_names" and key not in _IGNORED for key in kwargs)):
@@ -126,7 +133,7 @@ class Fused:
         for name in active:
             if reason := self.adapter_reason(self, name):
                 return reason
-        return self._dtype_reason(x, active)
+        return self._dtype_reason(x, active) or active
 
     @staticmethod
     def base_reason(layer: Any) -> str | None:
@@ -167,18 +174,19 @@ class Fused:
         """(weight, lora_a, lora_b, scale, bias, dropout_p) of the base with one adapter, or with several that have no
         dropout: those are one of their ranks' sum. The bias in `dtype`, or the weight's."""
         weight, bias, scaling = self._weight(), tensor(self._modules["base_layer"], "bias"), self.scaling
-        a, b = ([tensor(part(self, half, name), "weight") for name in names] for half in ("lora_A", "lora_B"))
         for name in names:
-            if (own := tensor(part(self, "lora_B", name), "bias")) is not None:
+            b = part(self, "lora_B", name)
+            if (own := tensor(b, "bias")) is not None:
                 term = own * scaling[name]
                 bias = term if bias is None else bias + term
         if bias is not None:
             bias = as_dtype(bias, dtype or weight.dtype)
-        p = _rate(part(self, "lora_dropout", names[0]))
+        p = _rate(part(self, "lora_dropout", name))
         if len(names) == 1:
-            return weight, a[0], b[0], scaling[names[0]], bias, p
-        scaled = [each * scaling[name] for each, name in zip(b, names, strict=True)]
-        return weight, torch.cat(a), torch.cat(scaled, 1), 1.0, bias, p
+            return weight, tensor(part(self, "lora_A", name), "weight"), tensor(b, "weight"), scaling[name], bias, p
+        a = torch.cat([self.lora_A[name].weight for name in names])
+        scaled = torch.cat([self.lora_B[name].weight * scaling[name] for name in names], 1)
+        return weight, a, scaled, 1.0, bias, p
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         together = names
@@ -299,10 +307,9 @@ def autocast_of(x: Tensor) -> torch.dtype | None:
 # The way of every call goes past nn.Module's attribute look-up, a microsecond for each submodule and parameter.
 
 
-def part(layer: nn.Module, half: str, name: str) -> Any:
+def part(layer: Any, half: str, name: str) -> Any:
     """``layer.lora_A[name]``, or another of its dictionaries of modules."""
-    adapters: Any = layer._modules[half]
-    return adapters._modules[name]
+    return layer._modules[half]._modules[name]
 
 
 def tensor(module: Any, name: str) -> Any:
@@ -312,11 +319,6 @@ def tensor(module: Any, name: str) -> Any:
         return module._parameters[name]
     except KeyError:
         return getattr(module, name)
-
-
-def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``, which takes a microsecond where there is nothing to do."""
-    return t if t.dtype == dtype else t.to(dtype)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -150,6 +150,13 @@ def _rest(document: dict[str, Any]) -> str:
     calls = [o["overhead_us"] for o in document["overhead"] if not o["grad"] and not o["p"]]
     if calls:
         parts.append(f"A forward call costs {max(calls):.0f} µs beside its kernels.")
+    small = [call for call in document.get("layer_calls", []) if call["over_peft"]]
+    if small:
+        told = "; ".join(
+            f"{call['layer']}, {call['which']} {call['dtype']} M = {call['M']}: ×{call['over_peft'][1]:.2f}"
+            for call in small
+        )
+        parts.append(f"A call of a 128×128 layer beside PEFT's own, where Python is most of it: {told}.")
     if document["import"]:
         parts.append(f"The import takes {document['import']['milliseconds']:.0f} ms after torch's.")
     rates = document.get("roofline")

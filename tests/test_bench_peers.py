@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from lora_kernels.__main__ import main
-from lora_kernels.bench import overhead, peers, variants
+from lora_kernels.bench import overhead, peers, report, variants
 from lora_kernels.bench.gate import evaluate, problem
 from lora_kernels.bench.shapes import Shape
+from lora_kernels.module import FusedLoRALinear
 
 RIGHT = """
 import torch.nn.functional as F
@@ -150,3 +152,33 @@ def test_a_file_that_is_no_python(tmp_path):
     (tmp_path / "peer.txt").write_text("")
     with pytest.raises(ImportError, match="no Python file"):
         peers.load("other", Path(tmp_path / "peer.txt"))
+
+
+def test_layers_are_timed_beside_pefts_own_unless_they_are_wrong(monkeypatch):
+    calls = overhead.measure_layers(torch.device("cpu"), 2)
+    names = {"PEFT's, fused", "FusedLoRALinear"}
+    cells = [(c.layer, c.which, c.M, c.dtype) for c in calls]
+    passes = [("forward", 1), ("forward + backward", 8)]
+    assert sorted(cells) == sorted((n, which, M, d) for n in names for which, M in passes for d in ("fp32", "bf16"))
+    for call in calls:
+        low, middle, high = call.over_peft
+        assert not call.faults and 0 < low <= middle <= high and call.call_us > 0 and call.peft_us > 0
+    table = report._layer_calls_table({"layer_calls": [dataclasses.asdict(call) for call in calls]})
+    assert len(table[2]) == 8 and all(row[-1] in ("met", "missed") for row in table[2])
+
+    right = FusedLoRALinear.forward
+    monkeypatch.setattr(FusedLoRALinear, "forward", lambda self, x: 1.1 * right(self, x))
+    calls = overhead.measure_layers(torch.device("cpu"), 2)
+    red = [call for call in calls if call.faults]
+    assert len(red) == 4 and {call.layer for call in red} == {"FusedLoRALinear"}
+    assert all(call.over_peft is None and call.call_us is None for call in red)
+    table = report._layer_calls_table({"layer_calls": [dataclasses.asdict(call) for call in calls]})
+    assert [row[4] == "red" for row in table[2]] == [bool(call.faults) for call in calls]
+
+
+def test_a_wrong_layer_makes_the_bench_fail(monkeypatch, capsys):
+    wrong = overhead.LayerCall("FusedLoRALinear", "forward", 1, "fp32", ["y: wrong"])
+    monkeypatch.setattr(overhead, "measure_layers", lambda device, rounds: [wrong])
+    assert main(["bench", "--device", "cpu", "--shapes", "tiny", "--rounds", "2"]) == 1
+    text = capsys.readouterr().out
+    assert "y: wrong" in text and "1 of" in text and "gates red" in text

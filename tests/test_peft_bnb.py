@@ -258,7 +258,7 @@ def test_merging_is_pefts_and_the_weight_is_read_anew(net):
     for other in (model, plain):
         other.merge_adapter()
     torch.testing.assert_close(model(x), plain(x))
-    assert all(layer._stored._found == "" for layer in layers(model)), "what was replaced is not held"
+    assert all(layer._stored.found == "" for layer in layers(model)), "what was replaced is not held"
     for other in (model, plain):
         other.unmerge_adapter()
     torch.testing.assert_close(model(x), plain(x))

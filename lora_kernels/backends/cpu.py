@@ -67,13 +67,13 @@ def forward(
     seed: Tensor | None,
     save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    x = _rows(x)
+    x, at = _rows(x)
     h = x.new_empty(x.shape[0], a.shape[0]) if save_h else None
     # all that can be done before the base GEMM: it leaves the caches cold, and Python takes ten times as long after it
     common = _common(x, a)
     before, after, _kept = _forward_branch(a, b, bias, h, scale, p, seed)
     y, base = _base(x, w)
-    _C.forward(*common, *_address(x), [(*before, *_address(y), *after)], [base])
+    _C.forward(*common, *at, [(*before, *_fresh(y), *after)], [base])
     return y, h
 
 
@@ -91,15 +91,15 @@ def backward(
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    dy = _rows(dy)
-    x = _rows(x) if x is not None and need_da else None
+    dy, at_dy = _rows(dy)
+    x, at_x = _rows(x) if x is not None and need_da else _NOTHING
     da, db = a.new_empty(a.shape) if need_da else None, b.new_empty(b.shape) if need_db else None
     common = _common(dy, a)
-    branch, _kept = _backward_branch(dy, a, b, h, da, db, scale, p, seed)
+    branch, _kept = _backward_branch(at_dy, a, b, h, da, db, scale, p, seed)
     dx = None
     if need_dx:
         dx = quantized_gemm(dy, w, transposed=True) if isinstance(w, QuantizedWeight) else base_gemm(dy, w.t())
-    _C.backward(*common, *_address(x), *_address(dx), [branch])
+    _C.backward(*common, *at_x, *_fresh(dx), [branch])
     return dx, da, db
 
 
@@ -107,12 +107,12 @@ def forward_group(
     x: Tensor, branches: Sequence[Branch], save_h: Sequence[bool]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """One pass over x for every h."""
-    x = _rows(x)
+    x, at = _rows(x)
     hs = [x.new_empty(x.shape[0], q.a.shape[0]) if save else None for q, save in zip(branches, save_h, strict=True)]
     parts = [_forward_branch(q.a, q.b, q.bias, h, q.scale, q.p, q.seed) for q, h in zip(branches, hs, strict=True)]
     ys, bases = zip(*[_base(x, q.w) for q in branches], strict=True)
-    calls = [(*before, *_address(y), *after) for (before, after, _), y in zip(parts, ys, strict=True)]
-    _C.forward(*_common(x, branches[0].a), *_address(x), calls, bases)
+    calls = [(*before, *_fresh(y), *after) for (before, after, _), y in zip(parts, ys, strict=True)]
+    _C.forward(*_common(x, branches[0].a), *at, calls, bases)
     return list(ys), hs
 
 
@@ -126,19 +126,20 @@ def backward_group(
     need_db: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """One dx for all, each base GEMM added to it, and one pass over x and dx for the rest."""
-    dys = [_rows(dy) for dy in dys]
-    x = _rows(x) if x is not None and any(need_da) else None
+    placed = [_rows(dy) for dy in dys]
+    dys = [dy for dy, _ in placed]
+    x, at_x = _rows(x) if x is not None and any(need_da) else _NOTHING
     das = [q.a.new_empty(q.a.shape) if need else None for q, need in zip(branches, need_da, strict=True)]
     dbs = [q.b.new_empty(q.b.shape) if need else None for q, need in zip(branches, need_db, strict=True)]
     parts = [
-        _backward_branch(dy, q.a, q.b, h, da, db, q.scale, q.p, q.seed)
-        for dy, q, h, da, db in zip(dys, branches, hs, das, dbs, strict=True)
+        _backward_branch(at_dy, q.a, q.b, h, da, db, q.scale, q.p, q.seed)
+        for (_, at_dy), q, h, da, db in zip(placed, branches, hs, das, dbs, strict=True)
     ]
     dx = None
     if need_dx:
         for dy, q in zip(dys, branches, strict=True):
             dx = base_gemm(dy, q.w.t(), dx)
-    _C.backward(*_common(dys[0], branches[0].a), *_address(x), *_address(dx), [branch for branch, _ in parts])
+    _C.backward(*_common(dys[0], branches[0].a), *at_x, *_fresh(dx), [branch for branch, _ in parts])
     return dx, das, dbs
 
 
@@ -158,15 +159,16 @@ def _forward_branch(
     a: Tensor, b: Tensor, bias: Tensor | None, h: Tensor | None, scale: float, p: float, seed: Tensor | None
 ) -> tuple[tuple[int, ...], tuple[float, ...], tuple[Tensor | None, ...]]:
     """(what _C.forward takes of a branch before y, and after it, and the tensors that must live until then)."""
-    a, b = _rows(a), _rows(b)
+    a, at_a = _rows(a)
+    b, at_b = _rows(b)
     if bias is not None and bias.stride(0) != 1:
         bias = bias.contiguous()
-    before = (*b.shape, *_address(a), *_address(b), 0 if bias is None else bias.data_ptr())
-    return before, (*_address(h), *_dropped(scale, p, seed)), (a, b, bias)
+    before = (*b.shape, *at_a, *at_b, 0 if bias is None else bias.data_ptr())
+    return before, (*_fresh(h), *_dropped(scale, p, seed)), (a, b, bias)
 
 
 def _backward_branch(
-    dy: Tensor,
+    at_dy: Sequence[int],
     a: Tensor,
     b: Tensor,
     h: Tensor | None,
@@ -177,20 +179,29 @@ def _backward_branch(
     seed: Tensor | None,
 ) -> tuple[tuple[float, ...], tuple[Tensor | None, ...]]:
     """(what _C.backward takes of a branch, and the tensors that must live until then)."""
-    a, b = _rows(a), _rows(b)
-    h = _rows(h) if h is not None and db is not None else None
-    places = (*_address(dy), *_address(a), *_address(b), *_address(h), *_address(da), *_address(db))
+    a, at_a = _rows(a)
+    b, at_b = _rows(b)
+    h, at_h = _rows(h) if h is not None and db is not None else _NOTHING
+    places = (*at_dy, *at_a, *at_b, *at_h, *_fresh(da), *_fresh(db))
     return (*b.shape, *places, *_dropped(scale, p, seed)), (a, b, h)
 
 
 def _dropped(scale: float, p: float, seed: Tensor | None) -> tuple[float, int, int]:
-    return scale, random.threshold(p), 0 if seed is None else seed.data_ptr()
+    return (scale, 0, 0) if seed is None else (scale, random.threshold(p), seed.data_ptr())
 
 
-def _rows(t: Tensor) -> Tensor:
-    """t with unit last stride: itself, or a copy."""
-    return t if t.stride(1) == 1 else t.contiguous()
+_NOTHING = None, (0, 0)
 
 
-def _address(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
+def _rows(t: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """(t with unit last stride, itself or a copy; its address and its row stride)."""
+    row, column = t.stride()
+    if column != 1:
+        t = t.contiguous()
+        row = t.stride(0)
+    return t, (t.data_ptr(), row)
+
+
+def _fresh(t: Tensor | None) -> tuple[int, int]:
+    """The address and the row stride of what is allocated here, contiguous."""
+    return (0, 0) if t is None else (t.data_ptr(), t.shape[1])

@@ -13,7 +13,7 @@ from lora_kernels.bench import machine, overhead, peers, roofline, timing
 from lora_kernels.bench.gate import Gate, Problem, problem
 from lora_kernels.bench.memory import peak_bytes, saved_bytes
 from lora_kernels.bench.shapes import BACKWARD, GRAPH, SHORT, Shape
-from lora_kernels.bench.variants import FLOOR, Variant, ours, step
+from lora_kernels.bench.variants import FLOOR, PEFT, Variant, ours, step
 
 SCHEMA = 1
 METHOD = (
@@ -58,6 +58,7 @@ class Bench:
             "noise": [],
             "memory": [],
             "overhead": [],
+            "layer_calls": [],
             "import": None,
         }
 
@@ -96,6 +97,8 @@ class Bench:
         automatic = {entry["backend"] for entry in self.document["timings"] if entry["automatic"]}
         for name in sorted(automatic):
             self.document["overhead"] += map(asdict, overhead.measure_overhead(self.device, name, max(self.rounds, 5)))
+        if any(variant.name == PEFT.name for variant in self.baselines):
+            self.document["layer_calls"] += map(asdict, overhead.measure_layers(self.device, max(self.rounds, 5)))
         self.document["import"] = asdict(overhead.measure_import(imports))
 
     def _cells(self, shape: Shape) -> list[tuple[float, str]]:
@@ -179,8 +182,8 @@ class Bench:
                 "target": shape.targets.get(p) if variant.automatic and which == BACKWARD else None,
                 "over_peft": None,
             }
-            if variant.backend and "PEFT" in steps:
-                entry["over_peft"] = timing.quartiles(rounds.ratios(variant.name, "PEFT"))
+            if variant.backend and PEFT.name in steps:
+                entry["over_peft"] = timing.quartiles(rounds.ratios(variant.name, PEFT.name))
             self.document["timings"].append(entry)
 
     def _floor(self, shape: Shape, which: str, variant: Variant) -> dict[str, Any] | None:

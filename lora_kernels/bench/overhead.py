@@ -1,4 +1,4 @@
-"""What a call costs beside its kernels, and what an import costs."""
+"""What a call costs beside its kernels, what one of a small layer costs beside PEFT's own, and what an import costs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import lora_kernels
 from lora_kernels import dispatch
-from lora_kernels.bench.gate import problem
+from lora_kernels.bench import timing
+from lora_kernels.bench.gate import Problem, judge, problem
+from lora_kernels.bench.shapes import BACKWARD, FORWARD, SHORT
 from lora_kernels.bench.timing import timer_for
+from lora_kernels.bench.variants import LAYERS, PEFT, Task, step
 from lora_kernels.ops import lora_linear
 
 CALL_TARGET_US = 15.0
 IMPORT_TARGET_MS = 50.0
+LAYER_TARGET = 1.0
+"""Of PEFT's own time."""
+LAYER_SIZE = 128
 _CALLS = 300
 
 
@@ -61,6 +67,54 @@ def measure_overhead(device: torch.device, backend: str, rounds: int) -> list[Ov
                 Overhead(backend, p, grad, statistics.median(calls), statistics.median(backends), difference)
             )
     return results
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A call of a layer so small that Python is most of it, beside PEFT's own layer; with fp32 adapters, as PEFT makes
+    them."""
+
+    layer: str
+    which: str
+    """The pass: a forward without gradients, or forward + backward."""
+    M: int
+    dtype: str
+    faults: list[str]
+    """What is wrong with its values or gradients: then there are no numbers."""
+    call_us: float | None = None
+    peft_us: float | None = None
+    over_peft: tuple[float, float, float] | None = None
+    """Quartiles over rounds of the ratio within a round."""
+
+
+def measure_layers(device: torch.device, rounds: int) -> list[LayerCall]:
+    """Of 128x128 and rank 8: one row of x forward, eight rows forward + backward. Needs PEFT."""
+    results = []
+    for which, M in ((FORWARD, 1), (BACKWARD, 8)):
+        for dtype in (torch.float32, torch.bfloat16):
+            q = problem(M, LAYER_SIZE, LAYER_SIZE, 8, dtype=dtype, adapter_dtype=torch.float32, device=device)
+            faults = {v.name: _faults(v.build(q), q) for v in LAYERS}
+            timed = [v for v in (PEFT, *LAYERS) if not faults.get(v.name)]
+            steps = {v.name: [step(v.build(q), q, which)] for v in timed}
+            taken = timing.interleave(PEFT.name, steps, rounds, timer_for(device))
+            times = {name: 1e6 * statistics.median(taken.seconds(name)) for name in steps}
+            for name, wrong in faults.items():
+                row = LayerCall(name, which, M, SHORT[dtype], wrong)
+                if not wrong:
+                    ratios = timing.quartiles(taken.ratios(name, PEFT.name))
+                    row = replace(row, call_us=times[name], peft_us=times[PEFT.name], over_peft=ratios)
+                results.append(row)
+    return results
+
+
+def _faults(task: Task, q: Problem) -> list[str]:
+    x = q.x.detach().requires_grad_()
+    y = task.layer(x)
+    gradients = torch.autograd.grad(y, (x, *task.trained), q.dy)
+    results = dict(zip(("y", "dx", "da", "db"), (y.detach(), *gradients), strict=True))
+    with torch.no_grad():  # which takes another way
+        again = {"y": task.layer(q.x)}
+    return [verdict.fault for got in (results, again) for verdict in judge(got, q) if verdict.fault]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from lora_kernels.bench.overhead import CALL_TARGET_US, IMPORT_TARGET_MS
+from lora_kernels.bench.overhead import CALL_TARGET_US, IMPORT_TARGET_MS, LAYER_SIZE, LAYER_TARGET
 from lora_kernels.bench.shapes import BACKWARD, FORWARD, GRAPH
 
 Document = dict[str, Any]
@@ -124,11 +124,27 @@ def summary(document: Document) -> Iterator[Table]:
         ]
         header = ["back-end", "p", "gradients", "lora_linear, µs", "its forward, µs", "overhead, µs", "target", ""]
         yield "A call beside its kernels: 4×64→64 r8, forward", header, rows
+    if document["layer_calls"]:
+        yield _layer_calls_table(document)
 
 
 def meets(entry: dict[str, Any]) -> bool:
     """Whether a timing reaches its target, judged on the two decimals that are shown."""
     return bool(round(entry["ratio"][1], 2) <= entry["target"])
+
+
+def _layer_calls_table(document: Document) -> Table:
+    rows = []
+    for call in document["layer_calls"]:
+        cells = [call["layer"], call["which"], str(call["M"]), call["dtype"]]
+        if call["faults"]:
+            rows.append([*cells, "red", "", "", "", "; ".join(call["faults"])])
+            continue
+        verdict = "met" if round(call["over_peft"][1], 2) <= LAYER_TARGET else "missed"
+        times = [f"{call['call_us']:.0f}", f"{call['peft_us']:.0f}", f"×{_spread(call['over_peft'])}"]
+        rows.append([*cells, *times, f"≤ {LAYER_TARGET:.2f}", verdict])
+    title = f"A call of a small layer beside PEFT's own: {LAYER_SIZE}→{LAYER_SIZE} r8, fp32 adapters"
+    return title, ["layer", "pass", "M", "dtype", "µs", "PEFT, µs", "ratio", "target", ""], rows
 
 
 def _memory_table(document: Document) -> Table:

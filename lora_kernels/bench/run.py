@@ -97,13 +97,15 @@ def main(args: argparse.Namespace) -> int:
         show.line(f"Written: {out}")
         if args.plot:
             _plot(document, out.with_suffix(".png"), show)
-    red = [entry for entry in document["gate"] if not entry["green"]]
-    if red or not document["gate"]:
+    gates = [*(entry["green"] for entry in document["gate"]), *(not call["faults"] for call in document["layer_calls"])]
+    if not all(gates) or not document["gate"]:
         show.line(
-            f"✗ {len(red)} of {len(document['gate'])} gates red" if red else "✗ none of our back-ends could be measured"
+            f"✗ {gates.count(False)} of {len(gates)} gates red"
+            if not all(gates)
+            else "✗ none of our back-ends could be measured"
         )
         return 1
-    show.line(f"✓ all {len(document['gate'])} gates green")
+    show.line(f"✓ all {len(gates)} gates green")
     return 0
 
 

@@ -17,7 +17,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ def baselines() -> tuple[list[Variant], list[str]]:
     found = [Variant("addmm_", _addmm), Variant("merge", _merge, dropout=False)]
     if importlib.util.find_spec("peft") is None:
         return found, ["PEFT is not measured: it is not installed (pip install peft)"]
-    return [Variant("PEFT", _peft), *found], []
+    return [PEFT, *found], []
 
 
 def more_baselines(sources: Sequence[tuple[str, Path]]) -> tuple[list[Variant], list[str]]:
@@ -138,7 +138,7 @@ def ours(
     return found, passed_over
 
 
-def _fused(backend: str) -> Callable[[Problem], Task]:
+def _fused(backend: str | None) -> Callable[[Problem], Task]:
     def build(q: Problem) -> Task:
         rank = q.a.shape[0]
         layer = FusedLoRALinear.from_linear(
@@ -169,6 +169,14 @@ def _peft(q: Problem, adapter_dtype: torch.dtype | None = None) -> Task:
             module.to(device=values.device, dtype=adapter_dtype or values.dtype)
             module.weight.copy_(values)
     return Task(layer.train(), tuple(module.weight for module in adapters), _frozen(q))
+
+
+def _peft_fused(q: Problem) -> Task:
+    from lora_kernels.peft import fuse
+
+    task = _peft(q)
+    fuse(cast(nn.Module, task.layer), strict=True)
+    return task
 
 
 def _peft_compiled(q: Problem) -> Task:
@@ -221,6 +229,11 @@ class _Addmm(torch.autograd.Function):
         da = (g.t() @ x_hat).to(a.dtype)
         db = (h.t() @ dy).mul_(ctx.scale).t().to(b.dtype)
         return dx, None, da, db, None, None, None
+
+
+PEFT = Variant("PEFT", _peft)
+LAYERS = (Variant("PEFT's, fused", _peft_fused), Variant("FusedLoRALinear", _fused(None)))
+"""Ours as layers, the back-end chosen by itself."""
 
 
 def _linear(q: Problem) -> nn.Linear:
