@@ -35,6 +35,8 @@ class Operands(ctypes.Structure):
         ("threshold", ctypes.c_uint32),
         ("rescale", _FLOAT),
         *((field, _POINTER) for field in ("counters", "scratch", "stream")),
+        ("columns", _INT),
+        ("cluster", _INT),
     ]
 
 
@@ -91,10 +93,12 @@ def _ptr(t: Tensor | None) -> int | None:
 
 
 class Device:
-    """An emulated GPU with one stream: a workspace that calls share. `resident`: how many blocks run at a time."""
+    """An emulated GPU with one stream: a workspace that calls share. `resident`: how many blocks run at a time, if not
+    one cluster; `tiling`: what is asked for by (columns, cluster)."""
 
-    def __init__(self, seed: int = 0, sms: int = 4, resident: int = 2):
+    def __init__(self, seed: int = 0, sms: int = 4, resident: int = 2, tiling: tuple[int, int] = (0, 0)):
         library().emulator_configure(seed, sms, resident)
+        self.tiling = tiling
         self.counters = torch.zeros(1024, dtype=torch.int32)
 
     def _operands(self, args: Operands, M: int, x, w, a, b, scale: float, p: float, seed) -> None:
@@ -104,6 +108,7 @@ class Device:
         args.ldx, args.ldw, args.lda, args.ldb = (0 if t is None else t.stride(0) for t in (x, w, a, b))
         args.scale, args.threshold, args.rescale = scale, random.threshold(p), random.rescale(p)
         args.seed = _ptr(seed)
+        args.columns, args.cluster = self.tiling
 
     def _run(self, direction: str, args: Operands) -> None:
         lib, needed = library(), Workspace()
