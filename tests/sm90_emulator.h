@@ -103,6 +103,8 @@ struct Block {
   Cluster* cluster = nullptr;
   unsigned rank = 0;  // in its cluster
   int running = 0;
+  int late = 0;  // how long until its threads begin
+  unsigned slow = 0, slow_for = 0;  // a thread that hardly moves, if any, and for how long
 };
 
 struct Machine {
@@ -237,6 +239,7 @@ inline std::unique_ptr<Block> start_block(Cluster& cluster, unsigned index, int 
     block->fibers.push_back(std::move(fiber));
   }
   block->running = lk::sm90::kThreads;
+  if (machine.coin(2)) block->late = machine.random() % 100;
   return block;
 }
 
@@ -261,12 +264,22 @@ inline bool advance(Block& block) {
     } else {
       ++arrival;
     }
+  if (block.late > 0) {
+    --block.late;
+    return true;
+  }
+  if (block.slow_for-- == 0) {
+    const size_t threads = block.fibers.size();
+    block.slow = machine.coin(2) ? threads : machine.coin(2) ? 0 : machine.random() % threads;  // often the producer
+    block.slow_for = machine.random() % 100;
+  }
   const size_t first = machine.random() % block.fibers.size();
   for (size_t i = 0; i < block.fibers.size(); ++i) {
-    Fiber& fiber = *block.fibers[(first + i) % block.fibers.size()];
+    const size_t thread = (first + i) % block.fibers.size();
+    Fiber& fiber = *block.fibers[thread];
     if (fiber.done || (fiber.ready && !fiber.ready())) continue;
     progress = true;
-    if (machine.coin(8)) continue;  // not yet
+    if (thread == block.slow ? !machine.coin(20) : machine.coin(8)) continue;  // not yet
     fiber.ready = nullptr;
     machine.current = &fiber;
     swapcontext(&machine.scheduler, &fiber.context);
@@ -297,10 +310,7 @@ inline void run(unsigned grid, unsigned cluster_size, int shared_bytes, std::fun
     bool progress = false;
     for (Cluster& cluster : clusters)
       for (auto& block : cluster.blocks)
-        if (block->running > 0 && !(cluster_size > 1 && machine.coin(3)))  // one may be far ahead of the other
-          progress = advance(*block) || progress;
-        else
-          progress = progress || block->running > 0;
+        if (block->running > 0) progress = advance(*block) || progress;
     clusters.remove_if([&](const Cluster& cluster) {
       for (auto& block : cluster.blocks)
         if (block->running > 0) return false;

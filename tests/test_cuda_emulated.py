@@ -25,8 +25,8 @@ pytestmark = [
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 
-TILINGS = [cuda.BY_RULE, *cuda.TILINGS[1:]]
-"""By the rule, which takes tiles of 128 columns where there are few, and both that it chooses from otherwise."""
+SINGLE, PAIRS = cuda.TILINGS[1:]
+"""Tiles of 256 columns. The rule takes 128 where there are few tiles."""
 
 
 def results(device: sm90.Device, q: Problem) -> dict[str, torch.Tensor]:
@@ -39,7 +39,7 @@ def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
     assert [verdict.fault for verdict in judge(got, q) if verdict.fault] == []
 
 
-@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("tiling", [cuda.BY_RULE, SINGLE, PAIRS])
 @pytest.mark.parametrize(
     ("M", "N", "K", "R", "p", "dtype", "adapter_dtype", "sms", "resident"),
     [
@@ -65,7 +65,7 @@ def test_results(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> 
     assert_right(results(sm90.Device(M, sms, resident, tiling), q), q)
 
 
-@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("tiling", [cuda.BY_RULE, PAIRS])
 def test_random_shapes_on_one_stream(tiling: tuple[int, int]) -> None:
     """Launch after launch over one workspace, as on a stream."""
     generator = torch.Generator().manual_seed(7)
@@ -83,7 +83,7 @@ def test_random_shapes_on_one_stream(tiling: tuple[int, int]) -> None:
         assert_right(results(device, q), q)
 
 
-@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("tiling", [cuda.BY_RULE, PAIRS])
 def test_results_do_not_depend_on_timing(tiling: tuple[int, int]) -> None:
     q = problem(1100, 136, 136, 40, dtype=BF16, p=0.2)
     runs = [results(sm90.Device(seed, 6, resident, tiling), q) for seed, resident in ((1, 1), (2, 3), (3, 6))]
@@ -96,7 +96,7 @@ def test_results_do_not_depend_on_timing(tiling: tuple[int, int]) -> None:
 def test_pairs_of_blocks_give_the_bits_of_single_ones(R: int) -> None:
     """Sums over K and N go in one order, whatever the tiling. Those over M, too: three row blocks are not split."""
     q = problem(300, 264, 136, R, dtype=BF16, p=0.2, seed=R)
-    single, pairs = (results(sm90.Device(R, 6, 4, (256, cluster)), q) for cluster in (1, 2))
+    single, pairs = (results(sm90.Device(R, 6, 4, tiling), q) for tiling in (SINGLE, PAIRS))
     for name, value in pairs.items():
         assert torch.equal(value, single[name]), name
 
@@ -105,7 +105,7 @@ def test_pairs_of_blocks_give_the_bits_of_single_ones(R: int) -> None:
 def test_pairs_of_blocks_in_any_order(seed: int) -> None:
     """Few stages an item, so that a block often waits for the other; odd numbers of everything, two rank tiles."""
     q = problem(270, 136, 264, (130, 17)[seed % 2], dtype=FP16, adapter_dtype=(FP16, FP32)[seed % 2], p=0.1, seed=seed)
-    assert_right(results(sm90.Device(seed, 2 + seed, 2 + seed, (256, 2)), q), q)
+    assert_right(results(sm90.Device(seed, 2 + seed, 2 + seed, PAIRS), q), q)
 
 
 def test_decode_does_not_depend_on_timing() -> None:
@@ -125,7 +125,7 @@ def test_dropout_is_the_rule() -> None:
     assert torch.equal(h != 0, random.keep_mask(q.seed, M, K, q.p))
 
 
-@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("tiling", [cuda.BY_RULE, PAIRS])
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
 def test_only_what_is_asked(needs: tuple[int, int, int], tiling: tuple[int, int]) -> None:
     q = problem(150, 72, 136, 12, dtype=BF16, p=0.2)
@@ -147,7 +147,7 @@ def test_h_is_not_stored_unless_asked_for() -> None:
         assert torch.equal(y, sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)[0])
 
 
-@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("tiling", [cuda.BY_RULE, PAIRS])
 def test_row_strides(tiling: tuple[int, int]) -> None:
     """Rows apart, and a and b at odd places: what TMA cannot read of them is converted in the launch."""
     q = problem(140, 72, 136, 24, dtype=BF16, p=0.3)
