@@ -167,11 +167,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("backward", &backward,
         "For each branch: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Null: absent.");
   m.def("gemm", &gemm,
-        "y = x w^T, or with add y += that: fp32, or, without add, any dtype where gemm_few(M, stride_wk).");
+        "y = x w^T, or with add y += that: dtypes of gemm_of, or, without add, any where gemm_few(M, stride_wk).");
+  m.def(
+      "gemm_of", [](int dtype) { return lk::cpu::gemm_of(static_cast<DType>(dtype)); },
+      "Whether gemm and quantized_gemm take any number of rows of this dtype.");
   m.def("gemm_few", &lk::cpu::gemm_few, "Whether gemm reads w as it is: for few rows of x, w's own lying along k.");
   m.def("dequantize", &dequantize, "out = w[n0.., k0..], dequantised.");
   m.def("quantized_gemm", &quantized_gemm,
-        "y = x w^T, or transposed y = x w: fp32, or any dtype where quantized_few(M, transposed).");
+        "y = x w^T, or transposed y = x w: dtypes of gemm_of, or any where quantized_few(M, transposed).");
   m.def("quantized_few", &lk::cpu::quantized_few, "Whether quantized_gemm reads the codes as they are.");
   m.def("philox", &philox, "Philox4x32-10 of one counter and key.");
   m.def("keep_bits", &keep_bits,

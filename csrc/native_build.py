@@ -170,7 +170,7 @@ class BuildNative(build_ext):
         cpu = ROOT / "csrc" / "cpu"
         objects = []
         tables = [("kernels.cpp", isa) for isa in ("baseline", "avx2", "avx512")]
-        tables += [(source, "avx512_bf16") for source in ("low_rank_bf16.cpp", "quant_bf16.cpp")]
+        tables += [(source, "avx512_bf16") for source in ("low_rank_bf16.cpp", "quant_bf16.cpp", "gemm_bf16.cpp")]
         for source, isa in tables if IS_X86 else tables[:1]:
             flags = [*common, *ISA_FLAGS[isa]]
             objects.append(ninja.build("cxx", [str(cpu / source)], f"{Path(source).stem}_{isa}.o", flags))

@@ -21,6 +21,7 @@ def gemm(
     threads: int, dtype: int, M: int, N: int, K: int,
     x: int, stride_xm: int, w: int, stride_wn: int, stride_wk: int, y: int, stride_ym: int, add: bool, /,
 ) -> None: ...  # fmt: skip
+def gemm_of(dtype: int, /) -> bool: ...
 def gemm_few(M: int, stride_wk: int, /) -> bool: ...
 def dequantize(
     threads: int, w: tuple[int, ...], n0: int, rows: int, k0: int, cols: int, dtype: int, out: int, stride_out: int, /

@@ -198,6 +198,13 @@ def quantised(path: Path, root: Path) -> str:
             cells = [name, f"{row['seconds'][1] * 1e3:.3g} ms", floor or "-", f"×{peer[1]:.2f}" if peer else "-"]
             lines.append("| " + " | ".join([*cells, "; ".join(met)]) + " |")
         parts.append("\n".join(lines))
+    memory = [
+        f"{e['mb']:.1f} MB ({e['name']}, M = {e['M']}; ≤ {e['most']:.0f} {'met' if e['mb'] <= e['most'] else 'missed'})"
+        for e in document.get("memory", [])
+    ]
+    if memory:
+        what = "A first training step's peak memory beyond weights, activations and gradients"
+        parts.append(f"{what}: {', '.join(memory)}.")
     return "\n\n".join(parts)
 
 

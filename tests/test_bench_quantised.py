@@ -45,6 +45,8 @@ def test_every_row_has_its_figures(document):
     for row in document["rows"]:
         low, middle, high = row["seconds"]
         assert 0 < low <= middle <= high and row["ratios"] and set(row["targets"]) <= set(row["ratios"])
+    assert [entry["name"] for entry in document["memory"]] == ["nf4 fp32", "nf4 bf16"]
+    assert all(-1 < entry["mb"] < 40 and entry["most"] == 16 for entry in document["memory"])
     titles = [title for title, *_ in quantised.tables(document)]
     assert titles == ["decoding: forward, M = 1, 128→96, r8", "training: forward + backward, M = 160, 128→96, r8"]
 
@@ -73,4 +75,5 @@ def test_readme_takes_the_newest(document, tmp_path):
     assert script.main(["--root", str(tmp_path), "--check"]) == 1
     assert script.main(["--root", str(tmp_path)]) == 0 == script.main(["--root", str(tmp_path), "--check"])
     text = readme.read_text()
+    assert "(nf4 bf16, M = 160; ≤ 16" in text
     assert "**nf4 fp32**" in text and "(bench/results/quantised/a.json)" in text and text.endswith("after\n")

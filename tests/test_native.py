@@ -212,12 +212,17 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
 
 
 GEMM_SHAPES = [(1, 1, 1), (3, 100, 2100), (16, 97, 1030), (17, 33, 129), (40, 800, 300), (250, 70, 513), (29, 31, 0)]
+GEMM_DTYPES = [dtype for dtype in CODES if _C.gemm_of(CODES[dtype])]
 
 
-def gemm(x: Tensor, w: Tensor, y: Tensor, threads: int = 2) -> Tensor:
+def gemm(x: Tensor, w: Tensor, y: Tensor, threads: int = 2, add: bool = False) -> Tensor:
     operands = (*at(x), w.data_ptr(), *w.stride(), *at(y))
-    _C.gemm(threads, CODES[x.dtype], y.shape[0], y.shape[1], x.shape[1], *operands, False)
+    _C.gemm(threads, CODES[x.dtype], y.shape[0], y.shape[1], x.shape[1], *operands, add)
     return y
+
+
+def gemm_serves(x: Tensor, w: Tensor) -> bool:
+    return _C.gemm_of(CODES[x.dtype]) or _C.gemm_few(x.shape[0], w.stride(1))
 
 
 def gemm_operands(M: int, N: int, K: int, dtype: torch.dtype, w_is: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,31 +236,46 @@ def gemm_operands(M: int, N: int, K: int, dtype: torch.dtype, w_is: str) -> tupl
 @pytest.mark.parametrize("w_is", ["along k", "along n", "strided"])
 @pytest.mark.parametrize("dtype", CODES)
 def test_gemm(isa: str, dtype: torch.dtype, w_is: str) -> None:
-    """y = x wᵀ, in fp32 for every M and w, in 16 bits where there are few rows."""
+    """y = x wᵀ, in fp32 and, by AVX512_BF16, in bf16 for every M and w, in other 16 bits where there are few rows."""
     served = 0
-    for M, N, K in GEMM_SHAPES:
+    for M, N, K in [*GEMM_SHAPES, (2100, 40, 1100)]:
         x, w, y = gemm_operands(M, N, K, dtype, w_is)
-        if dtype != torch.float32 and not _C.gemm_few(M, w.stride(1)):
+        if not gemm_serves(x, w):
             continue
         served += 1
         exact, size = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
         close(gemm(x, w, y), (exact, size, K))
-    assert served == len(GEMM_SHAPES) or (dtype != torch.float32 and (served == 3 or w_is != "along k"))
+    every = dtype == torch.float32 or (dtype == torch.bfloat16 and isa == "avx512_bf16")
+    few = {"along k": 3, "along n": 1, "strided": 0}[w_is]  # a w of one element lies along both
+    assert served == (len(GEMM_SHAPES) + 1 if every else few)
 
 
 @pytest.mark.parametrize("w_is", ["along k", "along n"])
-def test_gemm_has_the_same_bits_for_any_number_of_threads(w_is: str) -> None:
-    for M, N, K in GEMM_SHAPES:
-        x, w, y = gemm_operands(M, N, K, torch.float32, w_is)
+@pytest.mark.parametrize("dtype", GEMM_DTYPES)
+def test_gemm_adds_with_one_rounding(dtype: torch.dtype, w_is: str) -> None:
+    for M, N, K in [(17, 33, 129), (40, 800, 300), (70, 70, 2113), (29, 31, 0)]:
+        x, w, y = gemm_operands(M, N, K, dtype, w_is)
+        y = torch.randn(M, N).to(dtype)
+        exact = y.double() + x.double() @ w.double().t()
+        size = y.double().abs() + x.double().abs() @ w.double().abs().t()
+        close(gemm(x, w, y, add=True), (exact, size, K + 1))
+
+
+@pytest.mark.parametrize("w_is", ["along k", "along n"])
+@pytest.mark.parametrize("dtype", GEMM_DTYPES)
+def test_gemm_has_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, w_is: str) -> None:
+    for M, N, K in [*GEMM_SHAPES, (1030, 300, 2113)]:
+        x, w, y = gemm_operands(M, N, K, dtype, w_is)
         want = gemm(x, w, y, threads=1).clone()
         for threads in (1, 2, 3, 7):
             assert torch.equal(gemm(x, w, y.fill_(math.nan), threads), want)
 
 
 @pytest.mark.parametrize(("M", "K"), [(48, 200), (48, 768), (16, 4096), (48, 4096)])
-def test_gemm_is_as_exact_as_torch(M: int, K: int) -> None:
-    """No chain of sums is longer than MKL's: oneDNN's, over all of K, has up to 2.2 times this error."""
-    x, w, y = gemm_operands(M, 512, K, torch.float32, "along k")
+@pytest.mark.parametrize("dtype", GEMM_DTYPES)
+def test_gemm_is_as_exact_as_torch(dtype: torch.dtype, M: int, K: int) -> None:
+    """No chain of sums is longer than MKL's: oneDNN's, over all of K, has up to 2.2 times this error in fp32."""
+    x, w, y = gemm_operands(M, 512, K, dtype, "along k")
     exact = x.double() @ w.double().t()
     error, plain = ((t.double() - exact).square().mean().sqrt() for t in (gemm(x, w, y), x @ w.t()))
     assert error <= 1.25 * plain
@@ -329,7 +349,7 @@ def test_reads_and_writes_stay_inside(isa: str, shape: tuple[int, int, int, int]
     M, N, K, _ = q.sizes
     for w_is in ("along k", "along n"):
         x, w, y = gemm_operands(M, N, K, dtype, w_is)
-        if dtype == torch.float32 or _C.gemm_few(M, w.stride(1)):
+        if gemm_serves(x, w):
             want_y = gemm(x, w, y).clone()
             w = fenced(w) if w_is == "along k" else fenced(w.t()).t()
             assert torch.equal(gemm(fenced(x), w, fenced(y)), want_y)

@@ -43,11 +43,13 @@ void few_rows(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {
 
 void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add) {
   if (!add && gemm_few(M, stride_wk)) return few_rows(team(threads, 2.0 * M * N * K), M, N, K, x, w, y);
-  const float* const W = static_cast<const float*>(w.data);
   gemm_by_panels(threads, M, N, K, x, y, add, 0, [&](i64 n0, i64 cols, i64 k0, i64 depth, float*, float* P) {
-    kernels().gemm_pack(W + n0 * w.ld + k0 * stride_wk, w.ld, stride_wk, cols, depth, P);
+    const Gemm& g = *kernels().gemm(x.dtype);
+    g.pack(w.at(n0, k0 * stride_wk).data, w.ld, stride_wk, cols, depth, g.floats(depth), P);
   });
 }
+
+bool gemm_of(DType dtype) { return kernels().gemm(dtype) != nullptr; }
 
 bool gemm_few(i64 M, i64 stride_wk) { return M <= kFewRows && stride_wk == 1; }
 

@@ -1,5 +1,7 @@
-// The fp32 GEMM cut into tasks, with panels of w from wherever they come.
+// The GEMM cut into tasks, with panels of w from wherever they come.
 #pragma once
+
+#include <stdexcept>
 
 #include "grid.h"
 #include "isa.h"
@@ -7,39 +9,51 @@
 
 namespace lk::cpu {
 
-constexpr i64 kGemmGroup = 384;     // columns of y per task: with kGemmDepth terms their panels stay in L2
-constexpr i64 kGemmRowsLeast = 96;  // rows of y per task, lest packing w weigh
+constexpr i64 kGemmRun = 32;         // what passes over K begin at multiples of
+constexpr i64 kGemmRowsLeast = 96;   // rows of y per task, lest packing w weigh
+constexpr i64 kGemmRowsMost = 1024;  // where their sums need memory beside y: at most 1.5 MB a thread
 
 // y [M, N] = x [M, K] w^T, or y += that. pack(n0, cols, k0, depth, D, P) writes the panels of w[n0.., k0..] to P; D is
-// `spare` floats a column and term for its own use. k0 is even.
+// `spare` floats of its own. k0 is a multiple of kGemmRun.
 template <class Pack>
 void gemm_by_panels(int threads, i64 M, i64 N, i64 K, Tile x, Tile y, bool add, i64 spare, const Pack& pack) {
-  const Kernels& k = kernels();
+  if (!kernels().gemm(x.dtype)) throw std::invalid_argument("no GEMM of this dtype: see gemm_of");
+  const Gemm& g = *kernels().gemm(x.dtype);
   threads = team(threads, 2.0 * M * N * K);
-  const float* const X = static_cast<const float*>(x.data);
-  float* const Y = static_cast<float*>(y.data);
-  // tasks of equal size, and of a number that the threads can share out evenly
-  const i64 groups = round_up(ceil_div(N, kGemmGroup), threads);
-  const i64 width = round_up(ceil_div(N, groups), k.gemm_width), passes = std::max<i64>(1, ceil_div(K, kGemmDepth));
-  const i64 chunks = std::clamp<i64>(ceil_div(threads, ceil_div(N, width)), 1, std::max<i64>(1, M / kGemmRowsLeast));
-  const Grid tasks = make_grid(M, N, ceil_div(M, chunks), width);
+  // tasks of almost equal size, and of a number that the threads can share out evenly
+  const i64 slices = ceil_div(N, g.width), groups = std::min(slices, round_up(ceil_div(N, g.group), threads));
+  const i64 runs = std::max<i64>(1, ceil_div(K, kGemmRun)), passes = ceil_div(runs, g.pair * g.depth / kGemmRun);
+  const bool sums_in_y = y.dtype == DType::f32;
+  i64 chunks = std::clamp<i64>(ceil_div(threads, groups), 1, std::max<i64>(1, M / kGemmRowsLeast));
+  if (!sums_in_y) chunks = std::max(chunks, ceil_div(M, kGemmRowsMost));
+  const i64 width = ceil_div(slices, groups) * g.width;
+  const i64 panel = width * g.depth, sum = sums_in_y || passes == 1 ? 0 : ceil_div(M, chunks) * width;
   Scratch scratch;
-  float *panels, *spares;
+  float *panels, *spares, *sums;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) scratch.reserve();
-    panels = scratch.floats(threads * width * kGemmDepth);
-    spares = scratch.floats(threads * width * kGemmDepth * spare);
+    panels = scratch.floats(threads * panel);
+    spares = scratch.floats(threads * spare);
+    sums = scratch.floats(threads * sum);
   }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (i64 t = 0; t < tasks.size(); ++t) {
-    const i64 m0 = tasks.m0(t), n0 = tasks.k0(t), cols = tasks.width(t);
-    float* const P = panels + worker() * width * kGemmDepth;
-    float* const D = spares + worker() * width * kGemmDepth * spare;
-    const auto edge = [&](i64 pass) { return pass == passes ? K : K * pass / passes / 2 * 2; };
+  for (i64 t = 0; t < chunks * groups; ++t) {
+    const i64 chunk = t / groups, group = t % groups;
+    const i64 m0 = M * chunk / chunks, rows = M * (chunk + 1) / chunks - m0;
+    const i64 n0 = slices * group / groups * g.width, n1 = slices * (group + 1) / groups * g.width;
+    const i64 cols = std::min(n1, N) - n0;
+    float* const P = panels + worker() * panel;
+    float* const D = spares + worker() * spare;
+    float* const S = sums + worker() * sum;
+    const Tile out = y.at(m0, n0);
+    const auto edge = [&](i64 pass) { return std::min(K, runs * pass / passes * kGemmRun); };
     for (i64 pass = 0; pass < passes; ++pass) {
       const i64 k0 = edge(pass), depth = edge(pass + 1) - k0;
       pack(n0, cols, k0, depth, D, P);
-      k.gemm(X + m0 * x.ld + k0, x.ld, P, tasks.rows(t), cols, depth, add || pass > 0, Y + m0 * y.ld + n0, y.ld);
+      if (sums_in_y)
+        g.tile(x.at(m0, k0), P, rows, cols, depth, add || pass > 0, static_cast<float*>(out.data), out.ld, false, {});
+      else
+        g.tile(x.at(m0, k0), P, rows, cols, depth, pass > 0, S, width, add, pass + 1 == passes ? out : Tile{});
     }
   }
 }

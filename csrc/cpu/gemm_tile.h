@@ -1,4 +1,5 @@
-// The tile of the fp32 GEMM. Compiled by kernels.cpp, once per instruction set.
+// The tile of the GEMM, for operands that a Terms describes. Compiled once per instruction set: with Fp32Terms by
+// kernels.cpp, with pairs of bf16 by gemm_bf16.cpp.
 #pragma once
 
 #include "tile.h"
@@ -7,34 +8,50 @@ namespace lk::cpu {
 namespace {
 
 constexpr int kGemmWidth = V::GEMM_NV * W;
-constexpr i64 kGemmChain = 128;            // terms that are summed one after the other: an error no larger than MKL's
-constexpr i64 kGemmRow = kGemmDepth + 16;  // rows of x, copied to where they do not all want the same place of L1
 
-template <int MR, int NV>
+// What a float of a panel is, and how a float of x meets it.
+struct Fp32Terms {
+  using T = float;
+  static constexpr i64 pair = 1;
+  // half the depth is summed one after the other: an error no larger than MKL's
+  static constexpr i64 depth = 256, group = 384;
+  static reg fma(reg x, reg p, reg sum) { return V::fma(x, p, sum); }
+  // n neighbouring columns of row k of w, `depth` rows long, whose memory runs along n
+  static reg columns(const T* w, i64 stride_k, i64 k, i64, int n) { return V::load(w + k * stride_k, n); }
+  // a column's float
+  static float one(const T* w, i64 stride_k, i64 k, i64) { return w[k * stride_k]; }
+};
+
+// Rows of x, copied to where they do not all want the same place of L1.
+template <class Terms>
+constexpr i64 kGemmRow = Terms::depth + 16;
+
+template <class Terms, int MR, int NV>
 inline __attribute__((always_inline)) void gemm_chain(const float* xs, const float* P, i64 depth, reg (&acc)[MR][NV]) {
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = V::zero();
   for (i64 k = 0; k < depth; ++k) {
     reg p[NV];
     LK_UNROLL for (int v = 0; v < NV; ++v) p[v] = V::load(P + k * kGemmWidth + v * W);
     LK_UNROLL for (int i = 0; i < MR; ++i) {
-      const reg x = V::set1(xs[i * kGemmRow + k]);
-      LK_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = V::fma(x, p[v], acc[i][v]);
+      const reg x = V::set1(xs[i * kGemmRow<Terms> + k]);
+      LK_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = Terms::fma(x, p[v], acc[i][v]);
     }
   }
 }
 
-// y[m, n] = (add ? y[m, n] : 0) + sum_k x[m, k] P[k, n] for MR rows and one panel; lanes along n
-template <int MR>
-void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, bool add, float* y, i64 ldy) {
+// MR rows and one panel, lanes along n; depth in floats
+template <class Terms, int MR>
+void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, bool add_sum, float* sum, i64 lds, bool add_y,
+               typename Terms::T* y, i64 ldy) {
   constexpr int NV = V::GEMM_NV;
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v)
-      __builtin_prefetch(y + i * ldy + v * W, 1, 3);
+      __builtin_prefetch(sum + i * lds + v * W, 1, 3);
   reg acc[MR][NV], first_half[MR][NV];
-  const i64 half = depth > kGemmChain ? depth / 2 : depth;
-  gemm_chain(xs, P, half, acc);
+  const i64 half = depth > Terms::depth / 2 ? depth / 2 : depth;
+  gemm_chain<Terms>(xs, P, half, acc);
   if (half < depth) {
     LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v) first_half[i][v] = acc[i][v];
-    gemm_chain(xs + half, P + half * kGemmWidth, depth - half, acc);
+    gemm_chain<Terms>(xs + half, P + half * kGemmWidth, depth - half, acc);
     LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] =
         V::add(acc[i][v], first_half[i][v]);
   }
@@ -42,59 +59,79 @@ void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, bool add, f
     const int n = cols - v * W < W ? static_cast<int>(cols - v * W) : W;
     if (n <= 0) break;
     LK_UNROLL for (int i = 0; i < MR; ++i) {
-      float* out = y + i * ldy + v * W;
-      V::store(out, add ? V::add(V::load(out, n), acc[i][v]) : acc[i][v], n);
+      float* const s = sum + i * lds + v * W;
+      const reg total = add_sum ? V::add(V::load(s, n), acc[i][v]) : acc[i][v];
+      if (!y) {
+        V::store(s, total, n);
+        continue;
+      }
+      typename Terms::T* const out = y + i * ldy + v * W;
+      V::store(out, add_y ? V::add(V::load(out, n), total) : total, n);
     }
   }
 }
 
 // rows <= MR, with as many accumulators as there are rows
-template <int MR>
-void gemm_group(i64 rows, const float* xs, const float* P, i64 cols, i64 depth, bool add, float* y, i64 ldy) {
-  if (rows == MR) return gemm_rows<MR>(xs, P, cols, depth, add, y, ldy);
-  if constexpr (MR > 1) gemm_group<MR - 1>(rows, xs, P, cols, depth, add, y, ldy);
+template <class Terms, int MR, class... Rest>
+void gemm_group(i64 rows, Rest... rest) {
+  if (rows == MR) return gemm_rows<Terms, MR>(rest...);
+  if constexpr (MR > 1) gemm_group<Terms, MR - 1>(rows, rest...);
 }
 
-void gemm(const float* x, i64 ldx, const float* P, i64 rows, i64 cols, i64 depth, bool add, float* y, i64 ldy) {
+template <class Terms>
+void gemm_tile(Tile x, const float* P, i64 rows, i64 cols, i64 depth, bool add_sum, float* sum, i64 lds, bool add_y,
+               Tile y) {
+  using T = typename Terms::T;
   constexpr i64 MR = V::GEMM_MR;
-  alignas(64) float xs[MR * kGemmRow];
+  alignas(64) float xs[MR * kGemmRow<Terms>];
   const i64 groups = (rows + MR - 1) / MR;  // of rows / groups rows, or one more
+  const i64 floats = (depth + Terms::pair - 1) / Terms::pair;
   for (i64 group = 0; group < groups; ++group) {
     const i64 m0 = rows * group / groups, n = rows * (group + 1) / groups - m0;
-    for (i64 i = 0; i < n; ++i) __builtin_memcpy(xs + i * kGemmRow, x + (m0 + i) * ldx, depth * sizeof(float));
+    for (i64 i = 0; i < n; ++i) {
+      if (depth % Terms::pair) xs[i * kGemmRow<Terms> + floats - 1] = 0.0f;  // the other half of a last pair
+      __builtin_memcpy(xs + i * kGemmRow<Terms>, row<T>(x, m0 + i), depth * sizeof(T));
+    }
+    T* const out = y ? row<T>(y, m0) : nullptr;
     for (i64 n0 = 0; n0 < cols; n0 += kGemmWidth)
-      gemm_group<MR>(n, xs, P + n0 * depth, cols - n0 < kGemmWidth ? cols - n0 : kGemmWidth, depth, add,
-                     y + m0 * ldy + n0, ldy);
+      gemm_group<Terms, MR>(n, xs, P + n0 * floats, cols - n0 < kGemmWidth ? cols - n0 : kGemmWidth, floats, add_sum,
+                            sum + m0 * lds + n0, lds, add_y, out ? out + n0 : nullptr, y.ld);
   }
 }
 
-// Panels of w for gemm: P[n / width][k][n % width] = w[n, k], and zeroes beyond cols.
-void gemm_pack(const float* w, i64 stride_n, i64 stride_k, i64 cols, i64 depth, float* P) {
+template <class Terms>
+void gemm_pack(const void* from, i64 stride_n, i64 stride_k, i64 cols, i64 depth, i64 column, float* P) {
+  using T = typename Terms::T;
+  constexpr i64 pair = Terms::pair;
+  const T* const w = static_cast<const T*>(from);
   const auto at = [&](i64 n, i64 k) {
-    return P + n / kGemmWidth * kGemmWidth * depth + k * kGemmWidth + n % kGemmWidth;
+    return P + n / kGemmWidth * kGemmWidth * column + k / pair * kGemmWidth + n % kGemmWidth;
   };
   const i64 padded = (cols + kGemmWidth - 1) / kGemmWidth * kGemmWidth;
   if (stride_n == 1) {  // w's memory runs along n: a few rows of it at a time, whose pages stay known
-    constexpr i64 rows = 8;
+    constexpr i64 rows = 8 * pair;
     for (i64 k0 = 0; k0 < depth; k0 += rows)
       for (i64 n = 0; n < padded; n += W) {
         const int width = cols - n < 0 ? 0 : cols - n < W ? static_cast<int>(cols - n) : W;
-        for (i64 k = k0; k < k0 + rows && k < depth; ++k) V::store(at(n, k), V::load(w + k * stride_k + n, width));
+        for (i64 k = k0; k < k0 + rows && k < depth; k += pair)
+          V::store(at(n, k), Terms::columns(w + n, stride_k, k, depth, width));
       }
     return;
   }
   for (i64 n = 0; n < padded; n += W) {
     i64 k = 0;
     if (stride_k == 1 && n + W <= cols) {
-      for (; k + W <= depth; k += W) {
+      for (; k + W * pair <= depth; k += W * pair) {
         reg t[W];
-        LK_UNROLL for (int i = 0; i < W; ++i) t[i] = V::load(w + (n + i) * stride_n + k);
+        LK_UNROLL for (int i = 0; i < W; ++i) t[i] =
+            V::load(reinterpret_cast<const float*>(w + (n + i) * stride_n + k));
         V::transpose(t);
-        LK_UNROLL for (int i = 0; i < W; ++i) V::store(at(n, k + i), t[i]);
+        LK_UNROLL for (int i = 0; i < W; ++i) V::store(at(n, k + i * pair), t[i]);
       }
     }
-    for (; k < depth; ++k)
-      for (i64 i = 0; i < W; ++i) at(n, k)[i] = n + i < cols ? w[(n + i) * stride_n + k * stride_k] : 0.0f;
+    for (; k < depth; k += pair)
+      for (i64 i = 0; i < W; ++i)
+        at(n, k)[i] = n + i < cols ? Terms::one(w + (n + i) * stride_n, stride_k, k, depth) : 0.0f;
   }
 }
 

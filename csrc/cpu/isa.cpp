@@ -42,6 +42,7 @@ std::vector<const Kernels*> detect_tables() {
       k.name = "avx512_bf16";
       k.bf16 = &low_rank_avx512_bf16();
       k.quant_bf16 = &quant_avx512_bf16();
+      k.gemm_bf16 = &gemm_avx512_bf16();
       return k;
     }();
     tables.push_back(&with_bf16);

@@ -2,6 +2,7 @@
 #include "convert.h"
 #include "gemm_tile.h"
 #include "low_rank.h"
+#include "quant_decode.h"
 #include "quant_tile.h"
 #include "tile.h"
 
@@ -70,6 +71,11 @@ constexpr LowRank kFp32 = {
     scaled_rows,
 };
 
+constexpr Gemm kGemmFp32 = {
+    kGemmWidth,           Fp32Terms::pair,      Fp32Terms::depth, Fp32Terms::group,
+    gemm_pack<Fp32Terms>, gemm_tile<Fp32Terms>, decode<ToFp32>,
+};
+
 constexpr Kernels kTable = {
 #if defined(LK_ISA_AVX512)
     "avx512",
@@ -81,11 +87,9 @@ constexpr Kernels kTable = {
     &kFp32,
     nullptr,
     nullptr,
+    &kGemmFp32,
+    nullptr,
     keep_bits,
-    gemm_pack,
-    kGemmWidth,
-    gemm,
-    decode,
     quant_dot,
     quant_x,
     quant_scales,

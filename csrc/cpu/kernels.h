@@ -32,11 +32,14 @@ struct Keep {
 
 enum class Format : int { nf4 = 0, fp4 = 1, int8 = 2, fp8 = 3 };
 
+// What decoding leaves out of the scales.
+constexpr float quant_factor(Format f) { return f == Format::fp8 ? 256.0f : f == Format::int8 ? 1.0f / 127.0f : 1.0f; }
+
 constexpr i64 kQuantRows = 4;
 constexpr i64 kQuantPad = 128;  // floats
 constexpr i64 kNested = 256;    // scales that share one of double quantisation's
 
-// At most kQuantRows rows of a quantised weight; every `segment` columns have a scale.
+// Rows of a quantised weight; every `segment` columns have a scale, of int8 and fp8 without quant_factor.
 struct QuantRows {
   Format format;
   const uint8_t* codes;
@@ -50,8 +53,6 @@ struct QuantRows {
     return {format, codes + first * ldc, ldc, levels, scales + first * lds, lds, segment, n, K};
   }
 };
-
-constexpr i64 kGemmDepth = 256;  // terms that a pass of the GEMM adds to y
 
 // The three products of the low-rank half, and the formats of their operands. Buffers are of floats in every format.
 struct LowRank {
@@ -88,30 +89,47 @@ struct QuantPairs {
   void (*arrange)(Tile x, i64 M, i64 K, float* X, i64 ldx);
 };
 
+// The GEMM of one format of operands: fp32, or bf16 two by two. T is what its operands consist of.
+struct Gemm {
+  i64 width;  // columns of a panel
+  i64 pair;   // terms to a float of a panel: 1 or 2
+  i64 depth;  // floats of a column of a panel, at most: what a pass over K adds up
+  i64 group;  // columns of y whose panels stay in L2 together, at most
+
+  // Panels of w, the n side: P[n / width][k / pair][n % width] = w[n, k] (and w[n, k + 1]), with zeroes to the end of
+  // the last panel and of the last pair. w is T*, with any strides; a panel has `column` floats to a column.
+  void (*pack)(const void* w, i64 stride_n, i64 stride_k, i64 cols, i64 depth, i64 column, float* P);
+
+  // s = (add_sum ? sum : 0) + x P, for at most pair * this->depth terms; then y = (add_y ? y : 0) + s where y is given,
+  // else sum = s
+  void (*tile)(Tile x, const float* P, i64 rows, i64 cols, i64 depth, bool add_sum, float* sum, i64 lds, bool add_y,
+               Tile y);
+
+  // out[i, k] = w[i, k0 + k], dequantised, rows of `count` T; k0 even for 4 bits
+  void (*decode)(const QuantRows& w, i64 k0, i64 count, void* out);
+
+  i64 floats(i64 depth) const { return (depth + pair - 1) / pair; }
+};
+
 struct Kernels {
   const char* name;
   const LowRank* fp32;           // for any operands
   const LowRank* bf16;           // where x and the adapters are bf16; may be null
   const QuantPairs* quant_bf16;  // for 4 bits where x is bf16; may be null
+  const Gemm* gemm_fp32;
+  const Gemm* gemm_bf16;  // may be null
 
   const LowRank& low_rank(DType x, DType adapters) const {
     return bf16 && x == DType::bf16 && adapters == DType::bf16 ? *bf16 : *fp32;
   }
 
+  const Gemm* gemm(DType x) const { return x == DType::f32 ? gemm_fp32 : x == DType::bf16 ? gemm_bf16 : nullptr; }
+
   // bits of rows m0.. and columns k0.. (k0 a multiple of 64); writes ceil(cols / 64) * 8 bytes a row
   void (*keep_bits)(uint64_t seed, uint32_t threshold, i64 m0, i64 k0, i64 rows, i64 cols, uint8_t* bits, i64 ld);
 
-  // Panels of w, the n side of the GEMM: P[n / width][k][n % width] = w[n, k], zeroes to the end of the last panel
-  void (*gemm_pack)(const float* w, i64 stride_n, i64 stride_k, i64 cols, i64 depth, float* P);
-  i64 gemm_width;
-
-  // y[m, n] = (add ? y[m, n] : 0) + sum_k x[m, k] P[.., k, ..], depth <= kGemmDepth
-  void (*gemm)(const float* x, i64 ldx, const float* P, i64 rows, i64 cols, i64 depth, bool add, float* y, i64 ldy);
-
-  // out[i] = code i, dequantised with one scale; the first code at a whole byte
-  void (*decode)(Format format, const uint8_t* codes, i64 count, const float* levels, float scale, float* out);
-
-  // out[i, m] = sum_k w[i, k] x[m, k]; X from rows of x by quant_x, in place, ldx a multiple of kQuantPad
+  // out[i, m] = sum_k w[i, k] x[m, k] / quant_factor for at most kQuantRows rows; X from rows of x by quant_x, in
+  // place, ldx a multiple of kQuantPad
   void (*quant_dot)(const QuantRows& w, const float* X, i64 ldx, i64 M, float* out, i64 ldo);
   void (*quant_x)(Format format, float* X, i64 ldx, i64 M, i64 K);
 
@@ -133,5 +151,6 @@ const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const LowRank& low_rank_avx512_bf16();
 const QuantPairs& quant_avx512_bf16();
+const Gemm& gemm_avx512_bf16();
 
 }  // namespace lk::cpu

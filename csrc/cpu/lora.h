@@ -39,9 +39,10 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
 // da = c g^T keep(x)  [R, K], where da is given
 void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Branch>& branches);
 
-// y = x w^T             [M, N], the base GEMM, or y += x w^T; w(n, k) lies at n w.ld + k stride_wk; fp32, or, without
-// add, any dtype where gemm_few(M, stride_wk)
+// y = x w^T             [M, N], the base GEMM, or y += x w^T; w(n, k) lies at n w.ld + k stride_wk; dtypes of
+// gemm_of, or, without add, any dtype where gemm_few(M, stride_wk)
 void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add);
 bool gemm_few(i64 M, i64 stride_wk);
+bool gemm_of(DType dtype);  // fp32, and bf16 where the processor multiplies it
 
 }  // namespace lk::cpu

@@ -12,6 +12,7 @@ constexpr i64 kFewRows = 16;  // up to here every code is read once, or a few ti
 constexpr i64 kStrip = 128;   // rows of w per task there; a divisor of kFp8Block
 constexpr i64 kFp8Block = 128;
 constexpr i64 kDepth = 1024;
+constexpr i64 kDecodeRows = 32;  // that become panels together: a divisor of kFp8Block, a multiple of a panel's width
 
 float scale_of(const Quantized& w, i64 i) {
   if (!w.table) return static_cast<const float*>(w.scales)[i];
@@ -23,27 +24,7 @@ const float* fp8_scales(const Quantized& w, i64 n) {
   return static_cast<const float*>(w.scales) + row * w.scale_cols;
 }
 
-void decode_row(const Quantized& w, i64 n, i64 k0, i64 cols, float* out) {
-  const Kernels& k = kernels();
-  const uint8_t* const row = w.codes + n * w.row_bytes();
-  if (w.format == Format::int8) return k.decode(w.format, row + k0, cols, nullptr, scale_of(w, n), out);
-  if (w.format == Format::fp8) {
-    const float* const scales = fp8_scales(w, n);
-    for (i64 j = k0, end; j < k0 + cols; j = end) {
-      end = w.scale_cols == 1 ? k0 + cols : std::min((j / kFp8Block + 1) * kFp8Block, k0 + cols);
-      k.decode(w.format, row + j, end - j, nullptr, scales[w.scale_cols == 1 ? 0 : j / kFp8Block], out + j - k0);
-    }
-    return;
-  }
-  const i64 first = n * w.K + k0, last = first + cols;  // in row-major w, which the blocks are cut from
-  for (i64 j = first, end; j < last; j = end) {
-    const i64 block = j / w.blocksize;
-    end = std::min((block + 1) * w.blocksize, last);
-    k.decode(w.format, w.codes + j / 2, end - j, w.levels, scale_of(w, block), out + j - first);
-  }
-}
-
-// A strip of rows with a scale to every `segment` columns, the same in all rows.
+// Rows of w with a scale to every `segment` columns.
 struct Strip {
   const float* scales;
   i64 lds, segment;
@@ -55,11 +36,10 @@ bool has_segments(const Quantized& w) {
 
 i64 segments(const Quantized& w) { return w.four_bits() && w.K % w.blocksize == 0 ? w.K / w.blocksize : 1; }
 
+// For n rows of a w that has segments; room for n * segments(w) floats. Of fp8 they lie in one block.
 Strip strip_of(const Quantized& w, i64 n0, i64 n, float* room) {
-  if (w.format == Format::int8) {
-    for (i64 i = 0; i < n; ++i) room[i] = scale_of(w, n0 + i) * (1.0f / 127.0f);
-    return {room, 1, w.K};
-  }
+  const float* const scales = static_cast<const float*>(w.scales);
+  if (w.format == Format::int8) return {scales + n0, 1, w.K};
   if (w.format == Format::fp8)
     return {fp8_scales(w, n0), w.scale_rows == w.N && w.scale_cols == 1 ? 1 : 0, w.scale_cols == 1 ? w.K : kFp8Block};
   const i64 S = segments(w);
@@ -67,9 +47,29 @@ Strip strip_of(const Quantized& w, i64 n0, i64 n, float* room) {
     for (i64 i = 0; i < n; ++i) room[i] = scale_of(w, (n0 + i) * w.K / w.blocksize);
     return {room, 1, w.K};
   }
-  if (!w.table) return {static_cast<const float*>(w.scales) + n0 * S, S, w.blocksize};
+  if (!w.table) return {scales + n0 * S, S, w.blocksize};
   kernels().quant_scales(static_cast<const uint8_t*>(w.scales), n0 * S, n * S, w.table, w.absmax, w.offset, room);
   return {room, S, w.blocksize};
+}
+
+QuantRows part(const Quantized& w, const Strip& s, i64 n0, i64 rows) {
+  return {w.format, w.codes + n0 * w.row_bytes(), w.row_bytes(), w.levels, s.scales, s.lds, s.segment, rows, w.K};
+}
+
+// w[n0.., k0..] to `out`, rows of `cols` operands of `g`; room as of strip_of
+void decode_rows(const Gemm& g, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, float* room, void* out) {
+  const i64 size = static_cast<i64>(sizeof(float)) / g.pair;
+  if (has_segments(w)) return g.decode(part(w, strip_of(w, n0, rows, room), n0, rows), k0, cols, out);
+  for (i64 i = 0; i < rows; ++i) {
+    const i64 first = (n0 + i) * w.K + k0, last = first + cols;  // in row-major w, which the blocks are cut from
+    for (i64 j = first, end; j < last; j = end) {
+      const i64 block = j / w.blocksize;
+      const float scale = scale_of(w, block);
+      end = std::min((block + 1) * w.blocksize, last);
+      g.decode({w.format, w.codes + j / 2, 0, w.levels, &scale, 0, end - j, 1, end - j}, 0, end - j,
+               static_cast<char*>(out) + (i * cols + j - first) * size);
+    }
+  }
 }
 
 void few_rows(int threads, i64 M, const Quantized& w, Tile x, Tile y) {
@@ -79,7 +79,6 @@ void few_rows(int threads, i64 M, const Quantized& w, Tile x, Tile y) {
   const QuantPairs* const pairs = direct && w.four_bits() && x.dtype == DType::bf16 ? k.quant_bf16 : nullptr;
   const i64 ldx = round_up(w.K, kQuantPad) / (pairs ? 2 : 1), strips = ceil_div(w.N, kStrip),
             room = kStrip * segments(w);
-  const float factor = w.format == Format::fp8 ? 256.0f : 1.0f;  // what decoding leaves to the scales
   Scratch scratch;
   float *X, *parts, *rooms;
   for (int pass = 0; pass < 2; ++pass) {
@@ -97,25 +96,24 @@ void few_rows(int threads, i64 M, const Quantized& w, Tile x, Tile y) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
   for (i64 t = 0; t < strips; ++t) {
     const i64 n0 = t * kStrip, n = std::min(kStrip, w.N - n0);
-    float* const part = parts + worker() * kStrip * M;
+    float* const out = parts + worker() * kStrip * M;
     float* const mine = rooms + worker() * (direct ? room : kQuantRows * w.K);
     const Strip strip = direct ? strip_of(w, n0, n, mine) : Strip{};
+    const QuantRows all = part(w, strip, n0, n);
     for (i64 i = 0; i < n; i += kQuantRows) {
       const i64 some = std::min(kQuantRows, n - i);
       if (direct) {
         for (i64 j = 0; j < kQuantRows * strip.lds; j += 16)  // the scales of the rows after the next
           __builtin_prefetch(strip.scales + (i + 2 * kQuantRows) * strip.lds + j);
-        (pairs ? pairs->dot : k.quant_dot)({w.format, w.codes + (n0 + i) * w.row_bytes(), w.row_bytes(), w.levels,
-                                            strip.scales + i * strip.lds, strip.lds, strip.segment, some, w.K},
-                                           X, ldx, M, part + i * M, M);
+        (pairs ? pairs->dot : k.quant_dot)(all.part(i, kQuantRows), X, ldx, M, out + i * M, M);
         continue;
       }
-      for (i64 j = 0; j < some; ++j) decode_row(w, n0 + i + j, 0, w.K, mine + j * w.K);
+      decode_rows(*k.gemm_fp32, w, n0 + i, some, 0, w.K, nullptr, mine);
       for (i64 k0 = 0; k0 < w.K; k0 += kDepth)
         k.fp32->dot(Tile{mine, w.K, DType::f32}.at(0, k0), {nullptr, 0}, X + k0, ldx, some, std::min(kDepth, w.K - k0),
-                    M, part + i * M, M, k0 > 0);
+                    M, out + i * M, M, k0 > 0);
     }
-    k.write_t(part, M, n, M, direct ? factor : 1.0f, y.at(0, n0));
+    k.write_t(out, M, n, M, direct ? quant_factor(w.format) : 1.0f, y.at(0, n0));
   }
 }
 
@@ -126,34 +124,42 @@ bool quantized_few(i64 M, bool transposed) { return M <= kFewRows && !transposed
 void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, Tile out) {
   const Kernels& k = kernels();
   threads = team(threads, 8.0 * rows * cols);
+  const i64 S = segments(w);
   Scratch scratch;
-  float* room;
+  float *numbers, *scales;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) scratch.reserve();
-    room = scratch.floats(threads * cols);
+    numbers = scratch.floats(threads * cols);
+    scales = scratch.floats(threads * S);
   }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (i64 i = 0; i < rows; ++i) {
-    if (out.dtype == DType::f32) {
-      decode_row(w, n0 + i, k0, cols, static_cast<float*>(out.at(i, 0).data));
-      continue;
-    }
-    float* const mine = room + worker() * cols;
-    decode_row(w, n0 + i, k0, cols, mine);
-    k.write(mine, cols, 1, cols, 1.0f, out.at(i, 0));
+    const Tile to = out.at(i, 0);
+    const bool direct = to.dtype == DType::f32;
+    float* const mine = direct ? static_cast<float*>(to.data) : numbers + worker() * cols;
+    decode_rows(*k.gemm_fp32, w, n0 + i, 1, k0, cols, scales + worker() * S, mine);
+    if (!direct) k.write(mine, cols, 1, cols, 1.0f, to);
   }
 }
 
 void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y) {
   if (quantized_few(M, transposed)) return few_rows(threads, M, w, x, y);
+  const Gemm& g = *kernels().gemm(x.dtype);
   const i64 N = transposed ? w.K : w.N, K = transposed ? w.N : w.K;
-  gemm_by_panels(threads, M, N, K, x, y, false, 1, [&](i64 n0, i64 cols, i64 k0, i64 depth, float* D, float* P) {
-    if (transposed) {
-      for (i64 i = 0; i < depth; ++i) decode_row(w, k0 + i, n0, cols, D + i * cols);
-      kernels().gemm_pack(D, 1, cols, cols, depth, P);
-    } else {
-      for (i64 i = 0; i < cols; ++i) decode_row(w, n0 + i, k0, depth, D + i * depth);
-      kernels().gemm_pack(D, depth, 1, cols, depth, P);
+  // some rows of w at a time, decoded in L1
+  const i64 most = std::max(g.group, g.pair * g.depth) / g.pair, numbers = kDecodeRows * most;
+  const i64 spare = numbers + kDecodeRows * segments(w);
+  gemm_by_panels(threads, M, N, K, x, y, false, spare, [&](i64 n0, i64 cols, i64 k0, i64 depth, float* D, float* P) {
+    const i64 column = g.floats(depth);
+    for (i64 i = 0, rows; i < (transposed ? depth : cols); i += rows) {
+      rows = std::min(kDecodeRows, (transposed ? depth : cols) - i);
+      if (transposed) {
+        decode_rows(g, w, k0 + i, rows, n0, cols, D + numbers, D);
+        g.pack(D, 1, cols, cols, rows, column, P + i / g.pair * g.width);
+      } else {
+        decode_rows(g, w, n0 + i, rows, k0, depth, D + numbers, D);
+        g.pack(D, depth, 1, rows, depth, column, P + i * column);
+      }
     }
   });
 }

@@ -23,7 +23,7 @@ struct Quantized {
 // out = w[n0.. , k0.. ], of the shape that is given; k0 and cols even for 4 bits
 void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, Tile out);
 
-// y = x w^T [M, N], or, transposed, y = x w [M, K]; fp32, or any dtype where quantized_few
+// y = x w^T [M, N], or, transposed, y = x w [M, K]; dtypes of gemm_of, or any dtype where quantized_few
 void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y);
 bool quantized_few(i64 M, bool transposed);
 

@@ -1,79 +1,10 @@
-// Codes of 4 and 8 bits to fp32, and their products with a few rows of x. Compiled by kernels.cpp, once per instruction
-// set.
+// Products of codes of 4 and 8 bits with a few rows of x. Compiled by kernels.cpp, once per instruction set.
 #pragma once
 
-#include "tile.h"
-
-#if defined(LK_ISA_AVX512)
-#include "quant_avx512.h"
-#elif defined(LK_ISA_AVX2)
-#include "quant_avx2.h"
-#else
-#include "quant_baseline.h"
-#endif
+#include "quant_decode.h"
 
 namespace lk::cpu {
 namespace {
-
-// From a format to its elements: Q::four, i8 or e4m3 of 2 W elements.
-struct FourBits {
-  static constexpr i64 bytes(i64 k) { return k / 2; }
-  static void load(const uint8_t* c, const Q::Lut& t, reg (&v)[2]) { Q::four(c, t, v); }
-};
-struct Int8 {
-  static constexpr i64 bytes(i64 k) { return k; }
-  static void load(const uint8_t* c, const Q::Lut&, reg (&v)[2]) {
-    v[0] = Q::i8(c);
-    v[1] = Q::i8(c + W);
-  }
-};
-struct Fp8 {  // times 2^-8
-  static constexpr i64 bytes(i64 k) { return k; }
-  static void load(const uint8_t* c, const Q::Lut&, reg (&v)[2]) {
-    v[0] = Q::e4m3(c);
-    v[1] = Q::e4m3(c + W);
-  }
-};
-
-constexpr i64 kStep = 2 * W;
-
-template <class F>
-inline void load_part(const uint8_t* c, i64 count, const Q::Lut& t, reg (&v)[2]) {
-  uint8_t padded[kStep] = {};
-  __builtin_memcpy(padded, c, static_cast<size_t>(F::bytes(count)));
-  F::load(padded, t, v);
-}
-
-// out[i] = value(code i) * factor, and that * then where TWICE
-template <class F, bool TWICE>
-void decode_as(const uint8_t* c, i64 count, const float* levels, float factor, float then, float* out) {
-  const Q::Lut t = Q::lut(levels);
-  const reg f = V::set1(factor), g = V::set1(then);
-  reg v[2];
-  i64 k = 0;
-  for (; k + kStep <= count; k += kStep) {
-    F::load(c + F::bytes(k), t, v);
-    LK_UNROLL for (int j = 0; j < 2; ++j) {
-      reg r = V::mul(v[j], f);
-      if (TWICE) r = V::mul(r, g);
-      V::store(out + k + j * W, r);
-    }
-  }
-  if (k == count) return;
-  load_part<F>(c + F::bytes(k), count - k, t, v);
-  LK_UNROLL for (int j = 0; j < 2; ++j) {
-    const i64 n = count - k - j * W;
-    reg r = V::mul(v[j], f);
-    if (TWICE) r = V::mul(r, g);
-    if (n > 0) V::store(out + k + j * W, r, n < W ? static_cast<int>(n) : W);
-  }
-}
-
-void decode(Format format, const uint8_t* c, i64 count, const float* levels, float scale, float* out) {
-  if (format == Format::int8) return decode_as<Int8, true>(c, count, levels, scale, 1.0f / 127.0f, out);
-  if (format == Format::fp8) return decode_as<Fp8, false>(c, count, levels, scale * 256.0f, 0.0f, out);
-  decode_as<FourBits, false>(c, count, levels, scale, 0.0f, out);
-}
 
 // One pass over RW rows of codes for XR rows of x: out[i, m] = sum_s scales[i, s] sum_k in segment s of w x
 template <class F, int RW, int XR>

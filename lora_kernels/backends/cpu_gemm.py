@@ -1,9 +1,9 @@
 """The base GEMM on a CPU: torch's (MKL in fp32, oneDNN in bf16) or our own, whichever is faster here for such a call.
 
-Ours takes fp32 operands, and of any dtype few rows of x. Which one wins depends on the processor and the shape, so the
-first call of each class times both on its own operands. A class is the dtype, the number of threads, whether w is a
-transposed view (dx = dy w), and the powers of four that M and the size of w lie between. The choice holds for the life
-of the process: results do not change from call to call.
+Ours takes fp32 operands, bf16 where the processor multiplies it (AVX512_BF16), and of any dtype few rows of x. Which
+one wins depends on the processor and the shape, so the first call of each class times both on its own operands. A class
+is the dtype, the number of threads, whether w is a transposed view (dx = dy w), and the powers of four that M and the
+size of w lie between. The choice holds for the life of the process: results do not change from call to call.
 
 oneDNN's fp32 GEMM, which beats MKL on AMD, is not among them: it sums in one chain what MKL and ours sum in parts, and
 its error is up to 2.2 times as large (K = 4096), more than this project lets any back-end add to plain torch's.
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from lora_kernels import _C
 
+CODES = {torch.float32: _C.F32, torch.bfloat16: _C.BF16, torch.float16: _C.F16}
+
 _REPEATS = 3
 _MARGIN = 0.95
 """Ours is taken where its time is below this part of torch's: noise alone should not decide."""
 
-CODES = {torch.float32: _C.F32, torch.bfloat16: _C.BF16, torch.float16: _C.F16}
-
-Gemms = dict[str, Callable[..., Tensor]]
+Gemms = dict[str, Callable[..., Any]]
 Key = tuple[str, int, bool, int, int]
 _choices: dict[Key, str] = {}
 
@@ -35,18 +35,24 @@ _choices: dict[Key, str] = {}
 def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """x wᵀ [M,N], fresh and contiguous, or added to `out`; x [M,K] with unit last stride, w [N,K] of any strides."""
     M, N, K = x.shape[0], *w.shape
-    if not (M * N * K and (x.dtype == torch.float32 or (out is None and _C.gemm_few(M, w.stride(1))))):
+    if not (M * N * K and (has_own(x.dtype) or (out is None and _C.gemm_few(M, w.stride(1))))):
         return _torch(x, w, out)
     kind = _KINDS[x.dtype]
-    return _GEMMS[chosen(_GEMMS, kind, M, N * K, w.stride(1) != 1, x, w)](x, w, out)
+    return _GEMMS[chosen(_GEMMS, _MARGIN, kind, M, N * K, w.stride(1) != 1, x, w)](x, w, out)
 
 
-def chosen(gemms: Gemms, kind: str, M: int, weights: int, transposed: bool, *operands: Any) -> str:
-    """Which of `gemms` serves the class of calls that these `operands` belong to: timed on them the first time."""
+def has_own(dtype: torch.dtype) -> bool:
+    """Whether our own GEMM takes any number of rows of this dtype: fp32, and bf16 where the processor multiplies it."""
+    return _C.gemm_of(CODES[dtype])
+
+
+def chosen(gemms: Gemms, margin: float, kind: str, M: int, weights: int, transposed: bool, *operands: Any) -> str:
+    """Which of `gemms` serves the class of calls that these `operands` belong to: timed on them the first time, and
+    "own" where it takes less than `margin` of the other's time."""
     key = (kind, torch.get_num_threads(), transposed, M.bit_length() // 2, weights.bit_length() // 2)
     choice = _choices.get(key)
     if choice is None:
-        choice = _choices[key] = _faster(gemms, *operands)
+        choice = _choices[key] = _faster(gemms, margin, *operands)
     return choice
 
 
@@ -60,7 +66,7 @@ def base_gemm_choices() -> dict[str, str]:
 
 
 def own(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """csrc/cpu/gemm.cpp; x in fp32, or few rows of any dtype and w's own along K (then without `out`)."""
+    """csrc/cpu/gemm.cpp; x of a dtype that it has, or few rows of any and w's own along K (then without `out`)."""
     M, N, K = x.shape[0], *w.shape
     y = x.new_empty(M, N) if out is None else out
     operands = (x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), w.stride(1))
@@ -76,7 +82,7 @@ _GEMMS: Gemms = {"torch": _torch, "own": own}
 _KINDS = {dtype: str(dtype).removeprefix("torch.") for dtype in CODES}
 
 
-def _faster(gemms: Gemms, *operands: Any) -> str:
+def _faster(gemms: Gemms, margin: float, *operands: Any) -> str:
     best = dict.fromkeys(gemms, float("inf"))
     for repeat in range(_REPEATS + 1):
         for name, gemm in gemms.items():
@@ -84,4 +90,4 @@ def _faster(gemms: Gemms, *operands: Any) -> str:
             gemm(*operands)
             if repeat:  # the first round warms up
                 best[name] = min(best[name], time.perf_counter() - start)
-    return "own" if best["own"] < _MARGIN * best["torch"] else "torch"
+    return "own" if best["own"] < margin * best["torch"] else "torch"

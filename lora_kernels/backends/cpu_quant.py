@@ -1,9 +1,9 @@
 """The base GEMM over a quantised weight on a CPU, from the codes as they are stored.
 
-Few rows of x meet the codes in registers. For many, either our own fp32 GEMM takes its panels from a block of W that is
-dequantised when it is needed, or torch's takes a few columns of y at a time, their part of W dequantised into x's
-dtype: the faster of the two for fp32, the second for 16 bits. Sums are complete within one GEMM, and never more than
-`_BLOCK_BYTES` of W exist dequantised.
+Few rows of x meet the codes in registers. For many, our own GEMM makes its panels of codes, in fp32, and in bf16 where
+the processor multiplies it; or torch's takes a few columns of y at a time, their part of W dequantised into x's dtype.
+Where both can, ours is taken unless the other is clearly faster, as on a processor with matrix registers (AMX): it
+needs no memory for W. Sums are complete within one GEMM, and never more than `_BLOCK_BYTES` of W exist dequantised.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _C, quant_tables
-from lora_kernels.backends.cpu_gemm import CODES, Gemms, chosen
+from lora_kernels.backends.cpu_gemm import CODES, Gemms, chosen, has_own
 from lora_kernels.quant import FORMATS, QuantizedWeight
 
 _BLOCK_BYTES = 8 << 20
+_MARGIN = 1.05
+"""Of torch's time that ours may take and still be chosen."""
 
 _LEVELS = {name: quant_tables.levels(name, torch.device("cpu")) for name in ("nf4", "fp4")}
 
@@ -28,11 +30,15 @@ def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> T
     M, (N, K) = x.shape[0], w.shape
     if not M * N * K:
         return x.new_zeros(M, K if transposed else N)
+    y = x.new_empty(M, K if transposed else N)
     if _C.quantized_few(M, transposed):
-        return _own(x, w, transposed)
-    if x.dtype != torch.float32:
-        return _by_blocks(x, w, transposed)
-    return _GEMMS[chosen(_GEMMS, w.format, M, N * K, transposed, x, w, transposed)](x, w, transposed)
+        _own(x, w, transposed, y)
+    elif not has_own(x.dtype):
+        _by_blocks(x, w, transposed, y)
+    else:
+        kind = f"{w.format} {x.dtype}".replace("torch.", "")
+        _GEMMS[chosen(_GEMMS, _MARGIN, kind, M, N * K, transposed, x, w, transposed, y)](x, w, transposed, y)
+    return y
 
 
 def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tensor) -> Tensor:
@@ -43,19 +49,16 @@ def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tens
     return out[: rows * cols].view(rows, cols)
 
 
-def _own(x: Tensor, w: QuantizedWeight, transposed: bool) -> Tensor:
-    """csrc/cpu/quant.cpp; fp32, or few rows of any dtype."""
-    y = x.new_empty(x.shape[0], w.shape[1 if transposed else 0])
+def _own(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> None:
+    """csrc/cpu/quant.cpp; x of a dtype that it has, or few rows of any."""
     place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0))
     _C.quantized_gemm(torch.get_num_threads(), CODES[x.dtype], x.shape[0], _operand(w), transposed, *place)
-    return y
 
 
-def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool) -> Tensor:
+def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> None:
     """torch's GEMM over a part of y's columns at a time."""
     N, K = w.shape
     inner, outer = (N, K) if transposed else (K, N)
-    y = x.new_empty(x.shape[0], outer)
     step = min(outer, max(16, _BLOCK_BYTES // (inner * x.element_size()) // 16 * 16))
     room = _room(inner * step, x.dtype)
     for first in range(0, outer, step):
@@ -65,7 +68,6 @@ def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool) -> Tensor:
         else:
             block = dequantize(w, first, last, 0, K, room).t()
         torch.mm(x, block, out=y[:, first:last])
-    return y
 
 
 def _room(count: int, dtype: torch.dtype) -> Tensor:

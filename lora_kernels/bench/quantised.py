@@ -10,6 +10,7 @@ import argparse
 import datetime
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.bench import gate, machine, timing
+from lora_kernels.bench import gate, machine, quantised_memory, timing
 from lora_kernels.bench.run import write
 from lora_kernels.bench.shapes import SHORT
 from lora_kernels.bench.terminal import terminal
@@ -74,6 +75,7 @@ def measure(size: tuple[int, int, int], rows: tuple[int, ...], rounds: int, show
         "notes": [],
         "gate": [],
         "rows": [],
+        "memory": [],
     }
     if not _peer():
         document["notes"].append("PEFT over bitsandbytes is not measured: pip install peft bitsandbytes")
@@ -86,6 +88,18 @@ def measure(size: tuple[int, int, int], rows: tuple[int, ...], rounds: int, show
                     "F.linear fp32", steps, rounds, timing.CpuTimer(), functools.partial(advance, f"M = {M}", 1)
                 )
                 document["rows"] += [asdict(_row(M, name, taken)) for name in steps]
+    if sys.platform.startswith("linux"):
+        document["memory"] = [
+            {
+                "name": f"nf4 {SHORT[dtype]}",
+                "M": M,
+                "mb": quantised_memory.measure(str(dtype).removeprefix("torch."), M, *size[:2]),
+                "most": quantised_memory.MOST,
+            }
+            for M in rows
+            if M != DECODE
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
     return document
 
 
@@ -204,6 +218,11 @@ def main(argv: list[str] | None = None) -> int:
     document = measure((N, K, R), (DECODE, TRAINING), args.rounds, show)
     for table in tables(document):
         show.table(*table, words=True)
+    for entry in document["memory"]:
+        show.line(
+            f"Peak memory of a first training step beyond weights, activations and gradients, {entry['name']}, "
+            f"M = {entry['M']}: {entry['mb']:.1f} MB (at most {entry['most']:.0f})"
+        )
     for note in document["notes"]:
         show.line(note)
     red = [f"{entry['name']}, M = {entry['M']}: {fault}" for entry in document["gate"] for fault in entry["faults"]]
