@@ -39,7 +39,7 @@ _16_BIT: dict[str, dict[str, Tile]] = {
     },
     # tcgen05, with accumulators in tensor memory.
     "sm_100": {
-        "decode16": _DECODE16,
+        "decode16": replace(_DECODE16, num_warps=8),
         "decode16_wide": _DECODE16_WIDE,
         "decode64": replace(_DECODE64, num_warps=4),
     },
