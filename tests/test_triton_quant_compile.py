@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -14,10 +11,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 import assembly
 import compile_report
-from compile_report import REGISTERS, SHARED_MEMORY, TENSOR_MEMORY, Report
+from compile_report import Report, Reports, empty
 
-from lora_kernels.backends import _triton_launch as launching
 from lora_kernels.backends import _triton_quant as quantised
+from lora_kernels.backends._triton_device import Launch
 from lora_kernels.kernels import quant_tiles, tiles
 from lora_kernels.quant import CODES, Nested, QuantizedWeight
 from lora_kernels.quant_encode import FP8_BLOCK
@@ -55,15 +52,12 @@ def _entries() -> Iterator[Entry]:
                 yield Entry(arch, kind, "nf4", torch.float32, True)
     for arch in ARCHITECTURES:
         yield Entry(arch, "decode64", "fp8", torch.float16, True)
-        yield from (Entry(arch, "decode16", format, torch.bfloat16, False) for format in FORMATS)
+        for kind in ("decode16", "tickets", "backward"):
+            yield from (Entry(arch, kind, format, torch.bfloat16, False) for format in FORMATS)
         yield from (Entry(arch, "dequantise", format, torch.bfloat16, format == "nf4") for format in FORMATS)
 
 
 ENTRIES = list(_entries())
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def weight_of(entry: Entry) -> QuantizedWeight:
@@ -71,28 +65,26 @@ def weight_of(entry: Entry) -> QuantizedWeight:
     fp32, blocks = torch.float32, N * K // 64
     if entry.format in ("int8", "fp8"):
         scales = (N,) if entry.format == "int8" else (N // FP8_BLOCK, K // FP8_BLOCK)
-        codes = _empty(N, K, dtype=CODES[entry.format])
-        return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, _empty(*scales, dtype=fp32))
-    codes = _empty(N, K // 2, dtype=torch.uint8)
+        codes = empty(N, K, dtype=CODES[entry.format])
+        return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, empty(*scales, dtype=fp32))
+    codes = empty(N, K // 2, dtype=torch.uint8)
     if not entry.most:
-        return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, _empty(blocks, dtype=fp32), 64)
-    nested = Nested(_empty(256, dtype=fp32), _empty(blocks // 256, dtype=fp32), _empty(dtype=fp32))
-    return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, _empty(blocks, dtype=torch.uint8), 64, nested)
+        return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, empty(blocks, dtype=fp32), 64)
+    nested = Nested(empty(256, dtype=fp32), empty(blocks // 256, dtype=fp32), empty(dtype=fp32))
+    return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, empty(blocks, dtype=torch.uint8), 64, nested)
 
 
-def launch_of(entry: Entry) -> launching.Launch:
-    """What the back-end would launch for the entry's largest rank, with K split."""
+def launch_of(entry: Entry) -> Launch:
+    """What the back-end would launch for the entry's largest rank, with K or M split."""
     w, dtype = weight_of(entry), entry.dtype
     if entry.kind == "dequantise":
-        return quantised.dequantise_launch(w, _empty(N, K, dtype=dtype))
-    target = launching.Target(entry.arch, 132, contextlib.nullcontext, lambda: 0, lambda: False)
+        return quantised.dequantise_launch(w, empty(N, K, dtype=dtype))
     tile = quant_tiles.TABLES[entry.arch, dtype.itemsize][entry.kind]
-    M, R, p = tile.BLOCK_M, tile.BLOCK_R, 0.1 if entry.most else 0.0
+    decode = entry.kind.startswith("decode")
+    plan = tiles.Plan(decode, tile, 1 if entry.kind == "tickets" else 8, within=True)
     adapter_dtype = torch.float32 if entry.most and dtype == torch.bfloat16 else dtype
-    a, b = _empty(R, K, dtype=adapter_dtype), _empty(N, R, dtype=adapter_dtype)
-    x, y, h, bias = (_empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (M, R), (N,)))
-    seed = _empty(dtype=torch.int64) if p else None
-    return quantised.forward_launch(target, tiles.Plan(True, tile, 8), x, w, a, b, bias, y, h, 0.75, p, seed, True)
+    p, M = 0.1 if entry.most else 0.0, tile.BLOCK_M if decode else 4096
+    return compile_report.launch_of(entry.arch, plan, dtype, adapter_dtype, p, w, M)
 
 
 def _compile(number: int) -> Report:
@@ -100,27 +92,19 @@ def _compile(number: int) -> Report:
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> Iterator[dict[int, Future[Report]]]:
-    """Reports on the entries whose tests were selected, from two processes."""
-    tests = (item for item in request.session.items if isinstance(item, pytest.Function))
-    selected = {item.callspec.params["number"] for item in tests if item.originalname == "test_quantised_entry"}
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield {number: pool.submit(_compile, number) for number in sorted(selected)}
-        pool.shutdown(cancel_futures=True)
+def compiled(request: pytest.FixtureRequest) -> Iterator[Reports]:
+    with compile_report.compiled_ahead(request, "test_quantised_entry", _compile) as reports:
+        yield reports
 
 
 @pytest.mark.parametrize("number", range(len(ENTRIES)), ids=lambda number: str(ENTRIES[number]))
-def test_quantised_entry(number: int, compiled: dict[int, Future[Report]]) -> None:
+def test_quantised_entry(number: int, compiled: Reports) -> None:
     entry, report = ENTRIES[number], compiled[number].result()
     cuda = entry.arch.startswith("sm_")
-    assert report.spills == 0, f"{report.spills} bytes of registers spilled"
-    assert report.shared <= SHARED_MEMORY[entry.arch], f"{report.shared} bytes of shared memory"
-    assert report.registers <= (REGISTERS if cuda else 512)
-    assert report.tensor_memory <= TENSOR_MEMORY
-    assert not report.trap, "the kernel is a trap"
+    report.check(entry.arch)
     if entry.kind == "dequantise" or (entry.dtype == torch.float32 and cuda):
         assert not report.tensor_core, "rounds fp32 operands"
-    elif entry.arch in ("sm_90", "sm_100") and entry.kind == "decode64":
+    elif entry.arch in ("sm_90", "sm_100") and "decode16" not in entry.kind and entry.dtype != torch.float32:
         wanted = "wgmma.mma_async" if entry.arch == "sm_90" else "tcgen05.mma"
         assert list(report.tensor_core) == [wanted], f"falls back to {list(report.tensor_core)}"
     else:
