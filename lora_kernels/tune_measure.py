@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -58,12 +58,11 @@ class Operands:
             M, N, K, R, dtype=setting.dtype, adapter_dtype=setting.adapter_dtype, p=setting.p, bias=False, seed=seed,
             device=setting.device,
         )  # fmt: skip
+        self.q = q
         self.w: Tensor | QuantizedWeight = q.w
-        """What a pass is given; ``q.w`` is what that stands for."""
+        """As a pass is given it."""
         if setting.quant:
             self.w = quantize_weight(q.w, setting.quant, double_quant=setting.double_quant)
-            q = replace(q, w=self.w.dequantize(torch.float32))
-        self.q = q
         # h as a forward saves it: what a backward is given.
         x = q.x.float() if q.seed is None else random.dropout(q.x.float(), q.p, q.seed)
         self.h = (x @ q.a.float().t()).to(q.x.dtype)
@@ -163,12 +162,13 @@ class Tuner:
 
     def _measure(self, work: Work, label: str, advance: Any) -> str | None:
         """The fastest of those that are right; None where none is."""
-        device, dtype = self.setting.device, self.setting.dtype
+        device = self.setting.device
         sets = [Operands(self.setting, work.size, 0)]
         count = timing.operand_sets(device, sets[0].nbytes)
         sets += [Operands(self.setting, work.size, seed) for seed in range(1, count)]
-        # Plain torch has w in x's dtype.
-        want, plain = gate.truth(sets[0].q), gate.evaluate(replace(sets[0].q, w=sets[0].q.w.to(dtype)))
+        q, w = sets[0].q, sets[0].w
+        q, plain = (q, gate.evaluate(q)) if isinstance(w, Tensor) else gate.over_codes(q, w)
+        want = gate.truth(q)
         steps: dict[str, list[timing.Step]] = {}
         timer = timing.timer_for(device)
         if device.type == "cuda" and work.size.M <= GRAPH_ROWS:
@@ -176,12 +176,12 @@ class Tuner:
         for name, way in work.ways.items():
             advance(f"{label}: checking", 1)
             each: list[timing.Step] = [functools.partial(way.run, operands, operands.results) for operands in sets]
-            fault = self._fault(work.op, way, sets[0], want, plain) or self._capture_fault(timer, each)
+            fault = self._fault(work.op, way, sets[0], q, want, plain) or self._capture_fault(timer, each)
             if fault is None:
                 steps[name] = each
             else:
                 self.show.line(f"{label}: dropped {name}: {fault}")
-        del want, plain
+        del q, w, want, plain
         if not steps:
             advance(label, ROUNDS)
             return None
@@ -198,7 +198,13 @@ class Tuner:
         return best
 
     def _fault(
-        self, op: str, way: Way, operands: Operands, want: dict[str, Tensor], plain: dict[str, Tensor]
+        self,
+        op: str,
+        way: Way,
+        operands: Operands,
+        q: gate.Problem,
+        want: dict[str, Tensor],
+        plain: dict[str, Tensor],
     ) -> str | None:
         """Why a way is not to be taken; None where it runs, is right, gives the same bits twice and leaves nothing
         behind."""
@@ -219,8 +225,8 @@ class Tuner:
         got = dict(first)
         if op == "forward":  # h is judged by the db that it gives
             h = got.pop("h").double()
-            got["db"] = operands.q.scale * (operands.q.dy.double().t() @ h)
-        faults = [verdict.fault for verdict in gate.judge(got, operands.q, want, plain) if verdict.fault]
+            got["db"] = q.scale * (q.dy.double().t() @ h)
+        faults = [verdict.fault for verdict in gate.judge(got, q, want, plain) if verdict.fault]
         differing = [
             f"{name}: other bits in a second run" for name in names if not torch.equal(first[name], second[name])
         ]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lora_kernels import random
-from lora_kernels.bench.gate import judge
+from lora_kernels.bench.gate import judge, over_codes
 from lora_kernels.quant import DTYPES, FORMATS, QuantizedWeight, quantize_weight
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -84,9 +84,7 @@ def results(q: oracle.Problem, w: QuantizedWeight, way: str, **kwargs: bool) -> 
 
 
 def check(got: dict[str, torch.Tensor], q: oracle.Problem, w: QuantizedWeight) -> None:
-    """The truth has W as it is stored, plain torch has it in x's dtype."""
-    stored = dataclasses.replace(q, w=w.dequantize(torch.float32))
-    plain = oracle.evaluate(dataclasses.replace(q, w=w.dequantize(q.x.dtype)))
+    stored, plain = over_codes(q, w)
     for verdict in judge(got, stored, plain=plain):
         assert verdict.fault is None, verdict.fault
 

@@ -45,11 +45,9 @@ class Entry(NamedTuple):
 def _entries() -> Iterator[Entry]:
     for (arch, itemsize), table in quant_tiles.TABLES.items():
         for kind in table:
-            # sm_86 and sm_89 are the same to the compiler, and fp32 has one table for all.
-            if itemsize == 2 and arch != "sm_86":
-                yield Entry(arch, kind, "nf4", torch.bfloat16, True)
-            elif itemsize == 4 and arch in ("sm_80", "sm_100"):
-                yield Entry(arch, kind, "nf4", torch.float32, True)
+            # sm_86 and sm_89 are the same to the compiler.
+            if arch != "sm_86":
+                yield Entry(arch, kind, "nf4", torch.float32 if itemsize == 4 else torch.bfloat16, True)
     for arch in ARCHITECTURES:
         yield Entry(arch, "decode64", "fp8", torch.float16, True)
         for kind in ("decode16", "tickets", "backward"):

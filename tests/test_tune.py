@@ -199,6 +199,7 @@ def test_candidates_begin_with_the_tables_choice_and_are_within_the_rules(w_form
                 assert 1 <= plan.split <= 4096
                 assert bool(w_format) or not plan.within
             if w_format:
+                assert any(plan.within and plan.tile.tma for plan in plans.values()) == (R <= 64)
                 first = [name for name, plan in plans.items() if not plan.within]
                 assert len(first) == 1 and first[0].startswith("w first: ")
 

@@ -85,7 +85,7 @@ def candidates(op: str, case: Case) -> dict[str, Plan]:
             continue
         if kind == "redundant" and (case.M > REDUNDANT_ROWS or case.R > entry.BLOCK_R):
             continue
-        for tile in (entry, *_changed(entry, CHANGES[kind], case.M)):
+        for tile in (entry, *_changed(entry, CHANGES[kind], case.M), *_described(entry, case)):
             for split in _splits(kind, tile, case, more=tile is entry):
                 plan = Plan(kind == "redundant", tile, split, within=bool(case.w_format))
                 plans.setdefault(describe(plan, case), plan)
@@ -99,6 +99,13 @@ def _changed(tile: Tile, changes: dict[str, tuple[int, ...]], M: int) -> Iterato
             if field != "BLOCK_M" or value < max(2 * M, 32) or value < tile.BLOCK_M:
                 changed: dict[str, Any] = {field: value}
                 yield replace(tile, **changed)
+
+
+def _described(tile: Tile, case: Case) -> Iterator[Tile]:
+    """Over a quantised w, whose tables have none, the same with x and dy through descriptors, where there are any."""
+    dense = tiles.TABLES[tiles.resolve(case.arch) or case.arch, case.itemsize]
+    if case.w_format and any(each.tma for each in dense.values()):
+        yield replace(tile, tma=True)
 
 
 def _splits(kind: str, tile: Tile, case: Case, more: bool) -> list[int]:

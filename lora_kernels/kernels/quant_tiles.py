@@ -61,13 +61,13 @@ _16_BIT: dict[str, dict[str, Tile]] = {
         "decode16_wide": _DECODE16_WIDE,
         "decode64": replace(_DECODE64, num_warps=4),
         "tickets": _TICKETS,
-        "backward": _BACKWARD,
+        "backward": replace(_BACKWARD, BLOCK_C=128),
     },
     "sm_120": {
         "decode16": replace(_DECODE16, num_stages=2),
         "decode16_wide": _DECODE16_WIDE,
         "decode64": replace(_DECODE64_MMA, num_warps=4),
-        "tickets": _TICKETS,
+        "tickets": replace(_TICKETS, BLOCK_M=64),
         "backward": _BACKWARD,
     },
     "gfx942": {
@@ -80,11 +80,10 @@ _16_BIT: dict[str, dict[str, Tile]] = {
 }
 _16_BIT["sm_89"] = _16_BIT["sm_86"]
 
-# fp32: as in tiles.py.
+# fp32: as in tiles.py; on sm_100 codes too would go onto tensor cores in tiles of 64 rows.
 _32_BIT = {
     "decode16": Tile(max_rank=32, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=32, num_warps=4, num_stages=2),
-    "tickets": tiles._32_BIT["tickets"],
-    "backward": tiles._32_BIT["backward"],
+    "backward": Tile(BLOCK_M=32, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=32, BLOCK_T=16, num_warps=8, num_stages=3),
 }
 
 TABLES: dict[tuple[str, int], dict[str, Tile]] = {(arch, 2): table for arch, table in _16_BIT.items()} | {
