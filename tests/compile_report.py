@@ -119,7 +119,7 @@ def compiled_ahead(request: pytest.FixtureRequest, test: str, compile: Callable[
 def compile_report(launch: Launch, arch: str) -> Report:
     """`launch`: a kernel with its arguments and options, whose tensors may be on the meta device. Raises what the
     compiler raises."""
-    signature, constants, attributes = _specialise(launch.kernel, launch.arguments)
+    signature, constants, attributes = specialise(launch.kernel, launch.arguments)
     cuda = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
     log = io.StringIO()
@@ -156,7 +156,7 @@ def compile_report(launch: Launch, arch: str) -> Report:
     )
 
 
-def _specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """The types, constants and divisibilities under which Triton would compile these arguments."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}

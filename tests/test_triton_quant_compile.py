@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,11 +13,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import assembly
 import compile_report
 from compile_report import Report, Reports, empty
+from triton.backends.compiler import GPUTarget
+from triton.language import constexpr
+from triton.runtime import driver
 
+from lora_kernels.backends import _triton_launch as launching
 from lora_kernels.backends import _triton_quant as quantised
-from lora_kernels.backends._triton_device import Launch
+from lora_kernels.backends._triton_device import Launch, Target
 from lora_kernels.kernels import quant_tiles, tiles
-from lora_kernels.quant import CODES, Nested, QuantizedWeight
+from lora_kernels.quant import CODES, Nested, QuantizedWeight, quantize_weight
 from lora_kernels.quant_encode import FP8_BLOCK
 
 pytestmark = pytest.mark.timeout(90)
@@ -130,3 +135,37 @@ def test_contraction_is_found() -> None:
     launch = launch_of(ENTRIES[number])
     contracted = launch._replace(options=launch.options | {"enable_fp_fusion": True})
     assert "fma.rn.f32" in compile_report.compile_report(contracted, "sm_90").assembly
+
+
+class NoDriver:
+    """Of a device that Triton asks about while it binds arguments and compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8", "dense"])
+def test_what_is_compiled_is_what_triton_would_launch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own binder finds these types, constants and divisibilities in the arguments, the tuple that stands for a
+    quantised W among them."""
+    x, y, h, a, b = (torch.zeros(shape).bfloat16() for shape in ((32, 256), (32, 128), (32, 16), (16, 256), (128, 16)))
+    w = torch.randn(128, 256).bfloat16()
+    if kind != "dense":
+        w = quantize_weight(w, kind, double_quant=kind == "nf4")
+    target = Target("sm_90", 132, contextlib.nullcontext, lambda: 0, lambda: False)
+    plan = tiles.Plan(False, quant_tiles.TABLES["sm_90", 2]["backward"], 1, within=kind != "dense")
+    launch = launching.backward_launch(target, plan, y, x, w, a, b, h, x, a, b, h, 0.75, 0.0, None)
+    kernel = launch.kernel
+    monkeypatch.setattr(driver, "_active", NoDriver())
+    source = kernel.warmup(**launch.arguments, **launch.options, grid=(launch.programs,)).src
+    kernel.device_caches.clear()
+    signature, constants, attributes = compile_report.specialise(kernel, launch.arguments)
+    assert source.signature == signature
+    assert {path: value for path, value in source.attrs.items() if value} == attributes
+    assert {path: constexpr(value) for path, value in source.constants.items()} == constants
