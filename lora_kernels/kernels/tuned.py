@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 import lora_kernels
-from lora_kernels.kernels import tiles
+from lora_kernels.kernels import quant_tiles, tiles
 from lora_kernels.kernels.tiles import Plan, Tile
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def path(device: str) -> Path:
@@ -36,12 +36,23 @@ def path(device: str) -> Path:
     return root / "lora_kernels" / f"tuned-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def key(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, M: int, N: int, K: int, R: int, dropout: bool) -> str:
+def key(
+    op: str,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dropout: bool,
+    w_format: str = "",
+) -> str:
     """What a plan is kept under: N and K as they are, M rounded up to a power of two, R to the tile that holds it (a
-    power of two, at least 16)."""
+    power of two, at least 16), and how w is quantised, if it is (as in `tiles.Case`)."""
     rows, rank = _power_of_two(M), max(16, _power_of_two(R))
     types = "+".join(str(each).removeprefix("torch.") for each in (dtype, adapter_dtype))
-    return f"{op} {types} M{rows} N{N} K{K} R{rank}{' dropout' if dropout else ''}"
+    words = [op, types, f"M{rows} N{N} K{K} R{rank}", *["dropout"] * dropout, *[w_format] * bool(w_format)]
+    return " ".join(words)
 
 
 def _power_of_two(n: int) -> int:
@@ -67,7 +78,7 @@ def load(device: str) -> Mapping[str, Plan]:
         if content["schema"] != SCHEMA or content["device"] != device or content["versions"] != versions():
             return {}
         return {
-            entry: Plan(kept["redundant"], Tile(**kept["tile"]), kept["split"])
+            entry: Plan(kept["redundant"], Tile(**kept["tile"]), kept["split"], kept["within"])
             for entry, kept in content["plans"].items()
         }
     except FileNotFoundError:
@@ -89,10 +100,7 @@ def store(device: str, plans: Mapping[str, Plan]) -> Path:
         "schema": SCHEMA,
         "device": device,
         "versions": versions(),
-        "plans": {
-            entry: {"redundant": plan.redundant, "split": plan.split, "tile": asdict(plan.tile)}
-            for entry, plan in sorted(plans.items())
-        },
+        "plans": {entry: plan._asdict() | {"tile": asdict(plan.tile)} for entry, plan in sorted(plans.items())},
     }
     place = path(device)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +126,7 @@ def forget(device: str) -> bool:
 
 def cache_clear() -> None:
     """Have the next call of every kind read the file and choose its plan again."""
-    for cached in (load, tiles.forward_plan, tiles.backward_plan):
+    for cached in (load, tiles.plan, quant_tiles.plan):
         cached.cache_clear()
 
 
