@@ -1,6 +1,6 @@
-"""``python -m lora_kernels tune``: measure plans of the Triton back-end on this GPU, and keep the fastest.
+"""``python -m lora_kernels tune``: measure plans of a back-end on this GPU, and keep the fastest.
 
-What is measured is in tune_triton.py, how in tune_measure.py. Nothing else in the package searches.
+What is measured is in tune_triton.py and tune_cuda.py, how in tune_measure.py. Nothing else in the package searches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import torch
 
-from lora_kernels import quant_tables
+from lora_kernels import dispatch, quant_tables
 from lora_kernels.backends import Call
 from lora_kernels.bench.shapes import SHORT
 from lora_kernels.bench.terminal import terminal
@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fp32-adapters", action="store_true", help="a and b in fp32 (PEFT's default), not in x's dtype"
     )
+    parser.add_argument(
+        "--backend",
+        choices=("triton", "cuda"),
+        default="triton",
+        help="whose plans: tiles of the Triton back-end (the default), or columns and clusters of the sm_90a kernels",
+    )
     parser.add_argument("--quant", choices=FORMATS, help="a quantised w (default: a dense one)")
     parser.add_argument(
         "--double-quant", action="store_true", help="with --quant nf4 or fp4: its scales quantised too, as in QLoRA"
@@ -81,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
         return 2
     dtype = {short: each for each, short in SHORT.items()}[args.dtype]
     adapter_dtype = torch.float32 if args.fp32_adapters else dtype
-    subject = _find(args.device, dtype, adapter_dtype, args.dropout, args.quant, args.double_quant)
+    subject = _find(args.backend, args.device, dtype, adapter_dtype, args.dropout, args.quant, args.double_quant)
     if isinstance(subject, str):
         show.line(f"tune: {subject}")
         return 2
@@ -104,7 +110,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _find(
-    name: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float, quant: str | None, double_quant: bool
+    backend: str,
+    name: str,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    p: float,
+    quant: str | None,
+    double_quant: bool,
 ) -> Subject | str:
     """What there is to measure, or why there is nothing to measure on."""
     try:
@@ -115,15 +127,21 @@ def _find(
         if (device.index or 0) >= torch.cuda.device_count():
             return f"needs a GPU: torch {torch.__version__} sees {torch.cuda.device_count()}, and --device is {name}"
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    needs = "needs a GPU that Triton serves" if backend == "triton" else "needs a GPU that the sm_90a kernels serve"
     try:
-        from lora_kernels.backends import triton
-        from lora_kernels.backends._triton_device import find_target
-        from lora_kernels.tune_triton import TritonSubject
+        module = dispatch.load(backend)
     except ImportError as error:
-        return f"needs a GPU that Triton serves: {line(error)}"
+        return f"{needs}: {line(error)}"
     call = Call("forward", device, dtype, adapter_dtype, 16, 16, 16, 16, False, quant or "dense")
-    if refusals := triton.why_not(call):
-        return f"needs a GPU that Triton serves: {'; '.join(refusals)}"
+    if refusals := module.why_not(call):
+        return f"{needs}: {'; '.join(refusals)}"
+    if backend == "cuda":
+        from lora_kernels.tune_cuda import CudaSubject
+
+        return CudaSubject(Setting(device, torch.cuda.get_device_name(device), dtype, adapter_dtype, p))
+    from lora_kernels.backends._triton_device import find_target
+    from lora_kernels.tune_triton import TritonSubject
+
     target = find_target(device)
     assert target is not None and target.name is not None, "why_not has asked for it, and drivers name their devices"
     return TritonSubject(target, Setting(device, target.name, dtype, adapter_dtype, p, quant, double_quant))

@@ -19,6 +19,7 @@ from lora_kernels.bench.terminal import Terminal
 from lora_kernels.kernels import quant_tiles, tuned
 from lora_kernels.kernels.candidates import Size
 from lora_kernels.kernels.tiles import Plan
+from lora_kernels.kernels.tilings import Tiling
 from lora_kernels.quant import QuantizedWeight, quantize_weight
 
 ROUNDS = 9
@@ -84,7 +85,7 @@ class Operands:
 class Way(NamedTuple):
     """One way to run a pass, and the plan that stands for it where it is kept."""
 
-    plan: Plan
+    plan: Plan | Tiling
     run: Callable[[Operands, dict[str, Tensor]], None]
     """Reads the operands and writes, of `Operands.room`, y and h in a forward; dx, da, db and g in a backward."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_kernels.backends import Call, cuda
+from lora_kernels.kernels import tilings
 
 SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32, 100, 64, 72, 12, True)
 
@@ -67,7 +68,7 @@ def test_errors_are_named() -> None:
         pytest.skip("there is a GPU here")
     memory = torch.zeros(1024)
     tensors = (torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "xwab")
-    operands = cuda._operands(8, *tensors, 1.0, 0.0, None, 0, cuda.BY_RULE)
+    operands = cuda._operands(8, *tensors, 1.0, 0.0, None, 0, tilings.BY_RULE)
     call = extension.Sm90Forward(**operands | {"device": 0})
     with pytest.raises(RuntimeError, match=r"cudaError(InsufficientDriver|NoDevice|StubLibrary)"):
         call.workspace()

@@ -1,8 +1,8 @@
 """Hand-written kernels for Hopper (sm_90a): one launch forward, one launch backward. Not yet run on a GPU.
 
 Each launch is persistent and warp-specialised: TMA loads, wgmma, work items claimed by an atomic ticket
-(csrc/cuda/sm90), in pairs of blocks that load w for each other where `Tiling` says so. M up to 64 without dropout takes
-a kernel that splits K and streams w once.
+(csrc/cuda/sm90), in pairs of blocks that load w for each other where a rule or ``python -m lora_kernels tune --backend
+cuda`` says so. M up to 64 without dropout takes a kernel that splits K and streams w once.
 
 x, w and dy are read through tensor maps: where one has no unit last stride, or rows or a base address that are no
 multiple of 16 bytes, a contiguous copy of it is made first. a and b are read with any row stride and alignment; where
@@ -15,6 +15,7 @@ anything else.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import NamedTuple
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from lora_kernels import random
 from lora_kernels.backends import Call
+from lora_kernels.kernels import tilings
+from lora_kernels.kernels.tilings import Tiling
 
 name = "cuda"
 
@@ -34,19 +37,6 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_RANK = 256
 _MULTIPLE = 8
 """Elements of 16 bits to 16 bytes: what TMA wants of rows and addresses."""
-
-
-class Tiling(NamedTuple):
-    """How y or dx is cut: columns of a tile, and thread blocks of a cluster, which share w by multicast."""
-
-    columns: int
-    cluster: int
-
-
-BY_RULE = Tiling(0, 0)
-"""Let `tiling` of csrc/cuda/sm90/schedule.h choose, and the decode kernel serve where it can."""
-TILINGS = (Tiling(128, 1), Tiling(256, 1), Tiling(256, 2))
-"""What there is to choose from."""
 
 
 def why_not(call: Call) -> list[str]:
@@ -96,7 +86,8 @@ def forward(
     y = x.new_empty(x.shape[0], w.shape[0])
     h = x.new_empty(x.shape[0], a.shape[0]) if save_h else None
     if x.shape[0] > 0:
-        launch_forward(BY_RULE, x, w, a, b, bias, scale, p, seed, y, h)
+        tiling = _tiling("forward", x.shape[0], w, a, p)
+        launch_forward(tiling, x, w, a, b, bias, scale, p, seed, y, h)
     return y, h
 
 
@@ -119,7 +110,8 @@ def backward(
     da = (a.new_zeros if empty else a.new_empty)(a.shape) if need_da else None
     db = (b.new_zeros if empty else b.new_empty)(b.shape) if need_db else None
     if not empty and (need_dx or need_da or need_db):
-        launch_backward(BY_RULE, dy, x, w, a, b, h, scale, p, seed, dx, da, db)
+        tiling = _tiling("backward", M, w, a, p)
+        launch_backward(tiling, dy, x, w, a, b, h, scale, p, seed, dx, da, db)
     return dx, da, db
 
 
@@ -143,8 +135,8 @@ def launch_forward(
         stream = torch.cuda.current_stream().cuda_stream
         call = _extension().Sm90Forward(**_operands(x.shape[0], x, w, a, b, scale, p, seed, stream, tiling))
         call.results(bias=_address(bias), y=_address(y), h=_address(h))
-        workspace = _workspace(x.device, stream, *call.workspace())
-        call.launch(_address(workspace.counters), _address(workspace.scratch))
+        memory = workspace(x.device, stream, *call.workspace())
+        call.launch(_address(memory.counters), _address(memory.scratch))
 
 
 def launch_backward(
@@ -173,8 +165,17 @@ def launch_backward(
         call.results(
             dy=_address(dy), lddy=_row_stride(dy), h=_address(h), dx=_address(dx), da=_address(da), db=_address(db)
         )
-        workspace = _workspace(dy.device, stream, *call.workspace())
-        call.launch(_address(workspace.counters), _address(workspace.scratch))
+        memory = workspace(dy.device, stream, *call.workspace())
+        call.launch(_address(memory.counters), _address(memory.scratch))
+
+
+def _tiling(op: str, M: int, w: Tensor, a: Tensor, p: float) -> Tiling:
+    return tilings.find(op, _device_name(w.device), (w.dtype, a.dtype), M, *w.shape, a.shape[0], p > 0)
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def _extension() -> ModuleType:
@@ -240,16 +241,18 @@ def _addressable(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 and aligned else t.clone(memory_format=torch.contiguous_format)
 
 
-class _Workspace(NamedTuple):
+class Workspace(NamedTuple):
+    """What launches on a stream share. `capture`: the number of the graph that is being captured; 0: none."""
+
     capture: int
     counters: Tensor
     scratch: Tensor
 
 
-_workspaces: dict[tuple[torch.device, int, bool], _Workspace] = {}
+_workspaces: dict[tuple[torch.device, int, bool], Workspace] = {}
 
 
-def _workspace(device: torch.device, stream: int, counters: int, scratch: int) -> _Workspace:
+def workspace(device: torch.device, stream: int, counters: int, scratch: int) -> Workspace:
     """Memory for a launch on `stream`, the current one: what the last launch had, where it is large enough.
 
     Launches on a stream follow each other, so they can share. What is outgrown goes back to torch's allocator, which
@@ -260,7 +263,7 @@ def _workspace(device: torch.device, stream: int, counters: int, scratch: int) -
     key = (device, stream, capture != 0)
     have = _workspaces.get(key)
     if have is None or have.capture != capture:
-        have = _Workspace(capture, _zeros(counters, device), _scratch(scratch, device))
+        have = Workspace(capture, _zeros(counters, device), _scratch(scratch, device))
     if have.counters.numel() < counters:
         have = have._replace(counters=_zeros(counters, device))
     if have.scratch.numel() < scratch:

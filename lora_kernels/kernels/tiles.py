@@ -253,7 +253,7 @@ def measured(op: str, case: Case) -> Plan | None:
     from lora_kernels.kernels import tuned  # which reads a file: not before a plan is asked for
 
     _, _, M, N, K, R, dropout, *_ = case
-    return tuned.find(case.device, tuned.key(op, *case.dtypes, M, N, K, R, dropout, case.w_format))
+    return tuned.find(case.device, tuned.key(op, *case.dtypes, M, N, K, R, dropout, case.w_format), Plan)
 
 
 @functools.lru_cache(maxsize=4096)
