@@ -21,9 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     run.add_arguments(commands.add_parser("bench", help="measure the layer against the frozen one, PEFT and others"))
     tune.add_arguments(
-        commands.add_parser(
-            "tune", help="measure which tiles of the Triton back-end are fastest on this GPU, and keep them"
-        )
+        commands.add_parser("tune", help="measure which plans of a GPU back-end are fastest on this GPU, and keep them")
     )
     args = parser.parse_args(argv)
     return {"doctor": doctor.main, "bench": run.main, "tune": tune.main}[args.command](args)

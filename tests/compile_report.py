@@ -1,18 +1,27 @@
-"""Compiles a launch ahead of time, for a GPU that is not there, and reports what became of it."""
+"""Makes a launch and compiles it ahead of time, for a GPU that is not there, and reports what became of it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels.backends import _triton_launch as launching
+from lora_kernels.backends._triton_device import Launch, Target
+from lora_kernels.kernels.tiles import Plan
+from lora_kernels.quant import QuantizedWeight
 
 SHARED_MEMORY = {
     "sm_80": 166912,
@@ -53,11 +62,64 @@ class Report:
     assembly: str
     """PTX or AMDGCN."""
 
+    def check(self, arch: str) -> None:
+        """What no kernel may be: AssertionError where it spills registers, asks for more than the architecture has, or
+        is a trap."""
+        assert self.spills == 0, f"{self.spills} bytes of registers spilled"
+        assert self.shared <= SHARED_MEMORY[arch], f"{self.shared} bytes of shared memory"
+        assert self.registers <= (REGISTERS if arch.startswith("sm_") else 512)
+        assert self.tensor_memory <= TENSOR_MEMORY
+        assert not self.trap, "the kernel is a trap"
 
-def compile_report(launch: Any, arch: str) -> Report:
+
+Reports = dict[int, "Future[Report]"]
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """With no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_of(
+    arch: str,
+    plan: Plan,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    p: float,
+    w: QuantizedWeight | None = None,
+    M: int = 4096,
+    precision: str = "highest",
+) -> Launch:
+    """What the back-end would launch for the largest rank of the plan's tile, with w [4096,4096] dense or as given."""
+    target = Target(arch, 132, contextlib.nullcontext, lambda: 0, lambda: False)
+    N, K, R = 4096, 4096, plan.tile.BLOCK_R
+    x, y, h, bias = (empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (M, R), (N,)))
+    a, b = empty(R, K, dtype=adapter_dtype), empty(N, R, dtype=adapter_dtype)
+    seed = empty(dtype=torch.int64) if p else None
+    weight = empty(N, K, dtype=dtype) if w is None else w
+    torch.set_float32_matmul_precision(precision)
+    try:
+        if plan.tile.BLOCK_C:
+            return launching.backward_launch(target, plan, y, x, weight, a, b, h, x, a, b, h, 0.75, p, seed)
+        return launching.forward_launch(target, plan, x, weight, a, b, bias, y, h, 0.75, p, seed, True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def compiled_ahead(request: pytest.FixtureRequest, test: str, compile: Callable[[int], Report]) -> Iterator[Reports]:
+    """Reports on the entries whose number was selected for `test`, from two processes: the body of a fixture."""
+    tests = (item for item in request.session.items if isinstance(item, pytest.Function))
+    selected = {item.callspec.params["number"] for item in tests if item.originalname == test}
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield {number: pool.submit(compile, number) for number in sorted(selected)}
+        pool.shutdown(cancel_futures=True)
+
+
+def compile_report(launch: Launch, arch: str) -> Report:
     """`launch`: a kernel with its arguments and options, whose tensors may be on the meta device. Raises what the
     compiler raises."""
-    signature, constants, attributes = _specialise(launch.kernel, launch.arguments)
+    signature, constants, attributes = specialise(launch.kernel, launch.arguments)
     cuda = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
     log = io.StringIO()
@@ -94,26 +156,36 @@ def compile_report(launch: Any, arch: str) -> Report:
     )
 
 
-def _specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """The types, constants and divisibilities under which Triton would compile these arguments."""
-    signature, constants, attributes = {}, {}, {}
-    for number, parameter in enumerate(kernel.params):
-        value, name = arguments[parameter.name], parameter.name
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+
+    def add(path: tuple[int, ...], value: Any, specialised: bool) -> Any:
+        """The type of an argument, or of one within a tuple."""
         divisible = False
-        if parameter.is_constexpr:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = f"*{_TYPES[value.dtype]}"
-            divisible = value.data_ptr() % 16 == 0
+        if isinstance(value, tuple):
+            return type(value)(*(add((*path, number), each, specialised) for number, each in enumerate(value)))
+        if isinstance(value, triton.language.constexpr) or (specialised and isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            name, divisible = f"*{_TYPES[value.dtype]}", value.data_ptr() % 16 == 0
         elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+            name = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[name], constants[name] = "constexpr", 1
+            name = "fp32"
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0 and not parameter.do_not_specialize
+            name = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0 and specialised
         if divisible:
-            attributes[(number,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        return name
+
+    for number, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            value = triton.language.constexpr(value)
+        signature[parameter.name] = add((number,), value, not parameter.do_not_specialize)
     return signature, constants, attributes

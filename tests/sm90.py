@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -10,15 +11,20 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
 from lora_kernels import random
+from lora_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 SM90 = ROOT / "csrc" / "cuda" / "sm90"
 EMULATOR = [ROOT / "tests" / "sm90_emulator.h", ROOT / "tests" / "sm90_emulator.cpp"]
+
+DEVICE = "Emulated GPU"
 
 _POINTER, _INT, _LONG, _FLOAT, _BOOL = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
 
@@ -35,6 +41,8 @@ class Operands(ctypes.Structure):
         ("threshold", ctypes.c_uint32),
         ("rescale", _FLOAT),
         *((field, _POINTER) for field in ("counters", "scratch", "stream")),
+        ("columns", _INT),
+        ("cluster", _INT),
     ]
 
 
@@ -91,10 +99,12 @@ def _ptr(t: Tensor | None) -> int | None:
 
 
 class Device:
-    """An emulated GPU with one stream: a workspace that calls share. `resident`: how many blocks run at a time."""
+    """An emulated GPU with one stream: a workspace that calls share. `resident`: how many blocks run at a time, if not
+    one cluster; `tiling`: what is asked for by (columns, cluster)."""
 
-    def __init__(self, seed: int = 0, sms: int = 4, resident: int = 2):
+    def __init__(self, seed: int = 0, sms: int = 4, resident: int = 2, tiling: tuple[int, int] = (0, 0)):
         library().emulator_configure(seed, sms, resident)
+        self.tiling = tiling
         self.counters = torch.zeros(1024, dtype=torch.int32)
 
     def _operands(self, args: Operands, M: int, x, w, a, b, scale: float, p: float, seed) -> None:
@@ -104,6 +114,7 @@ class Device:
         args.ldx, args.ldw, args.lda, args.ldb = (0 if t is None else t.stride(0) for t in (x, w, a, b))
         args.scale, args.threshold, args.rescale = scale, random.threshold(p), random.rescale(p)
         args.seed = _ptr(seed)
+        args.columns, args.cluster = self.tiling
 
     def _run(self, direction: str, args: Operands) -> None:
         lib, needed = library(), Workspace()
@@ -135,3 +146,47 @@ class Device:
         self._operands(args, dy.shape[0], x, w, a, b, scale, p, seed)
         self._run("backward", args)
         return dx, da, db
+
+
+class Extension:
+    """lora_kernels._cuda, by way of the emulator."""
+
+    capture = 0
+
+    def __init__(self) -> None:
+        self.device = Device(11)
+        self.Sm90Forward = lambda **operands: self.call("forward", ForwardArgs, operands)
+        self.Sm90Backward = lambda **operands: self.call("backward", BackwardArgs, operands)
+
+    def capture_id(self, stream: int) -> int:
+        return self.capture
+
+    def call(self, direction: str, kind: type[Operands], operands: dict) -> SimpleNamespace:
+        args = kind(**{field: value or 0 for field, value in operands.items()})
+
+        def results(**pointers: int) -> None:
+            for field, value in pointers.items():
+                setattr(args, field, value)
+
+        def workspace() -> tuple[int, int]:
+            needed = Workspace()
+            function = getattr(library(), f"emulated_{direction}_workspace")
+            assert function(ctypes.byref(args), ctypes.byref(needed)) == b""
+            return needed.counters, needed.scratch
+
+        def launch(counters: int, scratch: int) -> None:
+            args.counters, args.scratch = counters, scratch
+            assert getattr(library(), f"emulated_{direction}")(ctypes.byref(args)) == b""
+
+        return SimpleNamespace(results=results, workspace=workspace, launch=launch)
+
+
+def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> Extension:
+    """Lets the back-end run on CPU tensors, by way of the emulator."""
+    extension = Extension()
+    monkeypatch.setattr(cuda, "_extension", lambda: extension)
+    monkeypatch.setattr(cuda, "_workspaces", {})
+    monkeypatch.setattr(cuda, "_device_name", lambda device: DEVICE)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
+    return extension

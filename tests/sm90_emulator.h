@@ -6,6 +6,9 @@
 // between issue and wait_group, TMA stores until wait_group. A wait that nothing can end is reported as a deadlock.
 // Reads of shared memory by the async proxy (TMA, wgmma) of what ordinary stores wrote without a proxy fence are
 // errors. Memory is otherwise sequentially consistent: missing release and acquire are not seen here.
+//
+// The blocks of a cluster start together and end each when its own threads have: what still arrives there from another
+// is an error. A multicast arrives in each block at a moment of its own.
 #pragma once
 
 #define LK_SM90_PTX
@@ -69,6 +72,10 @@ struct Load {
 };
 
 struct Block;
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Meeting meeting;
+};
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -91,18 +98,21 @@ struct Block {
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Meeting> meetings;
   std::map<int, std::vector<uint32_t>> exchange;  // by warp
-  std::list<Load> loads;
+  std::list<std::function<void()>> arriving;      // TMA loads, stores from other blocks
   std::vector<std::unique_ptr<Fiber>> fibers;
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;  // in its cluster
   int running = 0;
+  int late = 0;  // how long until its threads begin
+  unsigned slow = 0, slow_for = 0;  // a thread that hardly moves, if any, and for how long
 };
 
 struct Machine {
   std::mt19937 random;
-  int resident = 2;
+  unsigned resident = 2;
   unsigned grid = 0;
   ucontext_t scheduler;
   Fiber* current = nullptr;
-  long launches = 0, loads = 0, max_outstanding = 0;
 
   bool coin(int odds) { return random() % odds == 0; }
 };
@@ -120,19 +130,31 @@ inline void maybe_switch() {
   if (machine.coin(4)) wait_until("its turn", [] { return true; });
 }
 
-inline void meet(int id, int count) {
-  Meeting& meeting = block().meetings[id];
+inline void meet(Meeting& meeting, int count, const std::string& name) {
   if (++meeting.arrived == count) {
     meeting.arrived = 0;
     ++meeting.generation;
   } else {
     const unsigned generation = meeting.generation;
-    wait_until("barrier " + std::to_string(id), [&meeting, generation] { return meeting.generation != generation; });
+    wait_until(name, [&meeting, generation] { return meeting.generation != generation; });
   }
 }
+inline void meet(int id, int count) { meet(block().meetings[id], count, "barrier " + std::to_string(id)); }
 inline int warp_id() { return machine.current->thread.x / 32; }
 inline int lane_id() { return machine.current->thread.x % 32; }
 inline void meet_warp() { meet(100 + warp_id(), 32); }
+
+// ---- addresses of the shared memory of a cluster: the block's rank and one, then the address there
+constexpr uint32_t kOffset = (1 << 24) - 1;
+inline Block& block_at(Cluster& cluster, unsigned rank) {
+  if (rank >= cluster.blocks.size()) fail("shared memory of a block that the cluster does not have");
+  Block& block = *cluster.blocks[rank];
+  if (block.running == 0) fail("shared memory of a block that has ended");
+  return block;
+}
+inline Block& block_of(uint32_t address) {
+  return address > kOffset ? block_at(*block().cluster, (address >> 24) - 1) : block();
+}
 
 // ---- mbarriers
 inline Barrier& barrier_at(Block& block, uint32_t address) {
@@ -194,8 +216,10 @@ inline void enter(uint32_t high, uint32_t low) {
   swapcontext(&fiber->context, &machine.scheduler);
 }
 
-inline std::unique_ptr<Block> start_block(unsigned index, int shared_bytes) {
+inline std::unique_ptr<Block> start_block(Cluster& cluster, unsigned index, int shared_bytes) {
   auto block = std::make_unique<Block>();
+  block->cluster = &cluster;
+  block->rank = cluster.blocks.size();
   block->shared.resize(0x410 + shared_bytes, 0xFF);  // dynamic shared memory starts at 0x410, and is NaN
   block->unfenced.resize(block->shared.size());
   for (int t = 0; t < lk::sm90::kThreads; ++t) {
@@ -215,71 +239,90 @@ inline std::unique_ptr<Block> start_block(unsigned index, int shared_bytes) {
     block->fibers.push_back(std::move(fiber));
   }
   block->running = lk::sm90::kThreads;
+  if (machine.coin(2)) block->late = machine.random() % 100;
   return block;
 }
 
-// How many threads of each block wait for what.
-inline std::string state(const std::vector<std::unique_ptr<Block>>& blocks) {
-  std::string text;
-  for (auto& block : blocks) {
-    std::map<std::string, int> waits;
-    for (auto& fiber : block->fibers)
-      if (!fiber->done) ++waits[fiber->waits];
-    text += "block " + std::to_string(block->fibers[0]->index.x) + ":";
-    for (auto& [what, threads] : waits) text += " " + std::to_string(threads) + " for " + what + ",";
-    text += " ";
-  }
-  return text;
+// How many threads of a block wait for what.
+inline std::string state(const Block& block) {
+  std::map<std::string, int> waits;
+  for (auto& fiber : block.fibers)
+    if (!fiber->done) ++waits[fiber->waits];
+  std::string text = "block " + std::to_string(block.fibers[0]->index.x) + ":";
+  for (auto& [what, threads] : waits) text += " " + std::to_string(threads) + " for " + what + ",";
+  return text + " ";
 }
 
-inline void run(unsigned grid, int shared_bytes, std::function<void()> kernel) {
+// A while of a block's life. Whether anything happened or may yet happen of itself.
+inline bool advance(Block& block) {
+  bool progress = false;
+  for (auto arrival = block.arriving.begin(); arrival != block.arriving.end();)
+    if (machine.coin(3)) {  // in any order
+      (*arrival)();
+      arrival = block.arriving.erase(arrival);
+      progress = true;
+    } else {
+      ++arrival;
+    }
+  if (block.late > 0) {
+    --block.late;
+    return true;
+  }
+  if (block.slow_for-- == 0) {
+    const size_t threads = block.fibers.size();
+    block.slow = machine.coin(2) ? threads : machine.coin(2) ? 0 : machine.random() % threads;  // often the producer
+    block.slow_for = machine.random() % 100;
+  }
+  const size_t first = machine.random() % block.fibers.size();
+  for (size_t i = 0; i < block.fibers.size(); ++i) {
+    const size_t thread = (first + i) % block.fibers.size();
+    Fiber& fiber = *block.fibers[thread];
+    if (fiber.done || (fiber.ready && !fiber.ready())) continue;
+    progress = true;
+    if (thread == block.slow ? !machine.coin(20) : machine.coin(8)) continue;  // not yet
+    fiber.ready = nullptr;
+    machine.current = &fiber;
+    swapcontext(&machine.scheduler, &fiber.context);
+    if (!fiber.error.empty()) fail(fiber.error);
+    if (fiber.done) {
+      if (!fiber.mma.empty() || !fiber.open_mma.empty()) fail("a thread ends with wgmmas in flight");
+      if (!fiber.stores.empty() || !fiber.open_store.empty()) fail("a thread ends with TMA stores in flight");
+      if (--block.running == 0 && !block.arriving.empty()) fail("a block ends with loads on their way to it");
+    }
+  }
+  return progress || !block.arriving.empty();
+}
+
+inline void run(unsigned grid, unsigned cluster_size, int shared_bytes, std::function<void()> kernel) {
   if (shared_bytes > lk::sm90::kSharedLimit) fail("more shared memory than sm_90 has");
+  if (grid == 0 || grid % cluster_size) fail("a grid that is no number of clusters");
   body = std::move(kernel);
   machine.grid = grid;
-  ++machine.launches;
   unsigned next = 0;
-  std::vector<std::unique_ptr<Block>> blocks;
+  std::list<Cluster> clusters;
   for (;;) {
-    while (blocks.size() < static_cast<size_t>(machine.resident) && next < grid)
-      blocks.push_back(start_block(next++, shared_bytes));
-    if (blocks.empty()) return;
-    bool progress = false;
-    for (auto& block : blocks) {
-      for (auto load = block->loads.begin(); load != block->loads.end();)
-        if (machine.coin(3)) {  // in any order
-          perform(*block, *load);
-          load = block->loads.erase(load);
-          progress = true;
-        } else {
-          ++load;
-        }
-      const size_t first = machine.random() % block->fibers.size();
-      for (size_t i = 0; i < block->fibers.size(); ++i) {
-        Fiber& fiber = *block->fibers[(first + i) % block->fibers.size()];
-        if (fiber.done || (fiber.ready && !fiber.ready())) continue;
-        progress = true;
-        if (machine.coin(8)) continue;  // not yet
-        fiber.ready = nullptr;
-        machine.current = &fiber;
-        swapcontext(&machine.scheduler, &fiber.context);
-        if (!fiber.error.empty()) fail(fiber.error);
-        if (fiber.done) {
-          if (!fiber.mma.empty() || !fiber.open_mma.empty()) fail("a thread ends with wgmmas in flight");
-          if (!fiber.stores.empty() || !fiber.open_store.empty()) fail("a thread ends with TMA stores in flight");
-          --block->running;
-        }
-      }
-      progress = progress || !block->loads.empty();
+    while (next < grid && (clusters.empty() || (clusters.size() + 1) * cluster_size <= machine.resident)) {
+      Cluster& cluster = clusters.emplace_back();
+      while (cluster.blocks.size() < cluster_size)
+        cluster.blocks.push_back(start_block(cluster, next++, shared_bytes));
     }
-    for (size_t i = 0; i < blocks.size();)
-      if (blocks[i]->running == 0) {
-        if (!blocks[i]->loads.empty()) fail("a block ends with TMA loads in flight");
-        blocks.erase(blocks.begin() + i);
-        progress = true;
-      } else {
-        ++i;
-      }
-    if (!progress) fail("deadlock: " + state(blocks));
+    if (clusters.empty()) return;
+    bool progress = false;
+    for (Cluster& cluster : clusters)
+      for (auto& block : cluster.blocks)
+        if (block->running > 0) progress = advance(*block) || progress;
+    clusters.remove_if([&](const Cluster& cluster) {
+      for (auto& block : cluster.blocks)
+        if (block->running > 0) return false;
+      return progress = true;
+    });
+    if (!progress) {
+      std::string states;
+      for (const Cluster& cluster : clusters)
+        for (auto& block : cluster.blocks)
+          if (block->running > 0) states += state(*block);
+      fail("deadlock: " + states);
+    }
   }
 }
 
@@ -331,12 +374,13 @@ inline void barrier_init(uint32_t barrier, int arrivals) {
   emu::block().barriers[barrier] = {arrivals, arrivals, 0, 0};
 }
 inline void barrier_init_fence() {}
-inline void barrier_arrive(uint32_t barrier) {
+inline void barrier_arrive_cluster(uint32_t barrier) {
   emu::maybe_switch();
-  auto& b = emu::barrier_at(emu::block(), barrier);
+  auto& b = emu::barrier_at(emu::block_of(barrier), barrier & emu::kOffset);
   --b.pending;
   emu::settle(b);
 }
+inline void barrier_arrive(uint32_t barrier) { barrier_arrive_cluster(barrier); }
 inline void barrier_expect(uint32_t barrier, int bytes) {
   emu::barrier_at(emu::block(), barrier).bytes += bytes;
   barrier_arrive(barrier);
@@ -346,11 +390,34 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   if (b.phase == parity || emu::machine.coin(4))
     emu::wait_until("mbarrier at " + std::to_string(barrier), [&b, parity] { return b.phase != parity; });
 }
+inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) { barrier_wait(barrier, parity); }
+inline int cluster_rank() { return emu::block().rank; }
+inline uint32_t cluster_address(uint32_t address, int rank) { return (rank + 1) << 24 | address; }
+inline void cluster_sync() {
+  emu::Cluster& cluster = *emu::block().cluster;
+  emu::meet(cluster.meeting, cluster.blocks.size() * kThreads, "the cluster's barrier");
+}
+inline void send_int(uint32_t address, int v, uint32_t barrier) {
+  emu::Block& to = emu::block_of(address);
+  if (&to != &emu::block_of(barrier)) emu::fail("a store in one block and its barrier in another");
+  to.arriving.push_back([&to, address, v, barrier] {
+    std::memcpy(&to.shared.at(address & emu::kOffset), &v, 4);
+    emu::Barrier& b = emu::barrier_at(to, barrier & emu::kOffset);
+    b.bytes -= 4;
+    emu::settle(b);
+  });
+}
+inline void tma_load_into(emu::Block& block, const emu::Load& load) {
+  block.arriving.push_back([&block, load] { emu::perform(block, load); });
+}
 inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row) {
-  emu::Block& block = emu::block();
-  block.loads.push_back({to, barrier, reinterpret_cast<const emu::TensorMap*>(map), column, row});
-  ++emu::machine.loads;
-  emu::machine.max_outstanding = std::max<long>(emu::machine.max_outstanding, block.loads.size());
+  tma_load_into(emu::block(), {to, barrier, reinterpret_cast<const emu::TensorMap*>(map), column, row});
+}
+inline void tma_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row, uint16_t blocks) {
+  for (unsigned rank = 0; rank < 16; ++rank)
+    if (blocks >> rank & 1)
+      tma_load_into(emu::block_at(*emu::block().cluster, rank),
+                    {to, barrier, reinterpret_cast<const emu::TensorMap*>(map), column, row});
 }
 inline void tma_store(const CUtensorMap* map, uint32_t from, int column, int row) {
   emu::Block& block = emu::block();
@@ -509,10 +576,10 @@ struct Wgmma {
 };
 
 // ---- launch.cuh
-template <class P>
+template <int CLUSTER, class P>
 cudaError_t launch(void (*kernel)(P), const P& p, int shared_bytes, int blocks, cudaStream_t) {
   const auto copy = std::make_shared<P>(p);
-  emu::run(blocks, shared_bytes, [kernel, copy] { kernel(*copy); });
+  emu::run(blocks, CLUSTER, shared_bytes, [kernel, copy] { kernel(*copy); });
   return cudaSuccess;
 }
 

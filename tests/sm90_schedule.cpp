@@ -21,21 +21,23 @@ const char* say(const std::string& what) {
 }
 
 // The plan that launch.cu makes of these sizes, without the pointers.
-Plan backward_plan(int M, int N, int K, int R, int sms, int prep, int needs) {
+Plan backward_plan(int M, int N, int K, int R, int sms, int prep, int needs, int cluster) {
   Plan plan;
-  plan.prep = prep;
+  plan.cluster = cluster;
+  plan.prep = round_up(prep, cluster);
   plan.rank_tiles = rank_tiles(R);
-  if (needs & 3) plan.blocks = ceil_div(M, kTileM);
+  const int row_blocks = round_up(ceil_div(M, kTileM), cluster);
+  if (needs & 3) plan.blocks = row_blocks;
   if (needs & 1) {
-    plan.tiles_m = ceil_div(M, kTileM);
-    plan.tiles_n = ceil_div(K, tile_columns(M, K, sms));
+    plan.tiles_m = row_blocks;
+    plan.tiles_n = ceil_div(K, tiling(M, K, sms).columns);
   }
   if (needs & 2) {
-    plan.da_tiles = ceil_div(K, 128) * plan.rank_tiles;
+    plan.da_tiles = round_up(ceil_div(K, 128), cluster) * plan.rank_tiles;
     plan.da_splits = gradient_splits(plan.da_tiles, M, sms);
   }
   if (needs & 4) {
-    plan.db_tiles = ceil_div(N, 128) * plan.rank_tiles;
+    plan.db_tiles = round_up(ceil_div(N, 128), cluster) * plan.rank_tiles;
     plan.db_splits = gradient_splits(plan.db_tiles, M, sms);
   }
   return plan;
@@ -54,15 +56,24 @@ std::pair<int, int> waits(const Plan& plan, const Item& item, int M) {
 
 extern "C" {
 
-// Every tile of every kind is one ticket; all that an item waits for has lower tickets; the row blocks that a da item
-// waits for are those whose rows it reads.
-const char* check_items(int M, int N, int K, int R, int sms, int prep, int needs) {
-  const Plan plan = backward_plan(M, N, K, R, sms, prep, needs);
+// Every tile of every kind is one item; all that an item waits for has lower tickets; the row blocks that a da item
+// waits for are those whose rows it reads; the blocks of a cluster have the same second operand in as many stages.
+const char* check_items(int M, int N, int K, int R, int sms, int prep, int needs, int cluster) {
+  const Plan plan = backward_plan(M, N, K, R, sms, prep, needs, cluster);
   std::set<std::tuple<Kind, int, int, int>> seen;
   std::vector<int> published(plan.blocks);
   int prepared = 0;
-  for (int ticket = 0; ticket < plan.items(); ++ticket) {
-    const Item item = item_of(plan, ticket);
+  for (int i = 0; i < plan.items() * cluster; ++i) {
+    const int ticket = i / cluster, rank = i % cluster;
+    const Item item = item_of(plan, ticket, rank), leads = item_of(plan, ticket, 0);
+    if (item.kind != leads.kind || item.split != leads.split) return say("two kinds of work for one ticket");
+    if (item.kind == Kind::kSkinny || item.kind == Kind::kOut) {
+      if (item.n != leads.n || item.m != leads.m + rank) return say("a pair that does not share a column tile");
+    } else if (item.kind == Kind::kDa || item.kind == Kind::kDb) {
+      const GradientTile tile = gradient_tile(plan, item.n), first = gradient_tile(plan, leads.n);
+      if (tile.rank != first.rank || tile.columns != first.columns + 128 * rank)
+        return say("a pair that does not share a rank tile");
+    }
     if (!seen.insert({item.kind, item.m, item.n, item.split}).second) return say("two tickets are one item");
     bool inside = false;
     switch (item.kind) {
@@ -92,7 +103,8 @@ const char* check_items(int M, int N, int K, int R, int sms, int prep, int needs
     for (int m = first; m < last; ++m)
       if (m >= plan.blocks || published[m] != ready_target(plan)) return say("an item waits for a higher ticket");
   }
-  if (static_cast<int>(seen.size()) != plan.prep + plan.skinny() + plan.db() + plan.out() + plan.da())
+  if (static_cast<int>(seen.size()) != plan.prep + plan.blocks * plan.rank_tiles + plan.tiles_m * plan.tiles_n +
+                                           plan.db_tiles * plan.db_splits + plan.da_tiles * plan.da_splits)
     return say("items are missing");
   for (int m : published)
     if (m != ready_target(plan)) return say("a row block is published too often or too seldom");
@@ -100,8 +112,8 @@ const char* check_items(int M, int N, int K, int R, int sms, int prep, int needs
 }
 
 // The counters of a plan are different ints, inside what the plan asks for.
-const char* check_counters(int M, int N, int K, int R, int sms) {
-  const Plan plan = backward_plan(M, N, K, R, sms, 3, 7);
+const char* check_counters(int M, int N, int K, int R, int sms, int cluster) {
+  const Plan plan = backward_plan(M, N, K, R, sms, 3, 7, cluster);
   std::set<int> used = {kTicket, kExited, kPrepDone};
   size_t count = used.size();
   for (int m = 0; m < plan.blocks; ++m, ++count) used.insert(kReady + m);
@@ -121,6 +133,11 @@ const char* check_splits(int blocks, int splits) {
   for (int s = 0; s < splits; ++s)
     if (split_begin(blocks, splits, s) >= split_begin(blocks, splits, s + 1)) return say("an empty part");
   return say("");
+}
+// columns * 10 + cluster
+int tiling_of(int M, int columns, int sms) {
+  const Tiling t = tiling(M, columns, sms);
+  return is_compiled(t) ? t.columns * 10 + t.cluster : 0;
 }
 int gradient_splits_of(int tiles, int M, int sms) { return gradient_splits(tiles, M, sms); }
 int decode_splits_of(int tiles, int blocks, int sms) { return decode_splits(tiles, blocks, sms); }
@@ -172,67 +189,74 @@ const char* check_decode(int prep, int a_tiles, int w_tiles, int splits) {
   return say("");
 }
 
-// Blocks claim tickets in random order, `resident` of them at a time out of `grid`; each works through its tickets in
-// order, claims one ahead (as the producer does), and stays on an item until what it waits for is published. All must
-// end, and the counters must come back to zero, launch after launch.
-const char* check_progress(int M, int N, int K, int R, int sms, int prep, int needs, int grid, int resident,
-                           int launches, unsigned seed) {
-  const Plan plan = backward_plan(M, N, K, R, sms, prep, needs);
+// Clusters claim tickets in random order, `resident` of them at a time out of `grid`, one ahead of what they work on (as
+// the producer does). Each block works through its items in order. It stays on an item until what the item waits for is
+// published, and what the items of the other blocks wait for, too: half of every stage comes from them, and they must
+// have begun it. All must end, and the counters must come back to zero, launch after launch.
+const char* check_progress(int M, int N, int K, int R, int sms, int prep, int needs, int cluster, int grid,
+                           int resident, int launches, unsigned seed) {
+  const Plan plan = backward_plan(M, N, K, R, sms, prep, needs, cluster);
   std::mt19937 random(seed);
   std::vector<int> counter(counters(plan));
   struct Running {
     std::vector<int> claimed;
+    std::vector<size_t> done;  // by block: how many of them
     bool last = false;
   };
+  const auto published = [&](const Item& item) {
+    bool all = item.kind == Kind::kPrep || counter[kPrepDone] >= plan.prep;
+    const auto [first, last] = waits(plan, item, M);
+    for (int m = first; m < last; ++m) all = all && counter[kReady + m] >= ready_target(plan);
+    return all;
+  };
   for (int launch = 0; launch < launches; ++launch) {
-    std::vector<Running> blocks;
-    std::vector<int> finished(plan.items());
+    std::vector<Running> clusters;
+    std::vector<int> finished(plan.items() * cluster);
     int started = 0;
     for (;;) {
-      while (static_cast<int>(blocks.size()) < resident && started < grid) {
-        blocks.push_back({});
+      while (static_cast<int>(clusters.size()) < resident && started < grid) {
+        clusters.push_back({{}, std::vector<size_t>(cluster), false});
         ++started;
       }
-      if (blocks.empty()) break;
-      std::vector<int> order(blocks.size());
+      if (clusters.empty()) break;
+      std::vector<int> order(clusters.size());
       for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
       std::shuffle(order.begin(), order.end(), random);
       bool moved = false;
       int leaves = -1;
       for (const int i : order) {
-        Running& block = blocks[i];
-        if (!block.last && block.claimed.size() < 2 && random() % 2) {
+        Running& each = clusters[i];
+        const size_t slowest = *std::min_element(each.done.begin(), each.done.end());
+        if (!each.last && each.claimed.size() - slowest < 2 && random() % 2) {
           const int ticket = counter[kTicket]++;
           if (ticket < plan.items())
-            block.claimed.push_back(ticket);
+            each.claimed.push_back(ticket);
           else
-            block.last = true;
+            each.last = true;
           moved = true;
         }
-        if (!block.claimed.empty()) {
-          const Item item = item_of(plan, block.claimed.front());
-          bool can = item.kind == Kind::kPrep || counter[kPrepDone] >= plan.prep;
-          const auto [first, last] = waits(plan, item, M);
-          for (int m = first; m < last; ++m) can = can && counter[kReady + m] >= ready_target(plan);
-          if (can) {
-            moved = true;
-            if (random() % 3 == 0) {
-              ++finished[block.claimed.front()];
-              if (item.kind == Kind::kPrep) ++counter[kPrepDone];
-              if (item.kind == Kind::kSkinny) counter[kReady + item.m] += kGroups;
-              block.claimed.erase(block.claimed.begin());
-            }
-          }
-        } else if (block.last) {
-          leaves = i;
+        for (int rank = 0; rank < cluster; ++rank) {
+          const size_t at = each.done[rank];
+          if (at == each.claimed.size()) continue;
+          bool can = true;
+          for (int other = 0; other < cluster; ++other)
+            can = can && each.done[other] >= at && published(item_of(plan, each.claimed[at], other));
+          moved = moved || can;
+          if (!can || random() % 3) continue;
+          const Item item = item_of(plan, each.claimed[at], rank);
+          ++finished[each.claimed[at] * cluster + rank];
+          if (item.kind == Kind::kPrep) ++counter[kPrepDone];
+          if (item.kind == Kind::kSkinny) counter[kReady + item.m] += kGroups;
+          ++each.done[rank];
         }
-        moved = moved || !block.last;
+        if (each.last && *std::min_element(each.done.begin(), each.done.end()) == each.claimed.size()) leaves = i;
+        moved = moved || !each.last;
       }
       if (leaves >= 0) {
         moved = true;
-        if (++counter[kExited] == grid)
+        if ((counter[kExited] += cluster) == grid * cluster)
           for (int& c : counter) c = 0;
-        blocks.erase(blocks.begin() + leaves);
+        clusters.erase(clusters.begin() + leaves);
       }
       if (!moved) return say("deadlock");
     }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_kernels.backends import Call, cuda
+from lora_kernels.kernels import tilings
 
 SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32, 100, 64, 72, 12, True)
 
@@ -66,7 +67,8 @@ def test_errors_are_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     memory = torch.zeros(1024)
-    operands = cuda._operands(8, *(torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "xwab"), 1.0, 0.0, None, 0)
+    tensors = (torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "xwab")
+    operands = cuda._operands(8, *tensors, 1.0, 0.0, None, 0, tilings.BY_RULE)
     call = extension.Sm90Forward(**operands | {"device": 0})
     with pytest.raises(RuntimeError, match=r"cudaError(InsufficientDriver|NoDevice|StubLibrary)"):
         call.workspace()
@@ -74,3 +76,5 @@ def test_errors_are_named() -> None:
         call.launch(memory.data_ptr(), memory.data_ptr())
     with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
         extension.Sm90Forward(**operands | {"device": 0, "N": 12}).workspace()
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):  # a tiling that there is not
+        extension.Sm90Forward(**operands | {"device": 0, "columns": 128, "cluster": 2}).workspace()

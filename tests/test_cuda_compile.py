@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a"]
 KERNELS = ("forward_bf16", "backward_bf16", "decode")  # fp16 is the same templates: see test_built_extension
 THREADS, REGISTERS = 384, 65536
+COUNT = {"forward_bf16": 12, "backward_bf16": 12, "decode": 8}
+"""Kernels in a file: four ranks times three tilings, and four numbers of rows times two types."""
 MOST = {"forward": 232, "backward": 232, "decode": REGISTERS // THREADS // 8 * 8}
 """Registers a consumer thread may use: those that setmaxnreg takes, or the launch bound."""
 
@@ -62,15 +65,15 @@ def cuobjdump() -> str | None:
 
 
 @functools.cache
-def sass(name: str) -> dict[str, list[str]]:
-    """The instructions of every kernel of a file."""
+def sass(name: str) -> dict[str, dict[int, str]]:
+    """The instructions of every kernel of a file, by address."""
     text = subprocess.run([cuobjdump(), "-sass", cubins()[name][0]], capture_output=True, text=True, check=True).stdout
-    kernels: dict[str, list[str]] = {}
+    kernels: dict[str, dict[int, str]] = {}
     for line in text.splitlines():
         if match := re.search(r"Function : (\S+)", line):
-            kernels[match[1]] = body = []
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            body.append(match[1])
+            kernels[match[1]] = body = {}
+        elif match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line):
+            body[int(match[1], 16)] = match[2]
     return kernels
 
 
@@ -78,10 +81,10 @@ def sass(name: str) -> dict[str, list[str]]:
 def test_resources(name: str) -> None:
     log = cubins()[name][1]
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert len(usage) == 8, log
+    assert len(usage) == COUNT[name], log
     assert set(usage) == {("0", "0", "0")}
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
-    assert len(registers) == 8
+    assert len(registers) == COUNT[name]
     assert max(registers) * THREADS <= REGISTERS
 
 
@@ -96,13 +99,41 @@ def test_ptxas_keeps_wgmma_asynchronous_and_setmaxnreg(name: str) -> None:
 def test_instructions(name: str) -> None:
     part = name.split("_")[0]
     kernels = sass(name)
-    assert len(kernels) == 8
+    assert len(kernels) == COUNT[name]
     for kernel, body in kernels.items():
-        text = "\n".join(body)
+        text = "\n".join(body.values())
         wanted = ["HGMMA", "UTMALDG", "SYNCS"] + (["UTMASTG", "STSM", "USETMAXREG"] if part != "decode" else [])
         assert [op for op in wanted if not re.search(rf"\b{op}\b", text)] == [], kernel
         assert not re.search(r"\b(LDL|STL|HMMA)\b", text), kernel
         assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < MOST[part], kernel
+        pairs = "ELi2EEEv" in kernel  # CLUSTER, the last template parameter
+        assert bool(re.search(r"\bUTMALDG\.2D\.MULTICAST\b", text)) == pairs, kernel
+        assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == 2 * pairs, kernel  # the beginning, the end
+
+
+@pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump: install the CUDA toolkit or Triton")
+@pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
+def test_producers_keep_to_the_registers_they_are_left(name: str) -> None:
+    """40 a thread and 232 of the consumers are no more than a multiprocessor has; past setmaxnreg.dec, no path uses
+    another one."""
+    assert REGISTERS >= 128 * 40 + 256 * 232
+    for kernel, body in sass(name).items():
+        (start,) = (at for at, instruction in body.items() if "USETMAXREG.DEALLOC" in instruction)
+        assert body[start].endswith(f" {40:#x}")
+        follows = dict(itertools.pairwise(body))
+        seen, todo, most = set(), [start], 0
+        while todo:
+            at = todo.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            most = max(most, *map(int, re.findall(r"\bR(\d+)\b", body[at])), 0)
+            if jump := re.search(r"\b(BRA|CALL)\b.* (0x[0-9a-f]+)", body[at]):
+                todo.append(int(jump[2], 16))
+            goes_on = body[at].startswith("@") or not re.match(r"BRA|EXIT|RET", body[at])
+            todo += [follows[at]] if goes_on and at in follows else []
+        assert len(seen) > 200, kernel
+        assert most < 40, kernel
 
 
 ORDERING = re.compile(
@@ -162,7 +193,7 @@ class Flow:
 @functools.cache
 def flows(name: str) -> list[Flow]:
     kernels = re.split(r"\.entry ", _compiled((name, "ptx"))[0].read_text())[1:]
-    assert len(kernels) == 8
+    assert len(kernels) == COUNT[name]
     return [Flow(kernel) for kernel in kernels]
 
 
@@ -230,6 +261,6 @@ def test_built_extension() -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pattern = r"Function \S*(?:forward|backward|decode)_kernel\S*:\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
     usage = re.findall(pattern, text)
-    assert len(usage) == 40
+    assert len(usage) == 2 * (12 + 12 + 4)
     assert {(stack, local) for _, stack, local in usage} == {("0", "0")}
     assert max(int(registers) for registers, _, _ in usage) * THREADS <= REGISTERS

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import sm90
@@ -15,6 +13,7 @@ import torch
 from lora_kernels import random
 from lora_kernels.backends import cuda
 from lora_kernels.bench.gate import Problem, judge, problem
+from lora_kernels.kernels import tilings
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the emulated kernels with"),
@@ -23,6 +22,10 @@ pytestmark = [
 ]
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+SINGLE, PAIRS = tilings.TILINGS[1:]
+"""Tiles of 256 columns. The rule takes 128 where there are few tiles."""
 
 
 def results(device: sm90.Device, q: Problem) -> dict[str, torch.Tensor]:
@@ -35,6 +38,7 @@ def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
     assert [verdict.fault for verdict in judge(got, q) if verdict.fault] == []
 
 
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, SINGLE, PAIRS])
 @pytest.mark.parametrize(
     ("M", "N", "K", "R", "p", "dtype", "adapter_dtype", "sms", "resident"),
     [
@@ -55,19 +59,20 @@ def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
         (1601, 72, 200, 160, 0.0, FP16, FP16, 8, 8),
     ],
 )
-def test_results(M, N, K, R, p, dtype, adapter_dtype, sms, resident) -> None:
+def test_results(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> None:
     q = problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p, seed=M)
-    assert_right(results(sm90.Device(M, sms, resident), q), q)
+    assert_right(results(sm90.Device(M, sms, resident, tiling), q), q)
 
 
-def test_random_shapes_on_one_stream() -> None:
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+def test_random_shapes_on_one_stream(tiling: tuple[int, int]) -> None:
     """Launch after launch over one workspace, as on a stream."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    device = sm90.Device(3, 5, 3)
+    device = sm90.Device(3, 5, 3, tiling)
     for seed in range(12):
         adapter_dtype = BF16 if seed % 3 else FP32
         q = problem(
@@ -77,12 +82,29 @@ def test_random_shapes_on_one_stream() -> None:
         assert_right(results(device, q), q)
 
 
-def test_results_do_not_depend_on_timing() -> None:
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+def test_results_do_not_depend_on_timing(tiling: tuple[int, int]) -> None:
     q = problem(1100, 136, 136, 40, dtype=BF16, p=0.2)
-    runs = [results(sm90.Device(seed, 6, resident), q) for seed, resident in ((1, 1), (2, 3), (3, 6))]
+    runs = [results(sm90.Device(seed, 6, resident, tiling), q) for seed, resident in ((1, 1), (2, 3), (3, 6))]
     for run in runs[1:]:
         for name, value in run.items():
             assert torch.equal(value, runs[0][name]), name
+
+
+@pytest.mark.parametrize("R", [5, 24, 40, 200])
+def test_pairs_of_blocks_give_the_bits_of_single_ones(R: int) -> None:
+    """Sums over K and N go in one order, whatever the tiling. Those over M, too: three row blocks are not split."""
+    q = problem(300, 264, 136, R, dtype=BF16, p=0.2, seed=R)
+    single, pairs = (results(sm90.Device(R, 6, 4, tiling), q) for tiling in (SINGLE, PAIRS))
+    for name, value in pairs.items():
+        assert torch.equal(value, single[name]), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pairs_of_blocks_in_any_order(seed: int) -> None:
+    """Few stages an item, so that a block often waits for the other; odd numbers of everything, two rank tiles."""
+    q = problem(270, 136, 264, (130, 17)[seed % 2], dtype=FP16, adapter_dtype=(FP16, FP32)[seed % 2], p=0.1, seed=seed)
+    assert_right(results(sm90.Device(seed, 2 + seed, 2 + seed, PAIRS), q), q)
 
 
 def test_decode_does_not_depend_on_timing() -> None:
@@ -102,10 +124,11 @@ def test_dropout_is_the_rule() -> None:
     assert torch.equal(h != 0, random.keep_mask(q.seed, M, K, q.p))
 
 
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
-def test_only_what_is_asked(needs: tuple[int, int, int]) -> None:
+def test_only_what_is_asked(needs: tuple[int, int, int], tiling: tuple[int, int]) -> None:
     q = problem(150, 72, 136, 12, dtype=BF16, p=0.2)
-    device = sm90.Device(5)
+    device = sm90.Device(5, tiling=tiling)
     _, h = device.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed)
     whole = device.backward(q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed)
     part = device.backward(
@@ -123,7 +146,8 @@ def test_h_is_not_stored_unless_asked_for() -> None:
         assert torch.equal(y, sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)[0])
 
 
-def test_row_strides() -> None:
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+def test_row_strides(tiling: tuple[int, int]) -> None:
     """Rows apart, and a and b at odd places: what TMA cannot read of them is converted in the launch."""
     q = problem(140, 72, 136, 24, dtype=BF16, p=0.3)
 
@@ -133,8 +157,9 @@ def test_row_strides() -> None:
         return wide[:, offset : offset + t.shape[1]]
 
     moved = replace(q, x=apart(q.x, 8), w=apart(q.w, 24), dy=apart(q.dy, 16), a=apart(q.a, 3, 1), b=apart(q.b, 5, 2))
-    for name, value in results(sm90.Device(9), moved).items():
-        assert torch.equal(value, results(sm90.Device(2), q)[name]), name
+    whole = results(sm90.Device(2, tiling=tiling), q)
+    for name, value in results(sm90.Device(9, tiling=tiling), moved).items():
+        assert torch.equal(value, whole[name]), name
 
 
 def test_infinite_rows_stay_alone() -> None:
@@ -153,7 +178,10 @@ def test_infinite_rows_stay_alone() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"K": 4}, {"N": 12}, {"R": 257}, {"M": 0}, {"ldw": 73}, {"w": 8}, {"threshold": 70000}, {"threshold": 5}],
+    [
+        *({"K": 4}, {"N": 12}, {"R": 257}, {"M": 0}, {"ldw": 73}, {"w": 8}, {"threshold": 70000}, {"threshold": 5}),
+        *({"columns": 64, "cluster": 1}, {"columns": 128, "cluster": 2}, {"columns": 256}, {"cluster": 2}),
+    ],
 )
 def test_refusals(wrong: dict[str, int | None]) -> None:
     q = problem(16, 72, 72, 8, dtype=BF16)
@@ -167,48 +195,29 @@ def test_refusals(wrong: dict[str, int | None]) -> None:
     assert workspace(ctypes.byref(args), ctypes.byref(needed)) == b"cudaError_t 1"  # cudaErrorInvalidValue
 
 
-class Extension:
-    """lora_kernels._cuda, by way of the emulator."""
-
-    capture = 0
-
-    def __init__(self) -> None:
-        self.device = sm90.Device(11)
-        self.Sm90Forward = lambda **operands: self.call("forward", sm90.ForwardArgs, operands)
-        self.Sm90Backward = lambda **operands: self.call("backward", sm90.BackwardArgs, operands)
-
-    def capture_id(self, stream: int) -> int:
-        return self.capture
-
-    def call(self, direction: str, kind: type[sm90.Operands], operands: dict) -> SimpleNamespace:
-        args = kind(**{field: value or 0 for field, value in operands.items()})
-
-        def results(**pointers: int) -> None:
-            for field, value in pointers.items():
-                setattr(args, field, value)
-
-        def workspace() -> tuple[int, int]:
-            needed = sm90.Workspace()
-            function = getattr(sm90.library(), f"emulated_{direction}_workspace")
-            assert function(ctypes.byref(args), ctypes.byref(needed)) == b""
-            return needed.counters, needed.scratch
-
-        def launch(counters: int, scratch: int) -> None:
-            args.counters, args.scratch = counters, scratch
-            assert getattr(sm90.library(), f"emulated_{direction}")(ctypes.byref(args)) == b""
-
-        return SimpleNamespace(results=results, workspace=workspace, launch=launch)
-
-
 @pytest.fixture
-def extension(monkeypatch: pytest.MonkeyPatch) -> Extension:
-    """lets the back-end run on CPU tensors."""
-    extension = Extension()
-    monkeypatch.setattr(cuda, "_extension", lambda: extension)
-    monkeypatch.setattr(cuda, "_workspaces", {})
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
-    return extension
+def extension(monkeypatch: pytest.MonkeyPatch) -> sm90.Extension:
+    return sm90.serve_cpu(monkeypatch)
+
+
+@pytest.mark.parametrize("tiling", tilings.TILINGS)
+@pytest.mark.usefixtures("extension")
+def test_a_tiling_can_be_asked_for(tiling: tilings.Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the kernels, and the results fill what they are given."""
+    asked = []
+
+    def operands(*args: object) -> dict[str, object]:
+        asked.append(given := make(*args))
+        return given
+
+    make = cuda._operands
+    monkeypatch.setattr(cuda, "_operands", operands)
+    q = problem(20, 72, 136, 12, dtype=BF16)
+    y, h, dx, da, db = (torch.full_like(t, float("nan")) for t in (q.dy, q.x[:, :12], q.x, q.a, q.b))
+    cuda.launch_forward(tiling, q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, y, h)
+    cuda.launch_backward(tiling, q.dy, q.x, q.w, q.a, q.b, h, q.scale, 0.0, None, dx, da, db)
+    assert_right({"y": y, "dx": dx, "da": da, "db": db}, q)
+    assert [(each["columns"], each["cluster"]) for each in asked] == [tiling, tiling]
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -223,21 +232,21 @@ def test_backend(M: int, p: float, strided: bool) -> None:
     assert da.dtype == db.dtype == FP32
 
 
-def test_workspaces(extension: Extension) -> None:
+def test_workspaces(extension: sm90.Extension) -> None:
     """One a stream, which grows; another while the stream is captured, and another for the next capture."""
     cpu = torch.device("cpu")
-    first = cuda._workspace(cpu, 5, 10, 100)
-    assert cuda._workspace(cpu, 5, 9, 90) == first
-    assert cuda._workspace(cpu, 6, 9, 90).scratch is not first.scratch
-    grown = cuda._workspace(cpu, 5, 2000, 300)
+    first = cuda.workspace(cpu, 5, 10, 100)
+    assert cuda.workspace(cpu, 5, 9, 90) == first
+    assert cuda.workspace(cpu, 6, 9, 90).scratch is not first.scratch
+    grown = cuda.workspace(cpu, 5, 2000, 300)
     assert grown.counters.numel() >= 2000
     assert grown.scratch.numel() == 300
     assert not grown.counters.any()
     extension.capture = 77
-    captured = cuda._workspace(cpu, 5, 10, 100)
+    captured = cuda.workspace(cpu, 5, 10, 100)
     assert captured.scratch is not grown.scratch
-    assert cuda._workspace(cpu, 5, 10, 100).scratch is captured.scratch
+    assert cuda.workspace(cpu, 5, 10, 100).scratch is captured.scratch
     extension.capture = 78
-    assert cuda._workspace(cpu, 5, 10, 100).scratch is not captured.scratch
+    assert cuda.workspace(cpu, 5, 10, 100).scratch is not captured.scratch
     extension.capture = 0
-    assert cuda._workspace(cpu, 5, 10, 100).scratch is grown.scratch
+    assert cuda.workspace(cpu, 5, 10, 100).scratch is grown.scratch

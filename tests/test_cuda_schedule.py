@@ -40,13 +40,29 @@ def problems() -> list[tuple[int, int, int, int]]:
 
 @pytest.mark.parametrize("needs", range(1, 8))
 def test_every_item_is_one_ticket_and_waits_for_lower_ones(needs: int) -> None:
-    for (M, N, K, R), sms, prep in itertools.product(problems(), (1, 78, 132), (0, 5)):
-        check("items", M, N, K, R, sms, prep, needs)
+    for (M, N, K, R), sms, prep, cluster in itertools.product(problems(), (1, 78, 132), (0, 5), (1, 2)):
+        check("items", M, N, K, R, sms, prep, needs, cluster)
 
 
 def test_counters_do_not_overlap() -> None:
-    for (M, N, K, R), sms in itertools.product(problems(), (1, 132)):
-        check("counters", M, N, K, R, sms)
+    for (M, N, K, R), sms, cluster in itertools.product(problems(), (1, 132), (1, 2)):
+        check("counters", M, N, K, R, sms, cluster)
+
+
+@pytest.mark.parametrize(
+    ("M", "columns", "sms", "chosen"),
+    [
+        (8192, 4096, 132, (256, 2)),
+        (8192, 14336, 114, (256, 2)),
+        (8300, 4096, 132, (256, 2)),  # 65 row blocks
+        (512, 1024, 132, (128, 1)),  # too few tiles of 256 columns
+        (128, 132 * 256, 132, (256, 1)),  # one row block
+        (384, 44 * 256, 132, (256, 1)),  # three: pairs would take two rounds, single blocks take one
+        (256, 256, 1, (256, 1)),  # no two multiprocessors
+    ],
+)
+def test_tiling(M: int, columns: int, sms: int, chosen: tuple[int, int]) -> None:
+    assert divmod(library().tiling_of(M, columns, sms), 10) == chosen
 
 
 def test_splits_cover_the_contraction() -> None:
@@ -82,12 +98,13 @@ def test_partial_sums_have_their_own_places(tiles: int, splits: int, registers: 
     check("partials", tiles, splits, registers)
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize(("grid", "resident"), [(1, 1), (132, 1), (132, 7), (132, 132), (3, 2)])
 @pytest.mark.parametrize("needs", [DX, DA, DX | DA | DB, DB])
-def test_progress_whatever_is_resident(grid: int, resident: int, needs: int) -> None:
-    """Blocks in random order over one workspace, three launches in a row."""
+def test_progress_whatever_is_resident(grid: int, resident: int, needs: int, cluster: int) -> None:
+    """Clusters in random order over one workspace, three launches in a row."""
     for seed, (M, N, K, R) in enumerate([(8192, 1024, 1024, 16), (700, 264, 520, 200), (64, 8, 8, 1)]):
-        check("progress", M, N, K, R, grid, 4 * (seed % 2), needs, grid, resident, 3, seed)
+        check("progress", M, N, K, R, grid, 5 * (seed % 2), needs, cluster, grid, resident, 3, seed)
 
 
 @pytest.mark.parametrize("N", [8, 16, 32, 64, 128, 256])

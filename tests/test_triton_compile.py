@@ -3,11 +3,8 @@ it publishes and waits."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -15,9 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import assembly
-from compile_report import REGISTERS, SHARED_MEMORY, TENSOR_MEMORY, Report, compile_report
+from compile_report import Report, Reports, compile_report, compiled_ahead, launch_of
 
-from lora_kernels.backends import _triton_launch as launching
 from lora_kernels.kernels import tiles
 
 pytestmark = pytest.mark.timeout(90)
@@ -60,53 +56,26 @@ def _entries() -> Iterator[Entry]:
 ENTRIES = list(_entries())
 
 
-def launch_of(entry: Entry) -> launching.Launch:
-    """What the back-end would launch for the entry's largest rank, on tensors with no memory."""
-    target = launching.Target(entry.arch, 132, contextlib.nullcontext, lambda: 0, lambda: False)
-    tile = tiles.TABLES[entry.arch, entry.dtype.itemsize][entry.kind]
-    M, N, K, R = 4096, 4096, 4096, tile.BLOCK_R
-
-    def empty(*shape: int, dtype: torch.dtype = entry.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, w, y, h = empty(M, K), empty(N, K), empty(M, N), empty(M, R)
-    a, b = empty(R, K, dtype=entry.adapter_dtype), empty(N, R, dtype=entry.adapter_dtype)
-    seed = empty(dtype=torch.int64) if entry.p else None
-    torch.set_float32_matmul_precision(entry.precision)
-    try:
-        if entry.kind.startswith("backward"):
-            return launching.backward_launch(
-                target, tiles.Plan(False, tile, 8), y, x, w, a, b, h, x, a, b, h, 0.75, entry.p, seed
-            )
-        plan = tiles.Plan(not entry.kind.startswith("tickets"), tile, 8 if entry.kind.startswith("decode") else 1)
-        return launching.forward_launch(target, plan, x, w, a, b, empty(N), y, h, 0.75, entry.p, seed, True)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 def _compile(number: int) -> Report:
-    return compile_report(launch_of(ENTRIES[number]), ENTRIES[number].arch)
+    entry = ENTRIES[number]
+    tile = tiles.TABLES[entry.arch, entry.dtype.itemsize][entry.kind]
+    redundant = not entry.kind.startswith(("tickets", "backward"))
+    plan = tiles.Plan(redundant, tile, 8 if entry.kind.startswith(("decode", "backward")) else 1)
+    launch = launch_of(entry.arch, plan, entry.dtype, entry.adapter_dtype, entry.p, precision=entry.precision)
+    return compile_report(launch, entry.arch)
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> Iterator[dict[int, Future[Report]]]:
-    """Reports on the entries whose tests were selected, from two processes."""
-    tests = (item for item in request.session.items if isinstance(item, pytest.Function))
-    selected = {item.callspec.params["number"] for item in tests if item.originalname == "test_entry"}
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield {number: pool.submit(_compile, number) for number in sorted(selected)}
-        pool.shutdown(cancel_futures=True)
+def compiled(request: pytest.FixtureRequest) -> Iterator[Reports]:
+    with compiled_ahead(request, "test_entry", _compile) as reports:
+        yield reports
 
 
 @pytest.mark.parametrize("number", range(len(ENTRIES)), ids=lambda number: str(ENTRIES[number]))
-def test_entry(number: int, compiled: dict[int, Future[Report]]) -> None:
+def test_entry(number: int, compiled: Reports) -> None:
     entry, report = ENTRIES[number], compiled[number].result()
     cuda = entry.arch.startswith("sm_")
-    assert report.spills == 0, f"{report.spills} bytes of registers spilled"
-    assert report.shared <= SHARED_MEMORY[entry.arch], f"{report.shared} bytes of shared memory"
-    assert report.registers <= (REGISTERS if cuda else 512)
-    assert report.tensor_memory <= TENSOR_MEMORY
-    assert not report.trap, "the kernel is a trap"
+    report.check(entry.arch)
     if entry.dtype == torch.float32 and entry.precision == "highest" and cuda:
         assert not report.tensor_core, "rounds fp32 operands"
     else:

@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from interp import interpret
 
 from lora_kernels.backends import Call, triton
+from lora_kernels.backends import _triton_device as device
 from lora_kernels.backends import _triton_launch as launching
 from lora_kernels.kernels import tiles
 
@@ -42,26 +43,23 @@ TABLES = {
 PLANS = list(TABLES)
 
 
-def target(programs: int = 3, capturing: bool = False) -> launching.Target:
-    return launching.Target("interpreter", programs, contextlib.nullcontext, lambda: 0, lambda: capturing)
+def target(programs: int = 3, capturing: bool = False) -> device.Target:
+    return device.Target("interpreter", programs, contextlib.nullcontext, lambda: 0, lambda: capturing)
 
 
 @contextlib.contextmanager
-def interpreted(plan: str, on: launching.Target | None = None, tma: bool = False) -> Iterator[ModuleType]:
+def interpreted(plan: str, on: device.Target | None = None, tma: bool = False) -> Iterator[ModuleType]:
     """The back-end, serving CPU tensors by one of the two plans. Every launch must leave the workspace as it found
     it."""
     table = {kind: dataclasses.replace(tile, tma=tma) for kind, tile in TABLES[plan].items()}
     with pytest.MonkeyPatch.context() as patch, interpret():
-        patch.setitem(launching.TARGETS, CPU, on or target())
+        patch.setitem(device.TARGETS, CPU, on or target())
         for itemsize in (2, 4):
             patch.setitem(tiles.TABLES, ("interpreter", itemsize), table)
-        patch.setattr(launching, "_workspaces", {})
-        for cached in (tiles.forward_plan, tiles.backward_plan):
-            cached.cache_clear()
+        patch.setattr(device, "_workspaces", {})
+        tiles.plan.cache_clear()
         yield triton
-        assert all(not sync.any() for sync, _ in launching._workspaces.values()), (
-            "a launch left flags or tickets behind"
-        )
+        assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags or tickets behind"
 
 
 def results(q: oracle.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
@@ -235,19 +233,19 @@ def test_workspace_is_kept_for_a_stream_and_grows() -> None:
     small, large = oracle.problem(5, 7, 9, 2), oracle.problem(40, 20, 40, 20)
     with interpreted("tickets") as backend:
         oracle.backend_results(backend, small)
-        (first,) = launching._workspaces.values()
+        (first,) = device._workspaces.values()
         oracle.backend_results(backend, small)
-        assert next(iter(launching._workspaces.values())) is first
+        assert next(iter(device._workspaces.values())) is first
         oracle.backend_results(backend, large)
-        assert len(launching._workspaces) == 1
-        assert next(iter(launching._workspaces.values()))[1].numel() > first[1].numel()
+        assert len(device._workspaces) == 1
+        assert next(iter(device._workspaces.values()))[1].numel() > first[1].numel()
 
 
 def test_a_captured_launch_has_its_own_workspace() -> None:
     q = oracle.problem(20, 33, 40, 3)
     with interpreted("tickets", on=target(capturing=True)) as backend:
         oracle.check(oracle.backend_results(backend, q), q)
-        assert not launching._workspaces
+        assert not device._workspaces
 
 
 def call(**changes: object) -> Call:

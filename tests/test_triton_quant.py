@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from lora_kernels import random
-from lora_kernels.bench.gate import judge
+from lora_kernels.bench.gate import judge, over_codes
 from lora_kernels.quant import DTYPES, FORMATS, QuantizedWeight, quantize_weight
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from interp import interpret
 
 from lora_kernels.backends import Call, triton
+from lora_kernels.backends import _triton_device as device
 from lora_kernels.backends import _triton_launch as launching
 from lora_kernels.backends import _triton_quant as quantised
 from lora_kernels.kernels import quant_tiles, tiles
@@ -29,15 +30,18 @@ pytestmark = pytest.mark.timeout(60)
 
 CPU = torch.device("cpu")
 WITHIN = tiles.Tile(max_rank=64, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=64, GROUP_M=2, num_warps=4, num_stages=2)
-DENSE = {
-    "tickets": tiles.Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2, num_warps=4, num_stages=2),
-    "backward": tiles.Tile(
-        BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, BLOCK_C=32, BLOCK_T=16, GROUP_M=2, num_warps=4, num_stages=2
-    ),
-}
+TICKETS = tiles.Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2, num_warps=4, num_stages=2)
+BACKWARD = tiles.Tile(
+    BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, BLOCK_C=32, BLOCK_T=16, GROUP_M=2, num_warps=4, num_stages=2
+)
+DENSE = {"tickets": TICKETS, "backward": BACKWARD}
 WHOLE = dataclasses.replace(quant_tiles.WHOLE, BLOCK_N=32, BLOCK_K=64)
-WAYS = {"within": {"decode16": WITHIN, "decode64": WITHIN}, "first": {}}
-"""W dequantised within the forward's product, or first."""
+WAYS = {
+    "redundant": {"decode16": WITHIN, "decode64": WITHIN, "backward": BACKWARD},
+    "tickets": {"tickets": TICKETS, "backward": BACKWARD},
+    "first": {},
+}
+"""W dequantised within the products, by both plans of a forward, or first."""
 
 KINDS = {
     "nf4": {"format": "nf4"},
@@ -55,18 +59,19 @@ KINDS = {
 def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
     """The back-end, serving CPU tensors in one of the two ways. Every launch must leave the workspace as it found
     it."""
-    target = launching.Target("interpreter", 8, contextlib.nullcontext, lambda: 0, lambda: capturing)
+    target = device.Target("interpreter", 8, contextlib.nullcontext, lambda: 0, lambda: capturing)
     with pytest.MonkeyPatch.context() as patch, interpret():
-        patch.setitem(launching.TARGETS, CPU, target)
+        patch.setitem(device.TARGETS, CPU, target)
         for itemsize in (2, 4):
             patch.setitem(tiles.TABLES, ("interpreter", itemsize), DENSE)
             patch.setitem(quant_tiles.TABLES, ("interpreter", itemsize), WAYS[way])
+        patch.setattr(quant_tiles, "ROWS", dict.fromkeys(quant_tiles.ROWS, 1000))
         patch.setattr(quantised, "WHOLE", WHOLE)
-        patch.setattr(launching, "_workspaces", {})
-        for cached in (tiles.forward_plan, tiles.backward_plan, quant_tiles.forward_plan):
+        patch.setattr(device, "_workspaces", {})
+        for cached in (tiles.plan, quant_tiles.plan):
             cached.cache_clear()
         yield triton
-        assert all(not sync.any() for sync, _ in launching._workspaces.values()), "a launch left flags behind"
+        assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags behind"
 
 
 def quantise(q: oracle.Problem, kind: str) -> QuantizedWeight:
@@ -79,9 +84,7 @@ def results(q: oracle.Problem, w: QuantizedWeight, way: str, **kwargs: bool) -> 
 
 
 def check(got: dict[str, torch.Tensor], q: oracle.Problem, w: QuantizedWeight) -> None:
-    """The truth has W as it is stored, plain torch has it in x's dtype."""
-    stored = dataclasses.replace(q, w=w.dequantize(torch.float32))
-    plain = oracle.evaluate(dataclasses.replace(q, w=w.dequantize(q.x.dtype)))
+    stored, plain = over_codes(q, w)
     for verdict in judge(got, stored, plain=plain):
         assert verdict.fault is None, verdict.fault
 
@@ -184,23 +187,30 @@ def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], way: str, poison: 
     check(results(q, w, way), q, w)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+WITHIN_WAYS = [way for way in WAYS if way != "first"]
+
+
+@pytest.mark.parametrize("way", WITHIN_WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weight_within_a_product_bit_for_bit(
-    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """y = I Wᵀ, and W is made nowhere else."""
-    w = quantize_weight(torch.randn(21, 38), **KINDS[kind])
+def test_the_weight_within_a_product_bit_for_bit(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """y = I Wᵀ and dx = I W, and W is made nowhere else."""
+    N, K = 21, 38
+    w = quantize_weight(torch.randn(N, K), **KINDS[kind])
     monkeypatch.delattr(quantised, "dense")
-    with interpreted("within") as backend:
-        y, _ = backend.forward(
-            torch.eye(38, dtype=dtype), w, torch.zeros(3, 38, dtype=dtype), torch.zeros(21, 3, dtype=dtype),
-            None, 1.0, 0.0, None, False,
-        )  # fmt: skip
-    assert torch.equal(y.t(), w.dequantize(dtype))
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.zeros(3, K, dtype=dtype), torch.zeros(N, 3, dtype=dtype)
+        with interpreted(way) as backend:
+            y, _ = backend.forward(torch.eye(K, dtype=dtype), w, a, b, None, 1.0, 0.0, None, False)
+            dx, _, _ = backend.backward(
+                torch.eye(N, dtype=dtype), None, w, a, b, None, 1.0, 0.0, None, True, False, False
+            )
+        assert torch.equal(y.t(), w.dequantize(dtype))
+        assert torch.equal(dx, w.dequantize(dtype))
 
 
-@pytest.mark.parametrize("way, dtype", [("within", torch.bfloat16), ("first", torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "way, dtype", [("redundant", torch.bfloat16), ("tickets", torch.float16), ("first", torch.float16)], ids=str
+)
 def test_as_good_as_plain_torch(way: str, dtype: torch.dtype, poison: None) -> None:
     """Large enough for statistics."""
     q = oracle.problem(64, 64, 80, 16, dtype=dtype)
@@ -208,26 +218,38 @@ def test_as_good_as_plain_torch(way: str, dtype: torch.dtype, poison: None) -> N
     check(results(q, w, way), q, w)
 
 
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("kind", ["nf4-32-nested", "fp8-block"])
-def test_same_bits_in_every_run(kind: str) -> None:
-    """Parts of K, and all of it at once: one order of summation each."""
-    M, N, K, R = 17, 33, 68, 5
+def test_same_bits_in_every_run(kind: str, tma: bool, poison: None) -> None:
+    """Parts of every sum, and all of it at once; one program and several. x and dy by descriptors too, which the
+    tables do not use but a measurement may."""
+    M, N, K, R = 34, 24, 40, 5
     q = oracle.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
     w = quantise(q, kind)
-    target = launching.Target("interpreter", 8, contextlib.nullcontext, lambda: 0, lambda: False)
-    for split in (1, 4):
+    target = device.Target("interpreter", 8, contextlib.nullcontext, lambda: 0, lambda: False)
+    forwards = [tiles.Plan(True, WITHIN, 1), tiles.Plan(True, WITHIN, 4), tiles.Plan(False, TICKETS, 1)]
+    for plan, backward_split in zip(forwards, (1, 4, 2), strict=True):
+        forward, backward = (
+            each._replace(tile=dataclasses.replace(each.tile, tma=tma), within=True)
+            for each in (plan, tiles.Plan(False, BACKWARD, backward_split))
+        )
         runs = []
-        for _ in range(2):
+        for programs in (1, 3):
             y, h = torch.full((M, N), torch.nan).bfloat16(), torch.full((M, R), torch.nan).bfloat16()
+            dx, da, db, g = (torch.full_like(t, torch.nan) for t in (q.x, q.a, q.b, h))
             with interpret():
-                launch = quantised.forward_launch(
-                    target, tiles.Plan(True, WITHIN, split), q.x, w, q.a, q.b, q.bias, y, h, q.scale, q.p, q.seed, True
+                launch = launching.forward_launch(
+                    target, forward, q.x, w, q.a, q.b, q.bias, y, h, q.scale, q.p, q.seed, True
                 )
-                assert launch.arguments["SPLIT"] == (split > 1)
-                launch.run()
-            runs.append((y, h))
-        check({"y": runs[0][0]}, q, w)
-        assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+                launch._replace(programs=launch.programs if plan.redundant else programs).run()
+                launch = launching.backward_launch(
+                    target, backward, q.dy, q.x, w, q.a, q.b, h, dx, da, db, g, q.scale, q.p, q.seed
+                )
+                assert launch.arguments["splits"] == {1: 1, 4: 3, 2: 2}[backward_split]
+                launch._replace(programs=programs).run()
+            runs.append({"y": y, "dx": dx, "da": da, "db": db})
+        check(runs[0], q, w)
+        assert all(torch.equal(run[name], value) for run in runs[1:] for name, value in runs[0].items())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -251,13 +273,12 @@ def test_only_what_is_needed_is_computed(poison: None) -> None:
             _, h = backend.forward(q.x, w, q.a, q.b, None, q.scale, q.p, q.seed, False)
             assert h is None
             _, h = backend.forward(q.x, w, q.a, q.b, None, q.scale, q.p, q.seed, True)
-    with interpreted("first") as backend:
-        full = backend.backward(q.dy, q.x, w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
-        for needs in itertools.product([False, True], repeat=3):
-            x, kept = (q.x if needs[1] else None), (h if needs[2] else None)
-            got = backend.backward(q.dy, x, w, q.a, q.b, kept, q.scale, q.p, q.seed, *needs)
-            for value, need, whole in zip(got, needs, full, strict=True):
-                assert torch.equal(value, whole) if need else value is None
+            full = backend.backward(q.dy, q.x, w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
+            for needs in itertools.product([False, True], repeat=3):
+                x, kept = (q.x if needs[1] else None), (h if needs[2] else None)
+                got = backend.backward(q.dy, x, w, q.a, q.b, kept, q.scale, q.p, q.seed, *needs)
+                for value, need, whole in zip(got, needs, full, strict=True):
+                    assert torch.equal(value, whole) if need else value is None
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -274,7 +295,7 @@ def test_received_tensors_are_left_alone(kind: str, way: str) -> None:
 def test_scales(scale: float) -> None:
     q = oracle.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
     w = quantise(q, "fp4-nested")
-    check(results(q, w, "within"), q, w)
+    check(results(q, w, "redundant"), q, w)
 
 
 def test_a_captured_launch_keeps_nothing() -> None:
@@ -283,10 +304,14 @@ def test_a_captured_launch_keeps_nothing() -> None:
     for way in WAYS:
         with interpreted(way, capturing=True) as backend:
             check(oracle.backend_results(backend, dataclasses.replace(q, w=w)), q, w)
-            assert not launching._workspaces
+            assert not device._workspaces
 
 
 # --- the choice ---
+
+
+def case(arch: str, itemsize: int, M: int, R: int) -> tiles.Case:
+    return tiles.Case(arch, itemsize, M, 4096, 4096, R, False, True, 132, w_format="nf4")
 
 
 @pytest.mark.parametrize(
@@ -306,12 +331,29 @@ def test_a_captured_launch_keeps_nothing() -> None:
     ],
 )
 def test_few_rows_are_dequantised_within(arch: str, itemsize: int, M: int, R: int, kind: str | None) -> None:
-    plan = quant_tiles.forward_plan(arch, itemsize, M, 4096, 4096, R, 132)
+    plan = quant_tiles.plan("forward", case(arch, itemsize, M, R))
     if kind is None:
-        assert plan is None
+        assert not plan.within and plan == tiles.plan("forward", case(arch, itemsize, M, R)._replace(w_format=""))
     else:
-        assert plan is not None and plan.redundant and plan.split > 1
+        assert plan.within and plan.redundant and plan.split > 1
         assert plan.tile is quant_tiles.TABLES[tiles.resolve(arch) or arch, itemsize][kind]
+
+
+@pytest.mark.parametrize("arch, itemsize", quant_tiles.TABLES)
+def test_few_rows_are_dequantised_within_the_backward(arch: str, itemsize: int) -> None:
+    for M, R in ((1, 1), (16, 256), (64, 64), (65, 8), (4096, 8)):
+        plan = quant_tiles.plan("backward", case(arch, itemsize, M, R))
+        assert plan.within == (M <= 64)
+        assert plan.tile.BLOCK_C and not plan.redundant
+        assert plan.tile is (quant_tiles if plan.within else tiles).TABLES[arch, itemsize]["backward"] or M > 64
+
+
+def test_a_table_that_has_many_rows_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant_tiles, "ROWS", quant_tiles.ROWS | {"tickets": 4096})
+    quant_tiles.plan.cache_clear()
+    plan = quant_tiles.plan("forward", case("sm_90", 2, 4096, 8))
+    assert plan == tiles.Plan(False, quant_tiles.TABLES["sm_90", 2]["tickets"], 1, within=True)
+    quant_tiles.plan.cache_clear()
 
 
 def test_every_architecture_has_a_table() -> None:
@@ -320,7 +362,7 @@ def test_every_architecture_has_a_table() -> None:
 
 def test_refusals() -> None:
     call = Call("forward", CPU, torch.bfloat16, torch.bfloat16, 8, 8, 8, 8, False)
-    with interpreted("within"):
+    with interpreted("redundant"):
         assert all(triton.why_not(call._replace(w_format=format)) == [] for format in ("dense", *FORMATS))
         (reason,) = triton.why_not(call._replace(w_format="int3"))
         assert "int3" in reason and "nf4" in reason

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -14,12 +12,16 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 import assembly
 import compile_report
-from compile_report import REGISTERS, SHARED_MEMORY, TENSOR_MEMORY, Report
+from compile_report import Report, Reports, empty
+from triton.backends.compiler import GPUTarget
+from triton.language import constexpr
+from triton.runtime import driver
 
 from lora_kernels.backends import _triton_launch as launching
 from lora_kernels.backends import _triton_quant as quantised
+from lora_kernels.backends._triton_device import Launch, Target
 from lora_kernels.kernels import quant_tiles, tiles
-from lora_kernels.quant import CODES, Nested, QuantizedWeight
+from lora_kernels.quant import CODES, Nested, QuantizedWeight, quantize_weight
 from lora_kernels.quant_encode import FP8_BLOCK
 
 pytestmark = pytest.mark.timeout(90)
@@ -48,22 +50,17 @@ class Entry(NamedTuple):
 def _entries() -> Iterator[Entry]:
     for (arch, itemsize), table in quant_tiles.TABLES.items():
         for kind in table:
-            # sm_86 and sm_89 are the same to the compiler, and fp32 has one table for all.
-            if itemsize == 2 and arch != "sm_86":
-                yield Entry(arch, kind, "nf4", torch.bfloat16, True)
-            elif itemsize == 4 and arch in ("sm_80", "sm_100"):
-                yield Entry(arch, kind, "nf4", torch.float32, True)
+            # sm_86 and sm_89 are the same to the compiler.
+            if arch != "sm_86":
+                yield Entry(arch, kind, "nf4", torch.float32 if itemsize == 4 else torch.bfloat16, True)
     for arch in ARCHITECTURES:
         yield Entry(arch, "decode64", "fp8", torch.float16, True)
-        yield from (Entry(arch, "decode16", format, torch.bfloat16, False) for format in FORMATS)
+        for kind in ("decode16", "tickets", "backward"):
+            yield from (Entry(arch, kind, format, torch.bfloat16, False) for format in FORMATS)
         yield from (Entry(arch, "dequantise", format, torch.bfloat16, format == "nf4") for format in FORMATS)
 
 
 ENTRIES = list(_entries())
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def weight_of(entry: Entry) -> QuantizedWeight:
@@ -71,28 +68,26 @@ def weight_of(entry: Entry) -> QuantizedWeight:
     fp32, blocks = torch.float32, N * K // 64
     if entry.format in ("int8", "fp8"):
         scales = (N,) if entry.format == "int8" else (N // FP8_BLOCK, K // FP8_BLOCK)
-        codes = _empty(N, K, dtype=CODES[entry.format])
-        return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, _empty(*scales, dtype=fp32))
-    codes = _empty(N, K // 2, dtype=torch.uint8)
+        codes = empty(N, K, dtype=CODES[entry.format])
+        return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, empty(*scales, dtype=fp32))
+    codes = empty(N, K // 2, dtype=torch.uint8)
     if not entry.most:
-        return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, _empty(blocks, dtype=fp32), 64)
-    nested = Nested(_empty(256, dtype=fp32), _empty(blocks // 256, dtype=fp32), _empty(dtype=fp32))
-    return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, _empty(blocks, dtype=torch.uint8), 64, nested)
+        return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, empty(blocks, dtype=fp32), 64)
+    nested = Nested(empty(256, dtype=fp32), empty(blocks // 256, dtype=fp32), empty(dtype=fp32))
+    return QuantizedWeight(entry.format, (N, K), entry.dtype, codes, empty(blocks, dtype=torch.uint8), 64, nested)
 
 
-def launch_of(entry: Entry) -> launching.Launch:
-    """What the back-end would launch for the entry's largest rank, with K split."""
+def launch_of(entry: Entry) -> Launch:
+    """What the back-end would launch for the entry's largest rank, with K or M split."""
     w, dtype = weight_of(entry), entry.dtype
     if entry.kind == "dequantise":
-        return quantised.dequantise_launch(w, _empty(N, K, dtype=dtype))
-    target = launching.Target(entry.arch, 132, contextlib.nullcontext, lambda: 0, lambda: False)
+        return quantised.dequantise_launch(w, empty(N, K, dtype=dtype))
     tile = quant_tiles.TABLES[entry.arch, dtype.itemsize][entry.kind]
-    M, R, p = tile.BLOCK_M, tile.BLOCK_R, 0.1 if entry.most else 0.0
+    decode = entry.kind.startswith("decode")
+    plan = tiles.Plan(decode, tile, 1 if entry.kind == "tickets" else 8, within=True)
     adapter_dtype = torch.float32 if entry.most and dtype == torch.bfloat16 else dtype
-    a, b = _empty(R, K, dtype=adapter_dtype), _empty(N, R, dtype=adapter_dtype)
-    x, y, h, bias = (_empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (M, R), (N,)))
-    seed = _empty(dtype=torch.int64) if p else None
-    return quantised.forward_launch(target, tiles.Plan(True, tile, 8), x, w, a, b, bias, y, h, 0.75, p, seed, True)
+    p, M = 0.1 if entry.most else 0.0, tile.BLOCK_M if decode else 4096
+    return compile_report.launch_of(entry.arch, plan, dtype, adapter_dtype, p, w, M)
 
 
 def _compile(number: int) -> Report:
@@ -100,27 +95,19 @@ def _compile(number: int) -> Report:
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> Iterator[dict[int, Future[Report]]]:
-    """Reports on the entries whose tests were selected, from two processes."""
-    tests = (item for item in request.session.items if isinstance(item, pytest.Function))
-    selected = {item.callspec.params["number"] for item in tests if item.originalname == "test_quantised_entry"}
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield {number: pool.submit(_compile, number) for number in sorted(selected)}
-        pool.shutdown(cancel_futures=True)
+def compiled(request: pytest.FixtureRequest) -> Iterator[Reports]:
+    with compile_report.compiled_ahead(request, "test_quantised_entry", _compile) as reports:
+        yield reports
 
 
 @pytest.mark.parametrize("number", range(len(ENTRIES)), ids=lambda number: str(ENTRIES[number]))
-def test_quantised_entry(number: int, compiled: dict[int, Future[Report]]) -> None:
+def test_quantised_entry(number: int, compiled: Reports) -> None:
     entry, report = ENTRIES[number], compiled[number].result()
     cuda = entry.arch.startswith("sm_")
-    assert report.spills == 0, f"{report.spills} bytes of registers spilled"
-    assert report.shared <= SHARED_MEMORY[entry.arch], f"{report.shared} bytes of shared memory"
-    assert report.registers <= (REGISTERS if cuda else 512)
-    assert report.tensor_memory <= TENSOR_MEMORY
-    assert not report.trap, "the kernel is a trap"
+    report.check(entry.arch)
     if entry.kind == "dequantise" or (entry.dtype == torch.float32 and cuda):
         assert not report.tensor_core, "rounds fp32 operands"
-    elif entry.arch in ("sm_90", "sm_100") and entry.kind == "decode64":
+    elif entry.arch in ("sm_90", "sm_100") and "decode16" not in entry.kind and entry.dtype != torch.float32:
         wanted = "wgmma.mma_async" if entry.arch == "sm_90" else "tcgen05.mma"
         assert list(report.tensor_core) == [wanted], f"falls back to {list(report.tensor_core)}"
     else:
@@ -148,3 +135,37 @@ def test_contraction_is_found() -> None:
     launch = launch_of(ENTRIES[number])
     contracted = launch._replace(options=launch.options | {"enable_fp_fusion": True})
     assert "fma.rn.f32" in compile_report.compile_report(contracted, "sm_90").assembly
+
+
+class NoDriver:
+    """Of a device that Triton asks about while it binds arguments and compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8", "dense"])
+def test_what_is_compiled_is_what_triton_would_launch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own binder finds these types, constants and divisibilities in the arguments, the tuple that stands for a
+    quantised W among them."""
+    x, y, h, a, b = (torch.zeros(shape).bfloat16() for shape in ((32, 256), (32, 128), (32, 16), (16, 256), (128, 16)))
+    w = torch.randn(128, 256).bfloat16()
+    if kind != "dense":
+        w = quantize_weight(w, kind, double_quant=kind == "nf4")
+    target = Target("sm_90", 132, contextlib.nullcontext, lambda: 0, lambda: False)
+    plan = tiles.Plan(False, quant_tiles.TABLES["sm_90", 2]["backward"], 1, within=kind != "dense")
+    launch = launching.backward_launch(target, plan, y, x, w, a, b, h, x, a, b, h, 0.75, 0.0, None)
+    kernel = launch.kernel
+    monkeypatch.setattr(driver, "_active", NoDriver())
+    source = kernel.warmup(**launch.arguments, **launch.options, grid=(launch.programs,)).src
+    kernel.device_caches.clear()
+    signature, constants, attributes = compile_report.specialise(kernel, launch.arguments)
+    assert source.signature == signature
+    assert {path: value for path, value in source.attrs.items() if value} == attributes
+    assert {path: constexpr(value) for path, value in source.constants.items()} == constants

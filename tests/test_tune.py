@@ -6,15 +6,16 @@ import contextlib
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora_kernels import tune
+from lora_kernels import tune_measure
 from lora_kernels.__main__ import main
-from lora_kernels.kernels import candidates, tiles, tuned
+from lora_kernels.kernels import candidates, quant_tiles, tiles, tuned
+from lora_kernels.quant import quantize_weight
 
 CPU = torch.device("cpu")
 NAME = "Interpreted GPU (1)"
@@ -39,12 +40,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def contents(plan: tiles.Plan) -> tuple:
-    return plan.redundant, plan.split, vars(plan.tile)
+    return plan.redundant, plan.split, plan.within, vars(plan.tile)
 
 
-def plan_of(M: int = 8192, aligned: bool = True, dtypes: tuple = BF16, op: str = "forward") -> tiles.Plan:
-    choose = tiles.forward_plan if op == "forward" else tiles.backward_plan
-    return choose("sm_90", 2, M, 4096, 4096, 16, False, aligned, 132, NAME, dtypes)
+def case(M: int = 8192, aligned: bool = True, device: str | None = NAME, dtypes: tuple = BF16, w_format: str = ""):
+    return tiles.Case("sm_90", 2, M, 4096, 4096, 16, False, aligned, 132, device, dtypes, w_format)
+
+
+def plan_of(op: str = "forward", **changes) -> tiles.Plan:
+    return tiles.plan(op, case(**changes))
 
 
 @pytest.mark.parametrize("rows, bucket", [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (8192, 8192), (8193, 16384)])
@@ -65,8 +69,11 @@ def test_everything_else_that_a_plan_depends_on_is_in_its_key() -> None:
         tuned.key("forward", *BF16, 64, 40, 32, 16, False),
         tuned.key("forward", torch.float16, torch.float16, 64, 40, 24, 16, False),
         tuned.key("forward", torch.bfloat16, torch.float32, 64, 40, 24, 16, False),
+        tuned.key("forward", *BF16, 64, 40, 24, 16, False, "nf4"),
+        tuned.key("forward", *BF16, 64, 40, 24, 16, False, "nf4 nested"),
+        tuned.key("forward", *BF16, 64, 40, 24, 16, False, "fp8"),
     }
-    assert len(others) == 8 and not others & same
+    assert len(others) == 11 and not others & same
 
 
 def test_a_kept_plan_overrides_the_table_where_it_was_measured() -> None:
@@ -79,8 +86,9 @@ def test_a_kept_plan_overrides_the_table_where_it_was_measured() -> None:
         plan_of(aligned=False),
         plan_of(dtypes=(torch.bfloat16, torch.float32)),
         plan_of(op="backward"),
-        tiles.forward_plan("sm_90", 2, 8192, 4096, 4096, 16, False, True, 132, "another GPU", BF16),
-        tiles.forward_plan("sm_90", 2, 8192, 4096, 4096, 16, False, True, 132),
+        plan_of(device="another GPU"),
+        plan_of(device=None, dtypes=None),
+        quant_tiles.plan("forward", case(M=64, w_format="nf4")),
     ):
         assert contents(elsewhere) != contents(OTHER)
     place.unlink()
@@ -164,13 +172,24 @@ def test_a_damaged_file_is_named_in_a_warning_and_ignored(damage) -> None:
     assert len(caught) == 1 and str(place) in str(caught[0].message) and "--forget" in str(caught[0].message)
 
 
-def test_candidates_begin_with_the_tables_choice_and_are_within_the_rules() -> None:
-    for op in tune.OPS:
+def test_a_plan_over_a_quantised_weight_is_kept_for_its_format_alone() -> None:
+    within = OTHER._replace(within=True)
+    kept = {tuned.key("forward", *BF16, 8192, 4096, 4096, 16, False, "nf4"): within, KEY: OTHER}
+    tuned.store(NAME, kept)
+    assert contents(quant_tiles.plan("forward", case(w_format="nf4"))) == contents(within)
+    # What was measured for a dense w serves where w is dequantised first.
+    assert contents(quant_tiles.plan("forward", case(w_format="nf4 nested"))) == contents(OTHER)
+    assert contents(plan_of()) == contents(OTHER)
+
+
+@pytest.mark.parametrize("w_format", ["", "nf4", "fp8"])
+def test_candidates_begin_with_the_tables_choice_and_are_within_the_rules(w_format: str) -> None:
+    module = quant_tiles if w_format else tiles
+    for op in ("forward", "backward"):
         for M, R, dropout in ((16, 16, False), (16, 200, False), (8192, 64, False), (8192, 64, True)):
-            size = candidates.Size(M, 4096, 1024, R)
-            plans = candidates.candidates(op, "sm_90", 132, 2, size, dropout)
-            choose = tiles.forward_plan if op == "forward" else tiles.backward_plan
-            assert next(iter(plans.values())) is choose("sm_90", 2, M, 1024, 4096, R, dropout, True, 132)
+            size = tiles.Case("sm_90", 2, M, 1024, 4096, R, dropout, True, 132, None, None, w_format)
+            plans = candidates.candidates(op, size)
+            assert next(iter(plans.values())) is module.plan(op, size)
             assert 8 < len(plans) < 120
             for plan in plans.values():
                 tile = plan.tile
@@ -178,6 +197,20 @@ def test_candidates_begin_with_the_tables_choice_and_are_within_the_rules() -> N
                 assert plan.redundant or 2 * tile.BLOCK_M >= 128
                 assert bool(tile.BLOCK_C) == (op == "backward")
                 assert 1 <= plan.split <= 4096
+                assert bool(w_format) or not plan.within
+            if w_format:
+                assert any(plan.within and plan.tile.tma for plan in plans.values())
+                first = [name for name, plan in plans.items() if not plan.within]
+                assert len(first) == 1 and first[0].startswith("w first: ")
+
+
+def test_what_was_measured_for_a_dense_weight_is_a_candidate_once_it_is_dequantised() -> None:
+    tuned.store(NAME, {KEY: OTHER})
+    plans = candidates.candidates("forward", case(w_format="int8"))
+    assert [contents(plan) for plan in plans.values() if not plan.within] == [
+        contents(plan_of(device=None)),
+        contents(OTHER),
+    ]
 
 
 @pytest.mark.parametrize("text", ["8x8", "8x8x8", "0x8x8:4", "8x8x8:0", "8x12x8:4", "8x8x9:4", "ax8x8:4", "8x8x8:4:4"])
@@ -206,28 +239,52 @@ class TestCommand:
         pytest.importorskip("triton", reason="Triton is not installed")
         from interp import interpret
 
-        from lora_kernels.backends import _triton_launch
+        from lora_kernels.backends import _triton_device, _triton_launch
 
-        target = _triton_launch.Target("interpreted", 3, contextlib.nullcontext, lambda: 0, lambda: False, NAME)
-        monkeypatch.setitem(_triton_launch.TARGETS, CPU, target)
+        target = _triton_device.Target("interpreted", 3, contextlib.nullcontext, lambda: 0, lambda: False, NAME)
+        monkeypatch.setitem(_triton_device.TARGETS, CPU, target)
         monkeypatch.setitem(tiles.TABLES, ("interpreted", 2), {"tickets": TICKETS, "backward": BACKWARD})
-        monkeypatch.setattr(_triton_launch, "_workspaces", {})
+        monkeypatch.setitem(quant_tiles.TABLES, ("interpreted", 2), {"tickets": TICKETS, "backward": BACKWARD})
+        monkeypatch.setattr(_triton_device, "_workspaces", {})
         monkeypatch.setattr(candidates, "CHANGES", {kind: {"num_stages": (3,)} for kind in candidates.CHANGES})
-        monkeypatch.setattr(tune, "ROUNDS", 1)
+        monkeypatch.setattr(tune_measure, "ROUNDS", 1)
         with interpret():
             yield _triton_launch
 
     @staticmethod
-    def replace_launch(launching, monkeypatch: pytest.MonkeyPatch, stages: int, fake) -> None:
-        """Launches of plans with so many stages go to ``fake(launch, arguments)`` instead."""
+    def replace_launch(launching, monkeypatch: pytest.MonkeyPatch, stages: int | None, fake) -> None:
+        """Launches of plans with so many stages, or of any, go to ``fake(launch)`` instead."""
         for name in ("forward_launch", "backward_launch"):
             stock = getattr(launching, name)
 
             def change(target, plan, *args, stock=stock):
                 launch = stock(target, plan, *args)
+                if stages is None:
+                    return fake(launch, plan)
                 return fake(launch) if plan.tile.num_stages == stages else launch
 
             monkeypatch.setattr(launching, name, change)
+
+    def repeat_launches(self, launching, monkeypatch: pytest.MonkeyPatch, slow: Callable[[tiles.Plan], bool]) -> None:
+        """The interpreter runs each launch once; further ones repeat its results, at once or, those of `slow` plans,
+        after a while."""
+        results: dict = {}
+
+        class Repeated:
+            def __init__(self, launch, plan: tiles.Plan) -> None:
+                self.launch, self.plan = launch, plan
+
+            def run(self) -> None:
+                outs = {name: t for name, t in self.launch.arguments.items() if name in ("y", "h", "dx", "da", "db")}
+                key = (tuple(outs), self.plan)
+                if key not in results:
+                    self.launch.run()
+                    results[key] = {name: t.clone() for name, t in outs.items()}
+                for name, t in outs.items():
+                    t.copy_(results[key][name])
+                time.sleep(0.05 if slow(self.plan) else 0)
+
+        self.replace_launch(launching, monkeypatch, None, Repeated)
 
     def test_a_wrong_candidate_is_dropped(self, launching, monkeypatch, capsys) -> None:
         class Wrong:
@@ -247,37 +304,54 @@ class TestCommand:
         assert "the tables'" in shown and tuned.load(NAME) == {}
 
     def test_the_faster_candidate_is_kept_and_then_used(self, launching, monkeypatch, capsys) -> None:
-        """The interpreter runs each launch once; further ones repeat its results, at once or, as the tables' own plan,
-        after a while."""
-        results: dict = {}
-
-        class Repeated:
-            def __init__(self, launch) -> None:
-                self.launch = launch
-
-            def run(self) -> None:
-                outs = {name: t for name, t in self.launch.arguments.items() if name in ("y", "h", "dx", "da", "db")}
-                key = (tuple(outs), self.launch.options["num_stages"])
-                if key not in results:
-                    self.launch.run()
-                    results[key] = {name: t.clone() for name, t in outs.items()}
-                for name, t in outs.items():
-                    t.copy_(results[key][name])
-                time.sleep(0.005 if self.launch.options["num_stages"] == 2 else 0)
-
-        for stages in (2, 3):
-            self.replace_launch(launching, monkeypatch, stages, Repeated)
-        arguments = ("interpreted", 2, 5, 16, 24, 4, False, True, 3, NAME, BF16)
+        self.repeat_launches(launching, monkeypatch, lambda plan: plan.tile.num_stages == 2)
+        on = tiles.Case("interpreted", 2, 5, 16, 24, 4, False, True, 3, NAME, BF16)
         assert main([*self.OPTIONS, "--dry-run"]) == 0
         assert "nothing was kept" in capsys.readouterr().out and not tuned.path(NAME).exists()
-        assert tiles.forward_plan(*arguments).tile is TICKETS
+        assert tiles.plan("forward", on).tile is TICKETS
         assert main(list(self.OPTIONS)) == 0
         assert len(tuned.load(NAME)) == 2
         assert "2 plans that differ from the tables'" in " ".join(capsys.readouterr().out.split())
-        assert tiles.forward_plan(*arguments).tile.num_stages == 3
-        assert tiles.backward_plan(*arguments).tile.num_stages == 3
+        assert tiles.plan("forward", on).tile.num_stages == 3
+        assert tiles.plan("backward", on).tile.num_stages == 3
         assert main(["tune", "--device", "cpu", "--forget"]) == 0
-        assert tiles.forward_plan(*arguments).tile is TICKETS and not tuned.path(NAME).exists()
+        assert tiles.plan("forward", on).tile is TICKETS and not tuned.path(NAME).exists()
+
+    @pytest.mark.parametrize("within", [True, False], ids=["within", "first"])
+    def test_over_a_quantised_weight(self, within: bool, launching, monkeypatch, capsys) -> None:
+        """The tables have this W dequantised first in the forward and within the backward; the faster is kept, for its
+        format alone, and then used."""
+        from lora_kernels.backends import _triton_quant, triton
+
+        made = []
+        monkeypatch.setattr(_triton_quant, "dense", lambda w, dtype: made.append(1) or w.dequantize(dtype))
+        self.repeat_launches(launching, monkeypatch, lambda plan: plan.within != within)
+        assert main([*self.OPTIONS, "--quant", "nf4", "--double-quant"]) == 0
+        assert "w in nf4 nested" in " ".join(capsys.readouterr().out.split())
+        kept, op = tuned.load(NAME), "forward" if within else "backward"
+        assert kept[tuned.key(op, *BF16, 5, 16, 24, 4, False, "nf4 nested")].within == within
+        x, w, a, b = torch.randn(5, 24), torch.randn(16, 24), torch.randn(4, 24), torch.randn(16, 4)
+        x, w, a, b = (t.bfloat16() for t in (x, w, a, b))
+        for double_quant, entries in ((True, 0 if within else 2), (False, 1)):
+            made.clear()
+            quantised = quantize_weight(w, "nf4", double_quant=double_quant)
+            y, h = triton.forward(x, quantised, a, b, None, 1.0, 0.0, None, True)
+            triton.backward(y, x, quantised, a, b, h, 1.0, 0.0, None, True, True, True)
+            assert len(made) == entries
+
+    @pytest.mark.parametrize("options", [["--quant", "int8"], []], ids=["int8", "dense"])
+    def test_double_quantisation_is_for_four_bits(self, options: list[str], launching, capsys) -> None:
+        assert main([*self.OPTIONS, *options, "--double-quant"]) == 2
+        assert "nf4 or fp4" in " ".join(capsys.readouterr().out.split())
+
+    def test_a_wrong_weight_is_found(self, launching, monkeypatch, capsys) -> None:
+        """Of a quantised W the truth is what its codes stand for: W as it was is not right."""
+        from lora_kernels.backends import _triton_quant
+
+        monkeypatch.setattr(_triton_quant, "dense", lambda w, dtype: torch.zeros(w.shape, dtype=dtype))
+        assert main([*self.OPTIONS, "--quant", "fp8"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert shown.count("dropped w first:") == 2 and "y: error" in shown and "dx: error" in shown
 
     def test_where_nothing_is_right_nothing_is_kept(self, launching, monkeypatch, capsys) -> None:
         """Failing to launch, writing nothing, and giving other bits each time are all found."""
@@ -345,4 +419,6 @@ class TestCommand:
         shown = " ".join(capsys.readouterr().out.split())
         assert "y: other bits in a second run" in shown and "dx: other bits in a second run" in shown
         assert shown.count("leaves flags or tickets in the workspace") == 2
-        assert not any(sync.any() for sync, _ in launching._workspaces.values())
+        from lora_kernels.backends import _triton_device
+
+        assert not any(sync.any() for sync, _ in _triton_device._workspaces.values())

@@ -1,11 +1,8 @@
-"""From tensors to a launch of the Triton kernels: the arguments, the grid and the workspace. Imported by
-`backends.triton` only."""
+"""From tensors to a launch of the Triton kernels: the arguments and the grid. Imported by `backends.triton` only."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,96 +10,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels import random
+from lora_kernels.backends import _triton_quant as quantised
+from lora_kernels.backends._triton_device import Launch, Target, cdiv, workspace
 from lora_kernels.kernels.backward import backward
 from lora_kernels.kernels.forward import forward_redundant, forward_tickets
-from lora_kernels.kernels.tiles import Plan
+from lora_kernels.kernels.tiles import Plan, Tile
+from lora_kernels.quant import QuantizedWeight
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """How many programs are launched to claim tickets. More than fit at once only find that no work is left."""
-
-
-class Target(NamedTuple):
-    """What a launch needs to know of the device it is for."""
-
-    arch: str
-    """"sm_90", "gfx942": what the tile tables are asked for."""
-    multiprocessors: int
-    guard: Callable[[], AbstractContextManager[Any]]
-    """Makes the device the current one."""
-    stream: Callable[[], int]
-    """The current stream, as a number."""
-    capturing: Callable[[], bool]
-    """Whether that stream is being captured into a graph."""
-    name: str | None = None
-    """What the driver calls the device: what plans measured on it are kept under."""
-
-
-class Launch(NamedTuple):
-    """``kernel[grid](**arguments, **options)``."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    options: dict[str, int]
-
-    def run(self) -> None:
-        """On the current device and stream. Nothing is launched where there is no work."""
-        if self.programs:
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
-
-
-def find_target(device: torch.device) -> Target | None:
-    """The target of tensors on `device`: None where Triton cannot serve it. Asks the driver once per device."""
-    if device not in TARGETS and device.type == "cuda" and torch.cuda.is_available():
-        TARGETS[device] = _query(device)
-    return TARGETS.get(device)
-
-
-TARGETS: dict[torch.device, Target] = {}
-"""Targets by device, as they become known."""
-
-
-def _query(device: torch.device) -> Target:
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        arch = properties.gcnArchName.split(":")[0]
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
-    return Target(
-        arch=arch,
-        multiprocessors=properties.multi_processor_count,
-        guard=functools.partial(torch.cuda.device, device),
-        stream=lambda: torch.cuda.current_stream(device).cuda_stream,
-        capturing=torch.cuda.is_current_stream_capturing,
-        name=properties.name,
-    )
-
-
-_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
-
-
-def workspace(device: torch.device, target: Target, counters: int, floats: int) -> tuple[Tensor, Tensor]:
-    """(sync, part): `counters` int32 zeros, which a launch leaves zero, and room for `floats` fp32 partial sums.
-
-    One pair per device and stream, because launches on one stream do not overlap; it grows to the largest that was
-    asked for. A launch that is being captured gets its own, from the graph's memory pool, which lives as long as the
-    graph and is zeroed at every replay.
-    """
-    if target.capturing():
-        return _allocate(device, counters, floats)
-    key = (device, target.stream())
-    sync, part = _workspaces.get(key, (None, None))
-    if sync is None or part is None or sync.numel() < counters or part.numel() < floats:
-        held = (0, 0) if sync is None or part is None else (sync.numel(), part.numel())
-        sync, part = _workspaces[key] = _allocate(device, max(counters, held[0]), max(floats, held[1]))
-    return sync, part
-
-
-def _allocate(device: torch.device, counters: int, floats: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.zeros(1 << max(counters - 1, 1023).bit_length(), dtype=torch.int32, device=device),
-        torch.empty(floats, dtype=torch.float32, device=device),
-    )
 
 
 class Frame(NamedTuple):
@@ -122,7 +38,7 @@ def forward_launch(
     target: Target,
     plan: Plan,
     x: Tensor,
-    w: Tensor,
+    w: Tensor | QuantizedWeight,
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
@@ -134,10 +50,10 @@ def forward_launch(
     save_h: bool,
 ) -> Launch:
     """y and h are written. h is room for [M,R] whether or not it is kept, except in a redundant plan, which writes it
-    if `save_h`."""
+    if `save_h`. A quantised w takes a plan that has it within."""
     tile = plan.tile
-    strides = (*x.stride(), *w.stride(), *a.stride(), *b.stride(), None if bias is None else bias.stride(0))
-    frame = forward_frame(
+    strides = (*x.stride(), *_stored(w).stride(), *a.stride(), *b.stride(), None if bias is None else bias.stride(0))
+    frame = _forward_frame(
         target.arch,
         target.multiprocessors,
         plan,
@@ -153,7 +69,7 @@ def forward_launch(
     arguments = {
         **frame.arguments,
         "x": _described(x, tile.BLOCK_M, tile.BLOCK_K) if tile.tma else x,
-        "w": _described(w, tile.BLOCK_N, tile.BLOCK_K) if tile.tma else w,
+        "w": _weight(w, tile),
         "a": a,
         "b": b,
         "bias": y if bias is None else bias,
@@ -169,7 +85,7 @@ def forward_launch(
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_frame(
+def _forward_frame(
     arch: str,
     multiprocessors: int,
     plan: Plan,
@@ -203,12 +119,13 @@ def forward_frame(
         "HAS_BIAS": strides[-1] is not None,
         "DROPOUT": dropout,
         "TMA": tile.tma,
+        "W": "codes" if plan.within else "tma" if tile.tma else "",
         "PRECISION": precision,
         "AMD": arch.startswith("gfx"),
     }
     if strides[-1] is None:
         arguments["stride_bias"] = 1
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = quantised.options_of(tile, plan.within)
     if not plan.redundant:
         programs = min(rows * (chunks + cols), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
         return Frame(forward_tickets, programs, 1 + rows, 0, arguments, options)
@@ -224,7 +141,7 @@ def backward_launch(
     plan: Plan,
     dy: Tensor,
     x: Tensor | None,
-    w: Tensor,
+    w: Tensor | QuantizedWeight,
     a: Tensor,
     b: Tensor,
     h: Tensor | None,
@@ -236,12 +153,13 @@ def backward_launch(
     p: float,
     seed: Tensor | None,
 ) -> Launch:
-    """Those of dx, da and db are written that are not None; g is room for [M,R]."""
+    """Those of dx, da and db are written that are not None; g is room for [M,R]. A quantised w takes a plan that has it
+    within."""
     tile = plan.tile
     # What is not needed is not touched, but a kernel has one type per argument.
     x = dy if x is None else x
     h = g if h is None else h
-    strides = (*dy.stride(), *x.stride(), *w.stride(), *a.stride(), *b.stride(), *h.stride())
+    strides = (*dy.stride(), *x.stride(), *_stored(w).stride(), *a.stride(), *b.stride(), *h.stride())
     needs = (dx is not None, da is not None, db is not None)
     frame = _backward_frame(
         target.arch,
@@ -261,7 +179,7 @@ def backward_launch(
         "dy": dy,
         "dy_rows": _described(dy, tile.BLOCK_M, tile.BLOCK_N) if tile.tma else dy,
         "x": x,
-        "w": _described(w, tile.BLOCK_N, tile.BLOCK_K) if tile.tma else w,
+        "w": _weight(w, tile),
         "a": a,
         "b": b,
         "h": h,
@@ -323,6 +241,7 @@ def _backward_frame(
         "GROUP_M": tile.GROUP_M,
         "DROPOUT": dropout,
         "TMA": tile.tma,
+        "W": "codes" if plan.within else "tma" if tile.tma else "",
         "PRECISION": precision,
         "AMD": arch.startswith("gfx"),
     }
@@ -333,8 +252,28 @@ def _backward_frame(
         counters=1 + rows + tiles_da + tiles_db,
         floats=(tiles_da + tiles_db) * splits * tile.BLOCK_C * BLOCK_R,
         arguments=arguments,
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        options=quantised.options_of(tile, plan.within),
     )
+
+
+def _stored(w: Tensor | QuantizedWeight) -> Tensor:
+    """What of w has rows and columns in memory."""
+    return w.codes if isinstance(w, QuantizedWeight) else w
+
+
+def _weight(w: Tensor | QuantizedWeight, tile: Tile) -> Any:
+    """w as the kernels take it."""
+    if isinstance(w, QuantizedWeight):
+        return quantised.codes(w, tile.BLOCK_K)
+    return _described(w, tile.BLOCK_N, tile.BLOCK_K) if tile.tma else w
+
+
+def aligned(rows: Tensor, w: Tensor | QuantizedWeight) -> bool:
+    """Whether descriptors can be made of x or dy and of w, which is dequantised first if it is quantised."""
+    if isinstance(w, QuantizedWeight):
+        N, K = w.shape
+        return describable(rows) and N > 0 and K > 0 and (K * rows.element_size()) % 16 == 0
+    return describable(rows, w)
 
 
 def describable(*operands: Tensor) -> bool:
@@ -352,10 +291,6 @@ def describable(*operands: Tensor) -> bool:
 
 def _described(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
-
-
-def cdiv(n: int, d: int) -> int:
-    return -(-n // d)
 
 
 def scaling(scale: float, R: int) -> dict[str, float | int]:

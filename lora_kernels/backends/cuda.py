@@ -1,7 +1,8 @@
 """Hand-written kernels for Hopper (sm_90a): one launch forward, one launch backward. Not yet run on a GPU.
 
 Each launch is persistent and warp-specialised: TMA loads, wgmma, work items claimed by an atomic ticket
-(csrc/cuda/sm90). M up to 64 without dropout takes a kernel that splits K and streams w once.
+(csrc/cuda/sm90), in pairs of blocks that load w for each other where a rule or ``python -m lora_kernels tune --backend
+cuda`` says so. M up to 64 without dropout takes a kernel that splits K and streams w once.
 
 x, w and dy are read through tensor maps: where one has no unit last stride, or rows or a base address that are no
 multiple of 16 bytes, a contiguous copy of it is made first. a and b are read with any row stride and alignment; where
@@ -14,6 +15,7 @@ anything else.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import NamedTuple
@@ -23,6 +25,8 @@ from torch import Tensor
 
 from lora_kernels import random
 from lora_kernels.backends import Call
+from lora_kernels.kernels import tilings
+from lora_kernels.kernels.tilings import Tiling
 
 name = "cuda"
 
@@ -82,14 +86,8 @@ def forward(
     y = x.new_empty(x.shape[0], w.shape[0])
     h = x.new_empty(x.shape[0], a.shape[0]) if save_h else None
     if x.shape[0] > 0:
-        x, w, a, b = _addressable(x), _addressable(w), _unit_stride(a), _unit_stride(b)
-        bias = None if bias is None else bias.contiguous()
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            call = _extension().Sm90Forward(**_operands(x.shape[0], x, w, a, b, scale, p, seed, stream))
-            call.results(bias=_address(bias), y=_address(y), h=_address(h))
-            workspace = _workspace(x.device, stream, *call.workspace())
-            call.launch(_address(workspace.counters), _address(workspace.scratch))
+        tiling = _tiling("forward", x.shape[0], w, a, p)
+        launch_forward(tiling, x, w, a, b, bias, scale, p, seed, y, h)
     return y, h
 
 
@@ -112,18 +110,72 @@ def backward(
     da = (a.new_zeros if empty else a.new_empty)(a.shape) if need_da else None
     db = (b.new_zeros if empty else b.new_empty)(b.shape) if need_db else None
     if not empty and (need_dx or need_da or need_db):
-        dy, w, a, b = _addressable(dy), _addressable(w), _unit_stride(a), _unit_stride(b)
-        x = _addressable(x) if need_da and x is not None else None
-        h = h.contiguous() if need_db and h is not None else None
-        with torch.cuda.device(dy.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            call = _extension().Sm90Backward(**_operands(M, x, w, a, b, scale, p, seed, stream))
-            call.results(
-                dy=_address(dy), lddy=_row_stride(dy), h=_address(h), dx=_address(dx), da=_address(da), db=_address(db)
-            )
-            workspace = _workspace(dy.device, stream, *call.workspace())
-            call.launch(_address(workspace.counters), _address(workspace.scratch))
+        tiling = _tiling("backward", M, w, a, p)
+        launch_backward(tiling, dy, x, w, a, b, h, scale, p, seed, dx, da, db)
     return dx, da, db
+
+
+def launch_forward(
+    tiling: Tiling,
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    y: Tensor,
+    h: Tensor | None,
+) -> None:
+    """`forward` of one row at least, by a tiling, into contiguous y [M,N] and h [M,R] (None: not wanted)."""
+    x, w, a, b = _addressable(x), _addressable(w), _unit_stride(a), _unit_stride(b)
+    bias = None if bias is None else bias.contiguous()
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        call = _extension().Sm90Forward(**_operands(x.shape[0], x, w, a, b, scale, p, seed, stream, tiling))
+        call.results(bias=_address(bias), y=_address(y), h=_address(h))
+        memory = workspace(x.device, stream, *call.workspace())
+        call.launch(_address(memory.counters), _address(memory.scratch))
+
+
+def launch_backward(
+    tiling: Tiling,
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    dx: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """`backward` of one row at least, by a tiling, into those of contiguous dx [M,K], da [R,K] and db [N,R] that are
+    wanted, one at least."""
+    dy, w, a, b = _addressable(dy), _addressable(w), _unit_stride(a), _unit_stride(b)
+    x = _addressable(x) if da is not None and x is not None else None
+    h = h.contiguous() if db is not None and h is not None else None
+    with torch.cuda.device(dy.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        call = _extension().Sm90Backward(**_operands(dy.shape[0], x, w, a, b, scale, p, seed, stream, tiling))
+        call.results(
+            dy=_address(dy), lddy=_row_stride(dy), h=_address(h), dx=_address(dx), da=_address(da), db=_address(db)
+        )
+        memory = workspace(dy.device, stream, *call.workspace())
+        call.launch(_address(memory.counters), _address(memory.scratch))
+
+
+def _tiling(op: str, M: int, w: Tensor, a: Tensor, p: float) -> Tiling:
+    return tilings.find(op, _device_name(w.device), (w.dtype, a.dtype), M, *w.shape, a.shape[0], p > 0)
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def _extension() -> ModuleType:
@@ -131,7 +183,16 @@ def _extension() -> ModuleType:
 
 
 def _operands(
-    M: int, x: Tensor | None, w: Tensor, a: Tensor, b: Tensor, scale: float, p: float, seed: Tensor | None, stream: int
+    M: int,
+    x: Tensor | None,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    stream: int,
+    tiling: Tiling,
 ) -> dict[str, object]:
     """What both passes take, as the extension names it."""
     return {
@@ -155,6 +216,7 @@ def _operands(
         "threshold": random.threshold(p),
         "rescale": random.rescale(p),
         "stream": stream,
+        **tiling._asdict(),
     }
 
 
@@ -179,16 +241,18 @@ def _addressable(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 and aligned else t.clone(memory_format=torch.contiguous_format)
 
 
-class _Workspace(NamedTuple):
+class Workspace(NamedTuple):
+    """What launches on a stream share. `capture`: the number of the graph that is being captured; 0: none."""
+
     capture: int
     counters: Tensor
     scratch: Tensor
 
 
-_workspaces: dict[tuple[torch.device, int, bool], _Workspace] = {}
+_workspaces: dict[tuple[torch.device, int, bool], Workspace] = {}
 
 
-def _workspace(device: torch.device, stream: int, counters: int, scratch: int) -> _Workspace:
+def workspace(device: torch.device, stream: int, counters: int, scratch: int) -> Workspace:
     """Memory for a launch on `stream`, the current one: what the last launch had, where it is large enough.
 
     Launches on a stream follow each other, so they can share. What is outgrown goes back to torch's allocator, which
@@ -199,7 +263,7 @@ def _workspace(device: torch.device, stream: int, counters: int, scratch: int) -
     key = (device, stream, capture != 0)
     have = _workspaces.get(key)
     if have is None or have.capture != capture:
-        have = _Workspace(capture, _zeros(counters, device), _scratch(scratch, device))
+        have = Workspace(capture, _zeros(counters, device), _scratch(scratch, device))
     if have.counters.numel() < counters:
         have = have._replace(counters=_zeros(counters, device))
     if have.scratch.numel() < scratch:

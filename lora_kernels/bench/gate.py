@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_kernels import reference
 from lora_kernels.ops import lora_linear
+from lora_kernels.quant import QuantizedWeight
 
 NAMES = ("y", "dx", "da", "db", "dbias")
 
@@ -106,6 +107,13 @@ def evaluate(q: Problem, function: Callable[..., Tensor] = reference.lora_linear
 def truth(q: Problem) -> dict[str, Tensor]:
     """In fp64, of the operands as they are."""
     return evaluate(q.to(torch.float64))
+
+
+def over_codes(q: Problem, w: QuantizedWeight) -> tuple[Problem, dict[str, Tensor]]:
+    """What `judge` takes as `q` and `plain` for results over a quantised w: the truth has it as it is stored, plain
+    torch in x's dtype."""
+    stored = replace(q, w=w.dequantize(torch.float32))
+    return stored, evaluate(replace(q, w=w.dequantize(q.x.dtype)))
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,7 @@ def _step(call: Callable[[], Tensor], wanted: list[Tensor], dy: Tensor, training
 
 def _judge(M: int, name: str, w: QuantizedWeight, p: gate.Problem, short: str) -> dict[str, Any]:
     """Ours against fp64 with the dequantised weight; plain torch has it in x's dtype."""
-    exact = replace(p, w=w.dequantize(torch.float32))
-    plain = gate.evaluate(replace(p, w=w.dequantize(p.x.dtype)))
+    exact, plain = gate.over_codes(p, w)
     got = gate.evaluate(p, lambda x, _, a, b, **more: lora_linear(x, w, a, b, **more))
     verdicts = gate.judge(got, exact, gate.truth(exact), plain)
     return {"M": M, "name": f"{name} {short}", "faults": [v.fault for v in verdicts if v.fault]}

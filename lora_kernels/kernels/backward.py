@@ -1,6 +1,8 @@
 """The backward in one launch. It accumulates in fp32 and rounds once, at the store; it has not yet run on a GPU.
 
 g = s · dy b [M,R]    dx = dy w + c · keep ⊙ (g a) [M,K]    da = c · gᵀ (keep ⊙ x) [R,K]    db = s · dyᵀ h [N,R]
+
+w is dense or, where it is `quant.Codes`, dequantised tile by tile as the loop of dx comes to it.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -8,8 +10,9 @@ g = s · dy b [M,R]    dx = dy w + c · keep ⊙ (g a) [M,K]    da = c · gᵀ (
 import triton
 import triton.language as tl
 
+from lora_kernels.kernels.blocks import store_part, store_tile, sum_parts, swizzle
 from lora_kernels.kernels.philox import keep_tile
-from lora_kernels.kernels.product import product, store_part, store_tile, sum_parts, swizzle
+from lora_kernels.kernels.product import product
 from lora_kernels.kernels.sync import arrive, claim, leave, publish, wait
 
 
@@ -121,6 +124,7 @@ def backward(
     GROUP_M: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    W: tl.constexpr,
     PRECISION: tl.constexpr,
     AMD: tl.constexpr,
 ):
@@ -128,8 +132,8 @@ def backward(
     of db, which need dy and h only; tiles of dx [BLOCK_M, BLOCK_K]; parts of da, which need g. Tiles of g exist where
     dx or da is needed.
 
-    Parts of da and db are sums over `blocks` row blocks. `dy_rows` and w are descriptors where TMA; dy is a pointer
-    always.
+    Parts of da and db are sums over `blocks` row blocks. `dy_rows` is a descriptor where TMA, dy a pointer always; W is
+    `product`'s Q for w.
     """
     rows, chunks, cols = tl.cdiv(M, BLOCK_M), tl.cdiv(R, BLOCK_R), tl.cdiv(K, BLOCK_K)
     tiles_db, tiles_da = need_db * tl.cdiv(N, BLOCK_C) * chunks, need_da * tl.cdiv(K, BLOCK_C) * chunks
@@ -175,7 +179,7 @@ def backward(
                 acc = tl.where(keep_tile(key, m, k, T, BLOCK_M, BLOCK_K), acc * c, 0.0)
             acc = product(
                 acc, dy_rows, stride_dym, stride_dyn, w, stride_wk, stride_wn, m, k, 0, N, M, K, key, T,
-                BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, P_TMA=TMA, Q_TMA="tj" if TMA else "",
+                BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, P_TMA=TMA, Q=W, LIES="tj",
             )  # fmt: skip
             if not DROPOUT:
                 # dx = dy w, then + g a

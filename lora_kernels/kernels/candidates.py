@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lora_kernels.kernels import tiles
-from lora_kernels.kernels.tiles import Plan, Tile
+from lora_kernels.kernels import quant_tiles, tiles
+from lora_kernels.kernels.tiles import Case, Plan, Tile
 
 REDUNDANT_ROWS = 1024
 """No redundant forward is tried above this M: its every tile would repeat the work of h."""
@@ -54,11 +54,12 @@ class Size(NamedTuple):
         return f"{self.M}x{self.K}x{self.N}:{self.R}"
 
 
-def describe(plan: Plan, R: int) -> str:
-    """Everything that tells one plan for rank R from another."""
+def describe(plan: Plan, case: Case) -> str:
+    """Everything that tells one plan for a case from another."""
     tile = plan.tile
     kind = "redundant" if plan.redundant else "backward" if tile.BLOCK_C else "tickets"
-    words = [kind, f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}", f"r{tile.block_r(R)}"]
+    words = ["w first:"] if case.w_format and not plan.within else []
+    words += [kind, f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}", f"r{tile.block_r(case.R)}"]
     words += [f"c{tile.BLOCK_C} t{tile.BLOCK_T}"] if tile.BLOCK_C else []
     words += [f"group {tile.GROUP_M}", f"warps {tile.num_warps}", f"stages {tile.num_stages}"]
     words += ["tma"] if tile.tma else []
@@ -66,22 +67,28 @@ def describe(plan: Plan, R: int) -> str:
     return " ".join(words)
 
 
-def candidates(op: str, arch: str, multiprocessors: int, itemsize: int, size: Size, dropout: bool) -> dict[str, Plan]:
-    """What to measure, by description; the tables' own choice first."""
-    M, K, N, R = size
-    choose = tiles.forward_plan if op == "forward" else tiles.backward_plan
-    chosen = choose(arch, itemsize, M, N, K, R, dropout, True, multiprocessors)
-    plans = {describe(chosen, R): chosen}
-    for name, entry in tiles.TABLES[tiles.resolve(arch) or arch, itemsize].items():
+def candidates(op: str, case: Case) -> dict[str, Plan]:
+    """What to measure, by description; the tables' own choice first.
+
+    For a quantised w that is dequantised first there is one candidate, or two: the tables' plan for a dense w, and what
+    was measured for one.
+    """
+    by_table, dense = case._replace(device=None), case._replace(w_format="")
+    module = quant_tiles if case.w_format else tiles
+    plans = {describe(plan, case): plan for plan in [module.plan(op, by_table)]}
+    if case.w_format:
+        for first in (tiles.plan(op, dense._replace(device=None)), tiles.plan(op, dense)):
+            plans.setdefault(describe(first, case), first)
+    for name, entry in module.TABLES[tiles.resolve(case.arch) or case.arch, case.itemsize].items():
         kind = name.split("_")[0] if name.startswith(("tickets", "backward")) else "redundant"
-        if (kind == "backward") != (op == "backward") or ("_dropout" in name and not dropout):
+        if (kind == "backward") != (op == "backward") or ("_dropout" in name and not case.dropout):
             continue
-        if kind == "redundant" and (M > REDUNDANT_ROWS or R > entry.BLOCK_R):
+        if kind == "redundant" and (case.M > REDUNDANT_ROWS or case.R > entry.BLOCK_R):
             continue
-        for tile in (entry, *_changed(entry, CHANGES[kind], M)):
-            for split in _splits(kind, tile, size, multiprocessors, more=tile is entry):
-                plan = Plan(kind == "redundant", tile, split)
-                plans.setdefault(describe(plan, R), plan)
+        for tile in (entry, *_changed(entry, CHANGES[kind], case.M), *_described(entry, case)):
+            for split in _splits(kind, tile, case, more=tile is entry):
+                plan = Plan(kind == "redundant", tile, split, within=bool(case.w_format))
+                plans.setdefault(describe(plan, case), plan)
     return plans
 
 
@@ -94,14 +101,18 @@ def _changed(tile: Tile, changes: dict[str, tuple[int, ...]], M: int) -> Iterato
                 yield replace(tile, **changed)
 
 
-def _splits(kind: str, tile: Tile, size: Size, multiprocessors: int, more: bool) -> list[int]:
+def _described(tile: Tile, case: Case) -> Iterator[Tile]:
+    """Over a quantised w, whose tables have none, the same with x and dy through descriptors, where there are any."""
+    dense = tiles.TABLES[tiles.resolve(case.arch) or case.arch, case.itemsize]
+    if case.w_format and any(each.tma for each in dense.values()):
+        yield replace(tile, tma=True)
+
+
+def _splits(kind: str, tile: Tile, case: Case, more: bool) -> list[int]:
     """What the tables' rule gives; where `more` are wanted also half of it, twice, and one."""
-    M, K, N, R = size
     if kind == "tickets":
         return [1]
-    if kind == "redundant":
-        rule, most = tiles.forward_split(tile, M, N, K, multiprocessors), K // tile.BLOCK_K
-    else:
-        rule, most = tiles.backward_split(tile, M, N, K, R, multiprocessors), M // tile.BLOCK_M
+    rule = tiles.split(tile, kind == "redundant", case)
+    most = case.K // tile.BLOCK_K if kind == "redundant" else case.M // tile.BLOCK_M
     wanted = (rule, rule // 2, 2 * rule, 1) if more else (rule,)
     return [split for split in dict.fromkeys(wanted) if 1 <= split <= max(1, most)]

@@ -3,6 +3,9 @@ a GPU.
 
     h = c · (keep ⊙ x) aᵀ [M,R]        y = x wᵀ + s · h bᵀ + bias [M,N]
 
+w is dense or, where it is `quant.Codes`, dequantised tile by tile as the K loop comes to it: every row block of x reads
+all codes once.
+
 `s · h bᵀ` goes into the accumulators of `x wᵀ` with h in x's dtype, as it is saved: (acc / s + h bᵀ) · s, so that no
 operand of the tensor cores is rounded twice. `inverse` is 1/s, and `R_up` is R, or 0 where s is 0.
 """
@@ -12,7 +15,9 @@ operand of the tensor cores is rounded twice. `inverse` is 1/s, and `R_up` is R,
 import triton
 import triton.language as tl
 
-from lora_kernels.kernels.product import keep_x, load_tile, product, store_part, store_tile, sum_parts, swizzle
+from lora_kernels.kernels.blocks import load_tile, store_part, store_tile, sum_parts, swizzle
+from lora_kernels.kernels.product import keep_x, load_q, product
+from lora_kernels.kernels.quant import load_levels
 from lora_kernels.kernels.sync import arrive, claim, leave, publish, wait
 
 
@@ -64,11 +69,13 @@ def forward_tickets(
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     TMA: tl.constexpr,
+    W: tl.constexpr,
     PRECISION: tl.constexpr,
     AMD: tl.constexpr,
 ):
     """Work items: first the tiles of h, which publish a flag for their row block; then the tiles of y, which run their
-    K loop before they wait for it. Only the tiles of h pay for dropout. x and w are descriptors where TMA."""
+    K loop before they wait for it. Only the tiles of h pay for dropout. x is a descriptor where TMA; W is `product`'s Q
+    for w."""
     rows, chunks = tl.cdiv(M, BLOCK_M), tl.cdiv(R, BLOCK_R)
     cols = tl.cdiv(N, BLOCK_N)
     n_h = rows * chunks
@@ -96,7 +103,7 @@ def forward_tickets(
             acc = product(
                 tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
                 x, stride_xm, stride_xk, w, stride_wn, stride_wk, m, n, 0, K, M, N, key, T,
-                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, P_TMA=TMA, Q_TMA="jt" if TMA else "",
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, P_TMA=TMA, Q=W, LIES="jt",
             )  # fmt: skip
             wait(flags + pm, chunks)
             acc = product(
@@ -215,13 +222,14 @@ def forward_redundant(
     SAVE_H: tl.constexpr,
     SPLIT: tl.constexpr,
     TMA: tl.constexpr,
+    W: tl.constexpr,
     PRECISION: tl.constexpr,
     AMD: tl.constexpr,
 ):
     """Every tile of y accumulates its rows of h beside its own K loop: no program waits for another. BLOCK_R >= R.
 
     With SPLIT, programs share a tile, each with `steps` steps of K. Each stores its part of both sums, and the last to
-    arrive adds them up in their order. x and w are descriptors where TMA.
+    arrive adds them up in their order. x is a descriptor where TMA; W is `product`'s Q for w.
     """
     rows, cols = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile, split = tl.program_id(0) % (rows * cols), tl.program_id(0) // (rows * cols)
@@ -232,14 +240,18 @@ def forward_redundant(
         key = tl.load(seed)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     h_tile = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    level = 0
+    if W == "codes":
+        level = load_levels(w)
     start = split * steps * BLOCK_K
     end = min(K, start + steps * BLOCK_K)
+    end_w = K if W == "codes" else end  # blocks of codes are counted by whole rows
     for k in range(start, end, BLOCK_K):
         if TMA:
-            x_tile, w_tile = x.load([m, k]), w.load([n, k]).T
+            x_tile = x.load([m, k])
         else:
             x_tile = load_tile(x, stride_xm, stride_xk, m, k, M, end, BLOCK_M, BLOCK_K)
-            w_tile = load_tile(w, stride_wk, stride_wn, k, n, end, N, BLOCK_K, BLOCK_N)
+        w_tile = load_q(w, level, stride_wn, stride_wk, n, k, N, end_w, BLOCK_N, BLOCK_K, W, "jt").to(x_tile.dtype)
         a_tile = load_tile(a, stride_ak, stride_ar, k, 0, end, R, BLOCK_K, BLOCK_R).to(x_tile.dtype)
         # acc = x wᵀ, h = (keep ⊙ x) aᵀ
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)

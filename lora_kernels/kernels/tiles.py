@@ -2,8 +2,8 @@
 asked to, else frozen tables. Those are chosen by compiling ahead of time, not yet by running on a GPU.
 
 The test suite compiles every entry for its architecture, in both types of 16 bits or both precisions of fp32: no
-register spills (with the Triton that it pins: others spill in a few), within the architecture's shared memory, onto its
-tensor cores (or, fp32 in full precision, not).
+register spills (with Triton 3.6.0 and with 3.7.1; other versions may spill in a few), within the architecture's shared
+memory, onto its tensor cores (or, fp32 in full precision, not).
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Plan(NamedTuple):
     split: int
     """Into how many parts to split a sum that too few programs would run otherwise: over K in a redundant forward, over
     M in a backward."""
+    within: bool = False
+    """Of a quantised w: it is dequantised within the product, and not once before it. `quant_tiles` has these."""
 
 
 # Kinds of launch:
@@ -181,7 +183,7 @@ _16_BIT["sm_89"] = _16_BIT["sm_86"]
 _32_BIT: dict[str, Tile] = {
     "decode16": Tile(max_rank=32, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=32, num_warps=4, num_stages=2),
     "tickets": Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=4, num_stages=2),
-    "backward": Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=64, BLOCK_T=16, num_warps=8, num_stages=2),
+    "backward": Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=64, BLOCK_T=16, num_warps=8, num_stages=3),
 }
 
 # Before 3.8, Triton puts the products with x under dropout onto sm_100's tensor cores, in tf32 whatever precision was
@@ -221,80 +223,68 @@ def find(arch: str, itemsize: int, kind: str, R: int, dropout: bool, aligned: bo
     return None
 
 
-def _measured(
-    op: str,
-    device: str | None,
-    dtypes: tuple[torch.dtype, torch.dtype] | None,
-    M: int,
-    N: int,
-    K: int,
-    R: int,
-    dropout: bool,
-    aligned: bool,
-) -> Plan | None:
+class Case(NamedTuple):
+    """What the choice of a plan depends on."""
+
+    arch: str
+    itemsize: int
+    """Bytes per element of x."""
+    M: int
+    N: int
+    K: int
+    R: int
+    dropout: bool
+    aligned: bool
+    """Descriptors can be made of w and of x (of dy in a backward)."""
+    multiprocessors: int
+    device: str | None = None
+    """The device's name, and"""
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None
+    """those of x and of the adapters: what measured plans are looked up by. Without them the tables alone are asked."""
+    w_format: str = ""
+    """How w is quantised, if it is: "nf4", or "nf4 nested" with double quantisation."""
+
+
+def measured(op: str, case: Case) -> Plan | None:
     """What was measured to be fastest. None where nothing was, or where operands are not aligned, as those measured
     were."""
-    if device is None or dtypes is None or not aligned:
+    if case.device is None or case.dtypes is None or not case.aligned:
         return None
     from lora_kernels.kernels import tuned  # which reads a file: not before a plan is asked for
 
-    return tuned.find(device, tuned.key(op, *dtypes, M, N, K, R, dropout))
+    _, _, M, N, K, R, dropout, *_ = case
+    return tuned.find(case.device, tuned.key(op, *case.dtypes, M, N, K, R, dropout, case.w_format), Plan)
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_plan(
-    arch: str,
-    itemsize: int,
-    M: int,
-    N: int,
-    K: int,
-    R: int,
-    dropout: bool,
-    aligned: bool,
-    multiprocessors: int,
-    device: str | None = None,
-    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
-) -> Plan:
-    """How to run a forward. `aligned`: descriptors can be made of x and w. `device`, the device's name, and `dtypes`,
-    x's and the adapters', are what measured plans are looked up by; without them the tables alone are asked."""
-    if measured := _measured("forward", device, dtypes, M, N, K, R, dropout, aligned):
-        return measured
+def plan(op: str, case: Case) -> Plan:
+    """How to run a forward or a backward with a dense w."""
+    if found := measured(op, case):
+        return found
+    arch, itemsize, M, _, _, R, dropout, aligned, *_ = case
     kind = "decode16" if M <= 16 else "decode64" if M <= 64 else "redundant" if M <= 512 and not dropout else "tickets"
+    if op == "backward":
+        kind = "backward"
     tile = find(arch, itemsize, kind, R, dropout, aligned)
-    if tile is None or kind == "tickets":
+    redundant = tile is not None and kind not in ("tickets", "backward")
+    if tile is None:
         tile = find(arch, itemsize, "tickets", R, dropout, aligned)
-        assert tile is not None, "an entry for any rank ends every table"
-        return Plan(False, tile, 1)
-    return Plan(True, tile, forward_split(tile, M, N, K, multiprocessors))
+    assert tile is not None, "an entry for any rank ends every table"
+    return Plan(redundant, tile, split(tile, redundant, case))
+
+
+def split(tile: Tile, redundant: bool, case: Case) -> int:
+    """By the rules below."""
+    _, _, M, N, K, R, _, _, multiprocessors, *_ = case
+    if tile.BLOCK_C:
+        return backward_split(tile, M, N, K, R, multiprocessors)
+    return forward_split(tile, M, N, K, multiprocessors) if redundant else 1
 
 
 def forward_split(tile: Tile, M: int, N: int, K: int, multiprocessors: int) -> int:
     """Of a redundant forward: two programs to a multiprocessor, each with at least eight steps of K."""
     tiles = max(1, -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N))
     return max(1, min(2 * multiprocessors // tiles, K // (8 * tile.BLOCK_K)))
-
-
-@functools.lru_cache(maxsize=4096)
-def backward_plan(
-    arch: str,
-    itemsize: int,
-    M: int,
-    N: int,
-    K: int,
-    R: int,
-    dropout: bool,
-    aligned: bool,
-    multiprocessors: int,
-    device: str | None = None,
-    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
-) -> Plan:
-    """How to run a backward. `aligned`: descriptors can be made of dy and w. `device` and `dtypes` as in
-    `forward_plan`."""
-    if measured := _measured("backward", device, dtypes, M, N, K, R, dropout, aligned):
-        return measured
-    tile = find(arch, itemsize, "backward", R, dropout, aligned)
-    assert tile is not None, "an entry for any rank ends every table"
-    return Plan(False, tile, backward_split(tile, M, N, K, R, multiprocessors))
 
 
 def backward_split(tile: Tile, M: int, N: int, K: int, R: int, multiprocessors: int) -> int:

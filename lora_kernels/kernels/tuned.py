@@ -17,15 +17,17 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import lora_kernels
-from lora_kernels.kernels import tiles
+from lora_kernels.kernels import quant_tiles, tiles, tilings
 from lora_kernels.kernels.tiles import Plan, Tile
+from lora_kernels.kernels.tilings import Tiling
 
-SCHEMA = 1
+SCHEMA = 2
+P = TypeVar("P", Plan, Tiling)
 
 
 def path(device: str) -> Path:
@@ -36,12 +38,23 @@ def path(device: str) -> Path:
     return root / "lora_kernels" / f"tuned-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def key(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, M: int, N: int, K: int, R: int, dropout: bool) -> str:
+def key(
+    op: str,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dropout: bool,
+    w_format: str = "",
+) -> str:
     """What a plan is kept under: N and K as they are, M rounded up to a power of two, R to the tile that holds it (a
-    power of two, at least 16)."""
+    power of two, at least 16), and how w is quantised, if it is (as in `tiles.Case`)."""
     rows, rank = _power_of_two(M), max(16, _power_of_two(R))
     types = "+".join(str(each).removeprefix("torch.") for each in (dtype, adapter_dtype))
-    return f"{op} {types} M{rows} N{N} K{K} R{rank}{' dropout' if dropout else ''}"
+    words = [op, types, f"M{rows} N{N} K{K} R{rank}", *["dropout"] * dropout, *[w_format] * bool(w_format)]
+    return " ".join(words)
 
 
 def _power_of_two(n: int) -> int:
@@ -49,13 +62,14 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def find(device: str, entry: str) -> Plan | None:
-    """The plan kept for `device` under `entry`, a `key`; None where there is none."""
-    return load(device).get(entry)
+def find(device: str, entry: str, kind: type[P]) -> P | None:
+    """The plan of a kind kept for `device` under `entry`, a `key`; None where there is none."""
+    found = load(device).get(entry)
+    return found if isinstance(found, kind) else None
 
 
 @functools.lru_cache(maxsize=16)
-def load(device: str) -> Mapping[str, Plan]:
+def load(device: str) -> Mapping[str, Plan | Tiling]:
     """Every plan kept for `device` by these versions; none where the file cannot serve, and a RuntimeWarning that names
     it where it should have."""
     place = path(device)
@@ -66,10 +80,7 @@ def load(device: str) -> Mapping[str, Plan]:
             raise ValueError("its checksum does not match: it was edited or cut short")
         if content["schema"] != SCHEMA or content["device"] != device or content["versions"] != versions():
             return {}
-        return {
-            entry: Plan(kept["redundant"], Tile(**kept["tile"]), kept["split"])
-            for entry, kept in content["plans"].items()
-        }
+        return {entry: _plan(kept) for entry, kept in content["plans"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -82,17 +93,24 @@ def load(device: str) -> Mapping[str, Plan]:
         return {}
 
 
-def store(device: str, plans: Mapping[str, Plan]) -> Path:
+def _plan(kept: dict[str, Any]) -> Plan | Tiling:
+    if "tile" in kept:
+        return Plan(**kept | {"tile": Tile(**kept["tile"])})
+    return Tiling(**kept)
+
+
+def _written(plan: Plan | Tiling) -> dict[str, Any]:
+    return plan._asdict() | ({"tile": asdict(plan.tile)} if isinstance(plan, Plan) else {})
+
+
+def store(device: str, plans: Mapping[str, Plan | Tiling]) -> Path:
     """Keep `plans`, and no others, for `device`: whole or not at all. The file's path; raises OSError where it cannot
     be written."""
     content = {
         "schema": SCHEMA,
         "device": device,
         "versions": versions(),
-        "plans": {
-            entry: {"redundant": plan.redundant, "split": plan.split, "tile": asdict(plan.tile)}
-            for entry, plan in sorted(plans.items())
-        },
+        "plans": {entry: _written(plans[entry]) for entry in sorted(plans)},
     }
     place = path(device)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +136,7 @@ def forget(device: str) -> bool:
 
 def cache_clear() -> None:
     """Have the next call of every kind read the file and choose its plan again."""
-    for cached in (load, tiles.forward_plan, tiles.backward_plan):
+    for cached in (load, tiles.plan, quant_tiles.plan, tilings.find):
         cached.cache_clear()
 
 

@@ -24,12 +24,14 @@ struct Operands {
   const void* b;
   int64_t ldx, ldw, lda, ldb;
   float scale;
-  const int64_t* seed;  // on the device; null where threshold is 0
-  uint32_t threshold;   // of the dropout rule (csrc/philox.h); 0: no dropout
-  float rescale;        // c
-  int* counters;        // on the device, zero before the first launch, left zero by every launch
-  void* scratch;        // on the device, of any content
-  void* stream;         // cudaStream_t
+  const int64_t* seed;   // on the device; null where threshold is 0
+  uint32_t threshold;    // of the dropout rule (csrc/philox.h); 0: no dropout
+  float rescale;         // c
+  int* counters;         // on the device, zero before the first launch, left zero by every launch
+  void* scratch;         // on the device, of any content
+  void* stream;          // cudaStream_t
+  int columns, cluster;  // of a tile of y or dx, and blocks of a cluster: (128, 1), (256, 1), (256, 2). (0, 0): by the
+                         // rule of schedule.h; then a forward of few rows may take the decode kernel
 };
 
 struct ForwardArgs : Operands {

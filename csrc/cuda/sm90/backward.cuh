@@ -14,17 +14,30 @@
 
 namespace lk::sm90 {
 
-// The 64 contraction rows `row`.. of an operand of rank RP, columns `rank`..: boxes of at most 64 columns.
-template <class G>
-__device__ __forceinline__ void load_rank_boxes(uint32_t to, const CUtensorMap& map, uint32_t full, int rank, int row) {
+// The 64 contraction rows `row`.. of an operand of rank RP, columns `rank`..: boxes of at most 64 columns, second
+// operand.
+template <class G, class S>
+__device__ __forceinline__ void share_rank_boxes(const Producer<S>& producer, const CUtensorMap& map, int rank,
+                                                 int row) {
 #pragma unroll
-  for (int i = 0; i < G::kRankBoxes; ++i) tma_load(to + i * 64 * G::kWidth, &map, full, rank + i * 64, row);
+  for (int i = 0; i < G::kRankBoxes; ++i)
+    producer.template share_rows<kTileK>(G::kBytesA + i * 64 * G::kWidth, map, rank + i * 64, row, G::kWidth);
 }
-// Likewise BOXES * 64 columns of a wide operand.
-template <int BOXES>
-__device__ __forceinline__ void load_boxes(uint32_t to, const CUtensorMap& map, uint32_t full, int column, int row) {
+// Likewise COLUMNS columns of a wide operand: this block's part of the boxes.
+template <class G, int COLUMNS, class S>
+__device__ __forceinline__ void share_boxes(const Producer<S>& producer, const CUtensorMap& map, int column, int row) {
+  constexpr int kPart = COLUMNS / 64 / S::kCluster;
 #pragma unroll
-  for (int i = 0; i < BOXES; ++i) tma_load(to + i * kBoxBytes, &map, full, column + i * 64, row);
+  for (int i = 0; i < kPart; ++i) {
+    const int box = producer.shared.rank * kPart + i;
+    producer.share(G::kBytesA + box * kBoxBytes, map, column + box * 64, row);
+  }
+}
+// The 128 columns of a first operand, for this block.
+template <class S>
+__device__ __forceinline__ void load_boxes(const Producer<S>& producer, const CUtensorMap& map, int column, int row) {
+  producer.load(0, map, column, row);
+  producer.load(kBoxBytes, map, column + 64, row);
 }
 
 template <int BN, int RP, class S>
@@ -37,14 +50,14 @@ __device__ __forceinline__ void backward_produce(const BackwardParams& p, const 
   for (;;) {
     const int ticket = producer.claim(p.counters);
     if (ticket >= items) return;
-    const Item item = item_of(p.plan, ticket);
+    const Item item = item_of(p.plan, ticket, shared.rank);
     if (item.kind == Kind::kSkinny) {
       producer.await_adapters(p.counters);
 #pragma unroll 1
       for (int i = 0; i < blocks; ++i, producer.next()) {
         producer.open(G::kSkinnyBytes);
-        tma_load(producer.address(), &p.dy_rows, producer.full(), i * kTileK, item.m * kTileM);
-        load_rank_boxes<G>(producer.address() + G::kBytesA, p.b, producer.full(), item.n * RP, i * kTileK);
+        producer.load(0, p.dy_rows, i * kTileK, item.m * kTileM);
+        share_rank_boxes<G>(producer, p.b, item.n * RP, i * kTileK);
       }
     } else if (item.kind == Kind::kOut) {
       producer.await_adapters(p.counters);
@@ -52,14 +65,14 @@ __device__ __forceinline__ void backward_produce(const BackwardParams& p, const 
 #pragma unroll 1
       for (int i = 0; i < low; ++i, producer.next()) {
         producer.open(G::kOutBytes);
-        tma_load(producer.address(), &p.g_rows, producer.full(), i * kTileK, item.m * kTileM);
-        load_boxes<BN / 64>(producer.address() + G::kBytesA, p.a, producer.full(), item.n * BN, i * kTileK);
+        producer.load(0, p.g_rows, i * kTileK, item.m * kTileM);
+        share_boxes<G, BN>(producer, p.a, item.n * BN, i * kTileK);
       }
 #pragma unroll 1
       for (int i = 0; i < blocks; ++i, producer.next()) {
         producer.open(G::kOutBytes);
-        tma_load(producer.address(), &p.dy_rows, producer.full(), i * kTileK, item.m * kTileM);
-        load_boxes<BN / 64>(producer.address() + G::kBytesA, p.w, producer.full(), item.n * BN, i * kTileK);
+        producer.load(0, p.dy_rows, i * kTileK, item.m * kTileM);
+        share_boxes<G, BN>(producer, p.w, item.n * BN, i * kTileK);
       }
     } else if (item.kind == Kind::kDb) {
       const GradientTile tile = gradient_tile(p.plan, item.n);
@@ -68,8 +81,8 @@ __device__ __forceinline__ void backward_produce(const BackwardParams& p, const 
 #pragma unroll 1
       for (int i = split_begin(parts, p.plan.db_splits, item.split); i < end; ++i, producer.next()) {
         producer.open(G::kSkinnyBytes);
-        load_boxes<2>(producer.address(), p.dy_columns, producer.full(), tile.columns, i * kTileK);
-        load_rank_boxes<G>(producer.address() + G::kBytesA, p.h, producer.full(), tile.rank, i * kTileK);
+        load_boxes(producer, p.dy_columns, tile.columns, i * kTileK);
+        share_rank_boxes<G>(producer, p.h, tile.rank, i * kTileK);
       }
     } else if (item.kind == Kind::kDa) {
       const GradientTile tile = gradient_tile(p.plan, item.n);
@@ -78,10 +91,10 @@ __device__ __forceinline__ void backward_produce(const BackwardParams& p, const 
 #pragma unroll 1
       for (int i = begin; i < end; ++i, producer.next()) {
         producer.open(G::kSkinnyBytes);
-        load_boxes<2>(producer.address(), p.x_columns, producer.full(), tile.columns, i * kTileK);
+        load_boxes(producer, p.x_columns, tile.columns, i * kTileK);
         if (i == begin || i % 2 == 0)
           producer.await(ready + i / 2, ready_target(p.plan));  // two parts of 64 rows a row block
-        load_rank_boxes<G>(producer.address() + G::kBytesA, p.g_columns, producer.full(), tile.rank, i * kTileK);
+        share_rank_boxes<G>(producer, p.g_columns, tile.rank, i * kTileK);
       }
     }
   }
@@ -174,7 +187,7 @@ __device__ __forceinline__ void backward_consume(const BackwardParams& p, const 
   for (;;) {
     const int ticket = c.next_ticket();
     if (ticket >= items) break;
-    const Item item = item_of(p.plan, ticket);
+    const Item item = item_of(p.plan, ticket, shared.rank);
     if (item.kind == Kind::kPrep) {
       prep_item<T>(p, item.m);
     } else if (item.kind == Kind::kSkinny) {
@@ -224,11 +237,11 @@ __device__ __forceinline__ void backward_consume(const BackwardParams& p, const 
   if (c.thread == 0) tma_store_wait_all();
 }
 
-template <class T, int BN, int RP>
+template <class T, int BN, int RP, int CLUSTER>
 __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
   using G = Tile<BN, RP>;
   extern __shared__ uint8_t raw[];
-  const Shared<G::kStages, G::kStageBytes, G::kStagingBytes> shared(raw);
+  const Shared<G::kStages, G::kStageBytes, G::kStagingBytes, CLUSTER> shared(raw);
   shared.init();
   const int group =
       __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // uniform: descriptors stay in uniform registers
@@ -243,24 +256,26 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
   finish(shared, p);
 }
 
-template <class T, int BN>
-cudaError_t launch_backward_columns(const BackwardParams& p, int blocks, cudaStream_t stream) {
+template <class T, int BN, int CLUSTER>
+cudaError_t launch_backward_tiling(const BackwardParams& p, int blocks, cudaStream_t stream) {
   switch (padded_rank(p.R)) {
     case 16:
-      return launch(backward_kernel<T, BN, 16>, p, Tile<BN, 16>::kSharedBytes, blocks, stream);
+      return launch<CLUSTER>(backward_kernel<T, BN, 16, CLUSTER>, p, Tile<BN, 16>::kSharedBytes, blocks, stream);
     case 32:
-      return launch(backward_kernel<T, BN, 32>, p, Tile<BN, 32>::kSharedBytes, blocks, stream);
+      return launch<CLUSTER>(backward_kernel<T, BN, 32, CLUSTER>, p, Tile<BN, 32>::kSharedBytes, blocks, stream);
     case 64:
-      return launch(backward_kernel<T, BN, 64>, p, Tile<BN, 64>::kSharedBytes, blocks, stream);
+      return launch<CLUSTER>(backward_kernel<T, BN, 64, CLUSTER>, p, Tile<BN, 64>::kSharedBytes, blocks, stream);
     default:
-      return launch(backward_kernel<T, BN, 128>, p, Tile<BN, 128>::kSharedBytes, blocks, stream);
+      return launch<CLUSTER>(backward_kernel<T, BN, 128, CLUSTER>, p, Tile<BN, 128>::kSharedBytes, blocks, stream);
   }
 }
 
+// Every tiling that is_compiled.
 template <class T>
-cudaError_t launch_backward(const BackwardParams& p, int columns, int blocks, cudaStream_t stream) {
-  return columns == 256 ? launch_backward_columns<T, 256>(p, blocks, stream)
-                        : launch_backward_columns<T, 128>(p, blocks, stream);
+cudaError_t launch_backward(const BackwardParams& p, Tiling tiling, int blocks, cudaStream_t stream) {
+  if (tiling.columns == 128) return launch_backward_tiling<T, 128, 1>(p, blocks, stream);
+  return tiling.cluster == 1 ? launch_backward_tiling<T, 256, 1>(p, blocks, stream)
+                             : launch_backward_tiling<T, 256, 2>(p, blocks, stream);
 }
 
 }  // namespace lk::sm90

@@ -2,6 +2,6 @@
 
 namespace lk::sm90 {
 
-template cudaError_t launch_backward<__nv_bfloat16>(const BackwardParams&, int, int, cudaStream_t);
+template cudaError_t launch_backward<__nv_bfloat16>(const BackwardParams&, Tiling, int, cudaStream_t);
 
 }  // namespace lk::sm90

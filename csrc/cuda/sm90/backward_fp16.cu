@@ -2,6 +2,6 @@
 
 namespace lk::sm90 {
 
-template cudaError_t launch_backward<__half>(const BackwardParams&, int, int, cudaStream_t);
+template cudaError_t launch_backward<__half>(const BackwardParams&, Tiling, int, cudaStream_t);
 
 }  // namespace lk::sm90

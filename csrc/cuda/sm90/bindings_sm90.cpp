@@ -28,7 +28,7 @@ T* pointer(uintptr_t address) {
 template <class ARGS>
 ARGS operands(int device, int M, int N, int K, int R, bool bf16, bool adapters_fp32, uintptr_t x, uintptr_t w,
               uintptr_t a, uintptr_t b, int64_t ldx, int64_t ldw, int64_t lda, int64_t ldb, float scale, uintptr_t seed,
-              uint32_t threshold, float rescale, uintptr_t stream) {
+              uint32_t threshold, float rescale, uintptr_t stream, int columns, int cluster) {
   ARGS args{};
   args.device = device;
   args.M = M;
@@ -50,6 +50,8 @@ ARGS operands(int device, int M, int N, int K, int R, bool bf16, bool adapters_f
   args.threshold = threshold;
   args.rescale = rescale;
   args.stream = pointer<void>(stream);
+  args.columns = columns;
+  args.cluster = cluster;
   return args;
 }
 
@@ -60,7 +62,8 @@ py::class_<ARGS> bind_args(py::module_& m, const char* name, int (*workspace)(co
       .def(py::init(&operands<ARGS>), py::kw_only(), py::arg("device"), py::arg("M"), py::arg("N"), py::arg("K"),
            py::arg("R"), py::arg("bf16"), py::arg("adapters_fp32"), py::arg("x"), py::arg("w"), py::arg("a"),
            py::arg("b"), py::arg("ldx"), py::arg("ldw"), py::arg("lda"), py::arg("ldb"), py::arg("scale"),
-           py::arg("seed"), py::arg("threshold"), py::arg("rescale"), py::arg("stream"))
+           py::arg("seed"), py::arg("threshold"), py::arg("rescale"), py::arg("stream"), py::arg("columns"),
+           py::arg("cluster"))
       .def(
           "workspace",
           [workspace](const ARGS& args) {

@@ -22,14 +22,14 @@ __device__ __forceinline__ void decode_produce(const DecodeParams& p, const S& s
     if (item.kind == Kind::kPrep) continue;
     const bool of_a = item.kind == Kind::kSkinny;
     if (of_a) producer.await_adapters(p.counters);
-    const CUtensorMap* const rows = of_a ? &p.a : &p.w;
+    const CUtensorMap& rows = of_a ? p.a : p.w;
     const int row = (of_a ? item.n : item.n - p.plan.a_tiles) * kTileM;
     const int end = split_begin(p.plan.blocks, p.plan.splits, item.split + 1);
 #pragma unroll 1
     for (int i = split_begin(p.plan.blocks, p.plan.splits, item.split); i < end; ++i, producer.next()) {
       producer.open(G::kStageBytes);
-      tma_load(producer.address(), rows, producer.full(), i * kTileK, row);
-      tma_load(producer.address() + G::kBytesA, &p.x, producer.full(), i * kTileK, 0);
+      producer.load(0, rows, i * kTileK, row);
+      producer.load(G::kBytesA, p.x, i * kTileK, 0);
     }
   }
 }
@@ -129,7 +129,7 @@ template <class T, int MP>
 __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ DecodeParams p) {
   using G = DecodeTile<MP>;
   extern __shared__ uint8_t raw[];
-  const Shared<G::kStages, G::kStageBytes, 0> shared(raw);
+  const Shared<G::kStages, G::kStageBytes, 0, 1> shared(raw);
   shared.init();
   const int group =
       __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // uniform: descriptors stay in uniform registers
@@ -148,13 +148,13 @@ template <class T>
 cudaError_t launch_decode(const DecodeParams& p, int blocks, cudaStream_t stream) {
   switch (decode_rows(p.M)) {
     case 8:
-      return launch(decode_kernel<T, 8>, p, DecodeTile<8>::kSharedBytes, blocks, stream);
+      return launch<1>(decode_kernel<T, 8>, p, DecodeTile<8>::kSharedBytes, blocks, stream);
     case 16:
-      return launch(decode_kernel<T, 16>, p, DecodeTile<16>::kSharedBytes, blocks, stream);
+      return launch<1>(decode_kernel<T, 16>, p, DecodeTile<16>::kSharedBytes, blocks, stream);
     case 32:
-      return launch(decode_kernel<T, 32>, p, DecodeTile<32>::kSharedBytes, blocks, stream);
+      return launch<1>(decode_kernel<T, 32>, p, DecodeTile<32>::kSharedBytes, blocks, stream);
     default:
-      return launch(decode_kernel<T, 64>, p, DecodeTile<64>::kSharedBytes, blocks, stream);
+      return launch<1>(decode_kernel<T, 64>, p, DecodeTile<64>::kSharedBytes, blocks, stream);
   }
 }
 

@@ -18,29 +18,29 @@ __device__ __forceinline__ void forward_produce(const ForwardParams& p, const S&
   for (;;) {
     const int ticket = producer.claim(p.counters);
     if (ticket >= items) return;
-    const Item item = item_of(p.plan, ticket);
+    const Item item = item_of(p.plan, ticket, shared.rank);
     if (item.kind == Kind::kSkinny) {
       producer.await_adapters(p.counters);
 #pragma unroll 1
       for (int i = 0; i < blocks; ++i, producer.next()) {
         producer.open(G::kSkinnyBytes);
-        tma_load(producer.address(), &p.x, producer.full(), i * kTileK, item.m * kTileM);
-        tma_load(producer.address() + G::kBytesA, &p.a, producer.full(), i * kTileK, item.n * RP);
+        producer.load(0, p.x, i * kTileK, item.m * kTileM);
+        producer.template share_rows<RP>(G::kBytesA, p.a, i * kTileK, item.n * RP, kTileK * 2);
       }
     } else if (item.kind == Kind::kOut) {
 #pragma unroll 1
       for (int i = 0; i < blocks; ++i, producer.next()) {
         producer.open(G::kOutBytes);
-        tma_load(producer.address(), &p.x, producer.full(), i * kTileK, item.m * kTileM);
-        tma_load(producer.address() + G::kBytesA, &p.w, producer.full(), i * kTileK, item.n * BN);
+        producer.load(0, p.x, i * kTileK, item.m * kTileM);
+        producer.template share_rows<BN>(G::kBytesA, p.w, i * kTileK, item.n * BN, kTileK * 2);
       }
       producer.await_adapters(p.counters);
 #pragma unroll 1
       for (int i = 0; i < low; ++i, producer.next()) {
         producer.open(G::kOutBytes);
-        tma_load(producer.address() + G::kBytesA, &p.b, producer.full(), i * kTileK, item.n * BN);
+        producer.template share_rows<BN>(G::kBytesA, p.b, i * kTileK, item.n * BN, kTileK * 2);
         if (i == 0) producer.await(p.counters + kReady + item.m, ready_target(p.plan));
-        tma_load(producer.address(), &p.sh, producer.full(), i * kTileK, item.m * kTileM);
+        producer.load(0, p.sh, i * kTileK, item.m * kTileM);
       }
     }
   }
@@ -55,7 +55,7 @@ __device__ __forceinline__ void forward_consume(const ForwardParams& p, const S&
   for (;;) {
     const int ticket = c.next_ticket();
     if (ticket >= items) break;
-    const Item item = item_of(p.plan, ticket);
+    const Item item = item_of(p.plan, ticket, shared.rank);
     if (item.kind == Kind::kPrep) {
       prep_item<T>(p, item.m);
     } else if (item.kind == Kind::kSkinny) {
@@ -84,11 +84,11 @@ __device__ __forceinline__ void forward_consume(const ForwardParams& p, const S&
   if (c.thread == 0) tma_store_wait_all();
 }
 
-template <class T, int BN, int RP>
+template <class T, int BN, int RP, int CLUSTER>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
   using G = Tile<BN, RP>;
   extern __shared__ uint8_t raw[];
-  const Shared<G::kStages, G::kStageBytes, G::kStagingBytes> shared(raw);
+  const Shared<G::kStages, G::kStageBytes, G::kStagingBytes, CLUSTER> shared(raw);
   shared.init();
   const int group =
       __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // uniform: descriptors stay in uniform registers
@@ -103,24 +103,26 @@ __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_const
   finish(shared, p);
 }
 
-template <class T, int BN>
-cudaError_t launch_forward_columns(const ForwardParams& p, int blocks, cudaStream_t stream) {
+template <class T, int BN, int CLUSTER>
+cudaError_t launch_forward_tiling(const ForwardParams& p, int blocks, cudaStream_t stream) {
   switch (padded_rank(p.R)) {
     case 16:
-      return launch(forward_kernel<T, BN, 16>, p, Tile<BN, 16>::kSharedBytes, blocks, stream);
+      return launch<CLUSTER>(forward_kernel<T, BN, 16, CLUSTER>, p, Tile<BN, 16>::kSharedBytes, blocks, stream);
     case 32:
-      return launch(forward_kernel<T, BN, 32>, p, Tile<BN, 32>::kSharedBytes, blocks, stream);
+      return launch<CLUSTER>(forward_kernel<T, BN, 32, CLUSTER>, p, Tile<BN, 32>::kSharedBytes, blocks, stream);
     case 64:
-      return launch(forward_kernel<T, BN, 64>, p, Tile<BN, 64>::kSharedBytes, blocks, stream);
+      return launch<CLUSTER>(forward_kernel<T, BN, 64, CLUSTER>, p, Tile<BN, 64>::kSharedBytes, blocks, stream);
     default:
-      return launch(forward_kernel<T, BN, 128>, p, Tile<BN, 128>::kSharedBytes, blocks, stream);
+      return launch<CLUSTER>(forward_kernel<T, BN, 128, CLUSTER>, p, Tile<BN, 128>::kSharedBytes, blocks, stream);
   }
 }
 
+// Every tiling that is_compiled.
 template <class T>
-cudaError_t launch_forward(const ForwardParams& p, int columns, int blocks, cudaStream_t stream) {
-  return columns == 256 ? launch_forward_columns<T, 256>(p, blocks, stream)
-                        : launch_forward_columns<T, 128>(p, blocks, stream);
+cudaError_t launch_forward(const ForwardParams& p, Tiling tiling, int blocks, cudaStream_t stream) {
+  if (tiling.columns == 128) return launch_forward_tiling<T, 128, 1>(p, blocks, stream);
+  return tiling.cluster == 1 ? launch_forward_tiling<T, 256, 1>(p, blocks, stream)
+                             : launch_forward_tiling<T, 256, 2>(p, blocks, stream);
 }
 
 }  // namespace lk::sm90

@@ -2,6 +2,6 @@
 
 namespace lk::sm90 {
 
-template cudaError_t launch_forward<__half>(const ForwardParams&, int, int, cudaStream_t);
+template cudaError_t launch_forward<__half>(const ForwardParams&, Tiling, int, cudaStream_t);
 
 }  // namespace lk::sm90

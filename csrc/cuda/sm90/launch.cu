@@ -106,7 +106,8 @@ bool supported(const Operands& o) {
   const int64_t limit = int64_t{1} << 31;
   return o.M >= 1 && o.N >= 8 && o.K >= 8 && o.N % 8 == 0 && o.K % 8 == 0 && o.R >= 1 && o.R <= kMaxRank &&
          o.threshold < 65536 && int64_t{o.R} * o.K < limit && int64_t{o.R} * o.N < limit && aligned(o.w, o.ldw) &&
-         (o.x == nullptr || aligned(o.x, o.ldx)) && (o.threshold == 0 || o.seed != nullptr);
+         (o.x == nullptr || aligned(o.x, o.ldx)) && (o.threshold == 0 || o.seed != nullptr) &&
+         ((o.columns == 0 && o.cluster == 0) || is_compiled({o.columns, o.cluster}));
 }
 
 void common(const Operands& o, Common& p) {
@@ -122,7 +123,16 @@ void common(const Operands& o, Common& p) {
   p.pitch = round_up(o.R, 8);
 }
 
-bool is_decode(const ForwardArgs& o) { return o.M <= kDecodeRows && o.threshold == 0; }
+bool is_decode(const ForwardArgs& o) { return o.M <= kDecodeRows && o.threshold == 0 && o.columns == 0; }
+
+// What was asked for, or else what the rule gives for y or dx of so many columns.
+Tiling tiling_of(const Operands& o, int columns, int sms) {
+  return o.columns == 0 ? tiling(o.M, columns, sms) : Tiling{o.columns, o.cluster};
+}
+// No more blocks than there are multiprocessors or items for, in whole clusters.
+int blocks_of(const Plan& plan, int sms) {
+  return std::max(1, std::min(plan.items(), sms / plan.cluster)) * plan.cluster;
+}
 
 struct Decode {
   DecodeParams p{};
@@ -166,19 +176,22 @@ struct Decode {
 struct Forward {
   ForwardParams p{};
   Matrix a, b;
-  int columns;
+  Tiling tiling;
   Workspace needed;
 
-  Forward(const ForwardArgs& o, int sms) : columns(tile_columns(o.M, o.N, sms)) {
+  Forward(const ForwardArgs& o, int sms) : tiling(tiling_of(o, o.N, sms)) {
     common(o, p);
     Scratch scratch(o.scratch);
-    a = readable(o.a, o.R, o.K, o.lda, o.adapters_fp32, scratch, p.prep[0], p.plan.prep);
-    b = readable(o.b, o.N, o.R, o.ldb, o.adapters_fp32, scratch, p.prep[1], p.plan.prep);
-    p.plan.rank_tiles = rank_tiles(o.R);
-    p.plan.blocks = p.plan.tiles_m = ceil_div(o.M, kTileM);
-    p.plan.tiles_n = ceil_div(o.N, columns);
+    Plan& plan = p.plan;
+    plan.cluster = tiling.cluster;
+    a = readable(o.a, o.R, o.K, o.lda, o.adapters_fp32, scratch, p.prep[0], plan.prep);
+    b = readable(o.b, o.N, o.R, o.ldb, o.adapters_fp32, scratch, p.prep[1], plan.prep);
+    plan.prep = round_up(plan.prep, plan.cluster);
+    plan.rank_tiles = rank_tiles(o.R);
+    plan.blocks = plan.tiles_m = round_up(ceil_div(o.M, kTileM), plan.cluster);
+    plan.tiles_n = ceil_div(o.N, tiling.columns);
     p.sh_pointer = scratch.take(static_cast<size_t>(o.M) * p.pitch * 2);
-    p.counter_count = counters(p.plan);
+    p.counter_count = counters(plan);
     p.bias = o.bias;
     p.h = o.h;
     needed = {static_cast<size_t>(p.counter_count), scratch.bytes()};
@@ -186,52 +199,55 @@ struct Forward {
   cudaError_t run(const ForwardArgs& o, int sms) {
     Maps maps(o.bf16);
     maps.add(&p.x, o.x, o.M, o.K, o.ldx, kTileM, kTileK);
-    maps.add(&p.w, o.w, o.N, o.K, o.ldw, columns, kTileK);
-    maps.add(&p.a, a.p, o.R, o.K, a.ld, padded_rank(o.R), kTileK);
-    maps.add(&p.b, b.p, o.N, o.R, b.ld, columns, kTileK);
+    maps.add(&p.w, o.w, o.N, o.K, o.ldw, tiling.columns / tiling.cluster, kTileK);
+    maps.add(&p.a, a.p, o.R, o.K, a.ld, padded_rank(o.R) / tiling.cluster, kTileK);
+    maps.add(&p.b, b.p, o.N, o.R, b.ld, tiling.columns / tiling.cluster, kTileK);
     maps.add(&p.sh, p.sh_pointer, o.M, o.R, p.pitch, kTileM, kTileK);
     maps.add(&p.y, o.y, o.M, o.N, o.N, 64, 64);
     if (maps.status() != cudaSuccess) return maps.status();
-    const int blocks = std::min(p.plan.items(), sms);
+    const int blocks = blocks_of(p.plan, sms);
     const cudaStream_t stream = static_cast<cudaStream_t>(o.stream);
-    return o.bf16 ? launch_forward<__nv_bfloat16>(p, columns, blocks, stream)
-                  : launch_forward<__half>(p, columns, blocks, stream);
+    return o.bf16 ? launch_forward<__nv_bfloat16>(p, tiling, blocks, stream)
+                  : launch_forward<__half>(p, tiling, blocks, stream);
   }
 };
 
 struct Backward {
   BackwardParams p{};
   Matrix a{}, b{}, h{};
-  int columns;
+  Tiling tiling;
   Workspace needed;
 
-  Backward(const BackwardArgs& o, int sms) : columns(tile_columns(o.M, o.K, sms)) {
+  Backward(const BackwardArgs& o, int sms) : tiling(tiling_of(o, o.K, sms)) {
     common(o, p);
     Scratch scratch(o.scratch);
     const bool need_g = o.dx != nullptr || o.da != nullptr;
     Plan& plan = p.plan;
+    plan.cluster = tiling.cluster;
     plan.rank_tiles = rank_tiles(o.R);
+    const int row_blocks = round_up(ceil_div(o.M, kTileM), plan.cluster);
     if (need_g) {
       b = readable(o.b, o.N, o.R, o.ldb, o.adapters_fp32, scratch, p.prep[0], plan.prep);
-      plan.blocks = ceil_div(o.M, kTileM);
+      plan.blocks = row_blocks;
       p.g_pointer = scratch.take(static_cast<size_t>(o.M) * p.pitch * 2);
     }
     if (o.dx != nullptr) {
       a = readable(o.a, o.R, o.K, o.lda, o.adapters_fp32, scratch, p.prep[1], plan.prep);
-      plan.tiles_m = ceil_div(o.M, kTileM);
-      plan.tiles_n = ceil_div(o.K, columns);
+      plan.tiles_m = row_blocks;
+      plan.tiles_n = ceil_div(o.K, tiling.columns);
     }
     if (o.db != nullptr) {
       h = readable(o.h, o.M, o.R, o.R, false, scratch, p.prep[2], plan.prep);
-      plan.db_tiles = ceil_div(o.N, 128) * plan.rank_tiles;
+      plan.db_tiles = round_up(ceil_div(o.N, 128), plan.cluster) * plan.rank_tiles;
       plan.db_splits = gradient_splits(plan.db_tiles, o.M, sms);
       p.db_partials = partials(scratch, plan.db_tiles, plan.db_splits);
     }
     if (o.da != nullptr) {
-      plan.da_tiles = ceil_div(o.K, 128) * plan.rank_tiles;
+      plan.da_tiles = round_up(ceil_div(o.K, 128), plan.cluster) * plan.rank_tiles;
       plan.da_splits = gradient_splits(plan.da_tiles, o.M, sms);
       p.da_partials = partials(scratch, plan.da_tiles, plan.da_splits);
     }
+    plan.prep = round_up(plan.prep, plan.cluster);
     p.counter_count = counters(plan);
     p.da = o.da;
     p.db = o.db;
@@ -239,11 +255,11 @@ struct Backward {
     needed = {static_cast<size_t>(p.counter_count), scratch.bytes()};
   }
   cudaError_t run(const BackwardArgs& o, int sms) {
-    const int rank_box = rank_width(padded_rank(o.R)) / 2;
+    const int rank_box = rank_width(padded_rank(o.R)) / 2, rank_rows = kTileK / tiling.cluster;
     Maps maps(o.bf16);
     if (p.plan.blocks > 0) {
       maps.add(&p.dy_rows, o.dy, o.M, o.N, o.lddy, kTileM, kTileK);
-      maps.add(&p.b, b.p, o.N, o.R, b.ld, kTileK, rank_box);
+      maps.add(&p.b, b.p, o.N, o.R, b.ld, rank_rows, rank_box);
     }
     if (o.dx != nullptr) {
       maps.add(&p.g_rows, p.g_pointer, o.M, o.R, p.pitch, kTileM, kTileK);
@@ -253,17 +269,17 @@ struct Backward {
     }
     if (o.db != nullptr) {
       maps.add(&p.dy_columns, o.dy, o.M, o.N, o.lddy, kTileK, 64);
-      maps.add(&p.h, h.p, o.M, o.R, h.ld, kTileK, rank_box);
+      maps.add(&p.h, h.p, o.M, o.R, h.ld, rank_rows, rank_box);
     }
     if (o.da != nullptr) {
       maps.add(&p.x_columns, o.x, o.M, o.K, o.ldx, kTileK, 64);
-      maps.add(&p.g_columns, p.g_pointer, o.M, o.R, p.pitch, kTileK, rank_box);
+      maps.add(&p.g_columns, p.g_pointer, o.M, o.R, p.pitch, rank_rows, rank_box);
     }
     if (maps.status() != cudaSuccess) return maps.status();
-    const int blocks = std::min(p.plan.items(), sms);
+    const int blocks = blocks_of(p.plan, sms);
     const cudaStream_t stream = static_cast<cudaStream_t>(o.stream);
-    return o.bf16 ? launch_backward<__nv_bfloat16>(p, columns, blocks, stream)
-                  : launch_backward<__half>(p, columns, blocks, stream);
+    return o.bf16 ? launch_backward<__nv_bfloat16>(p, tiling, blocks, stream)
+                  : launch_backward<__half>(p, tiling, blocks, stream);
   }
 
  private:

@@ -44,10 +44,10 @@ struct ForwardParams : Common {
 };
 
 struct BackwardParams : Common {
-  CUtensorMap dy_rows, b;            // g tiles: [128, 64] and [64, RP]
+  CUtensorMap dy_rows, b;            // g tiles: [128, 64] and [64 / cluster, RP]
   CUtensorMap g_rows, a, w, dx;      // dx tiles: [128, 64], [64, 64], [64, 64]
-  CUtensorMap dy_columns, h;         // db tiles: [64, 64] and [64, RP]
-  CUtensorMap x_columns, g_columns;  // da tiles: [64, 64] and [64, RP]
+  CUtensorMap dy_columns, h;         // db tiles: [64, 64] and [64 / cluster, RP]
+  CUtensorMap x_columns, g_columns;  // da tiles: [64, 64] and [64 / cluster, RP]
   void* g_pointer;
   void *da, *db;  // or null
   float *da_partials, *db_partials;
@@ -67,11 +67,11 @@ struct DecodeParams : Common {
   DecodePlan plan;
 };
 
-// One function for every element type and pass, so that they compile side by side. `columns` is 128 or 256.
+// One function for every element type and pass, so that they compile side by side.
 template <class T>
-cudaError_t launch_forward(const ForwardParams& p, int columns, int blocks, cudaStream_t stream);
+cudaError_t launch_forward(const ForwardParams& p, Tiling tiling, int blocks, cudaStream_t stream);
 template <class T>
-cudaError_t launch_backward(const BackwardParams& p, int columns, int blocks, cudaStream_t stream);
+cudaError_t launch_backward(const BackwardParams& p, Tiling tiling, int blocks, cudaStream_t stream);
 template <class T>
 cudaError_t launch_decode(const DecodeParams& p, int blocks, cudaStream_t stream);
 

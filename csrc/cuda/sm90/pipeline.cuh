@@ -4,6 +4,11 @@
 //   full[s]     1 arrival (the producer's, with the bytes to come) + those bytes: stage s may be read
 //   empty[s]    8 arrivals, one of every consumer warp: stage s may be overwritten
 //   claimed[i]  1 arrival: ticket i of a ring of two may be read;   read[i]  8 arrivals: it may be overwritten
+//
+// In a cluster of two, each producer loads its block's own first operand and half of the second into both blocks: the
+// bytes of a stage come from both, and stage s is empty once the consumers of both have released it (16 arrivals). The
+// producer of block 0 claims for both, and waits at its read[i] for all consumers and the other producer (17); the
+// ticket goes to the other block's shared memory, which expects its 4 bytes at claimed[i].
 #pragma once
 
 #include "../../philox.h"
@@ -16,12 +21,14 @@ namespace lk::sm90 {
 
 constexpr int kConsumerWarps = kConsumers / 32;
 
-template <int STAGES, int STAGE_BYTES, int STAGING_BYTES>
+template <int STAGES, int STAGE_BYTES, int STAGING_BYTES, int CLUSTER>
 struct Shared {
-  static constexpr int kStages = STAGES;
+  static constexpr int kStages = STAGES, kCluster = CLUSTER;
   uint32_t base;
+  int rank;  // of the block in its cluster
 
-  __device__ __forceinline__ explicit Shared(const void* raw) : base((shared_address(raw) + 1023) & ~1023u) {}
+  __device__ __forceinline__ explicit Shared(const void* raw)
+      : base((shared_address(raw) + 1023) & ~1023u), rank(CLUSTER == 1 ? 0 : cluster_rank()) {}
   __device__ __forceinline__ uint32_t stage(int s) const { return base + s * STAGE_BYTES; }
   __device__ __forceinline__ uint32_t staging(int group) const {
     return base + STAGES * STAGE_BYTES + group * 2 * kBoxBytes;
@@ -39,15 +46,43 @@ struct Shared {
     if (threadIdx.x == 0) {
       for (int s = 0; s < STAGES; ++s) {
         barrier_init(full(s), 1);
-        barrier_init(empty(s), kConsumerWarps);
+        barrier_init(empty(s), CLUSTER * kConsumerWarps);
       }
       for (int i = 0; i < 2; ++i) {
         barrier_init(claimed(i), 1);
-        barrier_init(read(i), kConsumerWarps);
+        barrier_init(read(i), CLUSTER * kConsumerWarps + CLUSTER - 1);
       }
       barrier_init_fence();
     }
-    __syncthreads();
+    sync();
+  }
+  // All threads of the cluster.
+  __device__ __forceinline__ void sync() const {
+    if constexpr (CLUSTER == 1)
+      __syncthreads();
+    else
+      cluster_sync();
+  }
+  __device__ __forceinline__ int await_ticket(int i, uint32_t parity) const {
+    if constexpr (CLUSTER == 1)
+      barrier_wait(claimed(i), parity);
+    else
+      barrier_wait_cluster(claimed(i), parity);
+    return load_shared_int(ticket(i));
+  }
+  __device__ __forceinline__ void release_ticket(int i) const {
+    if constexpr (CLUSTER == 1)
+      barrier_arrive(read(i));
+    else
+      barrier_arrive_cluster(cluster_address(read(i), 0));
+  }
+  // By a warp: stage s may be overwritten, as far as it goes.
+  __device__ __forceinline__ void release_stage(int s, int lane) const {
+    if constexpr (CLUSTER == 1) {
+      if (lane == 0) barrier_arrive(empty(s));
+    } else {
+      if (lane < CLUSTER) barrier_arrive_cluster(cluster_address(empty(s), lane));
+    }
   }
 };
 
@@ -56,26 +91,54 @@ template <class S>
 struct Producer {
   const S& shared;
   Ring<S::kStages> ring{kVacant};
-  Ring<2> tickets{kVacant};
+  Ring<2> tickets;  // block 0 fills it, another one reads it
   int prep_target;
 
-  __device__ __forceinline__ Producer(const S& s, int prep) : shared(s), prep_target(prep) {}
+  __device__ __forceinline__ Producer(const S& s, int prep)
+      : shared(s), tickets(s.rank == 0 ? kVacant : kFilled), prep_target(prep) {}
 
   __device__ __forceinline__ int claim(int* counters) {
-    const int ticket = atomicAdd(counters + kTicket, 1);
-    barrier_wait(shared.read(tickets.slot), tickets.parity);
-    store_shared_int(shared.ticket(tickets.slot), ticket);
-    barrier_arrive(shared.claimed(tickets.slot));
+    const int i = tickets.slot;
+    int ticket;
+    if (S::kCluster == 1 || shared.rank == 0) {
+      ticket = atomicAdd(counters + kTicket, 1);
+      barrier_wait(shared.read(i), tickets.parity);
+      store_shared_int(shared.ticket(i), ticket);
+      barrier_arrive(shared.claimed(i));
+#pragma unroll
+      for (int other = 1; other < S::kCluster; ++other)
+        send_int(cluster_address(shared.ticket(i), other), ticket, cluster_address(shared.claimed(i), other));
+    } else {
+      barrier_expect(shared.claimed(i), sizeof(ticket));
+      ticket = shared.await_ticket(i, tickets.parity);
+      shared.release_ticket(i);
+    }
     tickets.next();
     return ticket;
   }
-  // Waits until the stage is free and announces `bytes`; loads into address() on full() follow, then next().
+  // Waits until the stage is free and announces `bytes`; loads to places in it follow, then next().
   __device__ __forceinline__ void open(int bytes) {
     barrier_wait(shared.empty(ring.slot), ring.parity);
-    barrier_expect(full(), bytes);
+    barrier_expect(shared.full(ring.slot), bytes);
   }
-  __device__ __forceinline__ uint32_t address() const { return shared.stage(ring.slot); }
-  __device__ __forceinline__ uint32_t full() const { return shared.full(ring.slot); }
+  // A box for this block.
+  __device__ __forceinline__ void load(int place, const CUtensorMap& map, int column, int row) const {
+    tma_load(shared.stage(ring.slot) + place, &map, shared.full(ring.slot), column, row);
+  }
+  // A box for all blocks of the cluster.
+  __device__ __forceinline__ void share(int place, const CUtensorMap& map, int column, int row) const {
+    if constexpr (S::kCluster == 1)
+      load(place, map, column, row);
+    else
+      tma_multicast(shared.stage(ring.slot) + place, &map, shared.full(ring.slot), column, row, (1 << S::kCluster) - 1);
+  }
+  // This block's part of ROWS rows, `width` bytes each, for all blocks; the map's box is such a part.
+  template <int ROWS>
+  __device__ __forceinline__ void share_rows(int place, const CUtensorMap& map, int column, int row, int width) const {
+    constexpr int kPart = ROWS / S::kCluster;
+    static_assert(kPart % 8 == 0, "parts start where the swizzle's pattern does");
+    share(place + shared.rank * kPart * width, map, column, row + shared.rank * kPart);
+  }
   __device__ __forceinline__ void next() { ring.next(); }
   // What another block wrote with ordinary stores may be loaded by TMA afterwards.
   __device__ __forceinline__ void await(const int* flag, int target) {
@@ -102,10 +165,9 @@ struct Consumer {
   __device__ __forceinline__ int lane() const { return thread % 32; }
 
   __device__ __forceinline__ int next_ticket() {
-    barrier_wait(shared.claimed(tickets.slot), tickets.parity);
-    const int ticket = load_shared_int(shared.ticket(tickets.slot));
+    const int ticket = shared.await_ticket(tickets.slot, tickets.parity);
     __syncwarp();
-    if (lane() == 0) barrier_arrive(shared.read(tickets.slot));
+    if (lane() == 0) shared.release_ticket(tickets.slot);
     tickets.next();
     return __shfl_sync(~0u, ticket, 0);
   }
@@ -131,7 +193,7 @@ struct Consumer {
 
  private:
   __device__ __forceinline__ void release() const {
-    if (previous >= 0 && lane() == 0) barrier_arrive(shared.empty(previous));
+    if (previous >= 0) shared.release_stage(previous, lane());
   }
 };
 
@@ -203,10 +265,11 @@ __device__ __forceinline__ void prep_item(const Common& p, int chunk) {
   if (consumer == 0) add_release(p.counters + kPrepDone, 1);
 }
 
-// The end of a launch, by all threads: the last block out zeroes the counters for the next one on this stream.
+// The end of a launch, by all threads: the last block out zeroes the counters for the next one on this stream. No block
+// leaves while another of its cluster could still arrive at its barriers.
 template <class S>
 __device__ __forceinline__ void finish(const S& shared, const Common& p) {
-  __syncthreads();
+  shared.sync();
   if (threadIdx.x == 0) {
     const int exited = add_acquire_release(p.counters + kExited, 1);
     store_shared_int(shared.word(0), exited == static_cast<int>(gridDim.x) - 1);

@@ -38,12 +38,56 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// ---- clusters. The shared memory of another block, by the address that the same thing has in this one.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Without a scope: .release.cluster would put a fence of all memory before every release of a stage. What must be over
+// before it is (wgmma's reads, by wait_group; ld.shared, which cannot be overtaken by what the arrival lets come).
+__device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// For what a thread of another block wrote.
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "RETRY: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra RETRY; }" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// Stores in another block's shared memory, and completes those 4 bytes at a barrier there.
+__device__ __forceinline__ void send_int(uint32_t address, int v, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(v),
+               "r"(barrier)
+               : "memory");
+}
+
 // ---- TMA
 __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column, int row) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
           "r"(to),
       "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+// Into every block of the cluster whose bit is set, at the same address, on its barrier at the same address.
+__device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
+                                              int row, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
       : "memory");
 }
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from, int column, int row) {

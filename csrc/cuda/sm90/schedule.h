@@ -5,6 +5,17 @@
 // with lower tickets; so the lowest ticket not yet finished is always running and waits for nothing: whatever is
 // resident, there is no deadlock.
 //
+// The blocks of the ticket kernels may come in clusters of two, which run at the same time and claim together. A ticket
+// is then two items, one a block: the same work on neighbouring row blocks (of x, dy, h, g; for da and db: neighbouring
+// columns of x or dy). The second operand of every stage is the same for both, and each block loads half of it into
+// both. Where the number of row blocks, or of column tiles, is odd, it counts as one more: that item's loads give zeros
+// and its stores store nothing, but it has as many stages, publishes and waits like any other.
+//
+// So it is for pairs as for single blocks: the lowest ticket not yet finished belongs to a cluster of which both blocks
+// run. Nothing holds back its loads: all that it waits for is published; and stage i of it may be loaded once both
+// blocks have released the stage before it in the same place of the ring, which is of a lower ticket, finished in both,
+// or an earlier stage of this one, which by then has arrived in both.
+//
 //   ticket kernels   prep | h or g tiles | db tiles | y or dx tiles, with the da tiles spread among them
 //   decode           prep | row tiles of a, each split along K | row tiles of w, each split along K
 #pragma once
@@ -23,6 +34,7 @@ struct Item {
 };
 
 struct Plan {
+  int cluster = 1;               // blocks that claim together: all numbers of blocks, tiles and chunks are multiples
   int prep = 0;                  // chunks of adapters to convert
   int rank_tiles = 1;            // 128 of the rank each
   int blocks = 0;                // row blocks of 128 of h or g; 0 where neither is wanted
@@ -30,35 +42,47 @@ struct Plan {
   int db_tiles = 0, db_splits = 1;
   int da_tiles = 0, da_splits = 1;
 
-  LK_CONSTEXPR int skinny() const { return blocks * rank_tiles; }
-  LK_CONSTEXPR int out() const { return tiles_m * tiles_n; }
-  LK_CONSTEXPR int db() const { return db_tiles * db_splits; }
-  LK_CONSTEXPR int da() const { return da_tiles * da_splits; }
-  LK_CONSTEXPR int items() const { return prep + skinny() + db() + out() + da(); }
+  // Tickets of each kind.
+  LK_CONSTEXPR int preps() const { return prep / cluster; }
+  LK_CONSTEXPR int skinny() const { return blocks / cluster * rank_tiles; }
+  LK_CONSTEXPR int out() const { return tiles_m / cluster * tiles_n; }
+  LK_CONSTEXPR int db() const { return db_tiles / cluster * db_splits; }
+  LK_CONSTEXPR int da() const { return da_tiles / cluster * da_splits; }
+  LK_CONSTEXPR int items() const { return preps() + skinny() + db() + out() + da(); }
 };
 
 constexpr int kGroupM = 8;  // y and dx tiles go down 8 rows of tiles before the next column: these share w in L2
 
-LK_CONSTEXPR Item out_item(const Plan& plan, int i) {
-  const int per_group = kGroupM * plan.tiles_n, group = i / per_group, first = group * kGroupM;
-  const int rows = plan.tiles_m - first < kGroupM ? plan.tiles_m - first : kGroupM, j = i - group * per_group;
-  return {Kind::kOut, first + j % rows, j / rows, 0};
+LK_CONSTEXPR Item out_item(const Plan& plan, int i, int rank) {
+  const int tiles_m = plan.tiles_m / plan.cluster, most = kGroupM / plan.cluster;
+  const int per_group = most * plan.tiles_n, group = i / per_group, first = group * most;
+  const int rows = tiles_m - first < most ? tiles_m - first : most, j = i - group * per_group;
+  return {Kind::kOut, (first + j % rows) * plan.cluster + rank, j / rows, 0};
 }
 
-LK_CONSTEXPR Item item_of(const Plan& plan, int ticket) {
+// Tile i % (tiles / cluster) of split i / (tiles / cluster): the blocks of a cluster take neighbouring columns of one
+// rank tile.
+LK_CONSTEXPR Item gradient_item(const Plan& plan, Kind kind, int tiles, int i, int rank) {
+  const int tickets = tiles / plan.cluster, j = i % tickets;
+  const int columns = j / plan.rank_tiles * plan.cluster + rank;
+  return {kind, 0, columns * plan.rank_tiles + j % plan.rank_tiles, i / tickets};
+}
+
+// What block `rank` of a cluster does for a ticket.
+LK_CONSTEXPR Item item_of(const Plan& plan, int ticket, int rank) {
   int i = ticket;
-  if (i < plan.prep) return {Kind::kPrep, i, 0, 0};
-  i -= plan.prep;
-  if (i < plan.skinny()) return {Kind::kSkinny, i / plan.rank_tiles, i % plan.rank_tiles, 0};
+  if (i < plan.preps()) return {Kind::kPrep, i * plan.cluster + rank, 0, 0};
+  i -= plan.preps();
+  if (i < plan.skinny()) return {Kind::kSkinny, i / plan.rank_tiles * plan.cluster + rank, i % plan.rank_tiles, 0};
   i -= plan.skinny();
-  if (i < plan.db()) return {Kind::kDb, 0, i % plan.db_tiles, i / plan.db_tiles};
+  if (i < plan.db()) return gradient_item(plan, Kind::kDb, plan.db_tiles, i, rank);
   i -= plan.db();
   // da tiles are memory-bound and dx tiles are not: one da tile after every so many dx tiles, so that neither waits for
   // the other's kind
   const int64_t da = plan.da(), rest = da + plan.out();
   const int before = static_cast<int>(i * da / rest), after = static_cast<int>((i + 1) * da / rest);
-  if (after > before) return {Kind::kDa, 0, before % plan.da_tiles, before / plan.da_tiles};
-  return out_item(plan, i - before);
+  if (after > before) return gradient_item(plan, Kind::kDa, plan.da_tiles, before, rank);
+  return out_item(plan, i - before, rank);
 }
 
 // Part `split` of `splits` of `blocks` blocks is [split_begin(split), split_begin(split + 1)): never empty where splits
@@ -74,9 +98,24 @@ LK_CONSTEXPR int gradient_splits(int tiles, int M, int sms) {
   return wanted < most ? wanted : most;
 }
 
-// 256 columns a tile where that fills the multiprocessors, else 128.
-LK_CONSTEXPR int tile_columns(int M, int columns, int sms) {
-  return ceil_div(M, kTileM) * ceil_div(columns, 256) >= sms ? 256 : 128;
+// How the ticket kernels cut y or dx: the columns of a tile, 128 or 256, and the blocks of a cluster, 1 or 2.
+struct Tiling {
+  int columns, cluster;
+};
+LK_CONSTEXPR bool is_compiled(Tiling t) {
+  return (t.columns == 256 && (t.cluster == 1 || t.cluster == 2)) || (t.columns == 128 && t.cluster == 1);
+}
+
+// 256 columns a tile where that fills the multiprocessors, else 128. Clusters of two where there are 256 columns, at
+// least two row blocks, and pairs take no more rounds of the multiprocessors than single blocks: at full rate a block
+// wants 48 KB of its L2 every stage, 32 KB where it shares w, about 9 and 6 TB/s for all. That is an estimate, which no
+// GPU has confirmed yet.
+LK_CONSTEXPR Tiling tiling(int M, int columns, int sms) {
+  const int rows = ceil_div(M, kTileM), tiles_n = ceil_div(columns, 256);
+  if (rows * tiles_n < sms) return {128, 1};
+  const bool pairs =
+      rows >= 2 && sms >= 2 && ceil_div(ceil_div(rows, 2) * tiles_n, sms / 2) <= ceil_div(rows * tiles_n, sms);
+  return {256, pairs ? 2 : 1};
 }
 
 // A chunk of the conversion of an adapter: 4 times 8 elements for every consumer thread.
