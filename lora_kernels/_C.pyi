@@ -14,7 +14,7 @@ def set_cpu_isa(name: str) -> None: ...
 def forward(
     threads: int, dtype: int, adapter_dtype: int, M: int, K: int, x: int, stride_xm: int,
     branches: list[tuple[float, ...]],  # N R · a and b, each with its stride · bias · y, h · scale threshold seed
-    bases: Sequence[tuple[int, ...] | None], /,  # whose product it shall compute too: w and its stride, or a quantised w
+    bases: Sequence[tuple[int, ...] | None], /,  # to multiply by x as well: w and its stride, or a quantised w
 ) -> None: ...  # fmt: skip
 def backward(
     threads: int, dtype: int, adapter_dtype: int, M: int, K: int, x: int, stride_xm: int, dx: int, stride_dxm: int,
