@@ -92,24 +92,25 @@ def lora_linear(
     """
     autocast, x, bias, lora_a, lora_b = as_autocast_asks(x, bias, lora_a, lora_b)
     w: Any = weight
-    parts: tuple[Any, ...] = ()
+    w_scales: tuple[Tensor, ...]
+    w_format, w_blocksize, w_scales = "dense", 0, ()
     if isinstance(weight, QuantizedWeight):
         if not weight.checked:
             weight.check()
-        w, parts = weight.codes, (weight.format, weight.blocksize, *weight.tensors[1:])
+        w, w_format, w_blocksize, w_scales = weight.codes, weight.format, weight.blocksize, weight.tensors[1:]
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast or w is not weight)
     scale, lora_b = check.scale(scale, lora_b)
     seed = check.seed(seed, x.device) if dropout_p > 0 else None
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    rest = (lora_a, lora_b, bias, scale, dropout_p, seed, backend)
+    how = (scale, dropout_p, backend, w_format, w_blocksize)
     if autocast:
         with torch.autocast(x.device.type, enabled=False):
-            y = LoRALinearFunction.apply(rows, w, *rest, *parts)
+            y = LoRALinearFunction.apply(rows, w, lora_a, lora_b, bias, seed, how, *w_scales)
     elif torch.is_grad_enabled() and _recorded(rows, lora_a, lora_b, bias):
-        y = LoRALinearFunction.apply(rows, w, *rest, *parts)
+        y = LoRALinearFunction.apply(rows, w, lora_a, lora_b, bias, seed, how, *w_scales)
     else:
-        y, _ = _forward(rows, weight, *rest, False)
+        y, _ = _forward(rows, weight, lora_a, lora_b, bias, scale, dropout_p, seed, backend, False)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -144,42 +145,37 @@ class LoRALinearFunction(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         bias: Tensor | None,
-        scale: float,
-        p: float,
         seed: Tensor | None,
-        backend: str | None,
-        w_format: str = "dense",
-        w_blocksize: int = 0,
+        how: tuple[float, float, str | None, str, int],
         *w_scales: Tensor,
     ) -> Tensor:
-        """y, through the registered operator."""
+        """y. `how` is (scale, p, backend, w_format, w_blocksize): torch's own work grows with the arguments."""
+        scale, p, backend, w_format, w_blocksize = how
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
         # Under autocast w comes in its own dtype and is converted here and again in the backward, so that no copy of it
         # is saved.
         weight = _whole(w, w_scales, w_format, w_blocksize, x.dtype)
         y, h = _forward(x, weight, a, b, bias, scale, p, seed, backend, need_db)
         ctx.save_for_backward(x if need_da else None, w, a, b, h if need_db else None, seed, *w_scales)
-        ctx.dtype, ctx.w_format, ctx.w_blocksize = x.dtype, w_format, w_blocksize
-        ctx.scale, ctx.p, ctx.backend = scale, p, backend
+        ctx.dtype, ctx.how = x.dtype, how
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """dx, da, db and dbias: of these only what is asked."""
         x, w, a, b, h, seed, *w_scales = ctx.saved_tensors
-        need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
+        need_dx, _, need_da, need_db, need_dbias, *rest = ctx.needs_input_grad
+        (scale, p, backend, w_format, w_blocksize), dtype = ctx.how, ctx.dtype
         dx = da = db = dbias = None
         with no_graph(), no_autocast(device_type(dy)):
-            dy = as_dtype(dy, ctx.dtype)
+            dy = as_dtype(dy, dtype)
             if need_dx or need_da or need_db:
-                weight = _whole(w, w_scales, ctx.w_format, ctx.w_blocksize, ctx.dtype)
-                dx, da, db = _backward(
-                    dy, x, weight, a, b, h, ctx.scale, ctx.p, seed, ctx.backend, need_dx, need_da, need_db
-                )
+                weight = _whole(w, w_scales, w_format, w_blocksize, dtype)
+                dx, da, db = _backward(dy, x, weight, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db)
             if need_dbias:
                 dbias = dy.sum(0)
         grads = (dx if need_dx else None, None, da if need_da else None, db if need_db else None, dbias)
-        return *refuse_double_backward("lora_linear", grads), *[None] * (len(ctx.needs_input_grad) - len(grads))
+        return *refuse_double_backward("lora_linear", grads), *[None] * len(rest)
 
 
 def _whole(
