@@ -408,3 +408,31 @@ def test_five_hundred_layers_take_less_than_a_second():
 def test_all_linear_still_finds_fused_layers():
     """PEFT matches layers of other adapters by the word Linear in their class's name."""
     assert "Linear" in FusedLinear.__name__ and issubclass(FusedLinear, PeftLinear)
+
+
+def _replica(module):
+    """As ``nn.parallel.replicate`` makes them: parameters are plain attributes there."""
+    other = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        other._modules[name] = None if child is None else _replica(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            other._parameters[name] = None
+        else:
+            setattr(other, name, parameter.view_as(parameter))
+    return other
+
+
+def test_replicas_of_data_parallel_take_the_fused_path():
+    model = make()
+    lora_kernels.fuse(model, strict=True)
+    layer = layers(model)[0]
+    x = torch.randn(4, layer.in_features)
+    y = layer(x)
+    y.sum().backward()
+    wanted, layer.lora_A["default"].weight.grad = layer.lora_A["default"].weight.grad, None
+    other = _replica(layer)
+    assert other.why_not_now(x) is None
+    again = other(x)
+    again.sum().backward()
+    assert torch.equal(again, y) and torch.equal(layer.lora_A["default"].weight.grad, wanted)
