@@ -212,11 +212,15 @@ class FusedLoRALinear(nn.Linear):
         """Whether `weight` holds W + s·B·A at present."""
         return self._base is not None
 
+    def _tensors(self) -> dict[str, Any]:
+        """The parameters by name, straight from the dictionary: nn.Module's attribute look-up costs about a microsecond
+        each, on every call. Those of a replica of nn.DataParallel are plain attributes."""
+        p: dict[str, Any] = self._parameters
+        return p if "weight" in p else {**vars(self), **p}
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features]. Raises what `lora_linear` raises."""
-        # Straight from the dictionary: nn.Module's attribute look-up costs about a microsecond a parameter, on every
-        # call.
-        p: dict[str, Any] = self._parameters
+        p = self._tensors()
         weight, bias, lora_a, lora_b = p["weight"], p["bias"], p["lora_A"], p["lora_B"]
         if self._buffers["_base"] is not None:
             self._warn_if_trained(lora_a)

@@ -108,12 +108,12 @@ class QuantizedLoRALinear(FusedLoRALinear):
         """What is stored, as one; its tensors are the module's own."""
         b: dict[str, Any] = self._buffers
         scales = [part for name in _PARTS if (part := b[name]) is not None]
-        codes: Any = self._parameters["weight"]
+        codes = self._tensors()["weight"]
         return assemble(codes, scales, self.format, self.blocksize, self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features]. Raises what `lora_linear` raises."""
-        p: dict[str, Any] = self._parameters
+        p = self._tensors()
         a, b, bias, w = p["lora_A"], p["lora_B"], p["bias"], self.quantized_weight()
         if self._unmerged is not None:
             self._warn_if_trained(a)

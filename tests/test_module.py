@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from replicas import replica
 from torch import nn
 
 from lora_kernels import FusedLoRALinear
@@ -213,3 +214,17 @@ def test_trains_to_a_target():
         loss.backward()
         optimizer.step()
     assert loss.item() < 1e-3 * first
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_a_replica_of_data_parallel(quant, bias):
+    layer = FusedLoRALinear.from_linear(nn.Linear(64, 5, bias=bias), r=3, quant=quant)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 64)
+    y = layer(x)
+    y.sum().backward()
+    want, layer.lora_A.grad = layer.lora_A.grad, None
+    again = replica(layer)(x)
+    again.sum().backward()
+    assert torch.equal(again, y) and torch.equal(layer.lora_A.grad, want)

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from replicas import replica
 from torch import nn
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
@@ -410,19 +411,6 @@ def test_all_linear_still_finds_fused_layers():
     assert "Linear" in FusedLinear.__name__ and issubclass(FusedLinear, PeftLinear)
 
 
-def _replica(module):
-    """As ``nn.parallel.replicate`` makes them: parameters are plain attributes there."""
-    other = module._replicate_for_data_parallel()
-    for name, child in module._modules.items():
-        other._modules[name] = None if child is None else _replica(child)
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            other._parameters[name] = None
-        else:
-            setattr(other, name, parameter.view_as(parameter))
-    return other
-
-
 def test_replicas_of_data_parallel_take_the_fused_path():
     model = make()
     lora_kernels.fuse(model, strict=True)
@@ -431,7 +419,7 @@ def test_replicas_of_data_parallel_take_the_fused_path():
     y = layer(x)
     y.sum().backward()
     wanted, layer.lora_A["default"].weight.grad = layer.lora_A["default"].weight.grad, None
-    other = _replica(layer)
+    other = replica(layer)
     assert other.why_not_now(x) is None
     again = other(x)
     again.sum().backward()
