@@ -176,9 +176,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &lk::cpu::available_isas, "The instruction sets that this machine can run, best first.");
   m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(); ValueError if this machine cannot run it.");
   m.def("forward", &forward,
-        "For each branch: y = x w^T where its base is given and M is few; h = c keep(x) a^T where x is given; y += s h "
-        "b^T + "
-        "bias where y is given. Null: absent.");
+        "For each branch: y = x w^T where its base is given, for few rows; h = c keep(x) a^T where x is given; "
+        "y += s h b^T + bias where y is given. Null: absent.");
   m.def("backward", &backward,
         "For each branch: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Null: absent.");
   m.def("gemm", &gemm,

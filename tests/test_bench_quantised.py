@@ -46,7 +46,7 @@ def test_every_row_has_its_figures(document):
         low, middle, high = row["seconds"]
         assert 0 < low <= middle <= high and row["ratios"] and set(row["targets"]) <= set(row["ratios"])
     assert [entry["name"] for entry in document["memory"]] == ["nf4 fp32", "nf4 bf16"]
-    assert all(-1 < entry["mb"] < 40 and entry["most"] == 16 for entry in document["memory"])
+    assert all(-1 < entry["mb"] <= entry["most"] == 16 for entry in document["memory"])
     titles = [title for title, *_ in quantised.tables(document)]
     assert titles == ["decoding: forward, M = 1, 128→96, r8", "training: forward + backward, M = 160, 128→96, r8"]
 

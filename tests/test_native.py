@@ -251,6 +251,12 @@ def test_gemm(isa: str, dtype: torch.dtype, w_is: str) -> None:
     assert served == (len(GEMM_SHAPES) + 1 if every else few)
 
 
+def test_a_gemm_that_is_not_there() -> None:
+    x, w, y = gemm_operands(17, 8, 8, torch.float16, "along k")
+    with pytest.raises(ValueError, match="no GEMM of this dtype: see gemm_of"):
+        gemm(x, w, y)
+
+
 @pytest.mark.parametrize("M", [1, 3, 5, 16])
 @pytest.mark.parametrize("dtype", CODES)
 def test_a_launch_that_computes_the_base_of_few_rows_too(isa: str, dtype: torch.dtype, M: int) -> None:

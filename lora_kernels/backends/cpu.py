@@ -7,9 +7,9 @@
 The native kernels sum in fp32 whatever the dtype, in an order that depends on the shape alone: results change neither
 from run to run nor with the number of threads. They keep h and g in fp32 between their two halves, except where
 everything is bf16 and the processor multiplies it natively (AVX512_BF16): there h and g are rounded to bf16 as plain
-torch rounds them, and subnormals count as zero as in its own GEMM. The keep
-bits come from Philox inside the pass over x; no mask and no x̂ exist. Nothing of size M×N or M×K is allocated beyond
-the results.
+torch rounds them, and subnormals count as zero as in its own GEMM. The keep bits come from Philox inside the pass over
+x; no mask and no x̂ exist. Where x has few rows, x wᵀ is part of the same launch. Nothing of size M×N or M×K is
+allocated beyond the results.
 
 Operands are addressed by row stride. One whose last stride is not 1 (a transposed view of x, dy, a, b or h) is copied
 first; w may have any strides.

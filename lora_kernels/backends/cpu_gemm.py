@@ -47,7 +47,7 @@ def few_rows(x: Tensor, w: Tensor) -> tuple[int, int] | None:
 
 
 def _choice(x: Tensor, w: Tensor) -> str:
-    return chosen(_GEMMS, _MARGIN, _KINDS[x.dtype], x.shape[0], w.numel(), w.stride(1) != 1, x, w)
+    return chosen(_GEMMS, _MARGIN, KINDS[x.dtype], x.shape[0], w.numel(), w.stride(1) != 1, x, w)
 
 
 def has_own(dtype: torch.dtype) -> bool:
@@ -88,7 +88,7 @@ def _torch(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 _GEMMS: Gemms = {"torch": _torch, "own": own}
-_KINDS = {dtype: str(dtype).removeprefix("torch.") for dtype in CODES}
+KINDS = {dtype: str(dtype).removeprefix("torch.") for dtype in CODES}
 
 
 def _faster(gemms: Gemms, margin: float, *operands: Any) -> str:

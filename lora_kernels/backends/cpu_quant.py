@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _C, quant_tables
-from lora_kernels.backends.cpu_gemm import CODES, Gemms, chosen, has_own
+from lora_kernels.backends.cpu_gemm import CODES, KINDS, Gemms, chosen, has_own
 from lora_kernels.quant import FORMATS, QuantizedWeight
 
 _BLOCK_BYTES = 8 << 20
@@ -36,7 +36,7 @@ def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> T
     elif not has_own(x.dtype):
         _by_blocks(x, w, transposed, y)
     else:
-        kind = f"{w.format} {x.dtype}".replace("torch.", "")
+        kind = f"{w.format} {KINDS[x.dtype]}"
         _GEMMS[chosen(_GEMMS, _MARGIN, kind, M, N * K, transposed, x, w, transposed, y)](x, w, transposed, y)
     return y
 
