@@ -22,16 +22,16 @@ largest element of each row of Vᵀ is made positive: two runs give the same bit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.merging import row_blocks, updated_weight
 from lora_kernels.quant import DTYPES, QuantizedWeight, quantize_weight
 
-_ROWS = 512
-"""Rows of W - s·B A made at a time: bounds the fp64 temporaries to 512 × K."""
 _SEED = 0
 """Of the randomised SVD."""
 
@@ -75,8 +75,8 @@ def olora(w: Tensor, r: int, scale: float, *, dtype: torch.dtype = torch.float32
     exact = _checked(w, r, scale, dtype)
     q, triangle = torch.linalg.qr(exact[:, :r])
     right = torch.zeros(r, exact.shape[1] - r, dtype=torch.float64, device=exact.device)
-    for n in range(0, exact.shape[0], _ROWS):  # in fp64, which is never TF32
-        right.addmm_(q[n : n + _ROWS].T.double(), exact[n : n + _ROWS, r:].double())
+    for rows in row_blocks(exact.shape[0]):  # in fp64, which is never TF32
+        right.addmm_(q[rows].T.double(), exact[rows, r:].double())
     a, b = _finite("A", torch.cat([triangle, right.float()], dim=1).to(dtype)), q.to(dtype).contiguous()
     return _finite("W - s·B A", _minus(exact, a, b, scale, w.dtype)), a, b
 
@@ -280,11 +280,7 @@ def _fast_svd(e: Tensor, r: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _minus(w: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """W - s·B A in `dtype`, rounded once."""
-    rest = torch.empty(w.shape, dtype=dtype, device=w.device)
-    right = a.double()
-    for n in range(0, w.shape[0], _ROWS):
-        rest[n : n + _ROWS] = w[n : n + _ROWS].double().addmm_(b[n : n + _ROWS].double(), right, alpha=-scale)
-    return rest
+    return updated_weight(w.__getitem__, a, b, -scale, dtype)
 
 
 def _gap(w: Tensor, q: QuantizedWeight) -> Tensor:
@@ -311,3 +307,23 @@ def _finite(name: str, made: Tensor) -> Tensor:
     if not made.isfinite().all():
         raise ValueError(f"{name} overflows {made.dtype}: take fp32, a scale nearer to 1, or scale the weight down")
     return made.contiguous()
+
+
+_DENSE: dict[str, Callable[..., Any]] = {"pissa": pissa, "olora": olora}
+_QUANTISED: dict[str, Callable[..., Any]] = {"loftq": loftq, "lq_lora": lq_lora}
+
+
+def split_named(init: str, quant: str | None) -> Callable[..., Any] | None:
+    """The function of this file that `init` names, for a dense base (`quant` is None) or a quantised one; None for
+    "kaiming", which splits nothing. Raises ValueError for a name there is none of, or of the other kind of base."""
+    ways = _DENSE if quant is None else _QUANTISED
+    if init == "kaiming" or init in ways:
+        return ways.get(init)
+    if init not in {**_DENSE, **_QUANTISED}:
+        names = ", ".join(map(repr, ("kaiming", *_DENSE, *_QUANTISED)))
+        raise ValueError(f"unknown init {init!r}: one of {names}")
+    if quant is None:
+        raise ValueError(f'init={init!r} splits W into a quantised base and an adapter: give quant="nf4", or another')
+    raise ValueError(
+        f"init={init!r} is for a dense base, and quant={quant!r}: take {' or '.join(map(repr, _QUANTISED))}"
+    )

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import dora, initialise
+from lora_kernels import dora, merging
+from lora_kernels.initialise import split_named
 from lora_kernels.ops import lora_linear
-from lora_kernels.quant import quantize_weight
-
-_MERGE_ROWS = 512
-"""Rows of W merged at a time: bounds the fp64 temporary to 512 × in_features."""
 
 
 class FusedLoRALinear(nn.Linear):
@@ -111,20 +107,13 @@ class FusedLoRALinear(nn.Linear):
         """
         check_settings(r, lora_alpha, lora_dropout)
         if quant is not None:
-            from lora_kernels.quant_module import QuantizedLoRALinear, refuse_dora
+            from lora_kernels.quant_module import QuantizedLoRALinear
 
-            refuse_dora(use_dora, quant)
-            settings: dict[str, Any] = {"blocksize": blocksize, "double_quant": double_quant}
-            split = _split(init, _QUANTISED, quant)
-            if split is None:
-                weight, start = quantize_weight(linear.weight, quant, **settings), ()
-            else:
-                weight, *start, _ = split(
-                    linear.weight, r, scaling_of(lora_alpha, r, use_rslora), format=quant, **settings
-                )
-            quantised = QuantizedLoRALinear.over(
-                weight,
-                linear.bias,
+            return QuantizedLoRALinear._over_dense(
+                linear,
+                quant,
+                init,
+                {"blocksize": blocksize, "double_quant": double_quant},
                 r=r,
                 lora_alpha=lora_alpha,
                 lora_dropout=lora_dropout,
@@ -133,8 +122,6 @@ class FusedLoRALinear(nn.Linear):
                 adapter_dtype=adapter_dtype,
                 backend=backend,
             )
-            quantised._start(init, *start)
-            return quantised.train(linear.training)
         if double_quant:
             raise ValueError('double_quant is for quant="nf4" and quant="fp4", and quant is None')
         if not linear.weight.is_floating_point():
@@ -142,7 +129,7 @@ class FusedLoRALinear(nn.Linear):
                 f"the weight of this {type(linear).__name__} is {linear.weight.dtype}, quantised already: "
                 "QuantizedLoRALinear.from_bnb takes the layers of bitsandbytes"
             )
-        split, base, start = _split(init, _DENSE, quant), cast(nn.Parameter, linear.weight), ()
+        split, base, start = split_named(init, quant), cast(nn.Parameter, linear.weight), ()
         if split is not None:
             weight, *start = split(base, r, scaling_of(lora_alpha, r, use_rslora))
             base = nn.Parameter(weight, requires_grad=False)
@@ -302,22 +289,14 @@ class FusedLoRALinear(nn.Linear):
         return linear.train(self.training)
 
     def _merged_weight(self, safe: bool) -> Tensor:
-        # Metal has no fp64; everywhere else the product and the sum are exact but for the one rounding at the end.
-        wide = torch.float32 if self.weight.device.type == "mps" else torch.float64
-        a, b = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
         d = None
         if self.use_dora:  # the forward's own d
-            d = dora.ratio(self.lora_magnitude_vector.detach(), self._weight_norm())[:, None].to(wide)
-        merged = torch.empty_like(self.weight)
-        for n in range(0, self.out_features, _MERGE_ROWS):
-            rows = slice(n, n + _MERGE_ROWS)
-            block = torch.addmm(self.weight[rows].to(wide), b[rows], a, alpha=float(self.scaling))
-            merged[rows] = (block if d is None else block.mul_(d[rows])).to(merged.dtype)
-        if safe and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"merging gives weights that are not finite (scaling {self.scaling}): nothing was changed. "
-                "Look at lora_A and lora_B"
-            )
+            d = dora.ratio(self.lora_magnitude_vector.detach(), self._weight_norm())
+        merged = merging.updated_weight(
+            self.weight.__getitem__, self.lora_A, self.lora_B, float(self.scaling), self.weight.dtype, d
+        )
+        if safe:
+            merging.refuse_nonfinite(merged, self.scaling)
         return merged
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -375,23 +354,6 @@ class FusedLoRALinear(nn.Linear):
         if self.backend is not None:
             text += f", backend={self.backend!r}"
         return text + (", merged" if self.merged else "")
-
-
-_DENSE: dict[str, Callable[..., Any]] = {"pissa": initialise.pissa, "olora": initialise.olora}
-_QUANTISED: dict[str, Callable[..., Any]] = {"loftq": initialise.loftq, "lq_lora": initialise.lq_lora}
-
-
-def _split(init: str, ways: dict[str, Callable[..., Any]], quant: str | None) -> Callable[..., Any] | None:
-    if init == "kaiming" or init in ways:
-        return ways.get(init)
-    if init not in {**_DENSE, **_QUANTISED}:
-        names = ", ".join(map(repr, ("kaiming", *_DENSE, *_QUANTISED)))
-        raise ValueError(f"unknown init {init!r}: one of {names}")
-    if quant is None:
-        raise ValueError(f'init={init!r} splits W into a quantised base and an adapter: give quant="nf4", or another')
-    raise ValueError(
-        f"init={init!r} is for a dense base, and quant={quant!r}: take {' or '.join(map(repr, _QUANTISED))}"
-    )
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:

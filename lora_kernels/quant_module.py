@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.module import FusedLoRALinear, check_settings
+from lora_kernels import merging
+from lora_kernels.initialise import split_named
+from lora_kernels.module import FusedLoRALinear, check_settings, scaling_of
 from lora_kernels.ops import lora_linear
 from lora_kernels.quant import QuantizedWeight, assemble, from_bnb, quantize_weight
 
 _PARTS = ("weight_scales", "weight_table", "weight_absmax", "weight_offset")
 """The buffers of a quantised weight beside its codes; the last three with double quantisation only."""
-
-_MERGE_ROWS = 512
 
 
 class MergeReport(NamedTuple):
@@ -89,6 +89,21 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return module
 
     @classmethod
+    def _over_dense(cls, linear: nn.Linear, format: str, init: str, how: dict[str, Any], **settings: Any) -> Any:
+        """``FusedLoRALinear.from_linear(linear, quant=format, init=init, **how, **settings)``: `how` W is quantised,
+        and the `settings` of `over`, all of them."""
+        refuse_dora(settings["use_dora"], format)
+        split = split_named(init, format)
+        if split is None:
+            weight, start = quantize_weight(linear.weight, format, **how), ()
+        else:
+            scale = scaling_of(settings["lora_alpha"], settings["r"], settings["use_rslora"])
+            weight, *start, _ = split(linear.weight, settings["r"], scale, format=format, **how)
+        module = cls.over(weight, linear.bias, **settings)
+        module._start(init, *start)
+        return module.train(linear.training)
+
+    @classmethod
     def from_bnb(cls, linear: nn.Linear, *, dtype: torch.dtype | None = None, **settings: Any) -> QuantizedLoRALinear:
         """The module over a ``Linear4bit`` or ``Linear8bitLt`` of bitsandbytes, sharing its tensors. `dtype` becomes
         `weight_dtype`, which is fp16 for a Linear8bitLt where none is given; `settings` are those of `over`."""
@@ -141,15 +156,14 @@ class QuantizedLoRALinear(FusedLoRALinear):
         before = self.quantized_weight()
         merged = self._merged_weight(safe=True, dtype=torch.float32)
         after = self._quantize(merged)
-        wide = _wide(after.device)
+        wide = merging.wide_dtype(after.device)
         a, b = self.lora_A.to(wide), self.lora_B.to(wide)
         error = norm = update = 0.0
-        for n in range(0, self.out_features, _MERGE_ROWS):
-            last = min(self.out_features, n + _MERGE_ROWS)
-            want = merged[n:last].to(wide)
+        for rows in merging.row_blocks(self.out_features):
+            want = merged[rows].to(wide)
             norm += want.square().sum().item()
-            error += (after.rows(n, last, torch.float32).to(wide) - want).square().sum().item()
-            update += (b[n:last] @ a).square().sum().item()
+            error += (after.rows(rows.start, rows.stop, torch.float32).to(wide) - want).square().sum().item()
+            update += (b[rows] @ a).square().sum().item()
         norm = max(norm, torch.finfo(torch.float64).tiny)
         self._put(after)
         self._unmerged = before
@@ -186,18 +200,15 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     def _merged_weight(self, safe: bool, dtype: torch.dtype | None = None) -> Tensor:
         q = self._unmerged or self.quantized_weight()
-        wide = _wide(q.device)
-        a, b = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
-        merged = torch.empty(q.shape, dtype=dtype or self._dtype, device=q.device)
-        for n in range(0, self.out_features, _MERGE_ROWS):
-            last = min(self.out_features, n + _MERGE_ROWS)
-            block = q.rows(n, last, torch.float32).to(wide)
-            merged[n:last] = block.addmm_(b[n:last], a, alpha=float(self.scaling)).to(merged.dtype)
-        if safe and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"merging gives weights that are not finite (scaling {self.scaling}): nothing was changed. "
-                "Look at lora_A and lora_B"
-            )
+        merged = merging.updated_weight(
+            lambda rows: q.rows(rows.start, rows.stop, torch.float32),
+            self.lora_A,
+            self.lora_B,
+            float(self.scaling),
+            dtype or self._dtype,
+        )
+        if safe:
+            merging.refuse_nonfinite(merged, self.scaling)
         return merged
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLoRALinear:
@@ -301,8 +312,3 @@ def refuse_dora(use_dora: bool, format: str) -> None:
             f"use_dora over a quantised weight ({format}) is not served: its norm needs W anew in every step. "
             "Leave use_dora or quant away"
         )
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    """Of the sum W + s·B·A: Metal has no fp64."""
-    return torch.float32 if device.type == "mps" else torch.float64
