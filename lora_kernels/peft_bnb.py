@@ -130,6 +130,11 @@ class _FusedBnb(Fused):
                 return f"adapter {name!r} is {dtype} beside {x.dtype}, and x may not be converted"
         return None
 
+    def _inner_dtype(self, x: Tensor) -> torch.dtype:
+        found = self._dtypes(x)
+        assert not isinstance(found, str), found
+        return found[0]
+
     def operands(
         self, *names: str, dtype: torch.dtype | None = None
     ) -> tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]:

@@ -19,8 +19,9 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lora_kernels import check
+from lora_kernels import check, dispatch
 from lora_kernels.autograd import as_dtype, device_type
+from lora_kernels.backends import Call
 from lora_kernels.dora import dora_linear
 from lora_kernels.ops import lora_linear
 from lora_kernels.peft_groups import SharedInput
@@ -133,7 +134,7 @@ class Fused:
         for name in active:
             if reason := self.adapter_reason(self, name):
                 return reason
-        return self._dtype_reason(x, active) or active
+        return self._dtype_reason(x, active) or self._speed_reason(x, active) or active
 
     @staticmethod
     def base_reason(layer: Any) -> str | None:
@@ -163,6 +164,26 @@ class Fused:
     def _dtype_reason(self, x: Tensor, names: list[str]) -> str | None:
         """Why these adapters cannot be served with this x; None where they can."""
         raise NotImplementedError
+
+    def _speed_reason(self, x: Tensor, names: list[str]) -> str | None:
+        """Why PEFT's own forward is the faster one: without a kernel, masks and what is stored in 4 or 8 bits become
+        tensors by dozens of torch operations. No reason where a back-end was asked for by name."""
+        if self._backend is not None:
+            return None
+        weight, dropped = self._weight(), any(_rate(part(self, "lora_dropout", name)) > 0 for name in names)
+        w_format = weight.format if isinstance(weight, QuantizedWeight) else "dense"
+        if not dropped and w_format == "dense":
+            return None
+        a, inner = tensor(part(self, "lora_A", names[0]), "weight"), self._inner_dtype(x)
+        adapter = a.dtype if a.dtype == torch.float32 else inner
+        if not _only_eager(x.device, inner, adapter, *weight.shape, a.shape[0], dropped, w_format):
+            return None
+        what = "dropout" if w_format == "dense" else f"a weight in {w_format}"
+        return f"no kernel for {what} here, and PEFT's own forward is faster than plain torch operations"
+
+    def _inner_dtype(self, x: Tensor) -> torch.dtype:
+        """What base and adapter are computed in, for an x that `_dtype_reason` has found in order."""
+        return autocast_of(x) or x.dtype
 
     def _weight(self) -> Tensor | QuantizedWeight:
         """W [N,K] of the base, which `base_reason` has found in order."""
@@ -294,6 +315,22 @@ class FusedLinear(Fused, peft_layer.Linear):
             weight_norm_sq=None,
             backend=self._backend,
         )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _only_eager(
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    N: int,
+    K: int,
+    R: int,
+    dropped: bool,
+    w_format: str,
+) -> bool:
+    """Whether the automatic choice has no kernel for such calls, of any number of rows."""
+    call = Call("forward", device, dtype, adapter_dtype, 1, N, K, R, dropped, w_format)
+    return any(dispatch.pick(call._replace(op=op), None).name == "eager" for op in ("forward", "backward"))
 
 
 def autocast_of(x: Tensor) -> torch.dtype | None:

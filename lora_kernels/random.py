@@ -22,7 +22,11 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 _LOW = 0xFFFFFFFF
+_SIGNS = 0x8000_8000_8000_8000 - 2**64
 _SEED_LIMIT = 2**63 - 1
+_GROUPS = 2**16
+_GROUPS_GPU = 2**20
+"""Of eight elements, whose masks are made at a time: as many as stay in a core's cache, or as keep a GPU busy."""
 
 
 def threshold(p: float) -> int:
@@ -52,27 +56,47 @@ def philox(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
-        # int64 products wrap modulo 2⁶⁴, which leaves all 64 bits right; the shift is arithmetic, so the high half is
-        # masked.
+        # int64 products wrap modulo 2⁶⁴, which leaves all 64 bits right. Only what the next round multiplies must be
+        # free of the other half, and of the sign that the arithmetic shift brings down.
         product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _LOW) ^ c1 ^ k0,
-            product1 & _LOW,
-            ((product0 >> 32) & _LOW) ^ c3 ^ k1,
-            product0 & _LOW,
-        )
+        c0 = ((product1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        c2 = ((product0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c1, c3 = product1, product0
         k0, k1 = (k0 + PHILOX_WEYL[0]) & _LOW, (k1 + PHILOX_WEYL[1]) & _LOW
-    return c0, c1, c2, c3
+    return c0, c1 & _LOW, c2, c3 & _LOW
 
 
 def keep_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """The elements of x [M,K] that dropout keeps: bool [M,K], on the seed's device."""
-    device = seed.device
-    m = torch.arange(M, dtype=torch.int64, device=device)[:, None]
-    group = torch.arange((K + 7) // 8, dtype=torch.int64, device=device)[None, :]
-    words = philox((group, m & _LOW, m >> 32, torch.zeros_like(group)), (seed & _LOW, (seed >> 32) & _LOW))
-    lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return lanes.flatten(1)[:, :K] >= threshold(p)
+    mask = torch.empty(M, K, dtype=torch.bool, device=seed.device)
+    for rows in _blocks(M, K, seed.is_cpu):
+        mask[rows] = _keep_rows(seed, rows, K, p)
+    return mask
+
+
+def masked(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """keep ⊙ x for x [M,K], as a new tensor, and with no mask of that size."""
+    (M, K), out, zero = x.shape, torch.empty_like(x), x.new_zeros(())
+    for rows in _blocks(M, K, x.is_cpu):
+        torch.where(_keep_rows(seed, rows, K, p), x[rows], zero, out=out[rows])
+    return out
+
+
+def _blocks(M: int, K: int, cpu: bool) -> list[slice]:
+    """Of rows, so that the words of one block take megabytes whatever M is."""
+    rows = max(1, (_GROUPS if cpu else _GROUPS_GPU) // max(1, (K + 7) // 8))
+    return [slice(m, min(M, m + rows)) for m in range(0, M, rows)]
+
+
+def _keep_rows(seed: Tensor, rows: slice, K: int, p: float) -> Tensor:
+    """`keep_mask` of these rows."""
+    m = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=seed.device)[:, None]
+    group = torch.arange((K + 7) // 8, dtype=torch.int64, device=seed.device)[None, :]
+    w0, w1, w2, w3 = philox((group, m & _LOW, m >> 32, torch.zeros_like(group)), (seed & _LOW, seed >> 32))
+    # Eight 16-bit lanes in order, low half first, as int16: with their uppermost bit turned they compare as unsigned.
+    lanes = torch.stack((w1.bitwise_left_shift_(32).bitwise_or_(w0), w3.bitwise_left_shift_(32).bitwise_or_(w2)), -1)
+    lanes = lanes.bitwise_xor_(_SIGNS).view(torch.int16)
+    return lanes.flatten(1)[:, :K] >= threshold(p) - 2**15
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -43,6 +43,18 @@ def test_mask_is_a_function_of_seed_row_and_column(m, k, seed, p):
     assert torch.equal(mask, random.keep_mask(seed, m + 3, k + 11, p)[:m, :k])
 
 
+def test_large_masks_are_made_in_blocks(monkeypatch):
+    seed, (M, K), p = torch.tensor((1 << 40) | 5), (100, 37), 0.4
+    whole = random.keep_mask(seed, M, K, p)
+    monkeypatch.setattr(random, "_GROUPS", 35)  # seven rows at a time, and two last ones
+    assert torch.equal(random.keep_mask(seed, M, K, p), whole)
+    x = torch.randn(K, M).t()
+    assert torch.equal(random.masked(x, p, seed), x * whole)
+    x[0, 0] = x[99, 36] = float("nan")  # what is dropped is zero, whatever it was
+    assert torch.equal(random.masked(x, p, seed).isnan(), whole & x.isnan())
+    assert random.masked(x[:0], p, seed).shape == (0, K)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_kept_fraction_and_scale(p):
     mask = random.keep_mask(torch.tensor(3), 512, 1024, p).double()

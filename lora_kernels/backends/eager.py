@@ -1,7 +1,8 @@
 """Vendor GEMMs called from Python: any device, any floating dtype; the honest baseline.
 
 Without dropout there is no elementwise pass: the low-rank terms are added by ``addmm_`` into what the base GEMM wrote.
-With dropout the mask is drawn by torch operations, which is slow; the other back-ends exist for that.
+With dropout the mask is drawn by torch operations, a few megabytes at a time; that is slow, and the other back-ends exist
+for it.
 """
 
 from __future__ import annotations
@@ -114,8 +115,7 @@ def _masked(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0:
         return x
     assert seed is not None
-    M, K = x.shape
-    return torch.where(random.keep_mask(seed, M, K, p), x, x.new_zeros(()))
+    return random.masked(x, p, seed)
 
 
 def _transposed_product(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
