@@ -1,8 +1,8 @@
 """Vendor GEMMs called from Python: any device, any floating dtype; the honest baseline.
 
 Without dropout there is no elementwise pass: the low-rank terms are added by ``addmm_`` into what the base GEMM wrote.
-With dropout the mask is drawn by torch operations, a few megabytes at a time; that is slow, and the other back-ends exist
-for it.
+With dropout the mask is drawn by torch operations, a few megabytes at a time: slow, and what the other back-ends exist
+for.
 """
 
 from __future__ import annotations
