@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,7 +20,8 @@ BACKENDS = ("cpu", "cuda", "triton", "eager")
 
 @functools.lru_cache(maxsize=4096)
 def pick(call: Call, backend: str | None) -> ModuleType:
-    """The back-end that serves `call`: the one named, or the first of the automatic order that can.
+    """The back-end that serves `call`: the one named, or the `automatic` one. Warns where that is `eager` for what it
+    does slowly.
 
     Raises ValueError where a named back-end is unknown or refuses; a named back-end is never replaced by another.
     """
@@ -32,9 +34,23 @@ def pick(call: Call, backend: str | None) -> ModuleType:
                 + "\nPass backend=None for the automatic choice, or see lora_kernels.explain(...)."
             )
         return load(backend)
+    name = automatic(call)
+    if name == "eager" and (call.dropout or call.w_format != "dense"):
+        what = "the dropout mask is drawn" if call.w_format == "dense" else f"the {call.w_format} weight is dequantised"
+        warnings.warn(
+            f"no kernel is chosen for {call.dtype} on {call.device} here: {what} by torch operations, which is slow. "
+            + _way_out(call),
+            stacklevel=2,
+        )
+    return load(name)
+
+
+@functools.lru_cache(maxsize=4096)
+def automatic(call: Call) -> str:
+    """The automatic choice: the first of the order by device that can serve `call`, on a GPU with evidence."""
     for name in _order(call):
         if not _passed_over(name, call):
-            return load(name)
+            return name
     raise ValueError(f"no back-end can serve this call ({_describe(call)})")
 
 
@@ -69,7 +85,7 @@ class Explanation:
 def explain(call: Call, backend: str | None) -> Explanation:
     """Why `call` is served by the back-end it is served by. Raises as `pick` does."""
     calls = [call._replace(op=op) for op in ("forward", "backward")]
-    chosen = [str(pick(each, backend).name) for each in calls]
+    chosen = [automatic(each) if backend is None else str(pick(each, backend).name) for each in calls]
     passed_over: dict[str, list[str]] = {}
     for name in BACKENDS:
         if name in chosen:
@@ -99,6 +115,13 @@ def _passed_over(name: str, call: Call) -> list[str]:
                 f"ask for it with backend={name!r}"
             ]
     return reasons
+
+
+def _way_out(call: Call) -> str:
+    able = [f"backend={name!r}" for name in _order(call) if name != "eager" and not refusals(name, call)]
+    if able:
+        return f"Ask for {' or '.join(able)}, which has not yet run on such a GPU"
+    return "`python -m lora_kernels doctor` tells what is missing, lora_kernels.explain(...) what stands in the way"
 
 
 def _arch(device: torch.device) -> str:

@@ -330,7 +330,7 @@ def _only_eager(
 ) -> bool:
     """Whether the automatic choice has no kernel for such calls, of any number of rows."""
     call = Call("forward", device, dtype, adapter_dtype, 1, N, K, R, dropped, w_format)
-    return any(dispatch.pick(call._replace(op=op), None).name == "eager" for op in ("forward", "backward"))
+    return any(dispatch.automatic(call._replace(op=op)) == "eager" for op in ("forward", "backward"))
 
 
 def autocast_of(x: Tensor) -> torch.dtype | None:

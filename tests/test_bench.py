@@ -43,8 +43,10 @@ def wrong_backend(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, "wrong"))
     dispatch.pick.cache_clear()
+    dispatch.automatic.cache_clear()
     yield
     dispatch.pick.cache_clear()
+    dispatch.automatic.cache_clear()
 
 
 def bench(*words: str) -> int:

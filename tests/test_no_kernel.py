@@ -1,7 +1,8 @@
-"""Where no kernel serves a call, PEFT's own forward does what plain torch operations would take longer for."""
+"""Where no kernel is chosen, what torch operations do slowly is said, and left to PEFT where PEFT is there."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 
 import pytest
@@ -23,8 +24,10 @@ def no_kernel(monkeypatch):
     """As on a GPU for which no kernel has evidence yet."""
     monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", ("eager",))
     dispatch.pick.cache_clear()
+    dispatch.automatic.cache_clear()
     yield
     dispatch.pick.cache_clear()
+    dispatch.automatic.cache_clear()
 
 
 def test_dropout_is_pefts(no_kernel):
@@ -102,3 +105,38 @@ def test_stored_weights_are_bitsandbytes_own(no_kernel):
     reason = DROPOUT.replace("dropout", "a weight in nf4")
     found = [layer for layer in model.modules() if isinstance(layer, Fused)]
     assert [(layer.fused_calls, layer.passed_over) for layer in found] == [(0, Counter({reason: 1}))] * 2
+
+
+def operands(dtype=torch.float32):
+    return tuple(torch.randn(shape, dtype=dtype) for shape in ((3, 16), (24, 16), (2, 16), (24, 2)))
+
+
+def test_a_slow_choice_is_said_with_the_way_out(no_kernel):
+    x, w, a, b = operands()
+    with pytest.warns(UserWarning, match=r"torch\.float32 on cpu here: the dropout mask is drawn .* slow\. .* doctor"):
+        lora_kernels.lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1)
+    with pytest.warns(UserWarning, match="the int8 weight is dequantised"):
+        lora_kernels.lora_linear(x, lora_kernels.quantize_weight(w, "int8"), a, b, scale=1.0)
+
+
+def test_the_way_out_names_the_back_ends_that_only_want_evidence(no_kernel, monkeypatch):
+    monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", ("cpu", "eager"))
+    refusal = dispatch._passed_over
+    monkeypatch.setattr(
+        dispatch, "_passed_over", lambda name, call: ["want of it"] * (name == "cpu") + refusal(name, call)
+    )
+    x, w, a, b = operands()
+    with pytest.warns(UserWarning, match="Ask for backend='cpu', which has not yet run on such a GPU"):
+        lora_kernels.lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1)
+
+
+def test_nothing_is_said_where_nothing_is_slow(no_kernel):
+    x, w, a, b = operands()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_kernels.lora_linear(x, w, a, b, scale=1.0)
+        lora_kernels.lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1, backend="eager")
+        lora_kernels.explain(x, w, a, b, dropout_p=0.1)
+        dispatch.AUTOMATIC["cpu"] = ("cpu", "eager")
+        dispatch.automatic.cache_clear()
+        lora_kernels.lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1)
