@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import dora, initialise
+from lora_kernels import check, dora, initialise
 from lora_kernels.ops import lora_linear
 from lora_kernels.quant import quantize_weight
 
@@ -107,9 +107,11 @@ class FusedLoRALinear(nn.Linear):
         Raises:
             ValueError: as the constructor; use_dora with `quant`; double_quant without; an `init` there is none of, or
                 of the other kind of base, or what it raises, such as for r above min(in, out). TypeError: a weight that
-                is quantised already.
+                is quantised already; what is no nn.Linear, or more than one: with an adapter, hooks, a forward or a
+                parametrization of its own, which the module would pass over.
         """
         check_settings(r, lora_alpha, lora_dropout)
+        check.plain_linear(linear)
         if quant is not None:
             from lora_kernels.quant_module import QuantizedLoRALinear, refuse_dora
 
@@ -214,9 +216,12 @@ class FusedLoRALinear(nn.Linear):
 
     def _tensors(self) -> dict[str, Any]:
         """The parameters by name, straight from the dictionary: nn.Module's attribute look-up costs about a microsecond
-        each, on every call. Those of a replica of nn.DataParallel are plain attributes."""
+        each, on every call. In a replica of nn.DataParallel, and where one is parametrised or pruned, some are
+        attributes of another kind."""
         p: dict[str, Any] = self._parameters
-        return p if "weight" in p else {**vars(self), **p}
+        if "weight" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
+            return p
+        return {name: getattr(self, name) for name in ("weight", "bias", "lora_A", "lora_B")}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features]. Raises what `lora_linear` raises."""
@@ -232,7 +237,7 @@ class FusedLoRALinear(nn.Linear):
                 weight,
                 lora_a,
                 lora_b,
-                p["lora_magnitude_vector"],
+                self.lora_magnitude_vector,
                 scale=self.scaling,
                 bias=bias,
                 dropout_p=dropout_p,
