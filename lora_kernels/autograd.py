@@ -98,7 +98,7 @@ def refuse_double_backward(name: str, grads: tuple[Tensor | None, ...]) -> tuple
     that look constant: a gradient penalty on dx would then silently lose its part in A and B.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RefuseDoubleBackward.apply(torch.empty(0, requires_grad=True), name, *grads)
+        return _RefuseDoubleBackward.apply(torch.empty(0, device="cpu", requires_grad=True), name, *grads)
     return grads
 
 

@@ -255,6 +255,16 @@ class FusedLoRALinear(nn.Linear):
                 f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
             )
 
+    def reset_parameters(self) -> None:
+        """Start wholly anew: weight and bias as nn.Linear does, then the adapter. Called after ``to_empty`` by what
+        materialises a model from the meta device."""
+        made = "lora_A" in self._parameters  # nn.Linear calls this while it is made
+        if made:
+            self.unmerge()
+        super().reset_parameters()
+        if made:
+            self.reset_adapter()
+
     def reset_adapter(self) -> None:
         """Start anew: A Kaiming-uniform(√5), B zero, m = ‖W‖. A merged module is unmerged first."""
         self.unmerge()
@@ -354,6 +364,11 @@ class FusedLoRALinear(nn.Linear):
         )
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
+            if self.lora_A.is_meta and not self.weight.is_meta:  # by assign=True, where nothing was kept
+                for name in (key.removeprefix(prefix) for key in keys):
+                    empty = torch.empty_like(self._parameters[name], device=self.weight.device)
+                    setattr(self, name, nn.Parameter(empty, requires_grad=self._parameters[name].requires_grad))
+                self.reset_adapter()
         if follows:
             self._reset_magnitude()
         if merged:
