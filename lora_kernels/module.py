@@ -366,8 +366,8 @@ class FusedLoRALinear(nn.Linear):
             missing_keys[:] = [key for key in missing_keys if key not in keys]
             if self.lora_A.is_meta and not self.weight.is_meta:  # by assign=True, where nothing was kept
                 for name in (key.removeprefix(prefix) for key in keys):
-                    empty = torch.empty_like(self._parameters[name], device=self.weight.device)
-                    setattr(self, name, nn.Parameter(empty, requires_grad=self._parameters[name].requires_grad))
+                    empty = torch.empty_like(old := getattr(self, name), device=self.weight.device)
+                    setattr(self, name, nn.Parameter(empty, requires_grad=old.requires_grad))
                 self.reset_adapter()
         if follows:
             self._reset_magnitude()
