@@ -95,8 +95,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """A config that was checked: every field as in LoraConfig, none of them with a meaning not supported here."""
     try:
         config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        more = f": {path.parent} is a file, and must be the directory of an adapter" if path.parent.is_file() else ""
+        raise FileNotFoundError(f"there is no {path}{more}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is cut short or not JSON ({error}); nothing was loaded") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

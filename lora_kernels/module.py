@@ -423,7 +423,7 @@ def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
     """Raises ValueError for a setting that no layer can have."""
     if not isinstance(r, int) or r < 1:
         raise ValueError(f"r must be an integer of at least 1, got {r!r}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")

@@ -128,7 +128,7 @@ def explain(
 ) -> dispatch.Explanation:
     """Which back-end `lora_linear` would run for these operands, and every reason why each other one was passed over.
 
-    Takes what `lora_linear` takes and raises what it raises; computes nothing.
+    Takes what `lora_linear` takes, but for scale and seed, and raises what it raises; computes nothing.
     """
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, isinstance(weight, QuantizedWeight))
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
