@@ -77,6 +77,8 @@ def dora_linear(
             for a magnitude or weight_norm_sq that is not [N] on x's device.
     """
     autocast, x, bias, lora_a, lora_b = as_autocast_asks(x, bias, lora_a, lora_b)
+    if autocast and magnitude.dtype in check.HALVES:
+        magnitude = magnitude.to(lora_a.dtype)
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast)
     _check_rows(weight, lora_a, magnitude, weight_norm_sq)
     scale, lora_b = check.scale(scale, lora_b)
