@@ -95,9 +95,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """A config that was checked: every field as in LoraConfig, none of them with a meaning not supported here."""
     try:
         config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}") from None
-    except ValueError as error:
+    except (FileNotFoundError, NotADirectoryError):
+        more = f": {path.parent} is a file, and must be the directory of an adapter" if path.parent.is_file() else ""
+        raise FileNotFoundError(f"there is no {path}{more}") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is cut short or not JSON ({error}); nothing was loaded") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -118,13 +119,17 @@ def read_config(path: Path) -> dict[str, Any]:
         "alpha_pattern": (dict, type(None)),
         "target_modules": (list, str),
         "exclude_modules": (list, str, type(None)),
+        "layers_to_transform": (list, int, type(None)),
+        "layers_pattern": (list, str, type(None)),
     }
+    elements = {"layers_to_transform": (int,)}  # of a list; else names
     for key, types in kinds.items():
         value = config.get(key, None if type(None) in types else types[0]())
-        values = value.values() if isinstance(value, dict) else ()
-        if not isinstance(value, types) or not all(isinstance(v, (int, float)) for v in values):
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inside = (int, float) if isinstance(value, dict) else elements.get(key, (str,))
+        if not isinstance(value, types) or not all(isinstance(v, inside) for v in values):
             raise ValueError(f"{path}: {key}={value!r} is not what LoraConfig has there")
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"):
         value = config.get(key)
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
             try:
@@ -165,6 +170,8 @@ def adapters_of(state: Mapping[str, Tensor], key: re.Pattern[str], dora: bool, s
         raise ValueError(f"{source} holds no adapter")
     adapters = {name: Adapter(parts["A"], parts["B"], parts.get(MAGNITUDE)) for name, parts in found.items()}
     for name, (a, b, m) in adapters.items():
+        if odd := [f"{t.dtype}" for t in (a, b, m) if t is not None and not t.is_floating_point()]:
+            raise ValueError(f"{source}: the adapter of {name} is {odd[0]}, no floating type; nothing was loaded")
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(
                 f"{source}: {name}.lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are not [r, in] and [out, r] "

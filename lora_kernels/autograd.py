@@ -36,9 +36,10 @@ def device_type(t: Tensor) -> str:
 
 def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
     """Whether a call has to be seen as the operator that it is: by a compiler, a tracer, a profiler, a mode
-    (checkpointing policies and FLOP counters are modes), functorch, forward-mode AD, or by a subclass of Tensor or a
-    device that has its own way with it. Else what the operator runs can be called itself: the dispatch of two of them
-    took a fifth of a training step of a 128x128 layer."""
+    (checkpointing policies and FLOP counters are modes), functorch, forward-mode AD, by a subclass of Tensor or a
+    device that has its own way with it, or by PyTorch where memory does not hold what the tensor is: negated lazily,
+    or the zeros without memory that torch.sgn gives as its gradient. Else what the operator runs can be called itself:
+    the dispatch of two of them took a fifth of a training step of a 128x128 layer."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -52,12 +53,25 @@ def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> 
         or type(w) not in _PLAIN
         or type(a) not in _PLAIN
         or type(b) not in _PLAIN
-        or (bias is not None and (type(bias) not in _PLAIN or bias.is_neg()))
+        or (bias is not None and (type(bias) not in _PLAIN or bias.is_neg() or bias._is_zerotensor()))
         or x.is_neg()
+        or x._is_zerotensor()
         or w.is_neg()
         or a.is_neg()
         or b.is_neg()
     )
+
+
+def refuse_transforms(name: str) -> None:
+    """Raises RuntimeError inside torch.func's transforms that differentiate. They would find nothing to differentiate
+    by in an operator called directly, and under a compiler's tracing not in an autograd Function either: the gradients
+    would be zeros without a word."""
+    if torch._C._are_functorch_transforms_active() and (torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        raise RuntimeError(
+            f"{name} does not go with torch.func's grad, vjp, jvp and what is made of them, nor with vmap while "
+            "gradients are recorded (under torch.no_grad() it does). Take loss.backward() or torch.autograd.grad, or "
+            "compute this layer in plain torch, x @ W.T + scale * (x @ A.T @ B.T)"
+        )
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,7 +98,7 @@ def refuse_double_backward(name: str, grads: tuple[Tensor | None, ...]) -> tuple
     that look constant: a gradient penalty on dx would then silently lose its part in A and B.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RefuseDoubleBackward.apply(torch.empty(0, requires_grad=True), name, *grads)
+        return _RefuseDoubleBackward.apply(torch.empty(0, device="cpu", requires_grad=True), name, *grads)
     return grads
 
 

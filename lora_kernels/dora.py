@@ -27,10 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels import check, ops, random
-from lora_kernels.autograd import as_autocast_asks, no_autocast, no_graph, refuse_double_backward
+from lora_kernels.autograd import as_autocast_asks, no_autocast, no_graph, refuse_double_backward, refuse_transforms
 
 _WEIGHT_ROWS = 512
 """Rows of a 16-bit W converted to fp32 at a time."""
@@ -76,17 +77,21 @@ def dora_linear(
             for a magnitude or weight_norm_sq that is not [N] on x's device.
     """
     autocast, x, bias, lora_a, lora_b = as_autocast_asks(x, bias, lora_a, lora_b)
+    if autocast and magnitude.dtype in check.HALVES:
+        magnitude = magnitude.to(lora_a.dtype)
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast)
     _check_rows(weight, lora_a, magnitude, weight_norm_sq)
     scale, lora_b = check.scale(scale, lora_b)
     seed = check.seed(seed, x.device) if dropout_p > 0 else None
+    refuse_transforms("dora_linear")
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with no_autocast(x.device.type):
         norm = _dora_norm(weight, lora_a.detach(), lora_b.detach(), scale, weight_norm_sq)
         d = ratio(magnitude, norm)
         operands = (rows, weight, lora_a, lora_b, d, bias, scale, dropout_p, seed, backend)
-        y = DoRALinearFunction.apply(*operands) if torch.is_grad_enabled() else _forward(*operands, False, False)[0]
+        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        y = DoRALinearFunction.apply(*operands) if recorded else _forward(*operands, False, False)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import check, dispatch, ops
-from lora_kernels.autograd import as_autocast_asks, no_autocast, no_graph, refuse_double_backward
+from lora_kernels.autograd import as_autocast_asks, no_autocast, no_graph, refuse_double_backward, refuse_transforms
 from lora_kernels.backends import Branch
 
 _LAYERS = "Tensor[] w, Tensor[] a, Tensor[] b, "
@@ -66,6 +66,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, backend: str | None
         check.operands(rows, weight, a, b, bias, p, autocast)
         scale, b = check.scale(scale, b)
         branches.append(Branch(weight, a, b, bias, scale, p, check.seed(seed, x.device) if p > 0 else None))
+    refuse_transforms("lora_linear_group")
     rows = rows if x.dim() == 2 else rows.reshape(-1, x.shape[-1])
     with no_autocast(x.device.type):
         ys = LoRALinearGroupFunction.apply(rows, backend, *(part for branch in branches for part in branch))

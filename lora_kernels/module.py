@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import dora, merging
+from lora_kernels import check, dora, merging
 from lora_kernels.initialise import split_named
 from lora_kernels.ops import lora_linear
 
@@ -103,9 +103,11 @@ class FusedLoRALinear(nn.Linear):
         Raises:
             ValueError: as the constructor; use_dora with `quant`; double_quant without; an `init` there is none of, or
                 of the other kind of base, or what it raises, such as for r above min(in, out). TypeError: a weight that
-                is quantised already.
+                is quantised already; what is no nn.Linear, or more than one: with an adapter, hooks, a forward or a
+                parametrization of its own, which the module would pass over.
         """
         check_settings(r, lora_alpha, lora_dropout)
+        check.plain_linear(linear)
         if quant is not None:
             from lora_kernels.quant_module import QuantizedLoRALinear
 
@@ -201,9 +203,12 @@ class FusedLoRALinear(nn.Linear):
 
     def _tensors(self) -> dict[str, Any]:
         """The parameters by name, straight from the dictionary: nn.Module's attribute look-up costs about a microsecond
-        each, on every call. Those of a replica of nn.DataParallel are plain attributes."""
+        each, on every call. In a replica of nn.DataParallel, and where one is parametrised or pruned, some are
+        attributes of another kind."""
         p: dict[str, Any] = self._parameters
-        return p if "weight" in p else {**vars(self), **p}
+        if "weight" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
+            return p
+        return {name: getattr(self, name) for name in ("weight", "bias", "lora_A", "lora_B")}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features]. Raises what `lora_linear` raises."""
@@ -219,7 +224,7 @@ class FusedLoRALinear(nn.Linear):
                 weight,
                 lora_a,
                 lora_b,
-                p["lora_magnitude_vector"],
+                self.lora_magnitude_vector,
                 scale=self.scaling,
                 bias=bias,
                 dropout_p=dropout_p,
@@ -236,6 +241,16 @@ class FusedLoRALinear(nn.Linear):
             warnings.warn(
                 f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
             )
+
+    def reset_parameters(self) -> None:
+        """Start wholly anew: weight and bias as nn.Linear does, then the adapter. Called after ``to_empty`` by what
+        materialises a model from the meta device."""
+        made = "lora_A" in self._parameters  # nn.Linear calls this while it is made
+        if made:
+            self.unmerge()
+        super().reset_parameters()
+        if made:
+            self.reset_adapter()
 
     def reset_adapter(self) -> None:
         """Start anew: A Kaiming-uniform(√5), B zero, m = ‖W‖. A merged module is unmerged first."""
@@ -328,6 +343,11 @@ class FusedLoRALinear(nn.Linear):
         )
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
+            if self.lora_A.is_meta and not self.weight.is_meta:  # by assign=True, where nothing was kept
+                for name in (key.removeprefix(prefix) for key in keys):
+                    empty = torch.empty_like(old := getattr(self, name), device=self.weight.device)
+                    setattr(self, name, nn.Parameter(empty, requires_grad=old.requires_grad))
+                self.reset_adapter()
         if follows:
             self._reset_magnitude()
         if merged:
@@ -365,7 +385,7 @@ def check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
     """Raises ValueError for a setting that no layer can have."""
     if not isinstance(r, int) or r < 1:
         raise ValueError(f"r must be an integer of at least 1, got {r!r}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")

@@ -25,6 +25,7 @@ from lora_kernels.autograd import (
     no_autocast,
     no_graph,
     refuse_double_backward,
+    refuse_transforms,
     watched,
 )
 from lora_kernels.backends import Call
@@ -88,7 +89,7 @@ def lora_linear(
         ValueError: for shapes that do not fit together, operands on different devices, a weight that requires a
             gradient, p outside [0, 1), a scale that is not finite, or a named back-end that is unknown or cannot serve
             the call (with all its reasons).
-        RuntimeError: from autograd, on double backward.
+        RuntimeError: from autograd, on double backward; in torch.func's transforms that differentiate.
     """
     autocast, x, bias, lora_a, lora_b = as_autocast_asks(x, bias, lora_a, lora_b)
     w: Any = weight
@@ -101,13 +102,14 @@ def lora_linear(
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, autocast or w is not weight)
     scale, lora_b = check.scale(scale, lora_b)
     seed = check.seed(seed, x.device) if dropout_p > 0 else None
+    refuse_transforms("lora_linear")
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     how = (scale, dropout_p, backend, w_format, w_blocksize)
     if autocast:
         with torch.autocast(x.device.type, enabled=False):
             y = LoRALinearFunction.apply(rows, w, lora_a, lora_b, bias, seed, how, *w_scales)
-    elif torch.is_grad_enabled() and _recorded(rows, lora_a, lora_b, bias):
+    elif _recorded(rows, lora_a, lora_b, bias):
         y = LoRALinearFunction.apply(rows, w, lora_a, lora_b, bias, seed, how, *w_scales)
     else:
         y, _ = _forward(rows, weight, lora_a, lora_b, bias, scale, dropout_p, seed, backend, False)
@@ -126,7 +128,7 @@ def explain(
 ) -> dispatch.Explanation:
     """Which back-end `lora_linear` would run for these operands, and every reason why each other one was passed over.
 
-    Takes what `lora_linear` takes and raises what it raises; computes nothing.
+    Takes what `lora_linear` takes, but for scale and seed, and raises what it raises; computes nothing.
     """
     check.operands(x, weight, lora_a, lora_b, bias, dropout_p, isinstance(weight, QuantizedWeight))
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -193,13 +195,11 @@ def _last(w: Tensor | QuantizedWeight) -> tuple[()] | tuple[list[Tensor], str, i
 
 
 def _recorded(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
-    """Whether autograd has any use for the Function: for a gradient, or to refuse forward-mode AD."""
-    return (
-        x.requires_grad
-        or a.requires_grad
-        or b.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or forward_ad._current_level >= 0
+    """Whether autograd has any use for the Function: for a gradient, or to refuse forward-mode AD, which torch.no_grad
+    does not switch off."""
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled()
+        and (x.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
     )
 
 
@@ -243,7 +243,8 @@ def _backward(
     """(dx, da, db) likewise."""
     codes = w.codes if isinstance(w, QuantizedWeight) else w
     needs = (need_dx, need_da, need_db)
-    if watched(dy, codes, a, b, x):
+    # a gradient of several at once (is_grads_batched, a vectorised Jacobian) has no address of its own
+    if watched(dy, codes, a, b, x) or torch._C._functorch.is_legacy_batchedtensor(dy):
         dx, da, db = _backward_op(dy, x, codes, a, b, h, scale, p, seed, backend, *needs, *_last(w))
     else:
         serving = _serving("backward", dy, w, a, b, p, backend)

@@ -87,10 +87,13 @@ def fuse(
 
     Raises:
         RuntimeError: with `strict`, with the report.
-        ValueError: for a back-end there is none of.
+        ValueError: for a back-end there is none of, or names for `group` that the model has not; nothing is changed.
     """
     if backend is not None and backend not in dispatch.BACKENDS:
         raise ValueError(f"there is no back-end {backend!r}: one of {', '.join(dispatch.BACKENDS)}, or None")
+    families = FAMILIES if group is True else group or ()
+    if families is not FAMILIES:
+        peft_groups.check_families(model, families)
     fused, not_fused, layers = {}, {}, []
     layer: Any
     for path, layer in model.named_modules():
@@ -118,7 +121,6 @@ def fuse(
         )
     for layer, kind in layers:
         _swap(layer, kind, backend)
-    families = FAMILIES if group is True else group or ()
     return FuseReport(fused, not_fused, peft_groups.group(model, FusedLinear, families))
 
 

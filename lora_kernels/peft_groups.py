@@ -111,6 +111,17 @@ class SharedInput:
         self._open, self._x, self._ys = False, None, {}
 
 
+def check_families(model: nn.Module, families: Sequence[Sequence[str]]) -> None:
+    """Raises ValueError for families that the caller has named and that cannot be meant so."""
+    for family in families:
+        if isinstance(families, str) or isinstance(family, str) or len(family) < 2:
+            raise ValueError(
+                f'group must be True, or families of two names or more, as in [("wq", "wk", "wv")]; got {families!r}'
+            )
+        if not any(sum(hasattr(parent, name) for name in family) > 1 for parent in model.modules()):
+            raise ValueError(f"group: no module of the model has two of {', '.join(map(repr, family))} for children")
+
+
 def group(model: nn.Module, kind: type[nn.Module], families: Sequence[Sequence[str]]) -> dict[str, SharedInput]:
     """Group those layers of `kind` that are named in one of `families`, children of one parent and equally wide in;
     parent → group (a second one of the same parent: "parent (2)")."""

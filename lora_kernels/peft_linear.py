@@ -236,9 +236,8 @@ class Fused:
             order += indices
             part = x[indices]
             parts.append(self._fused(part, [name]) if name in self.lora_A else self._base(part))
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return torch.cat(parts)[back.to(x.device)]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(parts)[torch.tensor(back, device=x.device)]
 
 
 class FusedLinear(Fused, peft_layer.Linear):

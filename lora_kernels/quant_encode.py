@@ -46,7 +46,7 @@ def absmax8(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     absmax's length, and the table, absmax and offset of `Nested`."""
     count = absmax.numel()
     offset = absmax.mean() if count else absmax.new_zeros(())
-    if not offset.isfinite():
+    if not offset.is_meta and not offset.isfinite():
         raise ValueError(
             f"the weight reaches {absmax.max().item():.4g}, and the sum of its {count} absmax overflows fp32: "
             "leave double_quant out, or scale the weight down"
@@ -71,11 +71,11 @@ def int8(w: Tensor) -> tuple[Tensor, Tensor]:
         absmax[n : n + step] = most
         factor = (127 / most)[:, None]
         v = rows * factor
-        if factor.isinf().any():  # most is 0, or so small that 127 / most overflows
+        if not w.is_meta and factor.isinf().any():  # most is 0, or so small that 127 / most overflows
             v = torch.where(factor.isinf(), rows / most[:, None].clamp(min=1e-45) * 127, v)
         codes[n : n + step] = v.round_().to(torch.int8)
     _refuse_nonfinite(w, absmax)
-    if N and absmax.max() > torch.finfo(torch.float32).max / 127:
+    if N and not w.is_meta and absmax.max() > torch.finfo(torch.float32).max / 127:
         raise ValueError(
             f"the weight reaches {absmax.max().item():.4g}, and code · absmax overflows fp32 in int8 from "
             f"{torch.finfo(torch.float32).max / 127:.4g} on: scale the weight down, or take nf4 or fp8"
@@ -123,7 +123,7 @@ def fp8_spread(scales: Tensor, shape: tuple[int, int], n0: int, n1: int) -> Tens
 
 def _refuse_nonfinite(w: Tensor, absmax: Tensor) -> None:
     """absmax tells of every element: a NaN and an infinity come through a maximum."""
-    if absmax.isfinite().all():
+    if absmax.is_meta or absmax.isfinite().all():
         return
     bad = ~w.isfinite()
     first = tuple(bad.nonzero()[0].tolist())

@@ -231,7 +231,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
         q = self._unmerged or self.quantized_weight()
         for name, part in zip(("weight", *_PARTS), q.tensors, strict=False):
             destination[prefix + name] = part if keep_vars else part.detach()
-        destination[prefix + "weight_format"] = torch.tensor(list(self._signature().encode()), dtype=torch.uint8)
+        letters = list(self._signature().encode())
+        destination[prefix + "weight_format"] = torch.tensor(letters, dtype=torch.uint8, device="cpu")
 
     def _signature(self) -> str:
         text = f"{self.format} {self.blocksize}" if self.blocksize else self.format

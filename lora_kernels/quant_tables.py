@@ -58,7 +58,7 @@ def _kept(name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor
 
 def levels(format: str, device: torch.device) -> Tensor:
     """What the 16 codes of nf4 or fp4 stand for: fp32 [16] on `device`."""
-    return _kept(format, device, lambda: torch.tensor(LEVELS[format], dtype=torch.float32))
+    return _kept(format, device, lambda: torch.tensor(LEVELS[format], dtype=torch.float32, device="cpu"))
 
 
 def pairs(format: str, device: torch.device) -> Tensor:
@@ -66,7 +66,7 @@ def pairs(format: str, device: torch.device) -> Tensor:
     so that one look-up fetches both."""
 
     def make() -> Tensor:
-        level = torch.tensor(LEVELS[format], dtype=torch.float32)
+        level = torch.tensor(LEVELS[format], dtype=torch.float32, device="cpu")
         both = torch.stack([level.repeat_interleave(16), level.repeat(16)], dim=1)
         return both.view(torch.int64).flatten()
 
@@ -77,9 +77,9 @@ def dynamic(device: torch.device) -> Tensor:
     """The levels of the 8-bit dynamic map in increasing order: fp32 [256] on `device`."""
 
     def make() -> Tensor:
-        parts = [torch.tensor([0.0, 1.0])]
+        parts = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
         for i in range(7):
-            edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+            edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
             fractions = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
             parts += [fractions, -fractions]
         return torch.cat(parts).sort().values
@@ -91,13 +91,13 @@ def nearest4(format: str, v: Tensor) -> Tensor:
     """The code of the level nearest to each of v, fp32 in [-1, 1]: uint8 of v's shape. Ties go to the lower level."""
 
     def midpoints() -> Tensor:
-        level = torch.tensor(LEVELS[format], dtype=torch.float32)[list(_SORTED[format])]
+        level = torch.tensor(LEVELS[format], dtype=torch.float32, device="cpu")[list(_SORTED[format])]
         return (level[:-1] + level[1:]) / 2
 
     rank = torch.bucketize(v, _kept(f"{format} midpoints", v.device, midpoints), out_int32=True)
     if format == "nf4":
         return rank.to(torch.uint8)
-    order = _kept(f"{format} order", v.device, lambda: torch.tensor(_SORTED[format], dtype=torch.uint8))
+    order = _kept(f"{format} order", v.device, lambda: torch.tensor(_SORTED[format], dtype=torch.uint8, device="cpu"))
     return order[rank]
 
 

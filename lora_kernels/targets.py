@@ -207,7 +207,9 @@ def _nothing(model: nn.Module, wanted: str | Sequence[str], passed_over: dict[st
         kinds = Counter(type(module).__name__ for module in model.modules())
         return f"the model has no nn.Linear; it has {some([f'{n} {kind}' for kind, n in kinds.most_common()])}"
     asked = repr(wanted) if isinstance(wanted, str) else some([repr(n) for n in wanted])
-    return f"target_modules ({asked:.200}) match no nn.Linear to replace; the model has {_told(passed_over)}"
+    end = isinstance(wanted, str) and any(matches((wanted,), name) for name in passed_over)
+    hint = f". A string is a regular expression for the whole name: [{wanted!r}] is for ends of names" if end else ""
+    return f"target_modules ({asked:.200}) match no nn.Linear to replace; the model has {_told(passed_over)}{hint}"
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -313,3 +313,18 @@ def test_the_module_follows_its_weight(change):
         x, layer.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, scale=layer.scaling, bias=layer.bias
     )
     torch.testing.assert_close(layer(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast_to_another_dtype_than_the_magnitudes(dtype, own, adapter):
+    x, w, m = torch.randn(3, 8, dtype=own), torch.randn(6, 8, dtype=own), torch.rand(6, dtype=torch.float32).to(own)
+    a, b = torch.randn(2, 8).to(adapter), torch.randn(6, 2).to(adapter)
+    m.requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = dora_linear(x, w, a, b, m, scale=0.5)
+    y.sum().backward()
+    assert y.dtype == dtype and m.grad.dtype == own
+    wide = [t.detach().double() for t in (x, w, a, b, m)]
+    torch.testing.assert_close(y.double(), reference.dora_linear(*wide, scale=0.5), rtol=0.05, atol=0.1)

@@ -118,9 +118,9 @@ def test_bad_input_is_named(changes, error, message):
 @pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
 def test_a_fresh_module_computes_its_base(dtypes):
     """d = 1 exactly, so bit for bit what LoRA gives, and merging changes no bit of W."""
-    layer = FusedLoRALinear(70, 1100, r=3, use_dora=True, dtype=dtypes[0], adapter_dtype=dtypes[1])
-    x = torch.randn(4, 70, dtype=dtypes[0])
-    lora = FusedLoRALinear.from_linear(layer, r=3, adapter_dtype=dtypes[1])
+    base, x = nn.Linear(70, 1100, dtype=dtypes[0]), torch.randn(4, 70, dtype=dtypes[0])
+    layer = FusedLoRALinear.from_linear(base, r=3, use_dora=True, adapter_dtype=dtypes[1])
+    lora = FusedLoRALinear.from_linear(base, r=3, adapter_dtype=dtypes[1])
     torch.testing.assert_close(layer(x), lora(x))
     norm = dora.weight_norm(layer.weight, layer.lora_A, layer.lora_B, 2.0, layer.lora_magnitude_vector)
     assert torch.equal(norm, layer.lora_magnitude_vector) and norm.dtype == dtypes[1]

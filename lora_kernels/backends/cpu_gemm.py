@@ -3,7 +3,9 @@
 Ours takes fp32 operands, bf16 where the processor multiplies it (AVX512_BF16), and of any dtype few rows of x. Which
 one wins depends on the processor and the shape, so the first call of each class times both on its own operands. A class
 is the dtype, the number of threads, whether w is a transposed view (dx = dy w), and the powers of four that M and the
-size of w lie between. The choice holds for the life of the process: results do not change from call to call.
+size of w lie between. The choice holds for the life of the process: results do not change from call to call. Under
+``torch.use_deterministic_algorithms`` nothing is timed and ours is taken: they do not change from process to process
+either, nor with the number of threads.
 
 oneDNN's fp32 GEMM, which beats MKL on AMD, is not among them: it sums in one chain what MKL and ours sum in parts, and
 its error is up to 2.2 times as large (K = 4096), more than this project lets any back-end add to plain torch's.
@@ -57,11 +59,13 @@ def has_own(dtype: torch.dtype) -> bool:
 
 def chosen(gemms: Gemms, margin: float, kind: str, M: int, weights: int, transposed: bool, *operands: Any) -> str:
     """Which of `gemms` serves the class of calls that these `operands` belong to: timed on them the first time, and
-    "own" where it takes less than `margin` of the other's time."""
+    "own" where it takes less than `margin` of the other's time, or where the clock must not decide."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "own"
     key = (kind, torch.get_num_threads(), transposed, M.bit_length() // 2, weights.bit_length() // 2)
     choice = _choices.get(key)
     if choice is None:
-        choice = _choices[key] = _faster(gemms, margin, *operands)
+        choice = _choices.setdefault(key, _faster(gemms, margin, *operands))  # of several threads, the first one's
     return choice
 
 
