@@ -13,7 +13,8 @@ from torch import nn
 pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 from functorch.compile import make_boxed_func
-from tiny_llama import VOCABULARY, fused_layers, lora, lora_llama, randomise
+from peft_models import fused_layers, randomise
+from tiny_llama import VOCABULARY, lora, lora_llama
 from torch._dynamo.backends.common import aot_autograd
 
 import lora_kernels
@@ -94,7 +95,7 @@ def test_scaling_adapter_and_batch_compile_once_at_most():
     model, graphs = lora_llama(1, random=True, target_modules=FEW), Graphs()
     model.add_adapter("second", lora(r=4, lora_alpha=3.5, target_modules=FEW))
     model.set_adapter("default")  # PEFT shares the list of active adapters among layers from here on, and dynamo looks
-    randomise(model)
+    randomise(model, 0.1)
     lora_kernels.fuse(model, strict=True)
     compiled = torch.compile(model, fullgraph=True, backend=graphs.backend)
 
