@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +58,14 @@ def poison() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory in place of the user's cache, where measured plans are kept."""
+    from lora_kernels.kernels import tuned
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.cache_clear()
+    yield tmp_path
+    tuned.cache_clear()
