@@ -107,10 +107,12 @@ def launch_of(
 
 
 @contextlib.contextmanager
-def compiled_ahead(request: pytest.FixtureRequest, test: str, compile: Callable[[int], Report]) -> Iterator[Reports]:
-    """Reports on the entries whose number was selected for `test`, from two processes: the body of a fixture."""
+def compiled_ahead(request: pytest.FixtureRequest, compile: Callable[[int], Report]) -> Iterator[Reports]:
+    """Reports on the entries whose number was selected for the module's tests, from two processes: the body of a
+    fixture."""
     tests = (item for item in request.session.items if isinstance(item, pytest.Function))
-    selected = {item.callspec.params["number"] for item in tests if item.originalname == test}
+    mine = (item.callspec.params for item in tests if item.path == request.path and hasattr(item, "callspec"))
+    selected = {params["number"] for params in mine if "number" in params}
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield {number: pool.submit(compile, number) for number in sorted(selected)}
         pool.shutdown(cancel_futures=True)
@@ -125,6 +127,7 @@ def compile_report(launch: Launch, arch: str) -> Report:
     log = io.StringIO()
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.compilation.always_compile = True  # a cache hit would skip ptxas, and its log with it
+        triton.knobs.compilation.disable_line_info = True  # an eighth of the time, and none of the code
         triton.knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(
             ASTSource(launch.kernel, signature, constants, attributes), target=target, options=launch.options

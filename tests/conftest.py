@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# The suite shares its cores, with what it compiles at the least: threads that wait for others sleep rather than spin.
+# Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 # Poisoned allocations need deterministic algorithms, which cuBLAS has under this setting only.

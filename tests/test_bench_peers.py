@@ -55,6 +55,14 @@ def test_peers_are_measured_or_named_with_their_reason(tmp_path, capsys):
     assert "not on this GPU" in text and str(tmp_path) not in document["command"]
 
 
+def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """As where they are not installed."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else found(name))
+    for name in [name for name in sys.modules if name.split(".")[0] in packages]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_unsloth_through_its_adapter(tmp_path, monkeypatch):
     """Its layout of files, with a layer of our own in it: a package whose own import would fail, packages that are not
     installed, three-dimensional x."""
@@ -70,8 +78,7 @@ def test_unsloth_through_its_adapter(tmp_path, monkeypatch):
         "from .utils import NEW\nclass LoRA_W:\n    @staticmethod\n    def apply(x, w, quant, a, b, s):\n"
         "        assert x.dim() == 3 and quant is None\n        return x @ w.T + s * (x @ a.T @ b.T)\n"
     )
-    if any(importlib.util.find_spec(name) for name in ("unsloth", "unsloth_zoo", "bitsandbytes")):
-        pytest.skip("unsloth or what it needs is installed")
+    hide(monkeypatch, "unsloth", "unsloth_zoo", "bitsandbytes")
     try:
         peer = peers.load("unsloth", tmp_path)
         q = problem(8, 12, 16, 4, bias=False)
@@ -121,6 +128,7 @@ def adapted(peer: peers.Peer):
 
 def test_pefts_other_forms(monkeypatch):
     """fp32 adapters beside 16 bits are PEFT's default; where ours are fp32, 16-bit ones are its other form."""
+    importlib.import_module("peft.tuners.lora")  # and bitsandbytes with it, which compiles functions of its own
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda layer, dynamic: compiled.append(layer) or layer)
     found, notes = variants.more_baselines([])
