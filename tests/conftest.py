@@ -49,6 +49,33 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        from lora_kernels import _C
+
+        metafunc.parametrize("isa", _C.cpu_isas(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that the native kernels can use on this machine."""
+    from lora_kernels import _C
+
+    best = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(best)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices as small as a test's gain nothing from more threads, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Every uninitialised allocation is filled with NaN (integers: with their largest value): what reads it before

@@ -128,9 +128,8 @@ def adapted(peer: peers.Peer):
 
 def test_pefts_other_forms(monkeypatch):
     """fp32 adapters beside 16 bits are PEFT's default; where ours are fp32, 16-bit ones are its other form."""
-    importlib.import_module("peft.tuners.lora")  # and bitsandbytes with it, which compiles functions of its own
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: compiled.append(layer) or layer)
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: compiled.append(type(layer).__name__) or layer)
     found, notes = variants.more_baselines([])
     assert notes == []
     names = {variant.name: variant for variant in found}
@@ -146,7 +145,9 @@ def test_pefts_other_forms(monkeypatch):
     q = problem(8, 12, 16, 4, dtype=torch.bfloat16)
     task = names["PEFT, fp32 adapters"].build(q)
     assert {t.dtype for t in task.trained} == {torch.float32} and task.layer(q.x).dtype == torch.bfloat16
-    assert {t.dtype for t in names["PEFT compiled"].build(q).trained} == {torch.bfloat16} and len(compiled) == 1
+    assert {t.dtype for t in names["PEFT compiled"].build(q).trained} == {torch.bfloat16} and compiled.count(
+        "Linear"
+    ) == 1
     x = q.x.clone().requires_grad_()
     for variant in names.values():
         if variant.name != "PEFT, fp16 adapters":
