@@ -85,7 +85,7 @@ def test_one_call_serves_all(monkeypatch):
 
 
 def test_compiles_whole_without_a_break():
-    single, grouped, report = pair()
+    single, grouped, report = pair(layers=1)
     grouped.compile(backend="aot_eager", fullgraph=True)
     same(step(grouped), step(single))
     assert all(group.dissolved is None for group in report.groups.values())
