@@ -154,7 +154,6 @@ def test_regional_compilation_shares_one_graph_among_the_layers():
     assert graphs.forward == graphs.backward == [7]
 
 
-@pytest.mark.timeout(300)  # the first C++ that inductor compiles, headers and all
 def test_inductor():
     """A Llama's MLP alone, with a group and a layer: all else that inductor would make C++ of is the model's."""
     model = get_peft_model(llama(1).model.layers[0].mlp, lora(target_modules="all-linear", task_type=None))

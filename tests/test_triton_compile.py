@@ -16,8 +16,6 @@ from compile_report import ONE_CODE, Report, Reports, compile_report, compiled_a
 
 from lora_kernels.kernels import tiles
 
-pytestmark = pytest.mark.timeout(90)
-
 
 class Entry(NamedTuple):
     """One entry of the tables, in one of the variants that ask most of the compiler: with dropout, where the entry

@@ -25,8 +25,6 @@ from lora_kernels.backends import _triton_device as device
 from lora_kernels.backends import _triton_launch as launching
 from lora_kernels.kernels import tiles
 
-pytestmark = pytest.mark.timeout(60)
-
 CPU = torch.device("cpu")
 _REDUNDANT = tiles.Tile(
     max_rank=64, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=64, GROUP_M=2, num_warps=4, num_stages=2

@@ -24,8 +24,6 @@ from lora_kernels.kernels import quant_tiles, tiles
 from lora_kernels.quant import CODES, Nested, QuantizedWeight, quantize_weight
 from lora_kernels.quant_encode import FP8_BLOCK
 
-pytestmark = pytest.mark.timeout(90)
-
 N = K = 4096
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 """Each with every format. The others have the one that asks most of the compiler."""
