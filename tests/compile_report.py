@@ -6,7 +6,7 @@ import contextlib
 import io
 import multiprocessing
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends import _triton_launch as launching
@@ -36,6 +36,9 @@ SHARED_MEMORY = {
 TENSOR_MEMORY = 512
 """Columns of an sm_100's."""
 REGISTERS = 255
+ONE_CODE = ("sm_80", "sm_86", "sm_89")
+"""Where the tile is the same, Triton makes the same PTX for these but for the target's name: it is made once, and given
+to ptxas for each. test_triton_quant_compile.py looks whether that is so."""
 _TENSOR_CORE = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
 _TYPES = {
     torch.float32: "fp32",
@@ -72,7 +75,15 @@ class Report:
         assert not self.trap, "the kernel is a trap"
 
 
-Reports = dict[int, "Future[Report]"]
+class Reports:
+    """By an entry's number; waits until it is there."""
+
+    def __init__(self) -> None:
+        self.futures: dict[int, tuple[Future[list[Report]], int]] = {}
+
+    def __getitem__(self, number: int) -> Report:
+        future, place = self.futures[number]
+        return future.result()[place]
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -107,29 +118,56 @@ def launch_of(
 
 
 @contextlib.contextmanager
-def compiled_ahead(request: pytest.FixtureRequest, test: str, compile: Callable[[int], Report]) -> Iterator[Reports]:
-    """Reports on the entries whose number was selected for `test`, from two processes: the body of a fixture."""
+def compiled_ahead(
+    request: pytest.FixtureRequest, compile: Callable[[int], Report], code_of: Callable[[int], Hashable]
+) -> Iterator[Reports]:
+    """Reports on the entries whose number was selected for the module's tests, from two processes: the body of a
+    fixture. Those whose `code_of` is the same are compiled by the same process, one after the other."""
     tests = (item for item in request.session.items if isinstance(item, pytest.Function))
-    selected = {item.callspec.params["number"] for item in tests if item.originalname == test}
+    mine = (item.callspec.params for item in tests if item.path == request.path and hasattr(item, "callspec"))
+    alike: dict[Hashable, list[int]] = {}
+    for number in sorted({params["number"] for params in mine if "number" in params}):
+        alike.setdefault(code_of(number), []).append(number)
+    reports = Reports()
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield {number: pool.submit(compile, number) for number in sorted(selected)}
+        for numbers in alike.values():
+            future = pool.submit(_compile_each, compile, numbers)
+            reports.futures |= {number: (future, place) for place, number in enumerate(numbers)}
+        yield reports
         pool.shutdown(cancel_futures=True)
 
 
-def compile_report(launch: Launch, arch: str) -> Report:
-    """`launch`: a kernel with its arguments and options, whose tensors may be on the meta device. Raises what the
-    compiler raises."""
+def _compile_each(compile: Callable[[int], Report], numbers: list[int]) -> list[Report]:
+    return [compile(number) for number in numbers]
+
+
+_compiled: dict[str, Any] = {}
+"""What Triton made in this process for one of ONE_CODE, by all that it made it of."""
+
+
+def compile_report(launch: Launch, arch: str, anew: bool = False) -> Report:
+    """`launch`: a kernel with its arguments and options, whose tensors may be on the meta device. `anew`: whatever was
+    compiled for another architecture. Raises what the compiler raises."""
     signature, constants, attributes = specialise(launch.kernel, launch.arguments)
     cuda = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    made_of = repr((launch.kernel, signature, constants, attributes, launch.options))
+    compiled = None if anew or arch not in ONE_CODE else _compiled.get(made_of)
     log = io.StringIO()
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.compilation.always_compile = True  # a cache hit would skip ptxas, and its log with it
+        triton.knobs.compilation.disable_line_info = True  # an eighth of the time, and none of the code
         triton.knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(
-            ASTSource(launch.kernel, signature, constants, attributes), target=target, options=launch.options
-        )
-    assembly = compiled.asm["ptx" if cuda else "amdgcn"]
+        if compiled is None:
+            compiled = triton.compile(source, target=target, options=launch.options)
+            assembly = compiled.asm["ptx" if cuda else "amdgcn"]
+            if arch in ONE_CODE:
+                _compiled[made_of] = compiled
+        else:
+            assembly = re.sub(r"(?m)^\.target sm_\d+", f".target {arch}", compiled.asm["ptx"])
+            backend = make_backend(target)
+            backend.make_cubin(assembly, {}, backend.parse_options(dict(launch.options)), int(arch[3:]))
     tensor_core: dict[str, int] = {}
     for found in _TENSOR_CORE.findall(assembly):
         tensor_core[found] = tensor_core.get(found, 0) + 1

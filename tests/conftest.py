@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+# The suite shares its cores, with what it compiles at the least: threads that wait for others sleep rather than spin.
+# Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 # Poisoned allocations need deterministic algorithms, which cuBLAS has under this setting only.
@@ -44,6 +49,33 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        from lora_kernels import _C
+
+        metafunc.parametrize("isa", _C.cpu_isas(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that the native kernels can use on this machine."""
+    from lora_kernels import _C
+
+    best = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(best)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrices as small as a test's gain nothing from more threads, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Every uninitialised allocation is filled with NaN (integers: with their largest value): what reads it before
@@ -57,3 +89,14 @@ def poison() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory in place of the user's cache, where measured plans are kept."""
+    from lora_kernels.kernels import tuned
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned.cache_clear()
+    yield tmp_path
+    tuned.cache_clear()

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels.bench.gate import NAMES, Problem, check, evaluate, problem, truth
 
-__all__ = ["DTYPES", "NAMES", "SHAPES", "Problem", "backend_results", "check", "evaluate", "problem", "truth"]
+__all__ = [
+    "DTYPES",
+    "NAMES",
+    "SHAPES",
+    "Problem",
+    "backend_results",
+    "check",
+    "evaluate",
+    "problem",
+    "saved_bytes",
+    "truth",
+]
 
 
 def backend_results(module, q: Problem, **needs: bool) -> dict[str, Tensor]:
@@ -16,6 +29,20 @@ def backend_results(module, q: Problem, **needs: bool) -> dict[str, Tensor]:
     y, h = module.forward(q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
     dx, da, db = module.backward(q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, **flags)
     return {"y": y, "dx": dx, "da": da, "db": db}
+
+
+def saved_bytes(function: Callable[[], object]) -> int:
+    """Bytes kept for the backward that are no parameter of the problem, each storage once."""
+    storages = {}
+
+    def pack(t):
+        if not isinstance(t, nn.Parameter):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return sum(storages.values())
 
 
 SHAPES = [  # M, N, K, R

@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str
     log = folder / "log"
     with log.open("w") as output:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=100, env=environment, check=False)
+        subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
     print(log.read_text())
     return {size: read(folder / f"{size}.json") for size in (2, 4, 1)}
 

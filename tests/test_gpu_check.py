@@ -184,13 +184,12 @@ def _parses(kind: str, words: str) -> bool:
     return True
 
 
-@pytest.mark.timeout(170)
 def test_dry_run_on_the_cpu(tmp_path):
     """The shell script, with the sections that are quick on a CPU."""
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), str(tmp_path / "out"), "--device", "cpu"]
     environment = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(
-        [*command, "--only", "device,endurance,bench"], capture_output=True, text=True, env=environment, timeout=160
+        [*command, "--only", "device,endurance,bench"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert {name: row["result"] for name, row in rows(tmp_path / "out").items()} == dict.fromkeys(

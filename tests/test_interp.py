@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from interp import interpret
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @triton.jit
 def _square(x):

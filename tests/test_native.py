@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
+from oracle import DTYPES
 from torch import Tensor
 
 from lora_kernels import random
 
 _C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
+from native_problems import CODES, SEED, Operands, close, gemm, gemm_operands, gemm_serves, problem  # noqa: E402
 
-CODES = {torch.float32: _C.F32, torch.bfloat16: _C.BF16, torch.float16: _C.F16}
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.float16, torch.float32),
-]
 SHAPES = [  # M, N, K, R
     (1, 1, 1, 1),
     (0, 5, 6, 3),
@@ -41,122 +33,6 @@ SHAPES = [  # M, N, K, R
     (1100, 20, 70, 5),  # two slabs of rows
 ]
 P = [0.0, 0.1, 0.9]
-Bound = tuple[Tensor, Tensor, int]
-SEED = 0x0123_4567_89AB_CDEF
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    best = _C.cpu_isas()[0]
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(best)
-
-
-class Operands:
-    """Operands with their rows apart, and what the base GEMM left in y and dx; other results start as NaN."""
-
-    def __init__(
-        self,
-        M: int,
-        N: int,
-        K: int,
-        R: int,
-        dtype: torch.dtype,
-        adapter_dtype: torch.dtype,
-        p: float,
-        scale: float = 0.75,
-    ):
-        generator = torch.Generator().manual_seed(M * 7 + N)
-
-        def draw(rows: int, cols: int, dtype: torch.dtype, std: float = 1.0, pad: int = 0) -> Tensor:
-            return (torch.randn(rows, cols + pad, generator=generator) * std).to(dtype)[:, :cols]
-
-        self.sizes, self.p, self.scale = (M, N, K, R), p, scale
-        self.x, self.dy = draw(M, K, dtype, pad=3), draw(M, N, dtype, pad=5)
-        self.a, self.b = draw(R, K, adapter_dtype, K**-0.5, pad=1), draw(N, R, adapter_dtype, R**-0.5, pad=2)
-        self.h, self.y, self.dx = draw(M, R, dtype, pad=1), draw(M, N, dtype), draw(M, K, dtype)
-        self.bias = torch.randn(N, generator=generator).to(dtype)
-        self.seed = torch.tensor(SEED)
-        self.nan = lambda rows, cols, dtype: torch.full((rows, cols), math.nan, dtype=dtype)
-
-    def call(self) -> tuple:
-        return self.scale, random.threshold(self.p), self.seed.data_ptr()
-
-    def forward(self, threads: int = 2, *, down: bool = True, up: bool = True) -> tuple[Tensor, Tensor]:
-        M, N, K, R = self.sizes
-        h = self.nan(*self.h.shape, self.x.dtype) if down else self.h
-        y = self.y.clone()
-        _C.forward(
-            threads, CODES[self.x.dtype], CODES[self.a.dtype], M, K, *at(self.x if down else None),
-            [(N, R, *at(self.a), *at(self.b), self.bias.data_ptr(), *at(y if up else None), *at(h), *self.call())],
-            [],
-        )  # fmt: skip
-        return y, h
-
-    def backward(self, threads: int = 2, dx: bool = True, da: bool = True, db: bool = True) -> dict[str, Tensor]:
-        M, N, K, R = self.sizes
-        out = {}
-        if dx:
-            out["dx"] = self.dx.clone()
-        if da:
-            out["da"] = self.nan(*self.a.shape, self.a.dtype)
-        if db:
-            out["db"] = self.nan(*self.b.shape, self.b.dtype)
-        _C.backward(
-            threads, CODES[self.x.dtype], CODES[self.a.dtype], M, K, *at(self.x if da else None), *at(out.get("dx")),
-            [(N, R, *at(self.dy), *at(self.a), *at(self.b), *at(self.h if db else None), *at(out.get("da")),
-              *at(out.get("db")), *self.call())],
-        )  # fmt: skip
-        return out
-
-
-def at(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
-
-
-def masked(q: Operands) -> Tensor:
-    """x̂ in fp64."""
-    M, _, K, _ = q.sizes
-    return q.x.double() * random.keep_mask(q.seed, M, K, q.p) * random.rescale(q.p) if q.p else q.x.double()
-
-
-@functools.cache
-def problem(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
-) -> tuple[Operands, dict[str, Bound]]:
-    """The operands, and for every result its fp64 value, the sum of the magnitudes behind it, and their number."""
-    q = Operands(*shape, dtype, adapter_dtype, p)
-    M, N, K, R = shape
-    x, dy, a, b, h, y, dx = masked(q), *(getattr(q, name).double() for name in ("dy", "a", "b", "h", "y", "dx"))
-    y = torch.stack([y, q.bias.double().expand_as(y)])  # two terms, each with its own magnitude
-    keep = random.keep_mask(q.seed, M, K, p) * random.rescale(p) if p else torch.ones(M, K)
-    s = q.scale
-
-    def both(f) -> tuple[Tensor, Tensor]:
-        return f(x, dy, a, b, h, y, dx), f(*(t.abs() for t in (x, dy, a, b, h, y, dx)))
-
-    return q, {
-        "h": (*both(lambda x, dy, a, b, h, y, dx: x @ a.t()), K),
-        "y of h": (*both(lambda x, dy, a, b, h, y, dx: y.sum(0) + s * h @ b.t()), R),
-        "y": (*both(lambda x, dy, a, b, h, y, dx: y.sum(0) + s * x @ a.t() @ b.t()), K + R),
-        "dx": (*both(lambda x, dy, a, b, h, y, dx: dx + keep * (s * dy @ b @ a)), N + R),
-        "da": (*both(lambda x, dy, a, b, h, y, dx: (s * dy @ b).t() @ x), N + M),
-        "db": (*both(lambda x, dy, a, b, h, y, dx: s * dy.t() @ h), M),
-    }
-
-
-def close(got: Tensor, bound: Bound, through_bf16: bool = False) -> None:
-    """Within one rounding to got's dtype and an fp32 sum's bound for `terms` products: n · 2⁻²⁴ · Σ|products|; where h
-    or g passes through bf16, one rounding of them more."""
-    want, magnitude, terms = bound
-    assert not torch.isnan(got).any()
-    fp32 = ((4 + terms) * 2**-24 + (2**-8 if through_bf16 else 0)) * magnitude
-    rounding = (
-        torch.finfo(got.dtype).eps / 2 * (want.abs() + fp32)
-        + torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
-    )
-    assert ((got.double() - want).abs() <= fp32 + rounding).all()
 
 
 @pytest.mark.parametrize("p", P)
@@ -197,7 +73,9 @@ def test_backward_computes_what_is_asked(
         assert alone.keys() == {name} and torch.equal(alone[name], everything[name])
 
 
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), [*((dtype, torch.float32) for dtype in CODES), DTYPES[1]])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [*((dtype, torch.float32) for dtype in CODES), (torch.bfloat16, torch.bfloat16)]
+)
 @pytest.mark.parametrize("shape", [(523, 700, 391, 8), (1100, 130, 300, 16), (260, 400, 300, 70)])
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
     shape: tuple[int, int, int, int], dtype: torch.dtype, adapter_dtype: torch.dtype
@@ -210,104 +88,6 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
         assert torch.equal(again_y, y) and torch.equal(again_h, h)
         for name, value in q.backward(threads).items():
             assert torch.equal(value, grads[name]), f"{name} at {threads} threads"
-
-
-GEMM_SHAPES = [(1, 1, 1), (3, 100, 2100), (16, 97, 1030), (17, 33, 129), (40, 800, 300), (250, 70, 513), (29, 31, 0)]
-GEMM_DTYPES = [dtype for dtype in CODES if _C.gemm_of(CODES[dtype])]
-
-
-def gemm(x: Tensor, w: Tensor, y: Tensor, threads: int = 2, add: bool = False) -> Tensor:
-    operands = (*at(x), w.data_ptr(), *w.stride(), *at(y))
-    _C.gemm(threads, CODES[x.dtype], y.shape[0], y.shape[1], x.shape[1], *operands, add)
-    return y
-
-
-def gemm_serves(x: Tensor, w: Tensor) -> bool:
-    return _C.gemm_of(CODES[x.dtype]) or _C.gemm_few(x.shape[0], w.stride(1))
-
-
-def gemm_operands(M: int, N: int, K: int, dtype: torch.dtype, w_is: str) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(M + N)
-    x = torch.randn(M, K + 3, generator=generator).to(dtype)[:, :K]
-    w = torch.randn(N, 2 * K + 1, generator=generator).to(dtype)
-    w = {"along k": w[:, :K], "along n": w.t().contiguous().t()[:, :K], "strided": w[:, : 2 * K : 2]}[w_is]
-    return x, w, torch.full((M, N), math.nan, dtype=dtype)
-
-
-@pytest.mark.parametrize("w_is", ["along k", "along n", "strided"])
-@pytest.mark.parametrize("dtype", CODES)
-def test_gemm(isa: str, dtype: torch.dtype, w_is: str) -> None:
-    """y = x wᵀ, in fp32 and, by AVX512_BF16, in bf16 for every M and w, in other 16 bits where there are few rows."""
-    served = 0
-    for M, N, K in [*GEMM_SHAPES, (2100, 40, 1100)]:
-        x, w, y = gemm_operands(M, N, K, dtype, w_is)
-        if not gemm_serves(x, w):
-            continue
-        served += 1
-        exact, size = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
-        close(gemm(x, w, y), (exact, size, K))
-    every = dtype == torch.float32 or (dtype == torch.bfloat16 and isa == "avx512_bf16")
-    few = {"along k": 3, "along n": 1, "strided": 0}[w_is]  # a w of one element lies along both
-    assert served == (len(GEMM_SHAPES) + 1 if every else few)
-
-
-def test_a_gemm_that_is_not_there() -> None:
-    x, w, y = gemm_operands(17, 8, 8, torch.float16, "along k")
-    with pytest.raises(ValueError, match="no GEMM of this dtype: see gemm_of"):
-        gemm(x, w, y)
-
-
-@pytest.mark.parametrize("M", [1, 3, 5, 16])
-@pytest.mark.parametrize("dtype", CODES)
-def test_a_launch_that_computes_the_base_of_few_rows_too(isa: str, dtype: torch.dtype, M: int) -> None:
-    """Bit for bit what the GEMM and then the low-rank half give: two layers at once, the second without a base."""
-    K, R, N = 1030, 20, (300, 97)
-    x = torch.randn(M, K).to(dtype)
-    ws, as_, bs = ([torch.randn(*shape).to(dtype) for shape in shapes] for shapes in (
-        [(n, K) for n in N], [(R, K) for _ in N], [(n, R) for n in N]))  # fmt: skip
-    want = [gemm(x, w, torch.full((M, w.shape[0]), math.nan, dtype=dtype)) for w in ws]
-
-    def run(threads: int, ys: list[Tensor], bases: list) -> None:
-        each = [(n, R, *at(a), *at(b), 0, *at(y), 0, 0, 0.5, 0, 0) for n, a, b, y in zip(N, as_, bs, ys, strict=True)]
-        _C.forward(threads, CODES[dtype], CODES[dtype], M, K, *at(x), each, bases)
-
-    ys = [torch.full_like(want[0], math.nan), want[1].clone()]
-    run(1, want, [])
-    for threads in (1, 2, 7):
-        got = [ys[0].clone(), ys[1].clone()]
-        run(threads, got, [at(ws[0]), None])
-        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-
-
-@pytest.mark.parametrize("w_is", ["along k", "along n"])
-@pytest.mark.parametrize("dtype", GEMM_DTYPES)
-def test_gemm_adds_with_one_rounding(dtype: torch.dtype, w_is: str) -> None:
-    for M, N, K in [(17, 33, 129), (40, 800, 300), (70, 70, 2113), (29, 31, 0)]:
-        x, w, y = gemm_operands(M, N, K, dtype, w_is)
-        y = torch.randn(M, N).to(dtype)
-        exact = y.double() + x.double() @ w.double().t()
-        size = y.double().abs() + x.double().abs() @ w.double().abs().t()
-        close(gemm(x, w, y, add=True), (exact, size, K + 1))
-
-
-@pytest.mark.parametrize("w_is", ["along k", "along n"])
-@pytest.mark.parametrize("dtype", GEMM_DTYPES)
-def test_gemm_has_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, w_is: str) -> None:
-    for M, N, K in [*GEMM_SHAPES, (1030, 300, 2113)]:
-        x, w, y = gemm_operands(M, N, K, dtype, w_is)
-        want = gemm(x, w, y, threads=1).clone()
-        for threads in (1, 2, 3, 7):
-            assert torch.equal(gemm(x, w, y.fill_(math.nan), threads), want)
-
-
-@pytest.mark.parametrize(("M", "K"), [(48, 200), (48, 768), (16, 4096), (48, 4096)])
-@pytest.mark.parametrize("dtype", GEMM_DTYPES)
-def test_gemm_is_as_exact_as_torch(dtype: torch.dtype, M: int, K: int) -> None:
-    """No chain of sums is longer than MKL's: oneDNN's, over all of K, has up to 2.2 times this error in fp32."""
-    x, w, y = gemm_operands(M, 512, K, dtype, "along k")
-    exact = x.double() @ w.double().t()
-    error, plain = ((t.double() - exact).square().mean().sqrt() for t in (gemm(x, w, y), x @ w.t()))
-    assert error <= 1.25 * plain
 
 
 @pytest.mark.parametrize(

@@ -38,20 +38,6 @@ def test_gradients_reach_only_what_asks():
         oracle.check({f"d{asks}": leaves[asks].grad}, q)
 
 
-def saved_bytes(function) -> int:
-    """Bytes kept for the backward that are no parameter of the problem, each storage once."""
-    storages = {}
-
-    def pack(t):
-        if not isinstance(t, nn.Parameter):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function()
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
 def test_bytes_saved(dtypes, p):
@@ -59,17 +45,17 @@ def test_bytes_saved(dtypes, p):
     layer = FusedLoRALinear(K, N, r=R, lora_dropout=p, dtype=dtypes[0], adapter_dtype=dtypes[1])
     x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
     item = x.element_size()
-    assert M * K * item < saved_bytes(lambda: layer(x)) <= (M * K + M * R) * item + 64
+    assert M * K * item < oracle.saved_bytes(lambda: layer(x)) <= (M * K + M * R) * item + 64
     layer.lora_A.requires_grad_(False)  # LoRA-FA: M×r numbers
-    assert saved_bytes(lambda: layer(x)) <= M * R * item + 64
+    assert oracle.saved_bytes(lambda: layer(x)) <= M * R * item + 64
     layer.lora_B.requires_grad_(False)
-    assert saved_bytes(lambda: layer(x)) <= 64
+    assert oracle.saved_bytes(lambda: layer(x)) <= 64
 
 
 def test_bytes_saved_under_autocast():
     layer, x = FusedLoRALinear(80, 96, r=8), torch.randn(64, 80, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert saved_bytes(lambda: layer(x)) <= (64 * 80 + 64 * 8) * 2 + 64
+        assert oracle.saved_bytes(lambda: layer(x)) <= (64 * 80 + 64 * 8) * 2 + 64
 
 
 @pytest.mark.parametrize("dy_requires_grad", [False, True])

@@ -11,13 +11,9 @@ from torch import nn
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
+from peft_models import fused_layers  # noqa: E402
 
 import lora_kernels  # noqa: E402
-from lora_kernels.peft_linear import Fused  # noqa: E402
-
-
-def fused(model: nn.Module) -> list[Fused]:
-    return [module for module in model.modules() if isinstance(module, Fused)]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +67,10 @@ def test_a_quantised_llama_trains_as_it_does_unfused(checkpoint, compute):
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     plain = copy.deepcopy(model)
     report = lora_kernels.fuse(model, strict=True)
-    stored = [layer.base_layer.weight.data.clone() for layer in fused(model)]
+    stored = [layer.base_layer.weight.data.clone() for layer in fused_layers(model)]
     got, want = losses(model), losses(plain)
-    assert len(report.fused) == 7 and all(layer.fused_calls == 8 and not layer.passed_over for layer in fused(model))
+    assert len(report.fused) == 7 and all(
+        layer.fused_calls == 8 and not layer.passed_over for layer in fused_layers(model)
+    )
     assert got == pytest.approx(want, rel=1e-2 if compute == torch.bfloat16 else 1e-4) and got[-1] < got[0]
-    assert all(torch.equal(layer.base_layer.weight, w) for layer, w in zip(fused(model), stored, strict=True))
+    assert all(torch.equal(layer.base_layer.weight, w) for layer, w in zip(fused_layers(model), stored, strict=True))

@@ -14,6 +14,7 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import tiny_llama  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft_models import fused_layers, randomise  # noqa: E402
 
 import lora_kernels  # noqa: E402
 from lora_kernels.peft import FusedLinear  # noqa: E402
@@ -53,8 +54,8 @@ def test_a_grouped_model_trains_as_a_fused_one(kwargs, p):
         same(step(grouped), step(single))
     count = 2 if "target_modules" in kwargs else 4
     assert len(report.groups) == count and all(group.calls == 2 for group in report.groups.values())
-    assert [layer.fused_calls for layer in tiny_llama.fused_layers(grouped)] == [
-        layer.fused_calls for layer in tiny_llama.fused_layers(single)
+    assert [layer.fused_calls for layer in fused_layers(grouped)] == [
+        layer.fused_calls for layer in fused_layers(single)
     ]
     assert "self_attn" in str(report) and "one call for all, 2 so far" in str(report)
 
@@ -84,7 +85,7 @@ def test_one_call_serves_all(monkeypatch):
 
 
 def test_compiles_whole_without_a_break():
-    single, grouped, report = pair()
+    single, grouped, report = pair(layers=1)
     grouped.compile(backend="aot_eager", fullgraph=True)
     same(step(grouped), step(single))
     assert all(group.dissolved is None for group in report.groups.values())
@@ -125,10 +126,7 @@ class Cross(nn.Module):
 def cross(**kwargs) -> nn.Module:
     torch.manual_seed(0)
     model = get_peft_model(Cross(), LoraConfig(r=2, target_modules=["query", "key", "value"], **kwargs))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.3)
+    randomise(model)
     return model
 
 
@@ -226,7 +224,7 @@ def test_a_copy_and_a_pickle_group_for_themselves():
     single, grouped, report = pair()
     for twin in (copy.deepcopy(grouped), pickle.loads(pickle.dumps(grouped))):
         same(step(twin), step(single))
-        groups = {layer._group for layer in tiny_llama.fused_layers(twin)} - {None}
+        groups = {layer._group for layer in fused_layers(twin)} - {None}
         assert len(groups) == 4 and all(group.calls == 1 for group in groups)
         assert groups.isdisjoint(report.groups.values())
     assert all(group.calls == 0 for group in report.groups.values())

@@ -156,6 +156,8 @@ def test_a_sweep_and_its_picture(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     small = tuple(Shape(f"small-{M}", M, 32, 32, 4, training=M > 8, dropout=0.0, bias=False) for M in (4, 16, 32))
     monkeypatch.setitem(SUITES, "sweep-m", {"cpu": small})
+    monkeypatch.setattr(overhead, "_CALLS", 10)
+    monkeypatch.setattr(overhead, "measure_layers", lambda device, rounds: [])
     monkeypatch.setattr(overhead, "measure_import", lambda times: overhead.ImportCost(1.0, False))
     out = tmp_path / "sweep.json"
     words = ["bench", "--device", "cpu", "--suite", "sweep-m", "--rounds", "2", "--out", str(out), "--plot"]

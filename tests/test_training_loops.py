@@ -14,7 +14,8 @@ from torch import nn
 
 for package in ("peft", "transformers", "accelerate"):
     pytest.importorskip(package, reason=f"{package} is not installed")
-from tiny_llama import fused_layers, llama, lora, lora_llama, sequences  # noqa: E402
+from peft_models import fused_layers  # noqa: E402
+from tiny_llama import llama, lora, lora_llama, sequences  # noqa: E402
 
 import lora_kernels  # noqa: E402
 

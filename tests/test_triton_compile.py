@@ -12,11 +12,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import assembly
-from compile_report import Report, Reports, compile_report, compiled_ahead, launch_of
+from compile_report import ONE_CODE, Report, Reports, compile_report, compiled_ahead, launch_of
 
 from lora_kernels.kernels import tiles
-
-pytestmark = pytest.mark.timeout(90)
 
 
 class Entry(NamedTuple):
@@ -56,9 +54,17 @@ def _entries() -> Iterator[Entry]:
 ENTRIES = list(_entries())
 
 
-def _compile(number: int) -> Report:
+def _tile(entry: Entry) -> tiles.Tile:
+    return tiles.TABLES[entry.arch, entry.dtype.itemsize][entry.kind]
+
+
+def _code(number: int) -> tuple[object, ...]:
     entry = ENTRIES[number]
-    tile = tiles.TABLES[entry.arch, entry.dtype.itemsize][entry.kind]
+    return (None if entry.arch in ONE_CODE else entry.arch, _tile(entry), *entry[1:])
+
+
+def _compile(number: int) -> Report:
+    entry, tile = ENTRIES[number], _tile(ENTRIES[number])
     redundant = not entry.kind.startswith(("tickets", "backward"))
     plan = tiles.Plan(redundant, tile, 8 if entry.kind.startswith(("decode", "backward")) else 1)
     launch = launch_of(entry.arch, plan, entry.dtype, entry.adapter_dtype, entry.p, precision=entry.precision)
@@ -67,13 +73,13 @@ def _compile(number: int) -> Report:
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> Iterator[Reports]:
-    with compiled_ahead(request, "test_entry", _compile) as reports:
+    with compiled_ahead(request, _compile, _code) as reports:
         yield reports
 
 
 @pytest.mark.parametrize("number", range(len(ENTRIES)), ids=lambda number: str(ENTRIES[number]))
 def test_entry(number: int, compiled: Reports) -> None:
-    entry, report = ENTRIES[number], compiled[number].result()
+    entry, report = ENTRIES[number], compiled[number]
     cuda = entry.arch.startswith("sm_")
     report.check(entry.arch)
     if entry.dtype == torch.float32 and entry.precision == "highest" and cuda:
@@ -132,11 +138,17 @@ def test_a_missing_barrier_is_found() -> None:
         assembly.check_publication(PTX.format(barrier="", spin=SPIN))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
-def test_a_barrier_taken_out_of_a_kernel_is_missed(arch: str) -> None:
+SMALLEST = [
+    i
+    for i, e in enumerate(ENTRIES)
+    if e.arch in ("sm_80", "gfx942") and e.kind == "decode16" and e.dtype == torch.bfloat16
+]
+
+
+@pytest.mark.parametrize("number", SMALLEST, ids=lambda number: str(ENTRIES[number]))
+def test_a_barrier_taken_out_of_a_kernel_is_missed(number: int, compiled: Reports) -> None:
     """The smallest kernel that publishes, as compiled and without what orders its stores."""
-    (number,) = (i for i, e in enumerate(ENTRIES) if (e.arch, e.kind, e.dtype) == (arch, "decode16", torch.bfloat16))
-    text = _compile(number).assembly
+    arch, text = ENTRIES[number].arch, compiled[number].assembly
     check, order, release = {
         "sm_80": (assembly.check_publication, ("bar.sync",), ".acq_rel."),
         "gfx942": (assembly.check_publication_amd, ("s_waitcnt vmcnt(0)",), "buffer_wbl2"),

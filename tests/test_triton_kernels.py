@@ -25,8 +25,6 @@ from lora_kernels.backends import _triton_device as device
 from lora_kernels.backends import _triton_launch as launching
 from lora_kernels.kernels import tiles
 
-pytestmark = pytest.mark.timeout(60)
-
 CPU = torch.device("cpu")
 _REDUNDANT = tiles.Tile(
     max_rank=64, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=64, GROUP_M=2, num_warps=4, num_stages=2
@@ -67,12 +65,14 @@ def results(q: oracle.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
         return oracle.backend_results(backend, q)
 
 
+SHAPES = [*oracle.SHAPES[:-1], (97, 95, 93, 16)]
+"""The last is large enough for statistics, with dropout too, and no larger: the interpreter takes its time."""
 VARIETY = list(itertools.product(oracle.DTYPES, [0.0, 0.3]))
 """Which dtypes and dropout a shape gets: all shapes between them see all."""
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("number, shape", list(enumerate(oracle.SHAPES)))
+@pytest.mark.parametrize("number, shape", list(enumerate(SHAPES)))
 def test_every_shape(number: int, shape: tuple[int, int, int, int], plan: str, poison: None) -> None:
     (dtype, adapter_dtype), p = VARIETY[(3 * number + PLANS.index(plan)) % len(VARIETY)]
     q = oracle.problem(

@@ -26,8 +26,6 @@ from lora_kernels.backends import _triton_launch as launching
 from lora_kernels.backends import _triton_quant as quantised
 from lora_kernels.kernels import quant_tiles, tiles
 
-pytestmark = pytest.mark.timeout(60)
-
 CPU = torch.device("cpu")
 WITHIN = tiles.Tile(max_rank=64, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=64, GROUP_M=2, num_warps=4, num_stages=2)
 TICKETS = tiles.Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2, num_warps=4, num_stages=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,16 +31,12 @@ CASE = (140, 136, 72, 12, False)
 
 
 @pytest.fixture(autouse=True)
-def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu(plan_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An emulated GPU, and an empty cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sm90.serve_cpu(monkeypatch)
     monkeypatch.setattr(cuda, "why_not", lambda call: [])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: sm90.DEVICE)
     monkeypatch.setattr(tune_measure, "ROUNDS", 1)
-    tuned.cache_clear()
-    yield
-    tuned.cache_clear()
 
 
 def after(monkeypatch: pytest.MonkeyPatch, then: Callable[[str, Tiling, list[torch.Tensor]], None]) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from peft_models import randomise
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from lora_kernels.peft import FusedLinear
 
 VOCABULARY = 64
 
@@ -37,15 +35,8 @@ def lora_llama(layers: int = 2, *, random: bool = False, **kwargs) -> PeftModel:
     """With seven adapted linears to a layer; `random`: adapters differ from zero."""
     model = get_peft_model(llama(layers), lora(**kwargs))
     if random:
-        randomise(model)
+        randomise(model, 0.1)
     return model
-
-
-def randomise(model: nn.Module) -> None:
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.1)
 
 
 def sequences(count: int, length: int = 12) -> list[list[int]]:
@@ -58,7 +49,3 @@ def sequences(count: int, length: int = 12) -> list[list[int]]:
             row.append((5 * row[-1] + 3) % VOCABULARY)
         rows.append(row)
     return rows
-
-
-def fused_layers(model: nn.Module) -> list[FusedLinear]:
-    return [module for module in model.modules() if isinstance(module, FusedLinear)]

@@ -178,12 +178,12 @@ def _against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, eps: 
 
 def _bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
     """What rounding can do, u being half an eps: n·u of fp32 for a sum of n terms, and a narrower u for each of
-    at most four roundings between (h or g, twice scaled, and a product), relative to the sum of the terms' magnitudes;
-    the result's own rounding; and half a subnormal for each of those five."""
+    at most four roundings between (h or g, twice scaled, and a product; for dbias none), relative to the sum of the
+    terms' magnitudes; the result's own rounding; and half a subnormal for each of those five."""
     (M, K), (N, R) = q.x.shape, q.b.shape
     terms = {"y": K + R, "dx": N + R, "da": N + M, "db": K + M, "dbias": M}[name] + 8  # 8: products and scalings
     unit, own = (torch.finfo(dtype).eps / 2 for dtype in (torch.promote_types(q.x.dtype, torch.float32), q.x.dtype))
-    relative = terms * unit + (4 * own if own > unit else 0.0)
+    relative = terms * unit + (4 * own if own > unit and name != "dbias" else 0.0)
     return relative * magnitude + own * exact.abs() + 5 * own * torch.finfo(q.x.dtype).smallest_normal
 
 
