@@ -40,7 +40,9 @@ def why_not(call: Call) -> list[str]:
     if call.dtype not in _DTYPES:
         reasons.append(f"serves fp32, fp16 and bf16, not {call.dtype}")
     target = find_target(call.device)
-    if target is None:
+    if target is None and call.device.type == "cuda":
+        reasons.append("there is no usable GPU driver (torch.cuda.is_available() is False)")
+    elif target is None:
         reasons.append(f"serves tensors on a CUDA or ROCm GPU, not on {call.device}")
     elif tiles.resolve(target.arch) is None:
         reasons.append(f"serves NVIDIA GPUs from sm_80 and AMD gfx942, not {target.arch}")
