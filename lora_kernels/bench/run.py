@@ -166,7 +166,10 @@ def _measure(bench: Bench, args: argparse.Namespace, shapes: list[Shape], show: 
                 for text in report.faults(document, shape.name):
                     show.line(text)
         advance("calls and imports", 0)
-        bench.measure_calls(imports)
+        try:
+            bench.measure_calls(imports)
+        except RuntimeError as error:  # what was measured before is not lost by it
+            document["notes"].append(f"Calls and imports are not measured: {first_line(error)}")
     return True
 
 
