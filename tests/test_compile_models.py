@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 from functorch.compile import make_boxed_func
+from old_torch import TORCH, compiles_whole_models
 from tiny_llama import VOCABULARY, fused_layers, lora, lora_llama, randomise
 from torch._dynamo.backends.common import aot_autograd
 
@@ -74,6 +75,7 @@ def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
         assert error < 1e-5, f"{name}: {error:.3g}"
 
 
+@compiles_whole_models
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_a_llama_is_one_graph_with_eagers_numbers(p):
     model, graphs, ids = lora_llama(random=True, lora_dropout=p), Graphs(), tokens()
@@ -89,6 +91,7 @@ def test_a_llama_is_one_graph_with_eagers_numbers(p):
         same(step(model, compiled, ids), want)
 
 
+@compiles_whole_models
 def test_scaling_adapter_and_batch_compile_once_at_most():
     """A float that changes is a symbol from its second value on; an adapter is compiled where it is first met."""
     model, graphs = lora_llama(1, random=True, target_modules=FEW), Graphs()
@@ -128,6 +131,7 @@ def test_scaling_adapter_and_batch_compile_once_at_most():
             check(batch)
 
 
+@compiles_whole_models
 def test_dynamic_compiles_once_for_every_scaling_and_batch():
     model, graphs = lora_llama(1, random=True, lora_dropout=0.1, target_modules=FEW), Graphs()
     lora_kernels.fuse(model, strict=True)
@@ -141,6 +145,7 @@ def test_dynamic_compiles_once_for_every_scaling_and_batch():
     assert graphs.forward == graphs.backward == [2]
 
 
+@compiles_whole_models
 def test_regional_compilation_shares_one_graph_among_the_layers():
     model, graphs, ids = lora_llama(3, random=True), Graphs(), tokens()
     model.enable_input_require_grads()  # else the first layer, whose input needs no gradient, has a graph of its own
@@ -152,12 +157,14 @@ def test_regional_compilation_shares_one_graph_among_the_layers():
     assert graphs.forward == graphs.backward == [7]
 
 
+@compiles_whole_models
 def test_inductor():
     model, ids = lora_llama(1, random=True), tokens()
     lora_kernels.fuse(model, strict=True)
     same(step(model, torch.compile(model, fullgraph=True), ids), step(model, model, ids))
 
 
+@compiles_whole_models
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_mode_with_cuda_graphs(device):
     """reduce-overhead records CUDA graphs on a GPU, with outputs that the next step may overwrite."""
@@ -189,4 +196,5 @@ def test_a_plain_model(dynamic):
         model[0].scaling = model[2].scaling = scaling
         x = torch.randn(rows, 16)
         same(run(compiled, x), run(model, x))
-    assert graphs.forward == ([2] if dynamic else [2, 2, 2]) == graphs.backward
+    most = 4 if TORCH < (2, 7) else 1 if dynamic else 3  # torch 2.6 compiles for every scaling
+    assert graphs.forward == [2] * most == graphs.backward

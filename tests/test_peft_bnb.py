@@ -13,6 +13,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+from old_torch import compiles_whole_models  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from test_peft import MaskOfSeed, randomise, run, same  # noqa: E402
 
@@ -357,6 +358,7 @@ def test_enable_fuses_what_peft_makes():
     assert [layer.fused_calls for layer in layers(model)] == [1, 1] and not layers(make())
 
 
+@compiles_whole_models
 def test_compiles_whole_without_a_break():
     model, x = make(), torch.randn(4, 64)
     lora_kernels.fuse(model, strict=True)
