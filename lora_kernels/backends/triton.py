@@ -20,6 +20,10 @@ from lora_kernels.backends import Call
 from lora_kernels.quant import FORMATS, QuantizedWeight
 
 try:
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        raise ImportError(f"Triton {triton.__version__} is too old")
     from lora_kernels.backends import _triton_launch as launch
     from lora_kernels.backends import _triton_quant as quantised
     from lora_kernels.backends._triton_device import Target, find_target
