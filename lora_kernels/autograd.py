@@ -30,8 +30,8 @@ def as_autocast_asks(
 
 
 def device_type(t: Tensor) -> str:
-    """``t.device.type``, which builds its string anew each time."""
-    return "cpu" if t.is_cpu else t.device.type
+    """``t.device.type``, which builds its string anew each time. torch 2.6 cannot trace ``is_cpu`` in a backward."""
+    return "cpu" if not torch.compiler.is_compiling() and t.is_cpu else t.device.type
 
 
 def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:

@@ -158,13 +158,13 @@ def _forward(
     if p == 0:
         z, h = ops._forward(x, w, a, b, None, scale, 0.0, None, backend, save_h)
         factor = d.to(x.dtype)
-        y = z * factor if save_z else z.mul_(factor)
-        return y if bias is None else y.add_(bias), h, z
+        y = z * factor if save_z or torch.compiler.is_compiling() else z.mul_(factor)
+        return y if bias is None else _plus(y, bias), h, z
     assert seed is not None
     y, h = ops._forward(x, w, a, _scaled_rows(b, d), bias, scale, p, seed, backend, save_h)
     u = _base(_keep(x, p, seed, backend).mul_(x), w, backend)  # x̂ = c·keep ⊙ x: c goes with d - 1
     excess = _excess(d, p, x.dtype)
-    return y.add_(u * excess if save_z else u.mul_(excess)), h, u
+    return _plus(y, u * excess if save_z else u.mul_(excess)), h, u
 
 
 def _backward(dy, x, w, a, b, d, h, z, scale, p, seed, backend, need_dx, need_da, need_db, need_dd):  # type: ignore
@@ -192,6 +192,12 @@ def _backward_dropout(dy, x, w, a, b, d, h, u, scale, p, seed, backend, need_dx,
         part = _base(dy * _excess(d, p, dy.dtype), w.t(), backend)
         dx += part.mul_(_keep(part, p, seed, backend))
     return dx, da, db, dd
+
+
+def _plus(y: Tensor, t: Tensor) -> Tensor:
+    """y + t, in place but for a compiler: where the result of a Function was changed in place, the code that torch 2.11
+    makes gives gradients of zero. It fuses the sum anyway."""
+    return y + t if torch.compiler.is_compiling() else y.add_(t)
 
 
 def _scaled_rows(b: Tensor, d: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from lora_kernels import dispatch, quant_tables
 from lora_kernels.backends import Call
 from lora_kernels.bench.shapes import SHORT
 from lora_kernels.bench.terminal import terminal
+from lora_kernels.bench.watch import STUCK, first_line
 from lora_kernels.kernels import tuned
 from lora_kernels.kernels.candidates import Size
 from lora_kernels.quant import FORMATS
-from lora_kernels.tune_measure import Setting, Subject, Tuner, line
+from lora_kernels.tune_measure import Setting, Subject, Tuner
 
 DEFAULT = (
     Size(8192, 4096, 4096, 16),
@@ -72,6 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--double-quant", action="store_true", help="with --quant nf4 or fp4: its scales quantised too, as in QLoRA"
     )
     parser.add_argument("--dropout", type=probability, default=0.0, metavar="P", help="default: 0")
+    parser.add_argument("--seconds", type=float, metavar="S", help="begin no further pass after this long")
+    parser.add_argument(
+        "--stuck",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help=f"end with exit status {STUCK} where a candidate takes longer; what was found is kept (default: 60)",
+    )
     parser.add_argument("--device", default="cuda", help="such as cuda:1 (default: the current one)")
     parser.add_argument("--dry-run", action="store_true", help="measure and show, but keep nothing")
     parser.add_argument(
@@ -80,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 where some shape could not be measured; 2 where there is no GPU that the back-end serves."""
+    """Exit status: 0; 1 where some shape could not be measured; 2 where there is no GPU that the back-end serves; 3
+    where a candidate did not end."""
     show = terminal()
     if args.double_quant and args.quant not in quant_tables.LEVELS:
         show.line(f"tune: --double-quant goes with --quant nf4 or fp4, not with {args.quant or 'a dense w'}")
@@ -100,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
     weight = f"w in {subject.setting.w_format}, " if args.quant else ""
     show.line(f"{name}: {args.dtype}, {weight}{SHORT[adapter_dtype]} adapters, dropout {args.dropout:g}")
     with subject.guard():
-        complete = tuner.tune(args.shapes, keep=not args.dry_run)
+        complete = tuner.tune(args.shapes, keep=not args.dry_run, seconds=args.seconds, stuck=args.stuck)
     show.table("Plans, old against new", ("shape", "pass", "old µs", "new µs", "new / old", "new plan"), tuner.rows)
     if args.dry_run:
         show.line("A dry run: nothing was kept.")
@@ -122,7 +132,7 @@ def _find(
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        return f"--device {name}: {line(error)}"
+        return f"--device {name}: {first_line(error)}"
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             return f"needs a GPU: torch {torch.__version__} sees {torch.cuda.device_count()}, and --device is {name}"
@@ -131,7 +141,7 @@ def _find(
     try:
         module = dispatch.load(backend)
     except ImportError as error:
-        return f"{needs}: {line(error)}"
+        return f"{needs}: {first_line(error)}"
     call = Call("forward", device, dtype, adapter_dtype, 16, 16, 16, 16, False, quant or "dense")
     if refusals := module.why_not(call):
         return f"{needs}: {'; '.join(refusals)}"

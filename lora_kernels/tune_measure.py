@@ -5,6 +5,7 @@ to compile, asks for more than the GPU has or is wrong is dropped. Those left ar
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from lora_kernels import random
 from lora_kernels.bench import gate, timing
 from lora_kernels.bench.terminal import Terminal
+from lora_kernels.bench.watch import Watch, answers, first_line
 from lora_kernels.kernels import quant_tiles, tuned
 from lora_kernels.kernels.candidates import Size
 from lora_kernels.kernels.tiles import Plan
@@ -124,24 +126,35 @@ class Tuner:
     def __init__(self, subject: Subject, show: Terminal) -> None:
         self.subject, self.setting, self.show = subject, subject.setting, show
         self.rows: list[tuple[str, ...]] = []
+        self.watch = Watch(None, show.line)
 
-    def tune(self, sizes: Sequence[Size], keep: bool) -> bool:
-        """Both passes of every size; what is found is kept, if it is to be, as soon as it is. False where something
-        could not be measured."""
+    def tune(self, sizes: Sequence[Size], keep: bool, seconds: float | None = None, stuck: float | None = None) -> bool:
+        """Both passes of every size; what is found is kept, if it is to be, as soon as it is. No further pass is begun
+        after `seconds`; where a candidate does not end within `stuck`, the process does. False where something could
+        not be measured."""
         works = self.subject.works(sizes)
-        complete = True
-        with self.show.progress(sum(len(work.ways) + ROUNDS for work in works)) as advance:
+        complete, start = True, time.monotonic()
+        self.watch = Watch(
+            stuck, lambda what: self.show.line(f"✗ {what}: nothing more can be measured by this process")
+        )
+        with self.watch, self.show.progress(sum(len(work.ways) + ROUNDS for work in works)) as advance:
             for work in works:
                 label = f"{work.size} {work.op}"
+                if seconds is not None and time.monotonic() - start > seconds:
+                    self.show.line(f"{label}: not measured, {seconds:g} s being spent")
+                    complete = False
+                    continue
                 try:
                     best = self._measure(work, label, advance)
                 except DeviceLost as error:
                     self.show.line(f"{label}: {error}: nothing more can be measured by this process")
                     return False
                 except torch.OutOfMemoryError as error:
-                    self.show.line(f"{label}: not measured: {line(error)}")
+                    self.show.line(f"{label}: not measured: {first_line(error)}")
                     complete = False
                     continue
+                if best is not None:
+                    self.show.line(f"{label}: {', '.join(self.rows[-1][2:])}")
                 if best is None:
                     self.show.line(f"{label}: no candidate is right")
                     complete = False
@@ -176,18 +189,28 @@ class Tuner:
             timer = timing.GraphTimer()
         for name, way in work.ways.items():
             advance(f"{label}: checking", 1)
+            self.watch(f"{label}: {name}")
             each: list[timing.Step] = [functools.partial(way.run, operands, operands.results) for operands in sets]
             fault = self._fault(work.op, way, sets[0], q, want, plain) or self._capture_fault(timer, each)
             if fault is None:
                 steps[name] = each
             else:
                 self.show.line(f"{label}: dropped {name}: {fault}")
+        self.watch("")
         del q, w, want, plain
         if not steps:
             advance(label, ROUNDS)
             return None
         table, floor = next(iter(work.ways)), next(iter(steps))
-        rounds = timing.interleave(floor, steps, ROUNDS, timer, lambda: advance(f"{label}: timing", 1))
+        rounds = timing.interleave(
+            floor,
+            steps,
+            ROUNDS,
+            timer,
+            lambda: advance(f"{label}: timing", 1),
+            lambda name: self.watch(f"{label}: {name}, timing"),
+        )
+        self.watch("")
         ratios = {name: timing.quartiles(rounds.ratios(name, floor)) for name in steps}
         best = min(ratios, key=lambda name: ratios[name][1])
         # What is not faster in three rounds of four is not known to be faster.
@@ -218,7 +241,7 @@ class Tuner:
                 left = self.subject.left_behind()
             except Exception as error:  # a candidate may fail in any way
                 self._ask_device(error)
-                failure, left = f"{type(error).__name__}: {line(error)}", self.subject.left_behind()
+                failure, left = f"{type(error).__name__}: {first_line(error)}", self.subject.left_behind()
             if failure or left:
                 return failure or left
             runs.append({name: out[name] for name in names})
@@ -239,17 +262,10 @@ class Tuner:
                 timer.capture(steps)
             except RuntimeError as error:
                 self._ask_device(error)
-                return f"in a CUDA graph: {line(error)}"
+                return f"in a CUDA graph: {first_line(error)}"
         return None
 
     def _ask_device(self, error: Exception) -> None:
         """Raise DeviceLost where the device no longer answers after `error`."""
-        try:
-            torch.ones(1, device=self.setting.device).item()
-        except RuntimeError:
-            raise DeviceLost(f"the GPU no longer answers after {type(error).__name__}: {line(error)}") from error
-
-
-def line(error: Exception) -> str:
-    """The first line of what it says."""
-    return (str(error).strip().splitlines() or ["no message"])[0]
+        if not answers(self.setting.device):
+            raise DeviceLost(f"the GPU no longer answers after {type(error).__name__}: {first_line(error)}") from error

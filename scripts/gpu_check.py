@@ -1,10 +1,12 @@
 """Build, test, watch, endure and measure on a machine with an NVIDIA GPU and no network, within 9 minutes.
 
-    scripts/gpu_check.sh OUT_DIR [--only build,device,tests,sanitizer,endurance,bench] [--peer NAME=PATH] ...
+    scripts/gpu_check.sh OUT_DIR [--only build,device,smoke,tests,sanitizer,endurance,bench] [--peer NAME=PATH] ...
 
-Every section has its own time; one that fails or runs out of it does not stop the next. OUT_DIR gets at most 8 files,
-none above 16 MB: check.json, log.txt, and the bench's JSON and pictures. A table comes last; exit status 1 where a
-section failed. ``--device cpu`` tries the whole of it on a machine without a GPU.
+Every section has its own time; one that fails or runs out of it does not stop the next. What may hang has a process
+and a limit of its own: each smoke test; the bench ends its process where a kernel hangs, and goes on in another without
+it. OUT_DIR gets at most 8 files, none above 16 MB: check.json and log.txt, written as things end, running.txt while
+they run, and the bench's JSON and pictures. A table comes last; exit status 1 where a section failed.
+``--device cpu`` tries the whole of it on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -18,32 +20,54 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_small import CASES
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 525.0
 MAX_FILES, MAX_BYTES = 8, 16 * 2**20
-LOG_BYTES = 400_000
-"""Of a command's output this much is kept: the first fifth and the end."""
+LOG_BYTES = 200_000
+"""Of a command's output this much is kept: the first fifth and the end. All of them together stay below MAX_BYTES."""
+GRACE = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
+"""What is sent to a command that is out of time, and how long it then has: at SIGINT pytest shows its failures."""
+STUCK = 3
+"""`lora_kernels.bench.watch.STUCK`: the exit status of a process that ended because a kernel hung or broke the GPU's
+context, and can go on in another process."""
 BACKENDS = ("cuda", "triton")
-BROKEN = re.compile(
-    r"illegal memory access|unspecified launch failure|misaligned address|illegal instruction|\+ Timeout \+"
-    r"|worker '\w+' crashed"
-)
-"""What a log says when a back-end's kernels hang, or take the CUDA context with them: it is not called again."""
+BROKEN = re.compile(r"illegal memory access|unspecified launch failure|misaligned address|illegal instruction")
+"""What a log says when kernels take the CUDA context with them."""
+QUICK = ("import", "doctor", "build", "errors", "equation", "random", "ops", "module", "cuda_backend", "cuda_schedule")
+"""Tests that ask for no GPU, and may find on such a machine what they find on no other."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One process. Of a back-end: what its log says decides whether that is called again."""
+    """One process."""
 
     argv: Sequence[str]
     backend: str | None = None
     seconds: float | None = None
     """Less than the section has."""
+    label: str | None = None
+    """What it is called in the table, where not by its back-end or program."""
+    decides: bool = False
+    """A back-end of which all such commands of a step hang or break the GPU's context is not called again."""
+    vital: str | None = None
+    """Where it exits with 1, no further section is run, for this reason."""
+    again: int = 0
+    """How often it is run again, the same words, where it ends with `STUCK` or is killed."""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.backend or Path(self.argv[0]).name
 
 
 @dataclass
@@ -56,6 +80,8 @@ class Check:
     started: float = field(default_factory=time.monotonic)
     broken: set[str] = field(default_factory=set)
     total: float = TOTAL_SECONDS
+    hopeless: str | None = None
+    """Why no further section is run."""
 
     def left(self) -> float:
         return self.total - (time.monotonic() - self.started)
@@ -82,54 +108,78 @@ def python(*words: str) -> list[str]:
 
 
 def build(check: Check, seconds: float) -> list[list[Command]]:
+    """With the CUDA part; where that cannot be, without: the rest can still be measured."""
     in_place = python("setup.py", "build_ext", "--inplace")
-    steps = [in_place, python("-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ".")]
+    required = "LORA_KERNELS_REQUIRE_NATIVE=1"
+    without = Command(["env", "LORA_KERNELS_CUDA=0", required, *in_place], label="without CUDA")
     if check.device == "cpu":
-        return [[Command(["env", "LORA_KERNELS_CUDA=0", *in_place])]]
-    return [[Command(["env", "LORA_KERNELS_CUDA=1", "LORA_KERNELS_REQUIRE_NATIVE=1", *step])] for step in steps]
+        return [[without]]
+    whole = Command(["env", "LORA_KERNELS_CUDA=1", required, *in_place], seconds=0.75 * seconds)
+    return [[whole], [without]]
 
 
 def device(check: Check, seconds: float) -> list[list[Command]]:
-    steps = [[Command(python("-m", "lora_kernels", "doctor"))]]
-    if check.device == "cuda":
-        steps.insert(0, [Command(["nvidia-smi"])])
-    return steps
+    doctor = Command(python("-m", "lora_kernels", "doctor"))
+    if check.device == "cpu":
+        return [[doctor]]
+    ask = "import sys, torch; print(torch.__version__, n := torch.cuda.device_count()); sys.exit(n == 0)"
+    return [[Command(["nvidia-smi"])], [doctor], [Command(python("-c", ask), vital="torch sees no GPU")]]
+
+
+def smoke(check: Check, seconds: float) -> list[list[Command]]:
+    """Every kernel once, each in a process of its own, all at once: which of them work at all."""
+    cases = [(backend, name) for backend in check.backends() for name in CASES if CASES[name].runs_on(backend)]
+    if check.device == "cpu":
+        cases = [(backend, "small") for backend in check.backends()]
+    return [
+        [
+            Command(
+                python("scripts/gpu_small.py", backend, check.device, name),
+                backend,
+                label=f"{backend} {name}",
+                decides=True,
+            )
+            for backend, name in cases
+        ]
+    ]
 
 
 def tests(check: Check, seconds: float) -> list[list[Command]]:
-    """The suite without the GPU's tests, and the GPU's by back-end, at once: one that hangs takes no other with it."""
+    """The GPU's tests by back-end, and some of the others, at once: one that hangs takes no other with it."""
     workers = importlib.util.find_spec("xdist") is not None and (os.cpu_count() or 1) >= 8
-    alike = [
-        "-p",
-        "no:cacheprovider",
-        "--durations=10",
-        *(["--timeout-method=thread"] if check.device == "cuda" else []),
-    ]
+    alike = ["-vv", "-p", "no:cacheprovider", "--durations=10", "--tb=short"]
+    alike += ["--timeout-method=thread"] if check.device == "cuda" else []
 
     def pytest(jobs: int, *words: str) -> list[str]:
-        return python("-m", "pytest", *words, *alike, *(["-n", str(jobs)] if workers else []))
+        return ["env", "OMP_NUM_THREADS=2", *python("-m", "pytest", *words, *alike), *(["-n", str(jobs)] * workers)]
 
     gpu = [
         Command(
-            pytest(6 if name == "triton" else 2, "tests/test_gpu.py", "--device", check.device, "--backend", name),
+            pytest(8 if name == "triton" else 4, "tests/test_gpu.py", "--device", check.device, "--backend", name),
             backend=name,
         )
         for name in check.backends()
     ]
     if check.device == "cpu":
         return [gpu]
-    return [[*gpu, Command(pytest(6, "tests", "-m", "not gpu"))]]
+    quick = [f"tests/test_{name}.py" for name in QUICK]
+    return [[*gpu, Command(pytest(3, *quick, "-m", "not gpu"), label="without the GPU")]]
 
 
 def sanitizer(check: Check, seconds: float) -> list[list[Command]]:
+    """memcheck of a broken back-end too: it may say why."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None or check.device != "cuda":
         return []
     return [
         [
-            Command([tool, "--tool", name, "--error-exitcode", "9", *python("scripts/gpu_small.py", backend)])
+            Command(
+                [tool, "--tool", name, "--error-exitcode", "9", *python("scripts/gpu_small.py", backend)],
+                label=f"{name} {backend}",
+            )
             for name in ("memcheck", "racecheck", "synccheck")
-            for backend in check.backends()
+            for backend in BACKENDS
+            if name == "memcheck" or backend not in check.broken
         ]
     ]
 
@@ -137,6 +187,7 @@ def sanitizer(check: Check, seconds: float) -> list[list[Command]]:
 def endurance(check: Check, seconds: float) -> list[list[Command]]:
     calls, replays = ("10000", "1000") if check.device == "cuda" else ("10", "0")
     words = ["--device", check.device, "--calls", calls, "--replays", replays, "--seconds", f"{0.6 * seconds:.0f}"]
+    words += ["--stuck", "20"]
     return [
         [
             Command(python("-m", "lora_kernels.bench.endurance", *words, "--backend", name), backend=name)
@@ -153,12 +204,10 @@ def bench(check: Check, seconds: float) -> list[list[Command]]:
 
     def one(name: str, share: float, *words: str) -> Command:
         out = ["--device", check.device, "--out", str(check.out / f"{name}.json"), "--plot"]
-        limits = [
-            "--seconds",
-            f"{0.75 * share * seconds:.0f}",
-            *(w for b in sorted({*check.broken, *left_out}) for w in ("--without", b)),
-        ]
-        return Command(python("-m", "lora_kernels", "bench", *words, *out, *limits), seconds=share * seconds)
+        limits = ["--seconds", f"{0.75 * share * seconds:.0f}", "--stuck", "40", "--resume"]
+        limits += [word for name in sorted({*check.broken, *left_out}) for word in ("--without", name)]
+        argv = python("-m", "lora_kernels", "bench", *words, *out, *limits)
+        return Command(argv, seconds=share * seconds, label=name, again=6)
 
     if check.device == "cpu":
         return [[one("bench", 1.0, "--shapes", "tiny", "--rounds", "2")]]
@@ -170,11 +219,12 @@ def bench(check: Check, seconds: float) -> list[list[Command]]:
 
 
 SECTIONS = (
-    Section("build", 90, build, first=True),
-    Section("device", 30, device),
-    Section("tests", 160, tests),
-    Section("sanitizer", 70, sanitizer),
-    Section("endurance", 50, endurance),
+    Section("build", 120, build, first=True),
+    Section("device", 40, device),
+    Section("smoke", 60, smoke),
+    Section("tests", 100, tests),
+    Section("sanitizer", 55, sanitizer),
+    Section("endurance", 40, endurance),
     Section("bench", 240, bench),
 )
 
@@ -191,7 +241,10 @@ def run_section(section: Section, check: Check, reserve: float, log: Path) -> di
             left = seconds - (time.monotonic() - start)
             results += [run_step(step, max(1.0, left), check, log, section.name)]
             if section.first and results[-1] == "ok":
-                results = ["ok"]
+                if step is steps[-1] and len(steps) > 1:
+                    results[-1] = f"at last {step[0].name}"
+                else:
+                    results = ["ok"]
                 break
     except Exception as error:  # a section that fails in any way does not stop the next
         results.append(f"{type(error).__name__}: {error}")
@@ -204,60 +257,129 @@ def run_section(section: Section, check: Check, reserve: float, log: Path) -> di
     }
 
 
-def run_step(step: Sequence[Command], seconds: float, check: Check, log: Path, title: str) -> str:
-    """Runs the commands of a step at once, each into a file of its own, which the log then gets. "ok", or what
-    failed."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    started = []
-    for i, command in enumerate(step):
-        said = log.with_suffix(f".{title}.{i}")
-        with said.open("wb") as file:
-            try:
-                process = subprocess.Popen(
-                    command.argv,
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                file.write(f"{error}\n".encode())
-                process = None
-        started.append((command, process, said))
-    start, wrong = time.monotonic(), []
-    for command, process, said in started:
-        limit = seconds if command.seconds is None else min(seconds, command.seconds)
-        result = "cannot be started" if process is None else wait(process, limit - (time.monotonic() - start))
-        text = trimmed(said.read_bytes())
-        said.unlink()
-        words = " ".join(shown(word, check) for word in command.argv)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"\n===== {title}: {words}\n===== {result}\n{text}\n")
-        tail = "\n".join(text.strip().splitlines()[-12:])
-        print(f"----- {title}: {words}: {result}\n{tail}", flush=True)
-        if command.backend and (result.startswith(("out of time", "killed")) or BROKEN.search(text)):
-            check.broken.add(command.backend)
-            result += f" ({command.backend} is not called again)"
-        if result != "ok":
-            wrong.append(f"{command.backend or Path(command.argv[0]).name} {result}" if len(step) > 1 else result)
-    return "; ".join(wrong) or "ok"
+class Running:
+    """A command that was started: its output in a file of its own, its time, what became of it."""
+
+    def __init__(self, command: Command, seconds: float, said: Path) -> None:
+        self.command, self.said, self.again = command, said, command.again
+        self.deadline = time.monotonic() + (seconds if command.seconds is None else min(seconds, command.seconds))
+        self.grace = list(GRACE)
+        self.result: str | None = None
+        self.file = said.open("wb")
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        self.started = time.monotonic()
+        said_by = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        try:
+            return subprocess.Popen(
+                self.command.argv,
+                cwd=ROOT,
+                env=os.environ | said_by | {"PYTHONPATH": paths},
+                stdout=self.file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self.file.write(f"{error}\n".encode())
+            self.result = "cannot be started"
+            return None
+
+    def look(self) -> bool:
+        """Whether it has ended; ends it where its time is over, and starts it again where that is what is wanted."""
+        if self.process is None or self.result is not None:
+            return True
+        status, now = self.process.poll(), time.monotonic()
+        out_of_time = len(self.grace) < len(GRACE)
+        if status is None and now < self.deadline:
+            return False
+        if status is None and self.grace:
+            number, seconds = self.grace.pop(0)
+            _kill(self.process, number)
+            self.deadline = now + seconds
+            return False
+        _kill(self.process, signal.SIGKILL)  # what it leaves behind
+        if out_of_time or status is None:
+            self.result = "out of time"
+        elif self.again and (status == STUCK or status < 0) and self.deadline - now > 15:
+            self.again -= 1
+            self.file.write(f"\n===== {_ended(status)}: run again\n".encode())
+            self.file.flush()
+            self.process = self._start()
+            return self.process is None
+        else:
+            self.result = _ended(status)
+        return True
+
+    def text(self) -> str:
+        self.file.flush()
+        return trimmed(self.said.read_bytes())
 
 
-def wait(process: subprocess.Popen[bytes], seconds: float) -> str:
-    try:
-        status = process.wait(max(0.1, seconds))
-    except subprocess.TimeoutExpired:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, number)
-                process.wait(3)
-            except (subprocess.TimeoutExpired, ProcessLookupError):
-                continue
-        return "out of time"
+def _ended(status: int) -> str:
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return "ok" if status == 0 else f"exit status {status}"
+
+
+def _kill(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def run_step(step: Sequence[Command], seconds: float, check: Check, log: Path, title: str) -> str:
+    """Runs the commands of a step at once; the log gets the output of each as it ends. "ok", or what failed."""
+    wrong: dict[int, str] = {}
+    hopeless: dict[str, list[bool]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        running = {i: Running(command, seconds, Path(folder, str(i))) for i, command in enumerate(step)}
+        shown_at = 0.0
+        while running:
+            for i, each in list(running.items()):
+                if not each.look():
+                    continue
+                del running[i]
+                text, result = each.text(), str(each.result)
+                each.file.close()
+                with log.open("a", encoding="utf-8") as file:
+                    _tell(file, each.command, check, title, result, text)
+                if each.command.decides and each.command.backend:
+                    gone = result.startswith(("out of time", "killed")) or bool(BROKEN.search(text))
+                    hopeless.setdefault(each.command.backend, []).append(gone)
+                if result == "exit status 1" and each.command.vital:
+                    check.hopeless = result = each.command.vital
+                if result != "ok":
+                    wrong[i] = f"{each.command.name} {result}" if len(step) > 1 else result
+            if time.monotonic() - shown_at > 3:
+                _show_running(check.out / "running.txt", list(running.values()), check, title)
+                shown_at = time.monotonic()
+            time.sleep(0.05)
+    (check.out / "running.txt").unlink(missing_ok=True)
+    broken = sorted(name for name, all_of_them in hopeless.items() if all(all_of_them))
+    check.broken.update(broken)
+    return "; ".join([*(wrong[i] for i in sorted(wrong)), *(f"{name} is not called again" for name in broken)]) or "ok"
+
+
+def _tell(file: IO[str], command: Command, check: Check, title: str, result: str, text: str) -> None:
+    """To the log all of it, to the terminal the end of it."""
+    words = " ".join(shown(word, check) for word in command.argv)
+    file.write(f"\n===== {title}: {words}\n===== {result}\n{text}\n")
+    lines = 12 if not command.decides else 1 if result == "ok" else 4
+    tail = "\n".join(text.strip().splitlines()[-lines:])
+    print(f"----- {title}: {words}: {result}\n{tail}", flush=True)
+
+
+def _show_running(path: Path, running: Sequence[Running], check: Check, title: str) -> None:
+    """What a run that is cut off leaves of the commands that had not ended."""
+    parts = []
+    for each in running:
+        words = " ".join(shown(word, check) for word in each.command.argv)
+        tail = "\n".join(each.text().strip().splitlines()[-40:])
+        parts.append(f"===== {title}: {words}\n===== for {time.monotonic() - each.started:.0f} s\n{tail}\n")
+    path.write_text("\n".join(parts), encoding="utf-8")
 
 
 def trimmed(said: bytes) -> str:
@@ -291,7 +413,13 @@ def keep_within_limits(out: Path) -> None:
     files = [path for path in out.iterdir() if path.is_file()]
     small = [path for path in files if path.stat().st_size <= MAX_BYTES]
     small.sort(key=lambda path: (wanted.index(path.name) if path.name in wanted else len(wanted), path.name))
-    for path in [path for path in files if path not in small] + small[MAX_FILES:]:
+    too_large = [path for path in files if path not in small]
+    for path in [path for path in too_large if path.suffix == ".txt"]:
+        cut = path.read_bytes()
+        path.write_bytes(cut[: MAX_BYTES // 4] + b"\n[... cut ...]\n" + cut[-MAX_BYTES // 2 :])
+        too_large.remove(path)
+        small.insert(0, path)
+    for path in too_large + small[MAX_FILES:]:
         print(
             f"{path.name} is left out: {path.stat().st_size} bytes, file {MAX_FILES + 1} or later, or too large",
             flush=True,
@@ -328,10 +456,14 @@ def main(argv: Sequence[str] | None = None, sections: Sequence[Section] = SECTIO
     rows: list[dict[str, object]] = []
     for i, section in enumerate(chosen):
         reserve = 0.5 * sum(later.seconds for later in chosen[i + 1 :])
-        rows.append(run_section(section, check, reserve, log))
+        if check.hopeless:
+            not_run = {"seconds": 0.0, "result": f"not run: {check.hopeless}", "failed": True}
+            rows.append({"section": section.name} | not_run)
+        else:
+            rows.append(run_section(section, check, reserve, log))
         print(f"===== {section.name}: {rows[-1]['result']}, {rows[-1]['seconds']} s\n", flush=True)
         (out / "check.json").write_text(json.dumps({"rows": rows, "broken": sorted(check.broken)}, indent=1) + "\n")
-    keep_within_limits(out)
+        keep_within_limits(out)  # now and not at the end, which may never come
     print(table(rows), flush=True)
     return int(any(row["failed"] for row in rows))
 

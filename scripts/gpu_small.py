@@ -1,38 +1,118 @@
-"""A few small calls of one back-end and nothing else: what compute-sanitizer can watch in reasonable time.
+"""A few small calls of one back-end and nothing else: what one kernel does, and what compute-sanitizer can watch.
 
-python scripts/gpu_small.py BACKEND [DEVICE]
+    python scripts/gpu_small.py BACKEND [DEVICE] [CASE ...]
+
+Every line is printed before what it tells of is waited for: the last one names what hangs. Exit status 1 where a
+result is wrong, 2 where the back-end does not serve the device. No CASE: those of `WATCHED`.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
 
-import torch
-
-from lora_kernels.bench.endurance import run
-from lora_kernels.bench.gate import problem
-
-CASES = [  # M, N, K, R, p
-    (200, 264, 136, 16, 0.1),
-    (130, 136, 264, 40, 0.0),
-    (16, 256, 512, 16, 0.0),
-]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-def main(name: str, device: str) -> int:
-    module = importlib.import_module(f"lora_kernels.backends.{name}")
-    for M, N, K, R, p in CASES:
-        results = run(module, problem(M, N, K, R, dtype=torch.bfloat16, p=p, device=device))
-        wrong = [key for key, value in results.items() if not torch.isfinite(value).all()]
-        print(
-            f"{name} M={M} N={N} K={K} R={R} p={p}: {'not finite: ' + ', '.join(wrong) if wrong else 'done'}",
-            flush=True,
-        )
-        if wrong:
-            return 1
-    return 0
+class Case(NamedTuple):
+    """One forward and one backward. dtypes by name: this file is read without torch."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    p: float = 0.0
+    dtype: str = "bfloat16"
+    adapter_dtype: str = "bfloat16"
+    quant: str = ""
+    """Of `triton`: the format of w."""
+    tiling: tuple[int, int] = (0, 0)
+    """Of `cuda`: columns and cluster; (0, 0): by rule."""
+
+    def runs_on(self, backend: str) -> bool:
+        """Whether it is a case of that back-end."""
+        if backend == "cuda":
+            return not self.quant and self.dtype != "float32"
+        return not any(self.tiling) and (backend == "triton" or not self.quant)
+
+
+CASES = {
+    "decode-1": Case(1, 4096, 4096, 16),
+    "decode-16": Case(16, 256, 512, 16),
+    "decode-64": Case(64, 1024, 1024, 64),
+    "small": Case(200, 264, 136, 16, 0.1),
+    "odd-rank": Case(130, 136, 264, 40),
+    "many-rows": Case(2048, 1024, 1024, 16),
+    "dropout": Case(2048, 1024, 1024, 16, 0.1),
+    "rank-64": Case(1024, 1024, 2048, 64, 0.1),
+    "rank-256": Case(1024, 1024, 1024, 256),
+    "fp16": Case(512, 512, 512, 16, 0.1, "float16", "float16"),
+    "fp32-adapters": Case(512, 512, 512, 16, 0.1, "bfloat16", "float32"),
+    "llama": Case(8192, 4096, 4096, 16, 0.05),
+    "128-columns": Case(1024, 1024, 1024, 16, 0.1, tiling=(128, 1)),
+    "256-columns": Case(1024, 1024, 1024, 16, 0.1, tiling=(256, 1)),
+    "clusters": Case(1024, 1024, 1024, 16, 0.1, tiling=(256, 2)),
+    "fp32": Case(512, 512, 512, 16, 0.1, "float32", "float32"),
+    "nf4-decode": Case(4, 1024, 1024, 16, quant="nf4"),
+    "nf4-rows": Case(1024, 1024, 1024, 16, 0.1, quant="nf4"),
+    "int8-decode": Case(4, 1024, 1024, 16, quant="int8"),
+    "fp8-decode": Case(4, 1024, 1024, 16, quant="fp8"),
+}
+WATCHED = ("small", "odd-rank", "decode-16")
+
+
+def main(backend: str, device: str = "cuda", *names: str) -> int:
+    import torch
+
+    from lora_kernels import dispatch
+    from lora_kernels.backends import Call
+    from lora_kernels.bench import gate
+    from lora_kernels.quant import quantize_weight
+
+    on, status = torch.device(device), 0
+    for name in names or WATCHED:
+        case = CASES[name]
+        said = " ".join(f"{key}={value}" for key, value in case._asdict().items() if value not in (0, "", (0, 0)))
+        print(f"{backend} {name}: {said}", flush=True)
+        dtype, adapter_dtype = getattr(torch, case.dtype), getattr(torch, case.adapter_dtype)
+        sizes = case.M, case.N, case.K, case.R
+        call = Call("forward", on, dtype, adapter_dtype, *sizes, case.p > 0, case.quant or "dense")
+        reasons = [why for op in ("forward", "backward") for why in dispatch.refusals(backend, call._replace(op=op))]
+        if reasons:
+            print(f"{backend} {name}: not called: {'; '.join(dict.fromkeys(reasons))}", flush=True)
+            status = 2
+            continue
+        module = importlib.import_module(f"lora_kernels.backends.{backend}")
+        if any(case.tiling):
+            from lora_kernels.kernels.tilings import Tiling
+
+            tiling = Tiling(*case.tiling)
+            module._tiling = lambda *_, tiling=tiling: tiling
+        q = gate.problem(*sizes, dtype=dtype, adapter_dtype=adapter_dtype, p=case.p, device=device)
+        w = quantize_weight(q.w, case.quant) if case.quant else q.w
+        judged, plain = gate.over_codes(q, w) if case.quant else (q, None)
+
+        def done(what: str, start: float, name: str = name) -> None:
+            print(f"{backend} {name}: {what} launched", flush=True)
+            if on.type == "cuda":
+                torch.cuda.synchronize()
+            print(f"{backend} {name}: {what} done, {time.monotonic() - start:.2f} s", flush=True)
+
+        start = time.monotonic()
+        y, h = module.forward(q.x, w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
+        done("forward", start)
+        start = time.monotonic()
+        dx, da, db = module.backward(q.dy, q.x, w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
+        done("backward", start)
+        results = {"y": y, "dx": dx, "da": da, "db": db}
+        wrong = [verdict.fault for verdict in gate.judge(results, judged, plain=plain) if verdict.fault]
+        print(f"{backend} {name}: {'wrong: ' + '; '.join(wrong) if wrong else 'right'}", flush=True)
+        status = max(status, int(bool(wrong)))
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "cuda"))
+    sys.exit(main(*sys.argv[1:]))

@@ -14,6 +14,7 @@ from lora_kernels.bench.run import write
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (96, 128, 8)
+HAVE_PEER = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "peft"))
 
 
 class Silent:
@@ -50,7 +51,8 @@ def test_every_row_has_its_figures(document):
     } <= names
     for row in document["rows"]:
         low, middle, high = row["seconds"]
-        assert 0 < low <= middle <= high and row["ratios"] and set(row["targets"]) <= set(row["ratios"])
+        assert 0 < low <= middle <= high and set(row["targets"]) <= set(row["ratios"])
+        assert row["ratios"] or (row["name"] == "F.linear fp32" and not HAVE_PEER), "the others are compared with it"
     assert [(entry["name"], entry["mb"]) for entry in document["memory"]] == [("nf4 fp32", 2.5), ("nf4 bf16", 1.5)]
     assert all(entry["most"] == 16 for entry in document["memory"])
     titles = [title for title, *_ in quantised.tables(document)]

@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 from functorch.compile import make_boxed_func
+from old_torch import TORCH, compiles_whole_models
 from peft import get_peft_model
 from peft_models import fused_layers, randomise, run
 from tiny_llama import VOCABULARY, llama, lora, lora_llama
@@ -76,6 +77,7 @@ def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
         assert error < 1e-5, f"{name}: {error:.3g}"
 
 
+@compiles_whole_models
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_a_llama_is_one_graph_with_eagers_numbers(p):
     model, graphs, ids = lora_llama(random=True, lora_dropout=p), Graphs(), tokens()
@@ -91,6 +93,7 @@ def test_a_llama_is_one_graph_with_eagers_numbers(p):
         same(step(model, compiled, ids), want)
 
 
+@compiles_whole_models
 def test_scaling_adapter_and_batch_compile_once_at_most():
     """A float that changes is a symbol from its second value on; an adapter is compiled where it is first met."""
     model, graphs = lora_llama(1, random=True, target_modules=FEW), Graphs()
@@ -130,6 +133,7 @@ def test_scaling_adapter_and_batch_compile_once_at_most():
             check(batch)
 
 
+@compiles_whole_models
 def test_dynamic_compiles_once_for_every_scaling_and_batch():
     model, graphs = lora_llama(1, random=True, lora_dropout=0.1, target_modules=FEW), Graphs()
     lora_kernels.fuse(model, strict=True)
@@ -143,6 +147,7 @@ def test_dynamic_compiles_once_for_every_scaling_and_batch():
     assert graphs.forward == graphs.backward == [2]
 
 
+@compiles_whole_models
 def test_regional_compilation_shares_one_graph_among_the_layers():
     model, graphs, ids = lora_llama(3, random=True), Graphs(), tokens()
     model.enable_input_require_grads()  # else the first layer, whose input needs no gradient, has a graph of its own
@@ -154,6 +159,7 @@ def test_regional_compilation_shares_one_graph_among_the_layers():
     assert graphs.forward == graphs.backward == [7]
 
 
+@compiles_whole_models
 def test_inductor():
     """A Llama's MLP alone, with a group and a layer: all else that inductor would make C++ of is the model's."""
     model = get_peft_model(llama(1).model.layers[0].mlp, lora(target_modules="all-linear", task_type=None))
@@ -165,6 +171,7 @@ def test_inductor():
     same(run(model, x), want)
 
 
+@compiles_whole_models
 @pytest.mark.gpu
 def test_the_mode_with_cuda_graphs():
     """reduce-overhead records CUDA graphs, with outputs that the next step may overwrite."""
@@ -196,4 +203,5 @@ def test_a_plain_model(dynamic):
         model[0].scaling = model[2].scaling = scaling
         x = torch.randn(rows, 16)
         same(squared_step(compiled, x), squared_step(model, x))
-    assert graphs.forward == ([2] if dynamic else [2, 2, 2]) == graphs.backward
+    most = 4 if TORCH < (2, 7) else 1 if dynamic else 3  # torch 2.6 compiles for every scaling
+    assert graphs.forward == [2] * most == graphs.backward

@@ -27,7 +27,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str
     command = [sys.executable, "-W", "ignore", distributed_worker.__file__, str(folder)]
     log = folder / "log"
     with log.open("w") as output:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}  # built in place is enough
         subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
     print(log.read_text())
     return {size: read(folder / f"{size}.json") for size in (2, 4, 1)}

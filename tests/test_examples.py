@@ -19,7 +19,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def start(*words: str) -> str:
     """What a command prints; it must succeed. One thread: more wait for each other on a busy machine."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    paths = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))  # built in place
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

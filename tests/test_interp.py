@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 import triton
 import triton.language as tl
 from interp import interpret

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from test_peft import layers, make, run, same
+from old_torch import compiles_whole_models
+from peft_models import fused_layers, make, run, same
 
 import lora_kernels
 from lora_kernels import dispatch
@@ -37,7 +38,7 @@ def test_dropout_is_pefts(no_kernel):
     lora_kernels.fuse(model, strict=True)
     torch.manual_seed(5)
     same(run(model, x), want, rtol=0)  # bit for bit: PEFT's own masks
-    for layer in layers(model):
+    for layer in fused_layers(model):
         assert layer.fused_calls == 0 and layer.passed_over == Counter({DROPOUT: 1})
 
 
@@ -45,14 +46,14 @@ def test_without_dropout_the_layer_is_ours(no_kernel):
     model, x = make(lora_dropout=0.3), torch.randn(7, 24)
     lora_kernels.fuse(model, strict=True)
     model.eval()(x)
-    assert [layer.fused_calls for layer in layers(model)] == [1, 1]
+    assert [layer.fused_calls for layer in fused_layers(model)] == [1, 1]
 
 
 def test_a_back_end_by_name_is_kept(no_kernel):
     model, x = make(lora_dropout=0.3).train(), torch.randn(7, 24)
     lora_kernels.fuse(model, strict=True, backend="eager")
     run(model, x)
-    assert [(layer.fused_calls, layer.passed_over) for layer in layers(model)] == [(1, Counter())] * 2
+    assert [(layer.fused_calls, layer.passed_over) for layer in fused_layers(model)] == [(1, Counter())] * 2
 
 
 class Pair(nn.Module):
@@ -70,7 +71,7 @@ def test_a_group_does_not_stand_in_the_way(no_kernel, p, calls):
     report = lora_kernels.fuse(model, strict=True, group=[("up", "down")])
     run(model, x)
     (group,) = report.groups.values()
-    assert group.calls == calls and [layer.fused_calls for layer in layers(model)] == [calls] * 2
+    assert group.calls == calls and [layer.fused_calls for layer in fused_layers(model)] == [calls] * 2
 
 
 @pytest.mark.parametrize(("dtype", "adapters"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
@@ -79,9 +80,10 @@ def test_with_a_kernel_it_is_ours(dtype, adapters):
     assert all(layer.weight.dtype == adapters for name, layer in model.named_modules() if name.endswith("A.default"))
     lora_kernels.fuse(model, strict=True)
     run(model, x)
-    assert [layer.fused_calls for layer in layers(model)] == [1, 1]
+    assert [layer.fused_calls for layer in fused_layers(model)] == [1, 1]
 
 
+@compiles_whole_models
 def test_compiled(no_kernel):
     model, x = make(lora_dropout=0.3).train(), torch.randn(7, 24)
     lora_kernels.fuse(model, strict=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+from old_torch import compiles_whole_models  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
 from peft_models import config, fused_layers, randomise, run, same, with_our_masks  # noqa: E402
 
@@ -345,6 +346,7 @@ def test_enable_fuses_what_peft_makes():
     assert [layer.fused_calls for layer in fused_layers(model)] == [1, 1] and not fused_layers(make())
 
 
+@compiles_whole_models
 def test_compiles_whole_without_a_break():
     model, x = make(), torch.randn(4, 64)
     lora_kernels.fuse(model, strict=True)

@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import tiny_llama  # noqa: E402
+from old_torch import compiles_whole_models  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft_models import fused_layers, randomise  # noqa: E402
 
@@ -84,6 +85,7 @@ def test_one_call_serves_all(monkeypatch):
     assert calls == [3, 2, 3, 2]
 
 
+@compiles_whole_models
 def test_compiles_whole_without_a_break():
     single, grouped, report = pair(layers=1)
     grouped.compile(backend="aot_eager", fullgraph=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 import assembly
 from compile_report import ONE_CODE, Report, Reports, compile_report, compiled_ahead, launch_of
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lora_kernels import random
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 from interp import interpret
 
 from lora_kernels.backends import Call, triton

@@ -17,7 +17,7 @@ from lora_kernels import random
 from lora_kernels.bench.gate import judge, over_codes
 from lora_kernels.quant import DTYPES, FORMATS, QuantizedWeight, quantize_weight
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 from interp import interpret
 
 from lora_kernels.backends import Call, triton

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 import assembly
 import compile_report
 from compile_report import ONE_CODE, Report, Reports, empty

@@ -20,6 +20,10 @@ from lora_kernels.backends import Call
 from lora_kernels.quant import FORMATS, QuantizedWeight
 
 try:
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        raise ImportError(f"Triton {triton.__version__} is too old")
     from lora_kernels.backends import _triton_launch as launch
     from lora_kernels.backends import _triton_quant as quantised
     from lora_kernels.backends._triton_device import Target, find_target
@@ -40,7 +44,9 @@ def why_not(call: Call) -> list[str]:
     if call.dtype not in _DTYPES:
         reasons.append(f"serves fp32, fp16 and bf16, not {call.dtype}")
     target = find_target(call.device)
-    if target is None:
+    if target is None and call.device.type == "cuda":
+        reasons.append("there is no usable GPU driver (torch.cuda.is_available() is False)")
+    elif target is None:
         reasons.append(f"serves tensors on a CUDA or ROCm GPU, not on {call.device}")
     elif tiles.resolve(target.arch) is None:
         reasons.append(f"serves NVIDIA GPUs from sm_80 and AMD gfx942, not {target.arch}")

@@ -33,6 +33,7 @@ from lora_kernels.bench import machine
 from lora_kernels.bench.gate import Problem, judge, problem
 from lora_kernels.bench.shapes import SHORT
 from lora_kernels.bench.terminal import Terminal, terminal
+from lora_kernels.bench.watch import STUCK, Watch, answers
 
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "eager")}
 KINDS = {"triton": 12}
@@ -152,9 +153,13 @@ class Endurance:
         if device.type == "cuda":
             self.streams += [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
 
+    def drawn(self, k: int) -> Case:
+        """Case k."""
+        return draw(self.seed, k, self.kinds, self.device.type)
+
     def case(self, k: int) -> None:
         """Case k: judged, and repeated."""
-        case = draw(self.seed, k, self.kinds, self.device.type)
+        case = self.drawn(k)
         call = Call("forward", self.device, case.dtype, case.adapter_dtype, case.M, case.N, case.K, case.R, case.p > 0)
         if any(self.module.why_not(call._replace(op=op)) for op in ("forward", "backward")):
             self.record.refused += 1
@@ -257,21 +262,25 @@ def endure(args: argparse.Namespace, name: str, device: torch.device, seconds: f
     start = time.monotonic()
     one = Endurance(name, device, args.seed, args.kinds)
     cases = range(args.calls) if args.only is None else range(args.only, args.only + 1)
-    with show.progress(len(cases) + args.replays) as advance:
+    watched = Watch(args.stuck, lambda what: show.line(f"✗ {what}"))
+    with watched as watch, show.progress(len(cases) + args.replays) as advance:
         told = 0
         for k in cases:
             if seconds is not None and time.monotonic() - start > seconds:
                 break
+            watch(f"{name}, case {k}: {one.drawn(k)}\n    again: --backend {name} --seed {args.seed} --only {k}")
             one.case(k)
             advance(f"{name}: random calls", 1)
             for text in one.record.faults[told:]:
                 show.line(f"✗ {text}")
             told = len(one.record.faults)
-            if told >= _ENOUGH:
+            if told >= _ENOUGH or (told and not answers(device)):
                 break
-        if args.only is None:
+        if args.only is None and answers(device):
             try:
+                watch(f"{name}, two at once")
                 one.stress()
+                watch(f"{name}, graph replays")
                 one.replay(args.replays, lambda: advance(f"{name}: graph replays", 1))
             except RuntimeError as error:
                 one.record.faults.append(f"{name}, two at once or replays: RuntimeError: {error}")
@@ -305,15 +314,26 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--replays", type=int, default=1000, metavar="N", help="of the CUDA graph (default 1000)")
     parser.add_argument("--kinds", type=int, metavar="N", help="of calls (default: 12 for triton, else 1000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--stuck",
+        type=float,
+        metavar="S",
+        help=f"say which case it is, and end with exit status {STUCK}, where one takes longer (default: wait)",
+    )
     parser.add_argument("--only", type=int, metavar="K", help="case K alone")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to write")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 1 where there is a fault, or nothing was called."""
+    """Exit status: 0; 1 where there is a fault, or nothing was called; 2 where there is no such device; 3 where a case
+    did not end."""
     args = parser().parse_args(argv)
     show, device = terminal(), torch.device(args.device)
+    if device.type not in BACKENDS or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        sees = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        show.line(f"--device {args.device}: expected one of {' and '.join(BACKENDS)}; {sees}")
+        return 2
     device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
     named = args.backend or list(BACKENDS[device.type])
     why_not = {name: serves(name, device) for name in named}

@@ -14,6 +14,7 @@ from lora_kernels.bench.gate import Gate, Problem, problem
 from lora_kernels.bench.memory import peak_bytes, saved_bytes
 from lora_kernels.bench.shapes import BACKWARD, GRAPH, SHORT, Shape
 from lora_kernels.bench.variants import FLOOR, PEFT, Variant, ours, step
+from lora_kernels.bench.watch import answers, first_line
 
 SCHEMA = 1
 METHOD = (
@@ -22,6 +23,14 @@ METHOD = (
     "(F.linear, backward to x only) in the same round, ± half its interquartile range; times are medians."
 )
 Advance = Callable[[str, int], None]
+
+
+class Failed(RuntimeError):
+    """The device no longer answers."""
+
+
+STRIKES = 2
+"""Failures after which a variant is measured on no further shape."""
 
 
 class Bench:
@@ -38,6 +47,10 @@ class Bench:
         suite: str | None = None,
     ) -> None:
         self.device, self.rounds, self.backend, self.without = device, rounds, backend, without
+        self.doing: Callable[[str], None] = lambda what: None
+        """Is told what runs now."""
+        self.now: dict[str, Any] = {}
+        """The same, as it goes into the document's "failed": shape, p, pass, variant."""
         self.timer = timing.timer_for(device)
         self.baselines, notes = baselines
         self.document: dict[str, Any] = {
@@ -52,6 +65,7 @@ class Bench:
             "suite": suite,
             "roofline": None,
             "notes": list(notes),
+            "failed": [],
             "shapes": {},
             "gate": [],
             "timings": [],
@@ -61,6 +75,44 @@ class Bench:
             "layer_calls": [],
             "import": None,
         }
+
+    def resume(self, document: dict[str, Any]) -> None:
+        """Go on with what another process began. What that was measuring when it ended is measured anew, without the
+        variant that ended it; where none is known to have, not at all."""
+        self.document = document
+        name = document.pop("measuring", None)
+        if name is not None and not any(failure["shape"] == name for failure in document["failed"]):
+            self.now = {"shape": name, "p": None, "pass": None, "variant": None}
+            self.failed("the process ended while it was measured")
+        elif name is not None:
+            self._forget(name)
+
+    def failed(self, why: str) -> None:
+        """What runs now failed: it goes on record, and its shape has no numbers."""
+        self.document["failed"].append(self.now | {"why": why})
+        where = " ".join(str(self.now[key]) for key in ("variant", "pass") if self.now[key])
+        p = "" if self.now["p"] is None else f" p={self.now['p']:g}"
+        self.document["notes"].append(f"{self.now['shape']}{p}: {where + ': ' if where else ''}{why}")
+        self._forget(self.now["shape"])
+
+    def left_out(self, shape: Shape) -> bool:
+        """Whether a shape is measured already, or cannot be: the frozen layer itself failed, or what did is unknown."""
+        failures = [failure["variant"] for failure in self.document["failed"] if failure["shape"] == shape.name]
+        return shape.name in self.document["shapes"] or None in failures or FLOOR.name in failures
+
+    def _forget(self, name: str) -> None:
+        self.document["shapes"].pop(name, None)
+        for kind in ("gate", "timings", "noise", "memory"):
+            self.document[kind] = [entry for entry in self.document[kind] if entry["shape"] != name]
+
+    def _struck(self, shape: Shape, variant: Variant) -> bool:
+        """Whether a variant failed on this shape, or on several."""
+        failures = [each["shape"] for each in self.document["failed"] if each["variant"] == variant.name]
+        return shape.name in failures or len(failures) >= STRIKES
+
+    def _tell(self, shape: Shape, p: float, which: str, variant: str) -> None:
+        self.now = {"shape": shape.name, "p": p, "pass": which, "variant": variant}
+        self.doing(f"{shape.name} p={p:g}: {variant}, {which}")
 
     def steps(self, shapes: list[Shape]) -> int:
         """How many steps `measure` will report, for all of `shapes`."""
@@ -72,7 +124,11 @@ class Bench:
 
     def measure(self, shape: Shape, advance: Advance) -> None:
         """Everything of one shape: gate, times, bytes."""
+        self._tell(shape, 0.0, "choice", FLOOR.name)
         variants, passed_over = ours(shape, self.device, self.backend, self.without)
+        for variant in [v for v in variants if self._struck(shape, v)]:
+            passed_over[str(variant.backend)] = ["it failed before: see the notes"]
+            variants.remove(variant)
         self.document["shapes"][shape.name] = {
             "M": shape.M,
             "N": shape.N,
@@ -90,6 +146,7 @@ class Bench:
             for which in (which for q, which in self._cells(shape) if q == p):
                 self._time(shape, p, which, candidates, advance)
             if shape.training:
+                self._tell(shape, p, "bytes", FLOOR.name)
                 self._count_bytes(shape, p, [v for v in candidates if v is not FLOOR and v.counted])
 
     def measure_calls(self, imports: int) -> None:
@@ -122,13 +179,18 @@ class Bench:
     def _comparable(self, shape: Shape, p: float, variants: list[Variant]) -> list[Variant]:
         """Baselines that run, and of ours those whose numbers are right; every verdict goes on record."""
         found = [v for v in self.baselines if (v.dropout or p == 0) and v.wanted(shape)]
+        found = [v for v in found if not self._struck(shape, v)]
         doubted = [v for v in found if v.doubted]
         if not variants and not doubted:
             return found
+        self._tell(shape, p, "check", FLOOR.name)
         gate = Gate(self._problem(shape, p))
         green = []
         for variant in variants:
+            self._tell(shape, p, "check", variant.name)
             verdicts, faults = gate.faults(str(variant.backend))
+            if faults and not answers(self.device):
+                raise Failed(faults[0])
             self.document["gate"].append(
                 {
                     "shape": shape.name,
@@ -142,6 +204,7 @@ class Bench:
             if not faults:
                 green.append(variant)
         for variant in doubted:
+            self._tell(shape, p, "check", variant.name)
             wrong = _faults(variant, gate)
             if wrong:
                 self.document["notes"].append(f"{variant.name} is not measured on {shape.name} p={p:g}: {wrong}")
@@ -151,21 +214,29 @@ class Bench:
     def _time(self, shape: Shape, p: float, which: str, variants: list[Variant], advance: Advance) -> None:
         bytes_per_set = shape.dtype.itemsize * (shape.N * shape.K + shape.M * (shape.K + 2 * shape.N))
         sets = [self._problem(shape, p, seed) for seed in range(timing.operand_sets(self.device, bytes_per_set))]
-        steps = {v.name: [step(v.build(q), q, which) for q in sets] for v in variants}
-        timer = self.timer
-        if which == GRAPH:
-            timer = graphs = timing.GraphTimer()
-            for name in list(steps):
+        steps: dict[str, list[timing.Step]] = {}
+        timer = timing.GraphTimer() if which == GRAPH else self.timer
+        for v in variants:
+            self._tell(shape, p, which, v.name)
+            steps[v.name] = [step(v.build(q), q, which) for q in sets]
+            if isinstance(timer, timing.GraphTimer):
                 try:
-                    graphs.capture(steps[name])
+                    timer.capture(steps[v.name])
                 except RuntimeError as error:
-                    del steps[name]
+                    if not answers(self.device):
+                        raise
+                    del steps[v.name]
                     self.document["notes"].append(
-                        f"{name} is not measured on {shape.name} in a CUDA graph: {_line(error)}"
+                        f"{v.name} is not measured on {shape.name} in a CUDA graph: {first_line(error)}"
                     )
-            variants = [v for v in variants if v.name in steps]
+        variants = [v for v in variants if v.name in steps]
         rounds = timing.interleave(
-            FLOOR.name, steps, self.rounds, timer, lambda: advance(f"{shape.name} p={p:g}: {which}", 1)
+            FLOOR.name,
+            steps,
+            self.rounds,
+            timer,
+            lambda: advance(f"{shape.name} p={p:g}: {which}", 1),
+            lambda name: self._tell(shape, p, which, name),
         )
         cell = {"shape": shape.name, "p": p, "pass": which}
         self.document["noise"].append(cell | {"ratio": timing.quartiles(rounds.noise())})
@@ -220,8 +291,4 @@ def _faults(variant: Variant, gate: Gate) -> str:
         results = dict(zip(("y", "dx", "da", "db"), (y.detach(), *gradients), strict=True))
         return "; ".join(peers.faults(results, gate.want))
     except Exception as error:  # it may fail in any way
-        return f"{type(error).__name__}: {_line(error)}"
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+        return f"{type(error).__name__}: {first_line(error)}"

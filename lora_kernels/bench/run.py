@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 
 from lora_kernels import dispatch
 from lora_kernels.bench import machine, plot, report, report_suite
-from lora_kernels.bench.measure import METHOD, Bench
+from lora_kernels.bench.measure import METHOD, Advance, Bench
 from lora_kernels.bench.shapes import DEFAULT, NAMED, SUITES, TARGETED, Shape
 from lora_kernels.bench.terminal import Terminal, terminal
 from lora_kernels.bench.variants import baselines, more_baselines
+from lora_kernels.bench.watch import STUCK, Watch, answers, first_line
 
 ROUNDS, QUICK_ROUNDS = 15, 4
 RESULTS = Path("bench/results")
@@ -47,6 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the shapes that have a target, in few rounds")
     parser.add_argument("--rounds", type=int, metavar="N", help=f"default: {ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument("--seconds", type=float, metavar="S", help="begin no further shape after this long")
+    parser.add_argument(
+        "--stuck",
+        type=float,
+        metavar="S",
+        help=f"end with exit status {STUCK} where a variant takes longer for one check or one sample (default: "
+        "wait); --resume goes on without it",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where the run that wrote --out FILE ended, if there is one"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="torch's on the CPU (default: torch's own choice)")
     parser.add_argument(
         "--out",
@@ -59,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 where a gate is red; 2 where nothing can be measured as asked."""
+    """Exit status: 0; 1 where a gate is red or a variant failed; 2 where nothing can be measured as asked; 3 where this
+    process can measure nothing more, but another one could."""
     show = terminal()
     fault = _fault(args)
     if fault:
@@ -83,8 +96,12 @@ def main(args: argparse.Namespace) -> int:
         args.without,
         args.suite,
     )
+    if args.resume and args.out.exists():
+        bench.resume(json.loads(args.out.read_text(encoding="utf-8")))
     document = bench.document
-    _measure(bench, args, _shapes(args, device), show, imports=1 if partial else 3)
+    if not _measure(bench, args, _shapes(args, device), show, imports=1 if partial else 3):
+        show.line("✗ the GPU no longer answers: nothing more can be measured by this process")
+        return STUCK
     for table in (*report.summary(document), *report_suite.tables(document)):
         show.table(*table)
     for text in report.closing(document):
@@ -98,7 +115,9 @@ def main(args: argparse.Namespace) -> int:
         if args.plot:
             _plot(document, out.with_suffix(".png"), show)
     gates = [*(entry["green"] for entry in document["gate"]), *(not call["faults"] for call in document["layer_calls"])]
-    if not all(gates) or not document["gate"]:
+    if document["failed"]:
+        show.line(f"✗ {len(document['failed'])} times something could not be measured: see the notes")
+    if not all(gates) or not document["gate"] or document["failed"]:
         show.line(
             f"✗ {gates.count(False)} of {len(gates)} gates red"
             if not all(gates)
@@ -109,26 +128,68 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(bench: Bench, args: argparse.Namespace, shapes: list[Shape], show: Terminal, imports: int) -> None:
-    document, start = bench.document, time.monotonic()
+def _measure(bench: Bench, args: argparse.Namespace, shapes: list[Shape], show: Terminal, imports: int) -> bool:
+    """False where the device no longer answers."""
+    document = bench.document
+    start = datetime.datetime.fromisoformat(document["date"])  # of the first process, where this is not it
+
+    def keep() -> None:
+        if args.out:
+            write(document, args.out)  # what is measured stays, whatever comes
+
+    def stuck(what: str) -> None:
+        bench.failed(f"no end after {args.stuck:g} s")
+        keep()
+        show.line(f"✗ {what}")
+
     show.line(report.where(document))
     show.line(METHOD)
-    bench.measure_rates(shapes)
-    show.line(report.rates(document))
-    with show.progress(bench.steps(shapes)) as advance:
+    with Watch(args.stuck, stuck) as watch, show.progress(bench.steps(shapes)) as advance:
+        bench.doing = watch
+        if document["roofline"] is None:
+            bench.measure_rates(shapes)
+        show.line(report.rates(document))
         for i, shape in enumerate(shapes):
-            if args.seconds and time.monotonic() - start > args.seconds:
+            if bench.left_out(shape):
+                continue
+            spent = (datetime.datetime.now(datetime.timezone.utc) - start).total_seconds()
+            if args.seconds and spent > args.seconds:
                 left = ", ".join(each.name for each in shapes[i:])
                 document["notes"].append(f"Not measured, {args.seconds:g} s being spent: {left}")
                 break
-            bench.measure(shape, advance)
-            show.table(*report.shape_table(document, shape.name))
-            for text in report.faults(document, shape.name):
-                show.line(text)
-            if args.out:
-                write(document, args.out)  # what is measured stays, whatever comes
+            while not bench.left_out(shape):  # again without what failed, if anything does
+                if not _measure_one(bench, shape, advance, show, keep):
+                    return False
+            watch("")
+            if shape.name in document["shapes"]:
+                show.table(*report.shape_table(document, shape.name))
+                for text in report.faults(document, shape.name):
+                    show.line(text)
         advance("calls and imports", 0)
-        bench.measure_calls(imports)
+        try:
+            bench.measure_calls(imports)
+        except RuntimeError as error:  # what was measured before is not lost by it
+            document["notes"].append(f"Calls and imports are not measured: {first_line(error)}")
+    return True
+
+
+def _measure_one(bench: Bench, shape: Shape, advance: Advance, show: Terminal, keep: Callable[[], None]) -> bool:
+    """A shape, or on record what failed. False where the device no longer answers."""
+    bench.document["measuring"] = shape.name
+    keep()
+    try:
+        bench.measure(shape, advance)
+    except Exception as error:  # one variant's failure is no other's
+        bench.failed(f"{type(error).__name__}: {first_line(error)}")
+        show.line(f"✗ {bench.document['notes'][-1]}")
+    if not answers(bench.device):
+        keep()
+        return False
+    del bench.document["measuring"]
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    keep()
+    return True
 
 
 def _is_partial(args: argparse.Namespace) -> bool:
@@ -153,6 +214,8 @@ def _fault(args: argparse.Namespace) -> str | None:
         return f"--threads must be at least 1, got {args.threads}"
     if args.plot and not args.out and _is_partial(args):
         return "--plot draws beside the JSON, and a partial run writes one only where --out FILE says"
+    if args.resume and not args.out:
+        return "--resume goes on with the file that --out FILE names"
     if args.suite and args.shapes:
         return "--suite and --shapes both name what to measure: give one of them"
     for text in args.peer:

@@ -94,7 +94,7 @@ _LLAMA_3_1 = tuple(
     for name, (K, N) in projections.items()
 )
 _HOPPER = tuple(
-    replace(shape, name=f"{shape.name}-r{R}", R=R, dropout=0.05, compiled=shape.name == "llama-8b-q-8192" and R == 16)
+    replace(shape, name=f"{shape.name}-r{R}", R=R, dropout=0.05, compiled=shape.name == "llama-8b-q-2048" and R == 16)
     for M in _ROWS
     for R in (16, 64)
     for shape in _LLAMA_3_1

@@ -146,10 +146,13 @@ def interleave(
     rounds: int,
     timer: Timer,
     advance: Callable[[], None] = lambda: None,
+    doing: Callable[[str], None] = lambda name: None,
 ) -> Rounds:
-    """Time `steps`: by variant, one callable per set of operands. `advance` is called after every round, untimed."""
+    """Time `steps`: by variant, one callable per set of operands. `advance` is called after every round, `doing` before
+    each sample of a variant, both untimed."""
     estimates = {}
     for name, each in steps.items():
+        doing(name)
         timer.sample(each, len(each))  # first calls choose, compile and allocate
         estimates[name] = timer.sample(each, len(each))
     repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / estimate)) for name, estimate in estimates.items()}
@@ -160,6 +163,7 @@ def interleave(
         for index in range(rounds):
             taken: dict[str, list[float]] = {name: [] for name in steps}
             for name in (name for name in turned(order, index) if index < last_round[name]):
+                doing(name)
                 taken[name].append(timer.sample(steps[name], repeats[name]))
             samples.append(taken)
             advance()
