@@ -1,4 +1,4 @@
-"""The source of the sm_90a kernels, run whole on an emulated GPU (sm90_emulator.h), in random order."""
+"""The source of the sm_90a kernels, run whole on an emulated GPU (sm90_machine.h), in random order."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
         (257, 72, 328, 128, 0.5, BF16, BF16, 3, 2),
         (257, 136, 72, 129, 0.3, BF16, BF16, 99, 5),  # two rank tiles
         (129, 264, 264, 256, 0.0, FP16, FP32, 2, 1),
-        (1100, 136, 72, 8, 0.3, BF16, BF16, 4, 3),  # da and db in parts
-        (1601, 72, 200, 160, 0.0, FP16, FP16, 8, 8),
+        (1601, 72, 72, 8, 0.3, BF16, BF16, 4, 3),  # da and db in parts
+        (1100, 72, 136, 160, 0.0, FP16, FP16, 8, 8),
     ],
 )
 def test_results(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> None:
@@ -73,7 +73,7 @@ def test_random_shapes_on_one_stream(tiling: tuple[int, int]) -> None:
         return int(torch.randint(low, high, (), generator=generator))
 
     device = sm90.Device(3, 5, 3, tiling)
-    for seed in range(12):
+    for seed in range(8):
         adapter_dtype = BF16 if seed % 3 else FP32
         q = problem(
             draw(1, 300), 8 * draw(1, 40), 8 * draw(1, 40), draw(1, 257), dtype=BF16, adapter_dtype=adapter_dtype,
