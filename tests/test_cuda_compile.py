@@ -250,6 +250,21 @@ def test_parts_are_counted_after_they_are_stored_and_read_after_they_are_counted
 
 
 @pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump: install the CUDA toolkit or Triton")
+@pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
+def test_tickets_go_round_in_order_for_both_blocks_of_a_cluster(name: str) -> None:
+    """Who has read a ticket says so to the other block with release, and who writes the next one there waits for that
+    with acquire, at cluster scope both: the default is the block's. So does who reads what another block sent."""
+    kernels = re.split(r"\.entry ", _compiled((name, "ptx"))[0].read_text())[1:]
+    for kernel in kernels:
+        pairs = "ELi2EEEv" in kernel.split("(")[0]
+        lines = [line.strip() for line in kernel.splitlines() if re.match(r"\s*(fence|mbarrier|RETRY)", line)]
+        arrivals = [i for i, line in enumerate(lines) if line.startswith("mbarrier.arrive.relaxed.cluster")]
+        assert len(arrivals) == 2 * pairs  # of consumers, and of the second producer
+        assert {lines[i - 1] for i in arrivals} <= {"fence.release.sync_restrict::shared::cta.cluster;"}
+        acquires = [line for line in lines if "mbarrier.try_wait.parity.acquire.cluster" in line]
+        assert len(acquires) == 3 * pairs  # of both for a ticket, and of the first producer for its place
+
+
 def test_built_extension() -> None:
     """The module that is imported holds every kernel, of both types, with nothing in local memory."""
     built = sorted((sm90.ROOT / "lora_kernels").glob("_cuda*.so"))
