@@ -148,7 +148,8 @@ def test_h_is_not_stored_unless_asked_for() -> None:
 
 @pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
 def test_row_strides(tiling: tuple[int, int]) -> None:
-    """Rows apart, and a and b at odd places: what TMA cannot read of them is converted in the launch."""
+    """Rows apart, and a and b at odd places or all rows in one: what TMA cannot read of them is converted in the
+    launch."""
     q = problem(140, 72, 136, 24, dtype=BF16, p=0.3)
 
     def apart(t: torch.Tensor, by: int, offset: int = 0) -> torch.Tensor:
@@ -160,6 +161,10 @@ def test_row_strides(tiling: tuple[int, int]) -> None:
     whole = results(sm90.Device(2, tiling=tiling), q)
     for name, value in results(sm90.Device(9, tiling=tiling), moved).items():
         assert torch.equal(value, whole[name]), name
+    one = replace(q, a=q.a[:1].expand_as(q.a), b=q.b[:1].expand_as(q.b))
+    copied = results(sm90.Device(3, tiling=tiling), replace(one, a=one.a.contiguous(), b=one.b.contiguous()))
+    for name, value in results(sm90.Device(4, tiling=tiling), one).items():
+        assert torch.equal(value, copied[name]), name
 
 
 def test_infinite_rows_stay_alone() -> None:
