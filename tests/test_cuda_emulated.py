@@ -184,7 +184,8 @@ def test_infinite_rows_stay_alone() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"K": 4}, {"N": 12}, {"R": 257}, {"M": 0}, {"ldw": 73}, {"w": 8}, {"threshold": 70000}, {"threshold": 5}),
+        *({"K": 4}, {"N": 12}, {"R": 257}, {"M": 0}, {"ldw": 73}, {"w": 8}, {"bias": 2}),
+        *({"threshold": 70000}, {"threshold": 5}),
         *({"columns": 64, "cluster": 1}, {"columns": 128, "cluster": 2}, {"columns": 256}, {"cluster": 2}),
     ],
 )
@@ -235,6 +236,16 @@ def test_backend(M: int, p: float, strided: bool) -> None:
     assert_right({"y": y, "dx": dx, "da": da, "db": db}, q)
     assert all(t.is_contiguous() for t in (y, h, dx, da, db))
     assert da.dtype == db.dtype == FP32
+
+
+@pytest.mark.parametrize("at", [slice(1, 73), slice(0, 144, 2)])
+@pytest.mark.usefixtures("extension")
+def test_a_bias_that_cannot_be_read_in_pairs(at: slice) -> None:
+    q = problem(150, 72, 136, 12, dtype=BF16)
+    bias = torch.zeros(144, dtype=BF16)[at].copy_(q.bias)
+    want, _ = cuda.forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, False)
+    got, _ = cuda.forward(q.x, q.w, q.a, q.b, bias, q.scale, 0.0, None, False)
+    assert torch.equal(got, want)
 
 
 def test_workspaces(extension: sm90.Extension) -> None:

@@ -292,7 +292,9 @@ struct Backward {
   }
 };
 
-bool supported(const ForwardArgs& o) { return supported(static_cast<const Operands&>(o)) && o.x != nullptr; }
+bool supported(const ForwardArgs& o) {
+  return supported(static_cast<const Operands&>(o)) && o.x != nullptr && reinterpret_cast<uintptr_t>(o.bias) % 4 == 0;
+}
 bool supported(const BackwardArgs& o) {
   return supported(static_cast<const Operands&>(o)) && aligned(o.dy, o.lddy) && (o.da == nullptr || o.x != nullptr) &&
          (o.db == nullptr || o.h != nullptr) && (o.dx != nullptr || o.da != nullptr || o.db != nullptr);

@@ -177,9 +177,10 @@ struct Consumer {
     tickets.next();
     return __shfl_sync(~0u, ticket, 0);
   }
-  __device__ __forceinline__ uint32_t wait() const {  // for the stage at hand; its address
-    barrier_wait(shared.full(ring.slot), ring.parity);
-    return shared.stage(ring.slot);
+  __device__ __forceinline__ uint32_t wait() const { return wait(ring); }  // for the stage at hand; its address
+  __device__ __forceinline__ uint32_t wait(const Ring<S::kStages>& at) const {
+    barrier_wait(shared.full(at.slot), at.parity);
+    return shared.stage(at.slot);
   }
   // After a stage's wgmmas were committed: those of the stage before are done when at most one group is in flight.
   __device__ __forceinline__ void advance() {
@@ -195,6 +196,10 @@ struct Consumer {
     wgmma_registers(d);
     release();
     previous = -1;
+  }
+  // Stages that were read by way of a copy of `ring`, with nothing in flight: they may be overwritten.
+  __device__ __forceinline__ void pass(int stages) {
+    for (int i = 0; i < stages; ++i, ring.next()) shared.release_stage(ring.slot, lane());
   }
 
  private:
