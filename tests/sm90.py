@@ -1,4 +1,4 @@
-"""csrc/cuda/sm90 compiled for the host, on the emulated GPU of sm90_emulator.h, and called as the back-end calls it."""
+"""csrc/cuda/sm90 compiled for the host, on the emulated GPU of sm90_machine.h, and called as the back-end calls it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,8 @@ from lora_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 SM90 = ROOT / "csrc" / "cuda" / "sm90"
-EMULATOR = [ROOT / "tests" / "sm90_emulator.h", ROOT / "tests" / "sm90_emulator.cpp"]
+EMULATOR = [ROOT / "tests" / f"sm90_emulator{part}.cpp" for part in ("", "_backward")]
+HEADERS = [ROOT / "tests" / f"sm90_{part}.h" for part in ("machine", "ptx", "wgmma")]
 
 DEVICE = "Emulated GPU"
 
@@ -68,17 +70,24 @@ def cuda_include() -> Path | None:
     return None
 
 
+def _gxx(*arguments: str | Path) -> None:
+    subprocess.run(["g++", "-std=c++17", "-fPIC", *arguments], check=True, capture_output=True, text=True)
+
+
 def compiled(sources: list[Path], watched: list[Path], flags: list[str]) -> Path:
-    """A shared library of `sources`, built by g++ once per content of `watched`."""
+    """A shared library of `sources`, built by g++, two at a time, once per content of `watched`."""
     content = b"".join(path.read_bytes() for path in sorted(watched))
     digest = hashlib.sha256(content + " ".join(flags).encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir(), f"lora_kernels_tests_{os.getuid()}", f"{sources[0].stem}_{digest}.so")
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}")
-        command = ["g++", "-std=c++17", "-fPIC", "-shared", *flags, *map(str, sources), "-o", str(partial)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        partial.replace(target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            objects = [Path(folder, f"{source.stem}.o") for source in sources]
+            jobs = [["-c", source, "-o", to] for source, to in zip(sources, objects, strict=True)]
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda job: _gxx(*flags, *job), jobs))
+            _gxx("-shared", *objects, "-o", partial := Path(folder, target.name))
+            partial.replace(target)
     return target
 
 
@@ -86,8 +95,8 @@ def compiled(sources: list[Path], watched: list[Path], flags: list[str]) -> Path
 def library() -> ctypes.CDLL:
     include = cuda_include()
     assert include is not None
-    watched = [*EMULATOR, *(path for path in SM90.iterdir() if path.suffix in (".h", ".cuh", ".cu"))]
-    lib = ctypes.CDLL(str(compiled(EMULATOR[1:], watched, ["-O1", "-Wno-psabi", f"-I{include}"])))
+    watched = [*EMULATOR, *HEADERS, *(path for path in SM90.iterdir() if path.suffix in (".h", ".cuh", ".cu"))]
+    lib = ctypes.CDLL(str(compiled(EMULATOR, watched, ["-O2", "-U_FORTIFY_SOURCE", "-Wno-psabi", f"-I{include}"])))
     for direction in ("forward", "backward"):
         for function in (f"emulated_{direction}", f"emulated_{direction}_workspace"):
             getattr(lib, function).restype = ctypes.c_char_p

@@ -1,9 +1,7 @@
-// The sm_90a back-end, compiled for the host by way of sm90_emulator.h, with the CUDA runtime calls that it makes.
-// Python loads it.
-#include "sm90_emulator.h"
+// The sm_90a back-end, compiled for the host on the emulated GPU of sm90_machine.h, with the CUDA runtime calls that it
+// makes. Python loads it. The backward kernels are in sm90_emulator_backward.cpp, so that both compile at a time.
+#include "sm90_wgmma.h"
 
-#include "../csrc/cuda/sm90/backward_bf16.cu"
-#include "../csrc/cuda/sm90/backward_fp16.cu"
 #include "../csrc/cuda/sm90/decode.cu"
 #include "../csrc/cuda/sm90/forward_bf16.cu"
 #include "../csrc/cuda/sm90/forward_fp16.cu"

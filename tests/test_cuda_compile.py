@@ -136,6 +136,39 @@ def test_producers_keep_to_the_registers_they_are_left(name: str) -> None:
         assert most < 40, kernel
 
 
+@pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump: install the CUDA toolkit or Triton")
+@pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
+def test_main_loops_keep_the_tensor_cores_busy(name: str) -> None:
+    """A stage of a y or dx tile is four wgmmas in a row and a wait for those of the stage before. Nothing in the loop
+    waits for memory, and nothing but wgmma touches accumulators, or they would be waited for as well."""
+    for kernel, body in sass(name).items():
+        columns, rank = re.search(r"Li(\d+)ELi(\d+)ELi", kernel).groups()
+        mma = [at for at, op in body.items() if re.match(rf"HGMMA\.64x{columns}x16\.", op)]
+        loops: dict[int, list[str]] = {}  # the smallest that holds these four
+        for end, op in body.items():
+            jump = re.search(r"\bBRA (0x[0-9a-f]+)", op)
+            start = int(jump[1], 16) if jump else end
+            held = [at for at in mma if start <= at <= end]
+            if len(held) == 4:
+                inside = [body[at] for at in body if start <= at <= end]
+                loops[held[0]] = min(loops.get(held[0], inside), inside, key=len)
+        plain = 0
+        for loop in loops.values():
+            text = "\n".join(loop)
+            if columns == rank and "FENCE.VIEW.ASYNC" in text:
+                continue  # masks h or da tiles, of as many columns
+            plain += 1
+            waits = re.findall(r"WARPGROUP\.\S+(?: gsb0, \w+)?", text)
+            assert waits == ["WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR.LE gsb0, 0x1"], kernel
+            assert not re.search(r"\b(MEMBAR|LDG|LDS|STG|STS|BAR|ERRBAR|CCTL)\b", text), kernel
+            first = int(re.search(r"HGMMA\S+ R(\d+)", text)[1])
+            accumulators = {f"R{first + i}" for i in range(int(columns) // 2)}
+            others = "\n".join(op for op in loop if not op.startswith("HGMMA"))
+            assert not accumulators & set(re.findall(r"\bR\d+\b", others)), kernel
+        # forward: over K, and over the rank where a stage of it has four steps. backward: with dropout and without
+        assert plain >= (2 if name.startswith("backward") else 1), kernel
+
+
 ORDERING = re.compile(
     r"ld\.acquire\.gpu|red\.release\.gpu|atom\.acq_rel\.gpu|fence\.proxy\.async|membar|fence\.acq_rel|bar\.sync|stmatrix|st\.global"
     r"|st\.shared\.v4|wgmma\.mma_async|cp\.async\.bulk\.tensor\.2d\.shared|cp\.async\.bulk\.tensor\.2d\.global"
@@ -215,6 +248,21 @@ def test_flags_are_released_after_the_stores_before_them(name: str) -> None:
         assert len(releases) == 2  # after a narrow tile, and after a conversion
         for i in releases:
             assert flow.is_preceded(i, {"bar.sync"}, {"fence.proxy.async"}, FENCE)
+
+
+@pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
+def test_tickets_go_round_in_order_for_both_blocks_of_a_cluster(name: str) -> None:
+    """Who has read a ticket says so to the other block with release, and who writes the next one there waits for that
+    with acquire, at cluster scope both: the default is the block's. So does who reads what another block sent."""
+    kernels = re.split(r"\.entry ", _compiled((name, "ptx"))[0].read_text())[1:]
+    for kernel in kernels:
+        pairs = "ELi2EEEv" in kernel.split("(")[0]
+        lines = [line.strip() for line in kernel.splitlines() if re.match(r"\s*(fence|mbarrier|RETRY)", line)]
+        arrivals = [i for i, line in enumerate(lines) if line.startswith("mbarrier.arrive.relaxed.cluster")]
+        assert len(arrivals) == 2 * pairs  # of consumers, and of the second producer
+        assert {lines[i - 1] for i in arrivals} <= {"fence.release.sync_restrict::shared::cta.cluster;"}
+        acquires = [line for line in lines if "mbarrier.try_wait.parity.acquire.cluster" in line]
+        assert len(acquires) == 3 * pairs  # of both for a ticket, and of the first producer for its place
 
 
 def test_decode_publishes_after_its_stores_and_reads_after_the_flag() -> None:

@@ -18,9 +18,9 @@ DX, DA, DB = 1, 2, 4
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    source = sm90.ROOT / "tests" / "sm90_schedule.cpp"
+    sources = [sm90.ROOT / "tests" / f"sm90_{part}.cpp" for part in ("schedule", "layout")]
     flags = ["-O2", "-Wall", "-Wextra", "-Werror"]
-    return ctypes.CDLL(str(sm90.compiled([source], [source, *sm90.SM90.glob("*.h")], flags)))
+    return ctypes.CDLL(str(sm90.compiled(sources, [*sources, *sm90.SM90.glob("*.h")], flags)))
 
 
 def check(name: str, *args: int) -> None:
@@ -42,6 +42,19 @@ def problems() -> list[tuple[int, int, int, int]]:
 def test_every_item_is_one_ticket_and_waits_for_lower_ones(needs: int) -> None:
     for (M, N, K, R), sms, prep, cluster in itertools.product(problems(), (1, 78, 132), (0, 5), (1, 2)):
         check("items", M, N, K, R, sms, prep, needs, cluster)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_memory_bound_items_lie_among_the_others(cluster: int) -> None:
+    for (M, N, K, R), sms in itertools.product(problems(), (1, 78, 132)):
+        check("mix", M, N, K, R, sms, cluster)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_tiles_at_work_share_what_they_read(cluster: int) -> None:
+    """132 tiles of 128 by 256, as square a region as 16 rows of tiles allow."""
+    assert library().rows_at_work(64, 56, 256, 132, cluster) <= 16 * 128 + 9 * 256
+    assert library().rows_at_work(6, 56, 256, 132, cluster) <= 6 * 128 + 22 * 256
 
 
 def test_counters_do_not_overlap() -> None:

@@ -130,7 +130,7 @@ def launch_forward(
 ) -> None:
     """`forward` of one row at least, by a tiling, into contiguous y [M,N] and h [M,R] (None: not wanted)."""
     x, w, a, b = _addressable(x), _addressable(w), _unit_stride(a), _unit_stride(b)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else _in_pairs(bias)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         call = _extension().Sm90Forward(**_operands(x.shape[0], x, w, a, b, scale, p, seed, stream, tiling))
@@ -239,6 +239,12 @@ def _addressable(t: Tensor) -> Tensor:
     row_stride = _row_stride(t)
     aligned = row_stride % _MULTIPLE == 0 and row_stride >= t.shape[1] and t.data_ptr() % 16 == 0
     return t if t.stride(1) == 1 and aligned else t.clone(memory_format=torch.contiguous_format)
+
+
+def _in_pairs(bias: Tensor) -> Tensor:
+    """bias, as a copy where its elements cannot be read two at a time."""
+    together = bias.is_contiguous() and bias.data_ptr() % 4 == 0
+    return bias if together else bias.clone(memory_format=torch.contiguous_format)
 
 
 class Workspace(NamedTuple):

@@ -35,7 +35,7 @@ struct Operands {
 };
 
 struct ForwardArgs : Operands {
-  const void* bias;  // [N] or null
+  const void* bias;  // [N] at a multiple of 4 bytes, or null
   void* y;           // [M,N]
   void* h;           // [M,R], or null where it is not wanted
 };

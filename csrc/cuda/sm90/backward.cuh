@@ -1,9 +1,10 @@
 // dx = dy w + c · keep ⊙ (g a), da = c · gᵀ (keep ⊙ x), db = s · dyᵀ h, with g = s · dy b, in one launch.
 //
 //   g tiles    g[128, RP] over all of N, to scratch; published by row block.
-//   db tiles   dyᵀ h [128 of N, RP] over a part of M: needs no g, so these fill the time until g is there.
-//   dx tiles   g a first, masked and scaled in the accumulators, then dy w on top over all of N; w is read as it
-//              lies, N-major.
+//   db tiles   dyᵀ h [128 of N, RP] over a part of M.
+//   dx tiles   dy w over all of N; w is read as it lies, N-major. Then g a: into the same accumulators, or, where there
+//              is dropout, 64 columns at a time into some of its own, which are masked, scaled and added. So they wait
+//              for g late, and the mask is drawn while the tensor cores work.
 //   da tiles   (keep ⊙ x)ᵀ g [128 of K, RP] over a part of M, x masked in shared memory.
 //
 // Parts of da and db go to scratch; the last to arrive sums them in the order of the parts, so that gradients do not
@@ -60,19 +61,19 @@ __device__ __forceinline__ void backward_produce(const BackwardParams& p, const 
         share_rank_boxes<G>(producer, p.b, item.n * RP, i * kTileK);
       }
     } else if (item.kind == Kind::kOut) {
-      producer.await_adapters(p.counters);
-      producer.await(ready + item.m, ready_target(p.plan));
-#pragma unroll 1
-      for (int i = 0; i < low; ++i, producer.next()) {
-        producer.open(G::kOutBytes);
-        producer.load(0, p.g_rows, i * kTileK, item.m * kTileM);
-        share_boxes<G, BN>(producer, p.a, item.n * BN, i * kTileK);
-      }
 #pragma unroll 1
       for (int i = 0; i < blocks; ++i, producer.next()) {
         producer.open(G::kOutBytes);
         producer.load(0, p.dy_rows, i * kTileK, item.m * kTileM);
         share_boxes<G, BN>(producer, p.w, item.n * BN, i * kTileK);
+      }
+      producer.await_adapters(p.counters);
+#pragma unroll 1
+      for (int i = 0; i < low; ++i, producer.next()) {
+        producer.open(G::kOutBytes);
+        share_boxes<G, BN>(producer, p.a, item.n * BN, i * kTileK);
+        if (i == 0) producer.await(ready + item.m, ready_target(p.plan));
+        producer.load(0, p.g_rows, i * kTileK, item.m * kTileM);
       }
     } else if (item.kind == Kind::kDb) {
       const GradientTile tile = gradient_tile(p.plan, item.n);
@@ -100,35 +101,54 @@ __device__ __forceinline__ void backward_produce(const BackwardParams& p, const 
   }
 }
 
-// Which accumulators of a [64, BN] tile, rows m.. and columns n.., are kept: a bit each. The four lanes of a quad hold
-// the same 8 columns of a row, a pair each; each lane draws for one of four neighbouring groups of 8 columns, and they
-// exchange words.
-template <int BN>
-__device__ __forceinline__ void keep_tile(uint32_t (&keep)[BN / 64], const Dropout& dropout, int m, int n, int thread) {
+// Which accumulators of word `w` and part `part` (two rows of two times 32 columns) of a tile, rows m.. and columns
+// n.., are kept: a bit each. The four lanes of a quad hold the same 8 columns of a row, a pair each; each lane draws
+// for one of four neighbouring groups of 8 columns, and they exchange words.
+__device__ __forceinline__ uint32_t keep_part(const Dropout& dropout, int m, int n, int thread, int w, int part) {
   const int q = thread % 4, row = m + fragment_row(thread, 0);
+  Philox4 r = dropout.draw(row + keep_row(part), (n >> 3) + keep_group(w, part) + q);
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) quad_put(r.word, q, bit, i, __shfl_xor_sync(~0u, quad_sent(r.word, q, bit, i), bit));
+  uint32_t bits = 0;
+#pragma unroll
+  for (int v = 0; v < 4; ++v) bits |= keep_bits(r.word[v], dropout.threshold) << (2 * v);
+  return bits << (8 * part);
+}
+
+// Part `i` of the whole mask. A loop over the words, as registers have no index.
+template <int BN>
+__device__ __forceinline__ void keep_more(uint32_t (&keep)[BN / 64], const Dropout& dropout, int m, int n, int thread,
+                                          int i) {
+  const uint32_t bits = keep_part(dropout, m, n, thread, i / 4, i % 4);
+#pragma unroll
+  for (int w = 0; w < BN / 64; ++w) keep[w] |= i / 4 == w ? bits : 0;
+}
+
+// dx += factor · keep ⊙ (g a), 64 columns at a time. The stages of g and a stay until the last columns are done.
+template <class T, int BN, int RP, class S>
+__device__ __forceinline__ void add_masked(Consumer<S>& c, float (&dx)[BN / 2], const uint32_t (&keep)[BN / 64],
+                                           int stages, float factor) {
+  using G = Tile<BN, RP>;
+  static_assert(rank_stages(kMaxRank) <= S::kStages, "all of them at a time");
 #pragma unroll
   for (int w = 0; w < BN / 64; ++w) {
-    keep[w] = 0;
+    float d[32] = {};
+    wgmma_registers(d);
+    Ring<S::kStages> at = c.ring;
 #pragma unroll 1
-    for (int part = 0; part < 4; ++part) {  // two rows of two times 32 columns
-      Philox4 r = dropout.draw(row + keep_row(part), (n >> 3) + keep_group(w, part) + q);
-#pragma unroll
-      for (int bit = 1; bit <= 2; bit *= 2)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          quad_put(r.word, q, bit, i, __shfl_xor_sync(~0u, quad_sent(r.word, q, bit, i), bit));
-      uint32_t bits = 0;
-#pragma unroll
-      for (int v = 0; v < 4; ++v) bits |= keep_bits(r.word[v], dropout.threshold) << (2 * v);
-      keep[w] |= bits << (8 * part);
+    for (int i = 0; i < stages; ++i, at.next()) {
+      const uint32_t stage = c.wait(at);
+      mma_stage<T, KMajor, MnMajor<128>, 64, G::kRankSteps>(d, stage + c.group * kBoxBytes,
+                                                            stage + G::kBytesA + w * kBoxBytes);
     }
-  }
-}
-// d = factor · keep ⊙ d.
-template <int BN>
-__device__ __forceinline__ void mask_tile(float (&d)[BN / 2], const uint32_t (&keep)[BN / 64], float factor) {
+    wgmma_wait<0>();
+    wgmma_registers(d);
 #pragma unroll
-  for (int i = 0; i < BN / 2; ++i) d[i] = keep[keep_word(i)] >> keep_bit(i) & 1 ? d[i] * factor : 0.f;
+    for (int i = 0; i < 32; ++i) dx[w * 32 + i] += keep[w] >> keep_bit(i) & 1 ? d[i] * factor : 0.f;
+  }
+  c.pass(stages);
 }
 
 // A part of a da or db tile, in accumulators: rows are columns of x or dy, columns are the rank.
@@ -195,27 +215,39 @@ __device__ __forceinline__ void backward_consume(const BackwardParams& p, const 
       skinny_tile<T, MnMajor<G::kWidth>, RP>(c, g, blocks, nullptr, 0);
       store_skinny<T, RP>(c, p, g, item.m, item.n * RP, p.g_pointer, p.scale, nullptr, 0.f);
     } else if (item.kind == Kind::kOut) {
-      uint32_t keep[BN / 64];  // drawn while g, or its loads, are on their way
-      if (dropout.threshold > 0) keep_tile<BN>(keep, dropout, item.m * kTileM + group * 64, item.n * BN, c.thread);
+      const int m = item.m * kTileM + group * 64, n = item.n * BN;
       float dx[BN / 2] = {};
       wgmma_registers(dx);
+      if (dropout.threshold == 0) {
 #pragma unroll 1
-      for (int i = 0; i < low; ++i) {
-        const uint32_t stage = c.wait();
-        mma_stage<T, KMajor, MnMajor<128>, BN, G::kRankSteps>(dx, stage + group * kBoxBytes, stage + G::kBytesA);
-        c.advance();
-      }
-      c.drain(dx);
-      if (dropout.threshold > 0) mask_tile<BN>(dx, keep, p.rescale);
-      wgmma_registers(dx);
+        for (int i = 0; i < blocks; ++i) {
+          const uint32_t stage = c.wait();
+          mma_stage<T, KMajor, MnMajor<128>, BN, kTileK / 16>(dx, stage + group * kBoxBytes, stage + G::kBytesA);
+          c.advance();
+        }
 #pragma unroll 1
-      for (int i = 0; i < blocks; ++i) {
-        const uint32_t stage = c.wait();
-        mma_stage<T, KMajor, MnMajor<128>, BN, kTileK / 16>(dx, stage + group * kBoxBytes, stage + G::kBytesA);
-        c.advance();
+        for (int i = 0; i < low; ++i) {
+          const uint32_t stage = c.wait();
+          mma_stage<T, KMajor, MnMajor<128>, BN, G::kRankSteps>(dx, stage + group * kBoxBytes, stage + G::kBytesA);
+          c.advance();
+        }
+        c.drain(dx);
+      } else {
+        uint32_t keep[BN / 64] = {};
+        constexpr int kParts = BN / 64 * 4;  // a part of the mask for every stage, as far as they go
+#pragma unroll 1
+        for (int i = 0; i < blocks; ++i) {
+          const uint32_t stage = c.wait();
+          mma_stage<T, KMajor, MnMajor<128>, BN, kTileK / 16>(dx, stage + group * kBoxBytes, stage + G::kBytesA);
+          if (i < kParts) keep_more<BN>(keep, dropout, m, n, c.thread, i);
+          c.advance();
+        }
+        c.drain(dx);
+#pragma unroll 1
+        for (int i = blocks; i < kParts; ++i) keep_more<BN>(keep, dropout, m, n, c.thread, i);
+        add_masked<T, BN, RP>(c, dx, keep, low, p.rescale);
       }
-      c.drain(dx);
-      store_tile<T, BN>(c, p.dx, dx, item.m * kTileM + group * 64, item.n * BN, p.K, nullptr);
+      store_tile<T, BN>(c, p.dx, dx, m, n);
     } else if (item.kind == Kind::kDb) {
       const GradientTile tile = gradient_tile(p.plan, item.n);
       const int splits = p.plan.db_splits;

@@ -46,6 +46,26 @@ __device__ __forceinline__ void forward_produce(const ForwardParams& p, const S&
   }
 }
 
+// The bias of a [64, BN] tile's columns n.., two neighbours a word; zeros beyond `columns`, a multiple of 8.
+template <int BN>
+__device__ __forceinline__ void load_bias(uint32_t (&pairs)[BN / 8], const void* bias, int thread, int n, int columns) {
+  const int first = n + fragment_col(thread, 0);
+  const uint32_t* const at = static_cast<const uint32_t*>(bias) + first / 2;
+#pragma unroll
+  for (int j = 0; j < BN / 8; ++j) pairs[j] = first + 8 * j < columns ? at[4 * j] : 0;
+}
+template <class T, int BN>
+__device__ __forceinline__ void add_bias(float (&d)[BN / 2], const uint32_t (&pairs)[BN / 8]) {
+#pragma unroll
+  for (int i = 0; i < BN / 2; i += 4) {
+    const float2 add = unpack(T(), pairs[i / 4]);
+    d[i] += add.x;
+    d[i + 1] += add.y;
+    d[i + 2] += add.x;
+    d[i + 3] += add.y;
+  }
+}
+
 template <class T, int BN, int RP, class S>
 __device__ __forceinline__ void forward_consume(const ForwardParams& p, const S& shared, int group) {
   using G = Tile<BN, RP>;
@@ -77,8 +97,11 @@ __device__ __forceinline__ void forward_consume(const ForwardParams& p, const S&
         mma_stage<T, KMajor, KMajor, BN, G::kRankSteps>(y, stage + group * kBoxBytes, stage + G::kBytesA);
         c.advance();
       }
+      uint32_t bias[BN / 8];
+      if (p.bias != nullptr) load_bias<BN>(bias, p.bias, c.thread, item.n * BN, p.N);  // while the last wgmmas run
       c.drain(y);
-      store_tile<T, BN>(c, p.y, y, item.m * kTileM + group * 64, item.n * BN, p.N, p.bias);
+      if (p.bias != nullptr) add_bias<T, BN>(y, bias);
+      store_tile<T, BN>(c, p.y, y, item.m * kTileM + group * 64, item.n * BN);
     }
   }
   if (c.thread == 0) tma_store_wait_all();

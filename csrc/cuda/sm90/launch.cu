@@ -77,6 +77,8 @@ class Scratch {
 };
 
 bool aligned(const void* p, int64_t ld) { return reinterpret_cast<uintptr_t>(p) % 16 == 0 && ld % 8 == 0; }
+// Rows that overlap (one row expanded, say) are none of a tensor map.
+bool apart(int rows, int columns, int64_t ld) { return rows == 1 || ld >= columns; }
 
 // A matrix that TMA reads: as it is, or a conversion of it in scratch.
 struct Matrix {
@@ -87,7 +89,7 @@ struct Matrix {
 // Where TMA cannot read an operand, plans its conversion. Returns what TMA is to read.
 Matrix readable(const void* p, int rows, int columns, int64_t ld, bool fp32, Scratch& scratch, PrepJob& job,
                 int& chunks) {
-  if (!fp32 && aligned(p, ld)) return {p, ld};
+  if (!fp32 && aligned(p, ld) && apart(rows, columns, ld)) return {p, ld};
   const int pitch = round_up(columns, 8);
   job = {p,   scratch.take(static_cast<size_t>(rows) * pitch * 2), ld, rows, columns, pitch, prep_chunks(rows, pitch),
          fp32};
@@ -290,7 +292,9 @@ struct Backward {
   }
 };
 
-bool supported(const ForwardArgs& o) { return supported(static_cast<const Operands&>(o)) && o.x != nullptr; }
+bool supported(const ForwardArgs& o) {
+  return supported(static_cast<const Operands&>(o)) && o.x != nullptr && reinterpret_cast<uintptr_t>(o.bias) % 4 == 0;
+}
 bool supported(const BackwardArgs& o) {
   return supported(static_cast<const Operands&>(o)) && aligned(o.dy, o.lddy) && (o.da == nullptr || o.x != nullptr) &&
          (o.db == nullptr || o.h != nullptr) && (o.dx != nullptr || o.da != nullptr || o.db != nullptr);

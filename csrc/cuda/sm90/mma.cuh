@@ -32,6 +32,12 @@ template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high) {
   return pack(T(), low, high);
 }
+__device__ __forceinline__ float2 unpack(__nv_bfloat16, uint32_t pair) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+__device__ __forceinline__ float2 unpack(__half, uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
 template <class T>
 __device__ __forceinline__ T rounded(float v) {
   return static_cast<T>(v);

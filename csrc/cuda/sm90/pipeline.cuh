@@ -58,23 +58,29 @@ struct Shared {
   }
   // All threads of the cluster.
   __device__ __forceinline__ void sync() const {
-    if constexpr (CLUSTER == 1)
+    if constexpr (CLUSTER == 1) {
       __syncthreads();
-    else
+    } else {
+      __syncwarp();  // the barrier is for whole warps
       cluster_sync();
+    }
+  }
+  // For a barrier at which threads of another block arrive or complete bytes, and what they did before.
+  __device__ __forceinline__ void wait_for_all(uint32_t barrier, uint32_t parity) const {
+    if constexpr (CLUSTER == 1)
+      barrier_wait(barrier, parity);
+    else
+      barrier_wait_cluster(barrier, parity);
   }
   __device__ __forceinline__ int await_ticket(int i, uint32_t parity) const {
-    if constexpr (CLUSTER == 1)
-      barrier_wait(claimed(i), parity);
-    else
-      barrier_wait_cluster(claimed(i), parity);
+    wait_for_all(claimed(i), parity);
     return load_shared_int(ticket(i));
   }
   __device__ __forceinline__ void release_ticket(int i) const {
     if constexpr (CLUSTER == 1)
       barrier_arrive(read(i));
     else
-      barrier_arrive_cluster(cluster_address(read(i), 0));
+      barrier_arrive_cluster_release(cluster_address(read(i), 0));
   }
   // By a warp: stage s may be overwritten, as far as it goes.
   __device__ __forceinline__ void release_stage(int s, int lane) const {
@@ -102,7 +108,7 @@ struct Producer {
     int ticket;
     if (S::kCluster == 1 || shared.rank == 0) {
       ticket = atomicAdd(counters + kTicket, 1);
-      barrier_wait(shared.read(i), tickets.parity);
+      shared.wait_for_all(shared.read(i), tickets.parity);
       store_shared_int(shared.ticket(i), ticket);
       barrier_arrive(shared.claimed(i));
 #pragma unroll
@@ -171,9 +177,10 @@ struct Consumer {
     tickets.next();
     return __shfl_sync(~0u, ticket, 0);
   }
-  __device__ __forceinline__ uint32_t wait() const {  // for the stage at hand; its address
-    barrier_wait(shared.full(ring.slot), ring.parity);
-    return shared.stage(ring.slot);
+  __device__ __forceinline__ uint32_t wait() const { return wait(ring); }  // for the stage at hand; its address
+  __device__ __forceinline__ uint32_t wait(const Ring<S::kStages>& at) const {
+    barrier_wait(shared.full(at.slot), at.parity);
+    return shared.stage(at.slot);
   }
   // After a stage's wgmmas were committed: those of the stage before are done when at most one group is in flight.
   __device__ __forceinline__ void advance() {
@@ -189,6 +196,10 @@ struct Consumer {
     wgmma_registers(d);
     release();
     previous = -1;
+  }
+  // Stages that were read by way of a copy of `ring`, with nothing in flight: they may be overwritten.
+  __device__ __forceinline__ void pass(int stages) {
+    for (int i = 0; i < stages; ++i, ring.next()) shared.release_stage(ring.slot, lane());
   }
 
  private:

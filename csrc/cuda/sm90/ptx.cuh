@@ -1,6 +1,6 @@
 // The PTX that CUDA C++ has no word for: mbarriers, TMA, fences between the proxies, warpgroup synchronisation,
-// stmatrix. This file, wgmma.cuh and launch.cuh are guarded by name: tests/sm90_emulator.h stands in for them on a
-// host.
+// stmatrix. This file, wgmma.cuh and launch.cuh are guarded by name: tests/sm90_ptx.h and tests/sm90_wgmma.h stand in
+// for them on a host.
 #ifndef LK_SM90_PTX
 #define LK_SM90_PTX
 
@@ -52,12 +52,20 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Without a scope: .release.cluster would put a fence of all memory before every release of a stage. What must be over
-// before it is (wgmma's reads, by wait_group; ld.shared, which cannot be overtaken by what the arrival lets come).
+// For a stage: what must be over before it is by itself, wgmma's reads by wait_group. So it needs no order of its own
+// for the other block, and none is paid for with every stage.
 __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// For what a thread of another block wrote.
+// After this thread's ordinary accesses of its block's shared memory, in the eyes of the other block, too. The fence is
+// what .release.cluster on the arrival means, for shared memory alone: that would wait for all of memory.
+__device__ __forceinline__ void barrier_arrive_cluster_release(uint32_t barrier) {
+  asm volatile(
+      "fence.release.sync_restrict::shared::cta.cluster;\n"
+      "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+      : "memory");
+}
+// After what threads of another block did before they arrived, or sent.
 __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{ .reg .pred p;\n"

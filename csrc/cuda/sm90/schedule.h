@@ -16,8 +16,8 @@
 // blocks have released the stage before it in the same place of the ring, which is of a lower ticket, finished in both,
 // or an earlier stage of this one, which by then has arrived in both.
 //
-//   ticket kernels   prep | h or g tiles | db tiles | y or dx tiles, with the da tiles spread among them
-//   decode           prep | row tiles of a, each split along K | row tiles of w, each split along K
+//   ticket kernels   prep | h or g tiles | y or dx tiles, with most db and da tiles spread among them | the rest of
+//   these decode           prep | row tiles of a, each split along K | row tiles of w, each split along K
 #pragma once
 
 #include "layout.h"
@@ -51,7 +51,10 @@ struct Plan {
   LK_CONSTEXPR int items() const { return preps() + skinny() + db() + out() + da(); }
 };
 
-constexpr int kGroupM = 8;  // y and dx tiles go down 8 rows of tiles before the next column: these share w in L2
+// y and dx tiles go down 16 rows of tiles before the next column. 132 blocks at work on tiles of 128 by 256 then read
+// 16 · 128 + 132 / 16 · 256 = 4160 rows of x and w between them, where 8 rows of tiles would make it 5248; and w, which
+// does not stay in L2 from one group of rows to the next, is read half as often.
+constexpr int kGroupM = 16;
 
 LK_CONSTEXPR Item out_item(const Plan& plan, int i, int rank) {
   const int tiles_m = plan.tiles_m / plan.cluster, most = kGroupM / plan.cluster;
@@ -75,14 +78,18 @@ LK_CONSTEXPR Item item_of(const Plan& plan, int ticket, int rank) {
   i -= plan.preps();
   if (i < plan.skinny()) return {Kind::kSkinny, i / plan.rank_tiles * plan.cluster + rank, i % plan.rank_tiles, 0};
   i -= plan.skinny();
-  if (i < plan.db()) return gradient_item(plan, Kind::kDb, plan.db_tiles, i, rank);
-  i -= plan.db();
-  // da tiles are memory-bound and dx tiles are not: one da tile after every so many dx tiles, so that neither waits for
-  // the other's kind
-  const int64_t da = plan.da(), rest = da + plan.out();
-  const int before = static_cast<int>(i * da / rest), after = static_cast<int>((i + 1) * da / rest);
-  if (after > before) return gradient_item(plan, Kind::kDa, plan.da_tiles, before, rank);
-  return out_item(plan, i - before, rank);
+  // db and da tiles are memory-bound and dx tiles are not: one of those after every so many of these, so that the
+  // memory and the tensor cores are busy at the same time. A quarter of them comes last: small items fill what the
+  // large ones leave of the last round. db tiles first, as they need no g
+  const int side = plan.db() + plan.da(), spread = side - side / 4, mixed = spread + plan.out();
+  int before = spread + i - mixed;  // of db and da tiles
+  if (i < mixed) {
+    before = static_cast<int>(static_cast<int64_t>(i) * spread / mixed);
+    const int after = static_cast<int>((static_cast<int64_t>(i) + 1) * spread / mixed);
+    if (after == before) return out_item(plan, i - before, rank);
+  }
+  if (before < plan.db()) return gradient_item(plan, Kind::kDb, plan.db_tiles, before, rank);
+  return gradient_item(plan, Kind::kDa, plan.da_tiles, before - plan.db(), rank);
 }
 
 // Part `split` of `splits` of `blocks` blocks is [split_begin(split), split_begin(split + 1)): never empty where splits

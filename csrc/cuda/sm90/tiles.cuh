@@ -51,12 +51,11 @@ __device__ __forceinline__ void store_skinny(const Consumer<S>& c, const Common&
   if (c.thread == 0) add_release(p.counters + kReady + block, 1);
 }
 
-// Rounds a [64, BN] tile to T, adds the bias where there is one, and stores it by TMA: columns n.., rows m.. of this
-// warpgroup. Chunks of 64 columns go through two staging boxes; a box is written again once the store before the last
-// one has read it.
+// Rounds a [64, BN] tile to T and stores it by TMA: columns n.., rows m.. of this warpgroup. Chunks of 64 columns go
+// through two staging boxes; a box is written again once the store before the last one has read it.
 template <class T, int BN, class S>
 __device__ __forceinline__ void store_tile(const Consumer<S>& c, const CUtensorMap& map, const float (&d)[BN / 2],
-                                           int m, int n, int columns, const void* bias) {
+                                           int m, int n) {
 #pragma unroll
   for (int chunk = 0; chunk < BN / 64; ++chunk) {
     const uint32_t box = c.shared.staging(c.group) + (chunk & 1) * kBoxBytes;
@@ -67,14 +66,9 @@ __device__ __forceinline__ void store_tile(const Consumer<S>& c, const CUtensorM
       uint32_t v[4];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int i = chunk * 32 + (pair * 2 + e) * 4, col = n + fragment_col(c.thread, i);
-        float2 add = {0.f, 0.f};
-        if (bias != nullptr && col < columns) {
-          const T* const at = static_cast<const T*>(bias) + col;
-          add = {static_cast<float>(at[0]), static_cast<float>(at[1])};
-        }
-        v[2 * e] = pack2<T>(d[i] + add.x, d[i + 1] + add.y);
-        v[2 * e + 1] = pack2<T>(d[i + 2] + add.x, d[i + 3] + add.y);
+        const int i = chunk * 32 + (pair * 2 + e) * 4;
+        v[2 * e] = pack2<T>(d[i], d[i + 1]);
+        v[2 * e + 1] = pack2<T>(d[i + 2], d[i + 3]);
       }
       store_matrices(box + stmatrix_offset(c.warp(), c.lane(), pair), v);
     }
