@@ -94,31 +94,38 @@ class LoRALinearGroupFunction(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """One dx; da, db and dbias of each layer: of these only what is asked."""
         x, *saved = ctx.saved_tensors
-        count, need_dx = len(dys), ctx.needs_input_grad[0]
-        w, a, b, h, seed = (saved[i * count : (i + 1) * count] for i in range(5))
-        grads: list[list[Tensor | None]] = [[None] * 7 for _ in dys]
-        dx = None
-
-        def of(column: Any) -> list[Any]:
-            return [column[i] for i in asked]
-
-        device = w[0].device.type
-        with no_graph(), no_autocast(device):
-            cast = {i: dy.to(ctx.dtype) for i, dy in enumerate(dys) if dy is not None}
-            asked = [i for i in cast if need_dx or ctx.need_da[i] or ctx.need_db[i]]
-            if asked:
-                need_da, need_db = of(ctx.need_da), of(ctx.need_db)
-                dx, *das_dbs = _backward_group(
-                    of(cast), x, [t.to(ctx.dtype) for t in of(w)], of(a), of(b), of(h), of(ctx.scale), of(ctx.p),
-                    of(seed), ctx.backend, need_dx, need_da, need_db,
-                )  # fmt: skip
-                for i, da, db in zip(asked, das_dbs[: len(asked)], das_dbs[len(asked) :], strict=True):
-                    grads[i][1] = da if ctx.need_da[i] else None
-                    grads[i][2] = db if ctx.need_db[i] else None
-            for i, dy in cast.items():
-                grads[i][3] = dy.sum(0) if ctx.need_dbias[i] else None
-        flat = (dx if need_dx else None, None, *(grad for row in grads for grad in row))
+        # In a function of its own: torch 2.14 cannot compile a loop within `with` under Python 3.13.
+        with no_graph(), no_autocast(saved[0].device.type):
+            flat = _gradients(ctx, dys, x, saved)
         return refuse_double_backward("lora_linear_group", flat)
+
+
+def _gradients(
+    ctx: Any, dys: Sequence[Tensor | None], x: Tensor | None, saved: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """dx, nothing for the back-end, and the gradients of every branch's fields."""
+    count, need_dx = len(dys), ctx.needs_input_grad[0]
+    w, a, b, h, seed = (saved[i * count : (i + 1) * count] for i in range(5))
+    grads: list[list[Tensor | None]] = [[None] * 7 for _ in dys]
+    dx = None
+
+    def of(column: Any) -> list[Any]:
+        return [column[i] for i in asked]
+
+    cast = {i: dy.to(ctx.dtype) for i, dy in enumerate(dys) if dy is not None}
+    asked = [i for i in cast if need_dx or ctx.need_da[i] or ctx.need_db[i]]
+    if asked:
+        need_da, need_db = of(ctx.need_da), of(ctx.need_db)
+        dx, *das_dbs = _backward_group(
+            of(cast), x, [t.to(ctx.dtype) for t in of(w)], of(a), of(b), of(h), of(ctx.scale), of(ctx.p),
+            of(seed), ctx.backend, need_dx, need_da, need_db,
+        )  # fmt: skip
+        for i, da, db in zip(asked, das_dbs[: len(asked)], das_dbs[len(asked) :], strict=True):
+            grads[i][1] = da if ctx.need_da[i] else None
+            grads[i][2] = db if ctx.need_db[i] else None
+    for i, dy in cast.items():
+        grads[i][3] = dy.sum(0) if ctx.need_dbias[i] else None
+    return (dx if need_dx else None, None, *(grad for row in grads for grad in row))
 
 
 def _columns(parts: Sequence[Any]) -> list[Sequence[Any]]:
