@@ -21,7 +21,8 @@ gpu_check = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = gpu_check  # dataclasses look their module up
 spec.loader.exec_module(gpu_check)
 
-Command, Section = gpu_check.Command, gpu_check.Section
+gpu_commands = sys.modules["gpu_commands"]
+Command, Section = gpu_commands.Command, gpu_check.Section
 
 
 def says(code: str, **kwargs) -> Command:
@@ -181,19 +182,19 @@ def test_the_files_stay_within_the_limits(tmp_path):
         (tmp_path / name).write_text("x")
     for name in ("sweep.json", "log.txt"):
         with (tmp_path / name).open("ab") as file:
-            file.truncate(gpu_check.MAX_BYTES + 1)
-    gpu_check.keep_within_limits(tmp_path)
+            file.truncate(gpu_commands.MAX_BYTES + 1)
+    gpu_commands.keep_within_limits(tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
-    assert len(left) == gpu_check.MAX_FILES and {"check.json", "log.txt", "hopper.json"} <= left
+    assert len(left) == gpu_commands.MAX_FILES and {"check.json", "log.txt", "hopper.json"} <= left
     assert "sweep.json" not in left
-    assert (tmp_path / "log.txt").stat().st_size < gpu_check.MAX_BYTES
+    assert (tmp_path / "log.txt").stat().st_size < gpu_commands.MAX_BYTES
 
 
 def test_long_logs_keep_their_beginning_and_their_end():
-    text = gpu_check.trimmed(b"begin " + b"x" * 3_000_000 + b" end")
-    assert text.startswith("begin ") and text.endswith(" end") and len(text) < gpu_check.LOG_BYTES + 100
-    assert 60 * gpu_check.LOG_BYTES < gpu_check.MAX_BYTES, "the log of all commands together is kept"
-    assert gpu_check.trimmed(b"short") == "short"
+    text = gpu_commands.trimmed(b"begin " + b"x" * 3_000_000 + b" end")
+    assert text.startswith("begin ") and text.endswith(" end") and len(text) < gpu_commands.LOG_BYTES + 100
+    assert 60 * gpu_commands.LOG_BYTES < gpu_commands.MAX_BYTES, "the log of all commands together is kept"
+    assert gpu_commands.trimmed(b"short") == "short"
 
 
 def test_the_budgets_fit_nine_minutes():
@@ -201,12 +202,12 @@ def test_the_budgets_fit_nine_minutes():
     spent = 0.0
     for i, each in enumerate(gpu_check.SECTIONS):
         reserve = 0.5 * sum(later.seconds for later in gpu_check.SECTIONS[i + 1 :])
-        left = gpu_check.TOTAL_SECONDS - spent
+        left = gpu_commands.TOTAL_SECONDS - spent
         given = min(each.seconds, left - reserve) if reserve else left
         assert given >= 0.4 * each.seconds, each.name
         spent += given
-    assert spent <= gpu_check.TOTAL_SECONDS <= 530
-    assert sum(each.seconds for each in gpu_check.SECTIONS[:-1]) <= gpu_check.TOTAL_SECONDS - 110, (
+    assert spent <= gpu_commands.TOTAL_SECONDS <= 530
+    assert sum(each.seconds for each in gpu_check.SECTIONS[:-1]) <= gpu_commands.TOTAL_SECONDS - 110, (
         "the bench gets two minutes"
     )
 
@@ -223,7 +224,7 @@ def test_options_that_cannot_be(words, said, tmp_path, capsys):
 def test_what_a_gpu_run_calls(tmp_path, monkeypatch):
     """Every command of every section, as words: nothing is started."""
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: f"/opt/cuda/bin/{name}")
-    check = gpu_check.Check(tmp_path, peers=["lorafusion=/somewhere"], broken={"triton"})
+    check = gpu_commands.Check(tmp_path, peers=["lorafusion=/somewhere"], broken={"triton"})
     text = {
         each.name: [" ".join(command.argv) for step in each.commands(check, 100) for command in step]
         for each in gpu_check.SECTIONS
