@@ -18,7 +18,7 @@ from lora_kernels.kernels import tilings
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the emulated kernels with"),
     pytest.mark.skipif(sm90.cuda_include() is None, reason="the headers of the CUDA toolkit are not there"),
-    pytest.mark.timeout(300),  # the first test compiles the kernels for the host
+    pytest.mark.timeout(600),  # the first test compiles the kernels for the host
 ]
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
