@@ -63,7 +63,8 @@ def ddp_draws_a_mask_per_process(folder: Path) -> None:
         everyone = [torch.empty_like(y) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, y)
         for i in range(1, len(everyone)):
-            assert torch.equal(everyone[0], everyone[i]) == alike
+            # not to the last bit: each process has timed for itself which GEMM is the faster
+            assert torch.allclose(everyone[0], everyone[i], rtol=1e-4, atol=1e-4) == alike
 
 
 @check(*KINDS, why_not=NO_FSDP)
