@@ -72,6 +72,7 @@ class _Stored:
 
 
 class _FusedBnb(Fused):
+    stored: ClassVar = True
     own: ClassVar = {**Fused.own, "_stored": _Stored}
     kind: ClassVar[type[Any]]
     _stored: _Stored

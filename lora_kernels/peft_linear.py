@@ -43,6 +43,8 @@ class Fused:
     """
 
     plain: ClassVar[type[Any]]
+    stored: ClassVar[bool] = False
+    """Whether the base weight is one of 4 or 8 bits."""
     own: ClassVar[dict[str, Callable[[], Any]]] = {
         "fused_calls": int,
         "passed_over": Counter,
@@ -170,10 +172,13 @@ class Fused:
         tensors by dozens of torch operations. No reason where a back-end was asked for by name."""
         if self._backend is not None:
             return None
-        weight, dropped = self._weight(), any(_rate(part(self, "lora_dropout", name)) > 0 for name in names)
-        w_format = weight.format if isinstance(weight, QuantizedWeight) else "dense"
-        if not dropped and w_format == "dense":
+        dropped = False
+        for name in names:
+            dropped = dropped or _rate(part(self, "lora_dropout", name)) > 0
+        if not dropped and not self.stored:
             return None
+        weight = self._weight()
+        w_format = weight.format if isinstance(weight, QuantizedWeight) else "dense"
         a, inner = tensor(part(self, "lora_A", names[0]), "weight"), self._inner_dtype(x)
         adapter = a.dtype if a.dtype == torch.float32 else inner
         if not _only_eager(x.device, inner, adapter, *weight.shape, a.shape[0], dropped, w_format):
