@@ -60,3 +60,22 @@ def test_of_several_threads_one_decides(no_choices, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(set(seen)) == 1 and seen[0] == cpu_gemm._choice(x, w)
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "winner"),
+    [
+        ([9, 5, 5, 5], [9, 6, 2, 6], "own"),  # torch was once the faster
+        ([9, 6, 2, 6], [9, 5, 5, 5], "torch"),
+        ([9, 50, 6, 5.5], [9, 100, 5, 5], "torch"),  # the machine was once busy with something else
+        ([1, 5, 5, 5], [9, 5, 5, 5], "torch"),  # the first round warms up; as fast is not faster
+    ],
+)
+def test_what_is_usually_faster_is_taken(monkeypatch, own, theirs, winner):
+    now, times = [0.0], {"torch": iter(theirs), "own": iter(own)}
+    monkeypatch.setattr(cpu_gemm.time, "perf_counter", lambda: now[0])
+
+    def gemm(name: str):
+        return lambda: now.__setitem__(0, now[0] + next(times[name]))
+
+    assert cpu_gemm._faster({name: gemm(name) for name in times}, 0.95) == winner
