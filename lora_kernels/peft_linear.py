@@ -174,7 +174,8 @@ class Fused:
             return None
         dropped = False
         for name in names:
-            dropped = dropped or _rate(part(self, "lora_dropout", name)) > 0
+            if _rate(part(self, "lora_dropout", name)) > 0:  # a compiler may have p as a symbol: no value of its own
+                dropped = True
         if not dropped and not self.stored:
             return None
         weight = self._weight()

@@ -84,7 +84,8 @@ def test_with_a_kernel_it_is_ours(dtype, adapters):
 
 
 @compiles_whole_models
-def test_compiled(no_kernel):
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled(no_kernel, dynamic):
     model, x = make(lora_dropout=0.3).train(), torch.randn(7, 24)
     lora_kernels.fuse(model, strict=True)
     seen = []
@@ -93,7 +94,7 @@ def test_compiled(no_kernel):
         seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    torch.compile(model, fullgraph=True, backend=backend)(x)
+    torch.compile(model, fullgraph=True, dynamic=dynamic, backend=backend)(x)
     assert seen and not [name for name in seen if "lora_kernels" in name or "LoRALinear" in name]
 
 
