@@ -5,19 +5,9 @@
 #include <vector>
 
 #include "../csrc/cuda/sm90/schedule.h"
+#include "sm90_said.h"
 
 using namespace lk::sm90;
-
-namespace {
-
-std::string said;
-
-const char* say(const std::string& what) {
-  said = what;
-  return said.c_str();
-}
-
-}  // namespace
 
 extern "C" {
 

@@ -7,17 +7,11 @@
 #include <vector>
 
 #include "../csrc/cuda/sm90/schedule.h"
+#include "sm90_said.h"
 
 using namespace lk::sm90;
 
 namespace {
-
-std::string said;
-
-const char* say(const std::string& what) {
-  said = what;
-  return said.c_str();
-}
 
 // The plan that launch.cu makes of these sizes, without the pointers.
 Plan backward_plan(int M, int N, int K, int R, int sms, int prep, int needs, int cluster) {

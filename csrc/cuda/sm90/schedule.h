@@ -16,8 +16,9 @@
 // blocks have released the stage before it in the same place of the ring, which is of a lower ticket, finished in both,
 // or an earlier stage of this one, which by then has arrived in both.
 //
-//   ticket kernels   prep | h or g tiles | y or dx tiles, with most db and da tiles spread among them | the rest of
-//   these decode           prep | row tiles of a, each split along K | row tiles of w, each split along K
+//   ticket kernels   prep | h or g tiles | y or dx tiles, most db and da tiles among them | the other db and da tiles
+//
+//   decode           prep | row tiles of a, each split along K | row tiles of w, each split along K
 #pragma once
 
 #include "layout.h"
