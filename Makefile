@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 SHORT ?=
 
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
-PYTHON_FILES := lora_kernels tests bench examples scripts csrc setup.py
+PYTHON_FILES := lora_kernels tests benchmarks examples scripts csrc setup.py
 
 .PHONY: help test demo bench doctor lint format clean
 
 help:
 	@echo "make test     set up and run the test suite"
 	@echo "make demo     fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
-	@echo "make bench    measure against PEFT and the frozen layer; writes bench/results/ and README's table"
+	@echo "make bench    measure against PEFT and the frozen layer; writes benchmarks/results/ and README's table"
 	@echo "make doctor   what serves this machine, and what is missing"
 	@echo "make lint     ruff, mypy, clang-format (make format: repair)"
 

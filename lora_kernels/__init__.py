@@ -1,35 +1,39 @@
-"""LoRA at the cost of the frozen layer.
+"""LoRA in one call, forward and backward.
 
-    y = x Wᵀ + bias + (α/r) · (dropout(x) Aᵀ) Bᵀ
-
-in one call, forward and backward.
+y = x Wᵀ + bias + (α/r) · (dropout(x) Aᵀ) Bᵀ
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lora_kernels.dora import dora_linear
-from lora_kernels.module import FusedLoRALinear
-from lora_kernels.ops import explain, lora_linear
-from lora_kernels.quant import QuantizedWeight, dequantize_weight, quantize_weight
+from lora_kernels.core.version import __version__
+from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.ops.dora import dora_linear
+from lora_kernels.ops.linear import explain, lora_linear
+from lora_kernels.quant.weight import QuantizedWeight, dequantize_weight, quantize_weight
 
 if TYPE_CHECKING:
-    from lora_kernels.adapters import load_adapter, load_loralib, save_adapter
-    from lora_kernels.inject import (
+    from lora_kernels.models.adapters import load_adapter, load_loralib, save_adapter
+    from lora_kernels.models.inject import (
         adapter_parameters,
         apply_lora,
         mark_only_lora_as_trainable,
         merge_and_unload,
         trainable_parameters,
     )
-    from lora_kernels.peft import FuseReport, disable, enable, fuse, unfuse
-    from lora_kernels.quant_module import QuantizedLoRALinear
+    from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
+    from lora_kernels.nn.quantized import QuantizedLoRALinear
+    from lora_kernels.ops.group import lora_linear_group
+    from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
 
 __all__ = [
+    "ColwiseLoRA",
     "FuseReport",
     "FusedLoRALinear",
     "QuantizedLoRALinear",
     "QuantizedWeight",
+    "RowwiseLoRA",
+    "__version__",
     "adapter_parameters",
     "apply_lora",
     "dequantize_weight",
@@ -41,6 +45,7 @@ __all__ = [
     "load_adapter",
     "load_loralib",
     "lora_linear",
+    "lora_linear_group",
     "mark_only_lora_as_trainable",
     "merge_and_unload",
     "quantize_weight",
@@ -48,26 +53,27 @@ __all__ = [
     "trainable_parameters",
     "unfuse",
 ]
-__version__ = "0.1.0"
 
-_LAZY = {
-    "peft": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
-    "inject": (
+_HOMES = {
+    "models.adapters": ("load_adapter", "load_loralib", "save_adapter"),
+    "models.inject": (
         "adapter_parameters",
         "apply_lora",
         "mark_only_lora_as_trainable",
         "merge_and_unload",
         "trainable_parameters",
     ),
-    "quant_module": ("QuantizedLoRALinear",),
-    "adapters": ("load_adapter", "load_loralib", "save_adapter"),
+    "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
+    "nn.quantized": ("QuantizedLoRALinear",),
+    "ops.group": ("lora_linear_group",),
+    "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
 }
-"""What is imported where it is first asked for: some of it needs PEFT."""
-_HOME = {name: module for module, names in _LAZY.items() for name in names}
+"""The names that are imported when they are first asked for, because they need PEFT or are rarely used."""
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """The lazy names."""
-    if name in _HOME:
-        return getattr(importlib.import_module(f"lora_kernels.{_HOME[name]}"), name)
+    """Imports a name of `_HOMES` when it is first asked for."""
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f"lora_kernels.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'lora_kernels' has no attribute {name!r}")

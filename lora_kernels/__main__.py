@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lora_kernels import doctor, tune
 from lora_kernels.bench import run
+from lora_kernels.tools import doctor
+from lora_kernels.tools.tune import cli as tune
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels import random
+from lora_kernels.core import dropout as random
 
 
 def lora_linear(

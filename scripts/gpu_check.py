@@ -130,7 +130,7 @@ def endurance(check: Check, seconds: float) -> list[list[Command]]:
     words += ["--stuck", "20"]
     return [
         [
-            Command(python("-m", "lora_kernels.bench.endurance", *words, "--backend", name), backend=name)
+            Command(python("-m", "benchmarks.endurance", *words, "--backend", name), backend=name)
             for name in check.backends()
         ]
     ]

@@ -22,7 +22,7 @@ LOG_BYTES = 200_000
 GRACE = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
 """What is sent to a command that is out of time, and how long it then has: at SIGINT pytest shows its failures."""
 STUCK = 3
-"""`lora_kernels.bench.watch.STUCK`: the exit status of a process that ended because a kernel hung or broke the GPU's
+"""`lora_kernels.testing.watch.STUCK`: the exit status of a process that ended because a kernel hung or broke the GPU's
 context, and can go on in another process."""
 BACKENDS = ("cuda", "triton")
 BROKEN = re.compile(r"illegal memory access|unspecified launch failure|misaligned address|illegal instruction")

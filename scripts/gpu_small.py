@@ -67,10 +67,10 @@ WATCHED = ("small", "odd-rank", "decode-16")
 def main(backend: str, device: str = "cuda", *names: str) -> int:
     import torch
 
-    from lora_kernels import dispatch
-    from lora_kernels.backends import Call
-    from lora_kernels.bench import gate
-    from lora_kernels.quant import quantize_weight
+    from lora_kernels.backends import dispatch
+    from lora_kernels.core.operands import Call
+    from lora_kernels.quant.weight import quantize_weight
+    from lora_kernels.testing import gate, one_layer
 
     on, status = torch.device(device), 0
     for name in names or WATCHED:
@@ -87,7 +87,7 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
             continue
         module = importlib.import_module(f"lora_kernels.backends.{backend}")
         if any(case.tiling):
-            from lora_kernels.kernels.tilings import Tiling
+            from lora_kernels.plans.tilings import Tiling
 
             tiling = Tiling(*case.tiling)
             module._tiling = lambda *_, tiling=tiling: tiling
@@ -102,10 +102,10 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
             print(f"{backend} {name}: {what} done, {time.monotonic() - start:.2f} s", flush=True)
 
         start = time.monotonic()
-        y, h = module.forward(q.x, w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
+        y, h = one_layer.forward(module, q.x, w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
         done("forward", start)
         start = time.monotonic()
-        dx, da, db = module.backward(q.dy, q.x, w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
+        dx, da, db = one_layer.backward(module, q.dy, q.x, w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
         done("backward", start)
         results = {"y": y, "dx": dx, "da": da, "db": db}
         wrong = [verdict.fault for verdict in gate.judge(results, judged, plain=plain) if verdict.fault]

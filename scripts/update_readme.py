@@ -1,4 +1,4 @@
-"""Writes README's measured tables and picture from bench/results, each between its markers.
+"""Writes README's measured tables and picture from benchmarks/results, each between its markers.
 
     python scripts/update_readme.py [--check] [RESULT.json ...]
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README is stale")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md and bench/results")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md and benchmarks/results")
     args = parser.parse_args(argv)
     readme, folder = args.root / "README.md", args.root / "bench" / "results"
     old = readme.read_text(encoding="utf-8")
@@ -247,7 +247,7 @@ def _link(path: Path, root: Path) -> str:
 
 
 MORE = {"quantised": quantised, "generation": generation}
-"""What else is written, by the name of its markers and of its folder in bench/results."""
+"""What else is written, by the name of its markers and of its folder in benchmarks/results."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -40,7 +40,7 @@ def _seeded() -> None:
 @pytest.fixture(params=["eager", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each back-end that runs on this machine's CPU, by name."""
-    from lora_kernels import dispatch
+    from lora_kernels.backends import dispatch
 
     try:
         dispatch.load(request.param)
@@ -94,7 +94,7 @@ def poison() -> Iterator[None]:
 @pytest.fixture
 def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty directory in place of the user's cache, where measured plans are kept."""
-    from lora_kernels.kernels import tuned
+    from lora_kernels.plans import store as tuned
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuned.cache_clear()

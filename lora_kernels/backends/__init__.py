@@ -1,65 +1,24 @@
-"""The back-ends: modules with the same four names, and the facts they judge a call by.
+"""The back-ends: modules with the same names, which `dispatch` chooses between.
 
 A back-end is a module ``lora_kernels.backends.<name>`` with
 
 * ``name``: what ``backend="..."`` calls it,
-* ``why_not(call)``: every reason why it cannot serve ``call``, as sentences; an empty list where it can,
-* ``forward(x, w, a, b, bias, scale, p, seed, save_h) -> (y, h)``: ``h`` is None unless ``save_h``,
-* ``backward(dy, x, w, a, b, h, scale, p, seed, need_dx, need_da, need_db) -> (dx, da, db)``: None for what is not
-  needed.
+* ``why_not(call) -> list[str]``: every reason why it cannot serve a `Call`, as sentences; empty where it can,
+* ``forward(x, bases, adapters, save_h) -> (ys, hs)``: y i and h i of base i with adapter i; h i is None unless
+  ``save_h[i]``,
+* ``backward(dys, x, bases, adapters, hs, needs) -> (dx, das, dbs)``: one dx, the sum over all bases; what `Needs` does
+  not ask for is None,
+* ``keep_mask(x, p, seed)``: the dropout mask of x [M, K] as numbers 0 and 1, in x's dtype,
+* ``base_gemm(x, w)``: x Wᵀ [M, N] for a dense w.
 
-``w`` is a tensor, or a `QuantizedWeight` where ``call.w_format`` says so and ``why_not`` agreed. All tensors are
-two-dimensional (``bias`` one-dimensional, ``seed`` zero-dimensional int64, or None where p is 0), of
-any strides. ``x`` is None where ``need_da`` is false, ``h`` where ``need_db`` is false. Results are fresh and
-contiguous; nothing received is written to.
+A single layer is a list of one base and one adapter. A group of layers that read the same x is a list of several. One
+base with many adapters over segments of rows, and many bases over segments, will be the same two functions with one
+more argument that tells the rows.
 
-A back-end may have, for layers that read the same x,
+All tensors are two-dimensional (``bias`` one-dimensional, ``seed`` zero-dimensional int64 or None where p is 0), of any
+strides. ``x`` is None where no da is needed, ``hs[i]`` where db i is not. Results are fresh and contiguous; nothing
+that is received is written to.
 
-* ``forward_group(x, branches, save_h) -> (ys, hs)``,
-* ``backward_group(dys, x, branches, hs, need_dx, need_da, need_db) -> (dx, das, dbs)``, with one dx for all.
-
-There ``branches`` is a sequence of `Branch`, and everything in the plural a list with one entry for each. One that has
-not is called once for each branch.
-
-A back-end for a GPU also has ``EVIDENCE``, the architectures ("sm_90") for which ``bench/results/`` holds a run. The
-automatic choice passes over a GPU back-end without evidence; asking for it by name does not.
+A back-end for a GPU also has ``EVIDENCE``, the architectures ("sm_90") for which ``benchmarks/results/`` holds a run.
+The automatic choice passes over a GPU back-end without evidence; asking for it by name does not.
 """
-
-from __future__ import annotations
-
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
-
-class Call(NamedTuple):
-    """What a back-end needs to know of a call to say whether it can serve it. Hashable, so that the choice is made once
-    per kind of call."""
-
-    op: str
-    """"forward" or "backward"."""
-    device: torch.device
-    dtype: torch.dtype
-    """Of x, w, bias, y, dy and dx."""
-    adapter_dtype: torch.dtype
-    """Of a and b, and so of da and db."""
-    M: int
-    N: int
-    K: int
-    R: int
-    dropout: bool
-    w_format: str = "dense"
-    """Or a format of `lora_kernels.quant`: w is a `QuantizedWeight` then."""
-
-
-class Branch(NamedTuple):
-    """One of the layers that read the same x: the frozen w, and its adapter."""
-
-    w: Tensor
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None
-    scale: float
-    p: float
-    seed: Tensor | None

@@ -7,13 +7,16 @@ for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import random
-from lora_kernels.backends import Call
-from lora_kernels.quant import QuantizedWeight
+from lora_kernels.backends.each import backward_each, forward_each
+from lora_kernels.core import dropout as random
+from lora_kernels.core.operands import Adapter, Base, Call, Needs
+from lora_kernels.quant.weight import QuantizedWeight
 
 name = "eager"
 
@@ -29,16 +32,24 @@ def why_not(call: Call) -> list[str]:
 
 
 def forward(
-    x: Tensor,
-    w: Tensor | QuantizedWeight,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    save_h: bool,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    return forward_each(_forward, x, bases, adapters, save_h)
+
+
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    bases: Sequence[Base],
+    adapters: Sequence[Adapter],
+    hs: Sequence[Tensor | None],
+    needs: Needs,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    return backward_each(_backward, dys, x, bases, adapters, hs, needs)
+
+
+def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
+    (w, bias), (a, b, scale, p, seed) = base, adapter
     y = F.linear(x, w, bias) if isinstance(w, Tensor) else _quantised(x, w, bias)
     h = _masked(x, p, seed) @ a.to(x.dtype).t()
     if p > 0:
@@ -47,20 +58,11 @@ def forward(
     return y, h if save_h else None
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    w: Tensor | QuantizedWeight,
-    a: Tensor,
-    b: Tensor,
-    h: Tensor | None,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
+def _backward(
+    dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    w, (a, b, scale, p, seed) = base.w, adapter
+    need_dx, (need_da,), (need_db,) = needs
     dx = da = db = None
     if need_dx or need_da:
         g = dy @ b.to(dy.dtype)
@@ -82,6 +84,14 @@ def backward(
         db = _transposed_product(dy, h, b.dtype)
         db *= scale
     return dx, da, db
+
+
+def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return random.keep_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
+
+
+def base_gemm(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w)
 
 
 def _blocks(w: QuantizedWeight) -> list[tuple[int, int]]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from lora_kernels.bench import machine, overhead, peers, roofline, timing
-from lora_kernels.bench.gate import Gate, Problem, problem
+from lora_kernels.bench import overhead, peers, roofline
 from lora_kernels.bench.memory import peak_bytes, saved_bytes
 from lora_kernels.bench.shapes import BACKWARD, GRAPH, SHORT, Shape
 from lora_kernels.bench.variants import FLOOR, PEFT, Variant, ours, step
-from lora_kernels.bench.watch import answers, first_line
+from lora_kernels.testing import machine, timing
+from lora_kernels.testing.gate import Gate, Problem, problem
+from lora_kernels.testing.watch import answers, first_line
 
 SCHEMA = 1
 METHOD = (

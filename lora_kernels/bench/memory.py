@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lora_kernels.bench.gate import Problem
 from lora_kernels.bench.shapes import BACKWARD
 from lora_kernels.bench.variants import Task, step
+from lora_kernels.testing.gate import Problem
 
 
 def saved_bytes(task: Task, q: Problem) -> int:

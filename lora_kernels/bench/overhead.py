@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 import lora_kernels
-from lora_kernels import dispatch
-from lora_kernels.bench import timing
-from lora_kernels.bench.gate import Problem, judge, problem
+from lora_kernels.backends import dispatch
 from lora_kernels.bench.shapes import BACKWARD, FORWARD, SHORT
-from lora_kernels.bench.timing import timer_for
 from lora_kernels.bench.variants import LAYERS, PEFT, Task, step
-from lora_kernels.ops import lora_linear
+from lora_kernels.ops.linear import lora_linear
+from lora_kernels.testing import timing
+from lora_kernels.testing.gate import Problem, judge, problem
+from lora_kernels.testing.timing import timer_for
 
 CALL_TARGET_US = 15.0
 IMPORT_TARGET_MS = 50.0

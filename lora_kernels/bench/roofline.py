@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_kernels.bench.shapes import BACKWARD, SHORT, Shape
-from lora_kernels.bench.timing import timer_for
+from lora_kernels.testing.timing import timer_for
 
 _SAMPLES = 5
 
@@ -54,7 +54,7 @@ def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[s
 def _gemms(device: torch.device, dtype: torch.dtype) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
     if device.type == "cpu" and dtype == torch.float32:
         try:
-            from lora_kernels.backends.cpu_gemm import own
+            from lora_kernels.backends.cpu.gemm import own
         except ImportError:  # not built
             pass
         else:

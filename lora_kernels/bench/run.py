@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
-from lora_kernels import dispatch
-from lora_kernels.bench import machine, plot, report, report_suite
+from lora_kernels.backends import dispatch
+from lora_kernels.bench import plot, report, report_suite
 from lora_kernels.bench.measure import METHOD, Advance, Bench
 from lora_kernels.bench.shapes import DEFAULT, NAMED, SUITES, TARGETED, Shape
-from lora_kernels.bench.terminal import Terminal, terminal
 from lora_kernels.bench.variants import baselines, more_baselines
-from lora_kernels.bench.watch import STUCK, Watch, answers, first_line
+from lora_kernels.testing import machine
+from lora_kernels.testing.terminal import Terminal, terminal
+from lora_kernels.testing.watch import STUCK, Watch, answers, first_line
 
 ROUNDS, QUICK_ROUNDS = 15, 4
-RESULTS = Path("bench/results")
+RESULTS = Path("benchmarks/results")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_kernels import dispatch
-from lora_kernels.backends import Call
+from lora_kernels.backends import dispatch
 from lora_kernels.bench import peers
-from lora_kernels.bench.gate import Problem
 from lora_kernels.bench.shapes import BACKWARD, SHORT, Shape
-from lora_kernels.module import FusedLoRALinear
+from lora_kernels.core.operands import Call
+from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.testing.gate import Problem
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _peft(q: Problem, adapter_dtype: torch.dtype | None = None) -> Task:
 
 
 def _peft_fused(q: Problem) -> Task:
-    from lora_kernels.peft import fuse
+    from lora_kernels.peft.fusing import fuse
 
     task = _peft(q)
     fuse(cast(nn.Module, task.layer), strict=True)

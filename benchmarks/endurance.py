@@ -1,0 +1,365 @@
+"""Thousands of random calls, judged one by one: ``python -m benchmarks.endurance``.
+
+Every back-end that serves the device is called directly, forward and backward, on random shapes, ranks, p, dtypes,
+strides and streams. Each call is judged as the bench's gate judges (fp64 is the truth, plain torch in the same dtype
+says how far off one may be) and repeated, which must give the same bits. Then two streams (on a CPU: two threads) run
+at once, and on a GPU a CUDA graph is replayed with changing inputs: again the same bits.
+
+A fault is printed with the words that repeat it: ``--backend NAME --seed S --only K``. Cases are drawn from `--kinds`
+kinds: of dtype, dropout, strides, bias, rank and rows; a back-end that compiles a kernel for each needs few of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.bench.shapes import SHORT
+from lora_kernels.core.operands import Call
+from lora_kernels.testing import machine, one_layer
+from lora_kernels.testing.gate import Problem, judge, problem
+from lora_kernels.testing.terminal import Terminal, terminal
+from lora_kernels.testing.watch import STUCK, Watch, answers
+
+BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "eager")}
+KINDS = {"triton": 12}
+"""How many kinds of calls, where not many: Triton compiles two kernels for each."""
+
+_DTYPES = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)]
+_DTYPES += [(torch.float16, torch.float32), (torch.float32, torch.float32)]
+_MOST = {"cuda": (1536, 2048), "cpu": (96, 160)}
+"""M, and N and K, at most."""
+_STRESS = 50
+_ENOUGH = 20
+"""Faults after which no more calls are made: where a kernel has broken the CUDA context, every one fails."""
+
+Results = dict[str, Tensor | None]
+
+
+@dataclass
+class Record:
+    """What became of one back-end."""
+
+    backend: str
+    calls: int = 0
+    refused: int = 0
+    stress: int = 0
+    """Pairs of calls at once."""
+    replays: int = 0
+    """Of a CUDA graph."""
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, a function of (seed, k, kinds)."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    p: float
+    bias: bool
+    strided: bool
+    stream: int
+    """Of a GPU: 0 is the current one."""
+
+    def __str__(self) -> str:
+        adapters = SHORT[self.adapter_dtype]
+        return (
+            f"M={self.M} N={self.N} K={self.K} R={self.R} {SHORT[self.dtype]}, {adapters} adapters, p={self.p:g}"
+            f"{', bias' if self.bias else ''}{', strided' if self.strided else ''}, stream {self.stream}"
+        )
+
+    def problem(self, seed: int, device: torch.device) -> Problem:
+        """Its operands."""
+        return problem(
+            self.M,
+            self.N,
+            self.K,
+            self.R,
+            dtype=self.dtype,
+            adapter_dtype=self.adapter_dtype,
+            p=self.p,
+            bias=self.bias,
+            strided=self.strided,
+            seed=seed,
+            device=device,
+        )
+
+
+def draw(seed: int, k: int, kinds: int, device: str) -> Case:
+    """Sizes are drawn by k; dtypes, p, strides, bias, and the classes of rank and size by k's kind."""
+    kind, size = random.Random(f"{seed} kind {k % kinds}"), random.Random(f"{seed} case {k}")
+    dtype, adapter_dtype = kind.choice(_DTYPES)
+    multiple = kind.choice((64, 16, 8, 1))
+    strided, bias, p = kind.random() < 0.3, kind.random() < 0.5, kind.choice((0.0, 0.05, 0.5))
+    ranks = kind.choice([(1, 16), (16, 32), (33, 64), (65, 128), (129, 256)])
+    most_m, most = _MOST[device]
+    rows = kind.choice([(0, 16), (17, 64), (65, 512), (513, most_m)]) if most_m > 512 else (0, most_m)
+
+    def some(least: int, most: int) -> int:
+        return round(2 ** size.uniform(*(torch.tensor([least, most]).double().log2().tolist())))
+
+    N, K = (-(-some(1, most) // multiple) * multiple for _ in range(2))
+    R = size.randint(*ranks)
+    R = R // 16 * 16 if multiple >= 16 and ranks[0] > 1 else R
+    return Case(size.randint(*rows), N, K, R, dtype, adapter_dtype, p, bias, strided, size.randrange(3))
+
+
+def run(module: ModuleType, q: Problem) -> Results:
+    """y, h and every gradient, as the operators call a back-end."""
+    y, h = one_layer.forward(module, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
+    dx, da, db = one_layer.backward(module, q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
+    return {"y": y, "h": h, "dx": dx, "da": da, "db": db}
+
+
+def differences(got: Results, want: Results) -> list[str]:
+    """Which results differ in any bit."""
+    return [name for name, value in got.items() if not torch.equal(_bits(value), _bits(want[name]))]
+
+
+def _bits(t: Tensor | None) -> Tensor:
+    assert t is not None
+    return t.view(torch.int16 if t.element_size() == 2 else torch.int32)
+
+
+class Endurance:
+    """One back-end on one device."""
+
+    def __init__(self, name: str, device: torch.device, seed: int, kinds: int | None) -> None:
+        self.device, self.seed = device, seed
+        self.kinds = kinds or KINDS.get(name, 1000)
+        self.module = importlib.import_module(f"lora_kernels.backends.{name}")
+        self.record = Record(name)
+        self.streams: list[Any] = [None]
+        if device.type == "cuda":
+            self.streams += [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def drawn(self, k: int) -> Case:
+        """Case k."""
+        return draw(self.seed, k, self.kinds, self.device.type)
+
+    def case(self, k: int) -> None:
+        """Case k: judged, and repeated."""
+        case = self.drawn(k)
+        call = Call("forward", self.device, case.dtype, case.adapter_dtype, case.M, case.N, case.K, case.R, case.p > 0)
+        if any(self.module.why_not(call._replace(op=op)) for op in ("forward", "backward")):
+            self.record.refused += 1
+            return
+        self.record.calls += 1
+        q = case.problem(k, self.device)
+        try:
+            with self._on(self.streams[case.stream % len(self.streams)]):
+                first, second = run(self.module, q), run(self.module, q)
+            self._join()
+            wrong = [f"{name} changes from run to run" for name in differences(first, second)]
+            results = {name: value for name, value in first.items() if name != "h" and value is not None}
+            wrong += [verdict.fault for verdict in judge(results, q) if verdict.fault is not None]
+        except RuntimeError as error:
+            wrong = [f"RuntimeError: {error}"]
+        if wrong:
+            self._fault(f"case {k}", f"--only {k}", f"{'; '.join(wrong)} ({case})")
+
+    def stress(self) -> None:
+        """Two different calls at once, on two streams or in two threads, against what each gives alone."""
+        pair = [self._served(1, large=True), self._served(2, large=True)]
+        alone = [run(self.module, q) for q in pair]
+        self._join()
+        together: list[list[Results]] = [[], []]
+        if self.device.type == "cuda":
+            for _ in range(_STRESS):
+                for which in (0, 1):
+                    with self._on(self.streams[1 + which]):
+                        together[which].append(run(self.module, pair[which]))
+            self._join()
+        else:
+            threads = [threading.Thread(target=self._repeat, args=(pair[i], together[i])) for i in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.record.stress = _STRESS
+        for which in (0, 1):
+            wrong = {name for results in together[which] for name in differences(results, alone[which])}
+            if wrong or len(together[which]) != _STRESS:
+                self._fault(
+                    f"two at once, call {which}", "--calls 0", f"{', '.join(sorted(wrong)) or 'no results'} differ"
+                )
+
+    def replay(self, times: int, advance: Callable[[], None]) -> None:
+        """A CUDA graph of a forward and a backward, its inputs changed before every tenth replay."""
+        if self.device.type != "cuda":
+            return
+        q = self._served(3, large=False)
+        fresh = [self._served(3 + i, large=False) for i in range(4)]
+        want = [run(self.module, each) for each in fresh]
+        with self._on(self.streams[1]):
+            run(self.module, q)
+        self._join()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run(self.module, q)
+        for i in range(times):
+            inputs = fresh[i // 10 % len(fresh)]
+            if i % 10 == 0:
+                for name in ("x", "w", "a", "b", "bias", "dy", "seed"):
+                    getattr(q, name).copy_(getattr(inputs, name))
+            graph.replay()
+            self.record.replays += 1
+            if i % 10 in (0, 9):  # the first of these inputs, and the last
+                wrong = differences(got, want[i // 10 % len(fresh)])
+                if wrong:
+                    self._fault(f"replay {i}", "--calls 0", f"{', '.join(wrong)} differ from a call outside the graph")
+                    return
+            advance()
+
+    def _served(self, seed: int, large: bool) -> Problem:
+        M, width = (1000 + 128 * seed, 1024) if large else (200, 256)
+        if self.device.type == "cpu":
+            M, width = 40 + seed, 96
+        dtype = torch.bfloat16
+        return problem(M, width, width + 64, 16, dtype=dtype, p=0.1, seed=seed, device=self.device)
+
+    def _repeat(self, q: Problem, results: list[Results]) -> None:
+        for _ in range(_STRESS):
+            results.append(run(self.module, q))
+
+    def _on(self, stream: Any) -> Any:
+        if stream is None:
+            return nullcontext()
+        stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(stream)
+
+    def _join(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _fault(self, what: str, again: str, said: str) -> None:
+        name = self.record.backend
+        self.record.faults.append(f"{name}, {what}: {said}\n    again: --backend {name} --seed {self.seed} {again}")
+
+
+def endure(args: argparse.Namespace, name: str, device: torch.device, seconds: float | None, show: Terminal) -> Record:
+    """All of one back-end: calls until `args.calls` or `seconds` are spent, then stress and replays."""
+    start = time.monotonic()
+    one = Endurance(name, device, args.seed, args.kinds)
+    cases = range(args.calls) if args.only is None else range(args.only, args.only + 1)
+    watched = Watch(args.stuck, lambda what: show.line(f"✗ {what}"))
+    with watched as watch, show.progress(len(cases) + args.replays) as advance:
+        told = 0
+        for k in cases:
+            if seconds is not None and time.monotonic() - start > seconds:
+                break
+            watch(f"{name}, case {k}: {one.drawn(k)}\n    again: --backend {name} --seed {args.seed} --only {k}")
+            one.case(k)
+            advance(f"{name}: random calls", 1)
+            for text in one.record.faults[told:]:
+                show.line(f"✗ {text}")
+            told = len(one.record.faults)
+            if told >= _ENOUGH or (told and not answers(device)):
+                break
+        if args.only is None and answers(device):
+            try:
+                watch(f"{name}, two at once")
+                one.stress()
+                watch(f"{name}, graph replays")
+                one.replay(args.replays, lambda: advance(f"{name}: graph replays", 1))
+            except RuntimeError as error:
+                one.record.faults.append(f"{name}, two at once or replays: RuntimeError: {error}")
+        for text in one.record.faults[told:]:
+            show.line(f"✗ {text}")
+    one.record.seconds = round(time.monotonic() - start, 1)
+    return one.record
+
+
+def serves(name: str, device: torch.device) -> str:
+    """Why a back-end cannot be endured on `device`; empty where it can."""
+    try:
+        module = importlib.import_module(f"lora_kernels.backends.{name}")
+    except ImportError as error:
+        return f"could not be loaded: {error}"
+    call = Call("forward", device, torch.bfloat16, torch.bfloat16, 64, 64, 64, 16, True)
+    return "; ".join(module.why_not(call))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.endurance", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--backend", action="append", metavar="NAME", help="one or several (default: all of the device)"
+    )
+    parser.add_argument("--calls", type=int, default=10_000, metavar="N", help="random calls of each (default 10000)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="for the random calls of all together")
+    parser.add_argument("--replays", type=int, default=1000, metavar="N", help="of the CUDA graph (default 1000)")
+    parser.add_argument("--kinds", type=int, metavar="N", help="of calls (default: 12 for triton, else 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--stuck",
+        type=float,
+        metavar="S",
+        help=f"say which case it is, and end with exit status {STUCK}, where one takes longer (default: wait)",
+    )
+    parser.add_argument("--only", type=int, metavar="K", help="case K alone")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to write")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 1 where there is a fault, or nothing was called; 2 where there is no such device; 3 where a case
+    did not end."""
+    args = parser().parse_args(argv)
+    show, device = terminal(), torch.device(args.device)
+    if device.type not in BACKENDS or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        sees = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        show.line(f"--device {args.device}: expected one of {' and '.join(BACKENDS)}; {sees}")
+        return 2
+    device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    named = args.backend or list(BACKENDS[device.type])
+    why_not = {name: serves(name, device) for name in named}
+    for name, reason in why_not.items():
+        if reason:
+            show.line(f"{name} is not called: {reason}")
+    found = [name for name in named if not why_not[name]]
+    show.line(f"{machine.describe_device(device)['name']}: {', '.join(found) or 'nothing'}, --seed {args.seed}")
+    share = None if args.seconds is None else args.seconds / max(1, len(found))
+    records = [endure(args, name, device, share, show) for name in found]
+    header = ["back-end", "calls", "refused", "at once", "replays", "s", "faults"]
+    rows = [
+        [r.backend, *(str(n) for n in (r.calls, r.refused, r.stress, r.replays, r.seconds)), str(len(r.faults))]
+        for r in records
+    ]
+    show.table("Endurance", header, rows)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "seed": args.seed,
+            "device": machine.describe_device(device),
+            "records": [asdict(r) for r in records],
+        }
+        args.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    failed = any(r.faults for r in records) or not any(r.calls for r in records)
+    show.line("✗ faults, or nothing called" if failed else "✓ no faults")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

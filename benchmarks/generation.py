@@ -1,0 +1,398 @@
+"""``python -m benchmarks.generation``: tokens per second of transformers' ``generate`` over nf4, on the CPU.
+
+A Llama of random weights, one sequence, greedy, with a cache of keys and values. The same model and the same adapters:
+
+    PEFT + bitsandbytes          as ``from_pretrained(quantization_config=BitsAndBytesConfig(...))`` and PEFT give it
+    the same, fused              after ``lora_kernels.fuse(model)``
+    apply_lora(quant="nf4")      a plain model, with neither PEFT nor bitsandbytes
+    PEFT, dense                  W not in 4 bits, in bf16 and in fp32: what nf4 stands for, read from memory whole
+
+Before any figure each one's logits, of the prompt and of every single token after it, are held against fp64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import gc
+import importlib.util
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_kernels
+from lora_kernels.bench.run import write
+from lora_kernels.bench.shapes import SHORT
+from lora_kernels.nn.quantized import QuantizedLoRALinear
+from lora_kernels.quant.weight import from_bnb
+from lora_kernels.testing import gate, machine, timing
+from lora_kernels.testing.terminal import Terminal, terminal
+
+PEER, FUSED, OURS, DENSE = "PEFT + bitsandbytes", "PEFT + bitsandbytes, fused", 'apply_lora(quant="nf4")', "PEFT, dense"
+DTYPES = {SHORT[dtype]: dtype for dtype in (torch.bfloat16, torch.float32)}
+SCALE = 2.0
+"""lora_alpha / r"""
+
+Weights = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""By layer: W as nf4 has it, in fp32, A and B."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model and of what is asked of it."""
+
+    hidden: int = 2048
+    intermediate: int = 5632
+    layers: int = 4
+    heads: int = 16
+    vocabulary: int = 4096
+    r: int = 16
+    prompt: int = 16
+    """Tokens given."""
+    new: int = 32
+    """Tokens asked for."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: quartiles over rounds, and each ratio of times within a round."""
+
+    name: str
+    tokens_per_second: tuple[float, float, float]
+    seconds: tuple[float, float, float]
+    """Of one ``generate``, the prompt included."""
+    ratios: dict[str, tuple[float, float, float]]
+    weight_bytes: int
+    """Of the frozen weights of the layers with adapters, before the first call."""
+
+
+@dataclass
+class Variant:
+    """A model to be timed."""
+
+    name: str
+    model: Any
+    weight_bytes: int
+    ours: bool
+    dtype: torch.dtype
+
+
+def measure(
+    size: Size, dtype: torch.dtype, rounds: int, show: Terminal, *, double_quant: bool = False, dense: bool = True
+) -> dict[str, Any]:
+    """The document: the gate, then one row for each model, all of them interleaved. Needs transformers and PEFT;
+    bitsandbytes and accelerate too where its rows are to be there. `dense` False: without the dense model in the other
+    dtype, which is only there to be compared with."""
+    document: dict[str, Any] = {
+        "schema": 1,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "versions": machine.versions("torch", "transformers", "peft", "bitsandbytes"),
+        "device": machine.describe_device(torch.device("cpu")),
+        "size": asdict(size),
+        "dtype": SHORT[dtype],
+        "double_quant": double_quant,
+        "rounds": rounds,
+        "notes": [],
+        "gate": [],
+        "rows": [],
+    }
+    if absent := [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]:
+        document["notes"].append(f"{PEER} is not measured, fused or not: pip install {' '.join(absent)}")
+    elif "avx512_bf16" in machine.cpu_isa() and importlib.util.find_spec("kernels") is None:
+        document["notes"].append(
+            "bitsandbytes runs its own kernels; with the package kernels it would fetch others for this processor"
+        )
+    floors = [dtype, *(other for other in DTYPES.values() if dense and other != dtype)]
+    steps = 1 + len(floors) + (0 if absent else 2) + 2 + rounds
+    with show.progress(steps) as advance, tempfile.TemporaryDirectory() as checkpoint:
+        _save_model(size, checkpoint)
+        advance("builds the models", 1)
+        variants, weights = [], _Weights(size.r)
+        plain = _apply(checkpoint, dtype, size, double_quant, weights)
+        variants.append(plain)
+        advance(plain.name, 1)
+        for other in floors:
+            variants.append(_dense(checkpoint, other, size, weights.of))
+            advance(variants[-1].name, 1)
+        for fused in () if absent else (False, True):
+            variants.append(_over_bnb(checkpoint, dtype, size, double_quant, weights.of, fused))
+            advance(variants[-1].name, 1)
+        tokens = torch.randint(size.vocabulary, (1, size.prompt + size.new), generator=_seeded())
+        document["gate"] = _gate(variants, dtype, tokens, size.prompt, _exact(checkpoint, weights.of))
+        advance("gate", 1)
+        weights.of.clear()
+        gc.collect()
+        if any(entry["faults"] for entry in document["gate"]):
+            return document
+        run: dict[str, list[Callable[[], object]]] = {
+            v.name: [functools.partial(generate, v.model, tokens[:, : size.prompt], size.new)] for v in variants
+        }
+        floor = f"{DENSE if absent else PEER} {SHORT[dtype]}"
+        taken = timing.interleave(floor, run, rounds, timing.CpuTimer(), functools.partial(advance, "generate", 1))
+    document["rows"] = [asdict(_row(v, taken, size, dtype)) for v in variants]
+    return document
+
+
+def generate(model: Any, prompt: Tensor, new: int) -> Tensor:
+    """`new` tokens after `prompt` [1, tokens], greedily: both together. Raises RuntimeError where there are fewer."""
+    with torch.no_grad():
+        settings = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
+        tokens = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
+    if tokens.shape[1] != prompt.shape[1] + new:
+        raise RuntimeError(f"generate gave {tokens.shape[1] - prompt.shape[1]} new tokens, asked for {new}")
+    return tokens
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _save_model(size: Size, path: str) -> None:
+    """Random, in bf16, so that every dtype begins with the same numbers; no token ends the text."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        vocab_size=size.vocabulary,
+        initializer_range=1 / math.sqrt(size.hidden),  # a layer changes the size of no vector much
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16).save_pretrained(path)
+
+
+def _load(path: str, dtype: torch.dtype, **more: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more).eval()
+
+
+class _Weights:
+    """What every model is to compute with, as the first one built has it."""
+
+    def __init__(self, r: int) -> None:
+        self.of: Weights = {}
+        self._r, self._generator = r, _seeded()
+
+    def add(self, name: str, layer: QuantizedLoRALinear) -> None:
+        """W of `layer`, and an A and B for it such that s·B·A weighs about half as much as W."""
+        w = layer.quantized_weight().dequantize(torch.float32)
+        (N, K), R = w.shape, self._r
+        a = torch.randn(R, K, generator=self._generator) / math.sqrt(K)
+        b = torch.randn(N, R, generator=self._generator) * (0.5 / (SCALE * math.sqrt(R)))
+        self.of[name] = (w, a, b)
+
+
+def _apply(path: str, dtype: torch.dtype, size: Size, double_quant: bool, weights: _Weights) -> Variant:
+    model, total = _load(path, dtype), 0
+    settings: dict[str, Any] = {"r": size.r, "lora_alpha": SCALE * size.r, "adapter_dtype": torch.float32}  # as PEFT's
+    lora_kernels.apply_lora(model, quant="nf4", double_quant=double_quant, **settings)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLoRALinear):
+            weights.add(name, layer)
+            total += _bytes(layer.quantized_weight().tensors)
+            _put(layer.lora_A, layer.lora_B, weights.of[name])
+    return Variant(f"{OURS} {SHORT[dtype]}", model.eval(), total, True, dtype)
+
+
+def _dense(path: str, dtype: torch.dtype, size: Size, weights: Weights) -> Variant:
+    model, total = _load(path, dtype), 0
+    with torch.no_grad():
+        for name, (w, _, _) in weights.items():
+            dense = model.get_submodule(name).weight
+            dense.copy_(w)
+            total += dense.nbytes
+    return Variant(f"{DENSE} {SHORT[dtype]}", _adapted(model, size, weights), total, False, dtype)
+
+
+def _over_bnb(path: str, dtype: torch.dtype, size: Size, double_quant: bool, weights: Weights, fused: bool) -> Variant:
+    """A model of its own each: on some processors the first call of bitsandbytes re-packs what it stores."""
+    from transformers import BitsAndBytesConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    config = BitsAndBytesConfig(**nf4, bnb_4bit_use_double_quant=double_quant)
+    model = _load(path, dtype, quantization_config=config, device_map={"": "cpu"})
+    total = sum(_bytes(from_bnb(model.get_submodule(name)).tensors) for name in weights)
+    model = _adapted(model, size, weights)
+    if fused:
+        lora_kernels.fuse(model, strict=True)
+    return Variant(f"{FUSED if fused else PEER} {SHORT[dtype]}", model, total, fused, dtype)
+
+
+def _adapted(base: Any, size: Size, weights: Weights) -> nn.Module:
+    """With PEFT's LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    alpha: Any = SCALE * size.r  # said to be an int there, and used as a float
+    config = LoraConfig(r=size.r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    for name, parts in weights.items():
+        layer: Any = base.get_submodule(name)
+        _put(layer.lora_A["default"].weight, layer.lora_B["default"].weight, parts)
+    return model.eval()
+
+
+@torch.no_grad()
+def _put(a: Tensor, b: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+    a.copy_(parts[1])
+    b.copy_(parts[2])
+
+
+def _bytes(tensors: tuple[Tensor, ...]) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+@torch.no_grad()
+def _exact(path: str, weights: Weights) -> nn.Module:
+    """The model in fp64, W + s·B·A in place of W. (transformers computes its norms in fp32 there too.)"""
+    model = _load(path, torch.float64)
+    for name, (w, a, b) in weights.items():
+        dense = model.get_submodule(name).weight
+        dense.copy_(w).addmm_(b.double(), a.double(), alpha=SCALE)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: Tensor, prompt: int) -> dict[str, Tensor]:
+    """As ``generate`` comes to them: of the first `prompt` of `tokens` [1, T] in one call, of the others singly."""
+    out = model(input_ids=tokens[:, :prompt], use_cache=True)
+    found = {"prompt": out.logits[0]}
+    single = []
+    for i in range(prompt, tokens.shape[1]):
+        out = model(input_ids=tokens[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        single.append(out.logits[0])
+    return found | {"single tokens": torch.cat(single)}
+
+
+def _gate(
+    variants: list[Variant], dtype: torch.dtype, tokens: Tensor, prompt: int, exact: nn.Module
+) -> list[dict[str, Any]]:
+    """Ours must be as good as the dense model in the same dtype and as bitsandbytes: the rule of `gate`. Theirs must be
+    the same function, but for their own rounding."""
+    want = logits(exact, tokens, prompt)
+    got = {v.name: logits(v.model, tokens, prompt) for v in variants}
+    others = [v.name for v in variants if not v.ours and v.dtype == dtype]
+    entries = []
+    for v in variants:
+        faults = gate_peer(got[v.name], want) if not v.ours else []
+        for part, value in got[v.name].items() if v.ours else ():
+            for other in others:
+                verdict = gate._against_plain(part, value, want[part], got[other][part], torch.finfo(dtype).eps)
+                finite = bool(torch.isfinite(value).all())
+                if verdict.fault or not finite:
+                    faults.append(f"{verdict.fault or f'{part}: not finite'} (by {other})")
+        faults += [f"a call was left to PEFT: {why}" for why in _passed_over(v.model)]
+        entries.append({"name": v.name, "errors": _errors(got[v.name], want), "faults": faults})
+    return entries
+
+
+def gate_peer(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
+    """What keeps a model from being a comparison: logits further than 10% (RMS) from fp64."""
+    return [
+        f"{part}: {100 * error:.3g}% (RMS) from fp64" for part, error in _errors(got, want).items() if not error <= 0.1
+    ]
+
+
+def _errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    """RMS, relative to that of the truth."""
+    return {part: ((got[part].double() - t).norm() / t.norm()).item() for part, t in want.items()}
+
+
+def _passed_over(model: nn.Module) -> list[str]:
+    """Why fused layers have left calls to PEFT."""
+    return sorted({str(why) for layer in model.modules() for why in getattr(layer, "passed_over", ())})
+
+
+def _row(v: Variant, taken: timing.Rounds, size: Size, dtype: torch.dtype) -> Row:
+    seconds = taken.seconds(v.name)
+    others = [
+        other for other in (f"{PEER} {SHORT[dtype]}", *(f"{DENSE} {short}" for short in DTYPES)) if other != v.name
+    ]
+    return Row(
+        v.name,
+        timing.quartiles([size.new / each for each in seconds]),
+        timing.quartiles(seconds),
+        {other: timing.quartiles(taken.ratios(v.name, other)) for other in others if other in taken.repeats},
+        v.weight_bytes,
+    )
+
+
+def table(document: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """(title, header, rows)."""
+    size = document["size"]
+    title = (
+        f"generate, {size['new']} tokens after {size['prompt']}: Llama, {size['layers']} layers, {size['hidden']} → "
+        f"{size['intermediate']}, r{size['r']}, nf4{' with double quantisation' if document['double_quant'] else ''}, "
+        f"{document['device']['threads']} threads"
+    )
+    errors = {entry["name"]: entry["errors"] for entry in document["gate"]}
+    rows = []
+    for row in sorted(document["rows"], key=lambda row: -row["tokens_per_second"][1]):
+        low, middle, high = row["tokens_per_second"]
+        ratios = [f"×{1 / value[1]:.2f} {other}" for other, value in row["ratios"].items()]
+        cells = [row["name"], f"{middle:.1f} ({low:.1f} to {high:.1f})", "; ".join(ratios)]
+        error = max(errors[row["name"]].values())
+        rows.append([*cells, f"{row['weight_bytes'] / 2**20:,.0f} MiB", f"{error:.1e}"])
+    return title, ["model", "tokens/s", "speed beside", "weights", "error of logits"], rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 1 where a gate is red; 2 where nothing can be measured."""
+    size = Size()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
+    for name, value in asdict(size).items():
+        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default: {value}")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the model, and what nf4 is computed in")
+    parser.add_argument("--double-quant", action="store_true", help="quantise the scales too")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's (default: torch's own choice)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the figures")
+    args = parser.parse_args(argv)
+    for name in (*asdict(size), "rounds", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if args.hidden % (2 * args.heads):
+        parser.error(f"--hidden must be a multiple of 2 · heads = {2 * args.heads}, got {args.hidden}")
+    show = terminal()
+    if absent := [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]:
+        show.line(f"Nothing to generate with: pip install {' '.join(absent)}")
+        return 2
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    size = Size(**{name: getattr(args, name) for name in asdict(size)})
+    document = measure(size, DTYPES[args.dtype], args.rounds, show, double_quant=args.double_quant)
+    if document["rows"]:
+        show.table(*table(document), words=True)
+    for note in document["notes"]:
+        show.line(note)
+    red = [f"{entry['name']}: {fault}" for entry in document["gate"] for fault in entry["faults"]]
+    for text in red:
+        show.line(f"✗ {text}")
+    if not red:
+        show.line(f"✓ all {len(document['gate'])} gates green")
+    if args.json:
+        write(document, args.json)
+        show.line(f"Written: {args.json}")
+    return int(bool(red))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

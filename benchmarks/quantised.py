@@ -1,0 +1,240 @@
+"""``python -m benchmarks.quantised``: a layer over a quantised base, decoding one token and in training.
+
+Beside F.linear on the dense weight, the dense fused layer, and PEFT over bitsandbytes' Linear4bit. Several weights are
+gone through in turn, so that, as in a model, none of them is in a cache when its turn comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import quantised_memory
+from lora_kernels.bench.run import write
+from lora_kernels.bench.shapes import SHORT
+from lora_kernels.ops.linear import lora_linear
+from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
+from lora_kernels.testing import gate, machine, timing
+from lora_kernels.testing.terminal import terminal
+
+RESULTS = Path("benchmarks/results/quantised")
+N = K = 4096
+R = 16
+DECODE, TRAINING = 1, 512
+"""Rows of x."""
+SETS = 4
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("int8", {}),
+    "fp8": ("fp8", {}),
+    "nf4": ("nf4", {}),
+    "nf4, double_quant": ("nf4", {"double_quant": True}),
+}
+TARGETS = {
+    (DECODE, "dense", "fp32"): [("F.linear fp32", 0.65)],
+    (DECODE, "dense", "bf16"): [("F.linear bf16", 0.60)],
+    (DECODE, "int8", "fp32"): [("F.linear fp32", 0.35)],
+    (DECODE, "nf4", "fp32"): [("F.linear fp32", 0.22), ("PEFT + bitsandbytes fp32", 0.50)],
+    (DECODE, "nf4", "bf16"): [("F.linear bf16", 0.40), ("PEFT + bitsandbytes bf16", 0.50)],
+    (TRAINING, "nf4", "fp32"): [("F.linear fp32", 1.15)],
+}
+"""By (M, format, dtype of x): the most that it may take of another's time."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: quartiles over rounds, and each ratio within a round."""
+
+    M: int
+    name: str
+    seconds: tuple[float, float, float]
+    ratios: dict[str, tuple[float, float, float]]
+    targets: dict[str, float]
+
+
+def measure(size: tuple[int, int, int], rows: tuple[int, ...], rounds: int, show: Any) -> dict[str, Any]:
+    """The document: gate first, then every M with all variants interleaved."""
+    document: dict[str, Any] = {
+        "schema": 1,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "versions": machine.versions("torch", "peft", "bitsandbytes"),
+        "device": machine.describe_device(torch.device("cpu")),
+        "size": dict(zip("NKR", size, strict=True)),
+        "sets": SETS,
+        "rounds": rounds,
+        "notes": [],
+        "gate": [],
+        "rows": [],
+        "memory": [],
+    }
+    if not _peer():
+        document["notes"].append("PEFT over bitsandbytes is not measured: pip install peft bitsandbytes")
+    with show.progress(len(rows) * rounds) as advance:
+        for M in rows:
+            steps, faults = _variants(M, *size)
+            document["gate"] += faults
+            if not any(entry["faults"] for entry in faults):
+                taken = timing.interleave(
+                    "F.linear fp32", steps, rounds, timing.CpuTimer(), functools.partial(advance, f"M = {M}", 1)
+                )
+                document["rows"] += [asdict(_row(M, name, taken)) for name in steps]
+    if sys.platform.startswith("linux"):
+        document["memory"] = [
+            {
+                "name": f"nf4 {SHORT[dtype]}",
+                "M": M,
+                "mb": quantised_memory.measure(str(dtype).removeprefix("torch."), M, *size[:2]),
+                "most": quantised_memory.MOST,
+            }
+            for M in rows
+            if M != DECODE
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+    return document
+
+
+def _variants(M: int, N: int, K: int, R: int) -> tuple[dict[str, list[Callable[[], object]]], list[dict[str, Any]]]:
+    """Name → a step for each set of weights; and what the gate says of ours."""
+    training = M != DECODE
+    steps: dict[str, list[Callable[[], object]]] = {}
+    verdicts = []
+    for number in range(SETS):
+        q = gate.problem(M, N, K, R, bias=False, seed=number)
+        quantised = {name: quantize_weight(q.w, format, **more) for name, (format, more) in FORMATS.items()}
+        for dtype in (torch.float32, torch.bfloat16):
+            p, short = replace(q.to(dtype), w=q.w.to(dtype)), SHORT[dtype]
+            x = p.x.detach().requires_grad_(training)
+            leaves = [t.detach().requires_grad_(training) for t in (p.a, p.b)]
+            ours: dict[str, Tensor | QuantizedWeight] = {"dense": p.w} | quantised
+            todo: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {}
+            todo[f"F.linear {short}"] = (functools.partial(F.linear, x, p.w), [x])
+            for name, w in ours.items():
+                todo[f"{name} {short}"] = (functools.partial(lora_linear, x, w, *leaves, scale=q.scale), [x, *leaves])
+            if _peer():
+                layer = _peer_layer(q.w, p, training)
+                trained = [t for t in layer.parameters() if t.requires_grad]
+                todo[f"PEFT + bitsandbytes {short}"] = (functools.partial(layer, x), [x, *trained])
+            for name, (call, wanted) in todo.items():
+                steps.setdefault(name, []).append(_step(call, wanted, p.dy, training))
+            if not number:
+                verdicts += [_judge(M, name, w, replace(p, w=q.w), short) for name, w in quantised.items()]
+    return steps, verdicts
+
+
+def _step(call: Callable[[], Tensor], wanted: list[Tensor], dy: Tensor, training: bool) -> Callable[[], object]:
+    if training:
+        return lambda: torch.autograd.grad(call(), wanted, dy)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call()
+
+    return forward
+
+
+def _judge(M: int, name: str, w: QuantizedWeight, p: gate.Problem, short: str) -> dict[str, Any]:
+    """Ours against fp64 with the dequantised weight; plain torch has it in x's dtype."""
+    exact, plain = gate.over_codes(p, w)
+    got = gate.evaluate(p, lambda x, _, a, b, **more: lora_linear(x, w, a, b, **more))
+    verdicts = gate.judge(got, exact, gate.truth(exact), plain)
+    return {"M": M, "name": f"{name} {short}", "faults": [v.fault for v in verdicts if v.fault]}
+
+
+def _peer() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("peft", "bitsandbytes"))
+
+
+def _peer_layer(w: Tensor, p: gate.Problem, training: bool) -> nn.Module:
+    """PEFT's LoRA over Linear4bit, as users have it."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    from peft import LoraConfig, get_peft_model
+
+    base = Linear4bit(w.shape[1], w.shape[0], bias=False, compute_dtype=p.x.dtype, quant_type="nf4")
+    base.weight = Params4bit(w.to(p.x.dtype), requires_grad=False, quant_type="nf4")
+    model: Any = nn.Sequential(base.to("cpu"))
+    model.is_loaded_in_4bit = True  # as transformers marks it: PEFT takes its class for bitsandbytes then
+    R = p.a.shape[0]
+    peft = get_peft_model(model, LoraConfig(r=R, lora_alpha=R * p.scale, target_modules=["0"]))  # type: ignore[arg-type]
+    assert type(peft.base_model.model[0]).__name__ == "Linear4bit"
+    with torch.no_grad():
+        for name, t in peft.named_parameters():
+            if "lora_" in name:
+                t.data = (p.a if "lora_A" in name else p.b).clone()
+    return peft.train(training)
+
+
+def _row(M: int, name: str, taken: timing.Rounds) -> Row:
+    format, _, short = name.rpartition(" ")
+    targets = {other: most for other, most in TARGETS.get((M, format, short), []) if other in taken.repeats}
+    others = {"F.linear fp32", f"F.linear {short}", *targets, f"PEFT + bitsandbytes {short}"} & taken.repeats.keys()
+    ratios = {other: timing.quartiles(taken.ratios(name, other)) for other in sorted(others) if other != name}
+    return Row(M, name, timing.quartiles(taken.seconds(name)), ratios, targets)
+
+
+def tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows) for each M."""
+    size = document["size"]
+    found = []
+    for M in dict.fromkeys(row["M"] for row in document["rows"]):
+        what = "decoding: forward" if M == DECODE else "training: forward + backward"
+        title = f"{what}, M = {M}, {size['K']}→{size['N']}, r{size['R']}"
+        rows = []
+        for row in (row for row in document["rows"] if row["M"] == M):
+            ratios = [f"×{value[1]:.2f} of {other}" for other, value in row["ratios"].items()]
+            rows.append([row["name"], f"{row['seconds'][1] * 1e3:.3g} ms", "; ".join(ratios), verdict(row)])
+        found.append((title, ["layer", "time", "ratio within a round", "target"], rows))
+    return found
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What became of a row's targets."""
+    words = []
+    for other, most in row["targets"].items():
+        met = round(row["ratios"][other][1], 2) <= most
+        words.append(f"≤ {most:.2f} of {other} {'met' if met else 'missed'}")
+    return "; ".join(words)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 where a gate is red."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantised", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, metavar="N")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"the JSON to write, as one of {RESULTS}")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    show = terminal()
+    document = measure((N, K, R), (DECODE, TRAINING), args.rounds, show)
+    for table in tables(document):
+        show.table(*table, words=True)
+    for entry in document["memory"]:
+        show.line(
+            f"Peak memory of a first training step beyond weights, activations and gradients, {entry['name']}, "
+            f"M = {entry['M']}: {entry['mb']:.1f} MB (at most {entry['most']:.0f})"
+        )
+    for note in document["notes"]:
+        show.line(note)
+    red = [f"{entry['name']}, M = {entry['M']}: {fault}" for entry in document["gate"] for fault in entry["faults"]]
+    for text in red:
+        show.line(f"✗ {text}")
+    if not red:
+        show.line(f"✓ all {len(document['gate'])} gates green")
+    if args.out:
+        write(document, args.out)
+        show.line(f"Written: {args.out}")
+    return int(bool(red))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

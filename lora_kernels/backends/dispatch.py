@@ -1,0 +1,147 @@
+"""Which back-end serves a call: a table by device, every refusal with its reasons."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from lora_kernels.core.operands import Call
+
+AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+"""The order in which back-ends are tried, by device type. Devices not named here are served by `eager`."""
+
+BACKENDS = ("cpu", "cuda", "triton", "eager")
+
+
+@functools.lru_cache(maxsize=4096)
+def pick(call: Call, backend: str | None) -> ModuleType:
+    """The back-end that serves `call`: the one named, or the `automatic` one. Warns where that is `eager` for what it
+    does slowly.
+
+    Raises ValueError where a named back-end is unknown or refuses; a named back-end is never replaced by another.
+    """
+    if backend is not None:
+        reasons = refusals(backend, call)
+        if reasons:
+            raise ValueError(
+                f"backend={backend!r} cannot serve this call ({_describe(call)}):\n"
+                + "\n".join(f"  - {reason}" for reason in reasons)
+                + "\nPass backend=None for the automatic choice, or see lora_kernels.explain(...)."
+            )
+        return load(backend)
+    name = automatic(call)
+    if name == "eager" and (call.dropout or call.w_format != "dense"):
+        what = "the dropout mask is drawn" if call.w_format == "dense" else f"the {call.w_format} weight is dequantised"
+        warnings.warn(
+            f"no kernel is chosen for {call.dtype} on {call.device} here: {what} by torch operations, which is slow. "
+            + _way_out(call),
+            stacklevel=2,
+        )
+    return load(name)
+
+
+@functools.lru_cache(maxsize=4096)
+def automatic(call: Call) -> str:
+    """The automatic choice: the first of the order by device that can serve `call`, on a GPU with evidence."""
+    for name in _order(call):
+        if not _passed_over(name, call):
+            return name
+    raise ValueError(f"no back-end can serve this call ({_describe(call)})")
+
+
+def load(name: str) -> ModuleType:
+    """The module of a back-end. Raises ValueError for a name there is none of, ImportError where what it needs is not
+    installed."""
+    if name not in BACKENDS:
+        raise ValueError(
+            f"unknown backend {name!r}: one of {', '.join(map(repr, BACKENDS))}, or None for the automatic choice"
+        )
+    return importlib.import_module(f"lora_kernels.backends.{name}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `lora_kernels.explain`. ``str()`` of it is a short table."""
+
+    call: Call
+    forward: str
+    """The back-end that runs the forward."""
+    backward: str
+    passed_over: dict[str, list[str]]
+    """Every other back-end, with every reason why it is not the choice for the forward or the backward."""
+
+    def __str__(self) -> str:
+        lines = [f"{_describe(self.call)}", f"  forward   {self.forward}", f"  backward  {self.backward}"]
+        for name, reasons in self.passed_over.items():
+            lines += [f"  {name if i == 0 else '':<9} not chosen: {reason}" for i, reason in enumerate(reasons)]
+        return "\n".join(lines)
+
+
+def explain(call: Call, backend: str | None) -> Explanation:
+    """Why `call` is served by the back-end it is served by. Raises as `pick` does."""
+    calls = [call._replace(op=op) for op in ("forward", "backward")]
+    chosen = [automatic(each) if backend is None else str(pick(each, backend).name) for each in calls]
+    passed_over: dict[str, list[str]] = {}
+    for name in BACKENDS:
+        if name in chosen:
+            continue
+        if backend is not None:
+            passed_over[name] = [f"backend={backend!r} was asked for by name"]
+        elif name not in _order(call):
+            passed_over[name] = [f"not for {call.device.type} tensors"]
+        else:
+            reasons = [reason for each in calls for reason in _passed_over(name, each)]
+            passed_over[name] = list(dict.fromkeys(reasons)) or [f"{chosen[0]!r} comes first on {call.device.type}"]
+    return Explanation(call, chosen[0], chosen[1], passed_over)
+
+
+def _order(call: Call) -> tuple[str, ...]:
+    return AUTOMATIC.get(call.device.type, ("eager",))
+
+
+def _passed_over(name: str, call: Call) -> list[str]:
+    """Why the automatic choice passes over a back-end: what it refuses, and on a GPU a want of evidence."""
+    reasons = refusals(name, call)
+    if not reasons and call.device.type == "cuda" and name != "eager":
+        arch = _arch(call.device)
+        if arch not in load(name).EVIDENCE:
+            reasons = [
+                f"not yet run on a GPU of architecture {arch}: no evidence in benchmarks/results; "
+                f"ask for it with backend={name!r}"
+            ]
+    return reasons
+
+
+def _way_out(call: Call) -> str:
+    able = [f"backend={name!r}" for name in _order(call) if name != "eager" and not refusals(name, call)]
+    if able:
+        return f"Ask for {' or '.join(able)}, which has not yet run on such a GPU"
+    return "`python -m lora_kernels doctor` tells what is missing, lora_kernels.explain(...) what stands in the way"
+
+
+def _arch(device: torch.device) -> str:
+    """ "sm_90", or AMD's name for it, "gfx942"."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def refusals(name: str, call: Call) -> list[str]:
+    """Every reason why a back-end cannot serve `call`, that it could not be loaded among them."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return [f"could not be loaded: {error}"]
+    return list(module.why_not(call))
+
+
+def _describe(call: Call) -> str:
+    adapters = "" if call.adapter_dtype == call.dtype else f", {call.adapter_dtype} adapters"
+    more = (f", {call.w_format} weight" if call.w_format != "dense" else "") + (", dropout" if call.dropout else "")
+    return f"{call.op} on {call.device}, {call.dtype}{adapters}, M={call.M} N={call.N} K={call.K} R={call.R}{more}"

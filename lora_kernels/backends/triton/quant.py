@@ -1,0 +1,89 @@
+"""From a quantised weight to what the Triton kernels take in its place. Imported by `backends._triton_launch` and
+`backends.triton` only."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.triton.device import Launch, cdiv
+from lora_kernels.backends.triton.kernels.quant import Codes, dequantise
+from lora_kernels.plans.quant_tiles import WHOLE
+from lora_kernels.plans.tiles import Plan, Tile
+from lora_kernels.quant import tables as quant_tables
+from lora_kernels.quant.encode import FP8_BLOCK
+from lora_kernels.quant.weight import QuantizedWeight
+
+
+def options_of(tile: Tile, dequantises: bool) -> dict[str, int]:
+    """For the compiler. Where a kernel dequantises, a product and a sum are two roundings, as in
+    `QuantizedWeight.dequantize`: that says nothing of the tensor cores."""
+    exact = {"enable_fp_fusion": False} if dequantises else {}
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **exact}
+
+
+def as_planned(w: Tensor | QuantizedWeight, plan: Plan, dtype: torch.dtype) -> Tensor | QuantizedWeight:
+    """w as a launch of the plan takes it: dequantised now, unless the plan has that within."""
+    return w if isinstance(w, Tensor) or plan.within else dense(w, dtype)
+
+
+def dequantise_launch(w: QuantizedWeight, out: Tensor) -> Launch:
+    """out [N,K], contiguous and of any floating dtype, is written."""
+    N, K = w.shape
+    tile = WHOLE
+    arguments = {
+        "w": codes(w, tile.BLOCK_K),
+        "out": out,
+        "stride_cn": w.codes.stride(0),
+        "N": N,
+        "K": K,
+        "BLOCK_N": tile.BLOCK_N,
+        "BLOCK_K": tile.BLOCK_K,
+    }
+    programs = cdiv(N, tile.BLOCK_N) * cdiv(K, tile.BLOCK_K)
+    return Launch(dequantise, programs, arguments, options_of(tile, True))
+
+
+def dense(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """W [N,K] in `dtype`, on the current device and stream.
+
+    It is the caller's for one call, from torch's caching allocator, which gives the next layer the same memory: one W
+    to a stream, and none is kept that the model could use. A graph that is being captured has it in its own pool.
+    """
+    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    dequantise_launch(w, out).run()
+    return out
+
+
+def codes(w: QuantizedWeight, BLOCK_K: int) -> Codes:
+    """What stands for w in every kernel that reads it in tiles of BLOCK_K columns."""
+    K, four_bit = w.shape[1], w.format in quant_tables.LEVELS
+    by_block = w.format == "fp8" and w.scales.shape not in ((1, 1), (w.shape[0], 1))
+    blocksize = w.blocksize if four_bit else FP8_BLOCK if by_block else 0
+    if four_bit:
+        # Blocks straddle rows unless they divide K.
+        span = math.gcd(K, blocksize, BLOCK_K)
+    else:
+        span = min(blocksize or BLOCK_K, BLOCK_K)
+    # What a format has not is not touched, but a kernel has one type per argument.
+    nested = w.nested or (w.scales,) * 3
+    return Codes(
+        w.codes.view(torch.uint8) if w.format == "fp8" else w.codes,
+        quant_tables.levels(w.format, w.device) if four_bit else w.scales,
+        w.scales,
+        *nested,
+        stride_sn=w.scales.shape[1] if by_block else int(w.scales.shape[0] > 1),
+        SPAN=_constant(span),
+        FORMAT=_constant(w.format),
+        BLOCKSIZE=_constant(blocksize),
+        NESTED=_constant(w.nested is not None),
+    )
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _constant(value: str | int) -> tl.constexpr:
+    return tl.constexpr(value)

@@ -1,0 +1,1 @@
+"""The operands of a call, the dropout rule and the version: every other folder may import these."""

@@ -1,0 +1,1 @@
+"""LoRA in whole models of plain PyTorch, and adapters on disk, by PEFT's rules and in PEFT's files."""

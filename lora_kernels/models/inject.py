@@ -1,0 +1,293 @@
+"""LoRA in a plain PyTorch model: `apply_lora` puts `FusedLoRALinear` where PEFT would put its LoRA layers.
+
+With it: which parameters train, how many they are, and the way back to a plain model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lora_kernels.backends import dispatch
+from lora_kernels.models.targets import Names, Selection, Target, by_reason, lora_layers, select, some
+from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.quantized import QuantizedLoRALinear
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One line of an `ApplyReport`."""
+
+    name: str
+    r: int
+    lora_alpha: float
+    in_features: int
+    out_features: int
+    use_dora: bool = False
+    quant: str | None = None
+
+    @classmethod
+    def of(cls, name: str, layer: FusedLoRALinear) -> AdaptedLayer:
+        """The line for a layer."""
+        quant = layer.format if isinstance(layer, QuantizedLoRALinear) else None
+        return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora, quant)
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What `apply_lora` did. ``str()`` of it is a table."""
+
+    layers: tuple[AdaptedLayer, ...]
+    passed_over: dict[str, str]
+    """Every other linear layer, with the reason why it was left as it is."""
+    unused: tuple[str, ...]
+    """Names and patterns that no layer matched: often a slip of the pen, but nothing that stops PEFT."""
+    quantised: tuple[int, int] | None = None
+    """Bytes of the weights of these layers before and after, where they were quantised."""
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers] + [len("module")])
+        lines = [f"{'module':<{width}}  {'r':>4}  {'alpha':>6}  in → out"]
+        for layer in self.layers:
+            kind = f"  {layer.quant}" if layer.quant else "  DoRA" if layer.use_dora else ""
+            shape = f"{layer.in_features} → {layer.out_features}{kind}"
+            lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {shape}")
+        if self.quantised is not None:
+            before, after = self.quantised
+            lines.append(f"their weights: {before:,} → {after:,} bytes ({100 * after / before:.1f} %)")
+        lines += [f"passed over, {reason}: {some(names)}" for reason, names in by_reason(self.passed_over).items()]
+        if self.unused:
+            lines.append(f"matched nothing: {', '.join(self.unused)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class TrainableParameters:
+    """How many numbers a model trains, and holds."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        percent = 100 * self.trainable / max(self.total, 1)
+        return f"trainable: {self.trainable:,} of {self.total:,} ({percent:.2f} %)"
+
+
+def apply_lora(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    lora_alpha: float = 8,
+    lora_dropout: float = 0.0,
+    target_modules: Names = "all-linear",
+    exclude_modules: Names | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: Names | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    quant: str | None = None,
+    blocksize: int = 64,
+    double_quant: bool = False,
+    init: str = "kaiming",
+) -> ApplyReport:
+    """Replace the ``nn.Linear`` layers that match by `FusedLoRALinear` over the same weights, in place, and freeze
+    every other parameter. The rules and defaults are those of PEFT's ``LoraConfig``; PEFT itself is not needed.
+
+    Args:
+        model: any module. It is changed in place. A layer that stands at several places goes by its first name and is
+            replaced at each; weights that are tied stay tied.
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend: as for `FusedLoRALinear` (but
+            lora_alpha is 8, as in PEFT). adapter_dtype None is the weight's dtype; PEFT's choice beside fp16 and bf16
+            is fp32.
+        target_modules: "all-linear": every ``nn.Linear`` but the one that ``model.get_output_embeddings()`` returns, if
+            the model has that method. Another string: a regular expression that the whole dotted name must match.
+            Names: those whose dotted name is one of them or ends in ``.`` and one of them.
+        exclude_modules: a regular expression or names, as above. It wins over target_modules.
+        rank_pattern, alpha_pattern: r and lora_alpha by name: each key is a regular expression for the end of the
+            dotted name, from a dot or the start on. The first key that matches counts.
+        layers_to_transform: numbers of blocks: only those, where target_modules are ends of names. layers_pattern: the
+            name (or names) of the list of blocks whose numbers they are, in place of any.
+        quant: "nf4", "fp4", "int8" or "fp8": keep the frozen weights in that format only (QLoRA; a
+            `QuantizedLoRALinear` each, and the report tells the bytes). What else shares such a weight keeps the dense
+            one. The dense model and the quantised weights are in memory together until all are made. blocksize and
+            double_quant: of nf4 and fp4.
+        init: as for `FusedLoRALinear.from_linear`.
+
+    With "all-linear" what is not exactly an ``nn.Linear`` is passed over, with a reason in the report: quantised
+    layers, GPT-2's Conv1D (whose checkpoints hold W transposed: for those PEFT and `fuse`), subclasses
+    (``nn.MultiheadAttention`` reads the weight of its out_proj itself, past any adapter), weights that are a subclass
+    of Parameter (sharded, quantised) and layers with hooks, which would be lost. Where a pattern or
+    a name asks for such a module, or for no linear layer at all, ValueError is raised.
+
+    ``nn.TransformerEncoderLayer`` has a path for inference that reads the weights of linear1 and linear2 itself, past
+    any adapter. It is switched off in the layers that get one (activation_relu_or_gelu 0; use_nested_tensor False in
+    the ``nn.TransformerEncoder`` around them) and stays off.
+
+    Raises:
+        ValueError: nothing matches, or something that cannot be replaced does; the model has LoRA layers already; a
+            value that `FusedLoRALinear` refuses; an unknown backend; layers_to_transform with a string; a weight that
+            `quant` cannot hold (NaN, or an odd K in 4 bits), by name.
+        TypeError: an adapter_dtype that does not go with a weight's. ImportError: a backend that is not installed.
+        re.error: a string that is no regular expression.
+        Whatever is raised, the model is as it was.
+    """
+    selection = select(
+        model,
+        r=r,
+        lora_alpha=lora_alpha,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+    )
+    if backend is not None:
+        dispatch.load(backend)
+    for target in selection.targets:
+        target.settings.update(
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+            quant=quant,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            init=init,
+        )
+    return replace(model, selection)
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """The model with a plain ``nn.Linear`` in place of every `FusedLoRALinear`, weight W + s·B·A or with DoRA d ⊙ that
+    (see its `merge`), in place; `model` is returned, or the new layer where `model` itself is one.
+
+    Every parameter is frozen afterwards, as PEFT leaves it: ``requires_grad_()`` what is to train. Weights that were
+    tied to a merged one stay the base's.
+
+    Raises:
+        ValueError: there is no `FusedLoRALinear`, or merging one gives weights that are not finite: the model is then
+            as it was.
+        NotImplementedError: a layer is tensor parallel; the model is then as it was, too.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no FusedLoRALinear: nothing to merge")
+    # Everything is tried before anything is changed; keeping all results instead would hold every weight twice.
+    for name, layer in layers.items():
+        try:
+            layer.to_linear()
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{name or 'the model'}: {error}") from None
+    places = _places(model)
+    for layer in layers.values():
+        linear = layer.to_linear().requires_grad_(False)
+        if layer is model:
+            return linear
+        for place in places[id(layer)]:
+            _put(model, place, linear)
+    return model
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the adapters of every `FusedLoRALinear` in `model`, frozen ones too: lora_A and lora_B, with
+    DoRA lora_magnitude_vector."""
+    for layer in lora_layers(model).values():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name.startswith("lora_"):
+                yield parameter
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: Literal["none", "all", "lora_only"] = "none") -> None:
+    """Freeze everything but the adapters, as loralib's function of this name does (adapters stay as they are).
+
+    `bias`: "none" trains no bias, "all" every parameter whose own name has "bias" in it, "lora_only" the biases of the
+    layers with an adapter.
+
+    Raises:
+        ValueError: another `bias`, or a model without `FusedLoRALinear`; nothing is changed.
+    """
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f'bias must be "none", "all" or "lora_only", got {bias!r}')
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no FusedLoRALinear: apply_lora(model) first")
+    adapters = {id(parameter) for parameter in adapter_parameters(model)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad = bias == "all" and "bias" in name.rpartition(".")[2]
+    if bias == "lora_only":
+        for layer in layers.values():
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """How many numbers `model` trains and holds; shared parameters count once, quantised weights by their elements."""
+    packed = [layer for layer in lora_layers(model).values() if isinstance(layer, QuantizedLoRALinear)]
+    elements = {id(layer.weight): layer.in_features * layer.out_features for layer in packed}
+    sizes = [(p.requires_grad, elements.get(id(p), p.numel())) for p in model.parameters()]
+    return TrainableParameters(sum(n for trained, n in sizes if trained), sum(n for _, n in sizes))
+
+
+def replace(model: nn.Module, selection: Selection) -> ApplyReport:
+    """Put a `FusedLoRALinear` in the place of every target and freeze the rest, or raise with nothing changed."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        layers = [_adapted(target) for target in selection.targets]
+    except BaseException:
+        for parameter, requires_grad in trained:  # from_linear freezes what it takes
+            parameter.requires_grad = requires_grad
+        raise
+    for parameter, _ in trained:
+        parameter.requires_grad = False  # not requires_grad_(), which a lazy layer's parameter refuses
+    packed = [layer for layer in layers if isinstance(layer, QuantizedLoRALinear)]
+    before = sum(target.linear.weight.nbytes for target in selection.targets)
+    places = _places(model)
+    for target, layer in zip(selection.targets, layers, strict=True):
+        for place in places[id(target.linear)]:
+            _put(model, place, layer)
+    _close_fast_paths(model)
+    return ApplyReport(
+        tuple(AdaptedLayer.of(target.name, layer) for target, layer in zip(selection.targets, layers, strict=True)),
+        selection.passed_over,
+        selection.unused,
+        (before, sum(layer.quantized_weight().nbytes for layer in packed)) if packed else None,
+    )
+
+
+def _adapted(target: Target) -> FusedLoRALinear:
+    try:
+        return FusedLoRALinear.from_linear(target.linear, **target.settings)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{target.name}: {error}") from None
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Every dotted name under which a module stands in `model`, by its id."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _close_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and lora_layers(module):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
+            module.use_nested_tensor = False

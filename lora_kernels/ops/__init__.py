@@ -1,0 +1,1 @@
+"""A call: its checks, its autograd Functions and its registered operators."""

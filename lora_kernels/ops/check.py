@@ -1,0 +1,141 @@
+"""The door's checks: each fault is named with the values that make it one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.core.dropout import draw_seed
+from lora_kernels.quant.weight import QuantizedWeight
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def operands(
+    x: Tensor, w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, bias: Tensor | None, p: float, any_w: bool
+) -> None:
+    """One look at what is usual; everything else goes to `_complain`, which finds the fault and says it. `any_w`: w may
+    differ from x in dtype."""
+    dtype, adapter_dtype = x.dtype, a.dtype
+    x_shape, w_shape, a_shape, b_shape = x.shape, w.shape, a.shape, b.shape
+    if (
+        dtype in DTYPES
+        and (w.dtype == dtype or any_w)
+        and (adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype in HALVES))
+        and b.dtype == adapter_dtype
+        and ((x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu) or w.device == a.device == b.device == x.device)
+        and x_shape
+        and len(w_shape) == len(a_shape) == len(b_shape) == 2
+        and x_shape[-1] == w_shape[1] == a_shape[1] != 0
+        and w_shape[0] == b_shape[0] != 0
+        and a_shape[0] == b_shape[1] != 0
+        and 0 <= p < 1
+        and not w.requires_grad
+        and (bias is None or (bias.dtype == dtype and bias.device == x.device and bias.shape == w_shape[:1]))
+    ):
+        return
+    _complain(x, w, a, b, bias, p, any_w)
+
+
+def _complain(
+    x: Tensor, w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, bias: Tensor | None, p: float, any_w: bool
+) -> None:
+    operands: dict[str, Any] = {"x": x, "weight": w, "lora_a": a, "lora_b": b} | (
+        {} if bias is None else {"bias": bias}
+    )
+    shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in operands.items())
+    dtypes = ", ".join(f"{name} {t.dtype}" for name, t in operands.items())
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be fp64, fp32, fp16 or bf16; got {dtypes}")
+    if (w.dtype != x.dtype and not any_w) or (bias is not None and bias.dtype != x.dtype):
+        raise TypeError(f"weight and bias must have x's dtype; got {dtypes}. Convert x, or run under torch.autocast")
+    if a.dtype != b.dtype or (a.dtype != x.dtype and not (a.dtype == torch.float32 and x.dtype in HALVES)):
+        raise TypeError(
+            f"lora_a and lora_b must both have x's dtype, or both fp32 beside an fp16 or bf16 x; got {dtypes}"
+        )
+    if len({t.device for t in operands.values()}) > 1:
+        raise ValueError(
+            "operands lie on different devices: " + ", ".join(f"{name} on {t.device}" for name, t in operands.items())
+        )
+    if x.dim() < 1 or len(w.shape) != 2 or a.dim() != 2 or b.dim() != 2:
+        raise ValueError(f"x must be [..., K], weight [N, K], lora_a [R, K], lora_b [N, R]; got {shapes}")
+    if x.shape[-1] != w.shape[1] or a.shape[1] != w.shape[1]:
+        raise ValueError(f"x, weight and lora_a differ in K, their last dimension; got {shapes}")
+    if b.shape[0] != w.shape[0] or (bias is not None and bias.shape != w.shape[:1]):
+        raise ValueError(f"weight, lora_b and bias differ in N, their first dimension; got {shapes}")
+    if a.shape[0] != b.shape[1]:
+        raise ValueError(f"the rank is lora_a's first and lora_b's last dimension, and they differ; got {shapes}")
+    if 0 in (*w.shape, a.shape[0]):
+        raise ValueError(f"N, K and the rank must be at least 1; got {shapes}")
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {p}")
+    raise ValueError(
+        "weight requires a gradient, and lora_linear has none for it: W is frozen. "
+        "Call weight.requires_grad_(False), or pass weight.detach()"
+    )
+
+
+def seed(given: Tensor | int | None, device: torch.device) -> Tensor:
+    """The seed as the back-ends take it: an int64 tensor of one element on `device`, drawn where None is given."""
+    if given is None:
+        return draw_seed(device)
+    if isinstance(given, Tensor):
+        if given.dtype != torch.int64 or given.numel() != 1 or given.device != device:
+            raise ValueError(
+                f"seed must be an int64 tensor of one element on {device}, "
+                f"got {given.dtype}, shape {tuple(given.shape)}, on {given.device}"
+            )
+        return given
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(given).__name__}")
+    if not 0 <= given < 2**63:
+        raise ValueError(f"seed must lie in [0, 2**63), got {given}")
+    return torch.tensor(given, dtype=torch.int64, device=device)
+
+
+def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
+    """(s, B), with a tensor scale folded into B in B's dtype: no synchronisation, and differentiable in the scale.
+
+    torch.compile makes a float that has changed a symbol, which an opaque operator would bind to its value of the
+    moment: a recompilation for each value, if it were not folded too.
+    """
+    if isinstance(given, Tensor):
+        if given.numel() != 1 or not given.dtype.is_floating_point:
+            raise ValueError(
+                f"a tensor scale must be floating and have one element, got {given.dtype}, shape {tuple(given.shape)}"
+            )
+        return 1.0, lora_b * given.reshape(()).to(lora_b.dtype)
+    if not abs(given) < float("inf"):  # math.isfinite breaks torch.compile
+        raise ValueError(f"scale must be finite, got {given}")
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental import symbolic_shapes  # heavy; there while compiling
+
+        # since torch 2.8; before, a value that has changed costs a recompilation
+        if hasattr(symbolic_shapes, "has_static_value") and not symbolic_shapes.has_static_value(given):
+            return 1.0, lora_b * given
+    return given, lora_b
+
+
+def plain_linear(linear: nn.Module) -> None:
+    """Raises TypeError for a layer that computes something else than its own weight and bias say, unless it is one of
+    bitsandbytes', whose weight tells."""
+    kind = type(linear)
+    if kind.__module__.startswith("bitsandbytes."):
+        return
+    if hasattr(linear, "lora_A"):
+        raise TypeError(f"this {kind.__name__} has an adapter, which would be lost: merge it first, as to_linear()")
+    if getattr(kind, "forward", None) is not nn.Linear.forward:
+        raise TypeError(f"it must be an nn.Linear, and is a {kind.__name__} with a forward of its own")
+    if not isinstance(linear.weight, nn.Parameter):
+        raise TypeError(
+            "the weight of this nn.Linear is parametrised or pruned: make it plain first, with "
+            'torch.nn.utils.parametrize.remove_parametrizations(linear, "weight") or prune.remove(linear, "weight")'
+        )
+    if nn.parameter.is_lazy(linear.weight):
+        raise TypeError(f"this {kind.__name__} does not know its size yet: call the model once before")
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(linear):
+        raise TypeError("this nn.Linear has hooks, which would be lost: remove them, and put them on the new module")

@@ -1,0 +1,5 @@
+"""PEFT's LoRA layers on the fused path."""
+
+from lora_kernels.peft.fusing import FusedLinear, FuseReport, disable, enable, fuse, unfuse
+
+__all__ = ["FuseReport", "FusedLinear", "disable", "enable", "fuse", "unfuse"]

@@ -1,0 +1,170 @@
+"""PEFT's LoRA linears on the fused path: `fuse` a model, or `enable` fusing for every model that PEFT builds.
+
+Its linears (see `lora_kernels.peft.linear`), those over bitsandbytes' 4 and 8 bits (`lora_kernels.peft.bnb`) included.
+What the kernels cannot serve, layer by layer and call by call, goes to PEFT's own forward; `FuseReport` tells where and
+why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.backends import dispatch
+from lora_kernels.peft import groups as peft_groups
+from lora_kernels.peft.groups import FAMILIES, SharedInput
+
+try:
+    from peft.tuners.lora import LoraLayer, LoraModel
+
+    from lora_kernels.peft.linear import Fused, FusedLinear
+except ImportError as error:
+    raise ImportError(
+        f"fuse() and enable() work on models of PEFT, which is not there ({error}): pip install peft. Plain PyTorch "
+        "models take lora_kernels.apply_lora or FusedLoRALinear.from_linear"
+    ) from error
+
+__all__ = ["FuseReport", "FusedLinear", "disable", "enable", "fuse", "unfuse"]
+
+
+def _fused_kind(kind: type) -> type[Fused] | None:
+    """What becomes of PEFT's class `kind`, or already has; None where there is nothing for it."""
+    if issubclass(kind, Fused):
+        return kind
+    if kind.__module__ == "peft.tuners.lora.bnb":  # there with bitsandbytes only
+        from lora_kernels.peft import bnb as peft_bnb
+
+        return peft_bnb.KINDS.get(kind)
+    return FusedLinear if kind is FusedLinear.plain else None
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did: prints as a table."""
+
+    fused: dict[str, str]
+    """Module → its size and adapters."""
+    not_fused: dict[str, str]
+    """Module → why PEFT's own forward serves it, all adapters or some."""
+    groups: dict[str, SharedInput] = field(default_factory=dict)
+    """Module → its children that are computed by one call, with ``group``."""
+
+    def __str__(self) -> str:
+        rows = [(name, "fused", what) for name, what in self.fused.items()]
+        rows += [(name, "not fused", why) for name, why in self.not_fused.items()]
+        head = f"{len(self.fused)} of {len(rows)} LoRA layers fused"
+        if not rows:
+            return f"{head}: the model has none"
+        rows += [(name, "grouped", str(group)) for name, group in self.groups.items()]
+        width = max(len(name) for name, _, _ in rows)
+        return "\n".join([head, *(f"  {name:{width}}  {state:9}  {what}" for name, state, what in rows)])
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    backend: str | None = None,
+    group: bool | Sequence[Sequence[str]] = False,
+) -> FuseReport:
+    """Put every LoRA linear of a PEFT model on the fused path. Call it after ``get_peft_model`` or ``from_pretrained``,
+    before wrapping or compiling. Calling it again takes in layers that have come since.
+
+    Args:
+        model: a PeftModel, or any module with PEFT's LoRA layers inside.
+        strict: raise, and change nothing, where a layer or an adapter cannot be fused.
+        backend: by name, for all layers; it then never falls back. None: chosen per call.
+        group: compute layers that read the same x by one call, each with its own dropout mask: True for the names of
+            `lora_kernels.peft.groups.FAMILIES` (q/k/v and gate/up of Llama, Qwen, Mistral, Gemma; query/key/value of
+            BERT and ViT), or such names of another model, as in ``[("wq", "wk", "wv")]``. A group whose layers turn out
+            to be called with different inputs ends (see its ``dissolved``). Layers of bitsandbytes stay single.
+
+    Returns:
+        Which layers are fused, which are not, and why. A fused layer still leaves single calls to PEFT: those that ask
+        for something else (see `FusedLinear.passed_over`).
+
+    Raises:
+        RuntimeError: with `strict`, with the report.
+        ValueError: for a back-end there is none of, or names for `group` that the model has not; nothing is changed.
+    """
+    if backend is not None and backend not in dispatch.BACKENDS:
+        raise ValueError(f"there is no back-end {backend!r}: one of {', '.join(dispatch.BACKENDS)}, or None")
+    families = FAMILIES if group is True else group or ()
+    if families is not FAMILIES:
+        peft_groups.check_families(model, families)
+    fused, not_fused, layers = {}, {}, []
+    layer: Any
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        kind = _fused_kind(type(layer))
+        if kind is None:
+            where = type(layer).__module__.removeprefix("peft.tuners.")
+            not_fused[path] = f"a {where}.{type(layer).__name__}, not a plain linear"
+            continue
+        if reason := kind.base_reason(layer):
+            not_fused[path] = reason
+            continue
+        layers.append((layer, kind))
+        reasons = {name: why for name in layer.lora_A if (why := kind.adapter_reason(layer, name))}
+        if reasons:
+            not_fused[path] = "; ".join(reasons.values())
+        else:
+            ranks = ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
+            fused[path] = f"{layer.in_features}→{layer.out_features}{kind.base_note(layer)}, {ranks}"
+    if strict and not_fused:
+        raise RuntimeError(
+            "fuse(strict=True) found LoRA layers that cannot be fused; nothing was changed.\n"
+            f"{FuseReport(fused, not_fused)}"
+        )
+    for layer, kind in layers:
+        _swap(layer, kind, backend)
+    return FuseReport(fused, not_fused, peft_groups.group(model, FusedLinear, families))
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every layer PEFT's own class back, as `fuse` found it."""
+    for layer in model.modules():
+        if isinstance(layer, Fused):
+            _leave_group(layer)
+            for name in layer.own:
+                del layer.__dict__[name]
+            layer.__class__ = layer.plain  # type: ignore[assignment]
+
+
+def _swap(layer: Any, kind: type[Fused], backend: str | None) -> None:
+    if not isinstance(layer, Fused):
+        layer.__class__ = kind
+        layer.__dict__.update({name: make() for name, make in kind.own.items()})
+        kind.base_reason(layer)  # reads a quantised base now: later, a compiler could not
+    _leave_group(layer)
+    layer._backend = backend
+
+
+def _leave_group(layer: Any) -> None:
+    if layer._group is not None:
+        layer._group.dissolve("fuse was called anew, or unfuse")
+
+
+_create = LoraModel.__dict__["_create_new_module"]
+
+
+def _create_fused(*args: Any, **kwargs: Any) -> Any:
+    module = _create.__func__(*args, **kwargs)
+    if kind := _fused_kind(type(module)):  # whatever else speaks against it may change, and is asked at every call
+        _swap(module, kind, None)
+    return module
+
+
+def enable() -> None:
+    """Fuse every LoRA linear that PEFT makes from now on: for code that builds the PEFT model itself, such as TRL's
+    trainers. Until `disable`; calling it twice does no more than once."""
+    LoraModel._create_new_module = staticmethod(_create_fused)  # type: ignore[method-assign]
+
+
+def disable() -> None:
+    """End what `enable` began. Layers that are fused stay so (see `unfuse`)."""
+    LoraModel._create_new_module = _create  # type: ignore[method-assign]

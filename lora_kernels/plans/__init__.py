@@ -1,0 +1,1 @@
+"""How a GPU kernel cuts its work: the tables, the file of measured plans, and the choice between them."""

@@ -1,0 +1,227 @@
+"""The judge of numbers: the equation in fp64 is the truth, plain torch in the same dtype says how far off one may be.
+
+Plain torch's errors on a few elements say little (on 9×8 elements MKL's own differ by 1.9 with the way a sum is
+written), so small results are judged element by element, by the bound that the number of roundings gives.
+
+The bench shows no number of a back-end that this has not passed in the same run; the tests judge by the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import reference
+from lora_kernels.ops.linear import lora_linear
+from lora_kernels.quant.weight import QuantizedWeight
+
+NAMES = ("y", "dx", "da", "db", "dbias")
+
+_ENOUGH = 1024
+"""Independent roundings from which on plain torch's RMS error is known to a few per cent."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The operands of one call: x [M,K], w [N,K], a [R,K], b [N,R], bias [N] or None, dy [M,N]."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    scale: float
+    p: float
+    seed: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same numbers in another dtype."""
+        x, w, a, b, dy = (t.detach().to(dtype) for t in (self.x, self.w, self.a, self.b, self.dy))
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return replace(self, x=x, w=w, a=a, b=b, bias=bias, dy=dy)
+
+    def absolute(self) -> Problem:
+        """The same with every number's absolute value: its results are the sums of the terms' absolute values."""
+        x, w, a, b, dy = (t.detach().abs() for t in (self.x, self.w, self.a, self.b, self.dy))
+        bias = None if self.bias is None else self.bias.detach().abs()
+        return replace(self, x=x, w=w, a=a, b=b, bias=bias, dy=dy, scale=abs(self.scale))
+
+
+def problem(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
+    p: float = 0.0,
+    bias: bool = True,
+    strided: bool = False,
+    scale: float = 0.75,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Problem:
+    """Random operands of ordinary sizes, such that every term of y weighs about the same. `strided` gives every matrix
+    other strides."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(rows: int, cols: int, std: float, dtype: torch.dtype) -> Tensor:
+        if not strided:
+            return (torch.randn(rows, cols, generator=generator, device=device) * std).to(dtype)
+        base = (torch.randn(cols + 3, 2 * rows, generator=generator, device=device) * std).to(dtype)
+        return base.t()[::2, 1 : cols + 1]
+
+    adapter_dtype = adapter_dtype or dtype
+    return Problem(
+        x=draw(M, K, 1.0, dtype),
+        w=draw(N, K, K**-0.5, dtype),
+        a=draw(R, K, K**-0.5, adapter_dtype),
+        b=draw(N, R, R**-0.5, adapter_dtype),
+        bias=draw(1, N, 1.0, dtype)[0] if bias else None,
+        dy=draw(M, N, 1.0, dtype),
+        scale=scale,
+        p=p,
+        seed=torch.tensor(12345 + seed * 7919 + (seed << 40), dtype=torch.int64, device=device) if p else None,
+    )
+
+
+def evaluate(q: Problem, function: Callable[..., Tensor] = reference.lora_linear, **kwargs: Any) -> dict[str, Tensor]:
+    """y and every gradient, by autograd through `function`."""
+    leaves = {
+        name: t.detach().requires_grad_() for name in ("x", "a", "b", "bias") if (t := getattr(q, name)) is not None
+    }
+    bias = leaves.get("bias")
+    y = function(
+        leaves["x"], q.w, leaves["a"], leaves["b"], scale=q.scale, bias=bias, dropout_p=q.p, seed=q.seed, **kwargs
+    )
+    torch.autograd.backward(y, q.dy)
+    return {"y": y.detach()} | {f"d{name}": t.grad for name, t in leaves.items()}
+
+
+def truth(q: Problem) -> dict[str, Tensor]:
+    """In fp64, of the operands as they are."""
+    return evaluate(q.to(torch.float64))
+
+
+def over_codes(q: Problem, w: QuantizedWeight) -> tuple[Problem, dict[str, Tensor]]:
+    """What `judge` takes as `q` and `plain` for results over a quantised w: the truth has it as it is stored, plain
+    torch in x's dtype."""
+    stored = replace(q, w=w.dequantize(torch.float32))
+    return stored, evaluate(replace(q, w=w.dequantize(q.x.dtype)))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One result against the truth."""
+
+    name: str
+    rms: float
+    rms_allowed: float
+    worst: float
+    worst_allowed: float
+    fault: str | None
+    """What is wrong with it; None where nothing is."""
+
+
+def judge(
+    got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = None, plain: dict[str, Tensor] | None = None
+) -> list[Verdict]:
+    """Every result in `got` against the truth.
+
+    As good as plain torch in the same dtype: RMS error <= 1.25 × plain torch's, largest error <= 2 × plain torch's
+    largest + eps × the largest value. A result of fewer than `_ENOUGH` independent roundings (h and g have M·R
+    elements, and dropout leaves 1 - p of those of x): every element within what rounding can do to it (Higham,
+    Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
+
+    `want` and `plain` may be passed where they are known: ``truth(q)`` and ``evaluate(q)``.
+    """
+    want = truth(q) if want is None else want
+    results = {name: value for name, value in got.items() if value is not None}
+    enough = {name: (1 - q.p) * min(want[name].numel(), q.x.shape[0] * q.a.shape[0]) >= _ENOUGH for name in results}
+    if plain is None:
+        plain = evaluate(q) if any(enough.values()) else {}
+    magnitude = {} if all(enough.values()) else truth(q.absolute())
+    verdicts = []
+    for name, value in results.items():
+        if fault := _unfit(value, want[name]):
+            verdicts.append(Verdict(name, 0.0, 0.0, 0.0, 0.0, f"{name}: {fault}"))
+        elif enough[name]:
+            verdicts.append(_against_plain(name, value, want[name], plain[name], torch.finfo(q.x.dtype).eps))
+        else:
+            verdicts.append(_against_bound(name, value, want[name], _bound(name, q, want[name], magnitude[name])))
+    return verdicts
+
+
+def _unfit(value: Tensor, exact: Tensor) -> str | None:
+    if value.shape != exact.shape:
+        return f"shape {tuple(value.shape)}, expected {tuple(exact.shape)}"
+    return None if torch.isfinite(value).all() else "not finite"
+
+
+def _against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, eps: float) -> Verdict:
+    error, allowed = (value.double() - exact).abs(), (plain.double() - exact).abs()
+    rms, rms_allowed = _rms(error), 1.25 * _rms(allowed)
+    worst, worst_allowed = error.max().item(), 2 * allowed.max().item() + eps * exact.abs().max().item()
+    fault = None
+    if rms > rms_allowed:
+        fault = f"{name}: RMS error {rms:.3g}, allowed {rms_allowed:.3g}"
+    elif worst > worst_allowed:
+        fault = f"{name}: largest error {worst:.3g}, allowed {worst_allowed:.3g}"
+    return Verdict(name, rms, rms_allowed, worst, worst_allowed, fault)
+
+
+def _bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
+    """What rounding can do, u being half an eps: n·u of fp32 for a sum of n terms, and a narrower u for each of
+    at most four roundings between (h or g, twice scaled, and a product; for dbias none), relative to the sum of the
+    terms' magnitudes; the result's own rounding; and half a subnormal for each of those five."""
+    (M, K), (N, R) = q.x.shape, q.b.shape
+    terms = {"y": K + R, "dx": N + R, "da": N + M, "db": K + M, "dbias": M}[name] + 8  # 8: products and scalings
+    unit, own = (torch.finfo(dtype).eps / 2 for dtype in (torch.promote_types(q.x.dtype, torch.float32), q.x.dtype))
+    relative = terms * unit + (4 * own if own > unit and name != "dbias" else 0.0)
+    return relative * magnitude + own * exact.abs() + 5 * own * torch.finfo(q.x.dtype).smallest_normal
+
+
+def _against_bound(name: str, value: Tensor, exact: Tensor, bound: Tensor) -> Verdict:
+    if not exact.numel():
+        return Verdict(name, 0.0, 0.0, 0.0, 0.0, None)
+    error = (value.double() - exact).abs()
+    at = int((error - bound).argmax())
+    worst, worst_allowed = error.flatten()[at].item(), bound.flatten()[at].item()
+    fault = f"{name}: error {worst:.3g} of element {at}, allowed {worst_allowed:.3g}" if worst > worst_allowed else None
+    return Verdict(name, _rms(error), _rms(bound), worst, worst_allowed, fault)
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()
+
+
+def check(got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = None) -> None:
+    """`judge` as an assertion."""
+    for verdict in judge(got, q, want):
+        assert verdict.fault is None, verdict.fault
+
+
+class Gate:
+    """`lora_linear` by each back-end on one problem. The truth and plain torch are computed once."""
+
+    def __init__(self, q: Problem) -> None:
+        self.q, self.want, self.plain = q, truth(q), evaluate(q)
+
+    def faults(self, backend: str) -> tuple[list[Verdict], list[str]]:
+        """What was judged, and all that is wrong: faults, missing gradients, an exception. No faults: a green gate."""
+        try:
+            got = evaluate(self.q, lora_linear, backend=backend)
+        except Exception as error:  # a back-end under judgement may fail in any way; all of them are red
+            return [], [
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+            ]
+        verdicts = judge(got, self.q, self.want, self.plain)
+        expected = [name for name in NAMES if name != "dbias" or self.q.bias is not None]
+        missing = [f"{name}: missing" for name in expected if got.get(name) is None]
+        return verdicts, missing + [verdict.fault for verdict in verdicts if verdict.fault is not None]

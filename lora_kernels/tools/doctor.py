@@ -1,0 +1,199 @@
+"""``python -m lora_kernels doctor``: what serves this machine, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import re
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lora_kernels.backends import dispatch
+from lora_kernels.bench.shapes import SHORT
+from lora_kernels.core.operands import Call
+from lora_kernels.testing import machine
+from lora_kernels.testing.terminal import Terminal, terminal
+
+_COMPILER = (
+    "install a C++17 compiler (Debian: apt install g++ python3-dev), then install lora_kernels from source again"
+)
+_NVCC = "install the CUDA toolkit, then install lora_kernels from source again with LORA_KERNELS_CUDA=1"
+_TRITON = "pip install 'lora_kernels[triton]' (Linux)"
+_TORCH_CUDA = "install a build of torch for your GPU: https://pytorch.org/get-started/locally"
+_DRIVER = "install or load the GPU's driver (nvidia-smi should list the device)"
+_EVIDENCE = "python -m lora_kernels bench --device cuda, on such a GPU, makes it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``doctor``."""
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status: 0 where at least one back-end serves this machine, else 1."""
+    report = examine()
+    if args.json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        _show(report, terminal())
+    return 0 if any(entry["ready"] for entry in report["backends"]) else 1
+
+
+def examine() -> dict[str, Any]:
+    """Everything the doctor says, as plain data; without absolute paths."""
+    devices = _devices()
+    report = {
+        "versions": machine.versions("torch", "triton"),
+        "devices": [{"device": str(device), **machine.describe_device(device)} for device in devices],
+        "native": _native_cpu(),
+        "cuda": _native_cuda(),
+        "backends": [_backend(name, devices) for name in dispatch.BACKENDS],
+    }
+    report["missing"] = _missing(report)
+    return report
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _native_cpu() -> dict[str, Any]:
+    module = _extension("_C")
+    if isinstance(module, str):
+        return {"built": False, "reason": module}
+    return {"built": True, "isa": module.cpu_isa(), "isas": list(module.cpu_isas()), "openmp": module.openmp}
+
+
+def _native_cuda() -> dict[str, Any]:
+    module = _extension("_cuda")
+    if isinstance(module, str):
+        return {"built": False, "reason": module}
+    report = {"built": True, **module.build_info()}
+    try:
+        report["driver"] = f"answers: {len(module.devices())} devices"
+    except RuntimeError as error:
+        report["driver"] = _without_paths(str(error))
+    return report
+
+
+def _extension(name: str) -> ModuleType | str:
+    """A native module, or why there is none."""
+    try:
+        return importlib.import_module(f"lora_kernels.{name}")
+    except ImportError as error:
+        return _without_paths(str(error))
+
+
+def _backend(name: str, devices: list[torch.device]) -> dict[str, Any]:
+    """For which dtypes it serves each device, and every reason where it serves none."""
+    serves: dict[str, list[str]] = {}
+    automatic, reasons = [], []
+    for device in devices:
+        for dtype, short in SHORT.items():
+            call = Call("forward", device, dtype, dtype, 512, 1024, 1024, 16, dropout=True)
+            refused = [r for op in ("forward", "backward") for r in dispatch.refusals(name, call._replace(op=op))]
+            if refused:
+                reasons += refused
+                continue
+            serves.setdefault(str(device), []).append(short)
+            if dispatch.pick(call, None).name == name:
+                automatic.append(str(device))
+    return {
+        "name": name,
+        "ready": bool(serves),
+        "serves": serves,
+        "automatic": list(dict.fromkeys(automatic)),
+        "evidence": _evidence(name),
+        "reasons": [] if serves else list(dict.fromkeys(map(_without_paths, reasons))),
+    }
+
+
+def _evidence(name: str) -> list[str] | None:
+    """The GPU architectures on which it has run; None for what is not for GPUs only."""
+    try:
+        evidence = getattr(dispatch.load(name), "EVIDENCE", None)
+    except ImportError:
+        return None
+    return None if evidence is None else sorted(evidence)
+
+
+def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
+    """What is not there, and how to get it."""
+    missing = []
+    if not report["native"]["built"]:
+        missing.append(("CPU kernels", _COMPILER))
+    if importlib.util.find_spec("triton") is None:
+        missing.append(("Triton", _TRITON))
+    if not report["cuda"]["built"]:
+        missing.append(("CUDA kernels", _NVCC))
+    if not torch.cuda.is_available():
+        built_for_gpu = torch.version.cuda is not None or torch.version.hip is not None
+        missing.append(
+            ("a GPU", _DRIVER if built_for_gpu else f"torch {torch.__version__} is built without CUDA: {_TORCH_CUDA}")
+        )
+    for backend in report["backends"]:
+        if backend["evidence"] == []:
+            missing.append((f"evidence for {backend['name']}", _EVIDENCE))
+    return [{"what": what, "how": how} for what, how in missing]
+
+
+def _without_paths(text: str) -> str:
+    """Of every absolute path only the last part."""
+    return re.sub(r"(?<![\w/:.])/(?:[^\s/:'\"]+/)+([^\s/:'\"]+)", r"\1", text)
+
+
+def _show(report: dict[str, Any], show: Terminal) -> None:
+    show.table("lora_kernels doctor", ["", "what is here"], [[name, text] for name, text in _facts(report)], words=True)
+    rows = []
+    for backend in report["backends"]:
+        for i, text in enumerate(_verdict(backend)):
+            state = "ready" if backend["ready"] else "not ready"
+            rows.append([backend["name"], state, text] if i == 0 else ["", "", text])
+    show.table("Back-ends", ["", "", "for, or why not"], rows, words=True)
+    if report["missing"]:
+        rows = [[entry["what"], entry["how"]] for entry in report["missing"]]
+        show.table("What is missing", ["", "how to get it"], rows, words=True)
+
+
+def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    native, cuda = report["native"], report["cuda"]
+    facts = [
+        ("versions", ", ".join(f"{name} {version or 'not installed'}" for name, version in report["versions"].items()))
+    ]
+    for device in report["devices"]:
+        if device["type"] == "cpu":
+            text = f"{device['name']}, {device['cores']} cores, {device['threads']} threads, {device['isa']}"
+        else:
+            text = f"{device['name']}, {device['arch']}, driver {device['driver']}"
+        facts.append((device["device"], text))
+    if native["built"]:
+        openmp = "with OpenMP" if native["openmp"] else "without OpenMP: one thread"
+        facts.append(("CPU kernels", f"built, running {native['isa']} (of {', '.join(native['isas'])}), {openmp}"))
+    else:
+        facts.append(("CPU kernels", f"not built: {native['reason']}"))
+    if cuda["built"]:
+        archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
+        facts.append(("CUDA kernels", f"built by nvcc {cuda['nvcc']} for {archs}; driver: {cuda['driver']}"))
+    else:
+        facts.append(("CUDA kernels", f"not built: {cuda['reason']}"))
+    return facts
+
+
+def _verdict(backend: dict[str, Any]) -> list[str]:
+    lines = list(backend["reasons"])
+    for device, dtypes in backend["serves"].items():
+        chosen = (
+            ", the automatic choice"
+            if device in backend["automatic"]
+            else ", by name"
+            if backend["evidence"] == []
+            else ""
+        )
+        lines.append(f"{device}: {', '.join(dtypes)}{chosen}")
+    if backend["evidence"] is not None:
+        lines.append(f"has run on {', '.join(backend['evidence'])}" if backend["evidence"] else "not yet run on a GPU")
+    return lines

@@ -1,0 +1,91 @@
+"""The native GEMM, by every instruction set this machine can run, against the product in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+_C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
+from support.native_problems import CODES, at, close, gemm, gemm_operands, gemm_serves  # noqa: E402
+
+GEMM_SHAPES = [(1, 1, 1), (3, 100, 2100), (16, 97, 1030), (17, 33, 129), (40, 800, 300), (250, 70, 513), (29, 31, 0)]
+GEMM_DTYPES = [dtype for dtype in CODES if _C.gemm_of(CODES[dtype])]
+
+
+@pytest.mark.parametrize("w_is", ["along k", "along n", "strided"])
+@pytest.mark.parametrize("dtype", CODES)
+def test_gemm(isa: str, dtype: torch.dtype, w_is: str) -> None:
+    """y = x wᵀ, in fp32 and, by AVX512_BF16, in bf16 for every M and w, in other 16 bits where there are few rows."""
+    served = 0
+    for M, N, K in [*GEMM_SHAPES, (2100, 40, 1100)]:
+        x, w, y = gemm_operands(M, N, K, dtype, w_is)
+        if not gemm_serves(x, w):
+            continue
+        served += 1
+        exact, size = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
+        close(gemm(x, w, y), (exact, size, K))
+    every = dtype == torch.float32 or (dtype == torch.bfloat16 and isa == "avx512_bf16")
+    few = {"along k": 3, "along n": 1, "strided": 0}[w_is]  # a w of one element lies along both
+    assert served == (len(GEMM_SHAPES) + 1 if every else few)
+
+
+def test_a_gemm_that_is_not_there() -> None:
+    x, w, y = gemm_operands(17, 8, 8, torch.float16, "along k")
+    with pytest.raises(ValueError, match="no GEMM of this dtype: see gemm_of"):
+        gemm(x, w, y)
+
+
+@pytest.mark.parametrize("M", [1, 3, 5, 16])
+@pytest.mark.parametrize("dtype", CODES)
+def test_a_launch_that_computes_the_base_of_few_rows_too(isa: str, dtype: torch.dtype, M: int) -> None:
+    """Bit for bit what the GEMM and then the low-rank half give: two layers at once, the second without a base."""
+    K, R, N = 1030, 20, (300, 97)
+    x = torch.randn(M, K).to(dtype)
+    ws, as_, bs = ([torch.randn(*shape).to(dtype) for shape in shapes] for shapes in (
+        [(n, K) for n in N], [(R, K) for _ in N], [(n, R) for n in N]))  # fmt: skip
+    want = [gemm(x, w, torch.full((M, w.shape[0]), math.nan, dtype=dtype)) for w in ws]
+
+    def run(threads: int, ys: list[Tensor], bases: list) -> None:
+        each = [(n, R, *at(a), *at(b), 0, *at(y), 0, 0, 0.5, 0, 0) for n, a, b, y in zip(N, as_, bs, ys, strict=True)]
+        _C.forward(threads, CODES[dtype], CODES[dtype], M, K, *at(x), each, bases)
+
+    ys = [torch.full_like(want[0], math.nan), want[1].clone()]
+    run(1, want, [])
+    for threads in (1, 2, 7):
+        got = [ys[0].clone(), ys[1].clone()]
+        run(threads, got, [at(ws[0]), None])
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("w_is", ["along k", "along n"])
+@pytest.mark.parametrize("dtype", GEMM_DTYPES)
+def test_gemm_adds_with_one_rounding(dtype: torch.dtype, w_is: str) -> None:
+    for M, N, K in [(17, 33, 129), (40, 800, 300), (70, 70, 2113), (29, 31, 0)]:
+        x, w, y = gemm_operands(M, N, K, dtype, w_is)
+        y = torch.randn(M, N).to(dtype)
+        exact = y.double() + x.double() @ w.double().t()
+        size = y.double().abs() + x.double().abs() @ w.double().abs().t()
+        close(gemm(x, w, y, add=True), (exact, size, K + 1))
+
+
+@pytest.mark.parametrize("w_is", ["along k", "along n"])
+@pytest.mark.parametrize("dtype", GEMM_DTYPES)
+def test_gemm_has_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, w_is: str) -> None:
+    for M, N, K in [*GEMM_SHAPES, (1030, 300, 2113)]:
+        x, w, y = gemm_operands(M, N, K, dtype, w_is)
+        want = gemm(x, w, y, threads=1).clone()
+        for threads in (1, 2, 3, 7):
+            assert torch.equal(gemm(x, w, y.fill_(math.nan), threads), want)
+
+
+@pytest.mark.parametrize(("M", "K"), [(48, 200), (48, 768), (16, 4096), (48, 4096)])
+@pytest.mark.parametrize("dtype", GEMM_DTYPES)
+def test_gemm_is_as_exact_as_torch(dtype: torch.dtype, M: int, K: int) -> None:
+    """No chain of sums is longer than MKL's: oneDNN's, over all of K, has up to 2.2 times this error in fp32."""
+    x, w, y = gemm_operands(M, 512, K, dtype, "along k")
+    exact = x.double() @ w.double().t()
+    error, plain = ((t.double() - exact).square().mean().sqrt() for t in (gemm(x, w, y), x @ w.t()))
+    assert error <= 1.25 * plain

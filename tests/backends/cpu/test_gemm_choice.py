@@ -1,0 +1,81 @@
+"""The CPU's base GEMM, torch's or our own: which one serves must not be what makes results differ."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from lora_kernels import lora_linear, quantize_weight
+
+cpu_gemm = pytest.importorskip("lora_kernels.backends.cpu.gemm")
+
+
+@pytest.fixture
+def no_choices(monkeypatch):
+    """As in a new process."""
+    made: dict = {}
+    monkeypatch.setattr(cpu_gemm, "_choices", made)
+    return made
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_deterministic_algorithms_leave_nothing_to_the_clock(no_choices, monkeypatch, quantised):
+    """The bits of two processes: of one in which torch's GEMM would win the race, and of one in which ours would."""
+    x, w, dy = torch.randn(40, 300), torch.randn(200, 300), torch.randn(40, 200)
+    weight = quantize_weight(w, "nf4") if quantised else w
+    a, b = torch.randn(4, 300), torch.randn(200, 4)
+
+    def run(winner: str) -> list[torch.Tensor]:
+        no_choices.clear()
+        monkeypatch.setattr(cpu_gemm, "_faster", lambda *_: winner)
+        leaf = x.clone().requires_grad_()
+        y = lora_linear(leaf, weight, a, b, scale=0.5, backend="cpu")
+        y.backward(dy)
+        return [y.detach(), leaf.grad]
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run("torch"), run("own")
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(map(torch.equal, first, second)) and not no_choices
+
+
+def test_of_several_threads_one_decides(no_choices, monkeypatch):
+    winners, together, seen = iter(["torch", "own"]), threading.Barrier(2), []
+
+    def slow(*_):
+        winner = next(winners)
+        together.wait(10)  # both have begun to time before either is done
+        return winner
+
+    monkeypatch.setattr(cpu_gemm, "_faster", slow)
+    x, w = torch.randn(40, 64), torch.randn(64, 64)
+    threads = [threading.Thread(target=lambda: seen.append(cpu_gemm._choice(x, w))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(seen)) == 1 and seen[0] == cpu_gemm._choice(x, w)
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "winner"),
+    [
+        ([9, 5, 5, 5], [9, 6, 6, 6], "own"),
+        ([9, 5, 5, 5], [9, 6, 5, 6], "torch"),  # they are near each other
+        ([9, 50, 5, 5], [9, 100, 6, 6], "own"),  # the machine was once busy with something else
+        ([1, 5, 5, 5], [9, 5, 5, 5], "torch"),  # the first round warms up; as fast is not faster
+    ],
+)
+def test_ours_is_taken_where_it_is_faster_each_time(monkeypatch, own, theirs, winner):
+    now, times = [0.0], {"torch": iter(theirs), "own": iter(own)}
+    monkeypatch.setattr(cpu_gemm.time, "perf_counter", lambda: now[0])
+
+    def gemm(name: str):
+        return lambda: now.__setitem__(0, now[0] + next(times[name]))
+
+    assert cpu_gemm._faster({name: gemm(name) for name in times}, 0.95) == winner

@@ -1,0 +1,195 @@
+"""The native CPU kernels, one by one and by every instruction set this machine can run, against the formula in fp64."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.oracle import DTYPES
+from torch import Tensor
+
+from lora_kernels.core import dropout as random
+
+_C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
+from support.native_problems import CODES, SEED, Operands, close, gemm, gemm_operands, gemm_serves, problem  # noqa: E402
+
+SHAPES = [  # M, N, K, R
+    (1, 1, 1, 1),
+    (0, 5, 6, 3),
+    (1, 300, 1100, 16),  # deeper than one pass over x
+    (2, 31, 17, 256),
+    (4, 513, 40, 7),  # b read as it is
+    (5, 65, 63, 8),  # b transposed first
+    (67, 48, 33, 3),
+    (70, 129, 200, 12),
+    (135, 640, 130, 16),  # several tiles each way
+    (9, 24, 16, 40),  # r above K
+    (130, 100, 90, 65),  # two passes over dy
+    (1100, 20, 70, 5),  # two slabs of rows
+]
+P = [0.0, 0.1, 0.9]
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def test_forward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float) -> None:
+    """h = x̂ aᵀ alone, y += s h bᵀ alone, and both in one call (where y sees h before it is rounded, if
+    it is not multiplied as bf16)."""
+    pairs = isa == "avx512_bf16" and dtype == adapter_dtype == torch.bfloat16
+    for shape in SHAPES:
+        q, want = problem(shape, dtype, adapter_dtype, p)
+        close(q.forward(up=False)[1], want["h"])
+        close(q.forward(down=False)[0], want["y of h"], pairs)
+        y, h = q.forward()
+        close(y, want["y"], pairs)
+        close(h, want["h"])
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def test_backward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float) -> None:
+    pairs = isa == "avx512_bf16" and dtype == adapter_dtype == torch.bfloat16
+    for shape in SHAPES:
+        q, want = problem(shape, dtype, adapter_dtype, p)
+        for name, value in q.backward().items():
+            close(value, want[name], pairs and name != "db")
+
+
+@pytest.mark.parametrize("shape", [(67, 48, 33, 3), (130, 100, 90, 65)])
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+def test_backward_computes_what_is_asked(
+    isa: str, shape: tuple[int, int, int, int], adapter_dtype: torch.dtype
+) -> None:
+    """Each result alone has the very bits it has beside the others."""
+    q = Operands(*shape, torch.bfloat16, adapter_dtype, 0.1)
+    everything = q.backward()
+    for name in everything:
+        alone = q.backward(**{other: other == name for other in everything})
+        assert alone.keys() == {name} and torch.equal(alone[name], everything[name])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [*((dtype, torch.float32) for dtype in CODES), (torch.bfloat16, torch.bfloat16)]
+)
+@pytest.mark.parametrize("shape", [(523, 700, 391, 8), (1100, 130, 300, 16), (260, 400, 300, 70)])
+def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> None:
+    q = Operands(*shape, dtype, adapter_dtype, 0.1)
+    y, h = q.forward(1)
+    grads = q.backward(1)
+    for threads in (1, 2, 3, 7):
+        again_y, again_h = q.forward(threads)
+        assert torch.equal(again_y, y) and torch.equal(again_h, h)
+        for name, value in q.backward(threads).items():
+            assert torch.equal(value, grads[name]), f"{name} at {threads} threads"
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "want"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_known_answers(counter: list[int], key: list[int], want: list[int]) -> None:
+    """kat_vectors of Random123 (Salmon et al.), philox4x32-10."""
+    assert _C.philox(counter, key) == want
+
+
+@pytest.mark.parametrize("p", [1e-5, 0.1, 0.5, 0.9, 0.99999])
+@pytest.mark.parametrize("seed", [0, 1, SEED, 2**63 - 1])
+def test_keep_bits_are_those_of_the_rule(isa: str, seed: int, p: float) -> None:
+    M, K = 9, 203
+    words = torch.frombuffer(bytearray(_C.keep_bits(seed, random.threshold(p), 0, M, K)), dtype=torch.uint8).view(M, -1)
+    bits = (words[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)[:, :K].bool()
+    assert torch.equal(bits, random.keep_mask(torch.tensor(seed), M, K, p))
+
+
+def test_rows_beyond_32_bits_have_their_own_bits(isa: str) -> None:
+    """m enters the counter with 64 bits."""
+    assert _C.keep_bits(SEED, 30000, 5, 1, 64) != _C.keep_bits(SEED, 30000, 5 + 2**32, 1, 64)
+    group, row = 3, 5 + 2**32
+    words = _C.philox([group, row & 0xFFFFFFFF, row >> 32, 0], [SEED & 0xFFFFFFFF, SEED >> 32])
+    lanes = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    assert _C.keep_bits(SEED, 30000, row, 1, 64)[group] == sum((lane >= 30000) << j for j, lane in enumerate(lanes))
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("shape", [(1, 13, 21, 5), (7, 33, 47, 8), (66, 70, 65, 3)])
+def test_reads_and_writes_stay_inside(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Every operand ends at the last byte before a page that may not be touched."""
+    q = Operands(*shape, dtype, dtype, 0.1)
+    pages = []
+
+    def fenced(t: Tensor) -> Tensor:
+        t = t.contiguous()
+        size = t.numel() * t.element_size()
+        whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+        buffer = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=whole - size).view(t.shape)
+        buffer.copy_(t)
+        protect(buffer.data_ptr() + size)
+        pages.append((memory, buffer.data_ptr() + size))
+        return buffer
+
+    want_y, want_h = q.forward(1)
+    want = q.backward(1)
+    for name in ("x", "dy", "a", "b", "bias", "h", "y", "dx"):
+        setattr(q, name, fenced(getattr(q, name)))
+    q.y.clone = lambda: q.y  # type: ignore[method-assign]
+    q.dx.clone = lambda: q.dx  # type: ignore[method-assign]
+    q.nan = lambda rows, cols, dtype: fenced(torch.full((rows, cols), math.nan, dtype=dtype))
+    y, h = q.forward(1)
+    assert torch.equal(y, want_y) and torch.equal(h, want_h)
+    for name, value in q.backward(1).items():
+        assert torch.equal(value, want[name])
+    M, N, K, _ = q.sizes
+    for w_is in ("along k", "along n"):
+        x, w, y = gemm_operands(M, N, K, dtype, w_is)
+        if gemm_serves(x, w):
+            want_y = gemm(x, w, y).clone()
+            w = fenced(w) if w_is == "along k" else fenced(w.t()).t()
+            assert torch.equal(gemm(fenced(x), w, fenced(y)), want_y)
+    for _, page in pages:
+        protect(page, read_write=True)
+
+
+def protect(page: int, read_write: bool = False) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), 3 if read_write else 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def test_isa_is_chosen_and_named() -> None:
+    isas = _C.cpu_isas()
+    assert isas[-1] == "baseline" and _C.cpu_isa() == isas[0]
+    with pytest.raises(ValueError, match=r"cannot run cpu isa 'vax'; it can run: .*baseline"):
+        _C.set_cpu_isa("vax")
+    assert _C.cpu_isa() == isas[0]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+@pytest.mark.skipif(not _C.openmp, reason="built without OpenMP")
+def test_one_openmp_runtime_in_the_process() -> None:
+    """torch's own libgomp serves the module too: two runtimes would mean two pools of threads on the same cores."""
+    code = (
+        "import torch, lora_kernels._C\n"
+        "files = {line.split()[-1] for line in open('/proc/self/maps') if '/' in line}\n"
+        "print(sum(any(name in file for name in ('libgomp', 'libomp', 'libiomp')) for file in files))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

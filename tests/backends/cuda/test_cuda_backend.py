@@ -1,0 +1,81 @@
+"""What the `cuda` back-end refuses, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from lora_kernels.backends import cuda
+from lora_kernels.core.operands import Call
+from lora_kernels.plans import tilings
+
+SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32, 100, 64, 72, 12, True)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "_extension", lambda: None)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_hopper_call_is_served() -> None:
+    assert cuda.why_not(SERVED) == []
+    assert cuda.why_not(SERVED._replace(M=0, R=256)) == []
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": torch.device("cpu")}, "not on cpu"),
+        ({"dtype": torch.float32}, "not torch.float32"),
+        ({"adapter_dtype": torch.float16}, "not torch.float16"),
+        ({"N": 100}, "N must be a multiple of 8, got 100"),
+        ({"K": 4}, "K must be a multiple of 8, got 4"),
+        ({"R": 257}, "got 257"),
+        ({"N": 2**28, "R": 8}, "got 2147483648"),
+        ({"M": 2**31}, "got 2147483648"),
+    ],
+)
+def test_every_refusal_says_why(change: dict, reason: str) -> None:
+    reasons = cuda.why_not(SERVED._replace(**change))
+    assert len(reasons) == 1
+    assert reason in reasons[0]
+
+
+def test_other_architectures(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert cuda.why_not(SERVED) == ["serves Hopper (sm_90), not sm_100"]
+
+
+def test_all_reasons_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No driver and no extension are reasons among others, not exceptions."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "lora_kernels._cuda", None)
+    reasons = cuda.why_not(SERVED._replace(N=9, dtype=torch.float64))
+    parts = ("driver", "_cuda is not there", "float64", "N must")
+    assert len(reasons) == len(parts)
+    assert all(any(part in reason for reason in reasons) for part in parts)
+
+
+def test_errors_are_named() -> None:
+    """A launch where there is no driver, or no device, raises with the name of the CUDA error."""
+    extension = pytest.importorskip("lora_kernels._cuda")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    memory = torch.zeros(1024)
+    tensors = (torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "xwab")
+    operands = cuda._operands(8, *tensors, 1.0, 0.0, None, 0, tilings.BY_RULE)
+    call = extension.Sm90Forward(**operands | {"device": 0})
+    with pytest.raises(RuntimeError, match=r"cudaError(InsufficientDriver|NoDevice|StubLibrary)"):
+        call.workspace()
+    with pytest.raises(RuntimeError, match="cudaError"):
+        call.launch(memory.data_ptr(), memory.data_ptr())
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        extension.Sm90Forward(**operands | {"device": 0, "N": 12}).workspace()
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):  # a tiling that there is not
+        extension.Sm90Forward(**operands | {"device": 0, "columns": 128, "cluster": 2}).workspace()

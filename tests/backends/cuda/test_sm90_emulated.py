@@ -1,0 +1,269 @@
+"""The source of the sm_90a kernels, run whole on an emulated GPU (sm90_machine.h), in random order."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from support import sm90
+
+from lora_kernels.backends import cuda
+from lora_kernels.core import dropout as random
+from lora_kernels.plans import tilings
+from lora_kernels.testing import one_layer
+from lora_kernels.testing.gate import Problem, judge, problem
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the emulated kernels with"),
+    pytest.mark.skipif(sm90.cuda_include() is None, reason="the headers of the CUDA toolkit are not there"),
+    pytest.mark.timeout(600),  # the first test compiles the kernels for the host
+]
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+SINGLE, PAIRS = tilings.TILINGS[1:]
+"""Tiles of 256 columns. The rule takes 128 where there are few tiles."""
+
+
+def results(device: sm90.Device, q: Problem) -> dict[str, torch.Tensor]:
+    y, h = device.forward(q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed)
+    dx, da, db = device.backward(q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed)
+    return {"y": y, "dx": dx, "da": da, "db": db}
+
+
+def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
+    assert [verdict.fault for verdict in judge(got, q) if verdict.fault] == []
+
+
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, SINGLE, PAIRS])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "R", "p", "dtype", "adapter_dtype", "sms", "resident"),
+    [
+        (1, 8, 8, 1, 0.0, BF16, BF16, 4, 4),  # decode, all at the edge
+        (3, 136, 1288, 8, 0.0, BF16, BF16, 16, 3),  # decode, K in parts
+        (16, 264, 200, 20, 0.0, FP16, FP32, 3, 2),  # decode, fp32 adapters, converted
+        (33, 72, 328, 136, 0.0, BF16, BF16, 9, 9),  # decode, two tiles of a
+        (64, 392, 72, 256, 0.0, FP16, FP16, 4, 1),
+        (40, 72, 72, 3, 0.4, BF16, BF16, 4, 2),  # few rows, but dropout
+        (200, 264, 136, 16, 0.0, BF16, BF16, 4, 2),  # tiles of 256 columns
+        (200, 264, 136, 20, 0.25, BF16, FP32, 4, 4),
+        (130, 520, 392, 64, 0.1, FP16, FP16, 3, 3),
+        (130, 520, 392, 33, 0.0, BF16, BF16, 64, 7),  # tiles of 128 columns, more blocks than items at a time
+        (257, 72, 328, 128, 0.5, BF16, BF16, 3, 2),
+        (257, 136, 72, 129, 0.3, BF16, BF16, 99, 5),  # two rank tiles
+        (129, 264, 264, 256, 0.0, FP16, FP32, 2, 1),
+        (1601, 72, 72, 8, 0.3, BF16, BF16, 4, 3),  # da and db in parts
+        (1100, 72, 136, 160, 0.0, FP16, FP16, 8, 8),
+    ],
+)
+def test_results(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> None:
+    q = problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p, seed=M)
+    assert_right(results(sm90.Device(M, sms, resident, tiling), q), q)
+
+
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+def test_random_shapes_on_one_stream(tiling: tuple[int, int]) -> None:
+    """Launch after launch over one workspace, as on a stream."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    device = sm90.Device(3, 5, 3, tiling)
+    for seed in range(8):
+        adapter_dtype = BF16 if seed % 3 else FP32
+        q = problem(
+            draw(1, 300), 8 * draw(1, 40), 8 * draw(1, 40), draw(1, 257), dtype=BF16, adapter_dtype=adapter_dtype,
+            p=0.2 * (seed % 2), bias=seed % 4 != 3, scale=(0.5, -3.0, 0.0)[seed % 3], seed=seed,
+        )  # fmt: skip
+        assert_right(results(device, q), q)
+
+
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+def test_results_do_not_depend_on_timing(tiling: tuple[int, int]) -> None:
+    q = problem(1100, 136, 136, 40, dtype=BF16, p=0.2)
+    runs = [results(sm90.Device(seed, 6, resident, tiling), q) for seed, resident in ((1, 1), (2, 3), (3, 6))]
+    for run in runs[1:]:
+        for name, value in run.items():
+            assert torch.equal(value, runs[0][name]), name
+
+
+@pytest.mark.parametrize("R", [5, 24, 40, 200])
+def test_pairs_of_blocks_give_the_bits_of_single_ones(R: int) -> None:
+    """Sums over K and N go in one order, whatever the tiling. Those over M, too: three row blocks are not split."""
+    q = problem(300, 264, 136, R, dtype=BF16, p=0.2, seed=R)
+    single, pairs = (results(sm90.Device(R, 6, 4, tiling), q) for tiling in (SINGLE, PAIRS))
+    for name, value in pairs.items():
+        assert torch.equal(value, single[name]), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pairs_of_blocks_in_any_order(seed: int) -> None:
+    """Few stages an item, so that a block often waits for the other; odd numbers of everything, two rank tiles."""
+    q = problem(270, 136, 264, (130, 17)[seed % 2], dtype=FP16, adapter_dtype=(FP16, FP32)[seed % 2], p=0.1, seed=seed)
+    assert_right(results(sm90.Device(seed, 2 + seed, 2 + seed, PAIRS), q), q)
+
+
+def test_decode_does_not_depend_on_timing() -> None:
+    q = problem(5, 264, 1400, 24, dtype=FP16)
+    devices = [sm90.Device(1, 12, 1), sm90.Device(2, 12, 12)]
+    runs = [device.forward(q.x, q.w, q.a, q.b, q.bias, 1.0, 0.0, None) for device in devices]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_dropout_is_the_rule() -> None:
+    """With one-hot a, h is c · keep ⊙ x itself, so that every bit of the mask shows."""
+    M, K = 300, 136
+    q = problem(M, 8, K, K, dtype=FP16, p=0.37)
+    x, a = torch.ones(M, K, dtype=FP16), torch.eye(K, dtype=FP16)
+    _, h = sm90.Device().forward(x, q.w, a, q.b, None, 1.0, q.p, q.seed)
+    assert torch.equal(h != 0, random.keep_mask(q.seed, M, K, q.p))
+
+
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
+def test_only_what_is_asked(needs: tuple[int, int, int], tiling: tuple[int, int]) -> None:
+    q = problem(150, 72, 136, 12, dtype=BF16, p=0.2)
+    device = sm90.Device(5, tiling=tiling)
+    _, h = device.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed)
+    whole = device.backward(q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed)
+    part = device.backward(
+        q.dy, q.x if needs[1] else None, q.w, q.a, q.b, h if needs[2] else None, q.scale, q.p, q.seed, *map(bool, needs)
+    )
+    for needed, want, got in zip(needs, whole, part, strict=True):
+        assert torch.equal(got, want) if needed else got is None
+
+
+def test_h_is_not_stored_unless_asked_for() -> None:
+    for M in (150, 20):
+        q = problem(M, 72, 136, 12, dtype=BF16)
+        y, h = sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, save_h=False)
+        assert h is None
+        assert torch.equal(y, sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)[0])
+
+
+@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+def test_row_strides(tiling: tuple[int, int]) -> None:
+    """Rows apart, and a and b at odd places or all rows in one: what TMA cannot read of them is converted in the
+    launch."""
+    q = problem(140, 72, 136, 24, dtype=BF16, p=0.3)
+
+    def apart(t: torch.Tensor, by: int, offset: int = 0) -> torch.Tensor:
+        wide = torch.full((t.shape[0], t.shape[1] + by), float("nan"), dtype=t.dtype)
+        wide[:, offset : offset + t.shape[1]] = t
+        return wide[:, offset : offset + t.shape[1]]
+
+    moved = replace(q, x=apart(q.x, 8), w=apart(q.w, 24), dy=apart(q.dy, 16), a=apart(q.a, 3, 1), b=apart(q.b, 5, 2))
+    whole = results(sm90.Device(2, tiling=tiling), q)
+    for name, value in results(sm90.Device(9, tiling=tiling), moved).items():
+        assert torch.equal(value, whole[name]), name
+    one = replace(q, a=q.a[:1].expand_as(q.a), b=q.b[:1].expand_as(q.b))
+    copied = results(sm90.Device(3, tiling=tiling), replace(one, a=one.a.contiguous(), b=one.b.contiguous()))
+    for name, value in results(sm90.Device(4, tiling=tiling), one).items():
+        assert torch.equal(value, copied[name]), name
+
+
+def test_infinite_rows_stay_alone() -> None:
+    """A row of x that is not finite spoils no other row, and the padding of the rank adds no NaN to it."""
+    q = problem(130, 72, 136, 5, dtype=BF16)
+    x = q.x.clone()
+    x[7, 3], x[129] = float("inf"), float("nan")
+    y, h = sm90.Device().forward(x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)
+    clean_y, clean_h = sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)
+    others = torch.ones(130, dtype=torch.bool)
+    others[[7, 129]] = False
+    assert torch.equal(y[others], clean_y[others])
+    assert torch.equal(h[others], clean_h[others])
+    assert torch.equal(torch.isnan(h[7]), torch.isnan(x[7:8].float() @ q.a.float().t())[0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"K": 4}, {"N": 12}, {"R": 257}, {"M": 0}, {"ldw": 73}, {"w": 8}, {"bias": 2}),
+        *({"threshold": 70000}, {"threshold": 5}),
+        *({"columns": 64, "cluster": 1}, {"columns": 128, "cluster": 2}, {"columns": 256}, {"cluster": 2}),
+    ],
+)
+def test_refusals(wrong: dict[str, int | None]) -> None:
+    q = problem(16, 72, 72, 8, dtype=BF16)
+    args = sm90.ForwardArgs()
+    sm90.Device()._operands(args, 16, q.x, q.w, q.a, q.b, 1.0, 0.0, None)
+    needed = sm90.Workspace()
+    workspace = sm90.library().emulated_forward_workspace
+    assert workspace(ctypes.byref(args), ctypes.byref(needed)) == b""
+    for field, value in wrong.items():
+        setattr(args, field, value)
+    assert workspace(ctypes.byref(args), ctypes.byref(needed)) == b"cudaError_t 1"  # cudaErrorInvalidValue
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> sm90.Extension:
+    return sm90.serve_cpu(monkeypatch)
+
+
+@pytest.mark.parametrize("tiling", tilings.TILINGS)
+@pytest.mark.usefixtures("extension")
+def test_a_tiling_can_be_asked_for(tiling: tilings.Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the kernels, and the results fill what they are given."""
+    asked = []
+
+    def operands(*args: object) -> dict[str, object]:
+        asked.append(given := make(*args))
+        return given
+
+    make = cuda._operands
+    monkeypatch.setattr(cuda, "_operands", operands)
+    q = problem(20, 72, 136, 12, dtype=BF16)
+    y, h, dx, da, db = (torch.full_like(t, float("nan")) for t in (q.dy, q.x[:, :12], q.x, q.a, q.b))
+    cuda.launch_forward(tiling, q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, y, h)
+    cuda.launch_backward(tiling, q.dy, q.x, q.w, q.a, q.b, h, q.scale, 0.0, None, dx, da, db)
+    assert_right({"y": y, "dx": dx, "da": da, "db": db}, q)
+    assert [(each["columns"], each["cluster"]) for each in asked] == [tiling, tiling]
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("M", "p"), [(1, 0.0), (20, 0.0), (150, 0.3), (0, 0.3)])
+@pytest.mark.usefixtures("extension", "poison")
+def test_backend(M: int, p: float, strided: bool) -> None:
+    q = problem(M, 72, 136, 12, dtype=BF16, adapter_dtype=FP32, p=p, strided=strided)
+    y, h = one_layer.forward(cuda, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
+    dx, da, db = one_layer.backward(cuda, q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
+    assert_right({"y": y, "dx": dx, "da": da, "db": db}, q)
+    assert all(t.is_contiguous() for t in (y, h, dx, da, db))
+    assert da.dtype == db.dtype == FP32
+
+
+@pytest.mark.parametrize("at", [slice(1, 73), slice(0, 144, 2)])
+@pytest.mark.usefixtures("extension")
+def test_a_bias_that_cannot_be_read_in_pairs(at: slice) -> None:
+    q = problem(150, 72, 136, 12, dtype=BF16)
+    bias = torch.zeros(144, dtype=BF16)[at].copy_(q.bias)
+    want, _ = one_layer.forward(cuda, q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, False)
+    got, _ = one_layer.forward(cuda, q.x, q.w, q.a, q.b, bias, q.scale, 0.0, None, False)
+    assert torch.equal(got, want)
+
+
+def test_workspaces(extension: sm90.Extension) -> None:
+    """One a stream, which grows; another while the stream is captured, and another for the next capture."""
+    cpu = torch.device("cpu")
+    first = cuda.workspace(cpu, 5, 10, 100)
+    assert cuda.workspace(cpu, 5, 9, 90) == first
+    assert cuda.workspace(cpu, 6, 9, 90).scratch is not first.scratch
+    grown = cuda.workspace(cpu, 5, 2000, 300)
+    assert grown.counters.numel() >= 2000
+    assert grown.scratch.numel() == 300
+    assert not grown.counters.any()
+    extension.capture = 77
+    captured = cuda.workspace(cpu, 5, 10, 100)
+    assert captured.scratch is not grown.scratch
+    assert cuda.workspace(cpu, 5, 10, 100).scratch is captured.scratch
+    extension.capture = 78
+    assert cuda.workspace(cpu, 5, 10, 100).scratch is not captured.scratch
+    extension.capture = 0
+    assert cuda.workspace(cpu, 5, 10, 100).scratch is grown.scratch

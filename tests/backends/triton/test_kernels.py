@@ -1,0 +1,284 @@
+"""The Triton back-end's numbers, in the interpreter: the launches of a GPU on CPU tensors, with tiles small enough to
+have several."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import oracle
+
+from lora_kernels.core import dropout as random
+from lora_kernels.testing import one_layer
+
+pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
+from support.interp import interpret
+
+from lora_kernels.backends import triton
+from lora_kernels.backends.triton import device
+from lora_kernels.backends.triton import launch as launching
+from lora_kernels.core.operands import Call
+from lora_kernels.plans import tiles
+
+CPU = torch.device("cpu")
+_REDUNDANT = tiles.Tile(
+    max_rank=64, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=64, GROUP_M=2, num_warps=4, num_stages=2
+)
+_TICKETS = tiles.Tile(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2, num_warps=4, num_stages=2)
+_BACKWARD = tiles.Tile(
+    BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, BLOCK_C=32, BLOCK_T=16, GROUP_M=2, num_warps=4, num_stages=2
+)
+TABLES = {
+    "redundant": dict.fromkeys(("decode16", "decode64", "redundant"), _REDUNDANT)
+    | {"tickets": _TICKETS, "backward": _BACKWARD},
+    "tickets": {"tickets": _TICKETS, "backward": _BACKWARD},
+}
+PLANS = list(TABLES)
+
+
+def target(programs: int = 3, capturing: bool = False) -> device.Target:
+    return device.Target("interpreter", programs, contextlib.nullcontext, lambda: 0, lambda: capturing)
+
+
+@contextlib.contextmanager
+def interpreted(plan: str, on: device.Target | None = None, tma: bool = False) -> Iterator[ModuleType]:
+    """The back-end, serving CPU tensors by one of the two plans. Every launch must leave the workspace as it found
+    it."""
+    table = {kind: dataclasses.replace(tile, tma=tma) for kind, tile in TABLES[plan].items()}
+    with pytest.MonkeyPatch.context() as patch, interpret():
+        patch.setitem(device.TARGETS, CPU, on or target())
+        for itemsize in (2, 4):
+            patch.setitem(tiles.TABLES, ("interpreter", itemsize), table)
+        patch.setattr(device, "_workspaces", {})
+        tiles.plan.cache_clear()
+        yield triton
+        assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags or tickets behind"
+
+
+def results(q: oracle.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
+    with interpreted(plan, **kwargs) as backend:
+        return oracle.backend_results(backend, q)
+
+
+SHAPES = [*oracle.SHAPES[:-1], (97, 95, 93, 16)]
+"""The last is large enough for statistics, with dropout too, and no larger: the interpreter takes its time."""
+VARIETY = list(itertools.product(oracle.DTYPES, [0.0, 0.3]))
+"""Which dtypes and dropout a shape gets: all shapes between them see all."""
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("number, shape", list(enumerate(SHAPES)))
+def test_every_shape(number: int, shape: tuple[int, int, int, int], plan: str, poison: None) -> None:
+    (dtype, adapter_dtype), p = VARIETY[(3 * number + PLANS.index(plan)) % len(VARIETY)]
+    q = oracle.problem(
+        *shape, dtype=dtype, adapter_dtype=adapter_dtype, p=p, bias=number % 3 > 0, strided=number % 2 == 0
+    )
+    oracle.check(results(q, plan), q)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: float, plan: str, poison: None) -> None:
+    q = oracle.problem(17, 20, 33, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p, strided=True)
+    oracle.check(results(q, plan), q)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 256])
+def test_every_rank(rank: int, poison: None) -> None:
+    q = oracle.problem(18, 20, 24, rank, dtype=torch.bfloat16, p=0.1)
+    oracle.check(results(q, "tickets"), q)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    M=st.integers(0, 40), N=st.integers(1, 70), K=st.integers(1, 70), R=st.integers(1, 40),
+    plan=st.sampled_from(PLANS), p=st.sampled_from([0.0, 0.5]), strided=st.booleans(), programs=st.integers(1, 9),
+)  # fmt: skip
+def test_any_shape(M: int, N: int, K: int, R: int, plan: str, p: float, strided: bool, programs: int) -> None:
+    q = oracle.problem(M, N, K, R, dtype=torch.float16, p=p, strided=strided)
+    oracle.check(results(q, plan, on=target(programs)), q)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_descriptors(dtype: torch.dtype, plan: str, poison: None) -> None:
+    """Ragged against the tiles in every dimension; rows of whole 16 bytes."""
+    q = oracle.problem(21, 40, 56, 8, dtype=dtype, p=0.3)
+    oracle.check(results(q, plan, tma=True), q)
+
+
+def test_unaligned_operands_are_not_described(poison: None) -> None:
+    q = oracle.problem(21, 39, 55, 8, dtype=torch.bfloat16)
+    assert not launching.describable(q.x, q.w)
+    assert not launching.describable(q.x[:0, :16])
+    with interpreted("tickets", tma=False) as backend:
+        oracle.check(oracle.backend_results(backend, q), q)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_same_bits_whatever_the_number_of_programs(plan: str) -> None:
+    """Several parts to every sum, claimed by one program, by several and by more than there is work for."""
+    M, N, K, R = 40, 20, 40, 5
+    q = oracle.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
+    forward, backward = _REDUNDANT if plan == "redundant" else _TICKETS, _BACKWARD
+    runs = []
+    on = target()
+    for programs in (1, 4, 40):
+        y, h = torch.full((M, N), torch.nan).bfloat16(), torch.full((M, R), torch.nan).bfloat16()
+        dx, da, db, g = (torch.full_like(t, torch.nan) for t in (q.x, q.a, q.b, h))
+        with interpret():
+            launch = launching.forward_launch(
+                on,
+                tiles.Plan(plan == "redundant", forward, 4),
+                q.x,
+                q.w,
+                q.a,
+                q.b,
+                q.bias,
+                y,
+                h,
+                q.scale,
+                q.p,
+                q.seed,
+                True,
+            )
+            launch._replace(programs=launch.programs if plan == "redundant" else programs).run()
+            launch = launching.backward_launch(
+                on, tiles.Plan(False, backward, 4), q.dy, q.x, q.w, q.a, q.b, h, dx, da, db, g, q.scale, q.p, q.seed
+            )
+            launch._replace(programs=programs).run()
+        runs.append({"y": y, "dx": dx, "da": da, "db": db})
+    oracle.check(runs[0], q)
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], value) for name, value in runs[0].items())
+
+
+def test_only_what_is_needed_is_computed(poison: None) -> None:
+    q = oracle.problem(20, 17, 40, 3, dtype=torch.bfloat16, p=0.3)
+    full = results(q, "tickets")
+    for need_dx, need_da, need_db in itertools.product([False, True], repeat=3):
+        with interpreted("tickets") as backend:
+            _, h = one_layer.forward(backend, q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed, need_db)
+            assert (h is not None) == need_db
+            x = q.x if need_da else None
+            got = one_layer.backward(
+                backend, q.dy, x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, need_dx, need_da, need_db
+            )
+        for name, value, need in zip(("dx", "da", "db"), got, (need_dx, need_da, need_db), strict=True):
+            assert torch.equal(value, full[name]) if need else value is None
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_received_tensors_are_left_alone(plan: str) -> None:
+    q = oracle.problem(20, 33, 40, 3, p=0.3)
+    before = {name: getattr(q, name).clone() for name in ("x", "w", "a", "b", "bias", "dy", "seed")}
+    results(q, plan)
+    assert all(torch.equal(getattr(q, name), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_saved_h_is_unscaled(plan: str) -> None:
+    q = oracle.problem(20, 50, 40, 3, dtype=torch.bfloat16, p=0.3, scale=64.0)
+    with interpreted(plan) as backend:
+        _, h = one_layer.forward(backend, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
+    exact = random.dropout(q.x.double(), q.p, q.seed) @ q.a.double().t()
+    assert h.dtype == torch.bfloat16 and h.is_contiguous()
+    torch.testing.assert_close(h.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("scale", [0.0, -3.0, 1e-3, 2.0**-101, 200.0])
+def test_scales(scale: float, plan: str) -> None:
+    q = oracle.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
+    got = results(q, plan)
+    oracle.check(got, q)
+    if scale == 0:
+        assert not any(got[name].any() for name in ("da", "db"))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("seed", [0, 2**32 + 1, 2**63 - 1])
+def test_masks_are_the_rule_bit_for_bit(seed: int, plan: str) -> None:
+    """Operands under which h, dx and da each show the mask itself."""
+    M, K, p = 21, 43, 0.4
+    keep = random.keep_mask(torch.tensor(seed), M, K, p)
+    one = torch.ones((), dtype=torch.float32)
+    with interpreted(plan) as backend:
+        # h = c · keep ⊙ 1 · I
+        _, h = one_layer.forward(
+            backend,
+            one.expand(M, K),
+            torch.zeros(5, K),
+            torch.eye(K),
+            torch.zeros(5, K),
+            None,
+            1.0,
+            p,
+            torch.tensor(seed),
+            True,
+        )
+        # dx = 0 + c · keep ⊙ (1 · 1)
+        dx, _, _ = one_layer.backward(backend,
+            one.expand(M, 1), None, torch.zeros(1, K), one.expand(1, K), one.expand(1, 1), None,
+            1.0, p, torch.tensor(seed), True, False, False,
+        )  # fmt: skip
+        # da = c · Iᵀ (keep ⊙ 1)
+        _, da, _ = one_layer.backward(backend,
+            torch.eye(M), one.expand(M, K), torch.zeros(M, K), torch.zeros(M, K), torch.eye(M), None,
+            1.0, p, torch.tensor(seed), False, True, False,
+        )  # fmt: skip
+    for name, value in (("h", h), ("dx", dx), ("da", da)):
+        assert torch.equal(value != 0, keep), f"{name}'s mask differs"
+        assert torch.equal(value, keep * torch.tensor(random.rescale(p), dtype=torch.float32)), (
+            f"{name}'s factor differs"
+        )
+
+
+def test_workspace_is_kept_for_a_stream_and_grows() -> None:
+    small, large = oracle.problem(5, 7, 9, 2), oracle.problem(40, 20, 40, 20)
+    with interpreted("tickets") as backend:
+        oracle.backend_results(backend, small)
+        (first,) = device._workspaces.values()
+        oracle.backend_results(backend, small)
+        assert next(iter(device._workspaces.values())) is first
+        oracle.backend_results(backend, large)
+        assert len(device._workspaces) == 1
+        assert next(iter(device._workspaces.values()))[1].numel() > first[1].numel()
+
+
+def test_a_captured_launch_has_its_own_workspace() -> None:
+    q = oracle.problem(20, 33, 40, 3)
+    with interpreted("tickets", on=target(capturing=True)) as backend:
+        oracle.check(oracle.backend_results(backend, q), q)
+        assert not device._workspaces
+
+
+def call(**changes: object) -> Call:
+    return Call("forward", CPU, torch.bfloat16, torch.bfloat16, 8, 8, 8, 8, False)._replace(**changes)
+
+
+def test_refusals_name_what_is_refused() -> None:
+    (reason,) = triton.why_not(call())
+    assert "GPU" in reason and "cpu" in reason
+    with interpreted("tickets"):
+        assert triton.why_not(call()) == []
+        (reason,) = triton.why_not(call(dtype=torch.float64))
+        assert "float64" in reason
+    with interpreted("tickets", on=target()._replace(arch="sm_75")):
+        (reason,) = triton.why_not(call())
+        assert "sm_75" in reason and "sm_80" in reason
+
+
+@pytest.mark.parametrize(
+    "arch, served_by", [("sm_89", "sm_89"), ("sm_121", "sm_120"), ("sm_75", None), ("gfx90a", None)]
+)
+def test_architectures(arch: str, served_by: str | None) -> None:
+    assert tiles.resolve(arch) == served_by

@@ -1,0 +1,223 @@
+"""Floors, suites, graph timing and their tables and pictures."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+
+from lora_kernels.__main__ import main
+from lora_kernels.bench import overhead, plot, report, report_suite, roofline
+from lora_kernels.bench.shapes import BACKWARD, FORWARD, GRAPH, NAMED, SUITES, Shape
+from lora_kernels.testing import timing
+
+RATES = {"gemm": {"bf16": 1e12, "fp32": 1e11}, "copy": 1e9}
+
+
+def test_floors_are_the_cost_model():
+    shape = Shape("s", 100, 200, 300, 10, dtype=torch.bfloat16)
+    M, K, N, R = 100, 200, 300, 10
+    fast_copy, fast_gemm = RATES | {"copy": 1e15}, RATES | {"gemm": {"bf16": 1e18}}
+    flops = 2 * M * K * N + 2 * M * R * (K + N)
+    assert roofline.floor(shape, FORWARD, fast_copy) == (pytest.approx(flops / 1e12), "FLOPs")
+    both = flops + 2 * M * K * N + 4 * M * R * (K + N)
+    assert roofline.floor(shape, BACKWARD, fast_copy) == (pytest.approx(both / 1e12), "FLOPs")
+    count = 2 * (M * K + M * N + K * N)
+    assert roofline.floor(shape, FORWARD, fast_gemm) == (pytest.approx(count / 1e9), "bytes")
+    count += 2 * (2 * M * K + 2 * M * N + K * N)
+    assert roofline.floor(shape, BACKWARD, fast_gemm) == (pytest.approx(count / 1e9), "bytes")
+    frozen = roofline.floor(shape, BACKWARD, fast_copy, frozen=True)
+    assert frozen.seconds == pytest.approx(4 * M * K * N / 1e12)
+    assert roofline.floor(shape, GRAPH, RATES) == roofline.floor(shape, FORWARD, RATES)
+
+
+def test_rates_are_those_of_the_steps(monkeypatch):
+    class Clock:
+        def sample(self, steps, repeats):
+            steps[0]()
+            return 0.5
+
+    monkeypatch.setattr(roofline, "timer_for", lambda device: Clock())
+    rates = roofline.measure_rates(torch.device("cpu"), [torch.float32, torch.float32, torch.bfloat16])
+    assert rates == {"gemm": {"fp32": 2 * 1024**3 / 0.5, "bf16": 2 * 1024**3 / 0.5}, "copy": 2 * 2**25 / 0.5}
+
+
+def test_the_hopper_suite_is_the_issues():
+    shapes = [shape for shape in SUITES["hopper"]["cuda"] if shape.training]
+    assert len(shapes) == 48 and {(s.M, s.R) for s in shapes} == {(M, R) for M in (2048, 8192, 16384) for R in (16, 64)}
+    assert {(s.K, s.N) for s in shapes} == {
+        *((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
+        *((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)),
+    }
+    assert {s.cells[2][0] for s in shapes} == {0.05} and {s.dtype for s in shapes} == {torch.bfloat16}
+    assert {s.M for s in SUITES["hopper"]["cuda"] if not s.training} == {1, 16}
+    assert sum(s.compiled for s in shapes) == 1
+    assert len({s.name for suite in SUITES.values() for shapes in suite.values() for s in shapes} - NAMED.keys()) == 0
+
+
+def hopper_document(slower: float) -> dict:
+    """Ours at `slower` times F.linear everywhere, PEFT at 2 and addmm_ at 1.2 times."""
+    factors = {"F.linear": 1.0, "PEFT": 1.8, "PEFT, fp32 adapters": 2.0, "addmm_": 1.2, "ours: cuda": slower}
+    document = {"suite": "hopper", "shapes": {}, "timings": []}
+    for shape in SUITES["hopper"]["cuda"]:
+        document["shapes"][shape.name] = {"M": shape.M, "K": shape.K, "N": shape.N, "R": shape.R}
+        for p, which in [*shape.cells, *([] if shape.training else [(0.0, GRAPH)])]:
+            for name, factor in factors.items():
+                entry = {
+                    "shape": shape.name,
+                    "p": p,
+                    "pass": which,
+                    "variant": name,
+                    "seconds": [0, shape.M * factor, 0],
+                }
+                entry |= {"backend": name[6:] if name.startswith("ours") else None, "ratio": [factor] * 3}
+                document["timings"].append(entry)
+    return document
+
+
+@pytest.mark.parametrize(("slower", "verdicts"), [(1.02, {"met"}), (1.25, {"met", "missed"})])
+def test_the_hopper_table(slower, verdicts):
+    main_table, decode = report_suite.tables(hopper_document(slower))
+    rows = {row[0]: row[1:] for row in main_table[2]}
+    for first in (rows["forward over F.linear"], rows["forward + backward over F.linear + dx"]):
+        assert (
+            first[0] == f"×{slower:.2f}" and first[1] == "24/24" and first[3] == ("met" if slower < 1.05 else "missed")
+        )
+    peft = rows["PEFT (fp32 adapters, p=0.05) over ours, fwd + bwd"]
+    assert peft[:4] == [f"×{2 / slower:.2f}", "24/24", "≥ 1.40", "met"]
+    assert rows["LoRAFusion over ours, fwd + bwd, p=0.05"][:2] == ["-", "0/24"]
+    assert {row[4] for row in decode[2]} == {"met" if slower < 1.1 else "missed"} and len(decode[2]) == 2
+    assert {cell for row in rows.values() for cell in (row[3], row[7]) if cell} == verdicts
+    assert list(report_suite.tables(hopper_document(1.0) | {"suite": None})) == []
+
+
+class FakeGraph:
+    log: ClassVar[list[str]] = []
+
+    def replay(self):
+        self.log.append("replay")
+
+
+class FakeEvent:
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        FakeGraph.log.append("record")
+
+    synchronize = record
+
+    def elapsed_time(self, other):
+        return 640.0  # ms
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """As much of torch.cuda as a graph needs, writing down what is asked of it."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def inside(name, *args):
+        FakeGraph.log.append(f"{name} begins")
+        yield
+        FakeGraph.log.append(f"{name} ends")
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    FakeGraph.log = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: inside("warm-up"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: inside("capture"))
+    return FakeGraph.log
+
+
+def test_a_graph_holds_many_calls_and_is_captured_once(fake_cuda):
+    calls = []
+    steps = [lambda i=i: calls.append(i) for i in range(3)]
+    timer = timing.GraphTimer()
+    seconds = timer.sample(steps, 50)
+    held = math.ceil(timing.GraphTimer.CALLS / 3) * 3
+    assert calls[6:] == [i % 3 for i in range(held)], "two warm-ups of each, then every set in turn"
+    assert fake_cuda.index("warm-up ends") < fake_cuda.index("capture begins")
+    assert fake_cuda.count("replay") == math.ceil(50 / held)
+    assert seconds == pytest.approx(0.64 / math.ceil(50 / held) / held)
+    timer.sample(steps, 1)
+    assert fake_cuda.count("capture begins") == 1 and fake_cuda.count("replay") == math.ceil(50 / held) + 1
+
+
+def test_a_sweep_and_its_picture(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    small = tuple(Shape(f"small-{M}", M, 32, 32, 4, training=M > 8, dropout=0.0, bias=False) for M in (4, 16, 32))
+    monkeypatch.setitem(SUITES, "sweep-m", {"cpu": small})
+    monkeypatch.setattr(overhead, "_CALLS", 10)
+    monkeypatch.setattr(overhead, "measure_layers", lambda device, rounds: [])
+    monkeypatch.setattr(overhead, "measure_import", lambda times: overhead.ImportCost(1.0, False))
+    out = tmp_path / "sweep.json"
+    words = ["bench", "--device", "cpu", "--suite", "sweep-m", "--rounds", "2", "--out", str(out), "--plot"]
+    assert main(words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep-roofline.png", "sweep.json", "sweep.png"]
+    text = capsys.readouterr().out
+    assert "Roofline, measured now" in text and "roofline" in text and "%" in text
+    assert "sweep-roofline.png" in text
+    assert main([*words, "--seconds", "0.000001"]) == 1, "nothing measured is no success"
+    assert "Not measured, 1e-06 s being spent: small-4, small-16, small-32" in capsys.readouterr().out
+
+
+def test_pictures_need_shapes_that_differ_in_one_thing():
+    def document(*sizes):
+        keys = ("M", "N", "K", "R", "dtype", "adapter_dtype")
+        shapes = {str(i): dict(zip(keys, (*size, "bf16", "bf16"), strict=True)) for i, size in enumerate(sizes)}
+        return {"shapes": shapes, "roofline": RATES}
+
+    three = document((1, 8, 8, 2), (2, 8, 8, 2), (4, 8, 8, 2), (4, 8, 8, 4))
+    assert plot.sweeps(three) == [("M", ["0", "1", "2"])]
+    assert plot.sweeps(document((1, 8, 8, 2), (2, 8, 8, 4), (4, 8, 8, 2))) == []
+    assert [axis for axis, _ in plot.sweeps(document((1, 8, 8, 2), (1, 8, 8, 4), (1, 8, 8, 8)))] == ["R"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--suite", "hopper"], "is for cuda"),
+        (["--suite", "decode", "--shapes", "tiny"], "one of them"),
+        (["--peer", "lorafusion"], "NAME=PATH"),
+    ],
+)
+def test_options_that_cannot_be(words, said, capsys):
+    assert main(["bench", "--device", "cpu", *words]) == 2
+    assert said in capsys.readouterr().out
+
+
+def test_a_document_without_a_roofline_still_has_its_table():
+    """Runs from before it was measured."""
+    entry = {"shape": "a", "p": 0.0, "pass": FORWARD, "variant": "ours: cpu", "automatic": True, "seconds": [1, 2, 3]}
+    document = {"timings": [entry | {"ratio": [1, 1, 1]}], "gate": [], "shapes": {"a": {"size": "s"}}}
+    assert report.shape_table(document, "a")[2] == [["ours: cpu (automatic)", "2000 ms ×1.00 ±0.00"]]
+
+
+def test_without_the_automatic_choice_a_picture_shows_another_of_ours(tmp_path):
+    pytest.importorskip("matplotlib")
+    document = hopper_document(1.1)
+    document |= {
+        "device": {"type": "cuda", "name": "GPU"},
+        "versions": {"torch": "2"},
+        "date": "2030-01-01",
+        "rounds": 1,
+    }
+    for entry in document["timings"]:
+        entry["automatic"] = False
+    for shape in document["shapes"].values():
+        shape["size"] = "size"
+    assert plot.ours(document) == {"ours: cuda"}
+    plot.draw(document, tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+    document["timings"][-1]["automatic"] = True
+    assert plot.ours(document) == {document["timings"][-1]["variant"]}

@@ -1,0 +1,87 @@
+"""The bench of quantised layers: gates that can be red, every figure there, tables for the terminal and README."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from contextlib import contextmanager
+
+import pytest
+from support.paths import ROOT
+
+from benchmarks import quantised, quantised_memory
+from lora_kernels.bench.run import write
+
+SIZE = (96, 128, 8)
+HAVE_PEER = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "peft"))
+
+
+class Silent:
+    @contextmanager
+    def progress(self, total):
+        self.left = total
+
+        def advance(what, steps):
+            self.left -= steps
+
+        yield advance
+
+
+@pytest.fixture(scope="module")
+def document():
+    """Of one run. Memory is measured in processes of their own, which test_cpu_quant.py starts."""
+    show = Silent()
+    with pytest.MonkeyPatch.context() as patch:
+        peaks = {"float32": 2.5, "bfloat16": 1.5}
+        patch.setattr(
+            quantised_memory, "measure", lambda dtype, *sizes: peaks[dtype] if sizes == (160, 96, 128) else 99
+        )
+        document = quantised.measure(SIZE, (quantised.DECODE, 160), 2, show)
+    assert show.left == 0
+    return document
+
+
+def test_every_row_has_its_figures(document):
+    assert json.loads(json.dumps(document))["size"] == {"N": 96, "K": 128, "R": 8}
+    assert document["gate"] and not any(entry["faults"] for entry in document["gate"])
+    names = {row["name"] for row in document["rows"]}
+    assert {
+        f"{name} {short}" for name in ("F.linear", "dense", *quantised.FORMATS) for short in ("fp32", "bf16")
+    } <= names
+    for row in document["rows"]:
+        low, middle, high = row["seconds"]
+        assert 0 < low <= middle <= high and set(row["targets"]) <= set(row["ratios"])
+        assert row["ratios"] or (row["name"] == "F.linear fp32" and not HAVE_PEER), "the others are compared with it"
+    assert [(entry["name"], entry["mb"]) for entry in document["memory"]] == [("nf4 fp32", 2.5), ("nf4 bf16", 1.5)]
+    assert all(entry["most"] == 16 for entry in document["memory"])
+    titles = [title for title, *_ in quantised.tables(document)]
+    assert titles == ["decoding: forward, M = 1, 128→96, r8", "training: forward + backward, M = 160, 128→96, r8"]
+
+
+def test_the_gate_sees_a_wrong_kernel(monkeypatch):
+    inner = quantised.lora_linear
+    monkeypatch.setattr(quantised_memory, "measure", lambda *case: 0.0)
+    monkeypatch.setattr(quantised, "lora_linear", lambda x, w, a, b, **more: inner(x, w, a, b, **more) * 1.01)
+    red = quantised.measure(SIZE, (160,), 1, Silent())
+    assert all(any("y:" in fault for fault in entry["faults"]) for entry in red["gate"]) and not red["rows"]
+
+
+def test_a_target_is_met_or_missed():
+    row = {"ratios": {"F.linear fp32": (0.2, 0.224, 0.3)}, "targets": {"F.linear fp32": 0.22}}
+    assert quantised.verdict(row) == "≤ 0.22 of F.linear fp32 met"
+    row["ratios"]["F.linear fp32"] = (0.2, 0.226, 0.3)
+    assert quantised.verdict(row) == "≤ 0.22 of F.linear fp32 missed"
+
+
+def test_readme_takes_the_newest(document, tmp_path):
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    results, readme = tmp_path / "bench" / "results", tmp_path / "README.md"
+    write(document, results / "quantised" / "a.json")
+    readme.write_text(f"{script.BEGIN}\n{script.END}\n<!-- quantised:begin -->\n<!-- quantised:end -->\nafter\n")
+    assert script.main(["--root", str(tmp_path), "--check"]) == 1
+    assert script.main(["--root", str(tmp_path)]) == 0 == script.main(["--root", str(tmp_path), "--check"])
+    text = readme.read_text()
+    assert "(nf4 bf16, M = 160; ≤ 16" in text
+    assert "**nf4 fp32**" in text and "(benchmarks/results/quantised/a.json)" in text and text.endswith("after\n")

@@ -1,0 +1,320 @@
+"""DoRA: against PEFT, against the equation in fp64, and what it may not allocate or forget."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._inductor.config
+from support import oracle
+from support.dora_problems import NAMES, magnitude, plain_torch, run, trained, truth
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_kernels import FusedLoRALinear, reference
+from lora_kernels.core import dropout as random
+from lora_kernels.ops import dora
+from lora_kernels.ops import linear as ops
+from lora_kernels.ops.dora import DoRALinearFunction, WeightNorms, dora_linear
+from lora_kernels.testing import gate
+
+# --- values and gradients ---
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rslora", [True, False])
+def test_equals_peft(bias, rslora, training):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, use_dora=True, use_rslora=rslora, target_modules=["0"], init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(48, 40, bias=bias)), config).train(training).double()
+    layer = theirs.base_model.model[0]
+    adapter = layer.lora_A.default.weight, layer.lora_B.default.weight, layer.lora_magnitude_vector.default.weight
+    with torch.no_grad():
+        adapter[2].mul_(0.5 + torch.rand(40))
+    base = copy.deepcopy(layer.base_layer)
+    ours = FusedLoRALinear.from_linear(base, r=4, lora_alpha=8, use_dora=True, use_rslora=rslora)
+    mine = ours.train(training).lora_A, ours.lora_B, ours.lora_magnitude_vector
+    with torch.no_grad():
+        for own, other in zip(mine, adapter, strict=True):
+            own.copy_(other)
+    x, dy = torch.randn(3, 7, 48, dtype=torch.float64), torch.randn(3, 7, 40, dtype=torch.float64)
+
+    def results(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        y = model.to(dtype)(leaf)
+        parameters = adapter if model is theirs else mine
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *parameters], dy.to(dtype))]
+
+    exact = results(theirs, torch.float64)
+    torch.testing.assert_close(results(ours, torch.float64), exact)  # rtol and atol 1e-7
+    torch.testing.assert_close(ours.to_linear().weight, copy.deepcopy(theirs).merge_and_unload()[0].weight)
+    for got, peers, want in zip(results(ours, torch.float32), results(theirs, torch.float32), exact, strict=True):
+        error, allowed = (got - want).abs().max(), (peers - want).abs().max()
+        assert error <= 2 * allowed + 2**-22 * want.abs().max()
+
+
+def test_dropout_is_where_peft_has_it():
+    """PEFT with a given x̂ in place of its dropout's."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.3, use_dora=True, target_modules=["0"], init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(48, 40)), config).train()
+    layer = theirs.base_model.model[0]
+    m = layer.lora_magnitude_vector.default.weight
+    with torch.no_grad():
+        m.mul_(0.5 + torch.rand(40))
+
+    class OurMask(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return random.dropout(x, 0.3, torch.tensor(11))
+
+    layer.lora_dropout["default"] = OurMask()
+    adapter = [layer.lora_A.default.weight, layer.lora_B.default.weight, m]
+    x, dy = torch.randn(20, 48), torch.randn(20, 40)
+    leaf = x.clone().requires_grad_()
+    want = theirs(leaf)
+    want_grads = torch.autograd.grad(want, [leaf, *adapter], dy)
+    leaf, (a, b, m) = x.clone().requires_grad_(), [p.detach().clone().requires_grad_() for p in adapter]
+    base = layer.base_layer
+    got = dora_linear(leaf, base.weight.detach(), a, b, m, scale=2.0, bias=base.bias.detach(), dropout_p=0.3, seed=11)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, [leaf, a, b, m], dy), want_grads)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+def test_as_good_as_plain_torch(dtypes, p, backend):
+    q = oracle.problem(211, 1100, 187, 8, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
+    m = magnitude(q)
+    got, plain, want = run(q, m, backend=backend), plain_torch(q, m), truth(q, m)
+    for name in NAMES:
+        verdict = gate._against_plain(name, got[name], want[name], plain[name], torch.finfo(q.x.dtype).eps)
+        assert verdict.fault is None, verdict.fault
+    assert got["da"].dtype == got["db"].dtype == got["dm"].dtype == dtypes[1]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("shape", oracle.SHAPES, ids=str)
+def test_shapes(shape, strided, p, backend, poison):
+    q = oracle.problem(*shape, p=p, strided=strided)
+    m = magnitude(q)
+    got, want = run(q, m, backend=backend), truth(q, m)
+    for name in NAMES:
+        assert got[name].shape == want[name].shape
+        if want[name].numel():
+            worst = (got[name].double() - want[name]).abs().max().item()
+            # 16 eps of fp32, relative to the largest: a wrong term is far above it, plain torch reaches a quarter
+            assert worst <= 2**-19 * max(want[name].abs().max().item(), 1.0), (name, worst)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradcheck(bias, p):
+    """Of the Function, in which d is an operand: the norm is a constant by definition."""
+    q = oracle.problem(5, 4, 9, 2, dtype=torch.float64, p=p, bias=bias)
+    d = torch.rand(4, dtype=torch.float64) + 0.5
+    leaves = [None if t is None else t.requires_grad_() for t in (q.x, q.a, q.b, d, q.bias)]
+
+    def function(x, a, b, d, bias):
+        return DoRALinearFunction.apply(x, q.w, a, b, d, bias, q.scale, p, q.seed, "eager")
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("asks", [("x",), ("a",), ("b",), ("m",), ("bias",), ("x", "m"), ("b", "m")], ids=str)
+def test_gradients_reach_only_what_asks(asks, p):
+    q = oracle.problem(6, 5, 16, 2, p=p)
+    m = magnitude(q)
+    want = truth(q, m)
+    leaves = {
+        name: t.clone().requires_grad_(name in asks)
+        for name, t in {"x": q.x, "a": q.a, "b": q.b, "m": m, "bias": q.bias}.items()
+    }
+    x, a, b, m, bias = leaves.values()
+    dora_linear(x, q.w, a, b, m, scale=q.scale, bias=bias, dropout_p=p, seed=q.seed).backward(q.dy)
+    assert {name for name, t in leaves.items() if t.grad is not None} == set(asks)
+    for name in asks:
+        torch.testing.assert_close(leaves[name].grad.double(), want[f"d{name}"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_tensor_scale(p):
+    q = oracle.problem(6, 5, 8, 2, p=p)
+    m, scale = magnitude(q), torch.tensor(q.scale, requires_grad=True)
+    want = truth(q, m)
+    y = dora_linear(q.x, q.w, q.a, q.b, m, scale=scale, bias=q.bias, dropout_p=p, seed=q.seed)
+    torch.testing.assert_close(y.double(), want["y"], rtol=1e-5, atol=1e-5)
+    y.backward(q.dy)
+    torch.testing.assert_close(scale.grad.double(), (want["db"] * q.b).sum() / q.scale, rtol=1e-4, atol=1e-4)
+
+
+def test_fp32_magnitude_beside_half_adapters():
+    q = oracle.problem(64, 48, 80, 4, dtype=torch.bfloat16)
+    got = run(q, magnitude(q, torch.float32))
+    assert got["dm"].dtype == torch.float32 and not torch.equal(got["dm"], got["dm"].bfloat16().float())
+
+
+# --- the norm ---
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), *oracle.DTYPES], ids=str)
+def test_factored_norm(dtypes):
+    q = oracle.problem(1, 1100, 187, 8, dtype=dtypes[0], adapter_dtype=dtypes[1])
+    exact = torch.linalg.vector_norm(q.w.double() + q.scale * q.b.double() @ q.a.double(), dim=1)
+    for known in (None, WeightNorms().of(q.w)):
+        norm = torch.ops.lora_kernels.dora_norm(q.w, q.a, q.b, q.scale, known)
+        assert norm.dtype == torch.promote_types(q.w.dtype, torch.float32)
+        error = ((norm.double() - exact) / exact).abs().max().item()
+        assert error <= 8 * torch.finfo(norm.dtype).eps
+    torch.library.opcheck(torch.ops.lora_kernels.dora_norm, (q.w, q.a, q.b, q.scale, None))
+
+
+def test_norm_of_rows_that_cancel():
+    """W + s·B A = 0, and a row of zeros: d stays finite, and m = 0 gives 0."""
+    a, b = torch.randn(3, 16), torch.randn(6, 3)
+    w = -0.5 * b @ a
+    w[0] = b[0] = 0
+    m = torch.linalg.vector_norm(w, dim=1)
+    y = dora_linear(torch.randn(4, 16), w, a, b, m, scale=0.5)
+    assert torch.isfinite(y).all() and y[:, 0].count_nonzero() == 0
+
+
+class _Storages(TorchDispatchMode):
+    """The sizes, in elements, of all that operations return, inside our operators too, but for what was there
+    before."""
+
+    INSIDE = {  # noqa: RUF012
+        torch.ops.lora_kernels.dora_norm.default: dora._run_norm,
+        torch.ops.lora_kernels.forward.default: ops._run_forward,
+        torch.ops.lora_kernels.backward.default: ops._run_backward,
+    }
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known, self.sizes = {t.untyped_storage().data_ptr() for t in known}, [0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.INSIDE:
+            with self:
+                return self.INSIDE[func](*args)
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.sizes.append(t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+def test_allocates_nothing_of_the_weights_size(dtypes, p, backend):
+    """Not N×K nor K×K, forward or backward, first step (which fills the cache) and later ones."""
+    M, N, K = 2, 1536, 640
+    layer = trained(K, N, r=2, lora_dropout=p, dtype=dtypes[0], adapter_dtype=dtypes[1], backend=backend)
+    x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
+    with _Storages([*layer.parameters()]) as seen:
+        for _ in range(2):
+            layer(x).sum().backward()
+    # 512 rows of a 16-bit W are converted at a time, nothing of an fp32 one
+    allowed = max(2 * N, 8 * K) if dtypes[0] == torch.float32 else 512 * K
+    assert len(seen.sizes) > 20 and max(seen.sizes) <= allowed < K * K
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_bytes_saved(p):
+    M, N, K, R = 64, 96, 80, 8
+    layer, x = trained(K, N, r=R, lora_dropout=p), torch.randn(M, K, requires_grad=True)
+    rows = 4 * 4 * N + 64  # m, n, d and their likes
+    assert oracle.saved_bytes(lambda: layer(x)) <= 4 * (M * K + M * R + M * N) + rows
+    layer.lora_magnitude_vector.requires_grad_(False)
+    assert oracle.saved_bytes(lambda: layer(x)) <= 4 * (M * K + M * R) + rows
+    layer.lora_A.requires_grad_(False), layer.lora_B.requires_grad_(False)
+    assert oracle.saved_bytes(lambda: layer(x)) <= rows
+
+
+# --- the cache of ‖W‖² ---
+
+
+def test_cache_sees_every_counted_change():
+    w = nn.Parameter(torch.randn(6, 5), requires_grad=False)
+    norms = WeightNorms()
+    first = norms.of(w)
+    assert norms.of(w) is first
+    torch.testing.assert_close(first, w.square().sum(1))
+    with torch.no_grad():
+        w.mul_(2)  # in place
+    torch.testing.assert_close(norms.of(w), 4 * first)
+    w.detach()[0].zero_()  # through a view
+    assert norms.of(w)[0] == 0 and norms.of(w)[1] > 0
+    version = w._version
+    w.data = torch.ones(6, 5)  # another storage, and the version may be the same
+    assert w._version == version
+    torch.testing.assert_close(norms.of(w), torch.full((6,), 5.0))
+    for value in range(2, 8):  # the freed address is soon used again
+        w.data = torch.full((6, 5), float(value))
+        torch.testing.assert_close(norms.of(w), torch.full((6,), 5.0 * value**2))
+    w.data = w.data.to(torch.bfloat16)
+    assert norms.of(w).dtype == torch.float32
+    norms.clear()
+    kept = norms.of(w)
+    w.data.zero_()  # what PyTorch does not count
+    assert norms.of(w) is kept
+    norms.clear()
+    assert norms.of(w).count_nonzero() == 0
+
+
+def test_cache_keeps_no_weight_and_no_copy_of_itself():
+    w, norms = torch.randn(6, 5), WeightNorms()
+    norms.of(w)
+    storage = norms._storage
+    assert not storage.expired()
+    del w
+    assert storage.expired()
+    assert copy.deepcopy(norms)._value is None
+    with torch.inference_mode():
+        assert norms.of(torch.ones(2, 2)) is None
+
+
+@pytest.mark.parametrize("change", ["in place", "load", "assign", "double", "merge", "swap"])
+def test_the_module_follows_its_weight(change):
+    layer, x = trained(7, 5, r=2), torch.randn(3, 7)
+    layer(x)
+    if change == "in place":
+        with torch.no_grad():
+            layer.weight.mul_(3)
+    elif change in ("load", "assign"):
+        other = {**layer.state_dict(), "weight": torch.randn(5, 7)}
+        layer.load_state_dict(other, assign=change == "assign")
+    elif change == "double":
+        layer, x = layer.double(), x.double()
+    elif change == "merge":
+        layer.merge()
+        layer(x)
+        layer.unmerge()
+    else:
+        layer.weight = nn.Parameter(torch.randn(5, 7), requires_grad=False)
+    want = reference.dora_linear(
+        x, layer.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, scale=layer.scaling, bias=layer.bias
+    )
+    torch.testing.assert_close(layer(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast_to_another_dtype_than_the_magnitudes(dtype, own, adapter):
+    x, w, m = torch.randn(3, 8, dtype=own), torch.randn(6, 8, dtype=own), torch.rand(6, dtype=torch.float32).to(own)
+    a, b = torch.randn(2, 8).to(adapter), torch.randn(6, 2).to(adapter)
+    m.requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = dora_linear(x, w, a, b, m, scale=0.5)
+    y.sum().backward()
+    assert y.dtype == dtype and m.grad.dtype == own
+    wide = [t.detach().double() for t in (x, w, a, b, m)]
+    torch.testing.assert_close(y.double(), reference.dora_linear(*wide, scale=0.5), rtol=0.05, atol=0.1)

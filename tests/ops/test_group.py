@@ -1,0 +1,205 @@
+"""`lora_linear_group`: every layer's values and gradients are those of a call of its own, and dx is their sum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import oracle
+from torch import Tensor
+
+from lora_kernels import lora_linear
+from lora_kernels.ops.group import Layer, lora_linear_group
+from lora_kernels.testing import gate
+
+SIZES = [  # M, K, then N and R of each layer
+    (5, 7, (3, 2), (1, 1)),
+    (0, 24, (16, 4), (8, 4)),
+    (1, 40, (24, 8), (12, 8), (12, 8)),
+    (33, 130, (129, 17), (31, 3), (64, 70)),
+    (211, 187, (193, 8), (97, 8), (64, 16)),
+]
+"""The last is large enough for statistics; ranks on both sides of those that the CPU kernels take in one pass."""
+
+
+def problems(size, *, dtype=torch.float32, adapter_dtype=None, p=0.0, strided=False) -> list[gate.Problem]:
+    """Layers that read the same x."""
+    M, K, *layers = size
+    qs = [
+        oracle.problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p * i, strided=strided, seed=i)
+        for i, (N, R) in enumerate(layers, 1)
+    ]
+    return [replace(q, x=qs[0].x, bias=q.bias if i else None) for i, q in enumerate(qs)]
+
+
+def run(qs: list[gate.Problem], used: list[int] | None = None, **kwargs) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """dx, and of each layer y, da, db and dbias."""
+    x = qs[0].x.detach().requires_grad_()
+    leaves = [
+        {name: t.detach().requires_grad_() for name in ("a", "b", "bias") if (t := getattr(q, name)) is not None}
+        for q in qs
+    ]
+    layers = [Layer(q.w, t["a"], t["b"], q.scale, t.get("bias"), q.p, q.seed) for q, t in zip(qs, leaves, strict=True)]
+    ys = lora_linear_group(x, layers, **kwargs)
+    used = list(range(len(qs))) if used is None else used
+    torch.autograd.backward([ys[i] for i in used], [qs[i].dy for i in used])
+    results = [
+        {"y": y.detach()} | {f"d{name}": leaf.grad for name, leaf in t.items()} for y, t in zip(ys, leaves, strict=True)
+    ]
+    return x.grad, results
+
+
+def judge_dx(dx: Tensor, qs: list[gate.Problem]) -> None:
+    """Against the sum of the layers' dx in fp64; plain torch would add up rounded ones."""
+    want = [gate.truth(q)["dx"] for q in qs]
+    exact, eps = sum(want), torch.finfo(dx.dtype).eps
+    if min(q.x.shape[0] * q.a.shape[0] * (1 - q.p) for q in qs) >= 1024:
+        plain = sum(gate.evaluate(q)["dx"] for q in qs)
+        fault = gate._against_plain("dx", dx, exact, plain, eps).fault
+    else:
+        magnitudes = [gate.truth(q.absolute())["dx"] for q in qs]
+        bound = sum(gate._bound("dx", q, w, m) + eps * m for q, w, m in zip(qs, want, magnitudes, strict=True))
+        fault = gate._against_bound("dx", dx, exact, bound).fault
+    assert fault is None, fault
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_and_gradients(size, dtypes, p, backend):
+    qs = problems(size, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
+    dx, results = run(qs, backend=backend)
+    judge_dx(dx, qs)
+    for q, got in zip(qs, results, strict=True):
+        gate.check(got, q)
+
+
+@pytest.mark.usefixtures("poison")
+def test_strided_operands_and_fp64():
+    for dtype in (torch.float32, torch.float64):
+        qs = problems(SIZES[3], dtype=dtype, p=0.2, strided=True)
+        dx, results = run(qs)
+        judge_dx(dx, qs)
+        for q, got in zip(qs, results, strict=True):
+            gate.check(got, q)
+
+
+def test_each_layer_has_the_mask_of_its_seed_and_gradients_repeat(backend):
+    """One peer shares one mask among q, k and v. With equal ranks the order of every sum is a single call's too."""
+    qs = problems((211, 187, (193, 8), (97, 8)), p=0.2)
+    dx, results = run(qs, backend=backend)
+    for q, got in zip(qs, results, strict=True):
+        want = gate.evaluate(q, lora_linear, backend=backend)
+        for name, value in got.items():
+            assert torch.equal(value, want[name]), name
+    again_dx, again = run(qs, backend=backend)
+    assert torch.equal(again_dx, dx)
+    assert all(torch.equal(u[name], v[name]) for u, v in zip(again, results, strict=True) for name in u)
+
+
+def test_seeds_are_drawn_in_the_order_of_the_layers():
+    qs = [replace(q, seed=None) for q in problems(SIZES[4], p=0.2)]
+    torch.manual_seed(5)
+    _, results = run(qs)
+    torch.manual_seed(5)
+    for q, got in zip(qs, results, strict=True):
+        y = lora_linear(q.x, q.w, q.a, q.b, scale=q.scale, bias=q.bias, dropout_p=q.p)
+        assert torch.equal(got["y"], y)
+
+
+def test_layers_whose_output_is_not_used_have_no_gradient():
+    qs = problems(SIZES[3], p=0.2)
+    dx, results = run(qs, used=[1])
+    assert torch.equal(dx, gate.evaluate(qs[1], lora_linear)["dx"])
+    assert [got["da"] is None for got in results] == [True, False, True]
+
+
+def test_only_what_needs_a_gradient_is_saved_and_computed(monkeypatch):
+    cpu = pytest.importorskip("lora_kernels.backends.cpu", reason="the native CPU kernels are not built")
+
+    qs = problems(SIZES[3])
+    asked = []
+    inner = cpu.backward
+    monkeypatch.setattr(cpu, "backward", lambda *args: asked.append(args) or inner(*args))
+    x, a = qs[0].x.requires_grad_(), qs[1].a.detach().requires_grad_()
+    layers = [Layer(q.w, a if i == 1 else q.a, q.b, q.scale) for i, q in enumerate(qs)]
+    sum(y.sum() for y in lora_linear_group(x.detach(), layers)).backward()
+    (dys, saved_x, _, _, hs, needs), *_ = asked
+    assert len(dys) == 1 and saved_x is not None and hs == [None] and needs == (False, (True,), (False,))
+    sum(
+        y.sum() for y in lora_linear_group(x, [layer._replace(lora_a=q.a) for layer, q in zip(layers, qs, strict=True)])
+    ).backward()
+    assert asked[1][1] is None and asked[1][5].dx is True  # no x saved, dx asked
+
+
+def test_leading_dimensions_autocast_and_tensor_scales():
+    qs = problems((12, 24, (16, 4), (8, 2)), p=0.1)
+    x = qs[0].x.view(3, 2, 2, 24)
+    layers = [Layer(q.w, q.a, q.b, torch.tensor(q.scale), None, q.p, q.seed) for q in qs]
+    for y, q in zip(lora_linear_group(x, layers), qs, strict=True):
+        assert y.shape == (3, 2, 2, q.w.shape[0])
+        torch.testing.assert_close(
+            y.view(12, -1), lora_linear(q.x, q.w, q.a, q.b, scale=q.scale, dropout_p=q.p, seed=q.seed)
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for y, layer in zip(lora_linear_group(x.requires_grad_(), layers), layers, strict=True):
+            want = lora_linear(
+                x,
+                layer.weight,
+                layer.lora_a,
+                layer.lora_b,
+                scale=layer.scale,
+                dropout_p=layer.dropout_p,
+                seed=layer.seed,
+            )
+            assert y.dtype == torch.bfloat16 and torch.equal(y, want)
+
+
+def test_double_backward_is_refused():
+    qs = problems((4, 6, (5, 2), (3, 2)))
+    x = qs[0].x.requires_grad_()
+    ys = lora_linear_group(x, [Layer(q.w, q.a, q.b, 1.0) for q in qs])
+    (dx,) = torch.autograd.grad(ys[0].sum() + ys[1].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linear_group has no double backward"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_operators(p):
+    qs = problems((4, 6, (5, 2), (3, 1)), p=p)
+    columns = [[getattr(q, name) for q in qs] for name in ("w", "a", "b", "bias", "scale", "p", "seed")]
+    w, a, b, bias, scale, rates, seed = columns
+    args = (qs[0].x, w, a, b, bias, scale, rates, seed, None, [True, False])
+    torch.library.opcheck(torch.ops.lora_kernels.forward_group.default, args)
+    h = torch.ops.lora_kernels.forward_group(*args)[2:]
+    back = ([q.dy for q in qs], qs[0].x, w, a, b, h, scale, rates, seed, None, True, [True, True], [True, False])
+    torch.library.opcheck(torch.ops.lora_kernels.backward_group.default, back)
+
+
+def test_compiles_without_a_break():
+    qs = problems((6, 8, (5, 2), (3, 1)))
+    leaves = [t.detach().requires_grad_() for q in qs for t in (q.a, q.b)]
+
+    def step(x, a1, b1, a2, b2):
+        ys = lora_linear_group(x, [Layer(qs[0].w, a1, b1, 0.5), Layer(qs[1].w, a2, b2, 2.0)])
+        return ys[0].square().sum() + ys[1].sum()
+
+    x = qs[0].x.requires_grad_()
+    want = torch.autograd.grad(step(x, *leaves), (x, *leaves))
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(x, *leaves), (x, *leaves))
+    for u, v in zip(got, want, strict=True):
+        assert torch.equal(u, v)
+
+
+def test_errors_name_the_values():
+    q, other = problems((4, 6, (5, 2), (3, 2)))
+    with pytest.raises(ValueError, match="at least one layer, got none"):
+        lora_linear_group(q.x, [])
+    with pytest.raises(ValueError, match="differ in K"):
+        lora_linear_group(q.x, [Layer(q.w, q.a, q.b, 1.0), Layer(q.w[:, :5], q.a, q.b, 1.0)])
+    halves = [other.a.bfloat16(), other.b.bfloat16()]
+    with pytest.raises(TypeError, match=r"one dtype, got torch.float32, torch.bfloat16"):
+        lora_linear_group(q.x, [Layer(q.w, q.a, q.b, 1.0), Layer(other.w, *halves, 1.0)])

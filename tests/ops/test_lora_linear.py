@@ -1,0 +1,229 @@
+"""The Function and its operators: compile, checkpointing, autocast, what is saved, what is asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import oracle
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import FusedLoRALinear, explain, lora_linear
+
+ops = torch.ops.lora_kernels
+
+
+def run(q: oracle.Problem, **kwargs):
+    return oracle.evaluate(q, lora_linear, **kwargs)
+
+
+@pytest.mark.parametrize("lead", [(), (6,), (2, 3), (2, 1, 3), (0, 4)], ids=str)
+def test_any_leading_dimensions(lead):
+    q = oracle.problem(1, 5, 7, 2)
+    x = torch.randn(*lead, 7, requires_grad=True)
+    y = lora_linear(x, q.w, q.a, q.b, scale=0.5, bias=q.bias)
+    assert y.shape == (*lead, 5)
+    flat = lora_linear(x.reshape(-1, 7), q.w, q.a, q.b, scale=0.5, bias=q.bias)
+    assert torch.equal(y.reshape(-1, 5), flat)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_gradients_reach_only_what_asks():
+    q = oracle.problem(6, 5, 7, 2)
+    for asks in ("x", "a", "b", "bias"):
+        leaves = {n: getattr(q, n).clone().requires_grad_(n == asks) for n in ("x", "a", "b", "bias")}
+        lora_linear(leaves["x"], q.w, leaves["a"], leaves["b"], scale=q.scale, bias=leaves["bias"]).backward(q.dy)
+        assert {n for n, t in leaves.items() if t.grad is not None} == {asks}
+        oracle.check({f"d{asks}": leaves[asks].grad}, q)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+def test_bytes_saved(dtypes, p):
+    M, N, K, R = 64, 96, 80, 8
+    layer = FusedLoRALinear(K, N, r=R, lora_dropout=p, dtype=dtypes[0], adapter_dtype=dtypes[1])
+    x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
+    item = x.element_size()
+    assert M * K * item < oracle.saved_bytes(lambda: layer(x)) <= (M * K + M * R) * item + 64
+    layer.lora_A.requires_grad_(False)  # LoRA-FA: M×r numbers
+    assert oracle.saved_bytes(lambda: layer(x)) <= M * R * item + 64
+    layer.lora_B.requires_grad_(False)
+    assert oracle.saved_bytes(lambda: layer(x)) <= 64
+
+
+def test_bytes_saved_under_autocast():
+    layer, x = FusedLoRALinear(80, 96, r=8), torch.randn(64, 80, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert oracle.saved_bytes(lambda: layer(x)) <= (64 * 80 + 64 * 8) * 2 + 64
+
+
+@pytest.mark.parametrize("dy_requires_grad", [False, True])
+def test_double_backward_is_refused(dy_requires_grad):
+    q = oracle.problem(4, 5, 6, 2)
+    x, a = q.x.requires_grad_(), q.a.requires_grad_()
+    y = lora_linear(x, q.w, a, q.b.requires_grad_(), scale=1.0)
+    dy = q.dy.requires_grad_(dy_requires_grad)
+    dx, da = torch.autograd.grad(y, (x, a), dy, create_graph=True)
+    for first in (dx, da):
+        with pytest.raises(RuntimeError, match="no double backward"):
+            first.square().sum().backward(retain_graph=True)
+
+
+def test_grad_of_another_dtype_is_converted():
+    """A mixed-precision wrapper may hand an fp32 dy to a bf16 layer; one peer's fused backward crashed on it."""
+    q = oracle.problem(6, 5, 8, 2, dtype=torch.bfloat16)
+    leaves = [q.x.requires_grad_(), q.a.requires_grad_(), q.b.requires_grad_()]
+    y = lora_linear(leaves[0], q.w, leaves[1], leaves[2], scale=1.0)
+    want = torch.autograd.grad(y, leaves, q.dy, retain_graph=True)
+    dx, _, da, db, *_ = y.grad_fn.apply(q.dy.float())
+    for got, expected in zip((dx, da, db), want, strict=True):
+        assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
+
+
+def test_fp32_adapter_gradients_are_not_rounded_through_bf16():
+    q = oracle.problem(64, 32, 48, 8, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    got = run(q)
+    for name in ("da", "db"):
+        assert got[name].dtype == torch.float32
+        assert not torch.equal(got[name], got[name].bfloat16().float())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_tensor_scale_is_differentiable_and_equals_the_float(p):
+    q = oracle.problem(6, 5, 8, 2, p=p)
+    want = run(q)
+    scale = torch.tensor(q.scale, requires_grad=True)
+    a, b, x = (t.clone().requires_grad_() for t in (q.a, q.b, q.x))
+    y = lora_linear(x, q.w, a, b, scale=scale, bias=q.bias, dropout_p=p, seed=q.seed)
+    y.backward(q.dy)
+    oracle.check({"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}, q)
+    low = (want["y"] - q.x @ q.w.t() - q.bias) / q.scale
+    torch.testing.assert_close(scale.grad, (q.dy * low).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_seeds():
+    q = oracle.problem(8, 8, 64, 4)
+    call = lambda **kw: lora_linear(q.x, q.w, q.a, q.b, scale=1.0, dropout_p=0.5, **kw)  # noqa: E731
+    assert torch.equal(call(seed=5), call(seed=torch.tensor(5)))
+    assert not torch.equal(call(seed=5), call(seed=6))
+    torch.manual_seed(3)
+    first, second = call(), call()
+    assert not torch.equal(first, second)  # each call draws its own
+    torch.manual_seed(3)
+    assert torch.equal(first, call())
+
+
+# --- checkpointing, functional_call, autocast
+# ---------------------------------------------------------------------------------------------
+
+
+def _grads(layer: nn.Module, x: torch.Tensor, forward) -> list[torch.Tensor]:
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    y = forward(leaf)
+    y.square().sum().backward()
+    return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_replays_the_mask(use_reentrant):
+    layer, x = FusedLoRALinear(32, 24, r=4, lora_dropout=0.5), torch.randn(16, 32)
+    nn.init.normal_(layer.lora_B)
+    plain = _grads(layer, x, layer)
+    replayed = _grads(layer, x, lambda t: checkpoint(layer, t, use_reentrant=use_reentrant))
+    assert len(plain) == 4
+    assert all(torch.equal(p, r) for p, r in zip(plain, replayed, strict=True))
+
+
+def test_functional_call():
+    layer, x = FusedLoRALinear(6, 5, r=2), torch.randn(3, 6)
+    other = {"lora_B": torch.randn(5, 2, requires_grad=True)}
+    y = torch.func.functional_call(layer, other, (x,))
+    want = layer(x) + layer.scaling * (x @ layer.lora_A.t() @ other["lora_B"].t())
+    torch.testing.assert_close(y, want)
+    y.sum().backward()
+    assert other["lora_B"].grad is not None and layer.lora_B.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    layer, x = FusedLoRALinear(32, 24, r=4), torch.randn(16, 32, requires_grad=True)
+    nn.init.normal_(layer.lora_B)
+    with torch.autocast("cpu", dtype=dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    y.sum().backward()  # outside, as everyone does
+    assert x.grad.dtype == layer.lora_A.grad.dtype == torch.float32
+    inside = x.grad.clone()
+    x.grad = None
+    with torch.autocast("cpu", dtype=dtype):
+        layer(x).sum().backward()
+    assert torch.equal(x.grad, inside)
+    q = oracle.Problem(
+        x.detach().to(dtype), layer.weight.to(dtype), layer.lora_A.detach(), layer.lora_B.detach(),
+        layer.bias.to(dtype), torch.ones_like(y), layer.scaling, 0.0, None,
+    )  # fmt: skip
+    oracle.check({"y": y.detach()}, q)
+
+
+def test_autocast_leaves_integers_to_the_check():
+    layer = FusedLoRALinear(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="int64"):
+        layer(torch.ones(2, 4, dtype=torch.int64))
+
+
+# --- operators and torch.compile
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_opcheck(p):
+    q = oracle.problem(4, 6, 8, 2, p=p)
+    forward = (q.x, q.w, q.a, q.b, q.bias, q.scale, p, q.seed, None, True)
+    torch.library.opcheck(ops.forward, forward)
+    _, h = ops.forward(*forward)
+    for needs in ((True, True, True), (True, False, False), (False, True, True)):
+        torch.library.opcheck(ops.backward, (q.dy, q.x, q.w, q.a, q.b, h, q.scale, p, q.seed, None, *needs))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_compile_fullgraph_forward_and_backward(p):
+    model = nn.Sequential(FusedLoRALinear(16, 24, r=4, lora_dropout=p), nn.GELU(), FusedLoRALinear(24, 8, r=4))
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, 16)
+    plain, traced = _grads(model, x, model), _grads(model, x, compiled)
+    assert len(plain) == 6
+    for want, got in zip(plain, traced, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_compile_with_inductor_and_dynamic_rows():
+    layer = FusedLoRALinear(16, 24, r=4)
+    nn.init.normal_(layer.lora_B)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for M in (3, 5, 8):
+        x = torch.randn(M, 16)
+        for want, got in zip(_grads(layer, x, layer), _grads(layer, x, compiled), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_meta_device_gives_shapes():
+    layer = FusedLoRALinear(16, 24, r=4, device="meta")
+    assert layer(torch.empty(2, 3, 16, device="meta")).shape == (2, 3, 24)
+
+
+def test_explain_names_the_choice_and_every_refusal():
+    q = oracle.problem(4, 6, 8, 2)
+    answer = explain(q.x, q.w, q.a, q.b, bias=q.bias)
+    assert answer.forward in ("cpu", "eager") and answer.forward == answer.backward
+    assert {answer.forward, *answer.passed_over} >= {"cpu", "eager", "triton"}
+    assert all(reasons for reasons in answer.passed_over.values())
+    named = explain(q.x, q.w, q.a, q.b, backend="eager")
+    assert named.forward == "eager" and "by name" in named.passed_over["cpu"][0]
+    assert "M=4 N=6 K=8 R=2" in str(answer) and answer.forward in str(answer)
+    with pytest.raises(ValueError, match="triton"):
+        explain(q.x, q.w, q.a, q.b, backend="triton")

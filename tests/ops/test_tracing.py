@@ -1,0 +1,218 @@
+"""An operator is left out of a call only where nobody would see it, and the Function only where nobody wants a
+gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lora_kernels import lora_linear, quantize_weight
+from lora_kernels.ops import linear as ops
+from lora_kernels.testing.gate import check, problem
+
+FORMS = ["dense", "nf4"]
+FORWARD, BACKWARD = torch.ops.lora_kernels.forward.default, torch.ops.lora_kernels.backward.default
+
+
+class Seen(TorchDispatchMode):
+    """Which of our operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: list[object] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lora_kernels":
+            self.ours.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Named(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: list[object] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (FORWARD, BACKWARD):
+            self.ours.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=FORMS)
+def operands(request):
+    q = problem(5, 24, 16, 4)
+    return q.x, q.w if request.param == "dense" else quantize_weight(q.w, "nf4"), q.a, q.b
+
+
+def step(x: Tensor, w, a: Tensor, b: Tensor) -> Tensor:
+    x, a, b = (t.detach().requires_grad_() for t in (x, a, b))
+    y = lora_linear(x, w, a, b, scale=0.5)
+    y.backward(torch.ones_like(y))
+    return y.detach()
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """The calls of either operator."""
+    calls: list[str] = []
+    for name in ("_forward_op", "_backward_op"):
+        run = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
+    return calls
+
+
+def test_without_a_watcher_no_operator_is_called(operators, operands):
+    step(*operands)
+    lora_linear(*operands, scale=0.5)
+    with torch.no_grad():
+        lora_linear(*operands, scale=0.5)
+    with torch.inference_mode():
+        lora_linear(*operands, scale=0.5)
+    assert operators == []
+
+
+@pytest.mark.parametrize("mode", [Seen, Named])
+def test_modes_see_the_operators(mode, operands):
+    with mode() as seen:
+        y = step(*operands)
+    # a function mode sees ``y.backward()``, and is off in all that this calls
+    assert seen.ours == ([FORWARD, BACKWARD] if mode is Seen else [FORWARD])
+    with mode() as seen, torch.no_grad():
+        assert torch.equal(lora_linear(*operands, scale=0.5), y)
+    assert seen.ours == [FORWARD]
+
+
+def test_a_mode_around_the_backward_alone_sees_it(operands):
+    x, w, a, b = operands
+    a = a.clone().requires_grad_()
+    y = lora_linear(x, w, a, b, scale=0.5)
+    with Seen() as seen:
+        y.sum().backward()
+    assert seen.ours == [BACKWARD]
+
+
+def test_the_profiler_sees_the_operators(operands):
+    with torch.profiler.profile() as profile:
+        step(*operands)
+    names = [event.name for event in profile.events()]
+    assert names.count("lora_kernels::forward") == names.count("lora_kernels::backward") == 1
+
+
+def test_a_checkpointing_policy_sees_the_operator(operands):
+    x, w, a, b = operands
+    x = x.clone().requires_grad_()
+    asked = []
+
+    def policy(ctx, op, *args, **kwargs):
+        asked.append(op)
+        return CheckpointPolicy.MUST_SAVE if op is FORWARD else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def layer(x):
+        return lora_linear(x.sin(), w, a, b, scale=0.5)
+
+    def contexts():
+        return create_selective_checkpoint_contexts(policy)
+
+    checkpoint(layer, x, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert FORWARD in asked
+    wanted = x.grad.clone()
+    x.grad = None
+    layer(x).sum().backward()
+    assert torch.equal(x.grad, wanted)
+
+
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+def test_traced_graphs_hold_the_operator(tracing):
+    q = problem(5, 24, 16, 4)
+
+    def run(x):
+        return lora_linear(x, q.w, q.a, q.b, scale=0.5)
+
+    with torch.no_grad():
+        graph = make_fx(run, None, tracing, _allow_non_fake_inputs=True)(q.x)
+    assert FORWARD in [node.target for node in graph.graph.nodes]
+    assert torch.equal(graph(q.x), run(q.x))
+
+
+def test_jit_traces_hold_the_operator():
+    q = problem(5, 24, 16, 4)
+    with torch.no_grad():
+        graph = torch.jit.trace(lambda x: lora_linear(x, q.w, q.a, q.b, scale=0.5), (q.x,), check_trace=False)
+        assert "lora_kernels::forward" in str(graph.graph)
+        assert torch.equal(graph(2 * q.x), lora_linear(2 * q.x, q.w, q.a, q.b, scale=0.5))
+
+
+def test_subclasses_of_tensor_see_the_operator():
+    class Mine(Tensor):
+        ours: list[object] = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func is FORWARD:
+                cls.ours.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    q = problem(5, 24, 16, 4)
+    with torch.no_grad():
+        lora_linear(q.x, q.w, q.a, q.b.as_subclass(Mine), scale=0.5)
+        lora_linear(q.x, q.w, q.a, q.b, bias=torch.zeros(24).as_subclass(Mine), scale=0.5)
+    assert len(Mine.ours) == 2
+
+
+@pytest.mark.parametrize("which", ["x", "w", "a", "b", "bias"])
+def test_a_lazily_negated_operand_is_taken_at_its_value(which):
+    """Its memory holds the other sign, which the dispatcher resolves."""
+    q = problem(5, 24, 16, 4)
+    given = {"x": q.x, "w": q.w, "a": q.a, "b": q.b, "bias": q.bias}
+    negative = given | {which: -given[which]}
+    given[which] = torch._neg_view(given[which])
+
+    def run(x, w, a, b, bias):
+        return lora_linear(x, w, a, b, bias=bias, scale=0.5)
+
+    with torch.no_grad():
+        assert torch.equal(run(**given), run(**negative))
+
+
+def test_functorch_and_forward_mode_are_not_passed_by():
+    q = problem(5, 24, 16, 4)
+
+    def run(x):
+        return lora_linear(x, q.w, q.a, q.b, scale=0.5)
+
+    with torch.no_grad():
+        batched = torch.stack([q.x, 2 * q.x])
+        assert torch.allclose(torch.vmap(run)(batched), torch.stack([run(q.x), run(2 * q.x)]))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        run(forward_ad.make_dual(q.x, q.x))
+    with pytest.raises(RuntimeError, match=r"jvp|vmap|functorch"):
+        torch.func.jvp(run, (q.x,), (q.x,))
+
+
+def test_the_function_is_left_out_where_nothing_wants_a_gradient(monkeypatch):
+    q, applied = problem(5, 24, 16, 4), []
+    apply = ops.LoRALinearFunction.apply
+    monkeypatch.setattr(ops.LoRALinearFunction, "apply", lambda *args: applied.append(1) or apply(*args))
+    operands = {"x": q.x, "lora_a": q.a, "lora_b": q.b, "bias": q.bias, "scale": torch.tensor(0.5)}
+    y = lora_linear(weight=q.w, **operands)
+    assert not applied and not y.requires_grad
+    check({"y": lora_linear(weight=q.w, **operands | {"scale": q.scale})}, q)
+    for name in operands:
+        wanted = operands | {name: operands[name].clone().requires_grad_()}
+        assert lora_linear(weight=q.w, **wanted).requires_grad, name
+    assert len(applied) == len(operands)
+
+
+def test_a_parameter_that_begins_to_want_gradients_gets_them():
+    q = problem(5, 24, 16, 4)
+    a = nn.Parameter(q.a, requires_grad=False)
+    assert not lora_linear(q.x, q.w, a, q.b, scale=0.5).requires_grad
+    a.requires_grad_()
+    lora_linear(q.x, q.w, a, q.b, scale=0.5).sum().backward()
+    assert a.grad is not None and a.grad.abs().sum() > 0

@@ -1,0 +1,126 @@
+"""The build of the native modules: what it takes from the environment, does without a compiler, and ships."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.paths import ROOT
+
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not in a source tree")
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("setuptools")
+    for name in (
+        "CXX",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "LORA_KERNELS_CUDA",
+        "LORA_KERNELS_CUDA_ARCHS",
+        "LORA_KERNELS_REQUIRE_NATIVE",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "native_build.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def names(build: ModuleType) -> list[str]:
+    return [extension.name for extension in build.extensions()]
+
+
+def test_modules_follow_the_tools(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_cxx", lambda: (["c++"], ""))
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/opt/cuda/bin/nvcc")
+    assert names(build) == ["lora_kernels._C", "lora_kernels._cuda"]
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "0")
+    assert names(build) == ["lora_kernels._C"]
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "auto")
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    assert names(build) == ["lora_kernels._C"]
+
+
+def test_cuda_asked_for_without_nvcc(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "1")
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    with pytest.raises(SystemExit, match=r"LORA_KERNELS_CUDA=1, but there is no nvcc.*CUDA_HOME"):
+        build.extensions()
+
+
+def test_nvcc_is_found_in_cuda_home(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.find_nvcc() == str(tmp_path / "bin" / "nvcc")
+
+
+def test_wrong_values(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "yes")
+    with pytest.raises(SystemExit, match="'yes': expected auto, 0 or 1"):
+        build.extensions()
+    monkeypatch.setenv("LORA_KERNELS_CUDA_ARCHS", "90a sm_80")
+    with pytest.raises(SystemExit, match="'sm_80': expected a list"):
+        build.cuda_archs()
+    monkeypatch.setenv("LORA_KERNELS_CUDA_ARCHS", "80;89, 100f")
+    assert build.cuda_archs() == ["80", "89", "100f"]
+
+
+def test_without_a_compiler(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pure Python and a warning that says what to do; an error where the kernels are required."""
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "0")
+    assert build.extensions() == []
+    said = capsys.readouterr().err
+    assert "installs without its native kernels" in said and "/no/such/compiler" in said and "apt install g++" in said
+    monkeypatch.setenv("LORA_KERNELS_REQUIRE_NATIVE", "1")
+    with pytest.raises(SystemExit, match="LORA_KERNELS_REQUIRE_NATIVE=1, but there is no working"):
+        build.extensions()
+
+
+def test_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        shipped = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    sources = {
+        str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".h", ".cuh", ".py")
+    }
+    python = {str(p.relative_to(ROOT)) for p in (ROOT / "lora_kernels").rglob("*.py*") if p.suffix in (".py", ".pyi")}
+    wanted = sources | python | {"lora_kernels/py.typed", "pyproject.toml", "setup.py"}
+    assert wanted <= shipped, f"not shipped: {sorted(wanted - shipped)}"
+
+
+@pytest.mark.parametrize("name", ["_C", "_cuda"])
+def test_stub_names_what_the_module_has(name: str) -> None:
+    module = pytest.importorskip(f"lora_kernels.{name}")
+    tree = ast.parse((ROOT / "lora_kernels" / f"{name}.pyi").read_text())
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    constants = {
+        node.target.id for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert functions | constants == {n for n in vars(module) if not n.startswith("__")}
+
+
+def test_cuda_module_needs_no_driver_to_import() -> None:
+    _cuda = pytest.importorskip("lora_kernels._cuda", reason="built without nvcc")
+    info = _cuda.build_info()
+    assert info["archs"] and all(arch[0].isdigit() for arch in info["archs"]) and int(info["nvcc"].split(".")[0]) >= 12
+    try:
+        devices = _cuda.devices()
+    except RuntimeError as error:
+        assert "cudaError" in str(error)
+    else:
+        assert all({"name", "capability", "sms", "shared_memory_optin"} <= device.keys() for device in devices)

@@ -1,0 +1,365 @@
+"""PEFT's layers over bitsandbytes' 4 and 8 bits on the fused path: what PEFT gives, or nearer to the truth."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+from peft import PeftModel, get_peft_model  # noqa: E402
+from support.old_torch import compiles_whole_models  # noqa: E402
+from support.peft_models import config, fused_layers, randomise, run, same, with_our_masks  # noqa: E402
+
+import lora_kernels  # noqa: E402
+from lora_kernels.quant.weight import from_bnb  # noqa: E402
+from lora_kernels.testing.gate import Problem, evaluate, truth  # noqa: E402
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+class Net(nn.Module):
+    """Quantised where it stands. K are multiples of the blocksize: of others bitsandbytes on AVX512 computes something
+    else than its own dequantisation; N of 32, which its forward in eval mode asks for there."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        kwargs = {"compute_dtype": FP32, "quant_type": "nf4"} | kwargs
+        self.up, self.down = bnb.nn.Linear4bit(64, 128, **kwargs), bnb.nn.Linear4bit(128, 64, bias=False, **kwargs)
+        self.is_loaded_in_4bit = True
+        self.to("cpu")
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+class Net8(nn.Module):
+    def __init__(self, has_fp16_weights: bool = False) -> None:
+        super().__init__()
+        self.up = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=has_fp16_weights)
+        self.down = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=has_fp16_weights, threshold=6.0)
+        self.is_loaded_in_8bit = True
+        self.to("cpu")
+
+    forward = Net.forward
+
+
+def make(net: nn.Module | None = None, **kwargs) -> PeftModel:
+    """In training mode: there bitsandbytes leaves its weight as it is."""
+    model = get_peft_model(net or Net(), config(**kwargs), autocast_adapter_dtype=False)
+    randomise(model)
+    return model.train()
+
+
+def packed(model: nn.Module) -> list[bool]:
+    return [
+        getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False) for layer in fused_layers(model)
+    ]
+
+
+def fused_equals_peft(model: nn.Module, x: torch.Tensor, rtol: float = 1e-5, **kwargs) -> None:
+    want = run(copy.deepcopy(model), x, **kwargs)
+    report = lora_kernels.fuse(model, strict=True)
+    assert len(report.fused) == len(fused_layers(model)) > 0
+    same(run(model, x, **kwargs), want, rtol)
+    assert all(layer.fused_calls == 1 and not layer.passed_over for layer in fused_layers(model))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("storage", [torch.uint8, BF16])
+def test_values_and_gradients_are_pefts(quant_type, double, storage):
+    net = Net(quant_type=quant_type, compress_statistics=double, quant_storage=storage)
+    fused_equals_peft(make(net), torch.randn(2, 5, 64))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"use_rslora": True}, {"bias": "all"}, {"target_modules": ["up"], "lora_bias": True}]
+)
+def test_settings(kwargs):
+    fused_equals_peft(make(**kwargs), torch.randn(6, 64))
+
+
+def test_eight_bits_while_training_are_pefts():
+    """There, on the CPU, bitsandbytes leaves x as it is."""
+    fused_equals_peft(make(Net8()), torch.randn(6, 64))
+
+
+def problem_of(layer, x: torch.Tensor, dy: torch.Tensor) -> Problem:
+    """What one PEFT layer computes."""
+    a, b = (getattr(layer, f"lora_{name}")["default"].weight.detach() for name in "AB")
+    w = from_bnb(layer.base_layer).dequantize(FP32)
+    return Problem(x, w, a, b, layer.base_layer.bias.detach(), dy, layer.scaling["default"], 0.0, None)
+
+
+def results(layer, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(dy.to(y.dtype))
+    return {"y": y.detach(), "dx": x.grad} | {
+        f"d{name.lower()}": getattr(layer, f"lora_{name}")["default"].weight.grad.clone() for name in "AB"
+    }
+
+
+def rms(t: torch.Tensor) -> float:
+    return t.double().square().mean().sqrt().item()
+
+
+def as_near_as_peft(model: PeftModel, x: torch.Tensor, inner: torch.dtype, autocast: torch.dtype | None = None) -> None:
+    """The project's rule: no further from the truth than 1.25 times what plain torch is in the dtype of the computation
+    (which is beside fp32 adapters a narrower one than PEFT's), or PEFT where that is further. And PEFT's dtypes."""
+    dy = torch.randn(*x.shape[:-1], 128).to(x.dtype)
+    plain = copy.deepcopy(model).base_model.model.up
+    q = problem_of(plain, x, dy)
+    want, torch_s = truth(q), evaluate(q.to(inner))
+    lora_kernels.fuse(model, strict=True)
+    layer = model.base_model.model.up
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        theirs, ours = results(plain, x, dy), results(layer, x, dy)
+    assert layer.fused_calls == 1 and not layer.passed_over, layer.passed_over
+    for name, got in ours.items():
+        assert got.dtype == theirs[name].dtype, name
+        allowed = 1.25 * max(rms(other[name].double() - want[name]) for other in (theirs, torch_s))
+        assert rms(got.double() - want[name]) <= allowed, (name, rms(got.double() - want[name]), allowed)
+
+
+@pytest.mark.parametrize(("x_dtype", "compute"), [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (BF16, None)])
+@pytest.mark.parametrize("adapters", ["fp32", "same"])
+def test_sixteen_bits(x_dtype, compute, adapters):
+    model = make(Net(compute_dtype=compute))
+    for name, module in model.named_modules():
+        if "lora_" in name:
+            module.to(x_dtype if adapters == "same" else FP32)
+    as_near_as_peft(model, torch.randn(96, 64).to(x_dtype), compute or x_dtype)
+
+
+@pytest.mark.parametrize("x_dtype", [FP32, BF16])
+@pytest.mark.parametrize("compute", [FP32, BF16])
+def test_autocast(x_dtype, compute):
+    as_near_as_peft(make(Net(compute_dtype=compute)), torch.randn(96, 64).to(x_dtype), compute, autocast=BF16)
+
+
+@pytest.mark.parametrize("x_dtype", [FP32, BF16])
+@pytest.mark.parametrize("autocast", [None, BF16])
+def test_eight_bits_in_sixteen(x_dtype, autocast):
+    as_near_as_peft(make(Net8()), torch.randn(96, 64).to(x_dtype), autocast or x_dtype, autocast=autocast)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_eight_bits_in_eval_mode_are_nearer_to_the_truth(threshold):
+    """There bitsandbytes rounds x to 8 bits, outliers apart."""
+    model = make(Net8()).eval()
+    model.base_model.model.up.base_layer.state.threshold = threshold
+    x, dy = torch.randn(96, 64), torch.randn(96, 128)
+    x[:, 3] *= 20
+    plain = copy.deepcopy(model).base_model.model.up
+    want = truth(problem_of(plain, x, dy))
+    lora_kernels.fuse(model, strict=True)
+    theirs, ours = results(plain, x, dy), results(model.base_model.model.up, x, dy)
+    assert rms(ours["y"].double() - want["y"]) < 0.01 * rms(theirs["y"].double() - want["y"])
+    assert all(rms(ours[name].double() - want[name]) < 1e-6 * rms(want[name]) for name in ours)
+
+
+def test_compute_dtype_is_that_of_the_first_x():
+    """As bitsandbytes has it where none was given."""
+    model = make(Net(compute_dtype=None))
+    lora_kernels.fuse(model, strict=True)
+    model(torch.randn(3, 64, dtype=BF16))
+    assert [layer.base_layer.compute_dtype for layer in fused_layers(model)] == [BF16, BF16]
+    model(torch.randn(3, 64))
+    reason = "x is torch.float32, compute_dtype torch.bfloat16, and there is no autocast: the adapter has all bits of x"
+    assert all(layer.passed_over == {reason: 1} and layer.fused_calls == 1 for layer in fused_layers(model))
+
+
+@pytest.mark.parametrize("net", [Net, Net8])
+def test_dropout_is_pefts_with_our_mask(net, monkeypatch):
+    model, x = make(net(), lora_dropout=0.3), torch.randn(3, 7, 64)
+    plain, _ = with_our_masks(model, 0.3, monkeypatch)
+    want = run(plain, x)
+    lora_kernels.fuse(model, strict=True)
+    same(run(model, x), want, 1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_several_active_adapters(p, monkeypatch):
+    model = make(lora_bias=True, target_modules=["up"], lora_dropout=p)
+    model.add_adapter("second", config(r=7, target_modules=["up"], lora_dropout=p))
+    randomise(model)
+    model.base_model.set_adapter(["default", "second"])
+    for layer in [m for m in model.modules() if isinstance(m, nn.Dropout)]:
+        layer.eval()
+    fused_equals_peft(model, torch.randn(5, 64))
+
+
+@pytest.mark.parametrize("net", [Net, Net8])
+def test_adapters_by_sample_leave_the_weight_as_it_is(net):
+    model = make(net(), lora_dropout=0.1)
+    model.add_adapter("second", config(r=2))
+    randomise(model)
+    bases = [model.base_model.model.up.base_layer, model.base_model.model.down.base_layer]
+    model.eval()
+    for base in bases:
+        base.train()  # PEFT's own call, which is the reference, shall not re-pack
+    names = ["second", "__base__", "default", "second", "__base__"]
+    x = torch.randn(5, 3, 64)
+    with torch.no_grad():  # PEFT's has no backward over these layers
+        want = model(x, adapter_names=names)
+    lora_kernels.fuse(model, strict=True)
+    torch.testing.assert_close(model(x, adapter_names=names), want)
+    model.eval()
+    y = run(model, x, adapter_names=names)
+    torch.testing.assert_close(y["y"], want)
+    assert len(y) == 2 + 4 and all(layer.fused_calls == 2 and not layer.passed_over for layer in fused_layers(model))
+    assert net is Net8 or packed(model) == [False, False]
+
+
+def test_eval_mode_does_not_re_pack_and_survives_it():
+    """On a CPU with AVX512-BF16 the first forward of bitsandbytes in eval mode re-packs the weight."""
+    model, x = make().eval(), torch.randn(4, 64)
+    lora_kernels.fuse(model, strict=True)
+    y = model(x)
+    assert packed(model) == [False, False]
+    with torch.no_grad(), model.disable_adapter():
+        base = model(x)
+    assert not torch.allclose(base, y)
+    tolerance = 0.02 if any(packed(model)) else 1e-6  # re-packed: absmax rounded to bf16
+    torch.testing.assert_close(model(x), y, rtol=0, atol=tolerance * y.abs().max().item())
+    model.state_dict()  # packs back
+    torch.testing.assert_close(model(x), y, rtol=0, atol=2 * tolerance * y.abs().max().item())
+    assert all(layer.fused_calls == 3 and not layer.passed_over for layer in fused_layers(model))
+
+
+@pytest.mark.parametrize("net", [Net, Net8])
+@pytest.mark.filterwarnings("ignore:.*rounding errors")
+def test_merging_is_pefts_and_the_weight_is_read_anew(net):
+    model, x = make(net()), torch.randn(4, 64)
+    lora_kernels.fuse(model, strict=True)
+    plain = copy.deepcopy(model)
+    lora_kernels.unfuse(plain)
+    model(x)
+    for other in (model, plain):
+        other.merge_adapter()
+    torch.testing.assert_close(model(x), plain(x))
+    assert all(layer._stored.found == "" for layer in fused_layers(model)), "what was replaced is not held"
+    for other in (model, plain):
+        other.unmerge_adapter()
+    torch.testing.assert_close(model(x), plain(x))
+    assert all(layer.fused_calls == 2 and not layer.passed_over for layer in fused_layers(model))
+
+
+def test_the_weight_is_read_once_and_shared(monkeypatch):
+    reads = []
+    monkeypatch.setattr("lora_kernels.peft.bnb.from_bnb", lambda base: reads.append(base) or from_bnb(base))
+    model, x = make(), torch.randn(4, 64)
+    lora_kernels.fuse(model, strict=True)
+    reads.clear()
+    model(x), model(x)
+    assert not reads
+    up, down = (layer.base_layer for layer in fused_layers(model))
+    q = fused_layers(model)[0]._weight()
+    assert q.codes.data_ptr() == up.weight.data_ptr() and q.scales is up.weight.quant_state.absmax
+    up.weight.data = up.weight.data.clone()
+    down.weight.quant_state.absmax = down.weight.quant_state.absmax.clone()
+    model(x)
+    assert reads == [up, down]
+
+
+@pytest.mark.parametrize("net", [Net, Net8])
+def test_unfuse_copies_and_pickles(net):
+    model, x = make(net()), torch.randn(4, 64)
+    before = {name: (type(m), sorted(m.__dict__)) for name, m in model.named_modules()}
+    keys = list(model.state_dict())
+    lora_kernels.fuse(model)
+    y = model(x)
+    assert list(model.state_dict()) == keys or net is Net8  # whose first forward moves SCB
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), y) and [layer.fused_calls for layer in fused_layers(other)] == [2, 2]
+    lora_kernels.fuse(model)
+    lora_kernels.unfuse(model)
+    assert {name: (type(m), sorted(m.__dict__)) for name, m in model.named_modules()} == before
+
+
+def test_reports_and_strict():
+    model = make()
+    text = str(lora_kernels.fuse(model))
+    assert "2 of 2 LoRA layers fused" in text and "64→128, nf4 in float32, default r=4" in text
+    assert "64→128, int8 (x is not quantised), default r=4" in str(lora_kernels.fuse(make(Net8())))
+    assert repr(model.base_model.model.up).startswith("lora.Linear4bit(\n  fused by lora_kernels\n")
+    model = make(use_dora=True)
+    with pytest.raises(RuntimeError, match="DoRA over a quantised weight"):
+        lora_kernels.fuse(model, strict=True)
+    assert not fused_layers(model)
+    lora_kernels.unfuse(plain := copy.deepcopy(model))
+    lora_kernels.fuse(model)
+    x = torch.randn(4, 64)
+    assert torch.equal(model(x), plain(x)) and all(layer.passed_over for layer in fused_layers(model))
+
+
+def test_what_is_not_served_says_why():
+    class Twice(bnb.nn.Linear4bit):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = Net()
+    net.down = Twice(128, 64, compute_dtype=FP32).to("cpu")
+    net.up.register_forward_hook(lambda module, args, y: 2 * y)
+    assert list(lora_kernels.fuse(make(net)).not_fused.values()) == [
+        "its base layer has hooks, which the fused path would pass over",
+        "its base is a Twice with a forward of its own",
+    ]
+    assert all("anew in every call" in why for why in lora_kernels.fuse(make(Net8(True))).not_fused.values())
+    model = make()
+    lora_kernels.fuse(model, strict=True)
+    up, _ = fused_layers(model)
+    x = torch.randn(4, 64)
+    for dtype, given in ((FP16, x.bfloat16()), (torch.float64, x), (FP32, x.double())):
+        up.base_layer.compute_dtype = BF16 if given.dtype == BF16 else FP32
+        up.lora_A.to(dtype), up.lora_B.to(dtype)
+        reason = up.why_not_now(given)
+        assert reason and str(given.dtype if dtype == FP32 else dtype) in reason
+    net = Net()
+    net.up = bnb.nn.Linear4bit(64, 128, compute_dtype=FP32)
+    report = lora_kernels.fuse(make(net))
+    assert len(report.fused) == 1 and "not quantised yet" in report.not_fused["base_model.model.up"]
+    model = make()
+    lora_kernels.fuse(model, backend="cuda")
+    with pytest.raises(ValueError, match="cuda"):
+        model(torch.randn(4, 64))
+
+
+def test_enable_fuses_what_peft_makes():
+    lora_kernels.enable()
+    try:
+        model = make()
+    finally:
+        lora_kernels.disable()
+    x = torch.randn(4, 64)
+    lora_kernels.unfuse(plain := copy.deepcopy(model))
+    torch.testing.assert_close(model(x), plain(x))
+    assert [layer.fused_calls for layer in fused_layers(model)] == [1, 1] and not fused_layers(make())
+
+
+@compiles_whole_models
+def test_compiles_whole_without_a_break():
+    model, x = make(), torch.randn(4, 64)
+    lora_kernels.fuse(model, strict=True)
+    want = run(model, x)
+    model.compile(backend="aot_eager", fullgraph=True)
+    same(run(model, x), want)
+
+
+def test_bitsandbytes_is_not_needed():
+    code = (
+        "import sys; sys.modules['bitsandbytes'] = None\n"
+        "import torch, lora_kernels; from peft import LoraConfig, get_peft_model\n"
+        "m = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=['0']))\n"
+        "assert len(lora_kernels.fuse(m).fused) == 1 and 'lora_kernels.peft.bnb' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

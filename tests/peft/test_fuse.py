@@ -1,0 +1,202 @@
+"""Fused, PEFT's layers stay PEFT's: what is switched, copied and given back, what is left to PEFT and told."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
+from support.peft_models import Net, config, fused_layers, make, randomise, run, same  # noqa: E402
+
+import lora_kernels  # noqa: E402
+from lora_kernels.peft.fusing import FusedLinear  # noqa: E402
+
+
+def test_disabled_and_merged_adapters_are_pefts():
+    model, x = make().eval(), torch.randn(4, 24)
+    lora_kernels.fuse(model)
+    y = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    assert torch.equal(base, model.get_base_model().head(plain_base(model, x))) and not torch.allclose(base, y)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), y)
+    assert all(layer.fused_calls == 2 and not layer.passed_over for layer in fused_layers(model))
+
+
+def plain_base(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    base = model.get_base_model()
+    return base.down.base_layer(torch.tanh(base.up.base_layer(x)))
+
+
+def test_set_and_delete_adapters():
+    model, x = make().eval(), torch.randn(4, 24)
+    lora_kernels.fuse(model)
+    first = model(x)
+    model.add_adapter("other", config(r=5))
+    randomise(model)
+    model.set_adapter("other")
+    assert not torch.allclose(model(x), first)
+    model.delete_adapter("default")
+    lora_kernels.unfuse(other := copy.deepcopy(model))
+    torch.testing.assert_close(model(x), other(x))
+    assert [layer.fused_calls for layer in fused_layers(model)] == [3, 3]
+
+
+def test_unfuse_gives_back_what_was():
+    model = make()
+    before = {name: (type(m), sorted(m.__dict__)) for name, m in model.named_modules()}
+    keys = list(model.state_dict())
+    lora_kernels.fuse(model)
+    assert list(model.state_dict()) == keys and len(fused_layers(model)) == 2
+    lora_kernels.fuse(model)
+    lora_kernels.unfuse(model)
+    assert {name: (type(m), sorted(m.__dict__)) for name, m in model.named_modules()} == before
+
+
+def test_copies_and_pickles(tmp_path):
+    model, x = make().eval(), torch.randn(4, 24)
+    lora_kernels.fuse(model)
+    y = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), y) and len(fused_layers(other)) == 2
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path).eval()
+    loaded.get_base_model().load_state_dict(model.get_base_model().state_dict())
+    lora_kernels.fuse(loaded, strict=True)
+    torch.testing.assert_close(loaded(x), y)
+    torch.testing.assert_close(model.merge_and_unload()(x), y)
+
+
+def test_what_cannot_be_fused_is_pefts_and_is_told():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Mixed(Net):
+        def __init__(self, dtype):
+            super().__init__(dtype)
+            self.down = Odd(40, 24)
+
+    model, x = make(net=Mixed, target_modules=["up", "down", "emb"]), torch.randn(4, 24)
+    want = run(model, x)
+    with pytest.raises(RuntimeError, match=r"(?s)nothing was changed.*1 of 3 LoRA layers fused.*Embedding"):
+        lora_kernels.fuse(model, strict=True)
+    assert not fused_layers(model)
+    report = lora_kernels.fuse(model)
+    assert list(report.fused) == ["base_model.model.up"]
+    assert report.not_fused == {
+        "base_model.model.emb": "a lora.layer.Embedding, not a plain linear",
+        "base_model.model.down": "its base is a Odd with a forward of its own",
+    }
+    text = str(report)
+    assert text.startswith("1 of 3 LoRA layers fused") and "24→40, default r=4" in text and "not fused" in text
+    same(run(model, x), want)
+
+
+def test_single_calls_are_left_to_peft_with_a_reason():
+    model, x = make(), torch.randn(4, 24)
+    lora_kernels.fuse(model)
+    up, down = fused_layers(model)
+    want = model(x)
+    hook = up.lora_A["default"].register_forward_hook(lambda module, args, y: y * 0)
+    assert not torch.allclose(model(x), want)
+    hook.remove()
+    up.base_layer.weight.requires_grad_(True)
+    assert run(model, x)["base_model.model.up.base_layer.weight"].abs().sum() > 0
+    up.base_layer.weight.requires_grad_(False)
+    up.lora_dropout["default"] = nn.Dropout(1.0)
+    model(x)
+    assert up.passed_over == {
+        "adapter 'default' has hooks, which the fused path would pass over": 1,
+        "its base weight is trained": 1,
+        "adapter 'default' drops everything: p = 1.0": 1,
+    }
+    assert (up.fused_calls, down.fused_calls) == (1, 4)
+
+
+def test_dora_beside_another_adapter_is_left_to_peft():
+    model, x = make(use_dora=True), torch.randn(4, 24)
+    model.add_adapter("second", config())
+    randomise(model)
+    model.base_model.set_adapter(["default", "second"])
+    lora_kernels.fuse(model)
+    lora_kernels.unfuse(plain := copy.deepcopy(model))
+    assert torch.equal(model(x), plain(x))
+    assert all(layer.passed_over == {"a DoRA adapter beside others": 1} for layer in fused_layers(model))
+
+
+def test_variants_are_left_to_peft():
+    model, x = make(init_lora_weights=False, alora_invocation_tokens=[1]), torch.randn(4, 24)
+    report = lora_kernels.fuse(model)
+    assert not report.fused and all("ALoraLinearVariant" in why for why in report.not_fused.values())
+    other = copy.deepcopy(model)
+    lora_kernels.unfuse(other)
+    assert torch.equal(model(x), other(x)) and all(layer.fused_calls == 0 for layer in fused_layers(model))
+
+
+def test_a_named_backend_is_used_and_never_replaced():
+    model, x = make(), torch.randn(4, 24)
+    with pytest.raises(ValueError, match="no back-end 'cublas'"):
+        lora_kernels.fuse(model, backend="cublas")
+    lora_kernels.fuse(model, backend="cuda")
+    with pytest.raises(ValueError, match="cuda"):
+        model(x)
+    lora_kernels.fuse(model, backend="eager")
+    model(x)
+
+
+def test_enable_fuses_what_peft_makes():
+    created = peft.tuners.lora.LoraModel.__dict__["_create_new_module"]
+    lora_kernels.enable()
+    lora_kernels.enable()
+    try:
+        model = make().eval()
+        model.add_adapter("second", config())
+    finally:
+        lora_kernels.disable()
+    assert peft.tuners.lora.LoraModel.__dict__["_create_new_module"] is created
+    assert len(fused_layers(model)) == 2 and not fused_layers(make())
+    x = torch.randn(4, 24)
+    lora_kernels.unfuse(plain := copy.deepcopy(model))
+    torch.testing.assert_close(model(x), plain(x))
+    assert all(layer.fused_calls == 1 for layer in fused_layers(model))
+
+
+def test_repr_is_pefts_and_says_that_it_is_fused():
+    model = make()
+    plain = repr(model.base_model.model.up)
+    lora_kernels.fuse(model)
+    assert repr(model.base_model.model.up) == plain.replace("(\n", "(\n  fused by lora_kernels\n", 1)
+
+
+def test_a_model_without_peft_layers():
+    report = lora_kernels.fuse(Net(), strict=True)
+    assert str(report) == "0 of 0 LoRA layers fused: the model has none"
+
+
+def test_five_hundred_layers_take_less_than_a_second():
+    import time
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = nn.ModuleDict({f"up{i}": nn.Linear(8, 8) for i in range(500)})
+        model = get_peft_model(net, LoraConfig(target_modules=r"up\d+"))
+    start = time.perf_counter()
+    report = lora_kernels.fuse(model)
+    assert time.perf_counter() - start < 1 and len(report.fused) == 500
+
+
+def test_all_linear_still_finds_fused_layers():
+    """PEFT matches layers of other adapters by the word Linear in their class's name."""
+    assert "Linear" in FusedLinear.__name__ and issubclass(FusedLinear, PeftLinear)

@@ -1,0 +1,261 @@
+"""Layers that read the same x in one call, through `fuse(model, group=...)`: the numbers of single calls, and no way to
+a stale or foreign result."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft", reason="PEFT is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from support import tiny_llama  # noqa: E402
+from support.old_torch import compiles_whole_models  # noqa: E402
+from support.peft_models import fused_layers, randomise  # noqa: E402
+
+import lora_kernels  # noqa: E402
+from lora_kernels.peft.fusing import FusedLinear  # noqa: E402
+
+IDS = torch.tensor(tiny_llama.sequences(4))
+
+
+def pair(**kwargs) -> tuple[nn.Module, nn.Module, lora_kernels.FuseReport]:
+    """A fused model, and the same grouped."""
+    single = tiny_llama.lora_llama(random=True, **kwargs)
+    grouped = copy.deepcopy(single)
+    lora_kernels.fuse(single)
+    return single, grouped, lora_kernels.fuse(grouped, group=True)
+
+
+def step(model: nn.Module, seed: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"target_modules": ["q_proj", "v_proj"]}, {"rank_pattern": {"k_proj": 2}}, {"lora_bias": True}]
+)
+def test_a_grouped_model_trains_as_a_fused_one(kwargs, p):
+    single, grouped, report = pair(lora_dropout=p, **kwargs)
+    for _ in range(2):
+        same(step(grouped), step(single))
+    count = 2 if "target_modules" in kwargs else 4
+    assert len(report.groups) == count and all(group.calls == 2 for group in report.groups.values())
+    assert [layer.fused_calls for layer in fused_layers(grouped)] == [
+        layer.fused_calls for layer in fused_layers(single)
+    ]
+    assert "self_attn" in str(report) and "one call for all, 2 so far" in str(report)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_activation_checkpointing(reentrant):
+    single, grouped, report = pair(lora_dropout=0.2)
+    for model in (single, grouped):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model.train()
+    same(step(grouped), step(single))
+    assert all(group.calls == 2 and not group._ys for group in report.groups.values())
+
+
+def test_one_call_serves_all(monkeypatch):
+    from lora_kernels.peft import groups as peft_groups
+
+    _, grouped, _ = pair()
+    calls = []
+    inner = peft_groups.lora_linear_group
+    monkeypatch.setattr(
+        peft_groups, "lora_linear_group", lambda x, layers, **kw: calls.append(len(layers)) or inner(x, layers, **kw)
+    )
+    step(grouped)
+    assert calls == [3, 2, 3, 2]
+
+
+@compiles_whole_models
+def test_compiles_whole_without_a_break():
+    single, grouped, report = pair(layers=1)
+    grouped.compile(backend="aot_eager", fullgraph=True)
+    same(step(grouped), step(single))
+    assert all(group.dissolved is None for group in report.groups.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.disable_adapter_layers(), "q_proj: no adapter is to be computed"),
+        (lambda m: m.merge_adapter(), "q_proj: no adapter is to be computed"),
+        (lambda m: m.base_model.set_adapter(["default", "second"]), "q_proj: several adapters, or DoRA"),
+    ],
+)
+def test_what_is_not_one_call_for_all_goes_layer_by_layer(change, reason):
+    single, grouped, report = pair()
+    for model in (single, grouped):
+        model.add_adapter("second", tiny_llama.lora(r=2))
+        change(model)
+    with torch.no_grad():
+        got, want = (model(input_ids=IDS, labels=IDS).loss for model in (grouped, single))
+    assert torch.equal(got, want)
+    for group in report.groups.values():
+        assert group.calls == 0 and reason.partition(":")[2] in next(iter(group.passed_over))
+    assert reason in {key for group in report.groups.values() for key in group.passed_over}
+
+
+class Cross(nn.Module):
+    """Attention over another sequence, and over its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, other):
+        return self.query(x) + self.key(other) + self.value(other)
+
+
+def cross(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(Cross(), LoraConfig(r=2, target_modules=["query", "key", "value"], **kwargs))
+    randomise(model)
+    return model
+
+
+def test_a_group_with_different_inputs_ends():
+    model, x, other = cross(), torch.randn(3, 8), torch.randn(3, 8)
+    want = model(x, other)
+    report = lora_kernels.fuse(model, group=True)
+    for _ in range(2):
+        torch.testing.assert_close(model(x, other), want)
+    (group,) = report.groups.values()
+    assert group.dissolved == "key reads another input than the rest" and "dissolved: key" in str(report)
+    assert group.calls == 1 and not group._ys
+    assert not model.base_model.model._forward_hooks and not model.base_model.model._forward_pre_hooks
+
+
+def test_an_input_changed_in_place_is_another_input():
+    class Writes(Cross):
+        def forward(self, x, other):
+            y = self.query(x)
+            x.mul_(2)
+            return y + self.key(x) + self.value(x)
+
+    torch.manual_seed(0)
+    model = get_peft_model(Writes(), LoraConfig(r=2, target_modules=["query", "key", "value"], init_lora_weights=False))
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        want = model(x.clone(), None)
+        lora_kernels.fuse(model, group=True)
+        torch.testing.assert_close(model(x.clone(), None), want)
+
+
+def test_nothing_is_left_from_a_forward_that_failed():
+    class Fails(Cross):
+        def forward(self, x, other):
+            y = self.query(x)
+            if other is None:
+                raise RuntimeError("on purpose")
+            return y + self.key(x) + self.value(x)
+
+    torch.manual_seed(0)
+    model = get_peft_model(Fails(), LoraConfig(r=2, target_modules=["query", "key", "value"], init_lora_weights=False))
+    report = lora_kernels.fuse(model, group=True)
+    (group,) = report.groups.values()
+    x = torch.randn(3, 8)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(x, None)
+    assert not group._ys and group._x is None
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    got = model(x, x)
+    lora_kernels.unfuse(model)
+    torch.testing.assert_close(got, model(x, x))
+
+
+def test_layers_called_past_their_parent_compute_for_themselves():
+    model, x = cross(), torch.randn(3, 8)
+    report = lora_kernels.fuse(model, group=True)
+    model.base_model.model.key(x)
+    (group,) = report.groups.values()
+    assert group.calls == 0 and not group._ys and group.dissolved is None
+
+
+def test_names_of_ones_own_and_what_cannot_be_grouped():
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wq, self.wk, self.wide = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.wq(x)[:, :4] + self.wk(x) + self.wide(torch.cat([x, x], 1))
+
+    model = get_peft_model(Mine(), LoraConfig(r=2, target_modules=["wq", "wk", "wide"]))
+    assert not lora_kernels.fuse(model, group=True).groups
+    assert not lora_kernels.fuse(model, group=[("wq", "wide")]).groups  # not equally wide
+    (group,) = lora_kernels.fuse(model, group=[("wq", "wk")]).groups.values()
+    model(torch.randn(3, 8))
+    assert group.names == ("wq", "wk") and group.calls == 1
+
+
+def test_fuse_again_and_unfuse_take_groups_back():
+    single, grouped, report = pair()
+    again = lora_kernels.fuse(grouped)
+    assert not again.groups and all(group.dissolved for group in report.groups.values())
+    assert all(not module._forward_pre_hooks for module in grouped.modules())
+    report = lora_kernels.fuse(grouped, group=True)
+    assert len(report.groups) == 4
+    lora_kernels.unfuse(grouped)
+    assert all(not module._forward_pre_hooks and not module._forward_hooks for module in grouped.modules())
+    assert not any(isinstance(module, FusedLinear) or hasattr(module, "_group") for module in grouped.modules())
+    same(step(grouped), step(single))
+
+
+def test_a_copy_and_a_pickle_group_for_themselves():
+    single, grouped, report = pair()
+    for twin in (copy.deepcopy(grouped), pickle.loads(pickle.dumps(grouped))):
+        same(step(twin), step(single))
+        groups = {layer._group for layer in fused_layers(twin)} - {None}
+        assert len(groups) == 4 and all(group.calls == 1 for group in groups)
+        assert groups.isdisjoint(report.groups.values())
+    assert all(group.calls == 0 for group in report.groups.values())
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+FAMILIES = {
+    "Qwen3": ({"vocab_size": 32, "num_key_value_heads": 1, "head_dim": 8}, 2),
+    "Qwen2": ({"vocab_size": 32, "num_key_value_heads": 1}, 2),
+    "Mistral": ({"vocab_size": 32, "num_key_value_heads": 1}, 2),
+    "Gemma": ({"vocab_size": 32, "num_key_value_heads": 1, "head_dim": 8}, 2),
+    "GPTNeoX": ({"vocab_size": 32}, 0),
+    "Bert": ({"vocab_size": 32}, 1),
+    "ViT": ({"image_size": 8, "patch_size": 4}, 1),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    special, count = FAMILIES[family]
+    config = getattr(transformers, f"{family}Config")(**SMALL, **special)
+    torch.manual_seed(0)
+    model = get_peft_model(
+        getattr(transformers, f"{family}Model")(config),
+        LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    ).eval()
+    given = {"pixel_values": torch.randn(2, 3, 8, 8)} if family == "ViT" else {"input_ids": torch.randint(32, (2, 5))}
+    want = model(**given).last_hidden_state
+    report = lora_kernels.fuse(model, group=True)
+    torch.testing.assert_close(model(**given).last_hidden_state, want)
+    assert len(report.groups) == count
+    assert all(group.calls == 1 and group.dissolved is None for group in report.groups.values())

@@ -1,0 +1,200 @@
+"""What was measured is kept in a file and looked up: a plan serves where it was measured, and a bad file never."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels.plans import quant_tiles, tiles
+from lora_kernels.plans import store as tuned
+from lora_kernels.tools.tune import candidates
+
+pytestmark = pytest.mark.usefixtures("plan_cache")
+
+NAME = "Interpreted GPU (1)"
+BF16 = (torch.bfloat16, torch.bfloat16)
+BACKWARD = tiles.Tile(
+    BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, BLOCK_C=32, BLOCK_T=16, GROUP_M=2, num_warps=4, num_stages=2
+)
+OTHER = tiles.Plan(
+    True, tiles.Tile(max_rank=16, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=5), 7
+)
+KEY = tuned.key("forward", *BF16, 8192, 4096, 4096, 16, False)
+
+
+def contents(plan: tiles.Plan) -> tuple:
+    return plan.redundant, plan.split, plan.within, vars(plan.tile)
+
+
+def case(M: int = 8192, aligned: bool = True, device: str | None = NAME, dtypes: tuple = BF16, w_format: str = ""):
+    return tiles.Case("sm_90", 2, M, 4096, 4096, 16, False, aligned, 132, device, dtypes, w_format)
+
+
+def plan_of(op: str = "forward", **changes) -> tiles.Plan:
+    return tiles.plan(op, case(**changes))
+
+
+@pytest.mark.parametrize("rows, bucket", [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (8192, 8192), (8193, 16384)])
+def test_rows_are_kept_by_powers_of_two(rows: int, bucket: int) -> None:
+    key = tuned.key("forward", *BF16, rows, 40, 24, 3, False)
+    assert key == f"forward bfloat16+bfloat16 M{bucket} N40 K24 R16"
+
+
+def test_everything_else_that_a_plan_depends_on_is_in_its_key() -> None:
+    same = {tuned.key("forward", *BF16, 64, 40, 24, R, False) for R in (1, 8, 16)}
+    assert len(same) == 1
+    others = {
+        tuned.key("forward", *BF16, 64, 40, 24, 17, False),
+        tuned.key("forward", *BF16, 64, 40, 24, 33, False),
+        tuned.key("forward", *BF16, 64, 40, 24, 16, True),
+        tuned.key("backward", *BF16, 64, 40, 24, 16, False),
+        tuned.key("forward", *BF16, 64, 48, 24, 16, False),
+        tuned.key("forward", *BF16, 64, 40, 32, 16, False),
+        tuned.key("forward", torch.float16, torch.float16, 64, 40, 24, 16, False),
+        tuned.key("forward", torch.bfloat16, torch.float32, 64, 40, 24, 16, False),
+        tuned.key("forward", *BF16, 64, 40, 24, 16, False, "nf4"),
+        tuned.key("forward", *BF16, 64, 40, 24, 16, False, "nf4 nested"),
+        tuned.key("forward", *BF16, 64, 40, 24, 16, False, "fp8"),
+    }
+    assert len(others) == 11 and not others & same
+
+
+def test_a_kept_plan_overrides_the_table_where_it_was_measured() -> None:
+    table = plan_of()
+    place = tuned.store(NAME, {KEY: OTHER})
+    assert contents(plan_of()) == contents(OTHER)
+    assert contents(plan_of(M=4097)) == contents(OTHER)
+    for elsewhere in (
+        plan_of(M=4096),
+        plan_of(aligned=False),
+        plan_of(dtypes=(torch.bfloat16, torch.float32)),
+        plan_of(op="backward"),
+        plan_of(device="another GPU"),
+        plan_of(device=None, dtypes=None),
+        quant_tiles.plan("forward", case(M=64, w_format="nf4")),
+    ):
+        assert contents(elsewhere) != contents(OTHER)
+    place.unlink()
+    assert contents(plan_of()) == contents(OTHER), "the file is read once"
+    tuned.cache_clear()
+    assert plan_of() is not table and contents(plan_of()) == contents(table)
+
+
+def test_a_backward_is_looked_up_too() -> None:
+    kept = tiles.Plan(False, BACKWARD, 3)
+    tuned.store(NAME, {tuned.key("backward", *BF16, 8192, 4096, 4096, 16, False): kept})
+    assert contents(plan_of(op="backward")) == contents(kept)
+    assert contents(plan_of()) != contents(kept)
+
+
+def test_storing_leaves_one_file_and_forgetting_none(plan_cache: Path) -> None:
+    tuned.store(NAME, {KEY: OTHER})
+    tuned.store("another GPU", {KEY: OTHER})
+    assert tuned.path(NAME) == plan_cache / "lora_kernels" / "tuned-interpreted-gpu-1.json"
+    assert {each.name for each in (plan_cache / "lora_kernels").iterdir()} == {
+        "tuned-interpreted-gpu-1.json",
+        "tuned-another-gpu.json",
+    }
+    assert tuned.forget(NAME) and not tuned.forget(NAME)
+    assert tuned.load(NAME) == {} and KEY in tuned.load("another GPU")
+
+
+def test_a_failed_store_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tuned.store(NAME, {KEY: OTHER})
+    before = place.read_bytes()
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        tuned.store(NAME, {})
+    assert place.read_bytes() == before and list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("relative", ["", "cache"])
+def test_without_a_usable_setting_the_home_directory_serves(relative: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", relative)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert tuned.path("GPU") == Path("/home/someone/.cache/lora_kernels/tuned-gpu.json")
+
+
+@pytest.mark.parametrize("package", ["torch", "triton", "lora_kernels"])
+def test_a_file_of_other_versions_is_passed_over_in_silence(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned.store(NAME, {KEY: OTHER})
+    here = tuned.versions()
+    assert package in here
+    monkeypatch.setattr(tuned, "versions", lambda: here | {package: "99"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert contents(plan_of()) != contents(OTHER)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: text.replace('"BLOCK_K": 64', '"BLOCK_K": 48'),
+        lambda text: json.dumps({"content": json.loads(text)["content"]}),
+        lambda text: "\udc80",
+    ],
+    ids=["empty", "cut short", "a list", "null", "edited", "no checksum", "no text"],
+)
+def test_a_damaged_file_is_named_in_a_warning_and_ignored(damage) -> None:
+    table = plan_of()
+    place = tuned.store(NAME, {KEY: OTHER})
+    text = place.read_text(encoding="utf-8")
+    damaged = damage(text)
+    assert damaged != text
+    place.write_bytes(damaged.encode("utf-8", "surrogateescape"))
+    with pytest.warns(RuntimeWarning) as caught:
+        assert contents(plan_of()) == contents(table)
+    assert len(caught) == 1 and str(place) in str(caught[0].message) and "--forget" in str(caught[0].message)
+
+
+def test_a_plan_over_a_quantised_weight_is_kept_for_its_format_alone() -> None:
+    within = OTHER._replace(within=True)
+    kept = {tuned.key("forward", *BF16, 8192, 4096, 4096, 16, False, "nf4"): within, KEY: OTHER}
+    tuned.store(NAME, kept)
+    assert contents(quant_tiles.plan("forward", case(w_format="nf4"))) == contents(within)
+    # What was measured for a dense w serves where w is dequantised first.
+    assert contents(quant_tiles.plan("forward", case(w_format="nf4 nested"))) == contents(OTHER)
+    assert contents(plan_of()) == contents(OTHER)
+
+
+@pytest.mark.parametrize("w_format", ["", "nf4", "fp8"])
+def test_candidates_begin_with_the_tables_choice_and_are_within_the_rules(w_format: str) -> None:
+    module = quant_tiles if w_format else tiles
+    for op in ("forward", "backward"):
+        for M, R, dropout in ((16, 16, False), (16, 200, False), (8192, 64, False), (8192, 64, True)):
+            size = tiles.Case("sm_90", 2, M, 1024, 4096, R, dropout, True, 132, None, None, w_format)
+            plans = candidates.candidates(op, size)
+            assert next(iter(plans.values())) is module.plan(op, size)
+            assert 8 < len(plans) < 120
+            for plan in plans.values():
+                tile = plan.tile
+                assert not plan.redundant or (op == "forward" and M <= 1024 and tile.block_r(R) >= R)
+                assert plan.redundant or 2 * tile.BLOCK_M >= 128
+                assert bool(tile.BLOCK_C) == (op == "backward")
+                assert 1 <= plan.split <= 4096
+                assert bool(w_format) or not plan.within
+            if w_format:
+                assert any(plan.within and plan.tile.tma for plan in plans.values())
+                first = [name for name, plan in plans.items() if not plan.within]
+                assert len(first) == 1 and first[0].startswith("w first: ")
+
+
+def test_what_was_measured_for_a_dense_weight_is_a_candidate_once_it_is_dequantised() -> None:
+    tuned.store(NAME, {KEY: OTHER})
+    plans = candidates.candidates("forward", case(w_format="int8"))
+    assert [contents(plan) for plan in plans.values() if not plan.within] == [
+        contents(plan_of(device=None)),
+        contents(OTHER),
+    ]

@@ -1,5 +1,0 @@
-// The other half of sm90_emulator.cpp.
-#include "sm90_wgmma.h"
-
-#include "../csrc/cuda/sm90/backward_bf16.cu"
-#include "../csrc/cuda/sm90/backward_fp16.cu"

@@ -1,0 +1,51 @@
+"""What DoRA is tried on: a problem of `oracle` with a magnitude beside it, and a module that has been trained."""
+
+from __future__ import annotations
+
+import torch
+import torch._inductor.config
+from support import oracle
+from torch import Tensor, nn
+
+from lora_kernels import FusedLoRALinear, reference
+from lora_kernels.ops.dora import dora_linear
+
+NAMES = ("y", "dx", "da", "db", "dbias", "dm")
+
+
+def magnitude(q: oracle.Problem, dtype: torch.dtype | None = None) -> Tensor:
+    """Between 0.5 and 1.5 times the norm."""
+    norm = torch.linalg.vector_norm(q.w.double() + q.scale * q.b.double() @ q.a.double(), dim=1)
+    generator = torch.Generator().manual_seed(q.w.shape[0])
+    return (norm * (0.5 + torch.rand(norm.shape, generator=generator))).to(dtype or q.a.dtype)
+
+
+def run(q: oracle.Problem, m: Tensor, function=dora_linear, **kwargs) -> dict[str, Tensor]:
+    leaf = m.clone().requires_grad_()
+    return oracle.evaluate(q, function, magnitude=leaf, **kwargs) | {"dm": leaf.grad}
+
+
+def plain_torch(q: oracle.Problem, m: Tensor) -> dict[str, Tensor]:
+    return run(q, m, reference.dora_linear)
+
+
+def truth(q: oracle.Problem, m: Tensor) -> dict[str, Tensor]:
+    return run(q.to(torch.float64), m.double(), reference.dora_linear)
+
+
+def trained(*args, **kwargs) -> FusedLoRALinear:
+    """A module whose adapter is not zero, nor its magnitude the norm."""
+    layer = FusedLoRALinear(*args, use_dora=True, **kwargs)
+    nn.init.normal_(layer.lora_B, std=0.3)
+    with torch.no_grad():
+        layer.lora_magnitude_vector.mul_(0.5 + torch.rand(layer.out_features).to(layer.lora_magnitude_vector.dtype))
+    return layer
+
+
+def grads(layer: nn.Module, x: Tensor, forward=None) -> list[Tensor]:
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    y = (layer if forward is None else forward)(leaf)
+    y.square().sum().backward()
+    return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]

@@ -1,0 +1,141 @@
+"""Operands of the native CPU kernels called one by one, and the bound that rounding sets to their results."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from lora_kernels import _C
+from lora_kernels.core import dropout as random
+
+CODES = {torch.float32: _C.F32, torch.bfloat16: _C.BF16, torch.float16: _C.F16}
+Bound = tuple[Tensor, Tensor, int]
+"""A result in fp64, the sum of the magnitudes behind it, and their number."""
+SEED = 0x0123_4567_89AB_CDEF
+
+
+class Operands:
+    """Operands with their rows apart, and what the base GEMM left in y and dx; other results start as NaN."""
+
+    def __init__(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        R: int,
+        dtype: torch.dtype,
+        adapter_dtype: torch.dtype,
+        p: float,
+        scale: float = 0.75,
+    ):
+        generator = torch.Generator().manual_seed(M * 7 + N)
+
+        def draw(rows: int, cols: int, dtype: torch.dtype, std: float = 1.0, pad: int = 0) -> Tensor:
+            return (torch.randn(rows, cols + pad, generator=generator) * std).to(dtype)[:, :cols]
+
+        self.sizes, self.p, self.scale = (M, N, K, R), p, scale
+        self.x, self.dy = draw(M, K, dtype, pad=3), draw(M, N, dtype, pad=5)
+        self.a, self.b = draw(R, K, adapter_dtype, K**-0.5, pad=1), draw(N, R, adapter_dtype, R**-0.5, pad=2)
+        self.h, self.y, self.dx = draw(M, R, dtype, pad=1), draw(M, N, dtype), draw(M, K, dtype)
+        self.bias = torch.randn(N, generator=generator).to(dtype)
+        self.seed = torch.tensor(SEED)
+        self.nan = lambda rows, cols, dtype: torch.full((rows, cols), math.nan, dtype=dtype)
+
+    def call(self) -> tuple:
+        return self.scale, random.threshold(self.p), self.seed.data_ptr()
+
+    def forward(self, threads: int = 2, *, down: bool = True, up: bool = True) -> tuple[Tensor, Tensor]:
+        M, N, K, R = self.sizes
+        h = self.nan(*self.h.shape, self.x.dtype) if down else self.h
+        y = self.y.clone()
+        _C.forward(
+            threads, CODES[self.x.dtype], CODES[self.a.dtype], M, K, *at(self.x if down else None),
+            [(N, R, *at(self.a), *at(self.b), self.bias.data_ptr(), *at(y if up else None), *at(h), *self.call())],
+            [],
+        )  # fmt: skip
+        return y, h
+
+    def backward(self, threads: int = 2, dx: bool = True, da: bool = True, db: bool = True) -> dict[str, Tensor]:
+        M, N, K, R = self.sizes
+        out = {}
+        if dx:
+            out["dx"] = self.dx.clone()
+        if da:
+            out["da"] = self.nan(*self.a.shape, self.a.dtype)
+        if db:
+            out["db"] = self.nan(*self.b.shape, self.b.dtype)
+        _C.backward(
+            threads, CODES[self.x.dtype], CODES[self.a.dtype], M, K, *at(self.x if da else None), *at(out.get("dx")),
+            [(N, R, *at(self.dy), *at(self.a), *at(self.b), *at(self.h if db else None), *at(out.get("da")),
+              *at(out.get("db")), *self.call())],
+        )  # fmt: skip
+        return out
+
+
+def at(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
+
+
+def masked(q: Operands) -> Tensor:
+    """x̂ in fp64."""
+    M, _, K, _ = q.sizes
+    return q.x.double() * random.keep_mask(q.seed, M, K, q.p) * random.rescale(q.p) if q.p else q.x.double()
+
+
+@functools.cache
+def problem(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
+) -> tuple[Operands, dict[str, Bound]]:
+    """The operands, and for every result its bound."""
+    q = Operands(*shape, dtype, adapter_dtype, p)
+    M, N, K, R = shape
+    x, dy, a, b, h, y, dx = masked(q), *(getattr(q, name).double() for name in ("dy", "a", "b", "h", "y", "dx"))
+    y = torch.stack([y, q.bias.double().expand_as(y)])  # two terms, each with its own magnitude
+    keep = random.keep_mask(q.seed, M, K, p) * random.rescale(p) if p else torch.ones(M, K)
+    s = q.scale
+
+    def both(f) -> tuple[Tensor, Tensor]:
+        return f(x, dy, a, b, h, y, dx), f(*(t.abs() for t in (x, dy, a, b, h, y, dx)))
+
+    return q, {
+        "h": (*both(lambda x, dy, a, b, h, y, dx: x @ a.t()), K),
+        "y of h": (*both(lambda x, dy, a, b, h, y, dx: y.sum(0) + s * h @ b.t()), R),
+        "y": (*both(lambda x, dy, a, b, h, y, dx: y.sum(0) + s * x @ a.t() @ b.t()), K + R),
+        "dx": (*both(lambda x, dy, a, b, h, y, dx: dx + keep * (s * dy @ b @ a)), N + R),
+        "da": (*both(lambda x, dy, a, b, h, y, dx: (s * dy @ b).t() @ x), N + M),
+        "db": (*both(lambda x, dy, a, b, h, y, dx: s * dy.t() @ h), M),
+    }
+
+
+def close(got: Tensor, bound: Bound, through_bf16: bool = False) -> None:
+    """Within one rounding to got's dtype and an fp32 sum's bound for `terms` products: n · 2⁻²⁴ · Σ|products|; where h
+    or g passes through bf16, one rounding of them more."""
+    want, magnitude, terms = bound
+    assert not torch.isnan(got).any()
+    fp32 = ((4 + terms) * 2**-24 + (2**-8 if through_bf16 else 0)) * magnitude
+    rounding = (
+        torch.finfo(got.dtype).eps / 2 * (want.abs() + fp32)
+        + torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    )
+    assert ((got.double() - want).abs() <= fp32 + rounding).all()
+
+
+def gemm(x: Tensor, w: Tensor, y: Tensor, threads: int = 2, add: bool = False) -> Tensor:
+    operands = (*at(x), w.data_ptr(), *w.stride(), *at(y))
+    _C.gemm(threads, CODES[x.dtype], y.shape[0], y.shape[1], x.shape[1], *operands, add)
+    return y
+
+
+def gemm_serves(x: Tensor, w: Tensor) -> bool:
+    return _C.gemm_of(CODES[x.dtype]) or _C.gemm_few(x.shape[0], w.stride(1))
+
+
+def gemm_operands(M: int, N: int, K: int, dtype: torch.dtype, w_is: str) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(M + N)
+    x = torch.randn(M, K + 3, generator=generator).to(dtype)[:, :K]
+    w = torch.randn(N, 2 * K + 1, generator=generator).to(dtype)
+    w = {"along k": w[:, :K], "along n": w.t().contiguous().t()[:, :K], "strided": w[:, : 2 * K : 2]}[w_is]
+    return x, w, torch.full((M, N), math.nan, dtype=dtype)

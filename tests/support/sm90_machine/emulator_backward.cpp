@@ -1,0 +1,5 @@
+// The other half of sm90_emulator.cpp.
+#include "wgmma.h"
+
+#include "../../../csrc/cuda/sm90/backward_bf16.cu"
+#include "../../../csrc/cuda/sm90/backward_fp16.cu"
