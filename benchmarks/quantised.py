@@ -25,7 +25,8 @@ from lora_kernels.bench.run import write
 from lora_kernels.bench.shapes import SHORT
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
-from lora_kernels.testing import gate, machine, timing
+from lora_kernels.testing import judge as gate
+from lora_kernels.testing import machine, timing
 from lora_kernels.testing.terminal import terminal
 
 RESULTS = Path("benchmarks/results/quantised")

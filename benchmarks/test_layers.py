@@ -15,7 +15,7 @@ import torch
 
 from lora_kernels.bench.shapes import NAMED, TARGETED
 from lora_kernels.bench.variants import FLOOR, baselines, ours, step
-from lora_kernels.testing.gate import Gate, Problem, problem
+from lora_kernels.testing.judge import Gate, Problem, problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = [

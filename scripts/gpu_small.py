@@ -70,7 +70,8 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
     from lora_kernels.backends import dispatch
     from lora_kernels.core.operands import Call
     from lora_kernels.quant.weight import quantize_weight
-    from lora_kernels.testing import gate, one_layer
+    from lora_kernels.testing import judge as gate
+    from lora_kernels.testing import one_layer
 
     on, status = torch.device(device), 0
     for name in names or WATCHED:

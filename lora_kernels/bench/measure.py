@@ -14,7 +14,7 @@ from lora_kernels.bench.memory import peak_bytes, saved_bytes
 from lora_kernels.bench.shapes import BACKWARD, GRAPH, SHORT, Shape
 from lora_kernels.bench.variants import FLOOR, PEFT, Variant, ours, step
 from lora_kernels.testing import machine, timing
-from lora_kernels.testing.gate import Gate, Problem, problem
+from lora_kernels.testing.judge import Gate, Problem, problem
 from lora_kernels.testing.watch import answers, first_line
 
 SCHEMA = 1

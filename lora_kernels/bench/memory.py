@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_kernels.bench.shapes import BACKWARD
 from lora_kernels.bench.variants import Task, step
-from lora_kernels.testing.gate import Problem
+from lora_kernels.testing.judge import Problem
 
 
 def saved_bytes(task: Task, q: Problem) -> int:

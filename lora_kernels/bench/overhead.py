@@ -18,7 +18,7 @@ from lora_kernels.bench.shapes import BACKWARD, FORWARD, SHORT
 from lora_kernels.bench.variants import LAYERS, PEFT, Task, step
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.testing import timing
-from lora_kernels.testing.gate import Problem, judge, problem
+from lora_kernels.testing.judge import Problem, judge, problem
 from lora_kernels.testing.timing import timer_for
 
 CALL_TARGET_US = 15.0

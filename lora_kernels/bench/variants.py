@@ -29,7 +29,7 @@ from lora_kernels.bench import peers
 from lora_kernels.bench.shapes import BACKWARD, SHORT, Shape
 from lora_kernels.core.operands import Call
 from lora_kernels.nn.linear import FusedLoRALinear
-from lora_kernels.testing.gate import Problem
+from lora_kernels.testing.judge import Problem
 
 
 @dataclass(frozen=True)

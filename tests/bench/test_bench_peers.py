@@ -15,7 +15,7 @@ from lora_kernels.__main__ import main
 from lora_kernels.bench import overhead, peers, report, variants
 from lora_kernels.bench.shapes import Shape
 from lora_kernels.nn.linear import FusedLoRALinear
-from lora_kernels.testing.gate import evaluate, problem
+from lora_kernels.testing.judge import evaluate, problem
 
 RIGHT = """
 import torch.nn.functional as F

@@ -18,7 +18,7 @@ from lora_kernels.backends import dispatch, eager
 from lora_kernels.bench import memory, overhead, report, run, variants
 from lora_kernels.bench.shapes import BACKWARD, DEFAULT, FORWARD, NAMED, TARGETED
 from lora_kernels.testing import timing
-from lora_kernels.testing.gate import Gate, evaluate, problem
+from lora_kernels.testing.judge import Gate, evaluate, problem
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_the_gate_catches_a_crash_and_a_missing_gradient(wrong_backend, monkeypa
     monkeypatch.setattr(wrong, "forward", lambda x, w, *rest: (torch.full((6, 8), float("nan")), None))
     monkeypatch.setattr(wrong, "backward", eager.backward)
     assert gate.faults("wrong")[1]
-    monkeypatch.setattr("lora_kernels.testing.gate.lora_linear", lambda x, w, a, b, *, bias, **_: x @ w.mT + bias)
+    monkeypatch.setattr("lora_kernels.testing.judge.lora_linear", lambda x, w, a, b, *, bias, **_: x @ w.mT + bias)
     assert {"da: missing", "db: missing"} <= set(gate.faults("eager")[1])
 
 

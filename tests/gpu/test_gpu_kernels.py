@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support import oracle
+from support import judging as oracle
 from torch import Tensor
 
 from benchmarks.endurance import differences, run

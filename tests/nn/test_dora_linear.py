@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch._inductor.config
-from support import oracle
+from support import judging as oracle
 from support.dora_problems import grads, magnitude, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -17,7 +17,7 @@ from lora_kernels import FusedLoRALinear, load_adapter, merge_and_unload, save_a
 from lora_kernels.models.inject import apply_lora
 from lora_kernels.nn.quantized import QuantizedLoRALinear, quantized_linear
 from lora_kernels.quant.weight import dequantize_weight, quantize_weight
-from lora_kernels.testing.gate import Problem, evaluate, judge
+from lora_kernels.testing.judge import Problem, evaluate, judge
 
 FORMATS = {
     "nf4": {"quant": "nf4"},

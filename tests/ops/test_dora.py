@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch._inductor.config
-from support import oracle
+from support import judging as oracle
 from support.dora_problems import NAMES, magnitude, plain_torch, run, trained, truth
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ from lora_kernels.core import dropout as random
 from lora_kernels.ops import dora
 from lora_kernels.ops import linear as ops
 from lora_kernels.ops.dora import DoRALinearFunction, WeightNorms, dora_linear
-from lora_kernels.testing import gate
+from lora_kernels.testing import judge as gate
 
 # --- values and gradients ---
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import oracle
+from support import judging as oracle
 
 from lora_kernels import lora_linear
 from lora_kernels.backends import dispatch

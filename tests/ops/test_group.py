@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import oracle
+from support import judging as oracle
 from torch import Tensor
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.group import Layer, lora_linear_group
-from lora_kernels.testing import gate
+from lora_kernels.testing import judge as gate
 
 SIZES = [  # M, K, then N and R of each layer
     (5, 7, (3, 2), (1, 1)),

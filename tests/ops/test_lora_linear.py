@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import oracle
+from support import judging as oracle
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support import oracle
+from support import judging as oracle
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lora_kernels import lora_linear, quantize_weight
 from lora_kernels.ops import linear as ops
-from lora_kernels.testing.gate import check, problem
+from lora_kernels.testing.judge import check, problem
 
 FORMS = ["dense", "nf4"]
 FORWARD, BACKWARD = torch.ops.lora_kernels.forward.default, torch.ops.lora_kernels.backward.default

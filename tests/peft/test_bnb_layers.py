@@ -19,7 +19,7 @@ from support.peft_models import config, fused_layers, randomise, run, same, with
 
 import lora_kernels  # noqa: E402
 from lora_kernels.quant.weight import from_bnb  # noqa: E402
-from lora_kernels.testing.gate import Problem, evaluate, truth  # noqa: E402
+from lora_kernels.testing.judge import Problem, evaluate, truth  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from support import oracle
+from support import judging as oracle
 from torch import nn
 
 from lora_kernels import FusedLoRALinear, lora_linear

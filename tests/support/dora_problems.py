@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch._inductor.config
-from support import oracle
+from support import judging as oracle
 from torch import Tensor, nn
 
 from lora_kernels import FusedLoRALinear, reference

@@ -17,7 +17,7 @@ from lora_kernels.plans import store as tuned
 from lora_kernels.plans import tiles
 from lora_kernels.plans.tilings import BY_RULE, TILINGS, Tiling, find, key
 from lora_kernels.testing import one_layer
-from lora_kernels.testing.gate import problem
+from lora_kernels.testing.judge import problem
 from lora_kernels.tools.tune import measure as tune_measure
 
 pytestmark = [

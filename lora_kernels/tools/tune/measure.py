@@ -20,7 +20,8 @@ from lora_kernels.plans import store as tuned
 from lora_kernels.plans.tiles import Plan
 from lora_kernels.plans.tilings import Tiling
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
-from lora_kernels.testing import gate, timing
+from lora_kernels.testing import judge as gate
+from lora_kernels.testing import timing
 from lora_kernels.testing.terminal import Terminal
 from lora_kernels.testing.watch import Watch, answers, first_line
 from lora_kernels.tools.tune.candidates import Size

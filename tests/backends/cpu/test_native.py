@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from support.oracle import DTYPES
+from support.judging import DTYPES
 from torch import Tensor
 
 from lora_kernels.core import dropout as random

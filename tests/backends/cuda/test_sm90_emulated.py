@@ -14,7 +14,7 @@ from lora_kernels.backends import cuda
 from lora_kernels.core import dropout as random
 from lora_kernels.plans import tilings
 from lora_kernels.testing import one_layer
-from lora_kernels.testing.gate import Problem, judge, problem
+from lora_kernels.testing.judge import Problem, judge, problem
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the emulated kernels with"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import oracle
+from support import judging as oracle
 
 from lora_kernels.core import dropout as random
 from lora_kernels.testing import one_layer

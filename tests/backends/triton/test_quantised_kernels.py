@@ -11,12 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from support import oracle
+from support import judging as oracle
 
 from lora_kernels.core import dropout as random
 from lora_kernels.quant.weight import DTYPES, FORMATS, QuantizedWeight, quantize_weight
 from lora_kernels.testing import one_layer
-from lora_kernels.testing.gate import judge, over_codes
+from lora_kernels.testing.judge import judge, over_codes
 
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 from support.interp import interpret

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import oracle
+from support import judging as oracle
 
 WRONG = {
     "a factor of 1 - p forgotten": lambda t, q: t * 0.7,

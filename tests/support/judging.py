@@ -1,4 +1,4 @@
-"""What a kernel's numbers are judged by: the judge of `lora_kernels.testing.gate`, and what to try it on."""
+"""What a kernel's numbers are judged by: the judge of `lora_kernels.testing.judge`, and what to try it on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.testing import one_layer
-from lora_kernels.testing.gate import NAMES, Problem, check, evaluate, problem, truth
+from lora_kernels.testing.judge import NAMES, Problem, check, evaluate, problem, truth
 
 __all__ = [
     "DTYPES",
