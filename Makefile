@@ -1,4 +1,4 @@
-# One command each, on a fresh machine too: every target sets up .venv first. PYTHON=python3.12 picks another Python.
+# Each target works on a fresh machine, because it sets up .venv first. PYTHON=python3.12 picks another Python.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,14 +7,15 @@ SHORT ?=
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 PYTHON_FILES := lora_kernels tests benchmarks examples scripts csrc setup.py
 
-.PHONY: help test demo bench doctor lint format clean
+.PHONY: help test test-slow demo bench doctor lint format clean
 
 help:
-	@echo "make test     set up and run the test suite"
-	@echo "make demo     fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
-	@echo "make bench    measure against PEFT and the frozen layer; writes benchmarks/results/ and README's table"
-	@echo "make doctor   what serves this machine, and what is missing"
-	@echo "make lint     ruff, mypy, clang-format (make format: repair)"
+	@echo "make test       set up and run the tests that a contributor runs (up to 6 minutes on 2 cores)"
+	@echo "make test-slow  run the rest: the emulated GPU, ahead-of-time compiles, long sweeps"
+	@echo "make demo       fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
+	@echo "make bench      measure against PEFT and the frozen layer; writes benchmarks/results/ and the tables in the docs"
+	@echo "make doctor     show which back-ends serve this machine, and what is missing"
+	@echo "make lint       ruff, mypy, clang-format (make format repairs)"
 
 $(VENV)/.requirements: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,13 +23,16 @@ $(VENV)/.requirements: requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	@touch $@
 
-# An editable install: the extension is built into lora_kernels/, and again only when a source changed.
+# The install is editable. The extension is built into lora_kernels/, and again when one of its sources has changed.
 $(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
 	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
 test: $(VENV)/.installed
-	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests
+	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -m "not slow"
+
+test-slow: $(VENV)/.installed
+	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -m slow
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py $(if $(SHORT),--short)

@@ -1,3 +1,5 @@
+"""Options, markers and fixtures that every test may use."""
+
 from __future__ import annotations
 
 import os
@@ -6,22 +8,25 @@ from pathlib import Path
 
 import pytest
 
-# The suite shares its cores, with what it compiles at the least: threads that wait for others sleep rather than spin.
-# Read when torch is loaded.
+# The suite shares its cores with the compilers that it starts. Threads that wait should sleep, not spin. OpenMP reads
+# this variable when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
-# Poisoned allocations need deterministic algorithms, which cuBLAS has under this setting only.
+# The `poison` fixture needs deterministic algorithms, and cuBLAS has them under this setting only.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cuda", choices=("cuda", "cpu"), help="what tests/test_gpu.py runs on")
-    parser.addoption("--backend", action="append", help="of tests/test_gpu.py: this back-end only")
+    parser.addoption("--device", default="cuda", choices=("cuda", "cpu"), help="the device that tests/gpu runs on")
+    parser.addoption("--backend", action="append", help="run tests/gpu for this back-end only")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: runs on an NVIDIA GPU, and is skipped where there is none")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and is skipped where there is none")
+    config.addinivalue_line(
+        "markers", "slow: an emulated GPU, an ahead-of-time compile or a long sweep (make test-slow)"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,6 +37,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        from lora_kernels import _C
+
+        metafunc.parametrize("isa", _C.cpu_isas(), indirect=True)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -39,7 +51,7 @@ def _seeded() -> None:
 
 @pytest.fixture(params=["eager", "cpu"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each back-end that runs on this machine's CPU, by name."""
+    """The name of each back-end that runs on this machine's CPU."""
     from lora_kernels.backends import dispatch
 
     try:
@@ -49,16 +61,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
-        from lora_kernels import _C
-
-        metafunc.parametrize("isa", _C.cpu_isas(), indirect=True)
-
-
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that the native kernels can use on this machine."""
+    """Each instruction set that the native kernels can use on this machine, which they use during the test."""
     from lora_kernels import _C
 
     best = _C.cpu_isa()
@@ -69,7 +74,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Matrices as small as a test's gain nothing from more threads, and on a busy machine they wait for each other."""
+    """torch uses one thread. A test's small matrices gain nothing from more, and on a busy machine the threads wait for
+    each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,12 +84,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Every uninitialised allocation is filled with NaN (integers: with their largest value): what reads it before
-    writing shows."""
-    deterministic, fill = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    """torch fills every new allocation with NaN (integers with their largest value), so that a read before the first
+    write shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -93,10 +97,10 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture
 def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty directory in place of the user's cache, where measured plans are kept."""
-    from lora_kernels.plans import store as tuned
+    """An empty folder that stands in for the user's cache of measured plans."""
+    from lora_kernels.plans import store
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned.cache_clear()
+    store.cache_clear()
     yield tmp_path
-    tuned.cache_clear()
+    store.cache_clear()
