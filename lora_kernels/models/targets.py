@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels.nn import fit
 from lora_kernels.nn.linear import FusedLoRALinear
 
 Names = str | Iterable[str]
@@ -65,7 +66,7 @@ def select(
     for name, module in model.named_modules():
         if not name:
             continue
-        why_not = _why_not(module)
+        why_not = fit.why_not(module, in_place=True)
         if every:
             matched = module is not head and _looks_linear(module)
         else:
@@ -161,31 +162,6 @@ def _looks_linear(module: nn.Module) -> bool:
     kind = type(module).__name__
     leaf = not any(True for _ in module.children())
     return isinstance(module, nn.Linear) or (leaf and ("Linear" in kind or kind == "Conv1D"))
-
-
-def _why_not(module: nn.Module) -> str:
-    """The reason why a module cannot be replaced, or ""."""
-    kind = type(module).__name__
-    if kind == "Conv1D" and type(module).__module__.startswith("transformers."):
-        # Its weight is [in, out]. A FusedLoRALinear could compute with the transposed view, but could not stand in its
-        # place: the model's state_dict would have another shape there, or, where in = out, a checkpoint would load
-        # transposed without a word; and the view would be a Parameter of its own, no longer tied to what shares W.
-        return "a Conv1D, its weight [in, out]: it takes LoRA by PEFT's get_peft_model, then lora_kernels.fuse"
-    if not isinstance(module, nn.Linear):
-        return f"a {kind}, not an nn.Linear"
-    if type(module).__module__.startswith("bitsandbytes."):
-        return (
-            f"a {kind} of bitsandbytes: it takes LoRA by PEFT's get_peft_model, then lora_kernels.fuse, or by "
-            "QuantizedLoRALinear.from_bnb"
-        )
-    if type(module) is not nn.Linear:
-        return f"a {kind}: a subclass of nn.Linear, which may compute something else or be read past its forward"
-    if type(module.weight) is not nn.Parameter:
-        return f"its weight is a {type(module.weight).__name__}, not a plain Parameter"
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
-        return "it has hooks, which would be lost"
-    return ""
 
 
 def _refuse_adapted(model: nn.Module) -> None:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.nn import merging
+from lora_kernels.nn import fit, merging
 from lora_kernels.nn.init import split_named
-from lora_kernels.ops import check, dora
+from lora_kernels.ops import dora
 from lora_kernels.ops.linear import lora_linear
 
 
@@ -108,7 +108,8 @@ class FusedLoRALinear(nn.Linear):
                 parametrization of its own, which the module would pass over.
         """
         check_settings(r, lora_alpha, lora_dropout)
-        check.plain_linear(linear)
+        if reason := fit.why_not(linear, in_place=False):
+            raise TypeError(reason)
         if quant is not None:
             from lora_kernels.nn.quantized import QuantizedLoRALinear
 
