@@ -13,7 +13,8 @@ from lora_kernels.nn import merging
 from lora_kernels.nn.init import split_named
 from lora_kernels.nn.linear import FusedLoRALinear, check_settings, scaling_of
 from lora_kernels.ops.linear import lora_linear
-from lora_kernels.quant.weight import QuantizedWeight, assemble, from_bnb, quantize_weight
+from lora_kernels.quant.bnb import from_bnb
+from lora_kernels.quant.weight import QuantizedWeight, assemble, quantize_weight
 
 _PARTS = ("weight_scales", "weight_table", "weight_absmax", "weight_offset")
 """The buffers of a quantised weight beside its codes; the last three with double quantisation only."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_kernels import FusedLoRALinear, quantize_weight
 from lora_kernels.backends.cpu import quant as cpu_quant
-from lora_kernels.quant import tables as quant_tables
+from lora_kernels.quant import tables
 
 QUANTS = [None, "nf4", "fp4", "int8", "fp8"]
 
@@ -16,7 +16,7 @@ QUANTS = [None, "nf4", "fp4", "int8", "fp8"]
 @pytest.fixture
 def fresh(monkeypatch):
     """As in a new process: tables and working memory are made at their first use."""
-    monkeypatch.setattr(quant_tables, "_made", {})
+    monkeypatch.setattr(tables, "_made", {})
     cpu_quant._kept.__dict__.pop("room", None)
     yield
     cpu_quant._kept.__dict__.pop("room", None)
@@ -55,7 +55,7 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_default_device(fresh, quant, dtype):
     want = results(quant, dtype)
-    quant_tables._made.clear()
+    tables._made.clear()
     cpu_quant._kept.__dict__.pop("room", None)
     with torch.device("meta"):
         got = results(quant, dtype)
@@ -66,7 +66,7 @@ def test_a_default_device(fresh, quant, dtype):
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_default_dtype(fresh, quant):
     want = results(quant, torch.float32)
-    quant_tables._made.clear()
+    tables._made.clear()
     torch.set_default_dtype(torch.float64)
     try:
         got = results(quant, torch.float32)

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from lora_kernels.quant import encode as quant_encode
-from lora_kernels.quant import tables as quant_tables
-from lora_kernels.quant.weight import BLOCKSIZES, DTYPES, from_bnb, quantize_weight
+from lora_kernels.quant import encode, tables
+from lora_kernels.quant.bnb import from_bnb
+from lora_kernels.quant.weight import BLOCKSIZES, DTYPES, quantize_weight
 
 FOUR_BIT = ("nf4", "fp4")
 TINY = torch.finfo(torch.float32).tiny
@@ -75,7 +75,7 @@ def test_dtypes_shapes_and_magnitudes(format, dtype, bnb):
 @pytest.mark.parametrize("scale", [1.0, 0.75, 1e-3, 3.0, 1e-38, 1e-41, 3e38])
 @pytest.mark.parametrize("format", FOUR_BIT)
 def test_ties_zeros_and_denormals(format, scale, bnb):
-    levels = quant_tables.levels(format, torch.device("cpu")).sort().values
+    levels = tables.levels(format, torch.device("cpu")).sort().values
     middle = (levels[:-1] + levels[1:]) / 2
     inf = torch.tensor(math.inf)
     edge = torch.cat([middle, middle.nextafter(inf), middle.nextafter(-inf), levels, -middle])
@@ -91,7 +91,7 @@ def test_ties_zeros_and_denormals(format, scale, bnb):
 @pytest.mark.parametrize("format", FOUR_BIT)
 def test_ties_at_any_absmax(format, bnb):
     """Whether absmax divides, or its reciprocal multiplies, decides next to a tie."""
-    levels = quant_tables.levels(format, torch.device("cpu")).sort().values
+    levels = tables.levels(format, torch.device("cpu")).sort().values
     middle = (levels[:-1] + levels[1:]) / 2
     for _ in range(20):
         absmax = torch.rand(100, 1) + 0.5
@@ -108,7 +108,7 @@ def test_a_short_last_block_of_zeros(format, bnb):
 
 def test_double_quantisation_at_the_midpoints_of_its_table(bnb):
     """absmax at, and next to, the points where the code changes, in bitsandbytes' look-up and in the table."""
-    table = quant_tables.dynamic(torch.device("cpu"))
+    table = tables.dynamic(torch.device("cpu"))
     middle = (table[1:] + table[:-1]) / 2
     codes = torch.bucketize(torch.arange(65536) * 2 / 65535 - 1, middle)
     change = ((codes.diff().nonzero()[:, 0] + 0.5) * 2 / 65535 - 1).float()
@@ -121,13 +121,13 @@ def test_double_quantisation_at_the_midpoints_of_its_table(bnb):
     v = torch.cat([v, torch.zeros(-len(v) % 256), torch.zeros(256), torch.full((256,), 1e-45), torch.randn(1000)])
     absmax = v.clone()
     absmax -= absmax.mean()  # so that there is nearly nothing left to take away
-    mine, _, most, offset = quant_encode.absmax8(absmax)
+    mine, _, most, offset = encode.absmax8(absmax)
     codes, state = bnb.functional.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
     assert torch.equal(mine, codes) and torch.equal(most, state.absmax) and torch.equal(offset, absmax.mean())
     blocks = v[: len(v) // 256 * 256].view(-1, 256)
     blocks = blocks[blocks.abs().amax(1) == 1]
     codes, _ = bnb.functional.quantize_blockwise(blocks, blocksize=256)
-    assert len(blocks) > 6 and torch.equal(quant_tables.nearest8(blocks), codes)
+    assert len(blocks) > 6 and torch.equal(tables.nearest8(blocks), codes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,8 +148,8 @@ def test_the_tables_of_bitsandbytes(bnb):
     cpu = torch.device("cpu")
     for format in FOUR_BIT:
         expected = bnb.functional.get_4bit_type(format, device="cpu")
-        assert torch.equal(bits(quant_tables.levels(format, cpu)), bits(expected))
-    assert torch.equal(bits(quant_tables.dynamic(cpu)), bits(bnb.functional.create_dynamic_map()))
+        assert torch.equal(bits(tables.levels(format, cpu)), bits(expected))
+    assert torch.equal(bits(tables.dynamic(cpu)), bits(bnb.functional.create_dynamic_map()))
 
 
 def test_the_blocksizes_of_bitsandbytes(bnb):

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.quant import encode as quant_encode
-from lora_kernels.quant import tables as quant_tables
+from lora_kernels.quant import encode, tables
 from lora_kernels.quant.weight import (
     BLOCKSIZES,
     DTYPES,
@@ -45,7 +44,7 @@ def test_nf4_is_the_quantiles_of_appendix_e():
     quantile = NormalDist().inv_cdf
     levels = sorted([*map(quantile, upper), 0.0, *(-quantile(p) for p in lower)])
     torch.testing.assert_close(
-        quant_tables.levels("nf4", torch.device("cpu")), torch.tensor(levels) / max(levels), rtol=2e-6, atol=0
+        tables.levels("nf4", torch.device("cpu")), torch.tensor(levels) / max(levels), rtol=2e-6, atol=0
     )
 
 
@@ -56,12 +55,12 @@ def test_fp4_is_a_float_of_two_exponent_bits_and_one_of_mantissa():
         magnitude = mantissa / 16 if exponent == 0 else 2.0 ** (4 - exponent) * (1 + mantissa / 2)
         return (-1) ** sign * magnitude
 
-    levels = quant_tables.levels("fp4", torch.device("cpu"))
+    levels = tables.levels("fp4", torch.device("cpu"))
     torch.testing.assert_close(levels, torch.tensor([value(code) for code in range(16)]) / 12, rtol=0, atol=0)
 
 
 def test_the_dynamic_map_has_decades_of_doubling_precision():
-    table = quant_tables.dynamic(torch.device("cpu"))
+    table = tables.dynamic(torch.device("cpu"))
     assert table.shape == (256,) and (table.diff() > 0).all() and table[-1] == 1 and table[127] == 0
     assert torch.equal(table[:127].flip(0), -table[128:255])
     for i in range(7):
@@ -73,10 +72,10 @@ def test_the_dynamic_map_has_decades_of_doubling_precision():
 
 @pytest.mark.parametrize("format", FOUR_BIT)
 def test_the_nearest_level(format):
-    levels = quant_tables.levels(format, torch.device("cpu"))
+    levels = tables.levels(format, torch.device("cpu"))
     v = torch.cat([torch.linspace(-1, 1, 20001), levels])
     distance = (v[:, None].double() - levels.double()).abs()
-    chosen = distance.gather(1, quant_tables.nearest4(format, v).long()[:, None])[:, 0]
+    chosen = distance.gather(1, tables.nearest4(format, v).long()[:, None])[:, 0]
     assert (chosen - distance.amin(1)).max() < 1e-7
 
 
@@ -122,7 +121,7 @@ def test_fp8_at_the_edges(scaling):
 
 def test_codes_are_in_the_order_of_the_contract():
     """Element 2j of a row is the high nibble of byte j."""
-    levels = quant_tables.levels("nf4", torch.device("cpu"))
+    levels = tables.levels("nf4", torch.device("cpu"))
     q = quantize_weight(levels.repeat(2, 4))
     assert q.codes[1, :8].tolist() == [16 * (2 * j) + 2 * j + 1 for j in range(8)]
     assert q.scales.tolist() == [1, 1] and torch.equal(q.dequantize(), levels.repeat(2, 4))
@@ -134,7 +133,7 @@ def test_slices_do_not_show(format, setting, monkeypatch):
     settings = [setting] if format not in FOUR_BIT else [{"blocksize": 128}, {"blocksize": 4096, "double_quant": True}]
     whole = [quantize_weight(w, format, **each) for each in settings]
     expected = [q.dequantize() for q in whole]
-    monkeypatch.setattr(quant_encode, "SLICE", 4096)
+    monkeypatch.setattr(encode, "SLICE", 4096)
     for each, q, w_hat in zip(settings, whole, expected, strict=True):
         sliced = quantize_weight(w, format, **each)
         assert all(torch.equal(bits(s), bits(t)) for s, t in zip(sliced.tensors, q.tensors, strict=True))
@@ -204,7 +203,7 @@ def test_four_bits_go_to_the_nearest_level_and_stay_there(w, format, blocksize):
     q = quantize_weight(w, format, blocksize=blocksize)
     w_hat = q.dequantize()
     absmax = q.scales.repeat_interleave(blocksize)[: w.numel()].view_as(w).double()
-    levels = quant_tables.levels(format, w.device).double()
+    levels = tables.levels(format, w.device).double()
     nearest = (w.double()[..., None] - levels * absmax[..., None]).abs().amin(-1)
     assert ((w - w_hat).double().abs() <= nearest + absmax * 2**-22).all()
     again = quantize_weight(w_hat, format, blocksize=blocksize)
@@ -227,7 +226,7 @@ def test_int8_is_within_half_a_step_and_stays_there(w):
 def test_fp8_is_within_half_a_step_and_stays_there(w, scaling):
     q = quantize_weight(w, "fp8", scaling=scaling)
     w_hat = q.dequantize()
-    smallest = quant_encode.fp8_spread(q.scales, q.shape, 0, q.shape[0]) * 2**-10
+    smallest = encode.fp8_spread(q.scales, q.shape, 0, q.shape[0]) * 2**-10
     assert ((w - w_hat).abs() <= torch.maximum(w.abs() * 2**-4, smallest) * (1 + 2**-20)).all()
     assert torch.equal(bits(quantize_weight(w_hat, "fp8", scaling=scaling).codes), bits(q.codes))
 
