@@ -32,7 +32,8 @@ from lora_kernels.models.adapter_files import (
 )
 from lora_kernels.models.inject import AdaptedLayer, ApplyReport
 from lora_kernels.models.targets import Selection, by_pattern, lora_layers, select, some
-from lora_kernels.nn.linear import FusedLoRALinear, scaling_of
+from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.settings import scaling_of
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:

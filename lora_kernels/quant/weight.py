@@ -191,6 +191,19 @@ def quantize_weight(
         return QuantizedWeight(format, shape, w.dtype, codes, scales, blocksize, Nested(*nested))
 
 
+def quantize_like(w: Tensor, q: QuantizedWeight) -> QuantizedWeight:
+    """Return w [N, K] quantised in the way that q is, with q's dtype. Raises what `quantize_weight` raises."""
+    if q.format == "fp8":
+        shape = tuple(q.scales.shape)
+        scaling = "tensor" if shape == (1, 1) else "row" if shape == (q.shape[0], 1) else "block"
+        new = quantize_weight(w, "fp8", scaling=scaling)
+    elif q.format == "int8":
+        new = quantize_weight(w, "int8")
+    else:
+        new = quantize_weight(w, q.format, blocksize=q.blocksize, double_quant=q.nested is not None)
+    return replace(new, dtype=q.dtype)
+
+
 def dequantize_weight(q: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """Return W [N, K] in `dtype`, by default the dtype of the weight that was quantised. Products are computed in fp32
     and rounded at the end."""
