@@ -71,7 +71,7 @@ def _shard(module: nn.Module, kind: type[FusedLoRALinear], mesh: DeviceMesh, pla
             "ColwiseParallel or RowwiseParallel, or FusedLoRALinear.from_linear first"
         )
     if module.use_dora:
-        raise ValueError("DoRA cannot be tensor-parallel here: its norms need whole rows of W + s·B·A")
+        raise ValueError("there is no tensor parallel DoRA here: its norms need whole rows of W + s·B·A")
     if module.merged:
         raise ValueError("this FusedLoRALinear is merged: unmerge() it before parallelize_module")
     for name, placement in placements.items():
@@ -87,7 +87,7 @@ class _ShardedLinear(FusedLoRALinear):
 
     def _merged_weight(self, safe: bool) -> Tensor:
         raise NotImplementedError(
-            "a tensor-parallel FusedLoRALinear cannot be merged: gather its state with get_model_state_dict(..., "
+            "a tensor parallel FusedLoRALinear cannot be merged: gather its state with get_model_state_dict(..., "
             "options=StateDictOptions(full_state_dict=True)) and merge a whole module with it"
         )
 
@@ -108,6 +108,8 @@ class _ShardedLinear(FusedLoRALinear):
 
 
 class _ColwiseLinear(_ShardedLinear):
+    """W, B and bias are sharded on N, and A is whole."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., N], sharded on N, for a replicated x [..., K]."""
         whole = cast(DTensor, x)
@@ -121,6 +123,8 @@ class _ColwiseLinear(_ShardedLinear):
 
 
 class _RowwiseLinear(_ShardedLinear):
+    """W and A are sharded on K, and B and bias are whole."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., N], still to be summed over the processes, for x [..., K] sharded on K."""
         part = cast(DTensor, x)
