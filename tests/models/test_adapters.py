@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import warnings
 
 import hypothesis.strategies as hs
@@ -15,6 +16,7 @@ from support.adapter_models import CONFIG, WEIGHTS, adapted, assert_unchanged, c
 from torch import nn
 
 from lora_kernels import FusedLoRALinear
+from lora_kernels.models import adapter_files
 from lora_kernels.models.adapters import load_adapter, load_loralib, save_adapter
 from lora_kernels.models.inject import adapter_parameters, apply_lora, merge_and_unload
 
@@ -201,9 +203,9 @@ def test_a_failure_in_the_middle_of_saving_leaves_the_old_adapter(tmp_path, monk
     calls = {"n": 0}
     function, _, count = fail_at.partition(" ")
     module, real = {
-        "open": (__import__("lora_kernels.models.adapter_files").adapter_files, open),
+        "open": (adapter_files, open),
         "fsync": (os, os.fsync),
-        "copyfile": (__import__("shutil"), __import__("shutil").copyfile),
+        "copyfile": (shutil, shutil.copyfile),
         "replace": (os, os.replace),
     }[function]
 
