@@ -1,4 +1,4 @@
-"""Quantised weights: the published tables, torch's own fp8 cast, round trips, and bad input."""
+"""Quantised weights against the published tables and torch's own fp8 cast, round trips, and bad input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def gaussian(N, K, dtype=torch.float32, magnitude=1.0):
     return (torch.randn(N, K) * magnitude).to(dtype)
 
 
-# --- the tables, by their definitions ---------------------------------------------------------------------------------
+# --- the tables by their definitions ---
 
 
 def test_nf4_is_the_quantiles_of_appendix_e():
@@ -71,7 +71,7 @@ def test_the_dynamic_map_has_decades_of_doubling_precision():
 
 
 @pytest.mark.parametrize("format", FOUR_BIT)
-def test_the_nearest_level(format):
+def test_a_number_gets_the_nearest_level(format):
     levels = tables.levels(format, torch.device("cpu"))
     v = torch.cat([torch.linspace(-1, 1, 20001), levels])
     distance = (v[:, None].double() - levels.double()).abs()
@@ -79,10 +79,10 @@ def test_the_nearest_level(format):
     assert (chosen - distance.amin(1)).max() < 1e-7
 
 
-# --- what is stored and what comes back -------------------------------------------------------------------------------
+# --- codes and values ---
 
 
-def test_int8_at_the_edges():
+def test_int8_holds_zeros_denormals_and_its_largest_number():
     w = torch.zeros(4, 6)
     w[1] = 1e-45
     w[2] = torch.tensor([1e-38, -1e-38, 4e-39, 0, -0.0, 1e-41])
@@ -94,7 +94,7 @@ def test_int8_at_the_edges():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_fp8_is_the_cast_of_torch(scaling, dtype):
+def test_fp8_rounds_as_the_cast_of_torch(scaling, dtype):
     w = gaussian(300, 260, dtype)
     w[:, :130] *= 100
     w[128:256, 128:256] = 0
@@ -112,15 +112,14 @@ def test_fp8_is_the_cast_of_torch(scaling, dtype):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_fp8_at_the_edges(scaling):
+def test_fp8_holds_zeros_denormals_and_large_numbers(scaling):
     for value in (0.0, 1e-45, 1e-40, 3e38):
         w = torch.full((3, 130), value)
         w_hat = quantize_weight(w, "fp8", scaling=scaling).dequantize()
         assert ((w_hat - w).abs() <= value / 16 + TINY / 1024).all()
 
 
-def test_codes_are_in_the_order_of_the_contract():
-    """Element 2j of a row is the high nibble of byte j."""
+def test_the_high_nibble_is_the_even_element():
     levels = tables.levels("nf4", torch.device("cpu"))
     q = quantize_weight(levels.repeat(2, 4))
     assert q.codes[1, :8].tolist() == [16 * (2 * j) + 2 * j + 1 for j in range(8)]
@@ -128,7 +127,7 @@ def test_codes_are_in_the_order_of_the_contract():
 
 
 @pytest.mark.parametrize(("format", "setting"), EVERY)
-def test_slices_do_not_show(format, setting, monkeypatch):
+def test_the_size_of_the_slices_changes_no_bit(format, setting, monkeypatch):
     w = gaussian(300, 258)
     settings = [setting] if format not in FOUR_BIT else [{"blocksize": 128}, {"blocksize": 4096, "double_quant": True}]
     whole = [quantize_weight(w, format, **each) for each in settings]
@@ -159,7 +158,7 @@ def test_rows_are_rows_of_the_whole(format, setting, dtype, poison):
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
 @pytest.mark.parametrize(("format", "setting"), EVERY)
-def test_empty_weights(format, setting, shape):
+def test_empty_weights_come_back_empty(format, setting, shape):
     for each in [setting] + [{"double_quant": True}] * (format in FOUR_BIT):
         q = quantize_weight(torch.empty(shape, dtype=torch.bfloat16), format, **each).check()
         assert q.dequantize().shape == shape and q.dequantize().dtype == torch.bfloat16
@@ -167,7 +166,7 @@ def test_empty_weights(format, setting, shape):
 
 
 @pytest.mark.parametrize(("format", "setting"), EVERY)
-def test_the_given_weight_is_left_alone(format, setting):
+def test_quantising_leaves_the_given_weight_as_it_is(format, setting):
     w = gaussian(5, 66).requires_grad_()
     before = w.detach().clone()
     q = quantize_weight(w, format, **setting)
@@ -175,7 +174,7 @@ def test_the_given_weight_is_left_alone(format, setting):
     assert not q.dequantize().requires_grad
 
 
-def test_members():
+def test_bytes_device_and_moves():
     q = quantize_weight(gaussian(128, 64), double_quant=True)
     assert q.nbytes == 128 * 32 + 128 + 4 * (256 + 1 + 1) and q.device == torch.device("cpu")
     moved = q.to("meta")
@@ -184,7 +183,7 @@ def test_members():
     assert quantize_weight(gaussian(3, 5), "int8").to("meta").nested is None
 
 
-# --- round trips ------------------------------------------------------------------------------------------------------
+# --- round trips ---
 
 
 @st.composite
@@ -231,7 +230,7 @@ def test_fp8_is_within_half_a_step_and_stays_there(w, scaling):
     assert torch.equal(bits(quantize_weight(w_hat, "fp8", scaling=scaling).codes), bits(q.codes))
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 
 @pytest.mark.parametrize(
@@ -249,7 +248,7 @@ def test_fp8_is_within_half_a_step_and_stays_there(w, scaling):
         (torch.full((2, 4), 3e36), {"format": "int8"}, ValueError, r"reaches 3e\+36.*2\.679e\+36.*nf4"),
     ],
 )
-def test_what_cannot_be_quantised(w, settings, error, message):
+def test_a_weight_or_setting_that_cannot_be_is_refused(w, settings, error, message):
     with pytest.raises(error, match=message):
         quantize_weight(w, **settings)
 
@@ -264,7 +263,7 @@ def test_nonfinite_weights_are_counted_and_placed(format, setting, value):
 
 
 def parts(format="nf4", **changes):
-    """A good weight of 6 x 64 with some of its parts changed."""
+    """Return a weight of 6 x 64, with some of its parts changed."""
     good = {
         "nf4": {"codes": torch.zeros(6, 32, dtype=torch.uint8), "scales": torch.ones(6), "blocksize": 64},
         "int8": {"codes": torch.zeros(6, 64, dtype=torch.int8), "scales": torch.ones(6)},
@@ -279,7 +278,7 @@ def nested(**changes):
 
 
 @pytest.mark.parametrize("given", [parts(format) for format in ("nf4", "int8", "fp8")] + [parts(**nested())])
-def test_good_parts_pass(given):
+def test_check_returns_a_weight_whose_parts_fit(given):
     assert given.check() is given
 
 
