@@ -265,16 +265,8 @@ class FusedLoRALinear(AdapterLinear):
         if self._base is not None:
             destination[prefix + "weight"] = self._base
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
         self._check_rank(state_dict, prefix)
         keys = [prefix + "lora_A", prefix + "lora_B"]
         if self.use_dora:
@@ -284,9 +276,7 @@ class FusedLoRALinear(AdapterLinear):
         self.unmerge()
         follows = self.use_dora and plain and not self.weight.is_meta
         follows = follows and torch.equal(self.lora_magnitude_vector, self._weight_norm())
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
             if self.lora_A.is_meta and not self.weight.is_meta:  # assign=True: the adapter has no values to keep

@@ -141,13 +141,11 @@ class QuantizedLoRALinear(FusedLoRALinear):
         parts: dict[str, Any] = self._buffers
         table = parts["weight_table"]
         nested = None if table is None else Nested(table, parts["weight_absmax"], parts["weight_offset"])
-        N, stored = codes.shape
-        shape = (
-            N,
-            stored * 2 if self.blocksize else stored,
-        )  # 4 bits, which come in blocks, pack two elements in a byte
+        N, K = codes.shape
+        if self.blocksize:  # nf4 or fp4, which pack two elements in a byte
+            K *= 2
         return QuantizedWeight(
-            self.format, shape, self._dtype, codes, parts["weight_scales"], self.blocksize, nested, checked=True
+            self.format, (N, K), self._dtype, codes, parts["weight_scales"], self.blocksize, nested, checked=True
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,16 +238,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
         text = f"{self.format} {self.blocksize}" if self.blocksize else self.format
         return text + (" double_quant" if self._buffers["weight_table"] is not None else "")
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, _, _, unexpected_keys, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
         if self._unmerged is not None:
             raise ValueError(
                 f"{prefix or 'the module'}: the adapter is merged, and merging what is loaded would lose part of it: "
@@ -257,9 +247,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
             )
         self._check_rank(state_dict, prefix)
         state_dict = self._stored_state(state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         unexpected_keys[:] = [name for name in unexpected_keys if name != prefix + "weight_format"]
 
     def _stored_state(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
