@@ -31,7 +31,7 @@ import lora_kernels
 from lora_kernels.bench.run import write
 from lora_kernels.bench.shapes import SHORT
 from lora_kernels.nn.quantized import QuantizedLoRALinear
-from lora_kernels.quant.weight import from_bnb
+from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.testing import judge as gate
 from lora_kernels.testing import machine, timing
 from lora_kernels.testing.terminal import Terminal, terminal

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 import lora_kernels
-from lora_kernels.quant.weight import from_bnb
+from lora_kernels.quant.bnb import from_bnb
 
 BATCH = 16
 LORA = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")

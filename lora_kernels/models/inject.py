@@ -1,6 +1,7 @@
 """LoRA in a plain PyTorch model: `apply_lora` puts `FusedLoRALinear` where PEFT would put its LoRA layers.
 
-With it: which parameters train, how many they are, and the way back to a plain model.
+`mark_only_lora_as_trainable`, `adapter_parameters` and `trainable_parameters` tell what trains, and `merge_and_unload`
+makes the model plain again.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import torch
 from torch import nn
 
 from lora_kernels.backends import dispatch
-from lora_kernels.models.targets import Names, Selection, Target, by_reason, lora_layers, select, some
+from lora_kernels.models.targets import Names, Rules, Selection, Target, by_reason, lora_layers, select, some
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.quantized import QuantizedLoRALinear
+from lora_kernels.nn.settings import LoRASettings
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One line of an `ApplyReport`."""
+    """A layer that got LoRA: one line of an `ApplyReport`."""
 
     name: str
     r: int
@@ -32,22 +34,22 @@ class AdaptedLayer:
 
     @classmethod
     def of(cls, name: str, layer: FusedLoRALinear) -> AdaptedLayer:
-        """The line for a layer."""
+        """Return the line for `layer`."""
         quant = layer.format if isinstance(layer, QuantizedLoRALinear) else None
         return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora, quant)
 
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """What `apply_lora` did. ``str()`` of it is a table."""
+    """The layers that `apply_lora` replaced, and those that it left. ``str()`` of it is a table."""
 
     layers: tuple[AdaptedLayer, ...]
     passed_over: dict[str, str]
     """Every other linear layer, with the reason why it was left as it is."""
     unused: tuple[str, ...]
-    """Names and patterns that no layer matched: often a slip of the pen, but nothing that stops PEFT."""
+    """Names and patterns that no layer matched. They are often typing errors, but PEFT accepts them too."""
     quantised: tuple[int, int] | None = None
-    """Bytes of the weights of these layers before and after, where they were quantised."""
+    """The bytes of these layers' weights before and after they were quantised; None where they were not."""
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("module")])
@@ -67,7 +69,7 @@ class ApplyReport:
 
 @dataclass(frozen=True)
 class TrainableParameters:
-    """How many numbers a model trains, and holds."""
+    """The number of elements that a model trains, and the number that it holds."""
 
     trainable: int
     total: int
@@ -102,87 +104,70 @@ def apply_lora(
     every other parameter. The rules and defaults are those of PEFT's ``LoraConfig``; PEFT itself is not needed.
 
     Args:
-        model: any module. It is changed in place. A layer that stands at several places goes by its first name and is
+        model: any module. It is changed in place. A layer that stands at several places is known by its first name and
             replaced at each; weights that are tied stay tied.
-        r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend: as for `FusedLoRALinear` (but
-            lora_alpha is 8, as in PEFT). adapter_dtype None is the weight's dtype; PEFT's choice beside fp16 and bf16
-            is fp32.
-        target_modules: "all-linear": every ``nn.Linear`` but the one that ``model.get_output_embeddings()`` returns, if
-            the model has that method. Another string: a regular expression that the whole dotted name must match.
-            Names: those whose dotted name is one of them or ends in ``.`` and one of them.
-        exclude_modules: a regular expression or names, as above. It wins over target_modules.
-        rank_pattern, alpha_pattern: r and lora_alpha by name: each key is a regular expression for the end of the
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend: as for `FusedLoRALinear`, but
+            lora_alpha is 8 by default, as in PEFT. adapter_dtype None is the weight's dtype; PEFT would choose fp32
+            beside fp16 and bf16.
+        target_modules: "all-linear" is every ``nn.Linear`` but the one that ``model.get_output_embeddings()`` returns,
+            if the model has that method. Another string is a regular expression that the whole dotted name must match.
+            Several names choose the layers whose dotted name is one of them, or ends in ``.`` and one of them.
+        exclude_modules: a regular expression or names, in the same way. It wins over target_modules.
+        rank_pattern, alpha_pattern: r and lora_alpha by name. Each key is a regular expression for the end of the
             dotted name, from a dot or the start on. The first key that matches counts.
-        layers_to_transform: numbers of blocks: only those, where target_modules are ends of names. layers_pattern: the
-            name (or names) of the list of blocks whose numbers they are, in place of any.
-        quant: "nf4", "fp4", "int8" or "fp8": keep the frozen weights in that format only (QLoRA; a
-            `QuantizedLoRALinear` each, and the report tells the bytes). What else shares such a weight keeps the dense
-            one. The dense model and the quantised weights are in memory together until all are made. blocksize and
-            double_quant: of nf4 and fp4.
+        layers_to_transform: the numbers of the blocks whose layers get LoRA, where target_modules are ends of names.
+        layers_pattern: the name (or names) of the list of blocks that these numbers count in; None is any list.
+        quant: "nf4", "fp4", "int8" or "fp8" keeps the frozen weights in that format only (QLoRA): each layer becomes a
+            `QuantizedLoRALinear`, and the report gives the bytes. Other modules that share such a weight keep the dense
+            one. The dense model and all quantised weights are in memory together for a moment.
+        blocksize, double_quant: for nf4 and fp4, as in `quantize_weight`.
         init: as for `FusedLoRALinear.from_linear`.
 
-    With "all-linear" what is not exactly an ``nn.Linear`` is passed over, with a reason in the report: quantised
+    "all-linear" passes over every module that is not exactly an ``nn.Linear``, with a reason in the report: quantised
     layers, GPT-2's Conv1D (whose checkpoints hold W transposed: for those PEFT and `fuse`), subclasses
     (``nn.MultiheadAttention`` reads the weight of its out_proj itself, past any adapter), weights that are a subclass
-    of Parameter (sharded, quantised) and layers with hooks, which would be lost. Where a pattern or
-    a name asks for such a module, or for no linear layer at all, ValueError is raised.
+    of Parameter (sharded, quantised) and layers with hooks, which would be lost. Where a pattern or a name asks for
+    such a module, or for no linear layer at all, ValueError is raised.
 
     ``nn.TransformerEncoderLayer`` has a path for inference that reads the weights of linear1 and linear2 itself, past
     any adapter. It is switched off in the layers that get one (activation_relu_or_gelu 0; use_nested_tensor False in
     the ``nn.TransformerEncoder`` around them) and stays off.
 
     Raises:
-        ValueError: nothing matches, or something that cannot be replaced does; the model has LoRA layers already; a
-            value that `FusedLoRALinear` refuses; an unknown backend; layers_to_transform with a string; a weight that
-            `quant` cannot hold (NaN, or an odd K in 4 bits), by name.
-        TypeError: an adapter_dtype that does not go with a weight's. ImportError: a backend that is not installed.
+        ValueError: nothing matches, or a match cannot be replaced; the model has LoRA layers already; a value that
+            `FusedLoRALinear` refuses; an unknown backend; layers_to_transform with a string; a weight that `quant`
+            cannot hold (NaN, or an odd K in 4 bits), by name.
+        TypeError: an adapter_dtype that does not go with a weight's.
+        ImportError: a backend that is not installed.
         re.error: a string that is no regular expression.
         Whatever is raised, the model is as it was.
     """
-    selection = select(
-        model,
-        r=r,
-        lora_alpha=lora_alpha,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern,
+    settings = LoRASettings(
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend, quant, blocksize, double_quant, init
     )
+    rules = Rules(target_modules, exclude_modules, rank_pattern, alpha_pattern, layers_to_transform, layers_pattern)
+    selection = select(model, settings, rules)
     if backend is not None:
         dispatch.load(backend)
-    for target in selection.targets:
-        target.settings.update(
-            lora_dropout=lora_dropout,
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-            adapter_dtype=adapter_dtype,
-            backend=backend,
-            quant=quant,
-            blocksize=blocksize,
-            double_quant=double_quant,
-            init=init,
-        )
     return replace(model, selection)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """The model with a plain ``nn.Linear`` in place of every `FusedLoRALinear`, weight W + s·B·A or with DoRA d ⊙ that
-    (see its `merge`), in place; `model` is returned, or the new layer where `model` itself is one.
+    """Put a plain ``nn.Linear`` with weight W + s·B·A, or with DoRA d ⊙ that (see `FusedLoRALinear.merge`), in the
+    place of every `FusedLoRALinear`. Returns `model`, or the new layer where `model` itself is replaced.
 
-    Every parameter is frozen afterwards, as PEFT leaves it: ``requires_grad_()`` what is to train. Weights that were
-    tied to a merged one stay the base's.
+    Every parameter is frozen afterwards, as PEFT leaves it: call ``requires_grad_()`` on those that are to train.
+    Other modules whose weights were tied to a merged one keep W.
 
     Raises:
-        ValueError: there is no `FusedLoRALinear`, or merging one gives weights that are not finite: the model is then
-            as it was.
-        NotImplementedError: a layer is tensor parallel; the model is then as it was, too.
+        ValueError: there is no `FusedLoRALinear`, or merging one gives weights that are not finite.
+        NotImplementedError: a layer is tensor parallel.
+        Whatever is raised, the model is as it was.
     """
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no FusedLoRALinear: nothing to merge")
-    # Everything is tried before anything is changed; keeping all results instead would hold every weight twice.
+    # All merges are tried before anything is changed. Keeping their results would hold every weight twice in memory.
     for name, layer in layers.items():
         try:
             layer.to_linear()
@@ -199,7 +184,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of the adapters of every `FusedLoRALinear` in `model`, frozen ones too: lora_A and lora_B, with
+    """Yield the adapters' parameters of every `FusedLoRALinear` in `model`, frozen ones too: lora_A, lora_B and with
     DoRA lora_magnitude_vector."""
     for layer in lora_layers(model).values():
         for name, parameter in layer.named_parameters(recurse=False):
@@ -208,10 +193,12 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Literal["none", "all", "lora_only"] = "none") -> None:
-    """Freeze everything but the adapters, as loralib's function of this name does (adapters stay as they are).
+    """Freeze everything but the adapters, as loralib's function of this name does. Frozen adapters stay frozen.
 
-    `bias`: "none" trains no bias, "all" every parameter whose own name has "bias" in it, "lora_only" the biases of the
-    layers with an adapter.
+    Args:
+        model: a model with `FusedLoRALinear` layers.
+        bias: "none" trains no bias, "all" every parameter whose own name has "bias" in it, "lora_only" the biases of
+            the layers with an adapter.
 
     Raises:
         ValueError: another `bias`, or a model without `FusedLoRALinear`; nothing is changed.
@@ -232,7 +219,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Literal["none", "all", "
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """How many numbers `model` trains and holds; shared parameters count once, quantised weights by their elements."""
+    """Return how many elements `model` trains and holds. Shared parameters count once, and a quantised weight counts as
+    the dense one would."""
     packed = [layer for layer in lora_layers(model).values() if isinstance(layer, QuantizedLoRALinear)]
     elements = {id(layer.weight): layer.in_features * layer.out_features for layer in packed}
     sizes = [(p.requires_grad, elements.get(id(p), p.numel())) for p in model.parameters()]
@@ -245,7 +233,7 @@ def replace(model: nn.Module, selection: Selection) -> ApplyReport:
     try:
         layers = [_adapted(target) for target in selection.targets]
     except BaseException:
-        for parameter, requires_grad in trained:  # from_linear freezes what it takes
+        for parameter, requires_grad in trained:  # from_linear freezes the weights that it takes over
             parameter.requires_grad = requires_grad
         raise
     for parameter, _ in trained:
@@ -267,13 +255,13 @@ def replace(model: nn.Module, selection: Selection) -> ApplyReport:
 
 def _adapted(target: Target) -> FusedLoRALinear:
     try:
-        return FusedLoRALinear.from_linear(target.linear, **target.settings)
+        return FusedLoRALinear.from_settings(target.linear, target.settings)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{target.name}: {error}") from None
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:
-    """Every dotted name under which a module stands in `model`, by its id."""
+    """Return every dotted name of each module in `model`, by the module's id."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -286,6 +274,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _close_fast_paths(model: nn.Module) -> None:
+    """Switch off the inference paths of nn.TransformerEncoder that would read weights past their adapters."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and lora_layers(module):
             module.activation_relu_or_gelu = 0

@@ -1,63 +1,67 @@
-"""Which layers of a model get LoRA: PEFT's rules for names, and the reasons why a layer cannot."""
+"""The layers of a model that get LoRA: PEFT's rules for names, and the reasons why a layer is left as it is."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from lora_kernels.nn import fit
 from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.settings import LoRASettings
 
 Names = str | Iterable[str]
-"""A regular expression for the whole dotted name, or names: the whole one or its last parts."""
+"""A regular expression for the whole dotted name; or several names, each the whole dotted name or its last parts."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The keywords of `apply_lora` that choose layers, and their ranks and alphas, by name. It documents them."""
+
+    target_modules: Names
+    exclude_modules: Names | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: Names | None = None
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to replace: its first name and the arguments of `FusedLoRALinear.from_linear`."""
+    """A layer to replace, by its first name, and the settings of the layer that replaces it."""
 
     name: str
     linear: nn.Linear
-    settings: dict[str, Any]
+    settings: LoRASettings
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a set of rules means for a model."""
+    """The layers of a model that a set of rules chooses."""
 
     targets: list[Target]
     passed_over: dict[str, str] = field(default_factory=dict)
+    """Every other layer that looks linear, with the reason why it is left as it is."""
     unused: tuple[str, ...] = ()
+    """The names and patterns of the rules that no target matches."""
 
 
-def select(
-    model: nn.Module,
-    *,
-    r: int,
-    lora_alpha: float,
-    target_modules: Names,
-    exclude_modules: Names | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: Names | None = None,
-) -> Selection:
-    """The layers that `apply_lora` replaces, with their r and lora_alpha; changes nothing. Raises as `apply_lora`."""
+def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
+    """Return the layers that `apply_lora` replaces; changes nothing. Each has `settings` with its own r and lora_alpha.
+    Raises as `apply_lora`."""
     _refuse_adapted(model)
-    every = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
-    wanted = target_modules if isinstance(target_modules, str) else tuple(target_modules)
-    excluded = exclude_modules or ()
-    if not isinstance(excluded, str):
-        excluded = tuple(excluded)
-    blocks = (layers_to_transform,) if isinstance(layers_to_transform, int) else tuple(layers_to_transform or ())
+    wanted, excluded = _names(rules.target_modules), _names(rules.exclude_modules or ())
+    lists = (rules.layers_pattern,) if isinstance(rules.layers_pattern, str) else tuple(rules.layers_pattern or ())
+    blocks = rules.layers_to_transform
+    blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks or ())
     if blocks and isinstance(wanted, str):
         raise ValueError("layers_to_transform goes with a list of target_modules, not with a string")
-    lists = (layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern or ())
-    head = _output_head(model)
+    every = isinstance(wanted, str) and wanted.lower() == "all-linear"
+    head = _output_head(model) if every else None
 
     targets: list[Target] = []
     passed_over: dict[str, str] = {}
@@ -65,9 +69,8 @@ def select(
     for name, module in model.named_modules():
         if not name:
             continue
-        why_not = _why_not(module)
         if every:
-            matched = module is not head and _looks_linear(module)
+            matched = _looks_linear(module)
         else:
             # A whole name counts in any block, as in PEFT.
             matched = matches(wanted, name) and (not blocks or name in wanted or _block(name, lists) in blocks)
@@ -77,66 +80,71 @@ def select(
             reason = "the output head"
         elif not matched:
             reason = "not in target_modules"
-        elif why_not and every:
-            reason = why_not
-        elif why_not:
-            unfit[name] = why_not
-            continue
         else:
+            reason = fit.why_not(module, in_place=True)
+            if reason and not every:
+                unfit[name] = reason
+                continue
+        if not reason:
             assert isinstance(module, nn.Linear)
-            settings = {
-                "r": by_pattern(rank_pattern, name, r),
-                "lora_alpha": by_pattern(alpha_pattern, name, lora_alpha),
-            }
-            targets.append(Target(name, module, settings))
-            continue
-        if _looks_linear(module):
+            r = by_pattern(rules.rank_pattern, name, settings.r)
+            alpha = by_pattern(rules.alpha_pattern, name, settings.lora_alpha)
+            targets.append(Target(name, module, replace(settings, r=r, lora_alpha=alpha)))
+        elif _looks_linear(module):
             passed_over[name] = reason
     if unfit:
         raise ValueError(
-            f"target_modules match what cannot be replaced: {_told(unfit)}. Name other modules, or add these to "
+            f"target_modules match modules that cannot be replaced: {_told(unfit)}. Name others, or add these to "
             "exclude_modules"
         )
     if not targets:
         raise ValueError(_nothing(model, wanted, passed_over))
-    names = [target.name for target in targets]
-    unused = [] if isinstance(wanted, str) else [n for n in wanted if not any(matches((n,), name) for name in names)]
-    for pattern, kind in ((rank_pattern, "rank_pattern"), (alpha_pattern, "alpha_pattern")):
-        used = {_key(pattern or {}, name) for name in names}
-        unused += [f"{kind} {key}" for key in pattern or {} if key not in used]
-    return Selection(targets, passed_over, tuple(unused))
+    return Selection(targets, passed_over, _unused(rules, wanted, [target.name for target in targets]))
 
 
 def lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
-    """Every `FusedLoRALinear` in `model` by its first name."""
+    """Return every `FusedLoRALinear` in `model` by its first name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoRALinear)}
 
 
 def matches(names: str | Sequence[str], name: str) -> bool:
-    """Whether a dotted name matches a regular expression, or is, or ends in, one of several names."""
+    """Return whether a dotted name matches a regular expression, or is, or ends in, one of several names."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == n or name.endswith(f".{n}") for n in names)
 
 
 def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first key that matches the end of `name`, from a dot or the start on."""
+    """Return the value of the first key that matches the end of `name`, from a dot or the start on, or `default`."""
     key = _key(pattern or {}, name)
     return default if key is None or not pattern else pattern[key]
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """A few of many names, and how many more there are."""
+    """Return the first `most` names as text, with the number of those left out."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """The names that have the same reason."""
+    """Return the names that share each reason."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
     return names
+
+
+def _names(names: Names) -> str | tuple[str, ...]:
+    return names if isinstance(names, str) else tuple(names)
+
+
+def _unused(rules: Rules, wanted: str | tuple[str, ...], names: list[str]) -> tuple[str, ...]:
+    """Return the names of `wanted` and the patterns of `rules` that match none of the targets' names."""
+    unused = [] if isinstance(wanted, str) else [n for n in wanted if not any(matches((n,), name) for name in names)]
+    for kind, pattern in (("rank_pattern", rules.rank_pattern), ("alpha_pattern", rules.alpha_pattern)):
+        used = {_key(pattern or {}, name) for name in names}
+        unused += [f"{kind} {key}" for key in pattern or {} if key not in used]
+    return tuple(unused)
 
 
 def _told(reasons: Mapping[str, str]) -> str:
@@ -148,7 +156,7 @@ def _key(pattern: Iterable[str], name: str) -> str | None:
 
 
 def _block(name: str, lists: Sequence[str]) -> int | None:
-    """The number of the block that a layer is in: of any list, or of those named."""
+    """Return the number of a layer's block in one of the named lists of blocks, or in any list where none is named."""
     for pattern in lists or (r"[^.]*",):
         found = re.match(rf".*\.{pattern}\.(\d+)\.", name)
         if found:
@@ -157,35 +165,10 @@ def _block(name: str, lists: Sequence[str]) -> int | None:
 
 
 def _looks_linear(module: nn.Module) -> bool:
-    # By name too: quantised layers and transformers' Conv1D are no nn.Linear, but the report should tell of them.
+    # The class's name counts too: quantised layers and transformers' Conv1D are no nn.Linear, but belong in the report.
     kind = type(module).__name__
     leaf = not any(True for _ in module.children())
     return isinstance(module, nn.Linear) or (leaf and ("Linear" in kind or kind == "Conv1D"))
-
-
-def _why_not(module: nn.Module) -> str:
-    """The reason why a module cannot be replaced, or ""."""
-    kind = type(module).__name__
-    if kind == "Conv1D" and type(module).__module__.startswith("transformers."):
-        # Its weight is [in, out]. A FusedLoRALinear could compute with the transposed view, but could not stand in its
-        # place: the model's state_dict would have another shape there, or, where in = out, a checkpoint would load
-        # transposed without a word; and the view would be a Parameter of its own, no longer tied to what shares W.
-        return "a Conv1D, its weight [in, out]: it takes LoRA by PEFT's get_peft_model, then lora_kernels.fuse"
-    if not isinstance(module, nn.Linear):
-        return f"a {kind}, not an nn.Linear"
-    if type(module).__module__.startswith("bitsandbytes."):
-        return (
-            f"a {kind} of bitsandbytes: it takes LoRA by PEFT's get_peft_model, then lora_kernels.fuse, or by "
-            "QuantizedLoRALinear.from_bnb"
-        )
-    if type(module) is not nn.Linear:
-        return f"a {kind}: a subclass of nn.Linear, which may compute something else or be read past its forward"
-    if type(module.weight) is not nn.Parameter:
-        return f"its weight is a {type(module.weight).__name__}, not a plain Parameter"
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
-        return "it has hooks, which would be lost"
-    return ""
 
 
 def _refuse_adapted(model: nn.Module) -> None:
@@ -196,11 +179,11 @@ def _refuse_adapted(model: nn.Module) -> None:
             "merge_and_unload(model) first, or give all target_modules in one call"
         )
     if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
-        raise ValueError("the model is one of PEFT's: lora_kernels.fuse(model) is for those")
+        raise ValueError("the model has layers of PEFT: call lora_kernels.fuse(model) instead")
 
 
 def _nothing(model: nn.Module, wanted: str | Sequence[str], passed_over: dict[str, str]) -> str:
-    """The message where no layer matched."""
+    """Return the error message for rules that match no layer."""
     if isinstance(model, nn.Linear):
         return "the model is an nn.Linear itself and cannot be replaced in place: FusedLoRALinear.from_linear(model)"
     if not passed_over:
@@ -213,6 +196,6 @@ def _nothing(model: nn.Module, wanted: str | Sequence[str], passed_over: dict[st
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
-    """What the model's get_output_embeddings returns, if it has that method."""
+    """Return the module that the model's get_output_embeddings returns, or None without such a method."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None

@@ -1,1 +1,10 @@
-"""The modules."""
+"""The modules: fused LoRA layers, the ways to start their adapters, and their tensor-parallel plans.
+
+Both kinds of layer are imported here, so that `FusedLoRALinear` finds `QuantizedLoRALinear` whichever of their files is
+imported first.
+"""
+
+from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.quantized import QuantizedLoRALinear
+
+__all__ = ["FusedLoRALinear", "QuantizedLoRALinear"]

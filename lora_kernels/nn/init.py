@@ -1,4 +1,4 @@
-"""Adapters that start from W itself: W [N,K] taken apart into what is frozen and s·B A, with A [r,K] and B [N,r].
+"""Adapters that are initialised from W [N, K]: W is split into a frozen base and s·B A, with A [r, K] and B [N, r].
 
     pissa     W = W_res + s·B A, B A the principal r singular triplets
               (Meng, Wang and Zhang, "PiSSA", arXiv:2404.02948)
@@ -6,79 +6,80 @@
               (Büyükakyüz, "OLoRA", arXiv:2406.01775)
     loftq     W ≈ Q + s·B A, Q in 4 or 8 bits
               (Li, Yu, Liang, He, Karampatziakis, Chen and Zhao, "LoftQ", arXiv:2310.08659)
-    lq_lora   the same, with the low-rank part first and, if wished, errors weighted by the Fisher information
+    lq_lora   W ≈ Q + s·B A, with the low-rank part computed first and errors optionally weighted by the Fisher
+              information
               (Guo, Greengard, Xing and Kim, "LQ-LoRA", arXiv:2311.12023)
 
-All take W in fp32, bf16 or fp16 on any device that has fp64, leave it as it is and give new tensors there. Everything
-is computed in fp32, and W - s·B A in fp64 from A and B as they are returned, so that what an A and B in 16 bits lose is
-in W_res. The working memory is mostly the SVD's: six to nine copies of a square W in fp32 with the exact one, three to
-five with the randomised one and in `olora`.
+All four take W in fp32, bf16 or fp16 on any device that has fp64, leave it as it is, and return new tensors on that
+device. They compute in fp32. Only W - s·B A is computed in fp64, from A and B as they are returned, so that W_res makes
+up for the rounding of an A and B in 16 bits. Most of the working memory is the SVD's: six to nine copies of a square W
+in fp32 with the exact SVD, three to five with the randomised one and in `olora`.
 
-The SVD is exact unless `niter` is given. Then it is that of `torch.svd_lowrank(W, r, niter)`: randomised, with `niter`
-subspace iterations (Halko, Martinsson and Tropp, "Finding structure with randomness", arXiv:0909.4061), much faster for
-a large W and a small r, and the same at every call, since it draws from a generator of its own with a fixed seed. The
-largest element of each row of Vᵀ is made positive: two runs give the same bits, and two machines the same signs.
+The SVD is exact unless `niter` is given. Then it is randomised, as in `torch.svd_lowrank(W, r, niter)`, with `niter`
+subspace iterations (Halko, Martinsson and Tropp, "Finding structure with randomness", arXiv:0909.4061). That is much
+faster for a large W and a small r. It is the same in every call, since it draws from a generator of its own with a
+fixed seed. The largest element of each row of Vᵀ is made positive: two runs give the same bits, and two machines the
+same signs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels.nn.merging import row_blocks, updated_weight
+from lora_kernels.nn.low_rank import Part, Weights, difference, factors, finite, minus, norm
+from lora_kernels.nn.merging import row_blocks
 from lora_kernels.quant.weight import DTYPES, QuantizedWeight, quantize_weight
-
-_SEED = 0
-"""Of the randomised SVD."""
-
-_Weights = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
 def pissa(
     w: Tensor, r: int, scale: float, *, niter: int | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(W_res, A, B) with A = √(S/s) Vᵀ and B = U √(S/s) of the r largest singular values of W = U S Vᵀ, and
+    """Return (W_res, A, B) with A = √(S/s) Vᵀ and B = U √(S/s) for the r largest singular values of W = U S Vᵀ, and
     W_res = W - s·B A.
 
     Args:
         w: W [N, K].
         r: the rank, 1 to min(N, K).
         scale: s, positive.
-        niter: None for the exact SVD; else the number of subspace iterations of the randomised one.
-        dtype: of A and B: fp32, bf16 or fp16.
+        niter: the number of subspace iterations of the randomised SVD; None for the exact SVD.
+        dtype: the dtype of A and B: fp32, bf16 or fp16.
 
     W_res has W's dtype. From the exact SVD, s·B A is the best approximation of W of rank r (Eckart and Young), whatever
     s is.
 
-    Raises TypeError for another dtype; ValueError for a w that is not a matrix or not finite, an r, scale or niter out
-    of range, and results that overflow.
+    Raises:
+        TypeError: W or `dtype` is of another dtype.
+        ValueError: W is not a matrix or not finite; r, scale or niter is out of range; a result overflows.
     """
-    exact = _checked(w, r, scale, dtype, niter)
-    a, b = _factors(exact, r, scale, niter, dtype)
-    return _finite("W - s·B A", _minus(exact, a, b, scale, w.dtype)), a, b
+    part = Part(r, scale, niter, dtype)
+    exact = _checked(w, part)
+    a, b = factors(exact, part)
+    return finite("W - s·B A", minus(exact, a, b, scale, w.dtype)), a, b
 
 
 @torch.no_grad()
 def olora(w: Tensor, r: int, scale: float, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """(W_res, A, B) with B = the first r columns of Q, A = the first r rows of R, of W = Q R, and W_res = W - s·B A.
+    """Return (W_res, A, B) with W = Q R, B the first r columns of Q, A the first r rows of R, and W_res = W - s·B A.
 
-    Neither A nor B holds s, as in PEFT 0.19: B is orthonormal whatever s is, and W_res depends on s. Only the first r
-    columns of W are factorised, which is all that they depend on; the rest of A is Bᵀ W.
+    Neither A nor B contains s, as in PEFT 0.19: B is orthonormal whatever s is, and W_res depends on s. B and the first
+    r columns of A depend on the first r columns of W only, so only these are factorised; the rest of A is Bᵀ W.
 
-    Arguments, dtypes and what is raised are `pissa`'s.
+    `pissa` documents the arguments, the dtypes and what is raised.
     """
-    exact = _checked(w, r, scale, dtype)
+    exact = _checked(w, Part(r, scale, None, dtype))
     q, triangle = torch.linalg.qr(exact[:, :r])
     right = torch.zeros(r, exact.shape[1] - r, dtype=torch.float64, device=exact.device)
-    for rows in row_blocks(exact.shape[0]):  # in fp64, which is never TF32
+    for rows in row_blocks(exact.shape[0]):  # in fp64, because TF32 may replace fp32 in a product
         right.addmm_(q[rows].T.double(), exact[rows, r:].double())
-    a, b = _finite("A", torch.cat([triangle, right.float()], dim=1).to(dtype)), q.to(dtype).contiguous()
-    return _finite("W - s·B A", _minus(exact, a, b, scale, w.dtype)), a, b
+    a, b = finite("A", torch.cat([triangle, right.float()], dim=1).to(dtype)), q.to(dtype).contiguous()
+    return finite("W - s·B A", minus(exact, a, b, scale, w.dtype)), a, b
 
 
 @torch.no_grad()
@@ -95,34 +96,36 @@ def loftq(
     niter: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[QuantizedWeight, Tensor, Tensor, list[float]]:
-    """(Q, A, B, norms) of LoftQ's Algorithm 1: from A₀ = B₀ = 0, in turn
+    """Return (Q, A, B, norms) of LoftQ's Algorithm 1, which starts from A₀ = B₀ = 0 and alternates
 
-        Q_t = quantised(W - s·B_{t-1} A_{t-1}),   s·B_t A_t = SVD_r(W - Q_t),
+        Q_t = quantised(W - s·B_{t-1} A_{t-1}),   s·B_t A_t = SVD_r(W - Q_t).
 
-    A_t and B_t with √(S/s) each. norms[t - 1] is the Frobenius norm of W - Q_t - s·B_t A_t.
+    A_t and B_t contain √(S/s) each. norms[t - 1] is the Frobenius norm of W - Q_t - s·B_t A_t.
 
-    The SVD step is the best one for its Q, but quantising is no projection (its grid moves with the absmax of every
-    block), so that the alternation is a heuristic and the norm may rise. Returned is therefore the iterate of the
-    smallest norm, the first of them: `norms.index(min(norms))`. Already the first iterate is no worse than
+    The SVD step is the best one for its Q. Quantising is no projection, since its grid moves with the absmax of every
+    block, so the alternation is a heuristic and the norm may rise. The iterate with the smallest norm is therefore
+    returned, the first one where several have it: `norms.index(min(norms))`. The first iterate is already no worse than
     quantising W alone.
 
     Args:
         w, r, scale, niter, dtype: as in `pissa`.
-        format, blocksize, double_quant, scaling: as in `quantize_weight`, which takes W - s·B A in fp32. Q carries W's
-            dtype, as that which it dequantises to by default; the norms are of Q in fp32.
-        iterations: at least 1.
+        format, blocksize, double_quant, scaling: as in `quantize_weight`, which gets W - s·B A in fp32. Q has W's dtype
+            as the one that it dequantises to by default; the norms are those of Q in fp32.
+        iterations: the number of iterates, at least 1.
 
-    Raises what `pissa` and `quantize_weight` raise; ValueError for fewer than 1 iterations.
+    Raises:
+        TypeError, ValueError: as `pissa` and `quantize_weight`; ValueError for fewer than 1 iterations.
     """
-    exact = _checked(w, r, scale, dtype, niter, iterations)
-    settings: dict[str, Any] = {"blocksize": blocksize, "double_quant": double_quant, "scaling": scaling}
+    part = Part(r, scale, niter, dtype)
+    exact = _checked(w, part, iterations)
+    quantise = partial(quantize_weight, format=format, blocksize=blocksize, double_quant=double_quant, scaling=scaling)
     norms: list[float] = []
     a, b = exact.new_zeros(r, exact.shape[1]), exact.new_zeros(exact.shape[0], r)
     for _ in range(iterations):
-        q = quantize_weight(_minus(exact, a, b, scale), format, **settings)
-        gap = _gap(exact, q)
-        a, b = _factors(gap, r, scale, niter, dtype)
-        norms.append(_norm(_minus(gap, a, b, scale)))
+        q = quantise(minus(exact, a, b, scale))
+        gap = difference(exact, q)
+        a, b = factors(gap, part)
+        norms.append(norm(minus(gap, a, b, scale)))
         if norms.index(min(norms)) == len(norms) - 1:
             best = replace(q, dtype=w.dtype), a, b
     return *best, norms
@@ -143,49 +146,52 @@ def lq_lora(
     niter: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[QuantizedWeight, Tensor, Tensor, list[float]]:
-    """(Q, A, B, errors) of LQ-LoRA's decomposition: from Q₀ = 0, in turn
+    """Return (Q, A, B, errors) of LQ-LoRA's decomposition, which starts from Q₀ = 0 and alternates
 
-        s·B_t A_t = SVD_r(W - Q_{t-1}),   Q_t = quantised(W - s·B_t A_t),
+        s·B_t A_t = SVD_r(W - Q_{t-1}),   Q_t = quantised(W - s·B_t A_t)
 
-    until the error ‖W - Q_t - s·B_t A_t‖_F stops falling. With `fisher` = (row, column) and D the diagonal matrices of
-    them, the low-rank part is D_row⁻¹ SVD_r(D_row (W - Q) D_col) D_col⁻¹, and the error
-    ‖D_row (W - Q - s·B A) D_col‖_F: that which this SVD minimises, and up to a constant the paper's
-    ‖√F ⊙ (W - Q - s·B A)‖_F where F has rank 1.
+    until the error ‖W - Q_t - s·B_t A_t‖_F stops falling.
 
-    errors[t - 1] is the error of iterate t, for every one that was run. The last one, if it did not fall, is not
-    returned, but the one before it: `errors.index(min(errors))`. (The authors' code returns the worse one.)
+    With `fisher` = (row, column), and D_row and D_col their diagonal matrices, the low-rank part is
+    D_row⁻¹ SVD_r(D_row (W - Q) D_col) D_col⁻¹ and the error is ‖D_row (W - Q - s·B A) D_col‖_F, which this SVD
+    minimises. Where F has rank 1, that is the paper's ‖√F ⊙ (W - Q - s·B A)‖_F up to a constant.
+
+    errors[t - 1] is the error of iterate t, for every iterate that was computed. If the last error did not fall, the
+    iterate before it is returned: `errors.index(min(errors))`. (The authors' code returns the last and worse one.)
 
     Args:
         w, r, scale, niter, dtype, format, blocksize, double_quant, scaling: as in `loftq`.
-        iterations: at most so many, at least 1. Dozens may pass before the error rises; most of its fall is in the
-            first ten.
+        iterations: the largest number of iterates, at least 1. The error may fall for dozens of them, but most of its
+            fall is in the first ten.
         fisher: row [N] and column [K], positive: the means of √F over the rows and columns of the diagonal Fisher
-            information F [N, K] of W, or the roots of the means of F. A common factor does not matter to Q, A and B.
+            information F [N, K] of W, or the roots of the means of F. A common factor does not change Q, A and B.
 
-    Raises what `loftq` raises; ValueError for weights of another shape, or that are not positive and finite.
+    Raises:
+        TypeError, ValueError: as `loftq`; ValueError for a `fisher` of another shape, or one that is not positive and
+            finite.
     """
-    exact = _checked(w, r, scale, dtype, niter, iterations)
+    part = Part(r, scale, niter, dtype)
+    exact = _checked(w, part, iterations)
     weights, unit = (None, 1.0) if fisher is None else _weights(fisher, exact)
-    settings: dict[str, Any] = {"blocksize": blocksize, "double_quant": double_quant, "scaling": scaling}
+    quantise = partial(quantize_weight, format=format, blocksize=blocksize, double_quant=double_quant, scaling=scaling)
     errors: list[float] = []
     gap = exact
     for _ in range(iterations):
-        a, b = _factors(gap, r, scale, niter, dtype, weights)
-        rest = _minus(exact, a, b, scale)
-        q = quantize_weight(rest, format, **settings)
-        errors.append(unit * _norm(_gap(rest, q), weights))
-        del rest  # before the next SVD
+        a, b = factors(gap, part, weights)
+        rest = minus(exact, a, b, scale)
+        q = quantise(rest)
+        errors.append(unit * norm(difference(rest, q), weights))
+        del rest  # frees its memory for the next SVD
         if len(errors) > 1 and errors[-1] >= errors[-2]:
             break
         best = replace(q, dtype=w.dtype), a, b
-        gap = _gap(exact, q)
+        gap = difference(exact, q)
     return *best, errors
 
 
-def _checked(
-    w: Tensor, r: int, scale: float, dtype: torch.dtype, niter: int | None = None, iterations: int = 1
-) -> Tensor:
-    """W in fp32, if everything is as it must be."""
+def _checked(w: Tensor, part: Part, iterations: int = 1) -> Tensor:
+    """Return W in fp32. Raises TypeError and ValueError for arguments that the functions above do not take."""
+    r, scale, niter, dtype = part
     if w.dtype not in DTYPES or dtype not in DTYPES:
         raise TypeError(
             f"the weight and the adapter made from it must be fp32, bf16 or fp16, got {w.dtype} and {dtype}"
@@ -213,9 +219,9 @@ def _checked(
     return w.detach().float()
 
 
-def _weights(fisher: tuple[Tensor, Tensor], w: Tensor) -> tuple[_Weights, float]:
-    """The row and column weights of W in fp32 with mean 1, so that their products neither overflow nor vanish, and the
-    factor that was taken out."""
+def _weights(fisher: tuple[Tensor, Tensor], w: Tensor) -> tuple[Weights, float]:
+    """Return the row and column weights of W in fp32, divided by their means, and the product of the two means. With
+    mean 1, products of the weights neither overflow nor vanish."""
     unit, made = 1.0, []
     for name, weight, size in zip(("row", "column"), fisher, w.shape, strict=True):
         if weight.shape != (size,):
@@ -236,86 +242,13 @@ def _weights(fisher: tuple[Tensor, Tensor], w: Tensor) -> tuple[_Weights, float]
     return (made[0], made[1]), unit
 
 
-def _factors(
-    e: Tensor, r: int, scale: float, niter: int | None, dtype: torch.dtype, weights: _Weights | None = None
-) -> tuple[Tensor, Tensor]:
-    """A and B in `dtype` with s·B A = SVD_r(E), or the weighted one."""
-    if weights is not None:
-        e = _weighted(e.clone(), weights)
-    u, s, vt = _svd(e, r, niter)
-    root = (s / scale).sqrt_()
-    a, b = root[:, None] * vt, u * root
-    if weights is not None:
-        a, b = a / weights[1], b / weights[0][:, None]
-    return _finite("A", a.to(dtype)), _finite("B", b.to(dtype))
-
-
-def _svd(e: Tensor, r: int, niter: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """U [N, r], S [r] and Vᵀ [r, K] of the r largest singular values of E [N, K]."""
-    if niter is None:
-        u, s, vt = torch.linalg.svd(e, full_matrices=False)
-        u, s, vt = u[:, :r], s[:r], vt[:r]
-    elif e.shape[0] < e.shape[1]:
-        v, s, ut = _fast_svd(e.T, r, niter)
-        u, vt = ut.T, v.T
-    else:
-        u, s, vt = _fast_svd(e, r, niter)
-    largest = vt.gather(1, vt.abs().argmax(1, keepdim=True))[:, 0]
-    sign = torch.ones_like(largest).copysign(largest)
-    return u * sign, s, vt * sign[:, None]
-
-
-def _fast_svd(e: Tensor, r: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`_svd` of an E with N ≥ K, of its part in the space that `niter` iterations find for the columns."""
-    generator = torch.Generator().manual_seed(_SEED)
-    drawn = torch.randn(e.shape[1], r, generator=generator, dtype=torch.float32, device="cpu").to(e.device)
-    with torch.autocast(e.device.type, enabled=False):
-        x = torch.linalg.qr(e @ drawn).Q
-        for _ in range(niter):
-            x = torch.linalg.qr(e.T @ x).Q
-            x = torch.linalg.qr(e @ x).Q
-        u, s, vt = torch.linalg.svd(x.T @ e, full_matrices=False)
-        return x @ u, s, vt
-
-
-def _minus(w: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """W - s·B A in `dtype`, rounded once."""
-    return updated_weight(w.__getitem__, a, b, -scale, dtype)
-
-
-def _gap(w: Tensor, q: QuantizedWeight) -> Tensor:
-    """W - Q in fp32."""
-    held = q.dequantize(torch.float32)
-    return torch.sub(w, held, out=held)
-
-
-def _weighted(e: Tensor, weights: _Weights) -> Tensor:
-    """D_row E D_col, in place."""
-    return e.mul_(weights[0][:, None]).mul_(weights[1])
-
-
-def _norm(e: Tensor, weights: _Weights | None = None) -> float:
-    """‖E‖_F, or ‖D_row E D_col‖_F; E is overwritten."""
-    if weights is not None:
-        e = _weighted(e, weights)
-    rows = torch.linalg.vector_norm(e, dim=1)
-    return torch.linalg.vector_norm(rows.double()).item()
-
-
-def _finite(name: str, made: Tensor) -> Tensor:
-    """`made`, contiguous, unless it overflows."""
-    if not made.isfinite().all():
-        raise ValueError(f"{name} overflows {made.dtype}: take fp32, a scale nearer to 1, or scale the weight down")
-    return made.contiguous()
-
-
 _DENSE: dict[str, Callable[..., Any]] = {"pissa": pissa, "olora": olora}
 _QUANTISED: dict[str, Callable[..., Any]] = {"loftq": loftq, "lq_lora": lq_lora}
 
 
 def split_named(init: str, quant: str | None) -> Callable[..., Any] | None:
-    """The function of this file that `init` names, for a dense base (`quant` is None) or a quantised one; None for
-    "kaiming", which splits nothing. Raises ValueError for a name there is none of, or of the other kind of base."""
+    """Return the function of this file that `init` names, or None for "kaiming", which does not split W. Raises
+    ValueError for an unknown name, and for a scheme of a dense base beside a `quant`, or the reverse."""
     ways = _DENSE if quant is None else _QUANTISED
     if init == "kaiming" or init in ways:
         return ways.get(init)

@@ -1,10 +1,10 @@
-"""Tensor parallel `FusedLoRALinear`: two plans for ``torch.distributed.tensor.parallel.parallelize_module``.
+"""Tensor-parallel `FusedLoRALinear`: two plans for ``torch.distributed.tensor.parallel.parallelize_module``.
 
     column-wise   W, B and bias sharded on N, A whole      y_n = x W_nᵀ + bias_n + s · (dropout(x) Aᵀ) B_nᵀ
     row-wise      W and A sharded on K, B and bias whole   y = Σ_k [x_k W_kᵀ + s · (dropout(x_k) A_kᵀ) Bᵀ] + bias
 
-Each process makes one call on its own part. Row-wise the sum over processes is of base and adapter together: one
-all-reduce forward, as without an adapter. Backward, column-wise sums dx and dA, row-wise dB.
+Each process makes one call on its own part. Row-wise, base and adapter are summed over the processes together, by one
+all-reduce in the forward, as without an adapter. The backward sums dx and dA column-wise, and dB row-wise.
 
     plan = {"mlp.up": ColwiseLoRA(), "mlp.down": RowwiseLoRA()}
     parallelize_module(model, mesh, plan)
@@ -31,14 +31,14 @@ __all__ = ["ColwiseLoRA", "RowwiseLoRA"]
 
 
 class ColwiseLoRA(ColwiseParallel):
-    """As torch's ``ColwiseParallel`` (whose keywords it takes), for a `FusedLoRALinear`.
+    """torch's ``ColwiseParallel`` for a `FusedLoRALinear`; it takes the same keywords.
 
-    Dropout: every process must draw the same mask of the whole x, so seed torch's generators alike within the group
+    With dropout, every process must draw the same mask of the whole x. Seed torch's generators alike within the group
     (``torch.manual_seed``), and differently in processes that see other data.
 
     Raises:
-        TypeError: for a module that is no FusedLoRALinear.
-        ValueError: for one that is merged, or DoRA.
+        TypeError: the module is no FusedLoRALinear.
+        ValueError: the module is merged, or uses DoRA.
     """
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
@@ -47,14 +47,15 @@ class ColwiseLoRA(ColwiseParallel):
 
 
 class RowwiseLoRA(RowwiseParallel):
-    """As torch's ``RowwiseParallel`` (whose keywords it takes), for a `FusedLoRALinear`.
+    """torch's ``RowwiseParallel`` for a `FusedLoRALinear`; it takes the same keywords.
 
-    Dropout: seed torch's generators alike within the group, as for `ColwiseLoRA`. A mask counts the columns of the x it
-    is given, so equal seeds would drop the same columns of every part: each process's rank goes into its seed here.
+    With dropout, seed torch's generators alike within the group, as for `ColwiseLoRA`. A mask depends on the column
+    numbers of the x that it is drawn for, so equal seeds would drop the same columns of every part. Each process
+    therefore combines its rank with the seed.
 
     Raises:
-        TypeError: for a module that is no FusedLoRALinear.
-        ValueError: for one that is merged, or DoRA.
+        TypeError: the module is no FusedLoRALinear.
+        ValueError: the module is merged, or uses DoRA.
     """
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
@@ -63,13 +64,14 @@ class RowwiseLoRA(RowwiseParallel):
 
 
 def _shard(module: nn.Module, kind: type[FusedLoRALinear], mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
+    """Make each named parameter of `module` a DTensor with its placement, and `module` a `kind`."""
     if not isinstance(module, FusedLoRALinear):
         raise TypeError(
             f"this plan is for FusedLoRALinear, and the module is a {type(module).__name__}: take torch's "
             "ColwiseParallel or RowwiseParallel, or FusedLoRALinear.from_linear first"
         )
     if module.use_dora:
-        raise ValueError("there is no tensor parallel DoRA here: its norms run over whole rows of W + s·B·A")
+        raise ValueError("there is no tensor parallel DoRA here: its norms need whole rows of W + s·B·A")
     if module.merged:
         raise ValueError("this FusedLoRALinear is merged: unmerge() it before parallelize_module")
     for name, placement in placements.items():
@@ -80,7 +82,8 @@ def _shard(module: nn.Module, kind: type[FusedLoRALinear], mesh: DeviceMesh, pla
 
 
 class _ShardedLinear(FusedLoRALinear):
-    """Parameters are DTensors; x and y too, which the plan's hooks make of what comes and turn into what is asked."""
+    """A `FusedLoRALinear` whose parameters are DTensors. x and y are DTensors too: the hooks of torch's plans convert
+    them from what the caller passes, and into what the caller asks for."""
 
     def _merged_weight(self, safe: bool) -> Tensor:
         raise NotImplementedError(
@@ -89,7 +92,7 @@ class _ShardedLinear(FusedLoRALinear):
         )
 
     def _own_part(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, rank: int) -> Tensor:
-        """This process's call, with `rank` in the seed of its dropout."""
+        """Return y of this process's part of W. `rank` is combined with the seed of its dropout."""
         p = self.lora_dropout if self.training else 0.0
         return lora_linear(
             x,
@@ -105,8 +108,10 @@ class _ShardedLinear(FusedLoRALinear):
 
 
 class _ColwiseLinear(_ShardedLinear):
+    """W, B and bias are sharded on N, and A is whole."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K], replicated → y [..., N], sharded on N."""
+        """Return y [..., N], sharded on N, for a replicated x [..., K]."""
         whole = cast(DTensor, x)
         local = whole.to_local(grad_placements=[Partial()])
         bias, a, b = (self._parameters[name] for name in ("bias", "lora_A", "lora_B"))
@@ -118,13 +123,15 @@ class _ColwiseLinear(_ShardedLinear):
 
 
 class _RowwiseLinear(_ShardedLinear):
+    """W and A are sharded on K, and B and bias are whole."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K], sharded on K → y [..., N], still to be summed over the processes."""
+        """Return y [..., N], still to be summed over the processes, for x [..., K] sharded on K."""
         part = cast(DTensor, x)
         local, mesh = part.to_local(), part.device_mesh
         rank = mesh.get_local_rank()
         bias, a, b = (self._parameters[name] for name in ("bias", "lora_A", "lora_B"))
-        # the first process adds the bias; the others' zero keeps them in the sum of its gradient
+        # Only the first process adds the bias. The others add zeros, so that all take part in summing its gradient.
         part_of_bias = None if bias is None else _summed(bias) * float(rank == 0)
         y = self._own_part(local, _local(a), _summed(b), part_of_bias, rank)
         return DTensor.from_local(y, mesh, [Partial()], run_check=False)
@@ -135,7 +142,8 @@ def _local(t: Any) -> Tensor:
 
 
 def _summed(t: Any) -> Tensor:
-    """A replicated tensor whose gradient each process has a term of: the backward of `redistribute` adds them up."""
+    """Return the local tensor of a replicated DTensor. Each process then has one term of its gradient, and the backward
+    of `redistribute` adds them up."""
     return cast(DTensor, t).redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 

@@ -4,48 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn import merging
+from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.init import split_named
-from lora_kernels.nn.linear import FusedLoRALinear, check_settings, scaling_of
+from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.merging import MergeReport
+from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.linear import lora_linear
-from lora_kernels.quant.weight import QuantizedWeight, assemble, from_bnb, quantize_weight
+from lora_kernels.quant.bnb import from_bnb
+from lora_kernels.quant.weight import Nested, QuantizedWeight, quantize_like, quantize_weight
 
 _PARTS = ("weight_scales", "weight_table", "weight_absmax", "weight_offset")
-"""The buffers of a quantised weight beside its codes; the last three with double quantisation only."""
-
-
-class MergeReport(NamedTuple):
-    """What quantising W' = W + s·B·A again has cost, by Frobenius norms; Q is what is stored of it."""
-
-    error: float
-    """‖Q - W'‖ / ‖W'‖"""
-    update: float
-    """‖s·B·A‖ / ‖W'‖: where it is not well above `error`, most of the update is lost."""
+"""The buffers of a quantised weight beside its codes. The last three are None without double quantisation."""
 
 
 class QuantizedLoRALinear(FusedLoRALinear):
-    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ over a W in nf4, fp4, int8 or fp8. On a CPU W never lies in memory
-    whole; on a GPU it does during a call with many rows.
+    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ over a W in nf4, fp4, int8 or fp8. On a CPU the dequantised W is never
+    in memory as a whole; on a GPU it is, during a call with many rows.
 
-    Made by ``FusedLoRALinear.from_linear(linear, quant="nf4")``, by `over` and by `from_bnb`. `x` may have any dtype of
-    `lora_linear`; `weight_dtype`, that of the weight that was quantised, is what A and B have by default.
+    ``FusedLoRALinear.from_linear(linear, quant="nf4")``, `over` and `from_bnb` make one; there is no constructor of its
+    own. x may have any dtype of `lora_linear`. A and B have `weight_dtype` by default, the dtype of the weight that was
+    quantised.
 
     Attributes:
-        weight: the codes, and weight_scales (with double quantisation weight_table, weight_absmax, weight_offset too)
-            the rest, as in `QuantizedWeight`. Conversions of dtype (``.half()``) leave them alone.
-        format: "nf4", "fp4", "int8" or "fp8". blocksize: of nf4 and fp4.
+        weight: the codes of the quantised W. The buffer weight_scales, and with double quantisation weight_table,
+            weight_absmax and weight_offset, hold the rest, as in `QuantizedWeight`. Conversions of dtype (``.half()``)
+            leave them alone.
+        format: "nf4", "fp4", "int8" or "fp8".
+        blocksize: the blocksize of nf4 and fp4; 0 for the other formats.
 
-    ``state_dict`` has a key more, weight_format: format, blocksize and whether there is double quantisation, as a
-    tensor of letters. Loading a dense weight [out, in], as from the state_dict of an ``nn.Linear``, quantises it as
-    this one is. Loading another format, other shapes or half a weight raises ValueError, with nothing changed here.
+    ``state_dict`` has one more key, weight_format: the format, the blocksize and whether there is double quantisation,
+    as a tensor of letters. A dense weight [out, in], such as that of an ``nn.Linear``, is quantised in the same way
+    when it is loaded. Loading another format, other shapes or half a weight raises ValueError, with nothing changed.
 
     Raises:
-        ValueError: use_dora, and what FusedLoRALinear raises.
+        ValueError: use_dora; and what `FusedLoRALinear` raises.
     """
 
     format: str
@@ -68,14 +66,20 @@ class QuantizedLoRALinear(FusedLoRALinear):
         adapter_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> QuantizedLoRALinear:
-        """The module over `weight`, whose tensors are shared, and `bias` [out], which is frozen.
+        """Return a module over `weight`, whose tensors are shared, and `bias` [out], which is frozen.
 
         Raises:
             ValueError: use_dora; parts of `weight` that do not fit together, or a bias that does not fit it; and what
-                FusedLoRALinear raises. TypeError: parts of another dtype.
+                `FusedLoRALinear` raises.
+            TypeError: parts of another dtype.
         """
-        check_settings(r, lora_alpha, lora_dropout)
-        refuse_dora(use_dora, weight.format)
+        settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend)
+        return cls._over(weight, bias, settings)
+
+    @classmethod
+    def _over(cls, weight: QuantizedWeight, bias: nn.Parameter | None, settings: LoRASettings) -> QuantizedLoRALinear:
+        settings.check()
+        _refuse_dora(settings, weight.format)
         weight.check()
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"the bias {tuple(bias.shape)} does not fit a weight of {weight.shape}")
@@ -85,33 +89,38 @@ class QuantizedLoRALinear(FusedLoRALinear):
         module._unmerged = None
         module._put(weight)
         module.register_parameter("bias", bias)
-        module._add_adapter(r, lora_alpha, lora_dropout, use_rslora, False, adapter_dtype, backend)
+        module._add_adapter(settings)
         return module
 
     @classmethod
-    def _over_dense(cls, linear: nn.Linear, format: str, init: str, how: dict[str, Any], **settings: Any) -> Any:
-        """``FusedLoRALinear.from_linear(linear, quant=format, init=init, **how, **settings)``: `how` W is quantised,
-        and the `settings` of `over`, all of them."""
-        refuse_dora(settings["use_dora"], format)
-        split = split_named(init, format)
+    def from_dense(cls, linear: nn.Linear, settings: LoRASettings) -> QuantizedLoRALinear:
+        """Return the module over `linear`'s weight, quantised as `settings` say, and its bias. The caller has found
+        that `linear` fits; see `FusedLoRALinear.from_linear` for the rest that is raised."""
+        format = settings.quant
+        assert format is not None
+        _refuse_dora(settings, format)
+        how: dict[str, Any] = {"blocksize": settings.blocksize, "double_quant": settings.double_quant}
+        split, start = split_named(settings.init, format), ()
         if split is None:
-            weight, start = quantize_weight(linear.weight, format, **how), ()
+            weight = quantize_weight(linear.weight, format, **how)
         else:
-            scale = scaling_of(settings["lora_alpha"], settings["r"], settings["use_rslora"])
-            weight, *start, _ = split(linear.weight, settings["r"], scale, format=format, **how)
-        module = cls.over(weight, linear.bias, **settings)
-        module._start(init, *start)
+            weight, *start, _ = split(linear.weight, settings.r, settings.scaling, format=format, **how)
+        module = cls._over(weight, linear.bias, settings)
+        module._start(settings.init, *start)
         return module.train(linear.training)
 
     @classmethod
     def from_bnb(cls, linear: nn.Linear, *, dtype: torch.dtype | None = None, **settings: Any) -> QuantizedLoRALinear:
-        """The module over a ``Linear4bit`` or ``Linear8bitLt`` of bitsandbytes, sharing its tensors. `dtype` becomes
-        `weight_dtype`, which is fp16 for a Linear8bitLt where none is given; `settings` are those of `over`."""
+        """Return a module over a ``Linear4bit`` or ``Linear8bitLt`` of bitsandbytes, whose tensors it shares.
+
+        `dtype` becomes `weight_dtype`; None is the dtype of the weight that was quantised, and fp16 for a Linear8bitLt.
+        `settings` are the keywords of `over`.
+        """
         return cls.over(from_bnb(linear, dtype), linear.bias, **settings).train(linear.training)
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the weight that was quantised."""
+        """The dtype of the weight that was quantised."""
         return self._dtype
 
     @property
@@ -120,59 +129,64 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return self._unmerged is not None
 
     def quantized_weight(self) -> QuantizedWeight:
-        """What is stored, as one; its tensors are the module's own."""
-        b: dict[str, Any] = self._buffers
-        scales = [part for name in _PARTS if (part := b[name]) is not None]
-        codes = self._tensors()["weight"]
-        return assemble(codes, scales, self.format, self.blocksize, self._dtype)
+        """Return the stored weight. Its tensors are the module's own."""
+        return self._assembled(self._parts()[0])
+
+    def _assembled(self, codes: Tensor) -> QuantizedWeight:
+        """Return the stored weight with these codes.
+
+        It is assembled in every call, which takes a microsecond or two. An object kept between calls would keep its
+        codes in memory after hooks that offload a model have replaced the parameter.
+        """
+        parts: dict[str, Any] = self._buffers
+        table = parts["weight_table"]
+        nested = None if table is None else Nested(table, parts["weight_absmax"], parts["weight_offset"])
+        N, K = codes.shape
+        if self.blocksize:  # nf4 or fp4, which pack two elements in a byte
+            K *= 2
+        return QuantizedWeight(
+            self.format, (N, K), self._dtype, codes, parts["weight_scales"], self.blocksize, nested, checked=True
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] → y [..., out_features]. Raises what `lora_linear` raises."""
-        p = self._tensors()
-        a, b, bias, w = p["lora_A"], p["lora_B"], p["bias"], self.quantized_weight()
+        """Return y [..., out_features] for x [..., in_features]. Raises what `lora_linear` raises."""
+        codes, bias, a, b = self._parts()
+        w = self._assembled(codes)
         if self._unmerged is not None:
             self._warn_if_trained(a)
             return quantized_linear(x, w, bias, self.backend)
-        dropout_p = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, w, a, b, scale=self.scaling, bias=bias, dropout_p=dropout_p, backend=self.backend)
+        p = self.lora_dropout if self.training else 0.0
+        return lora_linear(x, w, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
 
     @torch.no_grad()
     def merge(self, safe: bool = True, lossy: bool = False) -> MergeReport:  # type: ignore[override]
-        """weight ← W + s·B·A, quantised again; what was stored is kept for `unmerge`. In between W + s·B·A lies in
-        memory whole, in fp32. Merging twice does nothing, and tells of the first time.
+        """Store W + s·B·A, quantised again, and return what that has cost. The old weight is kept for `unmerge`.
+
+        W + s·B·A is in memory as a whole, in fp32, until it is quantised. Merging twice does nothing, and returns the
+        first report again. `safe` has no effect here, since a result that is not finite can never be stored.
 
         Raises:
-            ValueError: without `lossy`, because quantising again loses part of the update: `to_linear` merges into a
-                dense layer instead; and for a result that is not finite, in both cases with nothing changed. (`safe` is
-                as for a dense weight; here there is no way to store what is not finite.)
+            ValueError: without `lossy`, because quantising again loses part of the update, which `to_linear` does not;
+                and for a result that is not finite. Nothing is changed.
         """
         if not lossy:
             raise ValueError(
                 f"merging into {self.format} quantises W + s·B·A again, which loses part of the update: ask for it "
-                "with merge(lossy=True), which tells how much, or take to_linear() for a dense layer that loses nothing"
+                "with merge(lossy=True), which reports how much, or take to_linear(), a dense layer that loses nothing"
             )
         if self._unmerged is not None:
             return self._report
         before = self.quantized_weight()
         merged = self._merged_weight(safe=True, dtype=torch.float32)
-        after = self._quantize(merged)
-        wide = merging.wide_dtype(after.device)
-        a, b = self.lora_A.to(wide), self.lora_B.to(wide)
-        error = norm = update = 0.0
-        for rows in merging.row_blocks(self.out_features):
-            want = merged[rows].to(wide)
-            norm += want.square().sum().item()
-            error += (after.rows(rows.start, rows.stop, torch.float32).to(wide) - want).square().sum().item()
-            update += (b[rows] @ a).square().sum().item()
-        norm = max(norm, torch.finfo(torch.float64).tiny)
+        after = quantize_like(merged, before)
+        self._report = merging.report(merged, after, self.lora_A, self.lora_B, float(self.scaling))
         self._put(after)
         self._unmerged = before
-        self._report = MergeReport((error / norm) ** 0.5, abs(float(self.scaling)) * (update / norm) ** 0.5)
         return self._report
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """The weight as it was before `merge`, bit for bit. Does nothing where nothing is merged."""
+        """Store the weight of before `merge` again, bit for bit. Does nothing where nothing is merged."""
         if self._unmerged is not None:
             self._put(self._unmerged)
             self._unmerged = None
@@ -183,20 +197,6 @@ class QuantizedLoRALinear(FusedLoRALinear):
         parts = (w.scales, *(w.nested or (None, None, None)))
         for name, part in zip(_PARTS, parts, strict=True):
             self.register_buffer(name, part)
-
-    def _quantize(self, w: Tensor) -> QuantizedWeight:
-        """As what is stored is quantised."""
-        old = self.quantized_weight()
-        if self.format == "fp8":
-            shape = tuple(old.scales.shape)
-            scaling = "tensor" if shape == (1, 1) else "row" if shape == (self.out_features, 1) else "block"
-            q = quantize_weight(w, "fp8", scaling=scaling)
-        elif self.format == "int8":
-            q = quantize_weight(w, "int8")
-        else:
-            nested = old.nested is not None
-            q = quantize_weight(w, self.format, blocksize=self.blocksize, double_quant=nested)
-        return replace(q, dtype=self._dtype)
 
     def _merged_weight(self, safe: bool, dtype: torch.dtype | None = None) -> Tensor:
         q = self._unmerged or self.quantized_weight()
@@ -212,7 +212,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return merged
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLoRALinear:
-        """Moves everything, and converts what is no part of the quantised weight."""
+        """Move every tensor, and convert those that are no part of the quantised weight."""
         own = {id(part) for part in (self.weight, *(self._buffers[name] for name in _PARTS))}
 
         def move(t: Tensor) -> Tensor:
@@ -238,16 +238,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
         text = f"{self.format} {self.blocksize}" if self.blocksize else self.format
         return text + (" double_quant" if self._buffers["weight_table"] is not None else "")
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, _, _, unexpected_keys, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
         if self._unmerged is not None:
             raise ValueError(
                 f"{prefix or 'the module'}: the adapter is merged, and merging what is loaded would lose part of it: "
@@ -255,14 +247,12 @@ class QuantizedLoRALinear(FusedLoRALinear):
             )
         self._check_rank(state_dict, prefix)
         state_dict = self._stored_state(state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         unexpected_keys[:] = [name for name in unexpected_keys if name != prefix + "weight_format"]
 
     def _stored_state(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """`state_dict` with a weight as it is stored here, all of it found to fit: torch would cast other dtypes and
-        load half of what does not."""
+        """Return `state_dict` with its weight in the stored format. Raises ValueError for anything in it that does not
+        fit this module: torch would cast other dtypes, and load the half that does fit."""
         names, key = ("weight", *_PARTS), prefix + "weight_format"
         weight, mine = state_dict.get(prefix + "weight"), self.quantized_weight()
         nothing = "nothing was loaded into it"
@@ -277,7 +267,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
             if missing:
                 raise ValueError(f"{key} is there, but not {', '.join(missing)}: {nothing}")
         elif weight is not None and weight.is_floating_point() and weight.shape == mine.shape:
-            q = self._quantize(weight if self.weight.is_meta else weight.to(self.weight.device))
+            q = quantize_like(weight if self.weight.is_meta else weight.to(self.weight.device), mine)
             parts = zip(names, q.tensors, strict=False)
             state_dict = state_dict | {prefix + name: part for name, part in parts}
         elif any(prefix + name in state_dict for name in names):
@@ -296,20 +286,22 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return state_dict
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows beside the shapes."""
+        """Return the settings that ``repr`` shows beside the shapes."""
         return f"{super().extra_repr()}, quant={self._signature()!r}"
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, backend: str | None = None) -> Tensor:
-    """x Wᵀ + bias: `lora_linear` with an adapter of zeros."""
+    """Return x Wᵀ + bias, as `lora_linear` computes it with an adapter of zeros."""
     N, K = weight.shape
     return lora_linear(x, weight, x.new_zeros(1, K), x.new_zeros(N, 1), scale=0.0, bias=bias, backend=backend)
 
 
-def refuse_dora(use_dora: bool, format: str) -> None:
-    """Raises ValueError where DoRA is asked for over a quantised weight."""
-    if use_dora:
+def _refuse_dora(settings: LoRASettings, format: str) -> None:
+    if settings.use_dora:
         raise ValueError(
-            f"use_dora over a quantised weight ({format}) is not served: its norm needs W anew in every step. "
-            "Leave use_dora or quant away"
+            f"use_dora over a quantised weight ({format}) is not supported: its norm needs the dequantised W in every "
+            "step. Leave out use_dora or quant"
         )
+
+
+AdapterLinear.quantized_kind = QuantizedLoRALinear

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_kernels.core.dropout import draw_seed
 from lora_kernels.quant.weight import QuantizedWeight
@@ -117,25 +117,3 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
         if hasattr(symbolic_shapes, "has_static_value") and not symbolic_shapes.has_static_value(given):
             return 1.0, lora_b * given
     return given, lora_b
-
-
-def plain_linear(linear: nn.Module) -> None:
-    """Raises TypeError for a layer that computes something else than its own weight and bias say, unless it is one of
-    bitsandbytes', whose weight tells."""
-    kind = type(linear)
-    if kind.__module__.startswith("bitsandbytes."):
-        return
-    if hasattr(linear, "lora_A"):
-        raise TypeError(f"this {kind.__name__} has an adapter, which would be lost: merge it first, as to_linear()")
-    if getattr(kind, "forward", None) is not nn.Linear.forward:
-        raise TypeError(f"it must be an nn.Linear, and is a {kind.__name__} with a forward of its own")
-    if not isinstance(linear.weight, nn.Parameter):
-        raise TypeError(
-            "the weight of this nn.Linear is parametrised or pruned: make it plain first, with "
-            'torch.nn.utils.parametrize.remove_parametrizations(linear, "weight") or prune.remove(linear, "weight")'
-        )
-    if nn.parameter.is_lazy(linear.weight):
-        raise TypeError(f"this {kind.__name__} does not know its size yet: call the model once before")
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(linear):
-        raise TypeError("this nn.Linear has hooks, which would be lost: remove them, and put them on the new module")

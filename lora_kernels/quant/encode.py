@@ -1,7 +1,7 @@
-"""From W [N,K] to codes and scales: the formats of `quant`, on bare tensors, a slice of W at a time.
+"""The codes and scales of W [N, K] in each format, computed a slice of W at a time.
 
-Which code an element gets, down to ties and denormals, is what bitsandbytes 0.50.2 gives on the CPU. quant.py cites the
-papers.
+Every element gets the code that bitsandbytes 0.50.2 gives it on the CPU, down to ties and denormals. The papers are
+cited in `lora_kernels.quant.weight`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_kernels.quant import tables as quant_tables
+from lora_kernels.quant import tables
 
-SLICE = 2**20  # elements that are worked on at a time: a multiple of every blocksize
+SLICE = 2**20
+"""How many elements are worked on at a time: a multiple of every blocksize."""
 NESTED_BLOCKSIZE = 256
 FP8_BLOCK = 128
 FP8_MAX = 448.0
 
 
 def four_bit(w: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [N, K/2], absmax fp32 [⌈NK / blocksize⌉]) of nf4 or fp4."""
+    """Return (codes uint8 [N, K/2], absmax fp32 [⌈NK / blocksize⌉]) in nf4 or fp4."""
     N, K = w.shape
     flat = w.contiguous().view(-1)
     codes = torch.empty(N * K // 2, dtype=torch.uint8, device=w.device)
@@ -30,20 +31,21 @@ def four_bit(w: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:
         whole = v.numel() // blocksize
         blocks, rest = v[: whole * blocksize].view(whole, blocksize), v[whole * blocksize :]
         torch.amax(blocks.abs(), 1, out=most[:whole])
-        # The bits depend on it: whole blocks are multiplied by a reciprocal, a last, shorter one is divided.
+        # Whole blocks are multiplied by a reciprocal and a last, shorter one is divided, as bitsandbytes does: the two
+        # give different bits.
         blocks *= (1 / most[:whole].clamp(min=1e-38))[:, None]
         if rest.numel():
             most[whole] = rest.abs().amax().clamp(min=1e-38)
             rest /= most[whole]
-        nibbles = quant_tables.nearest4(format, v.clamp_(-1, 1))
+        nibbles = tables.nearest4(format, v.clamp_(-1, 1))
         codes[start // 2 : (start + v.numel()) // 2] = nibbles[::2] << 4 | nibbles[1::2]
     _refuse_nonfinite(w, absmax)
     return codes.view(N, K // 2), absmax
 
 
 def absmax8(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Double quantisation: absmax minus its mean in the dynamic map, in blocks of 256. Gives the codes, uint8 of
-    absmax's length, and the table, absmax and offset of `Nested`."""
+    """Return (codes, table, absmax, offset) of double quantisation: absmax minus its mean in the dynamic map, in blocks
+    of 256. The codes are uint8 of absmax's length, and the rest are the fields of `Nested`."""
     count = absmax.numel()
     offset = absmax.mean() if count else absmax.new_zeros(())
     if not offset.is_meta and not offset.isfinite():
@@ -55,12 +57,12 @@ def absmax8(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     v.view(-1)[:count] = absmax - offset
     most = v.abs().amax(1)
     v = (v * (1 / most)[:, None]).clamp_(-1, 1).nan_to_num_(nan=-1.0)  # where most is 0: code 0, as in bitsandbytes
-    codes = quant_tables.nearest8(v).view(-1)[:count].clone()
-    return codes, quant_tables.dynamic(absmax.device).clone(), most, offset
+    codes = tables.nearest8(v).view(-1)[:count].clone()
+    return codes, tables.dynamic(absmax.device).clone(), most, offset
 
 
 def int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8 [N, K], absmax fp32 [N]) of int8."""
+    """Return (codes int8 [N, K], absmax fp32 [N]) in int8."""
     N, K = w.shape
     codes = torch.empty(N, K, dtype=torch.int8, device=w.device)
     absmax = torch.zeros(N, dtype=torch.float32, device=w.device)
@@ -84,7 +86,7 @@ def int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8(w: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
-    """(codes float8_e4m3fn [N, K], scales fp32) of fp8; the scales are [1, 1] for "tensor", [N, 1] for "row" and
+    """Return (codes float8_e4m3fn [N, K], scales fp32) in fp8. The scales are [1, 1] for "tensor", [N, 1] for "row" and
     [⌈N/128⌉, ⌈K/128⌉] for "block"."""
     N, K = w.shape
     codes = torch.empty(N, K, dtype=torch.float8_e4m3fn, device=w.device)
@@ -103,16 +105,17 @@ def fp8(w: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
             tiles = rows.view(rows.shape[0] // FP8_BLOCK, FP8_BLOCK, shape[1], FP8_BLOCK)
             absmax[n0 // FP8_BLOCK : -(-n1 // FP8_BLOCK)] = tiles.amax((1, 3))
     _refuse_nonfinite(w, absmax)
-    # At least the smallest normal number: zeros come back as zeros, and 1 / scale is finite.
+    # A scale is at least the smallest normal number, so that zeros come back as zeros and 1 / scale is finite.
     scales = (absmax / FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
     for n0, n1 in slices:
         v = w[n0:n1].float() / fp8_spread(scales, (N, K), n0, n1)
-        codes[n0:n1] = v.to(torch.float8_e4m3fn)  # a quotient rounded to just above 448 is 448 still: NaN begins at 464
+        # A quotient rounded to just above 448 still becomes 448, since NaN begins at 464.
+        codes[n0:n1] = v.to(torch.float8_e4m3fn)
     return codes, scales
 
 
 def fp8_spread(scales: Tensor, shape: tuple[int, int], n0: int, n1: int) -> Tensor:
-    """The scales of the rows n0 to n1 of W [N,K], in a shape that broadcasts with them."""
+    """Return the fp8 scales of the rows n0 to n1 of W [N, K], in a shape that broadcasts with these rows."""
     N, K = shape
     if scales.shape == (N, 1) and N > 1:
         return scales[n0:n1]
@@ -122,7 +125,7 @@ def fp8_spread(scales: Tensor, shape: tuple[int, int], n0: int, n1: int) -> Tens
 
 
 def _refuse_nonfinite(w: Tensor, absmax: Tensor) -> None:
-    """absmax tells of every element: a NaN and an infinity come through a maximum."""
+    """Raise ValueError where W is not finite. A maximum keeps NaN and infinity, so finite absmax prove a finite W."""
     if absmax.is_meta or absmax.isfinite().all():
         return
     bad = ~w.isfinite()

@@ -1,4 +1,4 @@
-"""The number formats of a quantised weight: their values, and the nearest of them to a given number.
+"""The values that the codes of a quantised weight stand for, and the nearest code for a given number.
 
 nf4      the 16 levels of NormalFloat4: quantiles of the normal distribution, with an exact zero, scaled to [-1, 1]
          (Dettmers, Pagnoni, Holtzman and Zettlemoyer, "QLoRA", arXiv:2305.14314, section 3 and appendix E)
@@ -38,15 +38,15 @@ _FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4 = _FP4_MAGNITUDES + tuple(0.0 - value for value in _FP4_MAGNITUDES)  # both zeros are +0
 LEVELS = {"nf4": NF4, "fp4": FP4}
 
-# Positions in LEVELS by increasing value. FP4 has two zeros: code 0 stands for what is nearest to zero from below, and
-# code 8 from above.
+# The codes in the order of their values. FP4 has two zeros: numbers that round to zero get code 0 from below and code 8
+# from above.
 _SORTED = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
 
 _made: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def _kept(name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """`make()` on `device`, made once."""
+    """Return `make()` on `device`, which is made once for each name and device."""
     table = _made.get((name, device))
     if table is None or torch.compiler.is_compiling():
         with torch.inference_mode(False):
@@ -57,13 +57,13 @@ def _kept(name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor
 
 
 def levels(format: str, device: torch.device) -> Tensor:
-    """What the 16 codes of nf4 or fp4 stand for: fp32 [16] on `device`."""
+    """Return the values of the 16 codes of nf4 or fp4: fp32 [16] on `device`."""
     return _kept(format, device, lambda: torch.tensor(LEVELS[format], dtype=torch.float32, device="cpu"))
 
 
 def pairs(format: str, device: torch.device) -> Tensor:
-    """What a byte of two codes stands for, the high nibble first: the two fp32 of each of 256 bytes as one int64 [256],
-    so that one look-up fetches both."""
+    """Return the two values that each byte stands for, the high nibble's first: int64 [256] on `device`, each element
+    the bits of two fp32 numbers, so that one look-up fetches both."""
 
     def make() -> Tensor:
         level = torch.tensor(LEVELS[format], dtype=torch.float32, device="cpu")
@@ -74,7 +74,7 @@ def pairs(format: str, device: torch.device) -> Tensor:
 
 
 def dynamic(device: torch.device) -> Tensor:
-    """The levels of the 8-bit dynamic map in increasing order: fp32 [256] on `device`."""
+    """Return the values of the 8-bit dynamic map in increasing order: fp32 [256] on `device`."""
 
     def make() -> Tensor:
         parts = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
@@ -88,7 +88,8 @@ def dynamic(device: torch.device) -> Tensor:
 
 
 def nearest4(format: str, v: Tensor) -> Tensor:
-    """The code of the level nearest to each of v, fp32 in [-1, 1]: uint8 of v's shape. Ties go to the lower level."""
+    """Return the code of the nearest level for each element of v, fp32 in [-1, 1]: uint8 of v's shape. Ties go to the
+    lower level."""
 
     def midpoints() -> Tensor:
         level = torch.tensor(LEVELS[format], dtype=torch.float32, device="cpu")[list(_SORTED[format])]
@@ -102,10 +103,11 @@ def nearest4(format: str, v: Tensor) -> Tensor:
 
 
 def nearest8(v: Tensor) -> Tensor:
-    """The code of the dynamic map for each of v, fp32 in [-1, 1]: uint8 of v's shape.
+    """Return the code of the dynamic map for each element of v, fp32 in [-1, 1]: uint8 of v's shape.
 
-    As bitsandbytes 0.50.2 finds it on the CPU: v goes to the nearest of 65536 points evenly spaced on [-1, 1], and that
-    point to the nearest level, a tie to the lower one. A v within 1/65535 of a midpoint may so go to the farther level.
+    The rule is that of bitsandbytes 0.50.2 on the CPU. v goes to the nearest of 65536 points evenly spaced on [-1, 1],
+    and that point goes to the nearest level, or the lower one of two. A v within 1/65535 of a midpoint may therefore
+    get the farther level.
     """
 
     def midpoints() -> Tensor:

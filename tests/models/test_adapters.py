@@ -1,10 +1,11 @@
-"""Adapters on disk: PEFT reads ours and we read PEFT's, loralib's load, and saving is all or nothing."""
+"""Adapters on disk: PEFT and this package load each other's, loralib's load, and saving is all or nothing."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
+import shutil
 import warnings
 
 import hypothesis.strategies as hs
@@ -15,6 +16,7 @@ from support.adapter_models import CONFIG, WEIGHTS, adapted, assert_unchanged, c
 from torch import nn
 
 from lora_kernels import FusedLoRALinear
+from lora_kernels.models import adapter_files
 from lora_kernels.models.adapters import load_adapter, load_loralib, save_adapter
 from lora_kernels.models.inject import adapter_parameters, apply_lora, merge_and_unload
 
@@ -36,7 +38,7 @@ RULES = [
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peft_reads_ours(tmp_path, rules, dtype):
+def test_peft_loads_the_adapters_that_are_saved_here(tmp_path, rules, dtype):
     base = net(dtype)
     ours = adapted(copy.deepcopy(base), **rules, adapter_dtype=torch.float32)
     save_adapter(ours, tmp_path)
@@ -58,13 +60,13 @@ def test_peft_reads_ours(tmp_path, rules, dtype):
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plain", [True, False])
-def test_we_read_pefts(tmp_path, rules, dtype, plain):
+def test_the_adapters_that_peft_saves_are_loaded_here(tmp_path, rules, dtype, plain):
     base = net(dtype)
     rules = {"target_modules": ["head", "fc", "out"]} | rules
     theirs = train(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**rules))).eval()
     theirs.save_pretrained(tmp_path)
     ours = copy.deepcopy(base)
-    if not plain:  # LoRA is there, with another alpha
+    if not plain:  # the model has LoRA already, with another alpha
         apply_lora(ours, **rules | {"lora_alpha": 100, "alpha_pattern": {}}, adapter_dtype=torch.float32)
         kept = list(adapter_parameters(ours))
     report = load_adapter(ours, tmp_path)
@@ -80,7 +82,7 @@ def test_we_read_pefts(tmp_path, rules, dtype, plain):
         assert all(a is b for a, b in zip(kept, adapter_parameters(ours), strict=True))
 
 
-def test_a_transformers_model_both_ways(tmp_path):
+def test_a_transformers_models_adapter_goes_to_peft_and_back(tmp_path):
     base = llama()
     ours = adapted(copy.deepcopy(base), rank_pattern={"q_proj": 2}, exclude_modules=["down_proj"])
     save_adapter(ours, tmp_path / "a")
@@ -94,7 +96,7 @@ def test_a_transformers_model_both_ways(tmp_path):
     assert auto == json.loads((tmp_path / "b" / CONFIG).read_text())["auto_mapping"]
 
 
-def test_pefts_layers_to_transform(tmp_path):
+def test_layers_to_transform_in_a_config_of_peft_is_followed(tmp_path):
     base = llama()
     rules = {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}
     theirs = train(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**rules))).eval()
@@ -144,7 +146,7 @@ def test_whatever_the_names_the_config_means_each_layer_and_no_other(tmp_path_fa
 
 
 @pytest.mark.parametrize(("base", "file", "want"), [("half", "half", "half"), ("half", "float", "float")])
-def test_the_adapters_dtype_in_a_plain_model(tmp_path, base, file, want):
+def test_a_plain_model_gets_adapters_of_the_files_dtype(tmp_path, base, file, want):
     base, file, want = (getattr(torch, name) for name in (base, file, want))
     save_adapter(adapted(net(torch.float16), adapter_dtype=file), tmp_path)
     model = net(base)
@@ -152,7 +154,7 @@ def test_the_adapters_dtype_in_a_plain_model(tmp_path, base, file, want):
     assert {p.dtype for p in adapter_parameters(model)} == {want}
 
 
-def test_a_bf16_adapter_on_an_fp32_base(tmp_path):
+def test_a_bf16_adapter_becomes_fp32_on_an_fp32_base(tmp_path):
     source = adapted(net(torch.bfloat16))
     save_adapter(source, tmp_path)
     model = net()
@@ -201,9 +203,9 @@ def test_a_failure_in_the_middle_of_saving_leaves_the_old_adapter(tmp_path, monk
     calls = {"n": 0}
     function, _, count = fail_at.partition(" ")
     module, real = {
-        "open": (__import__("lora_kernels.models.adapter_files").adapter_files, open),
+        "open": (adapter_files, open),
         "fsync": (os, os.fsync),
-        "copyfile": (__import__("shutil"), __import__("shutil").copyfile),
+        "copyfile": (shutil, shutil.copyfile),
         "replace": (os, os.replace),
     }[function]
 
@@ -236,7 +238,7 @@ def test_a_first_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_what_cannot_be_saved(tmp_path):
+def test_models_that_cannot_be_saved_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no FusedLoRALinear"):
         save_adapter(net(), tmp_path / "x")
     with pytest.raises(ValueError, match="a name"):
@@ -263,14 +265,14 @@ def test_trained_parameters_that_are_not_saved_are_named(tmp_path):
 
 
 def loralib_state(model: nn.Module, bias: str = "none") -> dict[str, torch.Tensor]:
-    """What loralib.lora_state_dict gives."""
+    """Return the dictionary that loralib.lora_state_dict would return."""
     wanted = {"none": ("lora_",), "all": ("lora_", "bias")}[bias]
     return {key: value.clone() for key, value in model.state_dict().items() if any(w in key for w in wanted)}
 
 
 @pytest.mark.parametrize("from_file", [True, False])
 @pytest.mark.parametrize("plain", [True, False])
-def test_loralib(tmp_path, from_file, plain):
+def test_a_loralib_checkpoint_loads_with_its_biases(tmp_path, from_file, plain):
     base = net()
     rules = {"target_modules": "fc|inner.out", "r": 3, "lora_alpha": 5, "rank_pattern": {"out": 2}}
     source = adapted(copy.deepcopy(base), **rules)
@@ -306,7 +308,7 @@ def test_loralib(tmp_path, from_file, plain):
         ({"gone.bias": torch.ones(5)}, 1, r"no such bias.*gone\.bias"),
     ],
 )
-def test_loralib_that_does_not_fit(change, alpha, words):
+def test_a_loralib_checkpoint_that_does_not_fit_changes_nothing(change, alpha, words):
     checkpoint = loralib_state(adapted(net(), target_modules=["fc", "out"], r=3)) | change
     model = net()
     before = state(model)

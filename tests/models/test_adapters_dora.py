@@ -1,4 +1,4 @@
-"""DoRA on disk: PEFT reads ours and we read PEFT's, and a magnitude that does not fit is named."""
+"""DoRA on disk: PEFT and this package load each other's, and a magnitude that does not fit is named."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RULES = [
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peft_reads_ours(tmp_path, rules, dtype):
+def test_peft_loads_the_adapters_that_are_saved_here(tmp_path, rules, dtype):
     base = net(dtype)
     ours = adapted(copy.deepcopy(base), **rules, use_dora=True, adapter_dtype=torch.float32)
     save_adapter(ours, tmp_path)
@@ -56,12 +56,12 @@ def test_peft_reads_ours(tmp_path, rules, dtype):
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plain", [True, False])
-def test_we_read_pefts(tmp_path, rules, dtype, plain):
+def test_the_adapters_that_peft_saves_are_loaded_here(tmp_path, rules, dtype, plain):
     base = net(dtype)
     theirs = train(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**rules, use_dora=True))).eval()
     theirs.save_pretrained(tmp_path)
     ours = copy.deepcopy(base)
-    if not plain:  # DoRA is there, with another alpha, and has been run: the norm of W is in its cache
+    if not plain:  # the model has DoRA already, with another alpha, and a run has filled its cache of norms
         changed = {"lora_alpha": 100, "alpha_pattern": {}, "use_dora": True}
         apply_lora(ours, **rules | changed, adapter_dtype=torch.float32)
         run(ours, dtype)
@@ -75,7 +75,7 @@ def test_we_read_pefts(tmp_path, rules, dtype, plain):
         assert all(a is b for a, b in zip(kept, adapter_parameters(ours), strict=True))
 
 
-def test_a_transformers_model_both_ways(tmp_path):
+def test_a_transformers_models_adapter_goes_to_peft_and_back(tmp_path):
     base = llama()
     ours = adapted(copy.deepcopy(base), rank_pattern={"q_proj": 2}, exclude_modules=["down_proj"], use_dora=True)
     save_adapter(ours, tmp_path / "a")
@@ -89,7 +89,7 @@ def test_a_transformers_model_both_ways(tmp_path):
     assert torch.equal(run(again), run(ours))
 
 
-def test_a_magnitude_of_more_digits_keeps_them(tmp_path):
+def test_an_fp32_magnitude_beside_a_bf16_weight_stays_fp32(tmp_path):
     save_adapter(adapted(net(torch.bfloat16), use_dora=True), tmp_path)
     edit_weights(tmp_path, lambda t: t.update({MAGNITUDE.format("head"): torch.full((4,), 1 / 3)}))
     model = net(torch.bfloat16)
@@ -148,7 +148,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, case, plain):
+def test_a_file_that_does_not_fit_is_named_and_changes_nothing(tmp_path, case, plain):
     breaks, words = BROKEN[case]
     save_adapter(adapted(net(), use_dora=True), tmp_path)
     breaks(tmp_path)
@@ -183,7 +183,7 @@ def test_some_layers_with_dora_cannot_be_saved(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_loralib_knows_no_dora():
+def test_a_loralib_checkpoint_and_dora_do_not_mix():
     dora, plain = adapted(net(), use_dora=True), adapted(net())
     states = [{k: v for k, v in model.state_dict().items() if "lora_" in k} for model in (dora, plain)]
     for model, checkpoint, words in (

@@ -1,4 +1,4 @@
-"""Adapter files that nobody wrote in good faith: what is wrong is named, and the model is as it was."""
+"""Malicious adapter files: the fault is named, and the model is as it was."""
 
 from __future__ import annotations
 
@@ -57,26 +57,26 @@ def refused(directory, message: str) -> None:
         ("exclude_modules", [3]),
     ],
 )
-def test_fields_of_another_kind(directory, key, value):
+def test_a_field_of_another_type_is_named(directory, key, value):
     config = json.loads((directory / CONFIG).read_bytes())
     (directory / CONFIG).write_text(json.dumps(config | {key: value}))
     refused(directory, f"{key}=.* is not what LoraConfig has there")
 
 
-def test_a_pattern_that_is_none(directory):
+def test_a_pattern_that_is_no_regular_expression_is_named(directory):
     config = json.loads((directory / CONFIG).read_bytes())
     (directory / CONFIG).write_text(json.dumps(config | {"layers_to_transform": [0], "layers_pattern": "(("}))
     refused(directory, "layers_pattern: .* is no regular expression")
 
 
-def test_a_config_nested_beyond_measure(directory):
+def test_a_config_nested_too_deep_is_refused(directory):
     (directory / CONFIG).write_text("[" * 100_000 + "]" * 100_000)
     refused(directory, "not JSON")
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8, torch.complex64])
-def test_weights_that_are_no_floating_numbers(directory, dtype, part):
+def test_tensors_of_no_floating_dtype_are_refused(directory, dtype, part):
     tensors = st.load_file(directory / WEIGHTS)
     for key in tensors:
         if part in key:

@@ -37,7 +37,7 @@ def rename_out(tensors) -> None:
 
 
 def more(**shapes):
-    """Other or additional tensors in the file."""
+    """Return a function that adds or replaces tensors in the file."""
     return lambda d: edit_weights(d, lambda t: t.update({key: torch.ones(shape) for key, shape in shapes.items()}))
 
 
@@ -96,7 +96,7 @@ BROKEN |= {
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, case, plain):
+def test_a_file_that_does_not_fit_is_named_and_changes_nothing(tmp_path, case, plain):
     breaks, error, words = BROKEN[case]
     save_adapter(adapted(net()), tmp_path)
     if case == "no targets" and not plain:
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, case, plain):
 
 @settings(deadline=None, max_examples=60)
 @given(at=hs.floats(0, 1, exclude_max=True))
-def test_no_part_of_a_file_loads(tmp_path_factory, at):
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path_factory, at):
     directory = tmp_path_factory.mktemp("adapter")
     model = adapted(net())
     save_adapter(model, directory)
@@ -123,7 +123,7 @@ def test_no_part_of_a_file_loads(tmp_path_factory, at):
     assert_unchanged(model, before)
 
 
-def test_lora_elsewhere_or_of_another_rank_is_named(tmp_path):
+def test_layers_elsewhere_or_of_another_rank_are_named(tmp_path):
     save_adapter(adapted(net()), tmp_path)
     for rules, words in [
         ({"target_modules": ["head"]}, r"not to get any: fc|no place for fc, inner\.fc, inner\.out"),
@@ -146,14 +146,14 @@ def test_a_merged_model_is_refused(tmp_path):
     assert_unchanged(model, before)
 
 
-def test_pefts_adapter_of_what_is_no_linear_is_refused(tmp_path):
+def test_an_adapter_of_peft_for_a_convolution_is_refused(tmp_path):
     base = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), conv=nn.Conv1d(4, 4, 1)))
     peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["fc", "conv"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="conv"):
         load_adapter(base, tmp_path)
 
 
-def test_a_field_of_the_future_is_told(tmp_path):
+def test_an_unknown_field_is_named_in_a_warning(tmp_path):
     model = adapted(net())
     save_adapter(model, tmp_path)
     edit_config(tmp_path, use_something=True, something_off=False)
@@ -161,7 +161,7 @@ def test_a_field_of_the_future_is_told(tmp_path):
         load_adapter(model, tmp_path)
 
 
-def test_without_safetensors(tmp_path, monkeypatch):
+def test_without_safetensors_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     model = adapted(net())
     save_adapter(model, tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors", None)

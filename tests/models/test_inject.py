@@ -1,4 +1,4 @@
-"""`apply_lora`. PEFT decides which layers get LoRA and what they compute."""
+"""`apply_lora` chooses the layers that PEFT would choose, and they compute what PEFT's compute."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_rules_for_names_are_pefts(name, wanted, excluded, pattern):
     assert by_pattern(pattern, name, 0) == pattern.get(get_pattern_key(pattern.keys(), name), 0)
 
 
-def test_defaults_are_pefts():
+def test_the_defaults_are_pefts():
     config, model = peft.LoraConfig(), plain()
     layer = apply_lora(model).layers[0]
     assert (layer.r, layer.lora_alpha) == (config.r, config.lora_alpha)
@@ -107,7 +107,7 @@ def test_a_fresh_model_computes_its_base_and_shares_its_weights():
     torch.testing.assert_close(run(model, "plain"), want)
 
 
-def test_dora_starts_as_its_base():
+def test_a_fresh_dora_model_computes_its_base():
     model = plain()
     want = run(model, "plain")
     report = apply_lora(model, target_modules=["q_proj"], use_dora=True, lora_dropout=0.5)
@@ -116,7 +116,7 @@ def test_dora_starts_as_its_base():
     assert re.search(r"^blocks\.0\.q_proj +8 +8 +8 → 8  DoRA$", str(report), re.M)
 
 
-def test_settings_reach_the_layers():
+def test_the_settings_reach_the_layers():
     model = plain().bfloat16()
     apply_lora(model, r=3, lora_dropout=0.25, adapter_dtype=torch.float32, backend="eager", use_rslora=True)
     layer = model.blocks[0].q_proj
@@ -124,7 +124,7 @@ def test_settings_reach_the_layers():
     assert layer.lora_A.dtype == torch.float32 and layer.scaling == 8 / 3**0.5
 
 
-def test_the_report():
+def test_the_report_names_replaced_left_and_unmatched():
     model = plain()
     report = apply_lora(
         model, target_modules=["q_proj", "nonsense"], exclude_modules=["blocks.1.q_proj"], rank_pattern={"v_proj": 2}
@@ -148,7 +148,7 @@ def test_tied_weights_stay_tied():
     assert model.lm_head.weight is model.model.embed_tokens.weight and not model.lm_head.weight.requires_grad
 
 
-def test_a_layer_at_two_places_is_one_layer_still():
+def test_a_layer_at_two_places_stays_one_layer():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     report = apply_lora(model)

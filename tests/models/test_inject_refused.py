@@ -1,4 +1,4 @@
-"""What `apply_lora` does not replace, with the reason, and errors that leave the model as it was."""
+"""The modules that `apply_lora` leaves, with the reason, and errors that leave the model as it was."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def awkward() -> dict[str, nn.Module]:
     }
 
 
-def test_what_is_not_exactly_a_linear_is_passed_over_with_a_reason():
+def test_a_module_that_is_not_exactly_a_linear_is_passed_over_with_a_reason():
     model = nn.ModuleDict({**awkward(), "fc": nn.Linear(4, 4)})
     before = {name: module for name, module in model.named_modules() if name != "fc"}
     report = apply_lora(model)
@@ -44,7 +44,7 @@ def test_what_is_not_exactly_a_linear_is_passed_over_with_a_reason():
 
 
 @pytest.mark.parametrize("name", ["own", "lazy", "out_proj", "norm", "hooked", "wrapped", "conv", "attention"])
-def test_what_was_named_and_cannot_be_replaced_raises(name):
+def test_a_named_module_that_cannot_be_replaced_is_an_error(name):
     model = nn.ModuleDict({**awkward(), "fc": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1)})
     with pytest.raises(ValueError, match=f"{name}.*exclude_modules"):
         apply_lora(model, target_modules=["fc", name])
@@ -80,7 +80,7 @@ def test_an_error_changes_nothing(error, rules, words):
     assert [p.requires_grad for p in model.parameters()] == trained
 
 
-def test_twice_is_refused():
+def test_a_second_apply_lora_is_refused():
     model = plain()
     apply_lora(model, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"already \(blocks\.0\.q_proj.*merge_and_unload"):
@@ -118,6 +118,6 @@ def test_conv1d_is_refused_with_the_way_out(wanted, words):
 
 
 @pytest.mark.parametrize(("model", "words"), [(nn.Linear(2, 2), "from_linear"), (nn.Conv1d(2, 2, 1), "1 Conv1d")])
-def test_nothing_to_replace(model, words):
+def test_a_model_without_a_layer_to_replace_is_refused(model, words):
     with pytest.raises(ValueError, match=words):
         apply_lora(model)

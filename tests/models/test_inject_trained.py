@@ -1,4 +1,4 @@
-"""After `apply_lora`: which parameters train, how many they are, and the way back to a plain model."""
+"""After `apply_lora`: the parameters that train, their number, and the way back to a plain model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_kernels.models.inject import (
 # --- merging ---
 
 
-def test_merge_and_unload():
+def test_merge_and_unload_gives_a_plain_model_that_computes_the_same():
     model = plain().eval()
     apply_lora(model, target_modules=["q_proj", "mlp"])
     for parameter in adapter_parameters(model):
@@ -30,12 +30,12 @@ def test_merge_and_unload():
     assert type(model.blocks[0].q_proj) is nn.Linear and not model.blocks[0].q_proj.training
     assert trainable_parameters(model).trainable == 0
     torch.testing.assert_close(run(model, "plain"), want)
-    apply_lora(model)  # a plain model again
+    apply_lora(model)  # the model is plain again
     with pytest.raises(ValueError, match="no FusedLoRALinear"):
         merge_and_unload(plain())
 
 
-def test_dora_merges_and_trains_whole():
+def test_dora_trains_its_magnitude_and_merges():
     model = plain().double().eval()
     apply_lora(model, target_modules=["q_proj", "mlp"], use_dora=True)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -56,7 +56,7 @@ def test_dora_merges_and_trains_whole():
     assert not any("lora_" in name for name in model.state_dict())
 
 
-def test_merge_and_unload_of_a_layer_itself():
+def test_merge_and_unload_of_a_layer_returns_a_linear():
     layer = FusedLoRALinear(3, 2)
     assert type(merge_and_unload(layer)) is nn.Linear
 
@@ -75,7 +75,7 @@ def test_a_merge_that_fails_changes_nothing():
 # --- what trains ---
 
 
-def test_adapter_parameters():
+def test_adapter_parameters_yields_a_and_b_of_every_layer():
     model = plain()
     apply_lora(model, target_modules=["q_proj"])
     names = {name for name, p in model.named_parameters() if any(p is q for q in adapter_parameters(model))}
@@ -95,11 +95,11 @@ def test_adapter_parameters():
         ),
     ],
 )
-def test_mark_only_lora_as_trainable(bias, more):
+def test_mark_only_lora_trains_adapters_and_the_biases_asked_for(bias, more):
     model = plain()
     apply_lora(model, target_modules=["q_proj"])
     model.requires_grad_(True)
-    model.blocks[0].q_proj.lora_A.requires_grad_(False)  # frozen on purpose: it stays so
+    model.blocks[0].q_proj.lora_A.requires_grad_(False)  # an adapter that was frozen on purpose stays frozen
     mark_only_lora_as_trainable(model, bias)
     adapters = {f"blocks.{i}.q_proj.lora_{part}" for i in range(3) for part in "AB"} - {"blocks.0.q_proj.lora_A"}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == adapters | more
@@ -107,7 +107,7 @@ def test_mark_only_lora_as_trainable(bias, more):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-def test_mark_only_lora_refuses():
+def test_mark_only_lora_refuses_an_unknown_bias_and_a_plain_model():
     model = plain()
     with pytest.raises(ValueError, match="apply_lora"):
         mark_only_lora_as_trainable(model)
@@ -116,7 +116,7 @@ def test_mark_only_lora_refuses():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_trainable_parameters():
+def test_trainable_parameters_counts_trained_and_all_elements():
     model = nn.Sequential(nn.Linear(100, 60), nn.Linear(60, 10, bias=False))
     model[1].weight = nn.Parameter(model[1].weight, requires_grad=False)
     summary = trainable_parameters(model)

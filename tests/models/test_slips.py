@@ -1,4 +1,4 @@
-"""What a person gets wrong in the first half hour: the message names the values and the way out."""
+"""Mistakes of the first half hour: the message names the values and the way out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Block(nn.Module):
         return self.q_proj(x) + self.k_proj(x)
 
 
-def test_a_name_given_as_a_string():
+def test_a_name_given_as_a_string_gets_a_hint():
     with pytest.raises(ValueError, match=r"whole name: \['q_proj'\] is for ends of names"):
         apply_lora(nn.Sequential(Block()), target_modules="q_proj")
     with pytest.raises(ValueError, match=r"match no nn\.Linear") as error:
@@ -27,12 +27,12 @@ def test_a_name_given_as_a_string():
 
 
 @pytest.mark.parametrize("alpha", ["16", None, torch.tensor(16.0)])
-def test_an_alpha_that_is_no_number(alpha):
+def test_an_alpha_that_is_no_number_is_named(alpha):
     with pytest.raises(ValueError, match="lora_alpha must be a finite number, got"):
         FusedLoRALinear(8, 8, lora_alpha=alpha)
 
 
-def test_a_file_in_place_of_its_directory(tmp_path):
+def test_a_file_in_place_of_its_directory_is_named(tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"is a file, and must be the directory of an adapter"):
@@ -48,7 +48,7 @@ def test_a_file_in_place_of_its_directory(tmp_path):
         ([("q_proj", "k_proj"), ("wq", "wk")], r"no module of the model has two of 'wq', 'wk'"),
     ],
 )
-def test_groups_that_the_model_has_not(group, message):
+def test_groups_that_the_model_does_not_have_are_named(group, message):
     peft = pytest.importorskip("peft")
     from lora_kernels import fuse
 

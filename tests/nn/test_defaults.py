@@ -1,4 +1,4 @@
-"""torch's defaults of device and dtype, as the caller has set them: nothing here is made by them."""
+"""The results do not depend on torch's default device and default dtype, which the caller may have set."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import nn
 
 from lora_kernels import FusedLoRALinear, quantize_weight
 from lora_kernels.backends.cpu import quant as cpu_quant
-from lora_kernels.quant import tables as quant_tables
+from lora_kernels.quant import tables
 
 QUANTS = [None, "nf4", "fp4", "int8", "fp8"]
 
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """As in a new process: tables and working memory are made at their first use."""
-    monkeypatch.setattr(quant_tables, "_made", {})
+    """Forget the tables and the working memory, which are made at their first use, as in a new process."""
+    monkeypatch.setattr(tables, "_made", {})
     cpu_quant._kept.__dict__.pop("room", None)
     yield
     cpu_quant._kept.__dict__.pop("room", None)
@@ -53,9 +53,9 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("quant", QUANTS)
-def test_a_default_device(fresh, quant, dtype):
+def test_a_default_device_changes_no_bit_and_no_device(fresh, quant, dtype):
     want = results(quant, dtype)
-    quant_tables._made.clear()
+    tables._made.clear()
     cpu_quant._kept.__dict__.pop("room", None)
     with torch.device("meta"):
         got = results(quant, dtype)
@@ -64,9 +64,9 @@ def test_a_default_device(fresh, quant, dtype):
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_a_default_dtype(fresh, quant):
+def test_a_default_dtype_changes_no_bit_and_no_dtype(fresh, quant):
     want = results(quant, torch.float32)
-    quant_tables._made.clear()
+    tables._made.clear()
     torch.set_default_dtype(torch.float64)
     try:
         got = results(quant, torch.float32)
@@ -76,7 +76,7 @@ def test_a_default_dtype(fresh, quant):
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, want, strict=True))
 
 
-def test_samples_of_several_adapters():
+def test_a_default_device_does_not_disturb_adapters_by_sample():
     peft = pytest.importorskip("peft")
     from lora_kernels import fuse
 
@@ -90,7 +90,7 @@ def test_samples_of_several_adapters():
         torch.testing.assert_close(model(x, adapter_names=names), want)
 
 
-def test_the_tables_are_fp32(fresh):
+def test_the_tables_are_fp32_whatever_the_default_dtype_is(fresh):
     torch.set_default_dtype(torch.float64)
     try:
         quantize_weight(torch.randn(8, 64, dtype=torch.float32), "nf4", double_quant=True).check()

@@ -1,4 +1,4 @@
-"""DoRA under compile, checkpointing and autocast, what it refuses, and the module with ``use_dora=True``."""
+"""DoRA under torch.compile, checkpointing and autocast, its errors, and the module with ``use_dora=True``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch._inductor.config
-from support import judging as oracle
+from support import judging
 from support.dora_problems import grads, magnitude, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,8 +22,8 @@ from lora_kernels.ops.dora import dora_linear
 
 
 @pytest.mark.parametrize(("compiler", "p"), [("aot_eager", 0.0), ("aot_eager", 0.5), ("inductor", 0.5)])
-@torch._inductor.config.patch(fallback_random=True)  # the seed from torch's generator, as without compiling
-def test_compile_fullgraph(p, compiler):
+@torch._inductor.config.patch(fallback_random=True)  # draws the seed from torch's generator, as without compiling
+def test_a_compiled_layer_is_one_graph_and_follows_the_weight(p, compiler):
     layer, x = trained(16, 24, r=4, lora_dropout=p), torch.randn(6, 16)
     compiled = torch.compile(layer, fullgraph=True, backend=compiler, dynamic=True)
     plain = grads(layer, x)
@@ -46,7 +46,7 @@ def test_checkpointing_replays_the_mask(use_reentrant):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, p):
+def test_autocast_gives_its_dtype_and_fp32_gradients(dtype, p):
     layer, x = trained(32, 24, r=4, lora_dropout=p), torch.randn(16, 32, requires_grad=True)
     results = []
     for inside in (False, True):
@@ -69,7 +69,7 @@ def test_autocast(dtype, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_without_gradients_equals_with_them(p):
+def test_the_output_is_the_same_with_and_without_gradients(p):
     layer, x = trained(32, 24, r=4, lora_dropout=p), torch.randn(2, 3, 32)
     outputs = []
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
@@ -79,13 +79,13 @@ def test_without_gradients_equals_with_them(p):
     assert all(torch.equal(y.detach(), outputs[0].detach()) for y in outputs)
     assert outputs[0].requires_grad and not outputs[1].requires_grad
     layer = trained(32, 24, r=4)
-    with torch.inference_mode():  # fills the cache
+    with torch.inference_mode():  # fills the cache of ‖W‖²
         layer(x)
     layer(x).sum().backward()
 
 
 def test_double_backward_is_refused():
-    q = oracle.problem(4, 5, 6, 2)
+    q = judging.problem(4, 5, 6, 2)
     x, m = q.x.requires_grad_(), magnitude(q).requires_grad_()
     y = dora_linear(x, q.w, q.a, q.b, m, scale=1.0)
     (dx,) = torch.autograd.grad(y, (x,), q.dy, create_graph=True)
@@ -116,9 +116,9 @@ def test_bad_input_is_named(changes, error, message):
 # --- the module ---
 
 
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 def test_a_fresh_module_computes_its_base(dtypes):
-    """d = 1 exactly, so bit for bit what LoRA gives, and merging changes no bit of W."""
+    """d is exactly 1, so merging changes no bit of W."""
     base, x = nn.Linear(70, 1100, dtype=dtypes[0]), torch.randn(4, 70, dtype=dtypes[0])
     layer = FusedLoRALinear.from_linear(base, r=3, use_dora=True, adapter_dtype=dtypes[1])
     lora = FusedLoRALinear.from_linear(base, r=3, adapter_dtype=dtypes[1])
@@ -130,7 +130,7 @@ def test_a_fresh_module_computes_its_base(dtypes):
     assert torch.equal(layer.weight, before)
 
 
-def test_what_is_trained_and_shown():
+def test_the_adapter_and_its_magnitude_train_and_repr_shows_dora():
     layer = FusedLoRALinear(8, 5, r=3, use_dora=True)
     trains = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert trains == {"lora_A", "lora_B", "lora_magnitude_vector"}
@@ -155,7 +155,7 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(dtype):
     assert torch.equal(layer.weight, before) and torch.equal(layer(x), y)
 
 
-def test_reset_adapter():
+def test_reset_adapter_unmerges_and_makes_the_magnitude_the_norm():
     layer = trained(8, 5, r=2)
     layer.merge()
     layer.reset_adapter()
@@ -163,7 +163,7 @@ def test_reset_adapter():
     torch.testing.assert_close(layer.lora_magnitude_vector.detach(), torch.linalg.vector_norm(layer.weight, dim=1))
 
 
-def test_state_dict_deepcopy_and_pickle():
+def test_state_dict_deepcopy_and_pickle_give_the_same_layer():
     layer, x = trained(6, 5, r=2).eval(), torch.randn(3, 6)
     y = layer(x)
     other = FusedLoRALinear(6, 5, r=2, use_dora=True)
@@ -194,7 +194,7 @@ def test_a_new_magnitude_follows_a_loaded_linear_and_a_trained_one_stays(merged)
     assert torch.equal(layer.lora_magnitude_vector, m)
 
 
-def test_meta_then_materialised():
+def test_a_layer_from_the_meta_device_can_be_filled():
     layer = FusedLoRALinear(6, 5, r=2, use_dora=True, device="meta")
     assert layer(torch.empty(2, 3, 6, device="meta")).shape == (2, 3, 5)
     layer.load_state_dict(trained(6, 5, r=2).state_dict(), assign=True)
@@ -205,7 +205,7 @@ def test_meta_then_materialised():
     assert torch.isfinite(layer(torch.randn(2, 6))).all()
 
 
-def test_trains_to_a_target():
+def test_a_layer_learns_another_layer_of_its_rank():
     torch.manual_seed(1)
     layer, x = FusedLoRALinear(12, 10, r=2, lora_alpha=2, use_dora=True), torch.randn(256, 12)
     target = trained(12, 10, r=2, lora_alpha=2)

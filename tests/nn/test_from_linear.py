@@ -1,4 +1,4 @@
-"""`FusedLoRALinear` over layers that are more than their weight and bias, and with parameters that are not plain."""
+"""`from_linear` refuses layers that are more than weight and bias; parametrised and pruned modules compute rightly."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def patched() -> nn.Linear:
         (lambda: nn.LazyLinear(5), "LazyLinear does not know its size yet"),
     ],
 )
-def test_what_the_module_would_pass_over_is_refused(make, message, quant):
+def test_a_layer_that_is_more_than_weight_and_bias_is_refused(make, message, quant):
     with pytest.raises(TypeError, match=message):
         FusedLoRALinear.from_linear(make(), r=2, quant=quant)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B", "lora_magnitude_vector"])
-def test_parametrizations_are_honoured(name, use_dora):
+def test_a_parametrised_parameter_is_used_and_trained(name, use_dora):
     if name == "lora_magnitude_vector" and not use_dora:
         pytest.skip("a parameter of DoRA")
     layer, x = FusedLoRALinear(6, 5, r=2, use_dora=use_dora), torch.randn(3, 6)
@@ -83,7 +83,7 @@ def test_parametrizations_are_honoured(name, use_dora):
 
 
 @pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B"])
-def test_pruning_is_honoured(name):
+def test_a_pruned_parameter_is_used_and_trained(name):
     layer, x = FusedLoRALinear(6, 5, r=2), torch.randn(3, 6)
     nn.init.normal_(layer.lora_B)
     prune.l1_unstructured(layer, name, 0.5)

@@ -1,5 +1,4 @@
-"""Adapters made from a dense weight, PiSSA's and OLoRA's: the papers' definitions in fp64, PEFT's results; and what
-holds of every way to make them."""
+"""PiSSA and OLoRA beside the papers' definitions in fp64 and PEFT's results, and properties of all four schemes."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from lora_kernels.quant.weight import QuantizedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHAPES = [(96, 160), (160, 96), (128, 128), (1100, 24)]  # the last in several slices of rows
+SHAPES = [(96, 160), (160, 96), (128, 128), (1100, 24)]  # the last one is computed in several blocks of rows
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.37, 16.0])
@@ -25,30 +24,29 @@ def test_the_parts_sum_to_the_weight(name, shape, scale):
         rest, a, b = DENSE[name](w, r, scale)
         assert a.shape == (r, shape[1]) and b.shape == (shape[0], r) and a.dtype == b.dtype == torch.float32
         assert all(t.is_contiguous() and not t.requires_grad for t in (rest, a, b))
-        sums = (
-            2 * (r + 2) * 2.0**-53 * (w.double().abs() + product(a.abs(), b.abs(), scale))
-        )  # in fp64: theirs and ours
+        # the rounding of both sums in fp64, the module's and this test's
+        sums = 2 * (r + 2) * 2.0**-53 * (w.double().abs() + product(a.abs(), b.abs(), scale))
         rounding = EPS / 2 * rest.double().abs() + sums
         assert ((rest.double() + product(a, b, scale) - w.double()).abs() <= rounding).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", DENSE)
-def test_the_parts_sum_to_a_weight_in_16_bits(name, dtype):
-    """Rounded once, to W's dtype, whatever that of A and B is: the rounding of A and B is in W_res."""
+def test_the_parts_sum_to_a_weight_of_16_bits_with_one_rounding(name, dtype):
+    """W_res is rounded once, to W's dtype, whatever the dtype of A and B is: it contains the rounding of A and B."""
     w = gaussian(96, 160).to(dtype)
     for adapter in (torch.float32, dtype):
         rest, a, b = DENSE[name](w, 8, 2.0, dtype=adapter)
         assert rest.dtype == dtype and a.dtype == b.dtype == adapter
         exact = w.double() - product(a, b, 2.0)
         assert ((rest.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 2.0**-24).all()
-    assert (rest.float() - DENSE[name](w, 8, 2.0)[0].float()).abs().max() > 0  # the 16 bits of A and B were seen
+    assert (rest.float() - DENSE[name](w, 8, 2.0)[0].float()).abs().max() > 0  # the rounding is seen
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("make", WEIGHTS)
 def test_pissa_is_the_best_approximation(make, shape):
-    """Eckart and Young: what is left has the norm of the tail of the singular values, and their largest as its own."""
+    """By Eckart and Young, W - s·B A has the norm of the remaining singular values, and their largest as its own."""
     w = make(*shape)
     s = torch.linalg.svdvals(w.double())
     for r in (1, 8, min(shape) - 1):
@@ -71,7 +69,7 @@ def test_pissa_spreads_each_singular_value_evenly():
         assert (largest > 0).all()
 
 
-def test_more_iterations_of_the_fast_svd_come_nearer():
+def test_more_iterations_of_the_randomised_svd_are_nearer_to_the_best():
     w = gaussian(200, 160)
     best = norm(pissa(w, 8, 1.0)[0])
     left = [norm(pissa(w, 8, 1.0, niter=niter)[0]) / best - 1 for niter in (0, 2, 8, 100)]
@@ -97,10 +95,10 @@ def test_olora_is_the_qr_decomposition(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora"])
-def test_equals_peft(name, shape, monkeypatch):
+def test_base_and_adapter_are_those_of_peft(name, shape, monkeypatch):
     peft = pytest.importorskip("peft")
 
-    def seeded(*args, **kwargs):  # what `pissa` draws from, whatever the global seed is
+    def seeded(*args, **kwargs):  # draws from the seed of `pissa`, whatever the global seed is
         torch.manual_seed(0)
         return torch.svd_lowrank(*args, **kwargs)
 
@@ -120,7 +118,7 @@ def test_equals_peft(name, shape, monkeypatch):
         torch.testing.assert_close(rest, layer.base_layer.weight.detach(), rtol=0, atol=allowed)
 
 
-# --- the same every time ---
+# --- reproducibility ---
 
 ALL = {
     "pissa": lambda w: pissa(w, 8, 2.0),
@@ -152,7 +150,7 @@ def test_two_runs_give_the_same_bits(name, poison):
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_the_layout_is_rounding(name):
+def test_the_memory_layout_changes_only_the_rounding(name):
     w = low_rank_and_noise(96, 160)
     for one, other in zip(ALL[name](w), ALL[name](torch.empty(160, 96).T.copy_(w)), strict=True):
         assert other.is_contiguous()
@@ -160,9 +158,9 @@ def test_the_layout_is_rounding(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_number_of_threads_is_rounding(name):
-    """The signs of the singular vectors are fixed. A code at a boundary may change with the rounding, and with it a
-    little of everything that comes after: the norms hardly."""
+def test_the_number_of_threads_changes_only_the_rounding(name):
+    """The signs of the singular vectors are fixed. Where W is quantised, rounding may change a code at a boundary and
+    with it all later results a little, but the norms hardly change."""
     w = low_rank_and_noise(257, 320)
     results = []
     for threads in (1, 2):
@@ -176,7 +174,7 @@ def test_the_number_of_threads_is_rounding(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_weight_of_zeros_and_one_of_too_low_a_rank(name):
+def test_weights_of_zeros_and_of_a_rank_below_r_give_finite_adapters(name):
     for w in (torch.zeros(24, 16), torch.randn(24, 2) @ torch.randn(2, 16)):
         rest, a, b, *_ = ALL[name](w)
         rest = rest.dequantize() if isinstance(rest, QuantizedWeight) else rest

@@ -1,4 +1,4 @@
-"""`init=` of the modules: the split of W is in the module, and nobody is misled about its adapter."""
+"""``init=`` of the modules: W is split into a new base and an adapter, which is not saved without its base."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_quantised_split_is_nearer_to_the_linear_than_quantising_alone(init, q
     assert layer.quantized_weight().format == quant
 
 
-def test_a_whole_model():
+def test_a_model_computes_the_same_after_apply_lora_and_after_merging():
     model = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8))
     x = torch.randn(6, 32)
     want = model(x)
@@ -77,8 +77,8 @@ def test_a_copy_and_a_state_dict_keep_the_split():
         ({"init": "pissa", "r": 49}, "49"),
     ],
 )
-def test_errors(settings, message):
+def test_an_init_that_cannot_be_is_refused_and_freezes_nothing(settings, message):
     base = linear()
     with pytest.raises(ValueError, match=message):
         FusedLoRALinear.from_linear(base, **({"r": 4} | settings))
-    assert base.weight.requires_grad  # nothing was frozen
+    assert base.weight.requires_grad

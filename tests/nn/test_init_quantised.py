@@ -1,5 +1,4 @@
-"""Adapters made beside a quantised weight, LoftQ's and LQ-LoRA's: the papers' definitions in fp64, PEFT's results,
-guarantees."""
+"""LoftQ and LQ-LoRA beside the papers' definitions in fp64 and PEFT's results, and what they guarantee."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ FORMATS = ("nf4", "fp4", "int8", "fp8")
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_loftq_equals_peft(iterations, monkeypatch):
-    """PEFT's LoftQ runs on the CPU where bitsandbytes has no 4 bits. It knows no scale: that is s = 1."""
+def test_base_and_adapter_of_loftq_are_those_of_peft(iterations, monkeypatch):
+    """PEFT's LoftQ runs on the CPU if it finds no 4 bits in bitsandbytes. It has no scale, so that s = 1 here."""
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("scipy")
@@ -35,7 +34,7 @@ def test_loftq_equals_peft(iterations, monkeypatch):
         warnings.simplefilter("ignore")
         theirs, their_a, their_b = loftq_utils.loftq_init(w, 4, 8, iterations)
     q, a, b, norms = loftq(w, 8, 1.0, iterations=iterations)
-    assert norms.index(min(norms)) == iterations - 1  # PEFT returns the last
+    assert norms.index(min(norms)) == iterations - 1  # PEFT returns the last iterate
     torch.testing.assert_close(q.dequantize(), theirs, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(product(a, b, 1.0), product(their_a, their_b, 1.0), rtol=1e-4, atol=1e-6)
 
@@ -43,7 +42,7 @@ def test_loftq_equals_peft(iterations, monkeypatch):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("make", WEIGHTS)
 def test_loftq_is_algorithm_1(make, format):
-    """Every step against the paper's, in fp64, from the iterate before it."""
+    """Every iterate is the paper's step, computed in fp64, from the iterate before it."""
     w, r, scale = make(96, 128), 4, 2.0
     a, b, left = torch.zeros(r, 128), torch.zeros(96, r), []
     for t in range(1, 5):
@@ -55,7 +54,7 @@ def test_loftq_is_algorithm_1(make, format):
         gap = w.double() - q.dequantize().double()
         assert norms[-1] == pytest.approx(norm(gap - product(a, b, scale)), rel=1e-5)
         assert norms[-1] == pytest.approx(norm(gap - truncated(gap, r)), rel=1e-5)
-        assert t == 1 or norms[-1] < norms[-2]  # it falls on these weights, so that the last iterate is what came back
+        assert t == 1 or norms[-1] < norms[-2]  # the norm falls on these weights, so the last iterate was returned
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -66,7 +65,7 @@ def test_lq_lora_is_the_papers_algorithm(make, format):
     for t in range(1, 5):
         q, a, b, errors = lq_lora(w, r, scale, format=format, iterations=t)
         assert len(errors) == t and errors.index(min(errors)) == t - 1
-        # B A is what the gap before it asks for; Q is W - s·B A, quantised.
+        # s·B A is the SVD of the previous gap, and Q is W - s·B A, quantised.
         assert norm(gap - product(a, b, scale)) == pytest.approx(norm(gap - truncated(gap, r)), rel=1e-5)
         argument = (w.double() - product(a, b, scale)).float()
         assert all(map(torch.equal, codes(q), codes(quantize_weight(argument, format))))
@@ -75,8 +74,8 @@ def test_lq_lora_is_the_papers_algorithm(make, format):
 
 
 @pytest.mark.parametrize("make", WEIGHTS)
-def test_fisher_weights(make):
-    """Each low-rank part is the best one in the weighted norm, which the plain one is not."""
+def test_fisher_weights_make_the_weighted_error_the_least(make):
+    """Each low-rank part is the best one in the weighted norm. The unweighted low-rank part is not."""
     w, r, scale = make(96, 128), 4, 2.0
     row, column = torch.rand(96) * 1e-9 + 1e-10, torch.randn(128).exp() * 1e-9
     dense = lambda e: row.double()[:, None] * e.double() * column.double()  # noqa: E731
@@ -97,7 +96,7 @@ def test_fisher_weights(make):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("make", WEIGHTS)
-def test_norms_fall_below_quantisation_alone(make, format):
+def test_the_errors_fall_below_that_of_quantising_alone(make, format):
     w = make(128, 192)
     plain = norm(w - quantize_weight(w, format).dequantize())
     for r, less in ((1, 0.999), (16, 0.9)):
@@ -109,7 +108,7 @@ def test_norms_fall_below_quantisation_alone(make, format):
 
 
 @pytest.mark.parametrize("make", WEIGHTS)
-def test_double_quantisation_and_blocks(make):
+def test_the_settings_of_the_format_are_kept(make):
     w = make(128, 192)
     kwargs = {"blocksize": 256, "double_quant": True}
     plain = quantize_weight(w, "nf4", **kwargs)
@@ -122,9 +121,8 @@ def test_double_quantisation_and_blocks(make):
     assert q.scales.shape == (1, 2)
 
 
-def test_a_norm_that_rises():
-    """Few elements and a rank that nearly spans them: the alternation goes down and up. The iterate that comes back is
-    the one of the smallest norm, not the last."""
+def test_the_iterate_of_the_smallest_norm_is_returned():
+    """With few elements and a rank that nearly spans them, the norm falls and rises."""
     w = torch.randn(16, 16, generator=torch.Generator().manual_seed(5))
     q, a, b, norms = loftq(w, 12, 1.0, iterations=12)
     assert norms != sorted(norms, reverse=True) and norms[-1] > min(norms)
@@ -148,8 +146,8 @@ def test_a_norm_that_rises():
     seed=st.integers(0, 2**32),
     niter=st.sampled_from([None, 0, 3]),
 )
-def test_guarantees(N, K, share, scale, format, magnitude, seed, niter):
-    """What comes back is as good as the list says, no worse than anything before, and LoftQ's no worse than Q alone."""
+def test_the_result_has_the_least_error_of_its_list(N, K, share, scale, format, magnitude, seed, niter):
+    """LoftQ's error is no larger than that of quantising alone, either."""
     w = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * magnitude
     r = 1 + round(share * (min(N, K) - 1))
     allowed = 50 * EPS * norm(w)
@@ -166,7 +164,7 @@ def test_guarantees(N, K, share, scale, format, magnitude, seed, niter):
 
 
 @pytest.mark.parametrize("name", ALTERNATING)
-def test_the_weights_dtype_and_every_rank(name):
+def test_every_dtype_and_the_least_and_largest_rank(name):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         w = gaussian(32, 48).to(dtype)
         kept = w.clone()
@@ -175,7 +173,6 @@ def test_the_weights_dtype_and_every_rank(name):
             assert q.dtype == q.dequantize().dtype == dtype and a.dtype == b.dtype == dtype
             assert q.check().shape == (32, 48) and a.shape == (r, 48) and b.shape == (32, r)
             left = norm(w.double() - q.dequantize(torch.float32).double() - product(a, b, 0.5))
-            assert min(norms) == pytest.approx(
-                left, rel=1e-5, abs=50 * EPS * norm(w)
-            )  # of A and B as they are returned
+            # the norm is that of A and B as they are returned
+            assert min(norms) == pytest.approx(left, rel=1e-5, abs=50 * EPS * norm(w))
         assert torch.equal(w, kept)

@@ -1,4 +1,4 @@
-"""What the initialisations refuse, with the values in the message."""
+"""The initialisations refuse bad arguments, with the values in the message."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EVERY = {"pissa": pissa, "olora": olora, "loftq": loftq, "lq_lora": lq_lora}
         (HUGE, 2, 1e-3, {"dtype": torch.float16}, ValueError, "A overflows torch.float16: take fp32"),
     ],
 )
-def test_refused_by_all(name, w, r, scale, kwargs, error, says):
+def test_bad_arguments_of_any_scheme_are_named(name, w, r, scale, kwargs, error, says):
     with pytest.raises(error, match=says):
         EVERY[name](w, r, scale, **kwargs)
 
@@ -59,6 +59,6 @@ def test_refused_by_all(name, w, r, scale, kwargs, error, says):
         (lambda: olora(torch.full((4, 6), 6e4).half(), 2, 50.0), "W - s·B A overflows torch.float16"),
     ],
 )
-def test_refused(call, says):
+def test_bad_arguments_of_one_scheme_are_named(call, says):
     with pytest.raises(ValueError, match=says):
         call()

@@ -1,4 +1,4 @@
-"""Models built on the meta device, where nothing has memory, and filled later."""
+"""Models that are built on the meta device, where tensors have no memory, and filled later."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def on_meta(settings) -> nn.Module:
 
 
 @pytest.mark.parametrize("assign", [True, False])
-def test_a_dense_checkpoint_fills_it_and_the_adapter_begins(settings, assign):
+def test_a_dense_checkpoint_fills_the_model_and_the_adapter_gets_first_values(settings, assign):
     checkpoint, empty, x = model().state_dict(), on_meta(settings), torch.randn(3, 64)
     if not assign:
         empty.to_empty(device="cpu")
@@ -46,14 +46,14 @@ def test_a_dense_checkpoint_fills_it_and_the_adapter_begins(settings, assign):
     want = model()
     want.load_state_dict(checkpoint)
     apply_lora(want, r=3, **settings)
-    assert torch.equal(empty(x), want(x))  # B is zero
+    assert torch.equal(empty(x), want(x))  # equal although A is random, since B is zero
     for layer in empty:
         assert 0 < layer.lora_A.abs().max() < 1 and layer.lora_A.requires_grad and not layer.weight.requires_grad
     empty(x).sum().backward()
     assert all(p.grad.isfinite().all() for p in empty.parameters() if p.requires_grad)
 
 
-def test_its_own_checkpoint_fills_it(settings):
+def test_the_models_own_checkpoint_fills_it(settings):
     full, empty, x = model(), on_meta(settings), torch.randn(3, 64)
     apply_lora(full, r=3, **settings)
     for layer in full:
@@ -63,8 +63,8 @@ def test_its_own_checkpoint_fills_it(settings):
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_reset_parameters_starts_the_adapter_too(use_dora):
-    """FSDP and others call it after to_empty, which leaves whatever lies in memory."""
+def test_reset_parameters_resets_the_adapter_too(use_dora):
+    """FSDP and others call it after to_empty, which leaves arbitrary values."""
     with torch.device("meta"):
         layer = FusedLoRALinear(64, 48, r=3, use_dora=use_dora)
     layer.to_empty(device="cpu")
@@ -80,7 +80,7 @@ def test_reset_parameters_starts_the_adapter_too(use_dora):
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "fp8"])
 @pytest.mark.parametrize("scaling", ["tensor", "row", "block"])
-def test_quantising_gives_the_shapes(format, scaling):
+def test_quantising_on_the_meta_device_gives_shapes_and_dtypes(format, scaling):
     w = torch.randn(200, 130)
     full, empty = (quantize_weight(t, format, scaling=scaling) for t in (w, w.to("meta")))
     assert [(t.shape, t.dtype) for t in empty.tensors] == [(t.shape, t.dtype) for t in full.tensors]

@@ -35,7 +35,7 @@ def settings(request) -> dict:
 
 
 def trained(base: nn.Linear | None = None, **kwargs) -> QuantizedLoRALinear:
-    """Over 72 → 40, with an adapter that is not zero."""
+    """Return a layer over 72 → 40, or `base`, whose adapter is not zero."""
     layer = FusedLoRALinear.from_linear(base or nn.Linear(72, 40), **({"r": 4} | kwargs))
     assert type(layer) is QuantizedLoRALinear
     nn.init.normal_(layer.lora_B, std=0.3)
@@ -62,7 +62,7 @@ def dense(layer: QuantizedLoRALinear) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("M", "N", "K"), [(5, 40, 24), (160, 144, 136)])
-def test_values_and_gradients(settings, dtype, M, N, K, backend, poison):
+def test_the_judge_accepts_values_and_gradients(settings, dtype, M, N, K, backend, poison):
     base = nn.Linear(K, N, dtype=dtype)
     layer = trained(base, backend=backend, r=8, **settings)
     layer.bias.requires_grad_(True)
@@ -86,7 +86,7 @@ def test_a_fresh_module_computes_its_quantised_base(settings):
     assert not FusedLoRALinear.from_linear(base.eval(), **settings).training
 
 
-def test_scaling_and_dropout():
+def test_scaling_may_change_and_dropout_acts_only_while_training():
     layer, x = trained(quant="nf4", lora_dropout=0.5), torch.randn(5, 72)
     assert not torch.equal(layer(x), layer(x))
     y = layer.eval()(x)
@@ -97,7 +97,7 @@ def test_scaling_and_dropout():
     torch.testing.assert_close(layer(x), F.linear(x, dense(layer), layer.bias))
 
 
-def test_autocast_and_checkpointing(settings):
+def test_autocast_gives_its_dtype_and_checkpointing_the_same_gradients(settings):
     layer, x = trained(**settings), torch.randn(5, 72)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -111,7 +111,7 @@ def test_autocast_and_checkpointing(settings):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_compiles_whole_without_a_break(settings, merged):
+def test_the_layer_compiles_into_one_graph_with_the_same_bits(settings, merged):
     layer, x = trained(**settings), torch.randn(5, 72, requires_grad=True)
     if merged:
         layer.merge(lossy=True)
@@ -127,7 +127,7 @@ def test_compiles_whole_without_a_break(settings, merged):
 
 
 @pytest.mark.parametrize("scaling", [4.0, -1e-3])
-def test_merging_tells_what_it_costs(settings, scaling):
+def test_merging_reports_its_cost_and_unmerging_restores_every_bit(settings, scaling):
     layer, x = trained(**settings), torch.randn(5, 72)
     layer.scaling = scaling
     w = dense(layer).double() + scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
@@ -137,15 +137,15 @@ def test_merging_tells_what_it_costs(settings, scaling):
     assert report.error == pytest.approx(error.item(), rel=1e-4)
     assert report.update == pytest.approx((update.double().norm() / w.norm()).item(), rel=1e-4)
     assert layer.merged and "merged" in repr(layer)
-    assert layer.merge(lossy=True) == report, "again: nothing"
+    assert layer.merge(lossy=True) == report, "merging twice does nothing"
     torch.testing.assert_close(layer.eval()(x), F.linear(x, dense(layer), layer.bias))
-    assert torch.equal(layer.to_linear().weight, w.float()), "of what was stored before"
+    assert torch.equal(layer.to_linear().weight, w.float()), "to_linear starts from the unmerged weight"
     layer.unmerge()
     assert same_bits(stored(layer), before) and torch.equal(layer(x), y) and not layer.merged
     layer.unmerge()
 
 
-def test_merging_is_refused_without_lossy_and_for_what_is_not_finite(settings):
+def test_merging_is_refused_without_lossy_and_for_a_result_that_is_not_finite(settings):
     layer = trained(**settings)
     before = stored(layer)
     with pytest.raises(ValueError, match=r"loses part of the update.*lossy=True.*to_linear"):
@@ -167,7 +167,7 @@ def test_training_a_merged_module_warns():
     assert not layer.merged and not torch.equal(layer.lora_B, before)
 
 
-def test_to_linear(settings):
+def test_to_linear_gives_a_dense_layer_of_its_own_memory(settings):
     layer, x = trained(**settings), torch.randn(5, 72)
     linear = layer.to_linear()
     assert type(linear) is nn.Linear and linear.weight.dtype == torch.float32
@@ -193,7 +193,7 @@ def test_conversions_leave_codes_and_scales_alone(settings, merged, dtype):
     assert layer.half().float().lora_A.dtype == torch.float32
 
 
-def test_meta(settings):
+def test_a_layer_moves_to_the_meta_device_and_is_filled_from_a_state_dict(settings):
     layer = trained(**settings)
     state = layer.state_dict()
     empty = copy.deepcopy(layer).to("meta")
@@ -209,7 +209,7 @@ def test_meta(settings):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_deepcopy_and_pickle(settings, merged):
+def test_a_deepcopy_and_an_unpickled_module_compute_the_same(settings, merged):
     layer, x = trained(**settings).eval(), torch.randn(3, 72)
     before = stored(layer)
     if merged:
@@ -238,17 +238,17 @@ def through_a_file(state: dict[str, torch.Tensor], how: str, path) -> dict[str, 
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("how", ["torch", "safetensors"])
-def test_state_dict_round_trip(settings, merged, how, tmp_path):
+def test_a_state_dict_gives_the_same_layer_through_a_file(settings, merged, how, tmp_path):
     layer, other, x = trained(**settings), trained(**settings), torch.randn(3, 72)
     y, before = layer(x), stored(layer)
-    if merged:  # state_dict means the same
+    if merged:  # the state_dict is that of the unmerged layer
         layer.merge(lossy=True)
     model = nn.Sequential(other)
     model.load_state_dict(through_a_file(nn.Sequential(layer).state_dict(), how, tmp_path / "state"))
     assert same_bits(stored(other), before) and torch.equal(other(x), y)
 
 
-def test_a_dense_checkpoint_is_quantised(settings):
+def test_a_dense_checkpoint_is_quantised_when_it_is_loaded(settings):
     base, x = nn.Linear(72, 40), torch.randn(3, 72)
     model, want = nn.Sequential(trained(**settings)), FusedLoRALinear.from_linear(base, **settings)
     adapter = model[0].lora_B.clone()
@@ -260,7 +260,7 @@ def test_a_dense_checkpoint_is_quantised(settings):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_fp8_keeps_its_scaling(scaling):
+def test_fp8_keeps_its_scaling_when_quantised_again(scaling):
     w = torch.randn(200, 300) * 0.05
     layer = QuantizedLoRALinear.over(quantize_weight(w, "fp8", scaling=scaling), r=2)
     layer.load_state_dict({"weight": w * 2})
@@ -269,7 +269,7 @@ def test_fp8_keeps_its_scaling(scaling):
     assert report.update == 0 and report.error < 2**-4
 
 
-def test_an_adapter_alone_is_loaded():
+def test_an_adapter_alone_is_loaded_if_not_strict():
     layer, other = trained(quant="nf4"), trained(quant="nf4")
     before = stored(other)
     other.load_state_dict({name: getattr(layer, name) for name in ("lora_A", "lora_B")}, strict=False)
@@ -302,7 +302,7 @@ def changed(state: dict[str, torch.Tensor], **values) -> dict[str, torch.Tensor]
         (lambda s: {"weight": torch.randn(40, 70), "bias": s["bias"]}, r"must be dense, \(40, 72\).*\(40, 70\)"),
     ],
 )
-def test_what_does_not_fit_is_refused_whole(change, match):
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, match):
     layer = trained(quant="nf4")
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     source = nn.Linear(72, 40)
@@ -374,11 +374,11 @@ def test_adapter_files_hold_a_and_b_only(settings, tmp_path):
     apply_lora(other, r=4, **settings)
     load_adapter(other, tmp_path)
     assert torch.equal(other(x), model(x))
-    load_adapter(plain := net(), tmp_path)  # over the dense base
+    load_adapter(plain := net(), tmp_path)  # a dense base takes the adapter too
     torch.testing.assert_close(plain.up.lora_B, model.up.lora_B)
 
 
-def test_from_bnb():
+def test_from_bnb_shares_the_weight_and_computes_the_same():
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     linear, x = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu"), torch.randn(3, 64)
     layer = FusedLoRALinear.from_bnb(linear, r=4)

@@ -18,7 +18,7 @@ from support.old_torch import compiles_whole_models  # noqa: E402
 from support.peft_models import config, fused_layers, randomise, run, same, with_our_masks  # noqa: E402
 
 import lora_kernels  # noqa: E402
-from lora_kernels.quant.weight import from_bnb  # noqa: E402
+from lora_kernels.quant.bnb import from_bnb  # noqa: E402
 from lora_kernels.testing.judge import Problem, evaluate, truth  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

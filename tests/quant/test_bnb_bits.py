@@ -1,4 +1,4 @@
-"""Quantised weights beside bitsandbytes': the same bits, and its modules read without a copy."""
+"""Quantised weights have the bits of bitsandbytes, and its layers are read without a copy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from lora_kernels.quant import encode as quant_encode
-from lora_kernels.quant import tables as quant_tables
-from lora_kernels.quant.weight import BLOCKSIZES, DTYPES, from_bnb, quantize_weight
+from lora_kernels.quant import encode, tables
+from lora_kernels.quant.bnb import from_bnb
+from lora_kernels.quant.weight import BLOCKSIZES, DTYPES, quantize_weight
 
 FOUR_BIT = ("nf4", "fp4")
 TINY = torch.finfo(torch.float32).tiny
@@ -26,12 +26,12 @@ def gaussian(N, K, dtype=torch.float32, magnitude=1.0):
 
 @pytest.fixture
 def bnb():
-    with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles what it has no native code for
+    with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles functions without native code
         yield pytest.importorskip("bitsandbytes")
 
 
 def agree(w, format, bnb, blocksize=64, double_quant=False):
-    """The same codes, scales and dequantised weight as bitsandbytes, bit for bit."""
+    """Assert that codes, scales and dequantised weight are those of bitsandbytes, bit for bit."""
     N, K = w.shape
     theirs, state = bnb.functional.quantize_4bit(
         w.clone(), blocksize=blocksize, quant_type=format, compress_statistics=double_quant
@@ -43,11 +43,11 @@ def agree(w, format, bnb, blocksize=64, double_quant=False):
         for mine, other in zip(q.nested, (state.state2.code, state.state2.absmax, state.offset), strict=True):
             assert torch.equal(bits(mine), bits(other))
     if blocksize > K:
-        state.shape = (1, N * K)  # its AVX512 code takes the wrong absmax where several rows share one
+        state.shape = (1, N * K)  # its AVX512 code reads the wrong absmax where several rows share one
     for dtype in DTYPES:
         state.dtype = dtype
         w_hat, expected = q.dequantize(dtype), bnb.functional.dequantize_4bit(theirs, state).view(N, K)
-        if dtype == torch.bfloat16:  # its AVX512 code makes denormal bf16 zero, and this does not
+        if dtype == torch.bfloat16:  # its AVX512 code makes denormal bf16 zero, and the code here does not
             w_hat, expected = (torch.where(t.abs() < TINY, 0, t) for t in (w_hat, expected))
         assert w_hat.dtype == dtype and torch.equal(bits(w_hat + 0.0), bits(expected + 0.0))  # -0 is 0
     return q
@@ -56,14 +56,14 @@ def agree(w, format, bnb, blocksize=64, double_quant=False):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("format", FOUR_BIT)
-def test_every_blocksize(format, blocksize, double_quant, bnb):
+def test_every_blocksize_gives_the_bits_of_bitsandbytes(format, blocksize, double_quant, bnb):
     agree(gaussian(64, 256), format, bnb, blocksize, double_quant)
     agree(gaussian(130, 514), format, bnb, blocksize, double_quant)  # blocks straddle rows, and the last one is short
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", FOUR_BIT)
-def test_dtypes_shapes_and_magnitudes(format, dtype, bnb):
+def test_every_dtype_shape_and_magnitude_gives_its_bits(format, dtype, bnb):
     for N, K in ((1, 4), (3, 50), (7, 130), (5, 64), (33, 66)):
         for magnitude in (1, 1e-6, 1e3, 1e-39, 1e37):
             w = gaussian(N, K, dtype, magnitude)
@@ -74,8 +74,8 @@ def test_dtypes_shapes_and_magnitudes(format, dtype, bnb):
 
 @pytest.mark.parametrize("scale", [1.0, 0.75, 1e-3, 3.0, 1e-38, 1e-41, 3e38])
 @pytest.mark.parametrize("format", FOUR_BIT)
-def test_ties_zeros_and_denormals(format, scale, bnb):
-    levels = quant_tables.levels(format, torch.device("cpu")).sort().values
+def test_ties_zeros_and_denormals_give_its_bits(format, scale, bnb):
+    levels = tables.levels(format, torch.device("cpu")).sort().values
     middle = (levels[:-1] + levels[1:]) / 2
     inf = torch.tensor(math.inf)
     edge = torch.cat([middle, middle.nextafter(inf), middle.nextafter(-inf), levels, -middle])
@@ -89,9 +89,9 @@ def test_ties_zeros_and_denormals(format, scale, bnb):
 
 
 @pytest.mark.parametrize("format", FOUR_BIT)
-def test_ties_at_any_absmax(format, bnb):
-    """Whether absmax divides, or its reciprocal multiplies, decides next to a tie."""
-    levels = quant_tables.levels(format, torch.device("cpu")).sort().values
+def test_ties_at_any_absmax_give_its_bits(format, bnb):
+    """Next to a tie, dividing by absmax and multiplying by its reciprocal give different codes."""
+    levels = tables.levels(format, torch.device("cpu")).sort().values
     middle = (levels[:-1] + levels[1:]) / 2
     for _ in range(20):
         absmax = torch.rand(100, 1) + 0.5
@@ -101,14 +101,14 @@ def test_ties_at_any_absmax(format, bnb):
 
 
 @pytest.mark.parametrize("format", FOUR_BIT)
-def test_a_short_last_block_of_zeros(format, bnb):
+def test_a_short_last_block_of_zeros_gives_its_bits(format, bnb):
     agree(torch.zeros(3, 50), format, bnb)
     agree(torch.zeros(64, 64), format, bnb, double_quant=True)
 
 
-def test_double_quantisation_at_the_midpoints_of_its_table(bnb):
-    """absmax at, and next to, the points where the code changes, in bitsandbytes' look-up and in the table."""
-    table = quant_tables.dynamic(torch.device("cpu"))
+def test_double_quantisation_gives_its_bits_at_the_midpoints_of_its_table(bnb):
+    """absmax lies at, and next to, the points where the code changes, in bitsandbytes' look-up and in the table."""
+    table = tables.dynamic(torch.device("cpu"))
     middle = (table[1:] + table[:-1]) / 2
     codes = torch.bucketize(torch.arange(65536) * 2 / 65535 - 1, middle)
     change = ((codes.diff().nonzero()[:, 0] + 0.5) * 2 / 65535 - 1).float()
@@ -120,18 +120,18 @@ def test_double_quantisation_at_the_midpoints_of_its_table(bnb):
     v = torch.cat([torch.cat([part, torch.ones(1)]) for part in v.split(255)])
     v = torch.cat([v, torch.zeros(-len(v) % 256), torch.zeros(256), torch.full((256,), 1e-45), torch.randn(1000)])
     absmax = v.clone()
-    absmax -= absmax.mean()  # so that there is nearly nothing left to take away
-    mine, _, most, offset = quant_encode.absmax8(absmax)
+    absmax -= absmax.mean()  # so that the mean which is subtracted is nearly zero
+    mine, _, most, offset = encode.absmax8(absmax)
     codes, state = bnb.functional.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
     assert torch.equal(mine, codes) and torch.equal(most, state.absmax) and torch.equal(offset, absmax.mean())
     blocks = v[: len(v) // 256 * 256].view(-1, 256)
     blocks = blocks[blocks.abs().amax(1) == 1]
     codes, _ = bnb.functional.quantize_blockwise(blocks, blocksize=256)
-    assert len(blocks) > 6 and torch.equal(quant_tables.nearest8(blocks), codes)
+    assert len(blocks) > 6 and torch.equal(tables.nearest8(blocks), codes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int8(dtype, bnb):
+def test_int8_gives_its_bits(dtype, bnb):
     for N, K in ((1, 1), (3, 51), (64, 256), (130, 514)):
         for magnitude in (1, 1e-6, 1e3):
             w = gaussian(N, K, dtype, magnitude)
@@ -144,15 +144,15 @@ def test_int8(dtype, bnb):
                 assert torch.equal(bits(q.dequantize(out)), bits(expected.to(out)))
 
 
-def test_the_tables_of_bitsandbytes(bnb):
+def test_the_tables_are_those_of_bitsandbytes(bnb):
     cpu = torch.device("cpu")
     for format in FOUR_BIT:
         expected = bnb.functional.get_4bit_type(format, device="cpu")
-        assert torch.equal(bits(quant_tables.levels(format, cpu)), bits(expected))
-    assert torch.equal(bits(quant_tables.dynamic(cpu)), bits(bnb.functional.create_dynamic_map()))
+        assert torch.equal(bits(tables.levels(format, cpu)), bits(expected))
+    assert torch.equal(bits(tables.dynamic(cpu)), bits(bnb.functional.create_dynamic_map()))
 
 
-def test_the_blocksizes_of_bitsandbytes(bnb):
+def test_the_blocksizes_are_those_of_bitsandbytes(bnb):
     taken = []
     for blocksize in (2**i for i in range(16)):
         try:
@@ -163,7 +163,7 @@ def test_the_blocksizes_of_bitsandbytes(bnb):
     assert tuple(taken) == BLOCKSIZES
 
 
-# --- its modules ------------------------------------------------------------------------------------------------------
+# --- the layers of bitsandbytes ---
 
 
 def linear4bit(bnb, N=96, K=256, dtype=torch.float32, **settings):
@@ -178,7 +178,7 @@ def same_memory(t, other):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("format", FOUR_BIT)
-def test_linear4bit_is_shared(format, storage, double_quant, bnb):
+def test_a_linear4bit_is_read_without_a_copy(format, storage, double_quant, bnb):
     layer = linear4bit(
         bnb, dtype=torch.bfloat16, quant_type=format, compress_statistics=double_quant, quant_storage=storage
     )
@@ -197,14 +197,14 @@ def test_linear4bit_is_shared(format, storage, double_quant, bnb):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_a_checkpoint_of_bitsandbytes(double_quant, bnb):
+def test_a_weight_from_a_checkpoint_of_bitsandbytes_is_read(double_quant, bnb):
     layer = linear4bit(bnb, quant_type="nf4", compress_statistics=double_quant)
     stats = {key[7:]: value for key, value in layer.state_dict().items() if key.startswith("weight.")}
     weight = bnb.nn.Params4bit.from_prequantized(layer.weight.data, stats, device="cpu")
     assert torch.equal(from_bnb(weight).dequantize(), from_bnb(layer).dequantize())
 
 
-def test_a_weight_that_lost_its_state_has_the_modules(bnb):
+def test_a_weight_without_its_state_is_read_with_the_modules(bnb):
     layer = linear4bit(bnb)
     expected = from_bnb(layer).dequantize()
     layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(torch.Tensor), requires_grad=False)
@@ -213,8 +213,8 @@ def test_a_weight_that_lost_its_state_has_the_modules(bnb):
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("format", FOUR_BIT)
-def test_a_weight_repacked_for_inference(format, double_quant, bnb):
-    """The codes come back as they were, beside absmax in bf16, which is what bitsandbytes has left of them."""
+def test_the_codes_of_a_weight_repacked_for_inference_are_put_back_in_order(format, double_quant, bnb):
+    """The absmax stay rounded to bf16, as bitsandbytes has left them."""
     repack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
     if repack is None:
         pytest.skip("this bitsandbytes does not re-pack")
@@ -231,7 +231,7 @@ def test_a_weight_repacked_for_inference(format, double_quant, bnb):
             from_bnb(layer)
 
 
-def test_after_a_forward_in_eval_mode(bnb):
+def test_a_weight_is_read_after_a_forward_in_eval_mode(bnb):
     layer = linear4bit(bnb, quant_type="nf4").eval()
     before = from_bnb(layer)
     codes, absmax = before.codes.clone(), before.absmax()
@@ -242,7 +242,7 @@ def test_after_a_forward_in_eval_mode(bnb):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear8bit_is_shared(dtype, bnb):
+def test_a_linear8bitlt_is_read_without_a_copy(dtype, bnb):
     layer = bnb.nn.Linear8bitLt(128, 48, bias=False, has_fp16_weights=False).to(dtype)
     w = layer.weight.data.clone()
     layer = layer.to("cpu")
@@ -258,7 +258,7 @@ def test_linear8bit_is_shared(dtype, bnb):
         from_bnb(weight)
 
 
-def test_what_from_bnb_cannot_take(bnb):
+def test_from_bnb_refuses_what_it_cannot_read(bnb):
     def broken(**changes):
         layer = linear4bit(bnb, quant_type="nf4")
         for name, value in changes.items():

@@ -1,4 +1,4 @@
-"""What QLoRA's doors refuse: each fault is told with its values and the way out, and nothing is changed."""
+"""Errors of quantised layers: each names the fault with its values and the way out, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_kernels.quant.weight import FORMATS, Nested, quantize_weight
 
 
 def refused(error: type[Exception], match: str, linear: nn.Linear, **settings) -> None:
-    """By `from_linear`, and by `apply_lora` with the layer's name; both leave everything as it was."""
+    """Assert that `from_linear`, and `apply_lora` with the layer's name, raise and leave everything as it was."""
     weight, trained = linear.weight, linear.weight.requires_grad
     with pytest.raises(error, match=match):
         FusedLoRALinear.from_linear(linear, **settings)
@@ -28,13 +28,13 @@ def refused(error: type[Exception], match: str, linear: nn.Linear, **settings) -
 
 
 @pytest.mark.parametrize("quant", ["nf3", "NF4", ""])
-def test_an_unknown_name_lists_the_known(quant):
+def test_an_unknown_format_lists_the_known_ones(quant):
     known = ", ".join(map(repr, FORMATS))
     refused(ValueError, f"unknown format '{quant}': it is one of {known}", nn.Linear(8, 4), quant=quant)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4"])
-def test_an_odd_k(quant):
+def test_an_odd_k_is_refused_in_4_bits_only(quant):
     refused(ValueError, r"K is odd in \(4, 7\).*column of zeros.*int8 or fp8", nn.Linear(7, 4), quant=quant)
     for other in ("int8", "fp8"):
         assert FusedLoRALinear.from_linear(nn.Linear(7, 4), quant=other)(torch.randn(2, 7)).shape == (2, 4)
@@ -55,7 +55,7 @@ def test_weights_that_are_not_finite_are_counted_and_placed(quant, value):
 
 
 @pytest.mark.parametrize("quant", FORMATS)
-def test_dora(quant):
+def test_dora_over_a_quantised_weight_is_refused(quant):
     refused(
         ValueError, rf"use_dora over a quantised weight \({quant}\).*Leave", nn.Linear(8, 4), quant=quant, use_dora=True
     )
@@ -63,7 +63,7 @@ def test_dora(quant):
         QuantizedLoRALinear.over(quantize_weight(torch.randn(4, 8), quant), use_dora=True)
 
 
-def test_settings_that_do_not_go_together():
+def test_settings_that_do_not_go_together_are_refused():
     refused(
         ValueError,
         "double_quant is for nf4 and fp4, got format 'int8'",
@@ -77,11 +77,11 @@ def test_settings_that_do_not_go_together():
     refused(ValueError, "r must be an integer of at least 1, got 0", nn.Linear(8, 4), quant="nf4", r=0)
 
 
-def test_a_dtype_that_cannot_be_quantised():
+def test_a_dtype_that_cannot_be_quantised_is_refused():
     refused(TypeError, "must be fp32, bf16 or fp16.*torch.float64", nn.Linear(8, 4).double(), quant="nf4")
 
 
-def test_a_weight_that_is_quantised_already():
+def test_a_weight_that_is_quantised_already_is_refused_with_the_way_out():
     linear = nn.Linear(8, 4)
     linear.weight = nn.Parameter(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match=r"torch.uint8, quantised already.*from_bnb"):
@@ -92,7 +92,7 @@ def test_a_weight_that_is_quantised_already():
         QuantizedLoRALinear.from_bnb(nn.Linear(8, 4))
 
 
-def test_a_layer_of_bitsandbytes_in_a_plain_model():
+def test_a_layer_of_bitsandbytes_in_a_plain_model_is_named_with_the_way_out():
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = nn.Sequential(nn.Linear(8, 64), bnb.nn.Linear4bit(64, 32).to("cpu"))
     with pytest.raises(ValueError, match=r"a Linear4bit of bitsandbytes.*get_peft_model.*QuantizedLoRALinear.from_bnb"):
@@ -117,19 +117,19 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("format", "spoil", "error", "match"), PARTS)
-def test_parts_that_do_not_fit_together(format, spoil, error, match):
+def test_parts_that_do_not_fit_together_are_named(format, spoil, error, match):
     q = quantize_weight(torch.randn(6, 64), format)
     with pytest.raises(error, match=match):
         QuantizedLoRALinear.over(spoil(q))
 
 
-def test_a_bias_of_another_size():
+def test_a_bias_of_another_size_is_named():
     with pytest.raises(ValueError, match=r"the bias \(5,\) does not fit a weight of \(6, 64\)"):
         QuantizedLoRALinear.over(quantize_weight(torch.randn(6, 64)), nn.Parameter(torch.zeros(5)))
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_operands_that_do_not_fit(format):
+def test_operands_that_do_not_fit_are_named(format):
     q = quantize_weight(torch.randn(6, 64), format)
     a, b = torch.randn(2, 64), torch.randn(6, 2)
     layer = QuantizedLoRALinear.over(q, r=2)

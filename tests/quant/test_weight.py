@@ -1,4 +1,4 @@
-"""Quantised weights: the published tables, torch's own fp8 cast, round trips, and bad input."""
+"""Quantised weights against the published tables and torch's own fp8 cast, round trips, and bad input."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.quant import encode as quant_encode
-from lora_kernels.quant import tables as quant_tables
+from lora_kernels.quant import encode, tables
 from lora_kernels.quant.weight import (
     BLOCKSIZES,
     DTYPES,
@@ -36,7 +35,7 @@ def gaussian(N, K, dtype=torch.float32, magnitude=1.0):
     return (torch.randn(N, K) * magnitude).to(dtype)
 
 
-# --- the tables, by their definitions ---------------------------------------------------------------------------------
+# --- the tables by their definitions ---
 
 
 def test_nf4_is_the_quantiles_of_appendix_e():
@@ -45,7 +44,7 @@ def test_nf4_is_the_quantiles_of_appendix_e():
     quantile = NormalDist().inv_cdf
     levels = sorted([*map(quantile, upper), 0.0, *(-quantile(p) for p in lower)])
     torch.testing.assert_close(
-        quant_tables.levels("nf4", torch.device("cpu")), torch.tensor(levels) / max(levels), rtol=2e-6, atol=0
+        tables.levels("nf4", torch.device("cpu")), torch.tensor(levels) / max(levels), rtol=2e-6, atol=0
     )
 
 
@@ -56,12 +55,12 @@ def test_fp4_is_a_float_of_two_exponent_bits_and_one_of_mantissa():
         magnitude = mantissa / 16 if exponent == 0 else 2.0 ** (4 - exponent) * (1 + mantissa / 2)
         return (-1) ** sign * magnitude
 
-    levels = quant_tables.levels("fp4", torch.device("cpu"))
+    levels = tables.levels("fp4", torch.device("cpu"))
     torch.testing.assert_close(levels, torch.tensor([value(code) for code in range(16)]) / 12, rtol=0, atol=0)
 
 
 def test_the_dynamic_map_has_decades_of_doubling_precision():
-    table = quant_tables.dynamic(torch.device("cpu"))
+    table = tables.dynamic(torch.device("cpu"))
     assert table.shape == (256,) and (table.diff() > 0).all() and table[-1] == 1 and table[127] == 0
     assert torch.equal(table[:127].flip(0), -table[128:255])
     for i in range(7):
@@ -72,18 +71,18 @@ def test_the_dynamic_map_has_decades_of_doubling_precision():
 
 
 @pytest.mark.parametrize("format", FOUR_BIT)
-def test_the_nearest_level(format):
-    levels = quant_tables.levels(format, torch.device("cpu"))
+def test_a_number_gets_the_nearest_level(format):
+    levels = tables.levels(format, torch.device("cpu"))
     v = torch.cat([torch.linspace(-1, 1, 20001), levels])
     distance = (v[:, None].double() - levels.double()).abs()
-    chosen = distance.gather(1, quant_tables.nearest4(format, v).long()[:, None])[:, 0]
+    chosen = distance.gather(1, tables.nearest4(format, v).long()[:, None])[:, 0]
     assert (chosen - distance.amin(1)).max() < 1e-7
 
 
-# --- what is stored and what comes back -------------------------------------------------------------------------------
+# --- codes and values ---
 
 
-def test_int8_at_the_edges():
+def test_int8_holds_zeros_denormals_and_its_largest_number():
     w = torch.zeros(4, 6)
     w[1] = 1e-45
     w[2] = torch.tensor([1e-38, -1e-38, 4e-39, 0, -0.0, 1e-41])
@@ -95,7 +94,7 @@ def test_int8_at_the_edges():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_fp8_is_the_cast_of_torch(scaling, dtype):
+def test_fp8_rounds_as_the_cast_of_torch(scaling, dtype):
     w = gaussian(300, 260, dtype)
     w[:, :130] *= 100
     w[128:256, 128:256] = 0
@@ -113,28 +112,27 @@ def test_fp8_is_the_cast_of_torch(scaling, dtype):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_fp8_at_the_edges(scaling):
+def test_fp8_holds_zeros_denormals_and_large_numbers(scaling):
     for value in (0.0, 1e-45, 1e-40, 3e38):
         w = torch.full((3, 130), value)
         w_hat = quantize_weight(w, "fp8", scaling=scaling).dequantize()
         assert ((w_hat - w).abs() <= value / 16 + TINY / 1024).all()
 
 
-def test_codes_are_in_the_order_of_the_contract():
-    """Element 2j of a row is the high nibble of byte j."""
-    levels = quant_tables.levels("nf4", torch.device("cpu"))
+def test_the_high_nibble_is_the_even_element():
+    levels = tables.levels("nf4", torch.device("cpu"))
     q = quantize_weight(levels.repeat(2, 4))
     assert q.codes[1, :8].tolist() == [16 * (2 * j) + 2 * j + 1 for j in range(8)]
     assert q.scales.tolist() == [1, 1] and torch.equal(q.dequantize(), levels.repeat(2, 4))
 
 
 @pytest.mark.parametrize(("format", "setting"), EVERY)
-def test_slices_do_not_show(format, setting, monkeypatch):
+def test_the_size_of_the_slices_changes_no_bit(format, setting, monkeypatch):
     w = gaussian(300, 258)
     settings = [setting] if format not in FOUR_BIT else [{"blocksize": 128}, {"blocksize": 4096, "double_quant": True}]
     whole = [quantize_weight(w, format, **each) for each in settings]
     expected = [q.dequantize() for q in whole]
-    monkeypatch.setattr(quant_encode, "SLICE", 4096)
+    monkeypatch.setattr(encode, "SLICE", 4096)
     for each, q, w_hat in zip(settings, whole, expected, strict=True):
         sliced = quantize_weight(w, format, **each)
         assert all(torch.equal(bits(s), bits(t)) for s, t in zip(sliced.tensors, q.tensors, strict=True))
@@ -160,7 +158,7 @@ def test_rows_are_rows_of_the_whole(format, setting, dtype, poison):
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
 @pytest.mark.parametrize(("format", "setting"), EVERY)
-def test_empty_weights(format, setting, shape):
+def test_empty_weights_come_back_empty(format, setting, shape):
     for each in [setting] + [{"double_quant": True}] * (format in FOUR_BIT):
         q = quantize_weight(torch.empty(shape, dtype=torch.bfloat16), format, **each).check()
         assert q.dequantize().shape == shape and q.dequantize().dtype == torch.bfloat16
@@ -168,7 +166,7 @@ def test_empty_weights(format, setting, shape):
 
 
 @pytest.mark.parametrize(("format", "setting"), EVERY)
-def test_the_given_weight_is_left_alone(format, setting):
+def test_quantising_leaves_the_given_weight_as_it_is(format, setting):
     w = gaussian(5, 66).requires_grad_()
     before = w.detach().clone()
     q = quantize_weight(w, format, **setting)
@@ -176,7 +174,7 @@ def test_the_given_weight_is_left_alone(format, setting):
     assert not q.dequantize().requires_grad
 
 
-def test_members():
+def test_bytes_device_and_moves():
     q = quantize_weight(gaussian(128, 64), double_quant=True)
     assert q.nbytes == 128 * 32 + 128 + 4 * (256 + 1 + 1) and q.device == torch.device("cpu")
     moved = q.to("meta")
@@ -185,7 +183,7 @@ def test_members():
     assert quantize_weight(gaussian(3, 5), "int8").to("meta").nested is None
 
 
-# --- round trips ------------------------------------------------------------------------------------------------------
+# --- round trips ---
 
 
 @st.composite
@@ -204,7 +202,7 @@ def test_four_bits_go_to_the_nearest_level_and_stay_there(w, format, blocksize):
     q = quantize_weight(w, format, blocksize=blocksize)
     w_hat = q.dequantize()
     absmax = q.scales.repeat_interleave(blocksize)[: w.numel()].view_as(w).double()
-    levels = quant_tables.levels(format, w.device).double()
+    levels = tables.levels(format, w.device).double()
     nearest = (w.double()[..., None] - levels * absmax[..., None]).abs().amin(-1)
     assert ((w - w_hat).double().abs() <= nearest + absmax * 2**-22).all()
     again = quantize_weight(w_hat, format, blocksize=blocksize)
@@ -227,12 +225,12 @@ def test_int8_is_within_half_a_step_and_stays_there(w):
 def test_fp8_is_within_half_a_step_and_stays_there(w, scaling):
     q = quantize_weight(w, "fp8", scaling=scaling)
     w_hat = q.dequantize()
-    smallest = quant_encode.fp8_spread(q.scales, q.shape, 0, q.shape[0]) * 2**-10
+    smallest = encode.fp8_spread(q.scales, q.shape, 0, q.shape[0]) * 2**-10
     assert ((w - w_hat).abs() <= torch.maximum(w.abs() * 2**-4, smallest) * (1 + 2**-20)).all()
     assert torch.equal(bits(quantize_weight(w_hat, "fp8", scaling=scaling).codes), bits(q.codes))
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 
 @pytest.mark.parametrize(
@@ -250,7 +248,7 @@ def test_fp8_is_within_half_a_step_and_stays_there(w, scaling):
         (torch.full((2, 4), 3e36), {"format": "int8"}, ValueError, r"reaches 3e\+36.*2\.679e\+36.*nf4"),
     ],
 )
-def test_what_cannot_be_quantised(w, settings, error, message):
+def test_a_weight_or_setting_that_cannot_be_is_refused(w, settings, error, message):
     with pytest.raises(error, match=message):
         quantize_weight(w, **settings)
 
@@ -265,7 +263,7 @@ def test_nonfinite_weights_are_counted_and_placed(format, setting, value):
 
 
 def parts(format="nf4", **changes):
-    """A good weight of 6 x 64 with some of its parts changed."""
+    """Return a weight of 6 x 64, with some of its parts changed."""
     good = {
         "nf4": {"codes": torch.zeros(6, 32, dtype=torch.uint8), "scales": torch.ones(6), "blocksize": 64},
         "int8": {"codes": torch.zeros(6, 64, dtype=torch.int8), "scales": torch.ones(6)},
@@ -280,7 +278,7 @@ def nested(**changes):
 
 
 @pytest.mark.parametrize("given", [parts(format) for format in ("nf4", "int8", "fp8")] + [parts(**nested())])
-def test_good_parts_pass(given):
+def test_check_returns_a_weight_whose_parts_fit(given):
     assert given.check() is given
 
 

@@ -1,4 +1,4 @@
-"""Models that get adapters, files to break, and all that loading one could change."""
+"""Models that get adapters, changes of their files, and the state that loading one could change."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def llama() -> nn.Module:
 
 
 def train(model: nn.Module) -> nn.Module:
-    """Other than initial values in every adapter."""
+    """Give every adapter other values than its initial ones."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:  # about the norm, as after training
+            if "lora_magnitude" in name:  # near the norm, as after training
                 parameter.mul_(0.5 + torch.rand(parameter.shape).to(parameter.dtype))
             elif "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape) / 3)
@@ -56,7 +56,7 @@ def run(model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16:  # each rounds its own terms of about 1, over three layers
+    if dtype == torch.bfloat16:  # both round terms of about 1, over three layers
         torch.testing.assert_close(a, b, rtol=2**-5, atol=2**-4)
     else:
         torch.testing.assert_close(a, b)
@@ -75,7 +75,7 @@ def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], ob
 
 
 def state(model: nn.Module) -> dict[str, object]:
-    """Everything that an attempt to load could change."""
+    """Return everything that an attempt to load could change."""
     settings = {
         name: (m.r, m.lora_alpha, m.scaling, m.use_rslora, m.use_dora)
         for name, m in model.named_modules()

@@ -1,4 +1,4 @@
-"""Weights to make adapters of, and what a decomposition of them is compared by."""
+"""Weights to initialise adapters from, and the fp64 computations that a decomposition is compared with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def gaussian(N: int, K: int) -> Tensor:
 
 
 def heavy_tailed(N: int, K: int) -> Tensor:
-    """Student's t with three degrees of freedom: outliers set the absmax of their blocks."""
+    """Return samples of Student's t with three degrees of freedom, whose outliers set the absmax of their blocks."""
     return torch.randn(N, K) * 0.02 / (torch.randn(3, N, K).square().mean(0)).sqrt()
 
 
@@ -40,7 +40,7 @@ def norm(e: Tensor) -> float:
 
 
 def truncated(e: Tensor, r: int) -> Tensor:
-    """SVD_r(E) in fp64."""
+    """Return SVD_r(E) in fp64."""
     u, s, vt = torch.linalg.svd(e.double(), full_matrices=False)
     return u[:, :r] * s[:r] @ vt[:r]
 
@@ -50,7 +50,7 @@ def codes(q: QuantizedWeight) -> list[Tensor]:
 
 
 def same(results: tuple, others: tuple) -> bool:
-    """Two results of one function, in every bit."""
+    """Return whether two results of one function agree in every bit."""
 
     def leaves(results: tuple) -> Iterator[Tensor | list[float]]:
         for part in results:

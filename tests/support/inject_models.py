@@ -1,4 +1,4 @@
-"""Models for `apply_lora`, and the same with PEFT's LoRA."""
+"""Models for `apply_lora`, and their copies with PEFT's LoRA."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def peft_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def same_in_peft(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of PEFT's layer by the names of ours."""
+    """Return the parameters of PEFT's layer by the names that a `FusedLoRALinear` has for them."""
     parts = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "lora_magnitude_vector": layer.lora_magnitude_vector}
     return {name: part["default"].weight for name, part in parts.items() if "default" in part}
 
 
 def like_peft(model: nn.Module, **rules) -> tuple[nn.Module, nn.Module]:
-    """The model with our LoRA and with PEFT's, of equal and non-zero values."""
+    """Return the model with LoRA, and a copy with PEFT's LoRA. Their adapters have equal values that are not zero."""
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**rules))
     apply_lora(model, **rules)
     ours = {n: m for n, m in model.named_modules() if isinstance(m, FusedLoRALinear)}

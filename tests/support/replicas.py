@@ -1,4 +1,4 @@
-"""Modules as nn.DataParallel replicates them, without its GPUs."""
+"""Replicas of modules as nn.DataParallel makes them, without its GPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def replica(module: nn.Module) -> Any:
-    """As ``nn.parallel.replicate`` makes them: parameters are plain attributes there."""
+    """Return a replica as ``nn.parallel.replicate`` makes it: its parameters are plain attributes."""
     other: Any = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
         other._modules[name] = None if child is None else replica(child)

@@ -1,0 +1,90 @@
+"""Errors for stored adapters and a model's layers that do not fit together. Each names the layers and the way out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_kernels.models.adapter_files import MAGNITUDE, StoredAdapters
+from lora_kernels.models.targets import some
+from lora_kernels.nn.linear import FusedLoRALinear
+
+
+def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
+    """Raise ValueError for layers with more to save or load than a whole lora_A, lora_B and magnitude beside an
+    unchanged base."""
+    known = {"weight", "bias", "lora_A", "lora_B", f"lora_{MAGNITUDE}"}
+    more = [
+        f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters() if key not in known
+    ]
+    if more:
+        raise ValueError(
+            f"only lora_A, lora_B and lora_{MAGNITUDE} are supported here, the model has {some(more)} too; nothing was "
+            "changed"
+        )
+    split = [f"{name} (init={layer.init!r})" for name, layer in layers.items() if layer.init != "kaiming"]
+    if split:
+        raise ValueError(
+            f"the initialisation of these layers changed their base weights: {some(split)}; nothing was changed now. "
+            "An adapter file holds no base: save the state_dict of the whole model, or merge_and_unload() "
+            "it first"
+        )
+    sharded = [
+        f"{name}.{key} (a {type(p).__name__})"
+        for name, layer in layers.items()
+        for key, p in layer.named_parameters()
+        if key.startswith("lora_") and type(p) is not nn.Parameter
+    ]
+    if sharded:
+        raise ValueError(
+            f"these adapters are not plain Parameters: {some(sharded)}; nothing was changed. Save from, and load into, "
+            "a whole model: get_model_state_dict and set_model_state_dict of torch.distributed.checkpoint.state_dict "
+            "move its state from and to a sharded one (options=StateDictOptions(full_state_dict=True))"
+        )
+
+
+def check_kind(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> None:
+    """Raise ValueError where one of file and model is of DoRA and the other is not."""
+    source, adapters = stored
+    plain = [f"{n}.lora_{MAGNITUDE}" for n, layer in layers.items() if adapters[n].m is not None and not layer.use_dora]
+    if plain:
+        raise ValueError(
+            f"{source} is of DoRA, and the model's layers are not: they have no {some(plain)}. Nothing was loaded. "
+            "apply_lora(model, ..., use_dora=True) makes such layers, and so does loading into the plain model"
+        )
+    dora = [f"{n}.lora_{MAGNITUDE}" for n, layer in layers.items() if adapters[n].m is None and layer.use_dora]
+    if dora:
+        raise ValueError(
+            f"{source} is of plain LoRA, and the model's layers are DoRA: it has no {some(dora)}. Nothing was loaded. "
+            "Load it into a model whose layers have use_dora=False, or into the plain model"
+        )
+
+
+def check_names(stored: StoredAdapters, want: set[str], model: nn.Module) -> None:
+    """Raise ValueError where the file has not exactly the adapters of the layers `want`."""
+    have, modules = set(stored.layers), dict(model.named_modules())
+    missing, surplus = sorted(want - have), sorted(have - want)
+    problems = []
+    if missing:
+        problems.append(f"it has no lora_A and lora_B for {some(missing)}")
+    absent = [name for name in surplus if name not in modules]
+    if absent:
+        problems.append(f"the model has no place for {some(absent)}")
+    present = [f"{name} (a {type(modules[name]).__name__})" for name in surplus if name in modules]
+    if present:
+        problems.append(f"it has adapters for layers that are not to get any: {some(present)}")
+    if problems:
+        raise ValueError(
+            f"{stored.source} does not fit this model: {'; '.join(problems)}. Nothing was loaded. Is the model the "
+            "base that the adapter was made for, with LoRA in the same places?"
+        )
+
+
+def check_shapes(stored: StoredAdapters, name: str, r: int, linear: nn.Linear) -> None:
+    """Raise ValueError where the adapter of `name` is not one of rank r beside `linear`."""
+    a, b, _ = stored.layers[name]  # adapters_of has checked that m has as many elements as B has rows
+    want = (r, linear.in_features), (linear.out_features, r)
+    if (tuple(a.shape), tuple(b.shape)) != want:
+        raise ValueError(
+            f"{stored.source}: {name}.lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} should be {want[0]} and "
+            f"{want[1]} in this model: another base, or another rank. Nothing was loaded"
+        )

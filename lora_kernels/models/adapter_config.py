@@ -1,0 +1,199 @@
+"""PEFT's ``adapter_config.json``: read with every field checked, and written."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.models.targets import Rules, by_pattern, matches, some
+from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.settings import LoRASettings
+
+CONFIG = "adapter_config.json"
+"""The name of the file."""
+
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "fan_in_fan_out": (False,),
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    # These schemes set A and B only. The others (pissa, olora, loftq, corda, lora_ga) change the base as well.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False,),
+    "layer_replication": (None, []),
+    "lora_bias": (False,),
+    "target_parameters": (None, []),
+    "use_bdlora": (None, False),
+    "arrow_config": (None, {}),
+    "megatron_config": (None, {}),
+    "ensure_weight_tying": (False,),
+}
+"""The values of LoraConfig's fields that leave an adapter A and B (and m) beside an unchanged ``nn.Linear``."""
+
+_SETTINGS = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+"""The fields that `read_config` uses."""
+_OF_NO_EFFECT = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+}  # fmt: skip
+"""The fields that change nothing here: notes, and the settings of features that `_SUPPORTED` rules out."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A config that was read, as the arguments of `apply_lora`."""
+
+    settings: LoRASettings
+    rules: Rules
+
+    def rank(self, name: str) -> int:
+        """Return r of the layer `name`."""
+        r: int = by_pattern(self.rules.rank_pattern, name, self.settings.r)
+        return r
+
+    def alpha(self, name: str) -> float:
+        """Return lora_alpha of the layer `name`."""
+        alpha: float = by_pattern(self.rules.alpha_pattern, name, self.settings.lora_alpha)
+        return alpha
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """Read and check a config.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is cut short or not JSON, is not of LoRA, or has a field that LoraConfig could not have, or one
+            that asks for something `FusedLoRALinear` does not compute.
+    """
+    try:
+        config = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        more = f": {path.parent} is a file, and must be the directory of an adapter" if path.parent.is_file() else ""
+        raise FileNotFoundError(f"there is no {path}{more}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is cut short or not JSON ({error}); nothing was loaded") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path}: peft_type is {kind!r}; only 'LORA' is supported")
+    bad = [f"{k}={config[k]!r}" for k, allowed in _SUPPORTED.items() if k in config and config[k] not in allowed]
+    if bad:
+        raise ValueError(
+            f"{path}: not supported: {', '.join(bad)}. Load it with PEFT (PeftModel.from_pretrained), then "
+            "lora_kernels.fuse(model)"
+        )
+    _check_types(config, path)
+    _check_patterns(config, path)
+    unknown = sorted(k for k, v in config.items() if v and k not in _SUPPORTED.keys() | _SETTINGS | _OF_NO_EFFECT)
+    if unknown:
+        warnings.warn(f"{path}: fields of a newer PEFT, not known here, are ignored: {some(unknown)}", stacklevel=3)
+    return AdapterConfig(
+        LoRASettings(
+            r=config.get("r", 8),
+            lora_alpha=config.get("lora_alpha", 8),
+            lora_dropout=config.get("lora_dropout", 0.0),
+            use_rslora=config.get("use_rslora", False),
+            use_dora=config.get("use_dora", False),
+        ),
+        Rules(
+            config.get("target_modules") or (),
+            config.get("exclude_modules"),
+            config.get("rank_pattern") or {},
+            config.get("alpha_pattern") or {},
+            config.get("layers_to_transform"),
+            config.get("layers_pattern"),
+        ),
+    )
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "r": (int,),
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "use_rslora": (bool,),
+    "use_dora": (bool,),
+    "rank_pattern": (dict, type(None)),
+    "alpha_pattern": (dict, type(None)),
+    "target_modules": (list, str),
+    "exclude_modules": (list, str, type(None)),
+    "layers_to_transform": (list, int, type(None)),
+    "layers_pattern": (list, str, type(None)),
+}
+
+
+def _check_types(config: dict[str, Any], path: Path) -> None:
+    for key, types in _TYPES.items():
+        value = config.get(key, None if type(None) in types else types[0]())
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        inside = (int, float) if isinstance(value, dict) else (int,) if key == "layers_to_transform" else (str,)
+        if not isinstance(value, types) or not all(isinstance(v, inside) for v in values):
+            raise ValueError(f"{path}: {key}={value!r} is not what LoraConfig has there")
+
+
+def _check_patterns(config: dict[str, Any], path: Path) -> None:
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"):
+        value = config.get(key)
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{path}: {key}: {pattern!r} is no regular expression ({error})") from None
+
+
+def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str, Any]:
+    """Return the fields of LoraConfig that a reader of these layers' adapters needs. The others keep PEFT's defaults.
+    Raises ValueError where layers differ in use_rslora or use_dora, of which the format has one for all."""
+    for setting in ("use_rslora", "use_dora"):
+        having = [name for name, layer in layers.items() if getattr(layer, setting)]
+        if having and len(having) < len(layers):
+            raise ValueError(f"only some layers have {setting} ({some(having)}): PEFT's format has one setting for all")
+    first = next(iter(layers.values()))
+    ranks = {name: layer.r for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha for name, layer in layers.items()}
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    # PEFT takes a list's names as ends of names too, so a list is exact only if no other module's name ends like that.
+    names = sorted(layers)
+    exact = not any(name not in layers and matches(names, name) for name, _ in model.named_modules())
+    target = names if exact else "|".join(map(re.escape, names))
+    kind = type(model)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": max(layer.lora_dropout for layer in layers.values()),
+        "use_rslora": first.use_rslora,
+        "target_modules": target,
+        "rank_pattern": _pattern(ranks, r),
+        "alpha_pattern": _pattern(alphas, alpha),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": first.use_dora,
+        "lora_bias": False,
+        "modules_to_save": None,
+    }
+
+
+def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """Return a rank_pattern or alpha_pattern: plain names where they mean each layer and no other, else regular
+    expressions of whole names."""
+    # The first key that matches counts, so the keys must be tried in the order of the file, which is sorted.
+    plain = {name: value for name, value in sorted(values.items()) if value != default}
+    literal = all(re.fullmatch(r"[\w.]+", name) for name in plain)
+    if literal and all(by_pattern(plain, name, default) == value for name, value in values.items()):
+        return plain
+    return {"^" + re.escape(name): value for name, value in plain.items()}
