@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where README is stale")
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md and benchmarks/results")
     args = parser.parse_args(argv)
-    readme, folder = args.root / "README.md", args.root / "bench" / "results"
+    readme, folder = args.root / "README.md", args.root / "benchmarks" / "results"
     old = readme.read_text(encoding="utf-8")
     fresh = _between(old, BEGIN, END, section(args.results or newest(folder), args.root))
     if fresh is None:

@@ -77,7 +77,7 @@ def test_readme_takes_the_newest(document, tmp_path):
     spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    results, readme = tmp_path / "bench" / "results", tmp_path / "README.md"
+    results, readme = tmp_path / "benchmarks" / "results", tmp_path / "README.md"
     write(document, results / "quantised" / "a.json")
     readme.write_text(f"{script.BEGIN}\n{script.END}\n<!-- quantised:begin -->\n<!-- quantised:end -->\nafter\n")
     assert script.main(["--root", str(tmp_path), "--check"]) == 1
