@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.bench.shapes import SHORT
 from lora_kernels.core.operands import Call
 from lora_kernels.testing import machine, one_layer
 from lora_kernels.testing.judge import Problem, judge, problem
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import Terminal, terminal
 from lora_kernels.testing.watch import STUCK, Watch, answers
 

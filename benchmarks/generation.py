@@ -29,11 +29,10 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.bench.run import write
-from lora_kernels.bench.shapes import SHORT
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 from lora_kernels.quant.weight import from_bnb
-from lora_kernels.testing import judge as gate
-from lora_kernels.testing import machine, timing
+from lora_kernels.testing import judge, machine, timing
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import Terminal, terminal
 
 PEER, FUSED, OURS, DENSE = "PEFT + bitsandbytes", "PEFT + bitsandbytes, fused", 'apply_lora(quant="nf4")', "PEFT, dense"
@@ -293,7 +292,7 @@ def _gate(
         faults = gate_peer(got[v.name], want) if not v.ours else []
         for part, value in got[v.name].items() if v.ours else ():
             for other in others:
-                verdict = gate._against_plain(part, value, want[part], got[other][part], torch.finfo(dtype).eps)
+                verdict = judge._against_plain(part, value, want[part], got[other][part], torch.finfo(dtype).eps)
                 finite = bool(torch.isfinite(value).all())
                 if verdict.fault or not finite:
                     faults.append(f"{verdict.fault or f'{part}: not finite'} (by {other})")

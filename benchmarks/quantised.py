@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from benchmarks import quantised_memory
 from lora_kernels.bench.run import write
-from lora_kernels.bench.shapes import SHORT
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
-from lora_kernels.testing import judge as gate
-from lora_kernels.testing import machine, timing
+from lora_kernels.testing import judge, machine, timing
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import terminal
 
 RESULTS = Path("benchmarks/results/quantised")
@@ -111,7 +110,7 @@ def _variants(M: int, N: int, K: int, R: int) -> tuple[dict[str, list[Callable[[
     steps: dict[str, list[Callable[[], object]]] = {}
     verdicts = []
     for number in range(SETS):
-        q = gate.problem(M, N, K, R, bias=False, seed=number)
+        q = judge.problem(M, N, K, R, bias=False, seed=number)
         quantised = {name: quantize_weight(q.w, format, **more) for name, (format, more) in FORMATS.items()}
         for dtype in (torch.float32, torch.bfloat16):
             p, short = replace(q.to(dtype), w=q.w.to(dtype)), SHORT[dtype]
@@ -144,11 +143,11 @@ def _step(call: Callable[[], Tensor], wanted: list[Tensor], dy: Tensor, training
     return forward
 
 
-def _judge(M: int, name: str, w: QuantizedWeight, p: gate.Problem, short: str) -> dict[str, Any]:
+def _judge(M: int, name: str, w: QuantizedWeight, p: judge.Problem, short: str) -> dict[str, Any]:
     """Ours against fp64 with the dequantised weight; plain torch has it in x's dtype."""
-    exact, plain = gate.over_codes(p, w)
-    got = gate.evaluate(p, lambda x, _, a, b, **more: lora_linear(x, w, a, b, **more))
-    verdicts = gate.judge(got, exact, gate.truth(exact), plain)
+    exact, plain = judge.over_codes(p, w)
+    got = judge.evaluate(p, lambda x, _, a, b, **more: lora_linear(x, w, a, b, **more))
+    verdicts = judge.judge(got, exact, judge.truth(exact), plain)
     return {"M": M, "name": f"{name} {short}", "faults": [v.fault for v in verdicts if v.fault]}
 
 
@@ -156,7 +155,7 @@ def _peer() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("peft", "bitsandbytes"))
 
 
-def _peer_layer(w: Tensor, p: gate.Problem, training: bool) -> nn.Module:
+def _peer_layer(w: Tensor, p: judge.Problem, training: bool) -> nn.Module:
     """PEFT's LoRA over Linear4bit, as users have it."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from peft import LoraConfig, get_peft_model

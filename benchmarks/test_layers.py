@@ -15,7 +15,7 @@ import torch
 
 from lora_kernels.bench.shapes import NAMED, TARGETED
 from lora_kernels.bench.variants import FLOOR, baselines, ours, step
-from lora_kernels.testing.judge import Gate, Problem, problem
+from lora_kernels.testing.judge import Judge, Problem, problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = [
@@ -36,7 +36,7 @@ def operands(name: str, p: float) -> Problem:
 
 @functools.cache
 def faults(name: str, p: float, backend: str) -> list[str]:
-    return Gate(operands(name, p)).faults(backend)[1]
+    return Judge(operands(name, p)).faults(backend)[1]
 
 
 @pytest.mark.parametrize(("name", "p", "which", "variant"), ROWS)

@@ -11,10 +11,11 @@ import torch
 
 from lora_kernels.bench import overhead, peers, roofline
 from lora_kernels.bench.memory import peak_bytes, saved_bytes
-from lora_kernels.bench.shapes import BACKWARD, GRAPH, SHORT, Shape
+from lora_kernels.bench.shapes import BACKWARD, GRAPH, Shape
 from lora_kernels.bench.variants import FLOOR, PEFT, Variant, ours, step
 from lora_kernels.testing import machine, timing
-from lora_kernels.testing.judge import Gate, Problem, problem
+from lora_kernels.testing.judge import Judge, Problem, problem
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.watch import answers, first_line
 
 SCHEMA = 1
@@ -185,7 +186,7 @@ class Bench:
         if not variants and not doubted:
             return found
         self._tell(shape, p, "check", FLOOR.name)
-        gate = Gate(self._problem(shape, p))
+        gate = Judge(self._problem(shape, p))
         green = []
         for variant in variants:
             self._tell(shape, p, "check", variant.name)
@@ -278,7 +279,7 @@ class Bench:
             )
 
 
-def _faults(variant: Variant, gate: Gate) -> str:
+def _faults(variant: Variant, gate: Judge) -> str:
     """Why a doubted variant cannot be compared with; empty where it can. With dropout its mask is its own: that it runs
     is all that is asked."""
     q = gate.q

@@ -14,11 +14,13 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import dispatch
-from lora_kernels.bench.shapes import BACKWARD, FORWARD, SHORT
+from lora_kernels.bench.shapes import BACKWARD, FORWARD
 from lora_kernels.bench.variants import LAYERS, PEFT, Task, step
+from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.testing import timing
 from lora_kernels.testing.judge import Problem, judge, problem
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.timing import timer_for
 
 CALL_TARGET_US = 15.0
@@ -55,7 +57,7 @@ def measure_overhead(device: torch.device, backend: str, rounds: int) -> list[Ov
                 return lora_linear(q.x, q.w, a, b, scale=q.scale, dropout_p=q.p, backend=backend)
 
             def kernels(q=q, grad=grad):  # type: ignore[no-untyped-def]
-                return module.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed, grad)
+                return module.forward(q.x, [Base(q.w)], [Adapter(q.a, q.b, q.scale, q.p, q.seed)], [grad])
 
             with nullcontext() if grad else torch.no_grad():
                 for function in (call, kernels):

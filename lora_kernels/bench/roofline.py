@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels.bench.shapes import BACKWARD, SHORT, Shape
+from lora_kernels.bench.shapes import BACKWARD, Shape
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.timing import timer_for
 
 _SAMPLES = 5

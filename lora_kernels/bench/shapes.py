@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+from lora_kernels.testing.names import SHORT
+
 FORWARD, BACKWARD = "forward", "forward + backward"
 GRAPH = "forward, CUDA graph"
 """Many forwards in one CUDA graph: what short calls cost without Python and launches in between."""

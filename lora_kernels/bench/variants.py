@@ -26,10 +26,11 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.backends import dispatch
 from lora_kernels.bench import peers
-from lora_kernels.bench.shapes import BACKWARD, SHORT, Shape
+from lora_kernels.bench.shapes import BACKWARD, Shape
 from lora_kernels.core.operands import Call
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.testing.judge import Problem
+from lora_kernels.testing.names import SHORT
 
 
 @dataclass(frozen=True)

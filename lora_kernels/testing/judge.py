@@ -207,7 +207,7 @@ def check(got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = N
         assert verdict.fault is None, verdict.fault
 
 
-class Gate:
+class Judge:
     """`lora_linear` by each back-end on one problem. The truth and plain torch are computed once."""
 
     def __init__(self, q: Problem) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lora_kernels.backends import dispatch
-from lora_kernels.bench.shapes import SHORT
 from lora_kernels.core.operands import Call
 from lora_kernels.testing import machine
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import Terminal, terminal
 
 _COMPILER = (

@@ -18,7 +18,7 @@ from lora_kernels.backends import dispatch, eager
 from lora_kernels.bench import memory, overhead, report, run, variants
 from lora_kernels.bench.shapes import BACKWARD, DEFAULT, FORWARD, NAMED, TARGETED
 from lora_kernels.testing import timing
-from lora_kernels.testing.judge import Gate, evaluate, problem
+from lora_kernels.testing.judge import Judge, evaluate, problem
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
@@ -35,9 +35,9 @@ def wrong_backend(monkeypatch):
     module = types.ModuleType("lora_kernels.backends.wrong")
     module.name, module.why_not, module.forward = "wrong", eager.why_not, eager.forward
 
-    def backward(dy, x, w, a, b, h, scale, *rest):
-        dx, da, db = eager.backward(dy, x, w, a, b, h, scale, *rest)
-        return dx, da, db if db is None else db / scale
+    def backward(dys, x, bases, adapters, *rest):
+        dx, das, (db,) = eager.backward(dys, x, bases, adapters, *rest)
+        return dx, das, [db if db is None else db / adapters[0].scale]
 
     module.backward = backward
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -81,12 +81,12 @@ def test_a_wrong_kernel_gets_no_number(wrong_backend, tmp_path, monkeypatch, cap
 
 
 def test_the_gate_catches_a_crash_and_a_missing_gradient(wrong_backend, monkeypatch):
-    gate = Gate(problem(6, 8, 8, 2))
+    gate = Judge(problem(6, 8, 8, 2))
     assert gate.faults("eager")[1] == []
     wrong = sys.modules["lora_kernels.backends.wrong"]
     monkeypatch.setattr(wrong, "backward", lambda *args: 1 / 0)
     assert gate.faults("wrong")[1] == ["ZeroDivisionError: division by zero"]
-    monkeypatch.setattr(wrong, "forward", lambda x, w, *rest: (torch.full((6, 8), float("nan")), None))
+    monkeypatch.setattr(wrong, "forward", lambda *_: ([torch.full((6, 8), float("nan"))], [None]))
     monkeypatch.setattr(wrong, "backward", eager.backward)
     assert gate.faults("wrong")[1]
     monkeypatch.setattr("lora_kernels.testing.judge.lora_linear", lambda x, w, a, b, *, bias, **_: x @ w.mT + bias)
@@ -94,7 +94,7 @@ def test_the_gate_catches_a_crash_and_a_missing_gradient(wrong_backend, monkeypa
 
 
 def test_the_gate_judges_every_gradient():
-    verdicts, faults = Gate(problem(6, 8, 8, 2, p=0.3)).faults("eager")
+    verdicts, faults = Judge(problem(6, 8, 8, 2, p=0.3)).faults("eager")
     assert faults == [] and [v.name for v in verdicts] == ["y", "dx", "da", "db", "dbias"]
 
 
@@ -269,7 +269,7 @@ def readme_script():
 
 def test_readme_round_trip(document, tmp_path, capsys):
     script, root = readme_script(), tmp_path / "checkout"
-    results = root / "bench" / "results"
+    results = root / "benchmarks" / "results"
     readme = root / "README.md"
     run.write(document, results / "2030-01-01-a.json")
     run.write(document | {"date": "2020-01-01T00:00:00+00:00"}, results / "2031-01-01-b.json")

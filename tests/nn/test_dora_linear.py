@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch._inductor.config
-from support import judging as oracle
+from support import judging
 from support.dora_problems import grads, magnitude, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -85,7 +85,7 @@ def test_without_gradients_equals_with_them(p):
 
 
 def test_double_backward_is_refused():
-    q = oracle.problem(4, 5, 6, 2)
+    q = judging.problem(4, 5, 6, 2)
     x, m = q.x.requires_grad_(), magnitude(q).requires_grad_()
     y = dora_linear(x, q.w, q.a, q.b, m, scale=1.0)
     (dx,) = torch.autograd.grad(y, (x,), q.dy, create_graph=True)
@@ -116,7 +116,7 @@ def test_bad_input_is_named(changes, error, message):
 # --- the module ---
 
 
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 def test_a_fresh_module_computes_its_base(dtypes):
     """d = 1 exactly, so bit for bit what LoRA gives, and merging changes no bit of W."""
     base, x = nn.Linear(70, 1100, dtype=dtypes[0]), torch.randn(4, 70, dtype=dtypes[0])

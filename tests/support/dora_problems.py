@@ -1,10 +1,10 @@
-"""What DoRA is tried on: a problem of `oracle` with a magnitude beside it, and a module that has been trained."""
+"""What DoRA is tried on: a problem of `judging` with a magnitude beside it, and a module that has been trained."""
 
 from __future__ import annotations
 
 import torch
 import torch._inductor.config
-from support import judging as oracle
+from support import judging
 from torch import Tensor, nn
 
 from lora_kernels import FusedLoRALinear, reference
@@ -13,23 +13,23 @@ from lora_kernels.ops.dora import dora_linear
 NAMES = ("y", "dx", "da", "db", "dbias", "dm")
 
 
-def magnitude(q: oracle.Problem, dtype: torch.dtype | None = None) -> Tensor:
+def magnitude(q: judging.Problem, dtype: torch.dtype | None = None) -> Tensor:
     """Between 0.5 and 1.5 times the norm."""
     norm = torch.linalg.vector_norm(q.w.double() + q.scale * q.b.double() @ q.a.double(), dim=1)
     generator = torch.Generator().manual_seed(q.w.shape[0])
     return (norm * (0.5 + torch.rand(norm.shape, generator=generator))).to(dtype or q.a.dtype)
 
 
-def run(q: oracle.Problem, m: Tensor, function=dora_linear, **kwargs) -> dict[str, Tensor]:
+def run(q: judging.Problem, m: Tensor, function=dora_linear, **kwargs) -> dict[str, Tensor]:
     leaf = m.clone().requires_grad_()
-    return oracle.evaluate(q, function, magnitude=leaf, **kwargs) | {"dm": leaf.grad}
+    return judging.evaluate(q, function, magnitude=leaf, **kwargs) | {"dm": leaf.grad}
 
 
-def plain_torch(q: oracle.Problem, m: Tensor) -> dict[str, Tensor]:
+def plain_torch(q: judging.Problem, m: Tensor) -> dict[str, Tensor]:
     return run(q, m, reference.dora_linear)
 
 
-def truth(q: oracle.Problem, m: Tensor) -> dict[str, Tensor]:
+def truth(q: judging.Problem, m: Tensor) -> dict[str, Tensor]:
     return run(q.to(torch.float64), m.double(), reference.dora_linear)
 
 
