@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.bench.run import write
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 from lora_kernels.quant.weight import from_bnb
 from lora_kernels.testing import judge, machine, timing
+from lora_kernels.testing.documents import write
 from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import Terminal, terminal
 

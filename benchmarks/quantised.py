@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import quantised_memory
-from lora_kernels.bench.run import write
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
 from lora_kernels.testing import judge, machine, timing
+from lora_kernels.testing.documents import write
 from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import terminal
 

@@ -1,4 +1,4 @@
-"""From a run's document to what a person reads: tables of plain strings, and lines."""
+"""The document of a run as a person reads it: tables of plain strings, and lines."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Document = dict[str, Any]
 Table = tuple[str, list[str], list[list[str]]]
 
 NOISY = 0.15
-"""A run in which the floor differs from itself by more, in a quarter of the rounds of any cell, is said to be noisy."""
+"""A run is called noisy if in any cell the floor differs from itself by more than this in a quarter of the rounds."""
 
 _COLUMNS = ((FORWARD, "forward"), (GRAPH, "in a graph"), (BACKWARD, "fwd + bwd"))
 
 
 def where(document: Document) -> str:
-    """What it was measured on, in a line."""
+    """The machine, the versions and the number of rounds, in a line."""
     device, versions = document["device"], document["versions"]
     if device["type"] == "cuda":
         name = f"{device['name']} ({device['arch']}, driver {device['driver']})"
@@ -30,17 +30,21 @@ def where(document: Document) -> str:
 
 
 def rates(document: Document) -> str:
-    """The two rates that floors are computed from, in a line."""
+    """The rates from which floors are computed, in a line."""
     measured = document["roofline"]
     gemm = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in measured["gemm"].items())
     return f"Roofline, measured now: GEMM {gemm}; copy {measured['copy'] / 1e9:.4g} GB/s. % is floor / time."
 
 
 def shape_table(document: Document, shape: str) -> Table:
-    """Variants by pass and p: time, ratio to the frozen layer and its spread, and the fraction of the roofline reached;
-    below them the floor that the roofline sets."""
+    """The table of a shape: a row for each variant, a column for each pass and p.
+
+    A cell holds the time, its ratio to the frozen layer, half the ratio's interquartile range, and the fraction of the
+    roofline reached. The last row holds the roofline's floor. "red" stands for results that are judged wrong.
+    """
     entries = {(e["variant"], e["pass"], e["p"]): e for e in document["timings"] if e["shape"] == shape}
-    red = {(f"ours: {g['backend']}", g["p"]) for g in document["gate"] if g["shape"] == shape and not g["green"]}
+    checks = [check for check in document["gate"] if check["shape"] == shape]
+    red = {(f"ours: {check['backend']}", check["p"]) for check in checks if not check["green"]}
     columns = [
         (which, p, f"{label} p={p:g}")
         for which, label in _COLUMNS
@@ -70,20 +74,20 @@ def _cell(entry: dict[str, Any]) -> str:
 
 
 def _roof(entries: list[dict[str, Any]]) -> str:
-    """The floor of a column: of the layer with its low-rank half."""
+    """The floor of a column, for the layer with its adapter; empty if there is none."""
     floors = [e["floor"] for e in entries if e.get("floor") and e["variant"] != "F.linear"]
     return f"{duration(floors[0]['seconds'])} ({floors[0]['bound']})" if floors else ""
 
 
 def faults(document: Document, shape: str) -> Iterator[str]:
-    """Why rows of a shape's table have no numbers."""
-    for gate in document["gate"]:
-        if gate["shape"] == shape and not gate["green"]:
-            yield f"✗ {gate['backend']} p={gate['p']:g}: gate red, no numbers: {'; '.join(gate['faults'])}"
+    """A line for each row of a shape's table that has no numbers because the judge found faults."""
+    for check in document["gate"]:
+        if check["shape"] == shape and not check["green"]:
+            yield f"✗ {check['backend']} p={check['p']:g}: judged wrong, no numbers: {'; '.join(check['faults'])}"
 
 
 def summary(document: Document) -> Iterator[Table]:
-    """Targets, bytes and call overhead, each as a table where there is anything to say."""
+    """Tables of targets, bytes and call overhead; a table with no rows is left out."""
     timed = [e for e in document["timings"] if e["target"] is not None]
     if timed:
         peft = {
@@ -129,7 +133,7 @@ def summary(document: Document) -> Iterator[Table]:
 
 
 def meets(entry: dict[str, Any]) -> bool:
-    """Whether a timing reaches its target, judged on the two decimals that are shown."""
+    """Whether a timing reaches its target, to the two decimals that are shown."""
     return bool(round(entry["ratio"][1], 2) <= entry["target"])
 
 
@@ -164,7 +168,7 @@ def _memory_table(document: Document) -> Table:
 
 
 def closing(document: Document) -> Iterator[str]:
-    """The rest, in lines."""
+    """The lines after the tables: cells slower than PEFT, the import, noise, what is not measured, notes."""
     compared = [e for e in document["timings"] if e["automatic"] and e["over_peft"]]
     slower = [e for e in compared if e["over_peft"][1] > 1]
     if compared:
@@ -200,11 +204,11 @@ def _spread(values: tuple[float, float, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits, in µs or ms."""
+    """A time in µs or ms, with three digits."""
     value, unit = (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "µs")
     return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}" if value >= 1 else f"{value:.2f} {unit}"
 
 
 def mib(count: int | None) -> str:
-    """Bytes in MiB."""
+    """A number of bytes in MiB, or "-" for None."""
     return "-" if count is None else f"{count / 2**20:.2f}"

@@ -1,4 +1,4 @@
-"""Tables of the suite `hopper`: geometric means over the projections of Llama 3.1, beside what they must reach."""
+"""Tables of the suite `hopper`: geometric means over the projections of Llama 3.1, beside their targets."""
 
 from __future__ import annotations
 

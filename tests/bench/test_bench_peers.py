@@ -191,4 +191,4 @@ def test_a_wrong_layer_makes_the_bench_fail(monkeypatch, capsys):
     monkeypatch.setattr(overhead, "measure_layers", lambda device, rounds: [wrong])
     assert main(["bench", "--device", "cpu", "--shapes", "tiny", "--rounds", "1", "--backend", "eager"]) == 1
     text = capsys.readouterr().out
-    assert "y: wrong" in text and "1 of" in text and "gates red" in text
+    assert "y: wrong" in text and "the judge found faults in 1 of" in text

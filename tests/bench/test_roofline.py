@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels.__main__ import main
 from lora_kernels.bench import overhead, plot, report, report_suite, roofline
-from lora_kernels.bench.shapes import BACKWARD, FORWARD, GRAPH, NAMED, SUITES, Shape
+from lora_kernels.bench.shapes import BACKWARD, FORWARD, GRAPH, NAMED, SUITES, Cell, Shape
 from lora_kernels.testing import timing
 
 RATES = {"gemm": {"bf16": 1e12, "fp32": 1e11}, "copy": 1e9}
@@ -21,16 +21,16 @@ def test_floors_are_the_cost_model():
     M, K, N, R = 100, 200, 300, 10
     fast_copy, fast_gemm = RATES | {"copy": 1e15}, RATES | {"gemm": {"bf16": 1e18}}
     flops = 2 * M * K * N + 2 * M * R * (K + N)
-    assert roofline.floor(shape, FORWARD, fast_copy) == (pytest.approx(flops / 1e12), "FLOPs")
+    assert roofline.floor(Cell(shape, 0.0, FORWARD), fast_copy) == (pytest.approx(flops / 1e12), "FLOPs")
     both = flops + 2 * M * K * N + 4 * M * R * (K + N)
-    assert roofline.floor(shape, BACKWARD, fast_copy) == (pytest.approx(both / 1e12), "FLOPs")
+    assert roofline.floor(Cell(shape, 0.0, BACKWARD), fast_copy) == (pytest.approx(both / 1e12), "FLOPs")
     count = 2 * (M * K + M * N + K * N)
-    assert roofline.floor(shape, FORWARD, fast_gemm) == (pytest.approx(count / 1e9), "bytes")
+    assert roofline.floor(Cell(shape, 0.0, FORWARD), fast_gemm) == (pytest.approx(count / 1e9), "bytes")
     count += 2 * (2 * M * K + 2 * M * N + K * N)
-    assert roofline.floor(shape, BACKWARD, fast_gemm) == (pytest.approx(count / 1e9), "bytes")
-    frozen = roofline.floor(shape, BACKWARD, fast_copy, frozen=True)
+    assert roofline.floor(Cell(shape, 0.0, BACKWARD), fast_gemm) == (pytest.approx(count / 1e9), "bytes")
+    frozen = roofline.floor(Cell(shape, 0.0, BACKWARD), fast_copy, frozen=True)
     assert frozen.seconds == pytest.approx(4 * M * K * N / 1e12)
-    assert roofline.floor(shape, GRAPH, RATES) == roofline.floor(shape, FORWARD, RATES)
+    assert roofline.floor(Cell(shape, 0.0, GRAPH), RATES) == roofline.floor(Cell(shape, 0.0, FORWARD), RATES)
 
 
 def test_rates_are_those_of_the_steps(monkeypatch):
@@ -51,7 +51,7 @@ def test_the_hopper_suite_is_the_issues():
         *((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
         *((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)),
     }
-    assert {s.cells[2][0] for s in shapes} == {0.05} and {s.dtype for s in shapes} == {torch.bfloat16}
+    assert {s.cells[2].p for s in shapes} == {0.05} and {s.dtype for s in shapes} == {torch.bfloat16}
     assert {s.M for s in SUITES["hopper"]["cuda"] if not s.training} == {1, 16}
     assert sum(s.compiled for s in shapes) == 1
     assert len({s.name for suite in SUITES.values() for shapes in suite.values() for s in shapes} - NAMED.keys()) == 0
@@ -63,7 +63,7 @@ def hopper_document(slower: float) -> dict:
     document = {"suite": "hopper", "shapes": {}, "timings": []}
     for shape in SUITES["hopper"]["cuda"]:
         document["shapes"][shape.name] = {"M": shape.M, "K": shape.K, "N": shape.N, "R": shape.R}
-        for p, which in [*shape.cells, *([] if shape.training else [(0.0, GRAPH)])]:
+        for _, p, which in [*shape.cells, *([] if shape.training else [Cell(shape, 0.0, GRAPH)])]:
             for name, factor in factors.items():
                 entry = {
                     "shape": shape.name,

@@ -1,4 +1,4 @@
-"""The bench may be believed: its gate is closed to wrong kernels, its arithmetic is right, its files are whole."""
+"""The bench may be believed: it shows no number of a wrong kernel, its arithmetic is right, its files are whole."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from support.paths import ROOT
 
 from lora_kernels.__main__ import main
 from lora_kernels.backends import dispatch, eager
-from lora_kernels.bench import memory, overhead, report, run, variants
+from lora_kernels.bench import layers, memory, overhead, report, run, variants
 from lora_kernels.bench.shapes import BACKWARD, DEFAULT, FORWARD, NAMED, TARGETED
-from lora_kernels.testing import timing
+from lora_kernels.testing import documents, timing
 from lora_kernels.testing.judge import Judge, evaluate, problem
 
 
@@ -77,23 +77,23 @@ def test_a_wrong_kernel_gets_no_number(wrong_backend, tmp_path, monkeypatch, cap
     text = capsys.readouterr().out
     row = next(line for line in text.splitlines() if "ours: wrong" in line)
     assert row.split()[2:] == ["red"] * 4
-    assert "gate red" in text and "db: error" in text
+    assert "judged wrong" in text and "db: error" in text
 
 
-def test_the_gate_catches_a_crash_and_a_missing_gradient(wrong_backend, monkeypatch):
-    gate = Judge(problem(6, 8, 8, 2))
-    assert gate.faults("eager")[1] == []
+def test_the_judge_finds_a_crash_and_a_missing_gradient(wrong_backend, monkeypatch):
+    judge = Judge(problem(6, 8, 8, 2))
+    assert judge.faults("eager")[1] == []
     wrong = sys.modules["lora_kernels.backends.wrong"]
     monkeypatch.setattr(wrong, "backward", lambda *args: 1 / 0)
-    assert gate.faults("wrong")[1] == ["ZeroDivisionError: division by zero"]
+    assert judge.faults("wrong")[1] == ["ZeroDivisionError: division by zero"]
     monkeypatch.setattr(wrong, "forward", lambda *_: ([torch.full((6, 8), float("nan"))], [None]))
     monkeypatch.setattr(wrong, "backward", eager.backward)
-    assert gate.faults("wrong")[1]
+    assert judge.faults("wrong")[1]
     monkeypatch.setattr("lora_kernels.testing.judge.lora_linear", lambda x, w, a, b, *, bias, **_: x @ w.mT + bias)
-    assert {"da: missing", "db: missing"} <= set(gate.faults("eager")[1])
+    assert {"da: missing", "db: missing"} <= set(judge.faults("eager")[1])
 
 
-def test_the_gate_judges_every_gradient():
+def test_the_judge_judges_every_gradient():
     verdicts, faults = Judge(problem(6, 8, 8, 2, p=0.3)).faults("eager")
     assert faults == [] and [v.name for v in verdicts] == ["y", "dx", "da", "db", "dbias"]
 
@@ -171,9 +171,9 @@ def test_options_that_cannot_be(words, said, capsys):
 
 def test_writing_is_all_or_nothing(tmp_path):
     path = tmp_path / "deep" / "run.json"
-    run.write({"a": 1}, path)
+    documents.write({"a": 1}, path)
     with pytest.raises(TypeError):
-        run.write({"a": object()}, path)
+        documents.write({"a": object()}, path)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["run.json"]
 
@@ -218,9 +218,9 @@ def test_rounds_are_interleaved_and_turned():
 def test_saved_bytes_count_a_storage_once_and_no_parameter():
     q = problem(32, 16, 24, 4)
     x_bytes, h_bytes = 32 * 24 * 4, 32 * 4 * 4
-    shared = variants.Task(lambda x: (x * x) @ q.w.mT, (), (q.w,))
+    shared = layers.Task(lambda x: (x * x) @ q.w.mT, (), (q.w,))
     assert memory.saved_bytes(shared, q) == x_bytes
-    layer = variants._addmm(q)
+    layer = layers.addmm(q)
     assert memory.saved_bytes(layer, q) == x_bytes + h_bytes
     peak = memory.peak_bytes(layer, q)
     y_and_dx = 32 * 16 * 4 + 32 * 24 * 4
@@ -271,8 +271,8 @@ def test_readme_round_trip(document, tmp_path, capsys):
     script, root = readme_script(), tmp_path / "checkout"
     results = root / "benchmarks" / "results"
     readme = root / "README.md"
-    run.write(document, results / "2030-01-01-a.json")
-    run.write(document | {"date": "2020-01-01T00:00:00+00:00"}, results / "2031-01-01-b.json")
+    documents.write(document, results / "2030-01-01-a.json")
+    documents.write(document | {"date": "2020-01-01T00:00:00+00:00"}, results / "2031-01-01-b.json")
     readme.write_text("# before\n")
     assert script.main(["--root", str(root)]) == 1, "no markers"
     readme.write_text(f"# before\n{script.BEGIN}\nold\n{script.END}\nafter\n")

@@ -10,7 +10,7 @@ import pytest
 from support.paths import ROOT
 
 from benchmarks import quantised, quantised_memory
-from lora_kernels.bench.run import write
+from lora_kernels.testing.documents import write
 
 SIZE = (96, 128, 8)
 HAVE_PEER = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "peft"))
