@@ -1,4 +1,4 @@
-"""The bench of generation: every figure is there and finite, and the gate opens to right models only."""
+"""The benchmark of generation: every number is there and finite, and a wrong model gets none."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def test_every_model_is_judged_and_timed(dtype, double_quant, tmp_path, capsys):
     assert stored == rows[f"{PEER} {dtype}"]["weight_bytes"] == rows[f"{FUSED} {dtype}"]["weight_bytes"]
     assert (stored > weights // 2 + scales) if double_quant else (stored == weights // 2 + scales)
     said = capsys.readouterr().out
-    assert "all 5 gates green" in said and all(name in said for name in names)
+    assert "no fault in 5 checks" in said and all(name in said for name in names)
 
 
 def test_without_bitsandbytes_the_others_are_measured(no_peer, capsys):
     assert generation.main([*WORDS, "--rounds=1"]) == 0
     said = capsys.readouterr().out
-    assert "all 3 gates green" in said and "pip install bitsandbytes" in said
+    assert "no fault in 3 checks" in said and "pip install bitsandbytes" in said
     assert (
         f"{OURS} bf16" in said and f"{DENSE} fp32" in said and PEER not in said.replace(f"{PEER} is not measured", "")
     )
@@ -89,9 +89,9 @@ def test_a_wrong_model_gets_no_number(no_peer, wrong_scale, tmp_path, capsys):
 
 def test_a_comparison_must_be_the_same_function():
     want = {"prompt": torch.randn(8, 8, dtype=torch.float64)}
-    assert generation.gate_peer({"prompt": want["prompt"].bfloat16()}, want) == []
+    assert generation.peer_faults({"prompt": want["prompt"].bfloat16()}, want) == []
     for other in (1.2 * want["prompt"], torch.full_like(want["prompt"], float("nan"))):
-        assert "from fp64" in generation.gate_peer({"prompt": other}, want)[0]
+        assert "from fp64" in generation.peer_faults({"prompt": other}, want)[0]
 
 
 def test_tokens_that_are_missing_are_an_error():
