@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 import types
@@ -258,35 +257,3 @@ def test_plain_terminal_and_picture(document, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     plot.draw(document, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def readme_script():
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_readme_round_trip(document, tmp_path, capsys):
-    script, root = readme_script(), tmp_path / "checkout"
-    results = root / "benchmarks" / "results"
-    readme = root / "README.md"
-    documents.write(document, results / "2030-01-01-a.json")
-    documents.write(document | {"date": "2020-01-01T00:00:00+00:00"}, results / "2031-01-01-b.json")
-    readme.write_text("# before\n")
-    assert script.main(["--root", str(root)]) == 1, "no markers"
-    readme.write_text(f"# before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
-    assert script.main(["--root", str(root), "--check"]) == 1
-    assert script.main(["--root", str(root)]) == 0
-    assert script.main(["--root", str(root), "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
-    assert "tiny: fp32 40×64→48 r4" in text and "(benchmarks/results/2030-01-01-a.json)" in text
-    mine = next(e for e in document["timings"] if e["automatic"] and e["pass"] == BACKWARD and e["p"] == 0)
-    assert f"**×{mine['ratio'][1]:.2f}** (`{mine['backend']}`)" in text
-    (results / "2030-01-01-a.json").unlink()
-    assert script.main(["--root", str(root), "--check"]) == 1, "another run is the newest now"
-
-
-def test_readme_is_fresh():
-    assert readme_script().main(["--check"]) == 0

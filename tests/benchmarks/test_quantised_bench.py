@@ -7,10 +7,8 @@ import json
 from contextlib import contextmanager
 
 import pytest
-from support.paths import ROOT
 
 from benchmarks import quantised, quantised_memory
-from lora_kernels.testing.documents import write
 
 SIZE = (96, 128, 8)
 HAVE_PEER = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "peft"))
@@ -71,17 +69,3 @@ def test_a_target_is_met_or_missed():
     assert quantised.verdict(row) == "≤ 0.22 of F.linear fp32 met"
     row["ratios"]["F.linear fp32"] = (0.2, 0.226, 0.3)
     assert quantised.verdict(row) == "≤ 0.22 of F.linear fp32 missed"
-
-
-def test_readme_takes_the_newest(document, tmp_path):
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    results, readme = tmp_path / "benchmarks" / "results", tmp_path / "README.md"
-    write(document, results / "quantised" / "a.json")
-    readme.write_text(f"{script.BEGIN}\n{script.END}\n<!-- quantised:begin -->\n<!-- quantised:end -->\nafter\n")
-    assert script.main(["--root", str(tmp_path), "--check"]) == 1
-    assert script.main(["--root", str(tmp_path)]) == 0 == script.main(["--root", str(tmp_path), "--check"])
-    text = readme.read_text()
-    assert "(nf4 bf16, M = 160; ≤ 16" in text
-    assert "**nf4 fp32**" in text and "(benchmarks/results/quantised/a.json)" in text and text.endswith("after\n")
