@@ -21,8 +21,7 @@ from lora_kernels.testing.judge import Judge, evaluate, problem
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
-    """Without what is slow and beside the point: PEFT's import, calls by the hundred, and interpreters started for the
-    import's time."""
+    """Leave out what is slow and not tested here: PEFT's import, hundreds of calls, and timing the import."""
     patch.setitem(sys.modules, "peft", None)
     patch.setattr(overhead, "_CALLS", 10)
     patch.setattr(overhead, "measure_import", lambda times: overhead.ImportCost(1.0, False))
@@ -30,7 +29,7 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def wrong_backend(monkeypatch):
-    """A back-end that serves everything and forgets the scale in db."""
+    """A back-end "wrong" that serves everything and forgets the scale in db."""
     module = types.ModuleType("lora_kernels.backends.wrong")
     module.name, module.why_not, module.forward = "wrong", eager.why_not, eager.forward
 
@@ -54,7 +53,7 @@ def bench(*words: str) -> int:
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
-    """Of one run of the bench."""
+    """The document of one run of the bench."""
     path = tmp_path_factory.mktemp("bench") / "run.json"
     with pytest.MonkeyPatch.context() as patch:
         make_quick(patch)
@@ -99,7 +98,7 @@ def test_the_judge_judges_every_gradient():
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_every_variant_computes_the_layer(p):
-    """Or we compare with something else: at p=0 to the last few bits; with dropout, by the mean over masks."""
+    """All variants compute the same function: to the last few bits at p=0, and in the mean over masks with dropout."""
     q = problem(12, 10, 16, 4, dtype=torch.float64, p=0.0)
     want = evaluate(q)
     found, notes = variants.baselines()
@@ -116,7 +115,7 @@ def test_every_variant_computes_the_layer(p):
             torch.testing.assert_close(value, want[name], **bound, msg=lambda text, v=variant: f"{v.name}: {text}")
 
 
-def test_the_document(document):
+def test_the_document_has_every_cell_and_no_paths(document):
     assert document["schema"] == 1 and document["rounds"] == 2
     assert document["command"] == "python -m lora_kernels bench --device cpu --shapes tiny --rounds 2"
     assert document["device"]["type"] == "cpu" and {"name", "cores", "threads", "isa"} <= document["device"].keys()
@@ -163,7 +162,7 @@ def test_a_partial_run_is_not_written_unasked(document, tmp_path, monkeypatch, c
         (["--device", "cuda:99"], "CUDA devices"),
     ],
 )
-def test_options_that_cannot_be(words, said, capsys):
+def test_options_that_cannot_be_served_are_refused(words, said, capsys):
     assert bench(*words) == 2
     assert said in capsys.readouterr().out
 
@@ -192,7 +191,7 @@ def test_ratios_are_of_the_same_round():
 
 
 class Script:
-    """A timer that is told how long every variant takes, and writes down what it was asked."""
+    """A timer that returns a fixed time for each variant, and records which it was asked for."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -205,7 +204,7 @@ class Script:
 def test_rounds_are_interleaved_and_turned():
     timer = Script()
     rounds = timing.interleave("floor", {name: [name] for name in ("floor", "a", "b", "slow")}, 5, timer)
-    asked = timer.asked[8:]  # after two calls of each to warm up
+    asked = timer.asked[8:]  # two calls of each warm up
     first, second = asked[:5], asked[5:10]
     assert sorted(first) == sorted(second) == ["a", "b", "floor", "floor", "slow"] and first != second
     assert abs(first.index("floor") - (len(first) - 1 - first[::-1].index("floor"))) >= 2
@@ -237,7 +236,7 @@ def test_targets_are_those_of_the_shapes():
     assert not any(s.name.startswith("llama-70b") for s in DEFAULT["cpu"])
 
 
-def test_durations():
+def test_durations_have_three_digits_and_a_unit():
     assert [report.duration(t) for t in (2.5e-7, 1.234e-5, 9.99e-4, 1.5e-3, 0.123, 1.5)] == [
         "0.25 µs", "12.3 µs", "999 µs", "1.50 ms", "123 ms", "1500 ms",
     ]  # fmt: skip
@@ -247,7 +246,7 @@ def test_the_import_loads_no_triton():
     assert not overhead.measure_import(1).loads_triton
 
 
-def test_plain_terminal_and_picture(document, tmp_path, capsys):
+def test_a_plain_terminal_and_a_picture_show_the_document(document, tmp_path, capsys):
     from lora_kernels.bench import plot
     from lora_kernels.testing.terminal import Terminal
 

@@ -1,4 +1,4 @@
-"""The endurance run: its cases repeat, it finds what is wrong, it says how to see it again."""
+"""The endurance run repeats its cases from a seed, finds faults, and prints how to repeat them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_cases_are_functions_of_the_seed(capsys):
     assert len({(c.dtype, c.adapter_dtype, c.p, c.strided, c.bias) for c in few}) <= 2 and len({c.M for c in few}) > 10
 
 
-def test_a_wrong_gradient_is_found_and_can_be_seen_again(monkeypatch, capsys):
+def test_a_wrong_gradient_is_found_and_can_be_repeated(monkeypatch, capsys):
     def backward(dys, *rest):
         dx, das, (db,) = eager.backward(dys, *rest)
         return dx, das, [db * 1.3 if dys[0].shape[0] > 30 else db]
@@ -93,7 +93,7 @@ def test_a_backend_that_breaks_is_not_called_ten_thousand_times(monkeypatch, cap
 
 
 class FakeGraph:
-    """Calls again what was called while it was captured, into the same tensors; each `off`-th replay forgets to."""
+    """A graph that repeats the captured calls into the same tensors, except in each `off`-th replay."""
 
     def __init__(self, off: int = 0) -> None:
         self.calls, self.capturing, self.replays, self.off = [], False, 0, off
@@ -111,8 +111,8 @@ run = endurance.run
 
 
 @pytest.mark.parametrize("off", [0, 51])
-def test_streams_and_replays_with_a_fake_gpu(monkeypatch, off):
-    """What it asks of torch.cuda, on CPU tensors: inputs change, results are compared, a stale replay shows."""
+def test_streams_and_replays_are_compared_on_a_fake_gpu(monkeypatch, off):
+    """With CPU tensors and a fake torch.cuda: inputs change, results are compared, and a stale replay is found."""
     graph = FakeGraph(off)
 
     @contextlib.contextmanager
@@ -150,7 +150,7 @@ def test_streams_and_replays_with_a_fake_gpu(monkeypatch, off):
         assert one.record.replays == graph.replays == len(steps) == 100 and one.record.faults == []
 
 
-def test_time_and_refusals_are_kept(monkeypatch, capsys, tmp_path):
+def test_limits_of_time_and_refusals_are_respected(monkeypatch, capsys, tmp_path):
     def why_not(call):
         return ["odd"] if call.R % 2 else []
 

@@ -23,14 +23,14 @@ needs_peer = pytest.mark.skipif(not HAVE_PEER, reason="bitsandbytes and accelera
 
 @pytest.fixture
 def no_peer(monkeypatch):
-    """As where bitsandbytes is not installed: it is not found, and its models are not asked for."""
+    """Hide bitsandbytes, as if it were not installed."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
 
 
 @pytest.fixture
 def wrong_scale(monkeypatch):
-    """A model of ours whose adapters weigh a tenth too much."""
+    """Make our model wrong: its adapters are a tenth too large."""
     apply = generation._apply
 
     def wrong(*args):
@@ -61,7 +61,7 @@ def test_every_model_is_judged_and_timed(dtype, double_quant, tmp_path, capsys):
         assert all(math.isfinite(value) and value > 0 for value in numbers)
         assert set(row["ratios"]) == {f"{PEER} {dtype}", f"{DENSE} bf16", f"{DENSE} fp32"} - {name}
         assert row["tokens_per_second"][1] * row["seconds"][1] == pytest.approx(TINY.new)  # medians of three
-    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # numbers in the linears that have adapters
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # elements of the linears with adapters
     assert rows[f"{DENSE} fp32"]["weight_bytes"] == 2 * rows[f"{DENSE} bf16"]["weight_bytes"] == 4 * weights
     scales = weights // 64 * (1 if double_quant else 4)
     stored = rows[f"{OURS} {dtype}"]["weight_bytes"]
@@ -107,7 +107,7 @@ def test_tokens_that_are_missing_are_an_error():
     ("words", "fault"),
     [(["--rounds", "0"], "rounds must be at least 1"), (["--hidden", "65"], "multiple of 2 · heads")],
 )
-def test_options_that_make_no_sense(words, fault, capsys):
+def test_options_that_make_no_sense_are_refused(words, fault, capsys):
     with pytest.raises(SystemExit):
         generation.main(words)
     assert fault in capsys.readouterr().err

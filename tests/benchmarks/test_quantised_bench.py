@@ -27,7 +27,7 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def document():
-    """Of one run. Memory is measured in processes of their own, which test_cpu_quant.py starts."""
+    """The document of one run. Its measurement of memory is faked; test_cpu_quant.py tests the real one."""
     show = Silent()
     with pytest.MonkeyPatch.context() as patch:
         peaks = {"float32": 2.5, "bfloat16": 1.5}
@@ -39,7 +39,7 @@ def document():
     return document
 
 
-def test_every_row_has_its_figures(document):
+def test_every_row_has_its_numbers(document):
     assert json.loads(json.dumps(document))["size"] == {"N": 96, "K": 128, "R": 8}
     assert document["gate"] and not any(entry["faults"] for entry in document["gate"])
     names = {row["name"] for row in document["rows"]}

@@ -1,4 +1,4 @@
-"""The judge itself: it must reject results that are slightly wrong, in every dtype, or the suite proves nothing."""
+"""The judge rejects results that are slightly wrong, in every dtype. Without that the suite proves nothing."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ SMALL, LARGE = (48, 40, 56, 8), (211, 193, 187, 8)
     ],
     ids=str,
 )
-def test_what_is_wrong_is_rejected(shape, wrong, name, dtypes):
-    """By statistics where there is enough of it, else by the bound, which lets three roundings pass in a sum of 60, and
-    one per cent in 16 bits."""
+def test_a_wrong_result_is_rejected(shape, wrong, name, dtypes):
+    """Large results are judged by statistics, small ones by the bound. The bound passes three roundings in a sum of 60,
+    and one per cent in 16 bits."""
     q = judging.problem(*shape, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3)
     results = judging.evaluate(q)
     judging.check(results, q)
@@ -48,7 +48,7 @@ def test_what_is_wrong_is_rejected(shape, wrong, name, dtypes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_bias_gradient_that_is_wrong_is_rejected(dtype):
-    """It has few elements, and no roundings but its own."""
+    """A bias gradient has few elements, and is rounded only once."""
     for shape in (SMALL, LARGE):
         q = judging.problem(*shape, dtype=dtype)
         dbias = judging.evaluate(q)["dbias"]
