@@ -19,7 +19,6 @@ import argparse
 import functools
 import gc
 import importlib.util
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,37 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lora_kernels
 from benchmarks.closing import close
-from lora_kernels.nn.quantized import QuantizedLoRALinear
-from lora_kernels.quant.weight import from_bnb
+from benchmarks.generation_models import DENSE, PEER, Models, Size, Variant, seeded
 from lora_kernels.testing import documents, judge, machine, timing
 from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import Terminal, terminal
 
-PEER, FUSED, OURS, DENSE = "PEFT + bitsandbytes", "PEFT + bitsandbytes, fused", 'apply_lora(quant="nf4")', "PEFT, dense"
 DTYPES = {SHORT[dtype]: dtype for dtype in (torch.bfloat16, torch.float32)}
-SCALE = 2.0
-"""lora_alpha / r"""
-
-Weights = dict[str, tuple[Tensor, Tensor, Tensor]]
-"""By layer: W dequantised from nf4 in fp32, A and B."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of the model, its prompt and its output."""
-
-    hidden: int = 2048
-    intermediate: int = 5632
-    layers: int = 4
-    heads: int = 16
-    vocabulary: int = 4096
-    r: int = 16
-    prompt: int = 16
-    """Tokens of the prompt."""
-    new: int = 32
-    """Tokens to generate."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +48,6 @@ class Row:
     ratios: dict[str, tuple[float, float, float]]
     weight_bytes: int
     """Bytes of the frozen weights of the layers with adapters, before the first call."""
-
-
-@dataclass
-class Variant:
-    """A model that is timed."""
-
-    name: str
-    model: Any
-    weight_bytes: int
-    ours: bool
-    dtype: torch.dtype
 
 
 def measure(
@@ -113,22 +77,20 @@ def measure(
     floors = [dtype, *(other for other in DTYPES.values() if dense and other != dtype)]
     steps = 1 + len(floors) + (0 if absent else 2) + 2 + rounds
     with show.progress(steps) as advance, tempfile.TemporaryDirectory() as checkpoint:
-        _save_model(size, checkpoint)
+        models = Models(checkpoint, size, double_quant)
         advance("builds the models", 1)
-        variants, weights = [], _Weights(size.r)
-        plain = _apply(checkpoint, dtype, size, double_quant, weights)
-        variants.append(plain)
-        advance(plain.name, 1)
+        variants = [models.apply(dtype)]
+        advance(variants[-1].name, 1)
         for other in floors:
-            variants.append(_dense(checkpoint, other, size, weights.of))
+            variants.append(models.dense(other))
             advance(variants[-1].name, 1)
         for fused in () if absent else (False, True):
-            variants.append(_over_bnb(checkpoint, dtype, size, double_quant, weights.of, fused))
+            variants.append(models.over_bnb(dtype, fused))
             advance(variants[-1].name, 1)
-        tokens = torch.randint(size.vocabulary, (1, size.prompt + size.new), generator=_seeded())
-        document["gate"] = _judge(variants, dtype, tokens, size.prompt, _exact(checkpoint, weights.of))
+        tokens = torch.randint(size.vocabulary, (1, size.prompt + size.new), generator=seeded())
+        document["gate"] = _judge(variants, dtype, tokens, size.prompt, models.exact())
         advance("judges the logits", 1)
-        weights.of.clear()
+        models.weights.clear()
         gc.collect()
         if any(entry["faults"] for entry in document["gate"]):
             return document
@@ -149,126 +111,6 @@ def generate(model: Any, prompt: Tensor, new: int) -> Tensor:
     if tokens.shape[1] != prompt.shape[1] + new:
         raise RuntimeError(f"generate gave {tokens.shape[1] - prompt.shape[1]} new tokens, asked for {new}")
     return tokens
-
-
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def _save_model(size: Size, path: str) -> None:
-    """Save a random model in bf16, so that every dtype starts from the same numbers. No token ends the text."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        vocab_size=size.vocabulary,
-        initializer_range=1 / math.sqrt(size.hidden),  # keeps the size of vectors from layer to layer
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: Any = LlamaForCausalLM(config)
-        model.to(torch.bfloat16).save_pretrained(path)
-
-
-def _load(path: str, dtype: torch.dtype, **more: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more).eval()
-
-
-class _Weights:
-    """The weights and adapters of every model, taken from the first one that is built."""
-
-    def __init__(self, r: int) -> None:
-        self.of: Weights = {}
-        self._r, self._generator = r, _seeded()
-
-    def add(self, name: str, layer: QuantizedLoRALinear) -> None:
-        """Add W of `layer`, and an A and a B such that s·B·A is about half as large as W."""
-        w = layer.quantized_weight().dequantize(torch.float32)
-        (N, K), R = w.shape, self._r
-        a = torch.randn(R, K, generator=self._generator) / math.sqrt(K)
-        b = torch.randn(N, R, generator=self._generator) * (0.5 / (SCALE * math.sqrt(R)))
-        self.of[name] = (w, a, b)
-
-
-def _apply(path: str, dtype: torch.dtype, size: Size, double_quant: bool, weights: _Weights) -> Variant:
-    model, total = _load(path, dtype), 0
-    settings: dict[str, Any] = {
-        "r": size.r,
-        "lora_alpha": SCALE * size.r,
-        "adapter_dtype": torch.float32,
-    }
-    lora_kernels.apply_lora(model, quant="nf4", double_quant=double_quant, **settings)
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLoRALinear):
-            weights.add(name, layer)
-            total += _bytes(layer.quantized_weight().tensors)
-            _put(layer.lora_A, layer.lora_B, weights.of[name])
-    return Variant(f"{OURS} {SHORT[dtype]}", model.eval(), total, True, dtype)
-
-
-def _dense(path: str, dtype: torch.dtype, size: Size, weights: Weights) -> Variant:
-    model, total = _load(path, dtype), 0
-    with torch.no_grad():
-        for name, (w, _, _) in weights.items():
-            dense = model.get_submodule(name).weight
-            dense.copy_(w)
-            total += dense.nbytes
-    return Variant(f"{DENSE} {SHORT[dtype]}", _adapted(model, size, weights), total, False, dtype)
-
-
-def _over_bnb(path: str, dtype: torch.dtype, size: Size, double_quant: bool, weights: Weights, fused: bool) -> Variant:
-    """A model over bitsandbytes. Each variant loads its own: on some processors the first call re-packs the weights."""
-    from transformers import BitsAndBytesConfig
-
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    config = BitsAndBytesConfig(**nf4, bnb_4bit_use_double_quant=double_quant)
-    model = _load(path, dtype, quantization_config=config, device_map={"": "cpu"})
-    total = sum(_bytes(from_bnb(model.get_submodule(name)).tensors) for name in weights)
-    model = _adapted(model, size, weights)
-    if fused:
-        lora_kernels.fuse(model, strict=True)
-    return Variant(f"{FUSED if fused else PEER} {SHORT[dtype]}", model, total, fused, dtype)
-
-
-def _adapted(base: Any, size: Size, weights: Weights) -> nn.Module:
-    """The model with PEFT's LoRA."""
-    from peft import LoraConfig, get_peft_model
-
-    alpha: Any = SCALE * size.r  # its type is int there, but it is used as a float
-    config = LoraConfig(r=size.r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
-    for name, parts in weights.items():
-        layer: Any = base.get_submodule(name)
-        _put(layer.lora_A["default"].weight, layer.lora_B["default"].weight, parts)
-    return model.eval()
-
-
-@torch.no_grad()
-def _put(a: Tensor, b: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
-    a.copy_(parts[1])
-    b.copy_(parts[2])
-
-
-def _bytes(tensors: tuple[Tensor, ...]) -> int:
-    return sum(t.nbytes for t in tensors)
-
-
-@torch.no_grad()
-def _exact(path: str, weights: Weights) -> nn.Module:
-    """The model in fp64 with W + s·B·A in place of W. (transformers computes its norms in fp32 nevertheless.)"""
-    model = _load(path, torch.float64)
-    for name, (w, a, b) in weights.items():
-        dense = model.get_submodule(name).weight
-        dense.copy_(w).addmm_(b.double(), a.double(), alpha=SCALE)
-    return model
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import endurance
-from benchmarks.endurance import draw
+from benchmarks.endurance_cases import DTYPES, draw
 from lora_kernels.backends import eager
 
 
@@ -41,7 +41,7 @@ def test_cases_are_functions_of_the_seed(capsys):
     assert cases == [draw(3, k, 1000, "cuda") for k in range(400)] and cases != [
         draw(4, k, 1000, "cuda") for k in range(400)
     ]
-    assert {(c.dtype, c.adapter_dtype) for c in cases} == set(endurance._DTYPES)
+    assert {(c.dtype, c.adapter_dtype) for c in cases} == set(DTYPES)
     assert {c.p for c in cases} == {0.0, 0.05, 0.5} and {c.strided for c in cases} == {c.bias for c in cases} == {
         False,
         True,

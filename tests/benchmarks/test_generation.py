@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from benchmarks import generation
-from benchmarks.generation import DENSE, FUSED, OURS, PEER, Size
+from benchmarks.generation_models import DENSE, FUSED, OURS, PEER, Models, Size
 
 TINY = Size(hidden=64, intermediate=128, layers=2, heads=4, vocabulary=96, r=4, prompt=16, new=4)
 WORDS = [f"--{name}={value}" for name, value in vars(TINY).items()]
@@ -31,16 +31,16 @@ def no_peer(monkeypatch):
 @pytest.fixture
 def wrong_scale(monkeypatch):
     """Make our model wrong: its adapters are a tenth too large."""
-    apply = generation._apply
+    apply = Models.apply
 
-    def wrong(*args):
-        variant = apply(*args)
+    def wrong(self, dtype):
+        variant = apply(self, dtype)
         for layer in variant.model.modules():
             if hasattr(layer, "lora_B"):
                 layer.lora_B.data.mul_(1.1)
         return variant
 
-    monkeypatch.setattr(generation, "_apply", wrong)
+    monkeypatch.setattr(Models, "apply", wrong)
 
 
 @needs_peer
