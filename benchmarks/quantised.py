@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks import quantised_memory
 from benchmarks.closing import close
-from lora_kernels.bench import layers
+from lora_kernels.bench import layers, report
 from lora_kernels.bench.layers import Task
 from lora_kernels.bench.shapes import BACKWARD, FORWARD
 from lora_kernels.ops.linear import lora_linear
@@ -184,17 +184,16 @@ def tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
         rows = []
         for row in (row for row in document["rows"] if row["M"] == M):
             ratios = [f"×{value[1]:.2f} of {other}" for other, value in row["ratios"].items()]
-            rows.append([row["name"], f"{row['seconds'][1] * 1e3:.3g} ms", "; ".join(ratios), verdict(row)])
+            rows.append([row["name"], f"{row['seconds'][1] * 1e3:.3g} ms", "; ".join(ratios), met_or_missed(row)])
         found.append((title, ["layer", "time", "ratio within a round", "target"], rows))
     return found
 
 
-def verdict(row: dict[str, Any]) -> str:
+def met_or_missed(row: dict[str, Any]) -> str:
     """Whether each target of a row is met, in words."""
     words = []
     for other, most in row["targets"].items():
-        met = round(row["ratios"][other][1], 2) <= most
-        words.append(f"≤ {most:.2f} of {other} {'met' if met else 'missed'}")
+        words.append(f"≤ {most:.2f} of {other} {report.met_or_missed(row['ratios'][other][1], most)}")
     return "; ".join(words)
 
 

@@ -15,14 +15,13 @@ import torch
 import lora_kernels
 from lora_kernels.backends import dispatch
 from lora_kernels.bench import layers
-from lora_kernels.bench.layers import Task, step
+from lora_kernels.bench.layers import Task
 from lora_kernels.bench.shapes import BACKWARD, FORWARD
 from lora_kernels.bench.variants import LAYERS, PEFT
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.testing import timing
 from lora_kernels.testing.judge import Problem, judge, problem
 from lora_kernels.testing.names import SHORT
-from lora_kernels.testing.timing import timer_for
 
 CALL_TARGET_US = 15.0
 IMPORT_TARGET_MS = 50.0
@@ -47,7 +46,7 @@ class Overhead:
 
 def measure_overhead(device: torch.device, backend: str, rounds: int) -> list[Overhead]:
     """The overhead on a problem so small that kernels take next to nothing, by p, with and without gradients."""
-    module, timer = dispatch.load(backend), timer_for(device)
+    module, timer = dispatch.load(backend), timing.timer_for(device)
     results = []
     for p in (0.0, 0.1):
         q = problem(4, 64, 64, 8, p=p, bias=False, device=device)
@@ -98,8 +97,8 @@ def measure_layers(device: torch.device, rounds: int) -> list[LayerCall]:
             q = problem(M, LAYER_SIZE, LAYER_SIZE, 8, dtype=dtype, adapter_dtype=torch.float32, device=device)
             faults = {v.name: _faults(v.build(q), q) for v in LAYERS}
             timed = [v for v in (PEFT, *LAYERS) if not faults.get(v.name)]
-            steps = {v.name: [step(v.build(q), q, which)] for v in timed}
-            taken = timing.interleave(PEFT.name, steps, rounds, timer_for(device))
+            steps = {v.name: [layers.step(v.build(q), q, which)] for v in timed}
+            taken = timing.interleave(PEFT.name, steps, rounds, timing.timer_for(device))
             times = {name: 1e6 * statistics.median(taken.seconds(name)) for name in steps}
             for name, wrong in faults.items():
                 row = LayerCall(name, which, M, SHORT[dtype], wrong)

@@ -88,53 +88,58 @@ def faults(document: Document, shape: str) -> Iterator[str]:
 
 def summary(document: Document) -> Iterator[Table]:
     """Tables of targets, bytes and call overhead; a table with no rows is left out."""
-    timed = [e for e in document["timings"] if e["target"] is not None]
-    if timed:
-        peft = {
-            (e["shape"], e["p"]): e for e in document["timings"] if e["variant"] == "PEFT" and e["pass"] == BACKWARD
-        }
-        rows = []
-        for e in timed:
-            theirs = peft.get((e["shape"], e["p"]))
-            rows.append(
-                [
-                    e["shape"],
-                    f"{e['p']:g}",
-                    e["variant"],
-                    f"×{e['ratio'][1]:.2f}",
-                    f"≤ {e['target']:.2f}",
-                    "met" if meets(e) else "missed",
-                    f"×{theirs['ratio'][1]:.2f}" if theirs else "-",
-                    f"{e['over_peft'][1]:.2f}" if e["over_peft"] else "-",
-                ]
-            )
-        header = ["forward + backward", "p", "variant", "ratio", "target", "", "PEFT", "ours / PEFT"]
-        yield "Targets: ratio to the frozen layer", header, rows
+    if any(e["target"] is not None for e in document["timings"]):
+        yield _targets_table(document)
     if document["memory"]:
         yield _memory_table(document)
     if document["overhead"]:
-        rows = [
-            [
-                o["backend"],
-                f"{o['p']:g}",
-                "recorded" if o["grad"] else "no",
-                f"{o['call_us']:.1f}",
-                f"{o['backend_us']:.1f}",
-                f"{o['overhead_us']:.1f}",
-                f"≤ {CALL_TARGET_US:g}",
-                "met" if o["overhead_us"] <= CALL_TARGET_US else "missed",
-            ]
-            for o in document["overhead"]
-        ]
-        header = ["back-end", "p", "gradients", "lora_linear, µs", "its forward, µs", "overhead, µs", "target", ""]
-        yield "A call beside its kernels: 4×64→64 r8, forward", header, rows
+        yield _overhead_table(document)
     if document["layer_calls"]:
         yield _layer_calls_table(document)
 
 
-def meets(entry: dict[str, Any]) -> bool:
-    """Whether a timing reaches its target, to the two decimals that are shown."""
-    return bool(round(entry["ratio"][1], 2) <= entry["target"])
+def met_or_missed(ratio: float, target: float) -> str:
+    """Whether a ratio is "met" or "missed", to the two decimals that are shown."""
+    return "met" if round(ratio, 2) <= target else "missed"
+
+
+def _targets_table(document: Document) -> Table:
+    peft = {(e["shape"], e["p"]): e for e in document["timings"] if e["variant"] == "PEFT" and e["pass"] == BACKWARD}
+    rows = []
+    for e in (e for e in document["timings"] if e["target"] is not None):
+        theirs = peft.get((e["shape"], e["p"]))
+        rows.append(
+            [
+                e["shape"],
+                f"{e['p']:g}",
+                e["variant"],
+                f"×{e['ratio'][1]:.2f}",
+                f"≤ {e['target']:.2f}",
+                met_or_missed(e["ratio"][1], e["target"]),
+                f"×{theirs['ratio'][1]:.2f}" if theirs else "-",
+                f"{e['over_peft'][1]:.2f}" if e["over_peft"] else "-",
+            ]
+        )
+    header = ["forward + backward", "p", "variant", "ratio", "target", "", "PEFT", "ours / PEFT"]
+    return "Targets: ratio to the frozen layer", header, rows
+
+
+def _overhead_table(document: Document) -> Table:
+    rows = [
+        [
+            o["backend"],
+            f"{o['p']:g}",
+            "recorded" if o["grad"] else "no",
+            f"{o['call_us']:.1f}",
+            f"{o['backend_us']:.1f}",
+            f"{o['overhead_us']:.1f}",
+            f"≤ {CALL_TARGET_US:g}",
+            "met" if o["overhead_us"] <= CALL_TARGET_US else "missed",
+        ]
+        for o in document["overhead"]
+    ]
+    header = ["back-end", "p", "gradients", "lora_linear, µs", "its forward, µs", "overhead, µs", "target", ""]
+    return "A call beside its kernels: 4×64→64 r8, forward", header, rows
 
 
 def _layer_calls_table(document: Document) -> Table:
@@ -144,9 +149,8 @@ def _layer_calls_table(document: Document) -> Table:
         if call["faults"]:
             rows.append([*cells, "red", "", "", "", "; ".join(call["faults"])])
             continue
-        verdict = "met" if round(call["over_peft"][1], 2) <= LAYER_TARGET else "missed"
         times = [f"{call['call_us']:.0f}", f"{call['peft_us']:.0f}", f"×{_spread(call['over_peft'])}"]
-        rows.append([*cells, *times, f"≤ {LAYER_TARGET:.2f}", verdict])
+        rows.append([*cells, *times, f"≤ {LAYER_TARGET:.2f}", met_or_missed(call["over_peft"][1], LAYER_TARGET)])
     title = f"A call of a small layer beside PEFT's own: {LAYER_SIZE}→{LAYER_SIZE} r8, fp32 adapters"
     return title, ["layer", "pass", "M", "dtype", "µs", "PEFT, µs", "ratio", "target", ""], rows
 
@@ -158,11 +162,11 @@ def _memory_table(document: Document) -> Table:
         entries = {m["variant"]: m for m in document["memory"] if (m["shape"], m["p"]) == (shape, p)}
         limit = next(iter(entries.values()))["saved_limit"]
         mine = [m for m in entries.values() if m["backend"]]
-        verdict = "-" if not mine else "met" if all(m["saved_bytes"] <= limit for m in mine) else "missed"
+        kept = "-" if not mine else "met" if all(m["saved_bytes"] <= limit for m in mine) else "missed"
         cells = [
             "-" if m is None else f"{mib(m['saved_bytes'])} / {mib(m['peak_bytes'])}" for m in map(entries.get, names)
         ]
-        rows.append([shape, f"{p:g}", *cells, f"≤ {mib(limit)}", verdict])
+        rows.append([shape, f"{p:g}", *cells, f"≤ {mib(limit)}", kept])
     title = "Bytes, MiB: saved for the backward (parameters not counted) / most allocated at a time by torch in a step"
     return title, ["", "p", *names, "saved, limit", ""], rows
 
@@ -179,9 +183,9 @@ def closing(document: Document) -> Iterator[str]:
         )
     cost = document["import"]
     if cost:
-        verdict = "met" if cost["milliseconds"] <= IMPORT_TARGET_MS and not cost["loads_triton"] else "missed"
+        held = "met" if cost["milliseconds"] <= IMPORT_TARGET_MS and not cost["loads_triton"] else "missed"
         triton = "loads Triton" if cost["loads_triton"] else "loads no Triton"
-        target = f"target ≤ {IMPORT_TARGET_MS:g} ms: {verdict}"
+        target = f"target ≤ {IMPORT_TARGET_MS:g} ms: {held}"
         yield f"import lora_kernels after torch: {cost['milliseconds']:.0f} ms ({target}), {triton}"
     if document["noise"]:
         lows, _, highs = zip(*(entry["ratio"] for entry in document["noise"]), strict=True)

@@ -52,10 +52,10 @@ def main(args: argparse.Namespace) -> int:
         show.line(f"Written: {out}")
         if args.plot:
             _plot(document, out.with_suffix(".png"), show)
-    return _verdict(document, show)
+    return _conclude(document, show)
 
 
-def _verdict(document: dict[str, Any], show: Terminal) -> int:
+def _conclude(document: dict[str, Any], show: Terminal) -> int:
     """The exit status, after a last line that says what the judge found."""
     right = [*(entry["green"] for entry in document["gate"]), *(not call["faults"] for call in document["layer_calls"])]
     if document["failed"]:

@@ -66,6 +66,6 @@ def test_a_wrong_kernel_gets_no_number(monkeypatch):
 
 def test_a_target_is_met_or_missed():
     row = {"ratios": {"F.linear fp32": (0.2, 0.224, 0.3)}, "targets": {"F.linear fp32": 0.22}}
-    assert quantised.verdict(row) == "≤ 0.22 of F.linear fp32 met"
+    assert quantised.met_or_missed(row) == "≤ 0.22 of F.linear fp32 met"
     row["ratios"]["F.linear fp32"] = (0.2, 0.226, 0.3)
-    assert quantised.verdict(row) == "≤ 0.22 of F.linear fp32 missed"
+    assert quantised.met_or_missed(row) == "≤ 0.22 of F.linear fp32 missed"
