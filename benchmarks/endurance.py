@@ -1,20 +1,21 @@
-"""Thousands of random calls, judged one by one: ``python -m benchmarks.endurance``.
+"""Thousands of random calls, each of them judged. From the checkout:
+
+    python -m benchmarks.endurance [--device cpu|cuda] [--backend NAME] [--calls N] [--seconds S] [--out FILE]
 
 Every back-end that serves the device is called directly, forward and backward, on random shapes, ranks, p, dtypes,
-strides and streams. Each call is judged as the bench's gate judges (fp64 is the truth, plain torch in the same dtype
-says how far off one may be) and repeated, which must give the same bits. Then two streams (on a CPU: two threads) run
-at once, and on a GPU a CUDA graph is replayed with changing inputs: again the same bits.
+strides and streams. Each call is judged by `lora_kernels.testing.judge` and made again, which must give the same bits.
+After that two streams (two threads on a CPU) run at once, and on a GPU a CUDA graph is replayed with changing inputs.
+These must give the same bits too.
 
-A fault is printed with the words that repeat it: ``--backend NAME --seed S --only K``. Cases are drawn from `--kinds`
-kinds: of dtype, dropout, strides, bias, rank and rows; a back-end that compiles a kernel for each needs few of them.
+A fault is printed with the options that repeat it: ``--backend NAME --seed S --only K``. A kind of call is a choice of
+dtypes, dropout, strides, bias, and a range of ranks and rows. `--kinds` limits the number of kinds, for back-ends that
+compile a kernel for each.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import random
 import sys
 import threading
 import time
@@ -28,111 +29,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.bench.shapes import SHORT
+from benchmarks.endurance_cases import Case, draw
 from lora_kernels.core.operands import Call
 from lora_kernels.testing import machine, one_layer
+from lora_kernels.testing.documents import write
 from lora_kernels.testing.judge import Problem, judge, problem
 from lora_kernels.testing.terminal import Terminal, terminal
 from lora_kernels.testing.watch import STUCK, Watch, answers
 
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "eager")}
 KINDS = {"triton": 12}
-"""How many kinds of calls, where not many: Triton compiles two kernels for each."""
+"""The number of kinds of calls, if not 1000: Triton compiles two kernels for each kind."""
 
-_DTYPES = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)]
-_DTYPES += [(torch.float16, torch.float32), (torch.float32, torch.float32)]
-_MOST = {"cuda": (1536, 2048), "cpu": (96, 160)}
-"""M, and N and K, at most."""
 _STRESS = 50
+"""The number of times that two calls run at once."""
 _ENOUGH = 20
-"""Faults after which no more calls are made: where a kernel has broken the CUDA context, every one fails."""
+"""After this many faults no more calls are made: if a kernel has broken the CUDA context, every call fails."""
 
 Results = dict[str, Tensor | None]
 
 
 @dataclass
 class Record:
-    """What became of one back-end."""
+    """The results of one back-end."""
 
     backend: str
     calls: int = 0
     refused: int = 0
     stress: int = 0
-    """Pairs of calls at once."""
+    """The number of pairs of calls that ran at once."""
     replays: int = 0
-    """Of a CUDA graph."""
+    """The number of replays of a CUDA graph."""
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call, a function of (seed, k, kinds)."""
-
-    M: int
-    N: int
-    K: int
-    R: int
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
-    p: float
-    bias: bool
-    strided: bool
-    stream: int
-    """Of a GPU: 0 is the current one."""
-
-    def __str__(self) -> str:
-        adapters = SHORT[self.adapter_dtype]
-        return (
-            f"M={self.M} N={self.N} K={self.K} R={self.R} {SHORT[self.dtype]}, {adapters} adapters, p={self.p:g}"
-            f"{', bias' if self.bias else ''}{', strided' if self.strided else ''}, stream {self.stream}"
-        )
-
-    def problem(self, seed: int, device: torch.device) -> Problem:
-        """Its operands."""
-        return problem(
-            self.M,
-            self.N,
-            self.K,
-            self.R,
-            dtype=self.dtype,
-            adapter_dtype=self.adapter_dtype,
-            p=self.p,
-            bias=self.bias,
-            strided=self.strided,
-            seed=seed,
-            device=device,
-        )
-
-
-def draw(seed: int, k: int, kinds: int, device: str) -> Case:
-    """Sizes are drawn by k; dtypes, p, strides, bias, and the classes of rank and size by k's kind."""
-    kind, size = random.Random(f"{seed} kind {k % kinds}"), random.Random(f"{seed} case {k}")
-    dtype, adapter_dtype = kind.choice(_DTYPES)
-    multiple = kind.choice((64, 16, 8, 1))
-    strided, bias, p = kind.random() < 0.3, kind.random() < 0.5, kind.choice((0.0, 0.05, 0.5))
-    ranks = kind.choice([(1, 16), (16, 32), (33, 64), (65, 128), (129, 256)])
-    most_m, most = _MOST[device]
-    rows = kind.choice([(0, 16), (17, 64), (65, 512), (513, most_m)]) if most_m > 512 else (0, most_m)
-
-    def some(least: int, most: int) -> int:
-        return round(2 ** size.uniform(*(torch.tensor([least, most]).double().log2().tolist())))
-
-    N, K = (-(-some(1, most) // multiple) * multiple for _ in range(2))
-    R = size.randint(*ranks)
-    R = R // 16 * 16 if multiple >= 16 and ranks[0] > 1 else R
-    return Case(size.randint(*rows), N, K, R, dtype, adapter_dtype, p, bias, strided, size.randrange(3))
-
-
 def run(module: ModuleType, q: Problem) -> Results:
-    """y, h and every gradient, as the operators call a back-end."""
-    y, h = one_layer.forward(module, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
-    dx, da, db = one_layer.backward(module, q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
+    """y, h and every gradient, from a back-end that is called as the operators call it."""
+    y, h = one_layer.forward_of(module, q)
+    dx, da, db = one_layer.backward_of(module, q, h)
     return {"y": y, "h": h, "dx": dx, "da": da, "db": db}
 
 
 def differences(got: Results, want: Results) -> list[str]:
-    """Which results differ in any bit."""
+    """The names of results that differ in any bit."""
     return [name for name, value in got.items() if not torch.equal(_bits(value), _bits(want[name]))]
 
 
@@ -142,7 +82,7 @@ def _bits(t: Tensor | None) -> Tensor:
 
 
 class Endurance:
-    """One back-end on one device."""
+    """Calls of one back-end on one device."""
 
     def __init__(self, name: str, device: torch.device, seed: int, kinds: int | None) -> None:
         self.device, self.seed = device, seed
@@ -154,11 +94,11 @@ class Endurance:
             self.streams += [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def drawn(self, k: int) -> Case:
-        """Case k."""
+        """Case k of this back-end."""
         return draw(self.seed, k, self.kinds, self.device.type)
 
     def case(self, k: int) -> None:
-        """Case k: judged, and repeated."""
+        """Run case k twice and judge it, unless the back-end refuses it."""
         case = self.drawn(k)
         call = Call("forward", self.device, case.dtype, case.adapter_dtype, case.M, case.N, case.K, case.R, case.p > 0)
         if any(self.module.why_not(call._replace(op=op)) for op in ("forward", "backward")):
@@ -179,7 +119,7 @@ class Endurance:
             self._fault(f"case {k}", f"--only {k}", f"{'; '.join(wrong)} ({case})")
 
     def stress(self) -> None:
-        """Two different calls at once, on two streams or in two threads, against what each gives alone."""
+        """Run two different calls at once, on two streams or threads. Each must give the bits that it gives alone."""
         pair = [self._served(1, large=True), self._served(2, large=True)]
         alone = [run(self.module, q) for q in pair]
         self._join()
@@ -205,7 +145,7 @@ class Endurance:
                 )
 
     def replay(self, times: int, advance: Callable[[], None]) -> None:
-        """A CUDA graph of a forward and a backward, its inputs changed before every tenth replay."""
+        """Replay a CUDA graph of a forward and a backward; its inputs change before every tenth replay."""
         if self.device.type != "cuda":
             return
         q = self._served(3, large=False)
@@ -258,7 +198,7 @@ class Endurance:
 
 
 def endure(args: argparse.Namespace, name: str, device: torch.device, seconds: float | None, show: Terminal) -> Record:
-    """All of one back-end: calls until `args.calls` or `seconds` are spent, then stress and replays."""
+    """Run one back-end: random calls until `args.calls` or `seconds` are spent, then stress and replays."""
     start = time.monotonic()
     one = Endurance(name, device, args.seed, args.kinds)
     cases = range(args.calls) if args.only is None else range(args.only, args.only + 1)
@@ -291,7 +231,7 @@ def endure(args: argparse.Namespace, name: str, device: torch.device, seconds: f
 
 
 def serves(name: str, device: torch.device) -> str:
-    """Why a back-end cannot be endured on `device`; empty where it can."""
+    """Why a back-end cannot be called on `device`; empty if it can."""
     try:
         module = importlib.import_module(f"lora_kernels.backends.{name}")
     except ImportError as error:
@@ -301,31 +241,37 @@ def serves(name: str, device: torch.device) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.endurance", description=(__doc__ or "").split("\n")[0])
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.endurance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--backend", action="append", metavar="NAME", help="one or several (default: all of the device)"
+        "--backend", action="append", metavar="NAME", help="one or several back-ends (default: all of the device)"
     )
-    parser.add_argument("--calls", type=int, default=10_000, metavar="N", help="random calls of each (default 10000)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="for the random calls of all together")
-    parser.add_argument("--replays", type=int, default=1000, metavar="N", help="of the CUDA graph (default 1000)")
-    parser.add_argument("--kinds", type=int, metavar="N", help="of calls (default: 12 for triton, else 1000)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--calls", type=int, default=10_000, metavar="N", help="calls of each back-end (default: 10000)"
+    )
+    parser.add_argument("--seconds", type=float, metavar="S", help="seconds for the calls of all back-ends")
+    parser.add_argument("--replays", type=int, default=1000, metavar="N", help="replays of the graph (default: 1000)")
+    parser.add_argument("--kinds", type=int, metavar="N", help="kinds of calls (default: 12 for triton, else 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--stuck",
         type=float,
         metavar="S",
-        help=f"say which case it is, and end with exit status {STUCK}, where one takes longer (default: wait)",
+        help=f"if a case takes longer than S seconds, name it and end with exit status {STUCK} (default: wait)",
     )
-    parser.add_argument("--only", type=int, metavar="K", help="case K alone")
+    parser.add_argument("--only", type=int, metavar="K", help="run case K alone")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to write")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 1 where there is a fault, or nothing was called; 2 where there is no such device; 3 where a case
-    did not end."""
+    """Run the command. Return 0; 1 if there is a fault or nothing was called; 2 if there is no such device. A case that
+    does not end makes the process exit with status 3."""
     args = parser().parse_args(argv)
     show, device = terminal(), torch.device(args.device)
     if device.type not in BACKENDS or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
@@ -349,13 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     show.table("Endurance", header, rows)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        document = {
-            "seed": args.seed,
-            "device": machine.describe_device(device),
-            "records": [asdict(r) for r in records],
-        }
-        args.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        found_on = machine.describe_device(device)
+        write({"seed": args.seed, "device": found_on, "records": [asdict(r) for r in records]}, args.out)
     failed = any(r.faults for r in records) or not any(r.calls for r in records)
     show.line("✗ faults, or nothing called" if failed else "✓ no faults")
     return int(failed)

@@ -1,23 +1,24 @@
-"""``python -m benchmarks.generation``: tokens per second of transformers' ``generate`` over nf4, on the CPU.
+"""Tokens per second of transformers' ``generate`` over nf4 weights, on the CPU. From the checkout:
 
-A Llama of random weights, one sequence, greedy, with a cache of keys and values. The same model and the same adapters:
+    python -m benchmarks.generation [--dtype bf16|fp32] [--rounds N] [--json benchmarks/results/generation/FILE.json]
 
-    PEFT + bitsandbytes          as ``from_pretrained(quantization_config=BitsAndBytesConfig(...))`` and PEFT give it
-    the same, fused              after ``lora_kernels.fuse(model)``
-    apply_lora(quant="nf4")      a plain model, with neither PEFT nor bitsandbytes
-    PEFT, dense                  W not in 4 bits, in bf16 and in fp32: what nf4 stands for, read from memory whole
+The model is a Llama with random weights; it decodes one sequence greedily, with a cache of keys and values. The same
+model with the same adapters is measured as
 
-Before any figure each one's logits, of the prompt and of every single token after it, are held against fp64.
+    PEFT + bitsandbytes          from ``from_pretrained(quantization_config=BitsAndBytesConfig(...))`` and PEFT
+    PEFT + bitsandbytes, fused   the same after ``lora_kernels.fuse(model)``
+    apply_lora(quant="nf4")      a plain model, without PEFT and bitsandbytes
+    PEFT, dense                  with the values of the nf4 weights in bf16 and in fp32, read from memory whole
+
+Before anything is timed, the logits of each model are compared with fp64, for the prompt and for each token after it.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import gc
 import importlib.util
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,76 +28,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lora_kernels
-from lora_kernels.bench.run import write
-from lora_kernels.bench.shapes import SHORT
-from lora_kernels.nn.quantized import QuantizedLoRALinear
-from lora_kernels.quant.bnb import from_bnb
-from lora_kernels.testing import judge as gate
-from lora_kernels.testing import machine, timing
+from benchmarks.closing import close
+from benchmarks.generation_models import DENSE, PEER, Models, Size, Variant, seeded
+from lora_kernels.testing import documents, judge, machine, timing
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import Terminal, terminal
 
-PEER, FUSED, OURS, DENSE = "PEFT + bitsandbytes", "PEFT + bitsandbytes, fused", 'apply_lora(quant="nf4")', "PEFT, dense"
 DTYPES = {SHORT[dtype]: dtype for dtype in (torch.bfloat16, torch.float32)}
-SCALE = 2.0
-"""lora_alpha / r"""
-
-Weights = dict[str, tuple[Tensor, Tensor, Tensor]]
-"""By layer: W as nf4 has it, in fp32, A and B."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of the model and of what is asked of it."""
-
-    hidden: int = 2048
-    intermediate: int = 5632
-    layers: int = 4
-    heads: int = 16
-    vocabulary: int = 4096
-    r: int = 16
-    prompt: int = 16
-    """Tokens given."""
-    new: int = 32
-    """Tokens asked for."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: quartiles over rounds, and each ratio of times within a round."""
+    """The numbers of one model: quartiles over rounds. Each ratio is time / another model's time in the same round."""
 
     name: str
     tokens_per_second: tuple[float, float, float]
     seconds: tuple[float, float, float]
-    """Of one ``generate``, the prompt included."""
+    """Seconds of one ``generate``, with the prompt."""
     ratios: dict[str, tuple[float, float, float]]
     weight_bytes: int
-    """Of the frozen weights of the layers with adapters, before the first call."""
-
-
-@dataclass
-class Variant:
-    """A model to be timed."""
-
-    name: str
-    model: Any
-    weight_bytes: int
-    ours: bool
-    dtype: torch.dtype
+    """Bytes of the frozen weights of the layers with adapters, before the first call."""
 
 
 def measure(
     size: Size, dtype: torch.dtype, rounds: int, show: Terminal, *, double_quant: bool = False, dense: bool = True
 ) -> dict[str, Any]:
-    """The document: the gate, then one row for each model, all of them interleaved. Needs transformers and PEFT;
-    bitsandbytes and accelerate too where its rows are to be there. `dense` False: without the dense model in the other
-    dtype, which is only there to be compared with."""
-    document: dict[str, Any] = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "versions": machine.versions("torch", "transformers", "peft", "bitsandbytes"),
-        "device": machine.describe_device(torch.device("cpu")),
+    """The document: what the judge found, then a row for each model, timed interleaved.
+
+    It needs transformers and PEFT, and bitsandbytes and accelerate for the rows of bitsandbytes. Without `dense` the
+    dense model in the other dtype, which is there for comparison only, is left out.
+    """
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    document: dict[str, Any] = documents.begin(torch.device("cpu"), packages) | {
         "size": asdict(size),
         "dtype": SHORT[dtype],
         "double_quant": double_quant,
@@ -114,22 +77,20 @@ def measure(
     floors = [dtype, *(other for other in DTYPES.values() if dense and other != dtype)]
     steps = 1 + len(floors) + (0 if absent else 2) + 2 + rounds
     with show.progress(steps) as advance, tempfile.TemporaryDirectory() as checkpoint:
-        _save_model(size, checkpoint)
+        models = Models(checkpoint, size, double_quant)
         advance("builds the models", 1)
-        variants, weights = [], _Weights(size.r)
-        plain = _apply(checkpoint, dtype, size, double_quant, weights)
-        variants.append(plain)
-        advance(plain.name, 1)
+        variants = [models.apply(dtype)]
+        advance(variants[-1].name, 1)
         for other in floors:
-            variants.append(_dense(checkpoint, other, size, weights.of))
+            variants.append(models.dense(other))
             advance(variants[-1].name, 1)
         for fused in () if absent else (False, True):
-            variants.append(_over_bnb(checkpoint, dtype, size, double_quant, weights.of, fused))
+            variants.append(models.over_bnb(dtype, fused))
             advance(variants[-1].name, 1)
-        tokens = torch.randint(size.vocabulary, (1, size.prompt + size.new), generator=_seeded())
-        document["gate"] = _gate(variants, dtype, tokens, size.prompt, _exact(checkpoint, weights.of))
-        advance("gate", 1)
-        weights.of.clear()
+        tokens = torch.randint(size.vocabulary, (1, size.prompt + size.new), generator=seeded())
+        document["gate"] = _judge(variants, dtype, tokens, size.prompt, models.exact())
+        advance("judges the logits", 1)
+        models.weights.clear()
         gc.collect()
         if any(entry["faults"] for entry in document["gate"]):
             return document
@@ -143,7 +104,7 @@ def measure(
 
 
 def generate(model: Any, prompt: Tensor, new: int) -> Tensor:
-    """`new` tokens after `prompt` [1, tokens], greedily: both together. Raises RuntimeError where there are fewer."""
+    """`prompt` [1, tokens] and `new` tokens after it, chosen greedily. Raises RuntimeError if there are fewer."""
     with torch.no_grad():
         settings = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
         tokens = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
@@ -152,125 +113,9 @@ def generate(model: Any, prompt: Tensor, new: int) -> Tensor:
     return tokens
 
 
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def _save_model(size: Size, path: str) -> None:
-    """Random, in bf16, so that every dtype begins with the same numbers; no token ends the text."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        vocab_size=size.vocabulary,
-        initializer_range=1 / math.sqrt(size.hidden),  # a layer changes the size of no vector much
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: Any = LlamaForCausalLM(config)
-        model.to(torch.bfloat16).save_pretrained(path)
-
-
-def _load(path: str, dtype: torch.dtype, **more: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more).eval()
-
-
-class _Weights:
-    """What every model is to compute with, as the first one built has it."""
-
-    def __init__(self, r: int) -> None:
-        self.of: Weights = {}
-        self._r, self._generator = r, _seeded()
-
-    def add(self, name: str, layer: QuantizedLoRALinear) -> None:
-        """W of `layer`, and an A and B for it such that s·B·A weighs about half as much as W."""
-        w = layer.quantized_weight().dequantize(torch.float32)
-        (N, K), R = w.shape, self._r
-        a = torch.randn(R, K, generator=self._generator) / math.sqrt(K)
-        b = torch.randn(N, R, generator=self._generator) * (0.5 / (SCALE * math.sqrt(R)))
-        self.of[name] = (w, a, b)
-
-
-def _apply(path: str, dtype: torch.dtype, size: Size, double_quant: bool, weights: _Weights) -> Variant:
-    model, total = _load(path, dtype), 0
-    settings: dict[str, Any] = {"r": size.r, "lora_alpha": SCALE * size.r, "adapter_dtype": torch.float32}  # as PEFT's
-    lora_kernels.apply_lora(model, quant="nf4", double_quant=double_quant, **settings)
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLoRALinear):
-            weights.add(name, layer)
-            total += _bytes(layer.quantized_weight().tensors)
-            _put(layer.lora_A, layer.lora_B, weights.of[name])
-    return Variant(f"{OURS} {SHORT[dtype]}", model.eval(), total, True, dtype)
-
-
-def _dense(path: str, dtype: torch.dtype, size: Size, weights: Weights) -> Variant:
-    model, total = _load(path, dtype), 0
-    with torch.no_grad():
-        for name, (w, _, _) in weights.items():
-            dense = model.get_submodule(name).weight
-            dense.copy_(w)
-            total += dense.nbytes
-    return Variant(f"{DENSE} {SHORT[dtype]}", _adapted(model, size, weights), total, False, dtype)
-
-
-def _over_bnb(path: str, dtype: torch.dtype, size: Size, double_quant: bool, weights: Weights, fused: bool) -> Variant:
-    """A model of its own each: on some processors the first call of bitsandbytes re-packs what it stores."""
-    from transformers import BitsAndBytesConfig
-
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    config = BitsAndBytesConfig(**nf4, bnb_4bit_use_double_quant=double_quant)
-    model = _load(path, dtype, quantization_config=config, device_map={"": "cpu"})
-    total = sum(_bytes(from_bnb(model.get_submodule(name)).tensors) for name in weights)
-    model = _adapted(model, size, weights)
-    if fused:
-        lora_kernels.fuse(model, strict=True)
-    return Variant(f"{FUSED if fused else PEER} {SHORT[dtype]}", model, total, fused, dtype)
-
-
-def _adapted(base: Any, size: Size, weights: Weights) -> nn.Module:
-    """With PEFT's LoRA."""
-    from peft import LoraConfig, get_peft_model
-
-    alpha: Any = SCALE * size.r  # said to be an int there, and used as a float
-    config = LoraConfig(r=size.r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
-    for name, parts in weights.items():
-        layer: Any = base.get_submodule(name)
-        _put(layer.lora_A["default"].weight, layer.lora_B["default"].weight, parts)
-    return model.eval()
-
-
-@torch.no_grad()
-def _put(a: Tensor, b: Tensor, parts: tuple[Tensor, Tensor, Tensor]) -> None:
-    a.copy_(parts[1])
-    b.copy_(parts[2])
-
-
-def _bytes(tensors: tuple[Tensor, ...]) -> int:
-    return sum(t.nbytes for t in tensors)
-
-
-@torch.no_grad()
-def _exact(path: str, weights: Weights) -> nn.Module:
-    """The model in fp64, W + s·B·A in place of W. (transformers computes its norms in fp32 there too.)"""
-    model = _load(path, torch.float64)
-    for name, (w, a, b) in weights.items():
-        dense = model.get_submodule(name).weight
-        dense.copy_(w).addmm_(b.double(), a.double(), alpha=SCALE)
-    return model
-
-
 @torch.no_grad()
 def logits(model: Any, tokens: Tensor, prompt: int) -> dict[str, Tensor]:
-    """As ``generate`` comes to them: of the first `prompt` of `tokens` [1, T] in one call, of the others singly."""
+    """The logits of `tokens` [1, T], as ``generate`` computes them: the first `prompt` at once, the others singly."""
     out = model(input_ids=tokens[:, :prompt], use_cache=True)
     found = {"prompt": out.logits[0]}
     single = []
@@ -280,20 +125,20 @@ def logits(model: Any, tokens: Tensor, prompt: int) -> dict[str, Tensor]:
     return found | {"single tokens": torch.cat(single)}
 
 
-def _gate(
+def _judge(
     variants: list[Variant], dtype: torch.dtype, tokens: Tensor, prompt: int, exact: nn.Module
 ) -> list[dict[str, Any]]:
-    """Ours must be as good as the dense model in the same dtype and as bitsandbytes: the rule of `gate`. Theirs must be
-    the same function, but for their own rounding."""
+    """The entries under "gate". By the rule of `judge`, ours must be as good as the dense model in the same dtype and
+    as bitsandbytes. Theirs must be the same function up to rounding."""
     want = logits(exact, tokens, prompt)
     got = {v.name: logits(v.model, tokens, prompt) for v in variants}
     others = [v.name for v in variants if not v.ours and v.dtype == dtype]
     entries = []
     for v in variants:
-        faults = gate_peer(got[v.name], want) if not v.ours else []
+        faults = peer_faults(got[v.name], want) if not v.ours else []
         for part, value in got[v.name].items() if v.ours else ():
             for other in others:
-                verdict = gate._against_plain(part, value, want[part], got[other][part], torch.finfo(dtype).eps)
+                verdict = judge._against_plain(part, value, want[part], got[other][part], torch.finfo(dtype).eps)
                 finite = bool(torch.isfinite(value).all())
                 if verdict.fault or not finite:
                     faults.append(f"{verdict.fault or f'{part}: not finite'} (by {other})")
@@ -302,20 +147,20 @@ def _gate(
     return entries
 
 
-def gate_peer(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
-    """What keeps a model from being a comparison: logits further than 10% (RMS) from fp64."""
+def peer_faults(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
+    """Why a model is no comparison: logits further than 10% (RMS) from fp64."""
     return [
         f"{part}: {100 * error:.3g}% (RMS) from fp64" for part, error in _errors(got, want).items() if not error <= 0.1
     ]
 
 
 def _errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
-    """RMS, relative to that of the truth."""
+    """RMS errors, relative to the RMS of the truth."""
     return {part: ((got[part].double() - t).norm() / t.norm()).item() for part, t in want.items()}
 
 
 def _passed_over(model: nn.Module) -> list[str]:
-    """Why fused layers have left calls to PEFT."""
+    """The reasons why fused layers have left calls to PEFT."""
     return sorted({str(why) for layer in model.modules() for why in getattr(layer, "passed_over", ())})
 
 
@@ -334,7 +179,7 @@ def _row(v: Variant, taken: timing.Rounds, size: Size, dtype: torch.dtype) -> Ro
 
 
 def table(document: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    """(title, header, rows)."""
+    """The table of a document: (title, header, rows)."""
     size = document["size"]
     title = (
         f"generate, {size['new']} tokens after {size['prompt']}: Llama, {size['layers']} layers, {size['hidden']} → "
@@ -353,16 +198,20 @@ def table(document: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 1 where a gate is red; 2 where nothing can be measured."""
+    """Run the command. Return 0; 1 if the judge found a fault; 2 if nothing can be measured."""
     size = Size()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for name, value in asdict(size).items():
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default: {value}")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the model, and what nf4 is computed in")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the model, and of products with nf4")
     parser.add_argument("--double-quant", action="store_true", help="quantise the scales too")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--threads", type=int, metavar="N", help="torch's (default: torch's own choice)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the figures")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's choice)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="the JSON to write")
     args = parser.parse_args(argv)
     for name in (*asdict(size), "rounds", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -382,17 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     document = measure(size, DTYPES[args.dtype], args.rounds, show, double_quant=args.double_quant)
     if document["rows"]:
         show.table(*table(document), words=True)
-    for note in document["notes"]:
-        show.line(note)
-    red = [f"{entry['name']}: {fault}" for entry in document["gate"] for fault in entry["faults"]]
-    for text in red:
-        show.line(f"✗ {text}")
-    if not red:
-        show.line(f"✓ all {len(document['gate'])} gates green")
-    if args.json:
-        write(document, args.json)
-        show.line(f"Written: {args.json}")
-    return int(bool(red))
+    return close(document, args.json, show)
 
 
 if __name__ == "__main__":

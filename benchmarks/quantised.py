@@ -1,13 +1,15 @@
-"""``python -m benchmarks.quantised``: a layer over a quantised base, decoding one token and in training.
+"""Times of a layer over a quantised base, in decoding one token and in training, on the CPU. From the checkout:
 
-Beside F.linear on the dense weight, the dense fused layer, and PEFT over bitsandbytes' Linear4bit. Several weights are
-gone through in turn, so that, as in a model, none of them is in a cache when its turn comes.
+    python -m benchmarks.quantised [--rounds N] [--out benchmarks/results/quantised/DATE-MACHINE.json]
+
+The layer is measured beside F.linear on the dense weight, the dense fused layer, and PEFT over bitsandbytes'
+Linear4bit. Each variant goes through several weights in turn, so that no weight is in a cache when its turn comes, as
+in a model.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import importlib.util
 import sys
@@ -17,24 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import quantised_memory
-from lora_kernels.bench.run import write
-from lora_kernels.bench.shapes import SHORT
+from benchmarks.closing import close
+from lora_kernels.bench import layers, report
+from lora_kernels.bench.layers import Task
+from lora_kernels.bench.shapes import BACKWARD, FORWARD
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
-from lora_kernels.testing import judge as gate
-from lora_kernels.testing import machine, timing
+from lora_kernels.testing import documents, judge, timing
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import terminal
 
-RESULTS = Path("benchmarks/results/quantised")
 N = K = 4096
 R = 16
 DECODE, TRAINING = 1, 512
 """Rows of x."""
 SETS = 4
+"""The number of weights that each variant goes through."""
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("int8", {}),
     "fp8": ("fp8", {}),
@@ -49,12 +52,12 @@ TARGETS = {
     (DECODE, "nf4", "bf16"): [("F.linear bf16", 0.40), ("PEFT + bitsandbytes bf16", 0.50)],
     (TRAINING, "nf4", "fp32"): [("F.linear fp32", 1.15)],
 }
-"""By (M, format, dtype of x): the most that it may take of another's time."""
+"""The most time that a layer may take, as a ratio to another variant: (M, format, dtype of x) → [(variant, ratio)]."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: quartiles over rounds, and each ratio within a round."""
+    """The numbers of one variant: quartiles over rounds. Each ratio is to another variant in the same round."""
 
     M: int
     name: str
@@ -64,13 +67,9 @@ class Row:
 
 
 def measure(size: tuple[int, int, int], rows: tuple[int, ...], rounds: int, show: Any) -> dict[str, Any]:
-    """The document: gate first, then every M with all variants interleaved."""
-    document: dict[str, Any] = {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "versions": machine.versions("torch", "peft", "bitsandbytes"),
-        "device": machine.describe_device(torch.device("cpu")),
+    """The document for layers of `size` (N, K, R) and each number of `rows` of x. The judge comes first; a variant of
+    ours with a fault leaves its M without numbers."""
+    document: dict[str, Any] = documents.begin(torch.device("cpu"), ("torch", "peft", "bitsandbytes")) | {
         "size": dict(zip("NKR", size, strict=True)),
         "sets": SETS,
         "rounds": rounds,
@@ -106,49 +105,41 @@ def measure(size: tuple[int, int, int], rows: tuple[int, ...], rounds: int, show
 
 
 def _variants(M: int, N: int, K: int, R: int) -> tuple[dict[str, list[Callable[[], object]]], list[dict[str, Any]]]:
-    """Name → a step for each set of weights; and what the gate says of ours."""
+    """A step for each set of weights, by variant; and what the judge says of our variants over quantised weights."""
     training = M != DECODE
+    which = BACKWARD if training else FORWARD
     steps: dict[str, list[Callable[[], object]]] = {}
     verdicts = []
     for number in range(SETS):
-        q = gate.problem(M, N, K, R, bias=False, seed=number)
+        q = judge.problem(M, N, K, R, bias=False, seed=number)
         quantised = {name: quantize_weight(q.w, format, **more) for name, (format, more) in FORMATS.items()}
         for dtype in (torch.float32, torch.bfloat16):
             p, short = replace(q.to(dtype), w=q.w.to(dtype)), SHORT[dtype]
-            x = p.x.detach().requires_grad_(training)
-            leaves = [t.detach().requires_grad_(training) for t in (p.a, p.b)]
+            a, b = (t.detach().requires_grad_(training) for t in (p.a, p.b))
             ours: dict[str, Tensor | QuantizedWeight] = {"dense": p.w} | quantised
-            todo: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {}
-            todo[f"F.linear {short}"] = (functools.partial(F.linear, x, p.w), [x])
+            tasks = {f"F.linear {short}": layers.frozen(p)}
             for name, w in ours.items():
-                todo[f"{name} {short}"] = (functools.partial(lora_linear, x, w, *leaves, scale=q.scale), [x, *leaves])
+                tasks[f"{name} {short}"] = _ours(w, a, b, q.scale)
             if _peer():
                 layer = _peer_layer(q.w, p, training)
-                trained = [t for t in layer.parameters() if t.requires_grad]
-                todo[f"PEFT + bitsandbytes {short}"] = (functools.partial(layer, x), [x, *trained])
-            for name, (call, wanted) in todo.items():
-                steps.setdefault(name, []).append(_step(call, wanted, p.dy, training))
+                trained = tuple(t for t in layer.parameters() if t.requires_grad)
+                tasks[f"PEFT + bitsandbytes {short}"] = Task(layer, trained, ())
+            for name, task in tasks.items():
+                steps.setdefault(name, []).append(layers.step(task, p, which))
             if not number:
                 verdicts += [_judge(M, name, w, replace(p, w=q.w), short) for name, w in quantised.items()]
     return steps, verdicts
 
 
-def _step(call: Callable[[], Tensor], wanted: list[Tensor], dy: Tensor, training: bool) -> Callable[[], object]:
-    if training:
-        return lambda: torch.autograd.grad(call(), wanted, dy)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return call()
-
-    return forward
+def _ours(w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, scale: float) -> Task:
+    return Task(lambda x: lora_linear(x, w, a, b, scale=scale), (a, b), ())
 
 
-def _judge(M: int, name: str, w: QuantizedWeight, p: gate.Problem, short: str) -> dict[str, Any]:
-    """Ours against fp64 with the dequantised weight; plain torch has it in x's dtype."""
-    exact, plain = gate.over_codes(p, w)
-    got = gate.evaluate(p, lambda x, _, a, b, **more: lora_linear(x, w, a, b, **more))
-    verdicts = gate.judge(got, exact, gate.truth(exact), plain)
+def _judge(M: int, name: str, w: QuantizedWeight, p: judge.Problem, short: str) -> dict[str, Any]:
+    """The entry of one of our variants under "gate". `p` has the weight before it was quantised to `w`."""
+    exact, plain = judge.over_codes(p, w)
+    got = judge.evaluate(p, lambda x, _, a, b, **more: lora_linear(x, w, a, b, **more))
+    verdicts = judge.judge(got, exact, judge.truth(exact), plain)
     return {"M": M, "name": f"{name} {short}", "faults": [v.fault for v in verdicts if v.fault]}
 
 
@@ -156,15 +147,15 @@ def _peer() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("peft", "bitsandbytes"))
 
 
-def _peer_layer(w: Tensor, p: gate.Problem, training: bool) -> nn.Module:
-    """PEFT's LoRA over Linear4bit, as users have it."""
+def _peer_layer(w: Tensor, p: judge.Problem, training: bool) -> nn.Module:
+    """PEFT's LoRA over Linear4bit, with the adapters of `p`, built as users build it."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from peft import LoraConfig, get_peft_model
 
     base = Linear4bit(w.shape[1], w.shape[0], bias=False, compute_dtype=p.x.dtype, quant_type="nf4")
     base.weight = Params4bit(w.to(p.x.dtype), requires_grad=False, quant_type="nf4")
     model: Any = nn.Sequential(base.to("cpu"))
-    model.is_loaded_in_4bit = True  # as transformers marks it: PEFT takes its class for bitsandbytes then
+    model.is_loaded_in_4bit = True  # the mark that transformers sets: PEFT then takes its class for bitsandbytes
     R = p.a.shape[0]
     peft = get_peft_model(model, LoraConfig(r=R, lora_alpha=R * p.scale, target_modules=["0"]))  # type: ignore[arg-type]
     assert type(peft.base_model.model[0]).__name__ == "Linear4bit"
@@ -184,7 +175,7 @@ def _row(M: int, name: str, taken: timing.Rounds) -> Row:
 
 
 def tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows) for each M."""
+    """A table (title, header, rows) for each M."""
     size = document["size"]
     found = []
     for M in dict.fromkeys(row["M"] for row in document["rows"]):
@@ -193,25 +184,28 @@ def tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
         rows = []
         for row in (row for row in document["rows"] if row["M"] == M):
             ratios = [f"×{value[1]:.2f} of {other}" for other, value in row["ratios"].items()]
-            rows.append([row["name"], f"{row['seconds'][1] * 1e3:.3g} ms", "; ".join(ratios), verdict(row)])
+            rows.append([row["name"], f"{row['seconds'][1] * 1e3:.3g} ms", "; ".join(ratios), met_or_missed(row)])
         found.append((title, ["layer", "time", "ratio within a round", "target"], rows))
     return found
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """What became of a row's targets."""
+def met_or_missed(row: dict[str, Any]) -> str:
+    """Whether each target of a row is met, in words."""
     words = []
     for other, most in row["targets"].items():
-        met = round(row["ratios"][other][1], 2) <= most
-        words.append(f"≤ {most:.2f} of {other} {'met' if met else 'missed'}")
+        words.append(f"≤ {most:.2f} of {other} {report.met_or_missed(row['ratios'][other][1], most)}")
     return "; ".join(words)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 1 where a gate is red."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantised", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, metavar="N")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"the JSON to write, as one of {RESULTS}")
+    """Run the command. Return 1 if the judge found a fault, else 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quantised",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="default: 15")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to write")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {args.rounds}")
@@ -224,17 +218,7 @@ def main(argv: list[str] | None = None) -> int:
             f"Peak memory of a first training step beyond weights, activations and gradients, {entry['name']}, "
             f"M = {entry['M']}: {entry['mb']:.1f} MB (at most {entry['most']:.0f})"
         )
-    for note in document["notes"]:
-        show.line(note)
-    red = [f"{entry['name']}, M = {entry['M']}: {fault}" for entry in document["gate"] for fault in entry["faults"]]
-    for text in red:
-        show.line(f"✗ {text}")
-    if not red:
-        show.line(f"✓ all {len(document['gate'])} gates green")
-    if args.out:
-        write(document, args.out)
-        show.line(f"Written: {args.out}")
-    return int(bool(red))
+    return close(document, args.out, show, lambda entry: f"{entry['name']}, M = {entry['M']}")
 
 
 if __name__ == "__main__":

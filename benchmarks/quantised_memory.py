@@ -1,5 +1,8 @@
-"""``python -m benchmarks.quantised_memory DTYPE M N K``: the megabytes that a first training step over an nf4
-base takes at its peak, beyond weights, activations and gradients. Linux only; its own process, whose heap is empty.
+"""The peak memory of a first training step over an nf4 base, beyond weights, activations and gradients, in MB.
+
+    python -m benchmarks.quantised_memory float32|bfloat16|float16 M N K
+
+Run it from the checkout, on Linux. It needs a process of its own, whose heap is empty.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from lora_kernels.quant.weight import QuantizedWeight
 
 R = 16
 MOST = 16.0
-"""What it may be."""
+"""The target: at most this many MB."""
 
 
 def measure(dtype: str, M: int, N: int, K: int) -> float:
-    """In a process of its own. Raises RuntimeError with what that one printed, if it fails."""
+    """The peak in MB, measured in a new process. Raises RuntimeError with its output if that process fails."""
     command = [sys.executable, "-m", __name__, dtype, str(M), str(N), str(K)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -30,14 +33,14 @@ def measure(dtype: str, M: int, N: int, K: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the figure."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
+    """Print the peak."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("dtype", choices=("float32", "bfloat16", "float16"))
     for name in "MNK":
         parser.add_argument(name, type=int)
     args = parser.parse_args(argv)
     dtype = getattr(torch, args.dtype)
-    _step(dtype, 128, 128, 128)  # what torch imports, and its libraries keep, at the first step of all
+    _step(dtype, 128, 128, 128)  # torch imports modules, and its libraries keep memory, in the first step
     print(f"{_step(dtype, args.M, args.N, args.K):.2f}")
     return 0
 
@@ -48,7 +51,7 @@ def _step(dtype: torch.dtype, M: int, N: int, K: int) -> float:
     x, a, b = (torch.randn(*shape, dtype=dtype).requires_grad_() for shape in ((M, K), (R, K), (N, R)))
     dy = torch.randn(M, N, dtype=dtype)
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak so far
     before = _status("VmRSS")
     y = lora_linear(x, q, a, b, scale=0.5, dropout_p=0.1, backend="cpu")
     grads = torch.autograd.grad(y, (x, a, b), dy)

@@ -1,4 +1,4 @@
-"""Scikit-learn's digits: real images, inside the package, so that nothing is downloaded."""
+"""Scikit-learn's digits: real images that come with the package, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BACKGROUND, SPREAD = 0.3, 0.37  # mean and standard deviation of the pixels, whi
 
 @dataclass
 class Digits:
-    """One split of the data, upright, with the same images turned by 90 degrees beside it."""
+    """One split of the data: upright images, and the same images turned by 90 degrees."""
 
     images: Tensor
     labels: Tensor
@@ -26,7 +26,7 @@ class Digits:
 
 
 def load_data() -> tuple[Digits, Digits]:
-    """The same 1,437 training and 360 test images in every run."""
+    """1,437 training and 360 test images, the same in every run."""
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).view(-1, 8, 8)
     images, labels = (images / 16 - BACKGROUND) / SPREAD, torch.tensor(labels)
@@ -35,7 +35,7 @@ def load_data() -> tuple[Digits, Digits]:
 
 
 def shift(images: Tensor) -> Tensor:
-    """Augmentation: half of the images move by up to a pixel in each direction."""
+    """Augmented images: half of them move by up to a pixel in each direction."""
     n = len(images)
     windows = F.pad(images, (1, 1, 1, 1), value=-BACKGROUND / SPREAD).unfold(1, 8, 1).unfold(2, 8, 1)  # [n, 3, 3, 8, 8]
     row, column = torch.where(torch.rand(2, n) < 0.5, torch.randint(3, (2, n)), 1)

@@ -1,4 +1,4 @@
-"""A small language model of the Llama architecture, its tokenizer, and how well it predicts a text."""
+"""A small language model of the Llama architecture, its tokenizer, its training and its perplexity."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ END = "<|end|>"
 
 
 class Sequences(Dataset):
-    """Texts as tokens, one after the other, cut into sequences of LENGTH."""
+    """The tokens of texts, one text after the other, cut into sequences of LENGTH."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
         tokens = itertools.chain.from_iterable(tokenizer([text + END for text in texts])["input_ids"])
@@ -38,7 +38,7 @@ class Sequences(Dataset):
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding, trained on the spot."""
+    """A byte-pair tokenizer, trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -53,7 +53,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model() -> LlamaForCausalLM:
-    """Four layers, 2.2 million parameters, random."""
+    """A random model with four layers and 2.2 million parameters."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -69,7 +69,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 def train(model: nn.Module, data: Sequences, *, steps: int, batch: int, lr: float, out: Path) -> Trainer:
-    """Hugging Face's Trainer, with its progress bar."""
+    """Train with Hugging Face's Trainer, and return it."""
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -89,7 +89,7 @@ def train(model: nn.Module, data: Sequences, *, steps: int, batch: int, lr: floa
 
 @torch.no_grad()
 def log_likelihood(model: nn.Module, rows: Tensor) -> tuple[float, int]:
-    """(the sum of log p of every token given those before it, how many)."""
+    """The sum over all tokens of log p(token | tokens before it), and the number of tokens."""
     model.eval()
     total, count = 0.0, rows.shape[0] * (rows.shape[1] - 1)
     for part in rows.split(32):

@@ -1,4 +1,4 @@
-"""The tables and the picture that examples/digits.py ends with."""
+"""The tables and the picture that examples/digits.py shows at its end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STYLE = {
 
 @dataclass
 class Curves:
-    """Of one training: the loss of every step, and test accuracies before the first epoch and after each."""
+    """The curves of one training: the loss of every step, and test accuracies before the first epoch and after each."""
 
     loss: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -78,7 +78,7 @@ def print_tables(results: Results) -> None:
 
 
 def plot(pretraining: Curves, adaptation: Curves, off: float, path: Path) -> Path:
-    """Loss above, accuracy below, one training after the other. `off`: upright accuracy with the adapter off."""
+    """Draw loss above accuracy, one training after the other. `off` is the upright accuracy with the adapter off."""
     start = len(pretraining.loss)
     end = start + len(adaptation.loss)
     with plt.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""A small vision transformer for 8×8 grey images, in plain torch: what examples/digits.py trains and adapts."""
+"""A small vision transformer for 8×8 grey images in plain torch, the model of examples/digits.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOKENS = (8 // PATCH) ** 2
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP. Its six linears are what LoRA adapts."""
+    """Pre-norm attention and MLP. LoRA adapts its six linears."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

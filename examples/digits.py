@@ -4,8 +4,8 @@
 
 1. Pretrain a small vision transformer, made of plain ``nn.Linear``, on upright digits.
 2. Adapt it to digits rotated by 90 degrees: a FusedLoRALinear for every linear of every block, all else frozen.
-3. Check what an adapter promises: switched off it leaves no trace, merged it predicts the same, and its file is small.
-4. Time a training step beside PEFT's LoRA on the same model, and beside the frozen model: the floor of any LoRA.
+3. Check what an adapter promises: switched off it changes nothing, merged it predicts the same, and its file is small.
+4. Time a training step beside PEFT's LoRA on the same model, and beside the frozen model, which no LoRA can beat.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Lengths:
 
 @dataclass
 class Results:
-    """What the run found; `_report.print_tables` shows it."""
+    """The results of a run, which `_report.print_tables` shows."""
 
     accuracy: dict[str, tuple[float, float]] = field(default_factory=dict)  # upright, rotated
     checks: dict[str, tuple[bool, str]] = field(default_factory=dict)  # whether it holds, and a remark
@@ -54,7 +54,7 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def accuracies(model: nn.Module, test: Digits) -> tuple[float, float]:
-    """The fraction predicted right of the upright and of the rotated test images."""
+    """The fractions of the upright and of the rotated test images that are predicted right."""
     upright, rotated = (
         (logits(model, images).argmax(1) == test.labels).float().mean().item() for images in (test.images, test.rotated)
     )
@@ -62,7 +62,7 @@ def accuracies(model: nn.Module, test: Digits) -> tuple[float, float]:
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, test: Digits, epochs: int, lr: float, title: str) -> Curves:
-    """AdamW on whatever asks for a gradient, with a one-cycle learning rate."""
+    """Train the parameters that require a gradient, by AdamW with a one-cycle learning rate."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr, weight_decay=0.05, fused=True)
     steps = len(images) // BATCH
@@ -87,7 +87,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, test: Digits, epochs
 
 
 def with_adapters(model: ViT) -> ViT:
-    """A frozen copy of the model with a LoRA adapter on every linear of every block. This is all there is to do."""
+    """A frozen copy of the model with a LoRA adapter on every linear of every block. That is all it takes."""
     model = copy.deepcopy(model).requires_grad_(False)
     for block in model.blocks:
         for name in TARGETS:
@@ -121,13 +121,13 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 def check(pretrained: ViT, adapted: ViT, test: Digits, out: Path) -> Results:
-    """Accuracies and sizes, and whether the adapter keeps its promises."""
+    """Measure accuracies and sizes, and check what the adapter promises."""
     results = Results()
     before, after = logits(pretrained, test.images), logits(adapted, test.rotated)
     results.accuracy["pretrained"] = accuracies(pretrained, test)
     results.accuracy["with the adapter"] = accuracies(adapted, test)
 
-    # Merged: weight ← W + s·B·A. The model then runs at the speed of plain linears.
+    # Merging sets weight ← W + s·B·A. The model then runs at the speed of plain linears.
     for layer in adapters(adapted):
         layer.merge()
     results.accuracy["adapter merged"] = accuracies(adapted, test)
@@ -135,7 +135,7 @@ def check(pretrained: ViT, adapted: ViT, test: Digits, out: Path) -> Results:
     for layer in adapters(adapted):
         layer.unmerge()
 
-    # Off: with scaling 0 the adapter adds nothing.
+    # With scaling 0 the adapter is off: it adds nothing.
     for layer in adapters(adapted):
         layer.scaling = 0.0
     results.accuracy["adapter off (scaling 0)"] = accuracies(adapted, test)
@@ -147,11 +147,11 @@ def check(pretrained: ViT, adapted: ViT, test: Digits, out: Path) -> Results:
     same = all(torch.equal(state[name], weights[name]) for name in weights)
     results.checks["every weight of the base is what it was"] = same, "bit for bit"
 
-    # The file of the adapter alone, put on a fresh copy of the pretrained model.
+    # The file of the adapter alone is loaded into a fresh copy of the pretrained model.
     adapter = {name: tensor for name, tensor in state.items() if "lora_" in name}
     file = save(adapter, out / "adapter")
     reloaded = with_adapters(pretrained)
-    reloaded.load_state_dict(load(file), strict=False)  # not strict: the file holds nothing of the base
+    reloaded.load_state_dict(load(file), strict=False)  # not strict, since the file holds no weights of the base
     results.accuracy["adapter loaded from its file"] = accuracies(reloaded, test)
     results.checks["loaded from its file, it predicts alike"] = same_predictions(logits(reloaded, test.rotated), after)
 
@@ -171,7 +171,7 @@ def count(tensors: dict[str, Tensor]) -> int:
 
 def contenders(pretrained: ViT) -> dict[str, nn.Module]:
     """The models whose training steps are timed against each other."""
-    # No adapter, but the gradient has to reach the first block's q, k and v as LoRA's does: their biases ask for it.
+    # The floor has no adapter, but gradients must reach q, k and v of the first block as with LoRA: train their biases.
     floor = copy.deepcopy(pretrained).requires_grad_(False)
     for name in ("q", "k", "v"):
         floor.blocks[0].get_submodule(name).bias.requires_grad_(True)
@@ -187,7 +187,7 @@ def contenders(pretrained: ViT) -> dict[str, nn.Module]:
 
 
 def time_steps(models: dict[str, nn.Module], images: Tensor, labels: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds per training step on one batch. The models take turns: what else the machine does hits all alike."""
+    """Seconds per training step on one batch. The models take turns, so that other load slows all of them alike."""
     optimizers = {
         name: torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], 1e-4, fused=True)
         for name, model in models.items()
@@ -231,7 +231,7 @@ def run(out: Path, lengths: Lengths) -> Results:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="the whole path with fewer epochs")
+    parser.add_argument("--short", action="store_true", help="run everything with fewer epochs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="folder for the files")
     arguments = parser.parse_args()
     lengths = Lengths(pretrain_epochs=6, adapt_epochs=5, timed_rounds=10) if arguments.short else Lengths()

@@ -1,13 +1,13 @@
-"""The fine-tuning of finetune_lm.py over several processes: FSDP2, and a sharded checkpoint to go on from.
+"""Fine-tune the model of finetune_lm.py over several processes with FSDP2, and resume from a sharded checkpoint.
 
     torchrun --nproc-per-node 2 examples/finetune_fsdp.py [--short] [--out DIR]
-    torchrun --nproc-per-node 4 examples/finetune_fsdp.py --resume          # another number of processes will do
+    torchrun --nproc-per-node 4 examples/finetune_fsdp.py --resume          # with another number of processes
 
-Weights, frozen and trained, are sharded over the processes; each computes on sequences of its own and draws dropout
-masks of its own. `lora_kernels.fuse` comes before ``fully_shard``, and the blocks are what is sharded: their forward
-gathers the adapters' weights too, which a wrapper around lora_A and lora_B alone would not do for the fused path.
+Frozen and trained weights are sharded over the processes. Each process computes on its own sequences and draws its own
+dropout masks. Call `lora_kernels.fuse` before ``fully_shard``, and shard the blocks: their forward gathers the weights
+of the adapters too. Sharding lora_A and lora_B alone would not gather them for the fused path.
 
-gloo on CPUs, nccl on GPUs. Needs transformers, accelerate and peft.
+It uses gloo on CPUs and nccl on GPUs. It needs transformers, accelerate and peft.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
 class Progress:
-    """What a checkpoint holds: adapters, the optimizer's moments, and the step. Sharded, as the model is."""
+    """A checkpoint: adapters, the moments of the optimizer, and the step. It is sharded as the model is."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer, self.step = model, optimizer, 0
@@ -46,7 +46,7 @@ class Progress:
         return {"model": weights, "optimizer": moments, "step": self.step}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        options = StateDictOptions(ignore_frozen_params=True, strict=False)  # the file holds nothing of the base
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)  # the file holds no weights of the base
         set_state_dict(
             self.model,
             self.optimizer,
@@ -58,7 +58,7 @@ class Progress:
 
 
 def base_model(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
-    """The pretrained model: made by the first process where it is not there yet, read by all."""
+    """The pretrained model. The first process makes it if it is not there yet, and all read it."""
     path = out / "pretrained.pt"
     if dist.get_rank() == 0 and not path.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def base_model(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
 
 
 def pretrain_alone(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
-    """By plain PyTorch: the Trainer would ask all processes to take part."""
+    """A model trained in plain PyTorch by this process alone. The Trainer would ask all processes to take part."""
     model = make_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for step in tqdm(range(lengths.pretrain_steps), desc="pretrain on prose", unit="step"):
@@ -83,23 +83,23 @@ def pretrain_alone(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
 
 
 def batch_of(data: Sequences, step: int, count: int) -> torch.Tensor:
-    """The same rows for the same step, whoever asks."""
+    """The rows of a step, the same in every process."""
     generator = torch.Generator().manual_seed(step)
     return data.rows[torch.randperm(len(data), generator=generator)[:count]]
 
 
 def mine(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """This process's part."""
+    """The part of `rows` that this process computes on."""
     return rows.tensor_split(dist.get_world_size())[dist.get_rank()].to(device)
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The complete ones, by step: the metadata is written last."""
+    """The complete checkpoints, by step. A checkpoint without metadata, which is written last, is not complete."""
     return [path.parent for path in sorted(out.glob("checkpoint-*/.metadata"))]
 
 
 def perplexity(model: nn.Module, data: Sequences, device: torch.device) -> float:
-    """Over all processes, each on its part of the first 128 sequences."""
+    """The perplexity of the first 128 sequences; each process computes its part."""
     found = torch.tensor(log_likelihood(model, mine(data.rows[:128], device)), dtype=torch.float64, device=device)
     dist.all_reduce(found)
     return math.exp(-found[0] / found[1])
@@ -108,7 +108,7 @@ def perplexity(model: nn.Module, data: Sequences, device: torch.device) -> float
 def run(out: Path, lengths: Lengths, resume: bool, device: torch.device) -> None:
     first = dist.get_rank() == 0
     data = load_data(lengths)
-    torch.manual_seed(0)  # adapters start alike everywhere
+    torch.manual_seed(0)  # every process starts with the same adapters
     model = get_peft_model(base_model(data, lengths, out), LORA).to(device)
     report = lora_kernels.fuse(model)
     for layer in model.get_base_model().model.layers:
@@ -124,7 +124,7 @@ def run(out: Path, lengths: Lengths, resume: bool, device: torch.device) -> None
         print(f"{len(report.fused)} layers fused, {len(report.not_fused)} not; {dist.get_world_size()} processes")
         print(f"step {progress.step}: perplexity of held-out text with examples {before:.1f}", flush=True)
 
-    torch.manual_seed(1000 * progress.step + dist.get_rank())  # and dropout masks differ
+    torch.manual_seed(1000 * progress.step + dist.get_rank())  # each process draws its own dropout masks
     model.train()
     start, end = progress.step, progress.step + lengths.adapt_steps
     for step in tqdm(range(start, end), desc="adapt", unit="step", disable=not first):
@@ -144,12 +144,12 @@ def run(out: Path, lengths: Lengths, resume: bool, device: torch.device) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="the whole path in a few steps")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the folder")
+    parser.add_argument("--short", action="store_true", help="run everything in a few steps")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "fsdp", help="folder for the files")
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
-        parser.error("start it by torchrun --nproc-per-node 2")
+        parser.error("start it with torchrun --nproc-per-node 2")
     if arguments.resume and not checkpoints(arguments.out):
         parser.error(f"there is no checkpoint to resume from in {arguments.out}")
     if torch.cuda.is_available():
@@ -160,7 +160,7 @@ def main() -> None:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
     run(arguments.out, SHORT if arguments.short else Lengths(), arguments.resume, device)
-    gc.collect()  # the sharded model holds on to its groups in cycles, and torch aborts if it goes after them
+    gc.collect()  # the sharded model keeps its groups in cycles; torch aborts if it is freed after them
     dist.barrier()
     dist.destroy_process_group()
 

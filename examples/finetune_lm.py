@@ -6,9 +6,9 @@
 2. Pretrain a Llama of four layers on plain prose.
 3. Adapt it with LoRA to another kind of text, documentation with interactive examples (``>>>``):
    ``lora_kernels.fuse(model)`` puts PEFT's layers on the fused path. That is the added line.
-4. Compare perplexities on held-out text, and the time of a step fused and not.
+4. Compare perplexities on held-out text, and the times of a step with and without fusing.
 
-Needs transformers, accelerate and peft.
+It needs transformers, accelerate and peft.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Lengths:
     prose_texts: int = 10_000  # at most
 
 
-SHORT = Lengths(pretrain_steps=10, adapt_steps=10, timed_rounds=3, prose_texts=600)
+SHORT = Lengths(pretrain_steps=6, adapt_steps=6, timed_rounds=2, prose_texts=300)
 
 
 @dataclass
 class Data:
-    """Sequences to learn from and to be judged on."""
+    """Sequences to train on, and sequences to measure perplexity on."""
 
     prose: Sequences
     prose_held_out: Sequences
@@ -75,7 +75,7 @@ def pretrained(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
 
 
 def time_steps(model: PeftModel, data: Data, rounds: int) -> dict[str, float]:
-    """Median seconds of forward and backward, PEFT's layers and fused, in turns: other load hits both alike."""
+    """Median seconds of forward and backward, not fused and fused, in turns: other load slows both alike."""
     model.train()
     rows = data.examples.rows[:BATCH].to(model.device)
     times: dict[str, list[float]] = {"PEFT": [], "fused": []}
@@ -86,7 +86,7 @@ def time_steps(model: PeftModel, data: Data, rounds: int) -> dict[str, float]:
             model(input_ids=rows, labels=rows).loss.backward()
             if rows.is_cuda:
                 torch.cuda.synchronize()
-            if i > 0:  # the first is for warming up
+            if i > 0:  # the first round warms up
                 times[name].append(time.perf_counter() - start)
             model.zero_grad()
     return {name: statistics.median(each) for name, each in times.items()}
@@ -97,7 +97,7 @@ def perplexities(model: nn.Module, data: Data) -> tuple[float, float]:
 
 
 def run(out: Path, lengths: Lengths) -> dict[str, tuple[float, float]]:
-    """Perplexities of held-out (prose, text with examples), by state of the model."""
+    """Perplexities of held-out prose and of held-out text with examples, by state of the model."""
     data = load_data(lengths)
     base = pretrained(data, lengths, out)
     found = {"pretrained": perplexities(base, data)}
@@ -128,7 +128,7 @@ def run(out: Path, lengths: Lengths) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="the whole path in a few steps")
+    parser.add_argument("--short", action="store_true", help="run everything in a few steps")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "lm", help="folder for the files")
     arguments = parser.parse_args()
     start = time.perf_counter()

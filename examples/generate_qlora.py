@@ -6,9 +6,9 @@
 2. Load it in 4 bits (NF4, double quantisation) with transformers and bitsandbytes, and add LoRA with PEFT:
    ``lora_kernels.fuse(model)`` puts its layers on the fused path. That is the added line.
 3. Train the adapter on another kind of text, documentation with interactive examples (``>>>``).
-4. Compare speed and logits, fused and not; generate with the adapter, without it, and with it merged.
+4. Compare speed and logits with and without fusing; generate with the adapter, without it, and with it merged.
 
-Needs transformers, accelerate, peft and bitsandbytes.
+It needs transformers, accelerate, peft and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ SHORT = Lengths(pretrain_steps=6, adapt_steps=6, new_tokens=12, timed_rounds=2, 
 
 
 def in_4_bits(path: Path) -> PeftModel:
-    """The model saved at `path` in NF4, with adapters that do nothing yet."""
+    """The model saved at `path`, loaded in NF4, with adapters that do nothing yet."""
     base = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4, device_map={"": "cpu"})
-    torch.manual_seed(0)  # of the adapters
+    torch.manual_seed(0)  # for the adapters
     return get_peft_model(base, LORA)
 
 
 def generate(model: nn.Module, prompt: Tensor, new_tokens: int, **more: int) -> Tensor:
-    """Greedily: the prompt [1, tokens] and what follows it."""
+    """The prompt [1, tokens] and `new_tokens` after it, chosen greedily."""
     with torch.no_grad():
         return model.generate(
             input_ids=prompt,
@@ -73,19 +73,19 @@ def show_texts(what: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, 
     print(f"\n{what}:")
     for prompt in PROMPTS:
         start = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        tokens = generate(model, start, new_tokens, no_repeat_ngram_size=2)  # so small a model repeats itself
+        tokens = generate(model, start, new_tokens, no_repeat_ngram_size=2)  # a model this small repeats itself
         print(f"  {tokens.shape[1]} tokens  {tokenizer.decode(tokens[0])!r}")
 
 
 def compare(fused: PeftModel, plain: PeftModel, prompt: Tensor, lengths: Lengths) -> None:
-    """Tokens per second in turns, so that other load hits both alike; and how far apart the logits are."""
+    """Print tokens per second, in turns so that other load slows both alike, and the difference of the logits."""
     models = {"PEFT + bitsandbytes": plain, "fused": fused}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for i in range(lengths.timed_rounds + 1):
         for name, model in models.items():
             start = time.perf_counter()
             generate(model, prompt, lengths.new_tokens)
-            if i > 0:  # the first is for warming up
+            if i > 0:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     print(f"\ngenerate, {lengths.new_tokens} tokens, median of {lengths.timed_rounds}:")
     for name, taken in seconds.items():
@@ -96,7 +96,7 @@ def compare(fused: PeftModel, plain: PeftModel, prompt: Tensor, lengths: Lengths
 
 
 def weight_bytes(model: PeftModel) -> tuple[int, int]:
-    """Of the layers with adapters: (in the dtype that they had, as they are stored)."""
+    """The bytes of the frozen weights of layers with adapters: in their dense dtype, and as stored in NF4."""
     layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]
     stored = [from_bnb(layer) for layer in layers]
     dense = sum(w.shape[0] * w.shape[1] * w.dtype.itemsize for w in stored)
@@ -125,14 +125,14 @@ def run(out: Path, lengths: Lengths) -> None:
     model.save_pretrained(out / "adapter")
 
     model.eval()
-    plain = copy.deepcopy(model)  # of its own: bitsandbytes may re-pack its weights when it is first called
+    plain = copy.deepcopy(model)  # a copy, because bitsandbytes may re-pack its weights in the first call
     lora_kernels.unfuse(plain)
     compare(model, plain, held_out.rows[:1, :16], lengths)
     show_texts("with the adapter", model, tokenizer, lengths.new_tokens)
     with model.disable_adapter():
         show_texts("adapter off", model, tokenizer, lengths.new_tokens)
 
-    # Into the dense base: in 4 bits, merging quantises again and loses some of the adapter.
+    # Merged into the dense base: merging into 4 bits would quantise again and lose some of the adapter.
     dense_base = AutoModelForCausalLM.from_pretrained(out / "base")
     merged = PeftModel.from_pretrained(dense_base, out / "adapter").merge_and_unload()
     show_texts("merged into the dense base", merged, tokenizer, lengths.new_tokens)
@@ -142,7 +142,7 @@ def run(out: Path, lengths: Lengths) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="the whole path in a few steps")
+    parser.add_argument("--short", action="store_true", help="run everything in a few steps")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "out" / "qlora", help="folder for the files"
     )

@@ -70,8 +70,7 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
     from lora_kernels.backends import dispatch
     from lora_kernels.core.operands import Call
     from lora_kernels.quant.weight import quantize_weight
-    from lora_kernels.testing import judge as gate
-    from lora_kernels.testing import one_layer
+    from lora_kernels.testing import judge, one_layer
 
     on, status = torch.device(device), 0
     for name in names or WATCHED:
@@ -92,9 +91,9 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
 
             tiling = Tiling(*case.tiling)
             module._tiling = lambda *_, tiling=tiling: tiling
-        q = gate.problem(*sizes, dtype=dtype, adapter_dtype=adapter_dtype, p=case.p, device=device)
+        q = judge.problem(*sizes, dtype=dtype, adapter_dtype=adapter_dtype, p=case.p, device=device)
         w = quantize_weight(q.w, case.quant) if case.quant else q.w
-        judged, plain = gate.over_codes(q, w) if case.quant else (q, None)
+        judged, plain = judge.over_codes(q, w) if case.quant else (q, None)
 
         def done(what: str, start: float, name: str = name) -> None:
             print(f"{backend} {name}: {what} launched", flush=True)
@@ -109,7 +108,7 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
         dx, da, db = one_layer.backward(module, q.dy, q.x, w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
         done("backward", start)
         results = {"y": y, "dx": dx, "da": da, "db": db}
-        wrong = [verdict.fault for verdict in gate.judge(results, judged, plain=plain) if verdict.fault]
+        wrong = [verdict.fault for verdict in judge.judge(results, judged, plain=plain) if verdict.fault]
         print(f"{backend} {name}: {'wrong: ' + '; '.join(wrong) if wrong else 'right'}", flush=True)
         status = max(status, int(bool(wrong)))
     return status

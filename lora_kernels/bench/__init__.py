@@ -1,1 +1,1 @@
-"""``python -m lora_kernels bench``: what a LoRA layer costs over its frozen layer, and whether it is right."""
+"""``python -m lora_kernels bench``: times of a LoRA layer beside its frozen layer, PEFT and others, and its bytes."""

@@ -1,4 +1,4 @@
-"""Bytes: what a layer keeps for its backward, and what a step allocates at most."""
+"""The bytes that a layer saves for its backward, and the most that a step has allocated at a time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lora_kernels.bench.layers import Task, step
 from lora_kernels.bench.shapes import BACKWARD
-from lora_kernels.bench.variants import Task, step
 from lora_kernels.testing.judge import Problem
 
 
 def saved_bytes(task: Task, q: Problem) -> int:
-    """Of all storages that autograd holds after a forward, each counted once; parameters are not counted, x is."""
+    """The bytes of all storages that autograd holds after a forward, each counted once, x included. Parameters are not
+    counted."""
     parameters = {t.untyped_storage().data_ptr() for t in (*task.trained, *task.frozen)}
-    kept: dict[int, Tensor] = {}  # holds the tensors, so that no storage is freed and its address used again
+    kept: dict[int, Tensor] = {}  # the tensors are kept, so that no address is used again
 
     def pack(t: Tensor) -> Tensor:
         kept.setdefault(t.untyped_storage().data_ptr(), t)
@@ -32,10 +33,10 @@ def saved_bytes(task: Task, q: Problem) -> int:
 
 
 def peak_bytes(task: Task, q: Problem) -> int | None:
-    """The most that one forward + backward has allocated at a time through torch's allocator, outputs included.
+    """The most bytes that one forward + backward has allocated at a time through torch's allocator, with its outputs.
 
-    None where torch does not tell. Scratch that native code takes from the system (oneDNN, MKL, this package's
-    CPU kernels) is in no variant's figure.
+    None if torch does not tell. Scratch that native code takes from the system (oneDNN, MKL, the CPU kernels of this
+    package) is not counted, for any variant.
     """
     run = step(task, q, BACKWARD)
     run()
@@ -60,7 +61,7 @@ def _peak_on_cpu(run: Callable[[], object]) -> int | None:
     try:
         events = profile.profiler.kineto_results.events()
         changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    except AttributeError:  # these names are not part of torch's promise
+    except AttributeError:  # these names are not part of torch's public interface
         return None
     held = peak = 0
     for _, change in changes:
@@ -71,7 +72,7 @@ def _peak_on_cpu(run: Callable[[], object]) -> int | None:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """The profiler's native half writes a line to it at every start and stop."""
+    """Hide standard error: the native half of the profiler writes a line to it at every start and stop."""
     sys.stderr.flush()
     kept = os.dup(2)
     sink = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""What a call costs beside its kernels, what one of a small layer costs beside PEFT's own, and what an import costs."""
+"""The cost of a call beside its kernels, of a small layer's call beside PEFT's own, and of the import."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ import torch
 
 import lora_kernels
 from lora_kernels.backends import dispatch
-from lora_kernels.bench.shapes import BACKWARD, FORWARD, SHORT
-from lora_kernels.bench.variants import LAYERS, PEFT, Task, step
+from lora_kernels.bench import layers
+from lora_kernels.bench.layers import Task
+from lora_kernels.bench.shapes import BACKWARD, FORWARD
+from lora_kernels.bench.variants import LAYERS, PEFT
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.testing import timing
 from lora_kernels.testing.judge import Problem, judge, problem
-from lora_kernels.testing.timing import timer_for
+from lora_kernels.testing.names import SHORT
 
 CALL_TARGET_US = 15.0
 IMPORT_TARGET_MS = 50.0
 LAYER_TARGET = 1.0
-"""Of PEFT's own time."""
+"""The most that a call of a small layer may take, as a ratio to PEFT's own."""
 LAYER_SIZE = 128
 _CALLS = 300
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """Microseconds of `lora_linear` beyond those of its back-end's forward on the same operands."""
+    """The microseconds that `lora_linear` takes beyond the forward of its back-end on the same operands."""
 
     backend: str
     p: float
@@ -43,8 +45,8 @@ class Overhead:
 
 
 def measure_overhead(device: torch.device, backend: str, rounds: int) -> list[Overhead]:
-    """On a problem so small that its kernels take next to nothing, by p and by whether gradients are recorded."""
-    module, timer = dispatch.load(backend), timer_for(device)
+    """The overhead on a problem so small that kernels take next to nothing, by p, with and without gradients."""
+    module, timer = dispatch.load(backend), timing.timer_for(device)
     results = []
     for p in (0.0, 0.1):
         q = problem(4, 64, 64, 8, p=p, bias=False, device=device)
@@ -55,7 +57,7 @@ def measure_overhead(device: torch.device, backend: str, rounds: int) -> list[Ov
                 return lora_linear(q.x, q.w, a, b, scale=q.scale, dropout_p=q.p, backend=backend)
 
             def kernels(q=q, grad=grad):  # type: ignore[no-untyped-def]
-                return module.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed, grad)
+                return module.forward(q.x, [q.base], [q.adapter], [grad])
 
             with nullcontext() if grad else torch.no_grad():
                 for function in (call, kernels):
@@ -71,32 +73,32 @@ def measure_overhead(device: torch.device, backend: str, rounds: int) -> list[Ov
 
 @dataclass(frozen=True)
 class LayerCall:
-    """A call of a layer so small that Python is most of it, beside PEFT's own layer; with fp32 adapters, as PEFT makes
-    them."""
+    """A call of a layer so small that Python takes most of the time, beside PEFT's own layer. The adapters are fp32, as
+    PEFT makes them."""
 
     layer: str
     which: str
-    """The pass: a forward without gradients, or forward + backward."""
+    """The pass: `FORWARD`, without gradients, or `BACKWARD`."""
     M: int
     dtype: str
     faults: list[str]
-    """What is wrong with its values or gradients: then there are no numbers."""
+    """What is wrong with its values or gradients. If anything is, there are no numbers."""
     call_us: float | None = None
     peft_us: float | None = None
     over_peft: tuple[float, float, float] | None = None
-    """Quartiles over rounds of the ratio within a round."""
+    """Quartiles over rounds of time / PEFT's time in the same round."""
 
 
 def measure_layers(device: torch.device, rounds: int) -> list[LayerCall]:
-    """Of 128x128 and rank 8: one row of x forward, eight rows forward + backward. Needs PEFT."""
+    """Calls of layers of 128x128 and rank 8: one row of x forward, eight rows forward + backward. Needs PEFT."""
     results = []
     for which, M in ((FORWARD, 1), (BACKWARD, 8)):
         for dtype in (torch.float32, torch.bfloat16):
             q = problem(M, LAYER_SIZE, LAYER_SIZE, 8, dtype=dtype, adapter_dtype=torch.float32, device=device)
             faults = {v.name: _faults(v.build(q), q) for v in LAYERS}
             timed = [v for v in (PEFT, *LAYERS) if not faults.get(v.name)]
-            steps = {v.name: [step(v.build(q), q, which)] for v in timed}
-            taken = timing.interleave(PEFT.name, steps, rounds, timer_for(device))
+            steps = {v.name: [layers.step(v.build(q), q, which)] for v in timed}
+            taken = timing.interleave(PEFT.name, steps, rounds, timing.timer_for(device))
             times = {name: 1e6 * statistics.median(taken.seconds(name)) for name in steps}
             for name, wrong in faults.items():
                 row = LayerCall(name, which, M, SHORT[dtype], wrong)
@@ -108,26 +110,25 @@ def measure_layers(device: torch.device, rounds: int) -> list[LayerCall]:
 
 
 def _faults(task: Task, q: Problem) -> list[str]:
-    x = q.x.detach().requires_grad_()
-    y = task.layer(x)
-    gradients = torch.autograd.grad(y, (x, *task.trained), q.dy)
-    results = dict(zip(("y", "dx", "da", "db"), (y.detach(), *gradients), strict=True))
-    with torch.no_grad():  # which takes another way
+    results = layers.results(task, q)
+    missing = [f"{name}: missing" for name, value in results.items() if value is None]
+    got = {name: value for name, value in results.items() if value is not None}
+    with torch.no_grad():  # a call without gradients takes another path
         again = {"y": task.layer(q.x)}
-    return [verdict.fault for got in (results, again) for verdict in judge(got, q) if verdict.fault]
+    return missing + [verdict.fault for each in (got, again) for verdict in judge(each, q) if verdict.fault]
 
 
 @dataclass(frozen=True)
 class ImportCost:
-    """Of ``import lora_kernels`` after ``import torch``, in a fresh interpreter."""
+    """The cost of ``import lora_kernels`` after ``import torch``, in a fresh interpreter."""
 
     milliseconds: float
-    """The median of several."""
+    """The median over several interpreters."""
     loads_triton: bool
 
 
 def measure_import(times: int) -> ImportCost:
-    """By starting `times` interpreters."""
+    """The cost of the import, measured in `times` interpreters."""
     code = (
         "import sys, time, torch; before = 'triton' in sys.modules; start = time.perf_counter(); import lora_kernels; "
         "print(time.perf_counter() - start, 'triton' in sys.modules and not before)"

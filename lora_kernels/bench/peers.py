@@ -1,11 +1,11 @@
-"""Other projects' layers, from their sources on this machine (``bench --peer NAME=PATH``), on the bench's own operands.
+"""Layers of other projects, from their sources on this machine (``bench --peer NAME=PATH``), on the bench's operands.
 
     lorafusion   PATH is a checkout of CentML/lorafusion: its fused_linear_lora
     unsloth      PATH is a checkout of unslothai/unsloth: its LoRA_W, which has no dropout and no bias
     other names  PATH is a Python file with lora_linear(x, w, a, b, *, bias, scale, p) -> y, differentiable in x, a, b
 
-Nothing of theirs is changed but what keeps them from being imported on a machine without the packages that their layer
-itself does not need: those are stood in for, and what was done is said in the bench's notes.
+Their code is not changed, with one exception. If a package is missing that their import asks for but their layer does
+not need, a stand-in takes its place while they are imported, and a note of the bench says so.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ LoRALinear = Callable[..., Tensor]
 
 
 class Peer(NamedTuple):
-    """Someone else's layer."""
+    """The layer of another project."""
 
     lora_linear: LoRALinear
     dropout: bool
     notes: list[str]
-    """What had to be done to import it."""
+    """What was done to import it, in sentences."""
 
 
 def load(name: str, path: Path) -> Peer:
-    """Raises whatever its import raises."""
+    """The layer of project `name` from `path`. Raises whatever its import raises."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     return {"lorafusion": _lorafusion, "unsloth": _unsloth}.get(name, _file)(path)
@@ -53,8 +53,9 @@ def _file(path: Path) -> Peer:
 
 
 def _lorafusion(path: Path) -> Peer:
-    """Its Triton configurations know three GPUs by name: any other is given those for the H100. Where this Triton lacks
-    the descriptor functions that its TMA kernels call, its own pointer kernels run, as they do on its other GPUs."""
+    """LoRAFusion's layer. It has Triton configurations for three GPUs by name; any other GPU is given that of the H100.
+    If this Triton lacks the descriptor functions that its TMA kernels call, its pointer kernels run, as they do on its
+    other GPUs."""
     import triton.language as tl
 
     notes = []
@@ -84,7 +85,8 @@ def _lorafusion(path: Path) -> Peer:
 
 
 def _unsloth(path: Path) -> Peer:
-    """Its kernels' folder alone: the package's own import patches transformers and wants a dozen packages."""
+    """Unsloth's layer, from its folder of kernels alone: importing the package patches transformers and needs a dozen
+    packages."""
     package = path if (path / "kernels").is_dir() else path / "unsloth"
     for name, folder in (("unsloth", package), ("unsloth.kernels", package / "kernels")):
         _insert(name, __path__=[str(folder)])
@@ -119,8 +121,8 @@ def _insert(name: str, **attributes: Any) -> None:
 
 @contextlib.contextmanager
 def _stand_ins(*packages: str) -> Iterator[set[str]]:
-    """Gives those of `packages` that are not installed; inside, importing them or anything below them gives a module
-    of nothings."""
+    """Yield those of `packages` that are not installed. Inside, importing them or anything below them gives a module
+    whose attributes are `_Nothing`."""
     absent = {name for name in packages if importlib.util.find_spec(name) is None}
     finder = _Finder(absent)
     sys.meta_path.insert(0, finder)
@@ -147,7 +149,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return _StandIn(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """A module of nothings has nothing to run."""
+        """A stand-in has no code."""
 
 
 class _StandIn(ModuleType):
@@ -160,7 +162,7 @@ class _StandIn(ModuleType):
 
 
 class _Nothing:
-    """Does nothing however it is used; as a decorator it leaves the function as it is."""
+    """Accepts calls, attributes and indices, and does nothing. As a decorator it returns the function as it is."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return args[0] if len(args) == 1 and not kwargs and callable(args[0]) else self
@@ -177,11 +179,11 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def faults(y: Mapping[str, Tensor | None], want: dict[str, Tensor]) -> list[str]:
-    """What keeps a peer from being a comparison at all: results further than 3% (RMS) from the equation in fp64. Its
-    rounding is its own matter; another function is not."""
+def faults(got: Mapping[str, Tensor | None], want: dict[str, Tensor]) -> list[str]:
+    """Why a peer is no comparison: results further than 3% (RMS) from the equation in fp64. How a peer rounds is its
+    own matter, but it must compute the same function."""
     found = []
-    for name, value in y.items():
+    for name, value in got.items():
         if value is None:
             found.append(f"{name} is missing")
             continue

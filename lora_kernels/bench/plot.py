@@ -1,4 +1,4 @@
-"""The pictures of a run: forward + backward over the frozen layer, by shape and variant; time over the roofline's
+"""The pictures of a run: forward + backward over the frozen layer, by shape and variant; and time over the roofline's
 floor, by M and by R."""
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ _OURS = "#2a6f97"
 
 
 def draw_all(document: dict[str, Any], path: Path) -> list[Path]:
-    """`draw` at `path`, where there is a training shape; `draw_roofline` beside it at <name>-roofline.png, where shapes
-    differ in M alone or in R alone. Returns what was drawn. Raises ImportError where matplotlib is not installed."""
+    """Draw every picture that a document has, and return their paths.
+
+    `draw` writes to `path` if there is a training shape. `draw_roofline` writes <name>-roofline.png beside it if there
+    are shapes that differ only in M or only in R. Raises ImportError if matplotlib is not installed.
+    """
     drawn = []
     if any(e["pass"] == BACKWARD for e in document["timings"]):
         draw(document, path)
@@ -27,7 +30,7 @@ def draw_all(document: dict[str, Any], path: Path) -> list[Path]:
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """A PNG with one panel per p. Raises ImportError where matplotlib is not installed."""
+    """Write a PNG with one panel for each p. Raises ImportError if matplotlib is not installed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -58,8 +61,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def ours(document: dict[str, Any]) -> set[str]:
-    """What stands for this package in a picture: the automatic choice, or the first of its back-ends where that was not
-    measured."""
+    """The variants that stand for this package in a picture: the automatic choice, or our first back-end if the
+    automatic choice was not measured."""
     names = [e["variant"] for e in document["timings"] if e["backend"]]
     return {e["variant"] for e in document["timings"] if e["automatic"]} or set(names[:1])
 
@@ -85,14 +88,15 @@ def _panel(axes: Any, timings: list[dict[str, Any]], shapes: list[str], describe
         top = max(top, *(ratio[2] for ratio in ratios))
     axes.axhline(1.0, color="#333333", lw=0.8)
     axes.set_ylim(0, top * 1.25)
-    # The size says what the adapters are: the name need not, and would run into its neighbour's.
+    # The size names the dtype of the adapters. With it in the name too, neighbouring names would overlap.
     labels = [f"{s.removesuffix('-fp32-adapters')}\n{described[s]['size']}".replace(", ", "\n") for s in shapes]
     axes.set_xticks(range(len(shapes)), labels, fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def sweeps(document: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """("M" or "R", shapes): for each, the largest set of shapes that differ in nothing else, of at least three."""
+    """("M" or "R", shapes) for each of the two that has at least three shapes which differ in nothing else: the largest
+    such set."""
     found = []
     for axis in ("M", "R"):
         groups: dict[tuple[Any, ...], list[str]] = {}
@@ -106,7 +110,7 @@ def sweeps(document: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def draw_roofline(document: dict[str, Any], path: Path) -> None:
-    """A PNG with a panel for each sweep and pass: time / floor of every variant, without dropout; 1 is the roofline."""
+    """Write a PNG with a panel for each sweep and pass: time / floor of every variant, without dropout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

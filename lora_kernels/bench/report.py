@@ -1,4 +1,4 @@
-"""From a run's document to what a person reads: tables of plain strings, and lines."""
+"""The document of a run as a person reads it: tables of plain strings, and lines."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Document = dict[str, Any]
 Table = tuple[str, list[str], list[list[str]]]
 
 NOISY = 0.15
-"""A run in which the floor differs from itself by more, in a quarter of the rounds of any cell, is said to be noisy."""
+"""A run is called noisy if in any cell the floor differs from itself by more than this in a quarter of the rounds."""
 
 _COLUMNS = ((FORWARD, "forward"), (GRAPH, "in a graph"), (BACKWARD, "fwd + bwd"))
 
 
 def where(document: Document) -> str:
-    """What it was measured on, in a line."""
+    """The machine, the versions and the number of rounds, in a line."""
     device, versions = document["device"], document["versions"]
     if device["type"] == "cuda":
         name = f"{device['name']} ({device['arch']}, driver {device['driver']})"
@@ -30,17 +30,21 @@ def where(document: Document) -> str:
 
 
 def rates(document: Document) -> str:
-    """The two rates that floors are computed from, in a line."""
+    """The rates from which floors are computed, in a line."""
     measured = document["roofline"]
     gemm = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in measured["gemm"].items())
     return f"Roofline, measured now: GEMM {gemm}; copy {measured['copy'] / 1e9:.4g} GB/s. % is floor / time."
 
 
 def shape_table(document: Document, shape: str) -> Table:
-    """Variants by pass and p: time, ratio to the frozen layer and its spread, and the fraction of the roofline reached;
-    below them the floor that the roofline sets."""
+    """The table of a shape: a row for each variant, a column for each pass and p.
+
+    A cell holds the time, its ratio to the frozen layer, half the ratio's interquartile range, and the fraction of the
+    roofline reached. The last row holds the roofline's floor. "red" stands for results that are judged wrong.
+    """
     entries = {(e["variant"], e["pass"], e["p"]): e for e in document["timings"] if e["shape"] == shape}
-    red = {(f"ours: {g['backend']}", g["p"]) for g in document["gate"] if g["shape"] == shape and not g["green"]}
+    checks = [check for check in document["gate"] if check["shape"] == shape]
+    red = {(f"ours: {check['backend']}", check["p"]) for check in checks if not check["green"]}
     columns = [
         (which, p, f"{label} p={p:g}")
         for which, label in _COLUMNS
@@ -70,67 +74,72 @@ def _cell(entry: dict[str, Any]) -> str:
 
 
 def _roof(entries: list[dict[str, Any]]) -> str:
-    """The floor of a column: of the layer with its low-rank half."""
+    """The floor of a column, for the layer with its adapter; empty if there is none."""
     floors = [e["floor"] for e in entries if e.get("floor") and e["variant"] != "F.linear"]
     return f"{duration(floors[0]['seconds'])} ({floors[0]['bound']})" if floors else ""
 
 
 def faults(document: Document, shape: str) -> Iterator[str]:
-    """Why rows of a shape's table have no numbers."""
-    for gate in document["gate"]:
-        if gate["shape"] == shape and not gate["green"]:
-            yield f"✗ {gate['backend']} p={gate['p']:g}: gate red, no numbers: {'; '.join(gate['faults'])}"
+    """A line for each row of a shape's table that has no numbers because the judge found faults."""
+    for check in document["gate"]:
+        if check["shape"] == shape and not check["green"]:
+            yield f"✗ {check['backend']} p={check['p']:g}: judged wrong, no numbers: {'; '.join(check['faults'])}"
 
 
 def summary(document: Document) -> Iterator[Table]:
-    """Targets, bytes and call overhead, each as a table where there is anything to say."""
-    timed = [e for e in document["timings"] if e["target"] is not None]
-    if timed:
-        peft = {
-            (e["shape"], e["p"]): e for e in document["timings"] if e["variant"] == "PEFT" and e["pass"] == BACKWARD
-        }
-        rows = []
-        for e in timed:
-            theirs = peft.get((e["shape"], e["p"]))
-            rows.append(
-                [
-                    e["shape"],
-                    f"{e['p']:g}",
-                    e["variant"],
-                    f"×{e['ratio'][1]:.2f}",
-                    f"≤ {e['target']:.2f}",
-                    "met" if meets(e) else "missed",
-                    f"×{theirs['ratio'][1]:.2f}" if theirs else "-",
-                    f"{e['over_peft'][1]:.2f}" if e["over_peft"] else "-",
-                ]
-            )
-        header = ["forward + backward", "p", "variant", "ratio", "target", "", "PEFT", "ours / PEFT"]
-        yield "Targets: ratio to the frozen layer", header, rows
+    """Tables of targets, bytes and call overhead; a table with no rows is left out."""
+    if any(e["target"] is not None for e in document["timings"]):
+        yield _targets_table(document)
     if document["memory"]:
         yield _memory_table(document)
     if document["overhead"]:
-        rows = [
-            [
-                o["backend"],
-                f"{o['p']:g}",
-                "recorded" if o["grad"] else "no",
-                f"{o['call_us']:.1f}",
-                f"{o['backend_us']:.1f}",
-                f"{o['overhead_us']:.1f}",
-                f"≤ {CALL_TARGET_US:g}",
-                "met" if o["overhead_us"] <= CALL_TARGET_US else "missed",
-            ]
-            for o in document["overhead"]
-        ]
-        header = ["back-end", "p", "gradients", "lora_linear, µs", "its forward, µs", "overhead, µs", "target", ""]
-        yield "A call beside its kernels: 4×64→64 r8, forward", header, rows
+        yield _overhead_table(document)
     if document["layer_calls"]:
         yield _layer_calls_table(document)
 
 
-def meets(entry: dict[str, Any]) -> bool:
-    """Whether a timing reaches its target, judged on the two decimals that are shown."""
-    return bool(round(entry["ratio"][1], 2) <= entry["target"])
+def met_or_missed(ratio: float, target: float) -> str:
+    """Whether a ratio is "met" or "missed", to the two decimals that are shown."""
+    return "met" if round(ratio, 2) <= target else "missed"
+
+
+def _targets_table(document: Document) -> Table:
+    peft = {(e["shape"], e["p"]): e for e in document["timings"] if e["variant"] == "PEFT" and e["pass"] == BACKWARD}
+    rows = []
+    for e in (e for e in document["timings"] if e["target"] is not None):
+        theirs = peft.get((e["shape"], e["p"]))
+        rows.append(
+            [
+                e["shape"],
+                f"{e['p']:g}",
+                e["variant"],
+                f"×{e['ratio'][1]:.2f}",
+                f"≤ {e['target']:.2f}",
+                met_or_missed(e["ratio"][1], e["target"]),
+                f"×{theirs['ratio'][1]:.2f}" if theirs else "-",
+                f"{e['over_peft'][1]:.2f}" if e["over_peft"] else "-",
+            ]
+        )
+    header = ["forward + backward", "p", "variant", "ratio", "target", "", "PEFT", "ours / PEFT"]
+    return "Targets: ratio to the frozen layer", header, rows
+
+
+def _overhead_table(document: Document) -> Table:
+    rows = [
+        [
+            o["backend"],
+            f"{o['p']:g}",
+            "recorded" if o["grad"] else "no",
+            f"{o['call_us']:.1f}",
+            f"{o['backend_us']:.1f}",
+            f"{o['overhead_us']:.1f}",
+            f"≤ {CALL_TARGET_US:g}",
+            "met" if o["overhead_us"] <= CALL_TARGET_US else "missed",
+        ]
+        for o in document["overhead"]
+    ]
+    header = ["back-end", "p", "gradients", "lora_linear, µs", "its forward, µs", "overhead, µs", "target", ""]
+    return "A call beside its kernels: 4×64→64 r8, forward", header, rows
 
 
 def _layer_calls_table(document: Document) -> Table:
@@ -140,9 +149,8 @@ def _layer_calls_table(document: Document) -> Table:
         if call["faults"]:
             rows.append([*cells, "red", "", "", "", "; ".join(call["faults"])])
             continue
-        verdict = "met" if round(call["over_peft"][1], 2) <= LAYER_TARGET else "missed"
         times = [f"{call['call_us']:.0f}", f"{call['peft_us']:.0f}", f"×{_spread(call['over_peft'])}"]
-        rows.append([*cells, *times, f"≤ {LAYER_TARGET:.2f}", verdict])
+        rows.append([*cells, *times, f"≤ {LAYER_TARGET:.2f}", met_or_missed(call["over_peft"][1], LAYER_TARGET)])
     title = f"A call of a small layer beside PEFT's own: {LAYER_SIZE}→{LAYER_SIZE} r8, fp32 adapters"
     return title, ["layer", "pass", "M", "dtype", "µs", "PEFT, µs", "ratio", "target", ""], rows
 
@@ -154,17 +162,17 @@ def _memory_table(document: Document) -> Table:
         entries = {m["variant"]: m for m in document["memory"] if (m["shape"], m["p"]) == (shape, p)}
         limit = next(iter(entries.values()))["saved_limit"]
         mine = [m for m in entries.values() if m["backend"]]
-        verdict = "-" if not mine else "met" if all(m["saved_bytes"] <= limit for m in mine) else "missed"
+        kept = "-" if not mine else "met" if all(m["saved_bytes"] <= limit for m in mine) else "missed"
         cells = [
             "-" if m is None else f"{mib(m['saved_bytes'])} / {mib(m['peak_bytes'])}" for m in map(entries.get, names)
         ]
-        rows.append([shape, f"{p:g}", *cells, f"≤ {mib(limit)}", verdict])
+        rows.append([shape, f"{p:g}", *cells, f"≤ {mib(limit)}", kept])
     title = "Bytes, MiB: saved for the backward (parameters not counted) / most allocated at a time by torch in a step"
     return title, ["", "p", *names, "saved, limit", ""], rows
 
 
 def closing(document: Document) -> Iterator[str]:
-    """The rest, in lines."""
+    """The lines after the tables: cells slower than PEFT, the import, noise, what is not measured, notes."""
     compared = [e for e in document["timings"] if e["automatic"] and e["over_peft"]]
     slower = [e for e in compared if e["over_peft"][1] > 1]
     if compared:
@@ -175,9 +183,9 @@ def closing(document: Document) -> Iterator[str]:
         )
     cost = document["import"]
     if cost:
-        verdict = "met" if cost["milliseconds"] <= IMPORT_TARGET_MS and not cost["loads_triton"] else "missed"
+        held = "met" if cost["milliseconds"] <= IMPORT_TARGET_MS and not cost["loads_triton"] else "missed"
         triton = "loads Triton" if cost["loads_triton"] else "loads no Triton"
-        target = f"target ≤ {IMPORT_TARGET_MS:g} ms: {verdict}"
+        target = f"target ≤ {IMPORT_TARGET_MS:g} ms: {held}"
         yield f"import lora_kernels after torch: {cost['milliseconds']:.0f} ms ({target}), {triton}"
     if document["noise"]:
         lows, _, highs = zip(*(entry["ratio"] for entry in document["noise"]), strict=True)
@@ -200,11 +208,11 @@ def _spread(values: tuple[float, float, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Three digits, in µs or ms."""
+    """A time in µs or ms, with three digits."""
     value, unit = (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "µs")
     return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}" if value >= 1 else f"{value:.2f} {unit}"
 
 
 def mib(count: int | None) -> str:
-    """Bytes in MiB."""
+    """A number of bytes in MiB, or "-" for None."""
     return "-" if count is None else f"{count / 2**20:.2f}"

@@ -1,12 +1,12 @@
-"""The floor under a time: what the fastest GEMM at hand and the machine's own copy would need for the same work.
+"""The least time that a pass can take on this machine, from the measured rates of its fastest GEMM and its copy.
 
     FLOPs   forward 2·M·K·N + 2·M·R·(K+N)           backward, W frozen: 2·M·K·N + 4·M·R·(K+N)
     bytes   forward e·(M·K + M·N + K·N)             backward e·(2·M·K + 2·M·N + K·N)
 
-for x [M,K], w [N,K], rank R and e bytes an element; terms of size R are left out of the bytes. The frozen layer has no
-terms in R, and its backward, to x only, moves e·(M·K + M·N + K·N). A pass cannot end before FLOPs / (the measured GEMM
-rate) nor before bytes / (the measured copy rate): the larger is its floor, and floor / time the fraction reached.
-Operands that stay in a cache between calls can beat the second.
+for x [M,K], w [N,K], rank R and e bytes an element; the bytes leave out terms of size R. The frozen layer has no terms
+in R, and its backward, which goes to x only, moves e·(M·K + M·N + K·N). A pass takes at least FLOPs / (the measured
+GEMM rate) and at least bytes / (the measured copy rate). The larger of the two is its floor, and floor / time is the
+fraction of the roofline that it reaches. Operands that stay in a cache between calls can beat the second bound.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels.bench.shapes import BACKWARD, SHORT, Shape
+from lora_kernels.bench.shapes import BACKWARD, Cell
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.timing import timer_for
 
 _SAMPLES = 5
 
 
 class Floor(NamedTuple):
-    """The least a pass can take on this machine."""
+    """The least time of a pass."""
 
     seconds: float
     bound: str
-    """"FLOPs" or "bytes": what it is bound by, of a forward + backward its larger half."""
+    """"FLOPs" or "bytes", whichever bounds the pass; for a forward + backward, its longer half."""
 
 
 def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
@@ -62,12 +63,13 @@ def _gemms(device: torch.device, dtype: torch.dtype) -> list[Callable[[torch.Ten
     return [torch.nn.functional.linear]
 
 
-def floor(shape: Shape, which: str, rates: dict[str, Any], frozen: bool = False) -> Floor:
-    """Of one pass over `shape`; `frozen`: of the frozen layer's."""
+def floor(cell: Cell, rates: dict[str, Any], frozen: bool = False) -> Floor:
+    """The floor of a cell's pass over the layer, or over the frozen layer. `rates` are those of `measure_rates`."""
+    shape = cell.shape
     M, K, N, R, e = shape.M, shape.K, shape.N, 0 if frozen else shape.R, shape.dtype.itemsize
     reuse = 1 if frozen else 2
     work = [(2 * M * K * N + 2 * M * R * (K + N), e * (M * K + M * N + K * N))]
-    if which == BACKWARD:
+    if cell.which == BACKWARD:
         work.append((2 * M * K * N + 4 * M * R * (K + N), e * (reuse * (M * K + M * N) + K * N)))
     passes = [(flops / rates["gemm"][SHORT[shape.dtype]], count / rates["copy"]) for flops, count in work]
     arithmetic, traffic = max(passes, key=max)

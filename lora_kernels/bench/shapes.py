@@ -1,20 +1,23 @@
-"""The layers that are benched: named by the model they come from."""
+"""The layers that the bench measures, named by the models they come from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+from lora_kernels.testing.judge import Problem, problem
+from lora_kernels.testing.names import SHORT
+
 FORWARD, BACKWARD = "forward", "forward + backward"
 GRAPH = "forward, CUDA graph"
-"""Many forwards in one CUDA graph: what short calls cost without Python and launches in between."""
+"""Many forwards in one CUDA graph: the cost of short calls without Python and launches in between."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """x [M,K], w [N,K], a [R,K], b [N,R]."""
+    """The sizes and dtypes of a layer and its input: x [M,K], w [N,K], a [R,K], b [N,R]."""
 
     name: str
     M: int
@@ -23,16 +26,16 @@ class Shape:
     R: int
     dtype: torch.dtype = torch.float32
     adapter_dtype: torch.dtype | None = None
-    """x's where None."""
+    """The dtype of a and b; None for x's."""
     bias: bool = True
     targets: dict[float, float] = field(default_factory=dict)
-    """By p: what forward + backward may cost, as a ratio to the frozen layer's."""
+    """By p, the most that forward + backward may take, as a ratio to the frozen layer."""
     training: bool = True
-    """False: a decoding step, of which only the forward without dropout is asked, on a GPU in a CUDA graph too."""
+    """False for a decoding step: only its forward without dropout is timed, on a GPU also in a CUDA graph."""
     dropout: float = 0.1
-    """The p that is measured beside p = 0; 0: none."""
+    """The p that is measured beside p = 0; 0 for none."""
     compiled: bool = False
-    """Whether PEFT's layer is measured under torch.compile too, which takes its time to compile."""
+    """Whether PEFT's layer is also measured under torch.compile, which takes long to compile."""
 
     @property
     def adapters(self) -> torch.dtype:
@@ -41,21 +44,49 @@ class Shape:
 
     @property
     def size(self) -> str:
-        """dtypes and sizes, for people."""
+        """dtype, sizes and rank, for people to read."""
         adapters = "" if self.adapters == self.dtype else f", {SHORT[self.adapters]} adapters"
         return f"{SHORT[self.dtype]} {self.M}×{self.K}→{self.N} r{self.R}{adapters}"
 
     @property
-    def cells(self) -> list[tuple[float, str]]:
-        """(p, pass) of everything that is timed."""
+    def cells(self) -> list[Cell]:
+        """Everything that is timed on any device."""
         if not self.training:
-            return [(0.0, FORWARD)]
-        return [(p, which) for p in dict.fromkeys((0.0, self.dropout)) for which in (FORWARD, BACKWARD)]
+            return [Cell(self, 0.0, FORWARD)]
+        return [Cell(self, p, which) for p in dict.fromkeys((0.0, self.dropout)) for which in (FORWARD, BACKWARD)]
+
+    def problem(self, p: float, device: torch.device, seed: int = 0) -> Problem:
+        """Random operands of this shape."""
+        return problem(
+            self.M,
+            self.N,
+            self.K,
+            self.R,
+            dtype=self.dtype,
+            adapter_dtype=self.adapters,
+            p=p,
+            bias=self.bias,
+            seed=seed,
+            device=device,
+        )
 
     @property
     def saved_limit(self) -> int:
-        """Bytes that may be saved for the backward: x, h and 64."""
+        """The bytes that may be saved for the backward: x, h and 64 more."""
         return (self.M * self.K + self.M * self.R) * self.dtype.itemsize + 64
+
+
+class Cell(NamedTuple):
+    """One cell of a table: a pass over a shape at a dropout p. All variants are timed in it, interleaved."""
+
+    shape: Shape
+    p: float
+    which: str
+    """The pass: `FORWARD`, `BACKWARD` or `GRAPH`."""
+
+    def entry(self) -> dict[str, Any]:
+        """The keys that name the cell in a document."""
+        return {"shape": self.shape.name, "p": self.p, "pass": self.which}
 
 
 _BF16 = torch.bfloat16
@@ -70,7 +101,7 @@ TARGETED = (
     replace(_VIT, name="vit-base-attention-bf16", dtype=_BF16, targets={0.0: 1.18, 0.1: 1.25}),
     replace(_GPT2, name="gpt2-mlp-up-bf16", dtype=_BF16, targets={0.0: 1.06, 0.1: 1.10}),
 )
-"""The rows for which there is a target."""
+"""The shapes that have a target."""
 
 _MIXED = tuple(
     replace(shape, name=f"{shape.name}-bf16-fp32-adapters", dtype=_BF16, adapter_dtype=torch.float32, targets={})
@@ -86,7 +117,7 @@ _PROJECTIONS = {
     "8b": {"q": (4096, 4096), "k": (4096, 1024), "up": (4096, 14336), "down": (14336, 4096)},
     "70b": {"q": (8192, 8192), "k": (8192, 1024), "up": (8192, 28672), "down": (28672, 8192)},
 }
-"""K, N of Llama 3.1's. q is o too, k is v, up is gate."""
+"""(K, N) of the projections of Llama 3.1. o has the sizes of q, v those of k, gate those of up."""
 _LLAMA_3_1 = tuple(
     Shape(f"llama-{model}-{name}-{M}", M, K, N, 16, dtype=_BF16, bias=False)
     for M in _ROWS
@@ -104,7 +135,7 @@ _TINY = Shape("tiny", 40, 64, 48, 4)
 
 
 def _sweep(prefix: str, sizes: list[tuple[int, int]], width: int, dtype: torch.dtype) -> tuple[Shape, ...]:
-    """Square layers without bias and dropout, by (M, R)."""
+    """Square layers without bias and dropout, one for each (M, R)."""
     return tuple(
         Shape(f"{prefix}-{M}x{width}-r{R}", M, width, width, R, dtype=dtype, bias=False, training=M > 16, dropout=0.0)
         for M, R in sizes
@@ -112,7 +143,7 @@ def _sweep(prefix: str, sizes: list[tuple[int, int]], width: int, dtype: torch.d
 
 
 DEFAULT = {"cpu": (*TARGETED, *_MIXED, *_DECODE), "cuda": (*TARGETED, *_MIXED, *_DECODE, *_LLAMA_3_1)}
-"""What is benched where no shapes are named, by device type."""
+"""The shapes that are measured if none are named, by device type."""
 
 _BY_M = {
     "cpu": _sweep("sweep-m", [(M, 8) for M in (1, 4, 16, 64, 256, 1024)], 1024, torch.float32),
@@ -129,12 +160,12 @@ SUITES: dict[str, dict[str, tuple[Shape, ...]]] = {
     "sweep-r": _BY_R,
     "sweep": {device: (*_BY_M[device], *_BY_R[device]) for device in _BY_M},
 }
-"""By name, what is benched on a device type: `hopper` is the projections of Llama 3.1 at r 16 and 64, with geometric
-means; the sweeps make the pictures of time over floor, by M, by R, or both."""
+"""Named sets of shapes, by device type. `hopper` has the projections of Llama 3.1 at r 16 and 64 and is shown with
+geometric means. The sweeps are drawn as time over the roofline's floor, by M, by R, or both."""
 
 NAMED = {
     shape.name: shape
     for shapes in (DEFAULT["cuda"], (_TINY,), *(shapes for suite in SUITES.values() for shapes in suite.values()))
     for shape in shapes
 }
-"""Every shape there is; `tiny` is for trying the bench itself."""
+"""Every shape by name. `tiny` is for trying the bench itself."""

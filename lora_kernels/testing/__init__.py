@@ -1,1 +1,1 @@
-"""The judge of results, and timing: shared by the tests, the bench, `tune` and `doctor`."""
+"""What tests, bench, `tune` and `doctor` share: the judge of results, timing, tables, descriptions of a machine."""

@@ -1,9 +1,12 @@
-"""The judge of numbers: the equation in fp64 is the truth, plain torch in the same dtype says how far off one may be.
+"""The judge decides whether the numbers of a back-end are right.
 
-Plain torch's errors on a few elements say little (on 9×8 elements MKL's own differ by 1.9 with the way a sum is
-written), so small results are judged element by element, by the bound that the number of roundings gives.
+The truth is the equation in fp64. The tolerance comes from plain torch in the same dtype: a result may be about as far
+from the truth as plain torch is. The errors of plain torch on a few elements say little (on 9×8 elements those of MKL
+differ by a factor of 1.9 with the way the sum is written), so each element of a small result is held against the bound
+that follows from the number of roundings.
 
-The bench shows no number of a back-end that this has not passed in the same run; the tests judge by the same lines.
+The bench prints no number of a back-end whose results have not been judged right in the same run. The tests use the
+same judge.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ import torch
 from torch import Tensor
 
 from lora_kernels import reference
+from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.weight import QuantizedWeight
+from lora_kernels.testing.watch import first_line
 
 NAMES = ("y", "dx", "da", "db", "dbias")
 
 _ENOUGH = 1024
-"""Independent roundings from which on plain torch's RMS error is known to a few per cent."""
+"""With this many independent roundings the RMS error of plain torch is known to a few per cent."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,16 @@ class Problem:
     p: float
     seed: Tensor | None
 
+    @property
+    def base(self) -> Base:
+        """The frozen half of the layer, as back-ends take it."""
+        return Base(self.w, self.bias)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The trained half of the layer, as back-ends take it."""
+        return Adapter(self.a, self.b, self.scale, self.p, self.seed)
+
     def to(self, dtype: torch.dtype) -> Problem:
         """The same numbers in another dtype."""
         x, w, a, b, dy = (t.detach().to(dtype) for t in (self.x, self.w, self.a, self.b, self.dy))
@@ -46,7 +61,7 @@ class Problem:
         return replace(self, x=x, w=w, a=a, b=b, bias=bias, dy=dy)
 
     def absolute(self) -> Problem:
-        """The same with every number's absolute value: its results are the sums of the terms' absolute values."""
+        """The problem with the absolute value of every number. Its results are the sums of the terms' magnitudes."""
         x, w, a, b, dy = (t.detach().abs() for t in (self.x, self.w, self.a, self.b, self.dy))
         bias = None if self.bias is None else self.bias.detach().abs()
         return replace(self, x=x, w=w, a=a, b=b, bias=bias, dy=dy, scale=abs(self.scale))
@@ -67,8 +82,8 @@ def problem(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Problem:
-    """Random operands of ordinary sizes, such that every term of y weighs about the same. `strided` gives every matrix
-    other strides."""
+    """Random operands, scaled such that every term of y has about the same size. The adapters have x's dtype where
+    `adapter_dtype` is None. With `strided` every matrix is a transposed view with gaps between rows and columns."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(rows: int, cols: int, std: float, dtype: torch.dtype) -> Tensor:
@@ -92,7 +107,7 @@ def problem(
 
 
 def evaluate(q: Problem, function: Callable[..., Tensor] = reference.lora_linear, **kwargs: Any) -> dict[str, Tensor]:
-    """y and every gradient, by autograd through `function`."""
+    """y and every gradient by name (see `NAMES`), from `function` and autograd. `kwargs` are passed to `function`."""
     leaves = {
         name: t.detach().requires_grad_() for name in ("x", "a", "b", "bias") if (t := getattr(q, name)) is not None
     }
@@ -105,20 +120,22 @@ def evaluate(q: Problem, function: Callable[..., Tensor] = reference.lora_linear
 
 
 def truth(q: Problem) -> dict[str, Tensor]:
-    """In fp64, of the operands as they are."""
+    """y and every gradient of the equation in fp64, from the operands as they are stored."""
     return evaluate(q.to(torch.float64))
 
 
 def over_codes(q: Problem, w: QuantizedWeight) -> tuple[Problem, dict[str, Tensor]]:
-    """What `judge` takes as `q` and `plain` for results over a quantised w: the truth has it as it is stored, plain
-    torch in x's dtype."""
+    """The `q` and `plain` with which `judge` judges results over a quantised w.
+
+    The truth dequantises w without rounding to x's dtype. Plain torch has w dequantised in x's dtype.
+    """
     stored = replace(q, w=w.dequantize(torch.float32))
     return stored, evaluate(replace(q, w=w.dequantize(q.x.dtype)))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One result against the truth."""
+    """The errors of one result, what is allowed, and what is wrong."""
 
     name: str
     rms: float
@@ -126,20 +143,21 @@ class Verdict:
     worst: float
     worst_allowed: float
     fault: str | None
-    """What is wrong with it; None where nothing is."""
+    """A sentence that says what is wrong, or None."""
 
 
 def judge(
     got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = None, plain: dict[str, Tensor] | None = None
 ) -> list[Verdict]:
-    """Every result in `got` against the truth.
+    """A verdict on every result in `got`; results that are None are left out.
 
-    As good as plain torch in the same dtype: RMS error <= 1.25 × plain torch's, largest error <= 2 × plain torch's
-    largest + eps × the largest value. A result of fewer than `_ENOUGH` independent roundings (h and g have M·R
-    elements, and dropout leaves 1 - p of those of x): every element within what rounding can do to it (Higham,
-    Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
+    A result must be as good as that of plain torch in the same dtype: its RMS error at most 1.25 × plain torch's, its
+    largest error at most 2 × plain torch's largest + eps × the largest value. A result of fewer than `_ENOUGH`
+    independent roundings (h and g have M·R elements, and dropout leaves a fraction 1 - p of x) is judged element by
+    element: each must be within what rounding can do to it (Higham, Accuracy and Stability of Numerical Algorithms,
+    2002, section 3.1).
 
-    `want` and `plain` may be passed where they are known: ``truth(q)`` and ``evaluate(q)``.
+    A caller that knows ``truth(q)`` and ``evaluate(q)`` passes them as `want` and `plain`.
     """
     want = truth(q) if want is None else want
     results = {name: value for name, value in got.items() if value is not None}
@@ -177,11 +195,14 @@ def _against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, eps: 
 
 
 def _bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
-    """What rounding can do, u being half an eps: n·u of fp32 for a sum of n terms, and a narrower u for each of
-    at most four roundings between (h or g, twice scaled, and a product; for dbias none), relative to the sum of the
-    terms' magnitudes; the result's own rounding; and half a subnormal for each of those five."""
+    """The largest error that rounding can cause in each element.
+
+    With u = eps / 2 it is the sum of: n·u of fp32 for a sum of n terms, and u of x's dtype for each of at most four
+    intermediate roundings (h or g, two scalings and a product; none for dbias), both times the sum of the terms'
+    magnitudes; the rounding of the result itself; and half a subnormal for each of these five.
+    """
     (M, K), (N, R) = q.x.shape, q.b.shape
-    terms = {"y": K + R, "dx": N + R, "da": N + M, "db": K + M, "dbias": M}[name] + 8  # 8: products and scalings
+    terms = {"y": K + R, "dx": N + R, "da": N + M, "db": K + M, "dbias": M}[name] + 8  # 8 for products and scalings
     unit, own = (torch.finfo(dtype).eps / 2 for dtype in (torch.promote_types(q.x.dtype, torch.float32), q.x.dtype))
     relative = terms * unit + (4 * own if own > unit and name != "dbias" else 0.0)
     return relative * magnitude + own * exact.abs() + 5 * own * torch.finfo(q.x.dtype).smallest_normal
@@ -202,25 +223,23 @@ def _rms(t: Tensor) -> float:
 
 
 def check(got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = None) -> None:
-    """`judge` as an assertion."""
+    """Raise AssertionError with the first fault that `judge` finds."""
     for verdict in judge(got, q, want):
         assert verdict.fault is None, verdict.fault
 
 
-class Gate:
-    """`lora_linear` by each back-end on one problem. The truth and plain torch are computed once."""
+class Judge:
+    """Judges `lora_linear` by one back-end after the other on one problem. The truth is computed once."""
 
     def __init__(self, q: Problem) -> None:
         self.q, self.want, self.plain = q, truth(q), evaluate(q)
 
     def faults(self, backend: str) -> tuple[list[Verdict], list[str]]:
-        """What was judged, and all that is wrong: faults, missing gradients, an exception. No faults: a green gate."""
+        """The verdicts, and every fault: those of the verdicts, missing gradients, or the exception that was raised."""
         try:
             got = evaluate(self.q, lora_linear, backend=backend)
-        except Exception as error:  # a back-end under judgement may fail in any way; all of them are red
-            return [], [
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-            ]
+        except Exception as error:  # a back-end that is judged may fail in any way, and each way is a fault
+            return [], [f"{type(error).__name__}: {first_line(error)}"]
         verdicts = judge(got, self.q, self.want, self.plain)
         expected = [name for name in NAMES if name != "dbias" or self.q.bias is not None]
         missing = [f"{name}: missing" for name in expected if got.get(name) is None]

@@ -1,4 +1,4 @@
-"""Tables and a progress bar on the terminal: by rich where it is installed, plain otherwise."""
+"""Tables and a progress bar on the terminal: drawn by rich if it is installed, plain text otherwise."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from typing import Any
 
 _WIDTH = 144
-"""Columns, where the output is no terminal."""
+"""Columns of the output if it does not go to a terminal."""
 
 
 class Terminal:
-    """Plain text on standard output; progress as single lines on standard error."""
+    """Plain text on standard output, and progress as single lines on standard error."""
 
     def line(self, text: str = "") -> None:
-        """A line of text."""
+        """Print a line of text."""
         print(text, flush=True)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> None:
-        """The first column is aligned left, the others right, or left too where they hold `words`."""
+        """Print a table. The first column is aligned left, the others right, or left too if they hold `words`."""
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         self.line(f"\n{title}")
         for row in (header, ["-" * width for width in widths], *rows):
@@ -29,7 +29,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str, int], None]]:
-        """Gives ``advance(what, steps)``, which says what runs now and how many steps are done since."""
+        """Yield ``advance(what, steps)``: it shows what runs now, and that `steps` more of `total` are done."""
         done, last = 0, ""
 
         def advance(what: str, steps: int) -> None:
@@ -43,7 +43,7 @@ class Terminal:
 
 
 class RichTerminal(Terminal):
-    """The same, drawn by rich."""
+    """The same output, drawn by rich."""
 
     _COLOURS = (
         (r"\b(met|ready|green|built)\b|✓", "green"),
@@ -60,11 +60,11 @@ class RichTerminal(Terminal):
             self._console.width = _WIDTH
 
     def line(self, text: str = "") -> None:
-        """A line of text, its numbers and verdicts in colour."""
+        """Print a line of text, with numbers and verdicts in colour."""
         self._console.print(self._coloured(text))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> None:
-        """The same table, drawn."""
+        """Print the table with rules and colours."""
         from rich import box
         from rich.table import Table
 
@@ -87,7 +87,7 @@ class RichTerminal(Terminal):
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str, int], None]]:
-        """As a bar where there is a terminal to draw it on."""
+        """Yield ``advance(what, steps)``, which draws a bar if there is a terminal to draw it on."""
         if not self._console.is_terminal:
             with super().progress(total) as advance:
                 yield advance
@@ -108,7 +108,7 @@ class RichTerminal(Terminal):
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
-        # Drawn between rounds only: a thread that redraws would take time from what is measured.
+        # The bar is drawn between rounds only: a thread that redraws would take time from what is measured.
         with Progress(*columns, console=self._console, transient=True, auto_refresh=False) as progress:
             task = progress.add_task("", total=total)
 
@@ -119,5 +119,5 @@ class RichTerminal(Terminal):
 
 
 def terminal() -> Terminal:
-    """The best there is."""
+    """The best terminal that is installed."""
     return RichTerminal() if importlib.util.find_spec("rich") else Terminal()

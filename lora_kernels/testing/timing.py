@@ -1,8 +1,9 @@
-"""How long a call takes on a machine that is never quiet: variants interleaved in rounds, compared within a round.
+"""Times of calls on a machine that is never quiet: variants are interleaved in rounds and compared within a round.
 
-A round times every variant once and the floor twice, half a round apart; the order turns by one place from round to
-round, and every other round runs backwards. What slows the machine for a while slows the whole round, so the figure to
-trust is the median over rounds of time / floor of the same round, not the quotient of two medians.
+A round times every variant once and the floor (the variant that all others are compared with) twice, half a round
+apart. The order turns by one place from round to round, and every other round runs backwards. Whatever slows the
+machine for a while slows the whole round. The number to trust is therefore the median over rounds of time / floor of
+the same round, and not the quotient of two medians.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ SAMPLE_SECONDS = 0.002
 """A sample repeats its call until it lasts about this long."""
 
 SLOW, SLOW_ROUNDS = 10, 3
-"""A variant that takes this many times the floor's time is left out after this many rounds."""
+"""A variant that takes SLOW times as long as the floor is measured in the first SLOW_ROUNDS rounds only."""
 
 
 class Timer(Protocol):
-    """Seconds per call of `steps`, called in turn `repeats` times."""
+    """Measures how long a call takes."""
 
     def sample(self, steps: Sequence[Step], repeats: int) -> float:
-        """Run and time."""
+        """Make `repeats` calls, of each of `steps` in turn. Return seconds per call."""
 
 
 class CpuTimer:
-    """By the process's monotonic clock."""
+    """Times by the monotonic clock of the process."""
 
     def sample(self, steps: Sequence[Step], repeats: int) -> float:
-        """Run and time."""
+        """Make `repeats` calls, of each of `steps` in turn. Return seconds per call."""
         count = len(steps)
         start = time.perf_counter()
         for i in range(repeats):
@@ -47,13 +48,13 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """By events on the current stream: what the GPU needs, or what Python needs to feed it, whichever is longer."""
+    """Times by events on the current stream: the time of the GPU, or of Python that feeds it if that is longer."""
 
     def __init__(self) -> None:
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
     def sample(self, steps: Sequence[Step], repeats: int) -> float:
-        """Run and time."""
+        """Make `repeats` calls, of each of `steps` in turn. Return seconds per call."""
         count = len(steps)
         torch.cuda.synchronize()
         self._start.record()
@@ -65,21 +66,21 @@ class CudaTimer:
 
 
 class GraphTimer(CudaTimer):
-    """By events around replays of a CUDA graph that holds many calls: what the GPU needs, with neither Python nor
-    launches in the way."""
+    """Times by events around replays of a CUDA graph that holds many calls: what the GPU needs, without Python and
+    without launches in between."""
 
     CALLS = 32
-    """How many calls a graph holds at least."""
+    """The least number of calls in a graph."""
 
     def __init__(self) -> None:
         super().__init__()
         self._graphs: dict[int, tuple[Sequence[Step], torch.cuda.CUDAGraph, int]] = {}
 
     def capture(self, steps: Sequence[Step]) -> None:
-        """Capture `steps`, in turn, once. Raises what torch raises where a step cannot be captured."""
+        """Capture calls of `steps` in turn. Raises what torch raises if a step cannot be captured."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is chosen, compiled and allocated at first must not be captured
+        with torch.cuda.stream(stream):  # first calls choose, compile and allocate, which must not be captured
             for _ in range(2):
                 for step in steps:
                     step()
@@ -92,7 +93,7 @@ class GraphTimer(CudaTimer):
         self._graphs[id(steps)] = (steps, graph, calls)
 
     def sample(self, steps: Sequence[Step], repeats: int) -> float:
-        """Run and time; what is not captured yet is captured first."""
+        """Replay about `repeats` calls, captured before if they are not yet. Return seconds per call."""
         if id(steps) not in self._graphs:
             self.capture(steps)
         _, graph, calls = self._graphs[id(steps)]
@@ -100,14 +101,14 @@ class GraphTimer(CudaTimer):
 
 
 def timer_for(device: torch.device) -> Timer:
-    """By device type."""
+    """The timer for a type of device."""
     return CudaTimer() if device.type == "cuda" else CpuTimer()
 
 
 def operand_sets(device: torch.device, bytes_per_set: int) -> int:
-    """How many sets of operands to go through in turn, so that a GPU finds none of them in its L2 cache.
+    """The number of sets of operands to go through in turn so that a GPU finds none of them in its L2 cache.
 
-    On a CPU one set is used: its last-level cache is shared, and the floor finds its operands there as the variants do.
+    It is 1 on a CPU: the last-level cache is shared, and the floor finds its operands there as the variants do.
     """
     if device.type != "cuda":
         return 1
@@ -116,27 +117,26 @@ def operand_sets(device: torch.device, bytes_per_set: int) -> int:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What was measured: per round and variant the seconds per call, of the floor twice.
-
-    Slow variants are in the first rounds only.
-    """
+    """The times that were measured, round by round. Slow variants are in the first rounds only."""
 
     floor: str
+    """The name of the variant that is timed twice a round."""
     samples: list[dict[str, list[float]]]
+    """Seconds per call, by round and variant."""
     repeats: dict[str, int]
-    """How many calls made one sample."""
+    """The number of calls in a sample, by variant."""
 
     def seconds(self, name: str) -> list[float]:
-        """Per call, round by round."""
+        """Seconds per call of a variant, one for each round."""
         return [statistics.fmean(taken[name]) for taken in self.samples if taken[name]]
 
     def ratios(self, name: str, to: str) -> list[float]:
-        """Round by round."""
+        """Time of one variant / time of another in the same round, one for each round that has both."""
         common = [taken for taken in self.samples if taken[name] and taken[to]]
         return [statistics.fmean(taken[name]) / statistics.fmean(taken[to]) for taken in common]
 
     def noise(self) -> list[float]:
-        """The floor against itself: what the machine alone makes of a ratio of 1."""
+        """The second time of the floor / its first, one for each round: how far noise moves a ratio of 1."""
         return [second / first for first, second in (taken[self.floor] for taken in self.samples)]
 
 
@@ -148,8 +148,10 @@ def interleave(
     advance: Callable[[], None] = lambda: None,
     doing: Callable[[str], None] = lambda name: None,
 ) -> Rounds:
-    """Time `steps`: by variant, one callable per set of operands. `advance` is called after every round, `doing` before
-    each sample of a variant, both untimed."""
+    """Time the variants in `steps`: name → one call for each set of operands.
+
+    `advance` is called after every round and `doing` before each sample of a variant. Neither is timed.
+    """
     estimates = {}
     for name, each in steps.items():
         doing(name)
@@ -179,7 +181,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def turned(order: Sequence[str], index: int) -> list[str]:
-    """The order of round `index`: turned by `index` places, backwards in odd rounds."""
+    """The order of round `index`: `order` turned by `index` places, and backwards in odd rounds."""
     place = index % len(order)
     result = [*order[place:], *order[:place]]
     return result[::-1] if index % 2 else result
@@ -192,7 +194,7 @@ def _with_two_floors(floor: str, others: list[str]) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No garbage collection in between."""
+    """Switch garbage collection off."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()

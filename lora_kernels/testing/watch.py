@@ -1,4 +1,4 @@
-"""What may hang is watched: a kernel that waits for ever cannot be stopped, only the process that launched it."""
+"""A watch that ends a process that hangs: a kernel that waits for ever cannot be stopped, only its process can."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from types import TracebackType
 import torch
 
 STUCK = 3
-"""The exit status of a process that ended itself because of a kernel; another process may go on."""
+"""The exit status of a process that ended itself because a kernel hung or broke the device. Another one may go on."""
 
 
 class Watch:
-    """Ends the process where one thing takes longer than `seconds`; 0: never.
+    """Ends the process with status `STUCK` if one step takes longer than `seconds`; never if that is 0 or None.
 
-    ``with Watch(30, told) as doing: doing("the forward of q"); ...``. `told` is called first, with what it was, by a
-    thread of its own: the main one waits for the GPU.
+    ``with Watch(30, told) as watch: watch("the forward of q"); ...``. Before the process ends, a thread of the watch
+    calls `told` with a sentence that names the step: the main thread is waiting for the GPU.
     """
 
     def __init__(self, seconds: float | None, told: Callable[[str], None]) -> None:
@@ -28,7 +28,7 @@ class Watch:
         self._over = threading.Event()
 
     def __call__(self, what: str) -> None:
-        """What is done from now on; nothing: what may take its time."""
+        """Name the step that starts now. An empty name switches the limit off until the next one."""
         self._what, self._since = what, time.monotonic()
 
     def __enter__(self) -> Watch:
@@ -51,7 +51,7 @@ class Watch:
 
 
 def answers(device: torch.device) -> bool:
-    """Whether the device still computes: after an illegal access a process can do nothing more with it."""
+    """Whether the device still computes. After an illegal memory access a process can do nothing more with a GPU."""
     try:
         return torch.ones(1, device=device).item() == 1
     except RuntimeError:
@@ -59,5 +59,5 @@ def answers(device: torch.device) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what it says."""
+    """The first line of an error's message."""
     return (str(error).strip().splitlines() or ["no message"])[0]

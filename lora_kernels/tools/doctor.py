@@ -1,4 +1,4 @@
-"""``python -m lora_kernels doctor``: what serves this machine, what is missing, and how to get it."""
+"""``python -m lora_kernels doctor``: which back-ends serve this machine, what is missing, and how to get it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lora_kernels.backends import dispatch
-from lora_kernels.bench.shapes import SHORT
 from lora_kernels.core.operands import Call
 from lora_kernels.testing import machine
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import Terminal, terminal
 
 _COMPILER = (
@@ -25,16 +25,16 @@ _NVCC = "install the CUDA toolkit, then install lora_kernels from source again w
 _TRITON = "pip install 'lora_kernels[triton]' (Linux)"
 _TORCH_CUDA = "install a build of torch for your GPU: https://pytorch.org/get-started/locally"
 _DRIVER = "install or load the GPU's driver (nvidia-smi should list the device)"
-_EVIDENCE = "python -m lora_kernels bench --device cuda, on such a GPU, makes it"
+_EVIDENCE = "run python -m lora_kernels bench --device cuda on such a GPU"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``doctor``."""
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    """Add the options of ``doctor``."""
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status: 0 where at least one back-end serves this machine, else 1."""
+    """Return the exit status: 0 if at least one back-end serves this machine, else 1."""
     report = examine()
     if args.json:
         print(json.dumps(report, indent=1, ensure_ascii=False))
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything the doctor says, as plain data; without absolute paths."""
+    """The whole report as plain data, without absolute paths."""
     devices = _devices()
     report = {
         "versions": machine.versions("torch", "triton"),
@@ -81,7 +81,7 @@ def _native_cuda() -> dict[str, Any]:
 
 
 def _extension(name: str) -> ModuleType | str:
-    """A native module, or why there is none."""
+    """A native module, or the reason why it cannot be imported."""
     try:
         return importlib.import_module(f"lora_kernels.{name}")
     except ImportError as error:
@@ -89,7 +89,7 @@ def _extension(name: str) -> ModuleType | str:
 
 
 def _backend(name: str, devices: list[torch.device]) -> dict[str, Any]:
-    """For which dtypes it serves each device, and every reason where it serves none."""
+    """The dtypes that a back-end serves on each device, or every reason if it serves none."""
     serves: dict[str, list[str]] = {}
     automatic, reasons = [], []
     for device in devices:
@@ -113,7 +113,7 @@ def _backend(name: str, devices: list[torch.device]) -> dict[str, Any]:
 
 
 def _evidence(name: str) -> list[str] | None:
-    """The GPU architectures on which it has run; None for what is not for GPUs only."""
+    """The GPU architectures on which a back-end has run; None if it is not for GPUs only or cannot be loaded."""
     try:
         evidence = getattr(dispatch.load(name), "EVIDENCE", None)
     except ImportError:
@@ -122,7 +122,7 @@ def _evidence(name: str) -> list[str] | None:
 
 
 def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
-    """What is not there, and how to get it."""
+    """The parts that are not there, and how to get each."""
     missing = []
     if not report["native"]["built"]:
         missing.append(("CPU kernels", _COMPILER))
@@ -142,7 +142,7 @@ def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _without_paths(text: str) -> str:
-    """Of every absolute path only the last part."""
+    """`text` with every absolute path cut to its last part."""
     return re.sub(r"(?<![\w/:.])/(?:[^\s/:'\"]+/)+([^\s/:'\"]+)", r"\1", text)
 
 
@@ -153,7 +153,7 @@ def _show(report: dict[str, Any], show: Terminal) -> None:
         for i, text in enumerate(_verdict(backend)):
             state = "ready" if backend["ready"] else "not ready"
             rows.append([backend["name"], state, text] if i == 0 else ["", "", text])
-    show.table("Back-ends", ["", "", "for, or why not"], rows, words=True)
+    show.table("Back-ends", ["", "", "serves, or why not"], rows, words=True)
     if report["missing"]:
         rows = [[entry["what"], entry["how"]] for entry in report["missing"]]
         show.table("What is missing", ["", "how to get it"], rows, words=True)

@@ -1,4 +1,4 @@
-"""The bench's peers: other projects' layers from their sources, and PEFT's other forms."""
+"""The peers of the bench: layers of other projects from their sources, and other forms of PEFT."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_peers_are_measured_or_named_with_their_reason(tmp_path, capsys):
     document = json.loads((tmp_path / "run.json").read_text())
     cells = [e for e in document["timings"] if e["variant"] == "right"]
     assert len(cells) == 4 and all(e["seconds"][1] > 0 and e["backend"] is None for e in cells)
-    # with dropout its mask is its own, so that numbers cannot be compared: a peer is judged by p = 0
+    # With dropout a peer draws its own mask and cannot be compared with the truth: it is judged at p = 0.
     assert {(e["variant"], e["p"]) for e in document["timings"] if e["variant"] == "forgets"} == {("forgets", 0.1)}
     assert not any(e["variant"] in ("raises", "broken", "absent") for e in document["timings"])
     notes = "\n".join(document["notes"])
@@ -56,16 +56,16 @@ def test_peers_are_measured_or_named_with_their_reason(tmp_path, capsys):
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    """As where they are not installed."""
+    """Hide packages, as if they were not installed."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else found(name))
     for name in [name for name in sys.modules if name.split(".")[0] in packages]:
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_unsloth_through_its_adapter(tmp_path, monkeypatch):
-    """Its layout of files, with a layer of our own in it: a package whose own import would fail, packages that are not
-    installed, three-dimensional x."""
+def test_unsloths_layer_is_called_by_its_own_rules(tmp_path, monkeypatch):
+    """A layer of ours stands in Unsloth's layout of files: importing the package would fail, other packages are not
+    installed, and x has three dimensions."""
     kernels = tmp_path / "unsloth" / "kernels"
     kernels.mkdir(parents=True)
     (tmp_path / "unsloth" / "__init__.py").write_text("raise RuntimeError('must not run')")
@@ -86,14 +86,14 @@ def test_unsloth_through_its_adapter(tmp_path, monkeypatch):
         assert not peer.dropout and "without bitsandbytes, unsloth_zoo" in peer.notes[0]
         with pytest.raises(ValueError, match="no bias"):
             peer.lora_linear(q.x, q.w, q.a, q.b, bias=torch.zeros(12), scale=1.0, p=0.0)
-        assert "bitsandbytes" not in sys.modules, "what was stood in for is not there afterwards"
+        assert "bitsandbytes" not in sys.modules, "stand-ins are gone afterwards"
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "unsloth"]:
             del sys.modules[name]
 
 
-def test_lorafusion_through_its_adapter(tmp_path, monkeypatch):
-    """Its layout of files: a GPU that its table does not name gets the H100's entry, and is told of in the notes."""
+def test_lorafusions_layer_is_called_by_its_own_rules(tmp_path, monkeypatch):
+    """A layer of ours stands in LoRAFusion's layout of files. A GPU that its table lacks gets the H100's entry."""
     ops = tmp_path / "lorafusion" / "ops" / "triton_ops"
     ops.mkdir(parents=True)
     (tmp_path / "lorafusion" / "utils").mkdir()
@@ -126,8 +126,8 @@ def adapted(peer: peers.Peer):
     return lora_linear
 
 
-def test_pefts_other_forms(monkeypatch):
-    """fp32 adapters beside 16 bits are PEFT's default; where ours are fp32, 16-bit ones are its other form."""
+def test_pefts_other_forms_are_measured_where_they_differ(monkeypatch):
+    """Beside 16 bits PEFT's default is fp32 adapters. If ours are fp32, its other form has 16-bit adapters."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda layer, dynamic: compiled.append(type(layer).__name__) or layer)
     found, notes = variants.more_baselines([])
@@ -158,7 +158,7 @@ def test_pefts_other_forms(monkeypatch):
             assert peers.faults(results, evaluate(q.to(torch.float64))) == [], variant.name
 
 
-def test_a_file_that_is_no_python(tmp_path):
+def test_a_peer_that_is_no_python_file_is_refused(tmp_path):
     (tmp_path / "peer.txt").write_text("")
     with pytest.raises(ImportError, match="no Python file"):
         peers.load("other", Path(tmp_path / "peer.txt"))
@@ -191,4 +191,4 @@ def test_a_wrong_layer_makes_the_bench_fail(monkeypatch, capsys):
     monkeypatch.setattr(overhead, "measure_layers", lambda device, rounds: [wrong])
     assert main(["bench", "--device", "cpu", "--shapes", "tiny", "--rounds", "1", "--backend", "eager"]) == 1
     text = capsys.readouterr().out
-    assert "y: wrong" in text and "1 of" in text and "gates red" in text
+    assert "y: wrong" in text and "the judge found faults in 1 of" in text

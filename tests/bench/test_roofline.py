@@ -1,4 +1,4 @@
-"""Floors, suites, graph timing and their tables and pictures."""
+"""The roofline's floors, the suites, timing in a CUDA graph, and their tables and pictures."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import torch
 
 from lora_kernels.__main__ import main
 from lora_kernels.bench import overhead, plot, report, report_suite, roofline
-from lora_kernels.bench.shapes import BACKWARD, FORWARD, GRAPH, NAMED, SUITES, Shape
+from lora_kernels.bench.shapes import BACKWARD, FORWARD, GRAPH, NAMED, SUITES, Cell, Shape
 from lora_kernels.testing import timing
 
 RATES = {"gemm": {"bf16": 1e12, "fp32": 1e11}, "copy": 1e9}
 
 
-def test_floors_are_the_cost_model():
+def test_floors_follow_the_cost_model():
     shape = Shape("s", 100, 200, 300, 10, dtype=torch.bfloat16)
     M, K, N, R = 100, 200, 300, 10
     fast_copy, fast_gemm = RATES | {"copy": 1e15}, RATES | {"gemm": {"bf16": 1e18}}
     flops = 2 * M * K * N + 2 * M * R * (K + N)
-    assert roofline.floor(shape, FORWARD, fast_copy) == (pytest.approx(flops / 1e12), "FLOPs")
+    assert roofline.floor(Cell(shape, 0.0, FORWARD), fast_copy) == (pytest.approx(flops / 1e12), "FLOPs")
     both = flops + 2 * M * K * N + 4 * M * R * (K + N)
-    assert roofline.floor(shape, BACKWARD, fast_copy) == (pytest.approx(both / 1e12), "FLOPs")
+    assert roofline.floor(Cell(shape, 0.0, BACKWARD), fast_copy) == (pytest.approx(both / 1e12), "FLOPs")
     count = 2 * (M * K + M * N + K * N)
-    assert roofline.floor(shape, FORWARD, fast_gemm) == (pytest.approx(count / 1e9), "bytes")
+    assert roofline.floor(Cell(shape, 0.0, FORWARD), fast_gemm) == (pytest.approx(count / 1e9), "bytes")
     count += 2 * (2 * M * K + 2 * M * N + K * N)
-    assert roofline.floor(shape, BACKWARD, fast_gemm) == (pytest.approx(count / 1e9), "bytes")
-    frozen = roofline.floor(shape, BACKWARD, fast_copy, frozen=True)
+    assert roofline.floor(Cell(shape, 0.0, BACKWARD), fast_gemm) == (pytest.approx(count / 1e9), "bytes")
+    frozen = roofline.floor(Cell(shape, 0.0, BACKWARD), fast_copy, frozen=True)
     assert frozen.seconds == pytest.approx(4 * M * K * N / 1e12)
-    assert roofline.floor(shape, GRAPH, RATES) == roofline.floor(shape, FORWARD, RATES)
+    assert roofline.floor(Cell(shape, 0.0, GRAPH), RATES) == roofline.floor(Cell(shape, 0.0, FORWARD), RATES)
 
 
-def test_rates_are_those_of_the_steps(monkeypatch):
+def test_rates_come_from_the_measured_times(monkeypatch):
     class Clock:
         def sample(self, steps, repeats):
             steps[0]()
@@ -44,26 +44,26 @@ def test_rates_are_those_of_the_steps(monkeypatch):
     assert rates == {"gemm": {"fp32": 2 * 1024**3 / 0.5, "bf16": 2 * 1024**3 / 0.5}, "copy": 2 * 2**25 / 0.5}
 
 
-def test_the_hopper_suite_is_the_issues():
+def test_the_hopper_suite_has_the_projections_of_llama():
     shapes = [shape for shape in SUITES["hopper"]["cuda"] if shape.training]
     assert len(shapes) == 48 and {(s.M, s.R) for s in shapes} == {(M, R) for M in (2048, 8192, 16384) for R in (16, 64)}
     assert {(s.K, s.N) for s in shapes} == {
         *((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
         *((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192)),
     }
-    assert {s.cells[2][0] for s in shapes} == {0.05} and {s.dtype for s in shapes} == {torch.bfloat16}
+    assert {s.cells[2].p for s in shapes} == {0.05} and {s.dtype for s in shapes} == {torch.bfloat16}
     assert {s.M for s in SUITES["hopper"]["cuda"] if not s.training} == {1, 16}
     assert sum(s.compiled for s in shapes) == 1
     assert len({s.name for suite in SUITES.values() for shapes in suite.values() for s in shapes} - NAMED.keys()) == 0
 
 
 def hopper_document(slower: float) -> dict:
-    """Ours at `slower` times F.linear everywhere, PEFT at 2 and addmm_ at 1.2 times."""
+    """A document in which ours takes `slower` times as long as F.linear, PEFT 1.8 or 2 times and addmm_ 1.2 times."""
     factors = {"F.linear": 1.0, "PEFT": 1.8, "PEFT, fp32 adapters": 2.0, "addmm_": 1.2, "ours: cuda": slower}
     document = {"suite": "hopper", "shapes": {}, "timings": []}
     for shape in SUITES["hopper"]["cuda"]:
         document["shapes"][shape.name] = {"M": shape.M, "K": shape.K, "N": shape.N, "R": shape.R}
-        for p, which in [*shape.cells, *([] if shape.training else [(0.0, GRAPH)])]:
+        for _, p, which in [*shape.cells, *([] if shape.training else [Cell(shape, 0.0, GRAPH)])]:
             for name, factor in factors.items():
                 entry = {
                     "shape": shape.name,
@@ -78,7 +78,7 @@ def hopper_document(slower: float) -> dict:
 
 
 @pytest.mark.parametrize(("slower", "verdicts"), [(1.02, {"met"}), (1.25, {"met", "missed"})])
-def test_the_hopper_table(slower, verdicts):
+def test_the_hopper_table_has_means_and_verdicts(slower, verdicts):
     main_table, decode = report_suite.tables(hopper_document(slower))
     rows = {row[0]: row[1:] for row in main_table[2]}
     for first in (rows["forward over F.linear"], rows["forward + backward over F.linear + dx"]):
@@ -115,7 +115,7 @@ class FakeEvent:
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """As much of torch.cuda as a graph needs, writing down what is asked of it."""
+    """The parts of torch.cuda that a graph needs. They record in a log what is asked of them."""
     from contextlib import contextmanager
 
     @contextmanager
@@ -153,7 +153,7 @@ def test_a_graph_holds_many_calls_and_is_captured_once(fake_cuda):
     assert fake_cuda.count("capture begins") == 1 and fake_cuda.count("replay") == math.ceil(50 / held) + 1
 
 
-def test_a_sweep_and_its_picture(tmp_path, monkeypatch, capsys):
+def test_a_sweep_is_measured_and_drawn(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     small = tuple(Shape(f"small-{M}", M, 32, 32, 4, training=M > 8, dropout=0.0, bias=False) for M in (4, 16, 32))
     monkeypatch.setitem(SUITES, "sweep-m", {"cpu": small})
@@ -191,13 +191,13 @@ def test_pictures_need_shapes_that_differ_in_one_thing():
         (["--peer", "lorafusion"], "NAME=PATH"),
     ],
 )
-def test_options_that_cannot_be(words, said, capsys):
+def test_options_that_cannot_be_served_are_refused(words, said, capsys):
     assert main(["bench", "--device", "cpu", *words]) == 2
     assert said in capsys.readouterr().out
 
 
 def test_a_document_without_a_roofline_still_has_its_table():
-    """Runs from before it was measured."""
+    """Older runs have none."""
     entry = {"shape": "a", "p": 0.0, "pass": FORWARD, "variant": "ours: cpu", "automatic": True, "seconds": [1, 2, 3]}
     document = {"timings": [entry | {"ratio": [1, 1, 1]}], "gate": [], "shapes": {"a": {"size": "s"}}}
     assert report.shape_table(document, "a")[2] == [["ours: cpu (automatic)", "2000 ms ×1.00 ±0.00"]]

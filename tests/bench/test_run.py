@@ -1,9 +1,8 @@
-"""The bench may be believed: its gate is closed to wrong kernels, its arithmetic is right, its files are whole."""
+"""The bench may be believed: it shows no number of a wrong kernel, its arithmetic is right, its files are whole."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 import types
@@ -15,15 +14,14 @@ from support.paths import ROOT
 
 from lora_kernels.__main__ import main
 from lora_kernels.backends import dispatch, eager
-from lora_kernels.bench import memory, overhead, report, run, variants
+from lora_kernels.bench import layers, memory, overhead, report, run, variants
 from lora_kernels.bench.shapes import BACKWARD, DEFAULT, FORWARD, NAMED, TARGETED
-from lora_kernels.testing import timing
-from lora_kernels.testing.judge import Gate, evaluate, problem
+from lora_kernels.testing import documents, timing
+from lora_kernels.testing.judge import Judge, evaluate, problem
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
-    """Without what is slow and beside the point: PEFT's import, calls by the hundred, and interpreters started for the
-    import's time."""
+    """Leave out what is slow and not tested here: PEFT's import, hundreds of calls, and timing the import."""
     patch.setitem(sys.modules, "peft", None)
     patch.setattr(overhead, "_CALLS", 10)
     patch.setattr(overhead, "measure_import", lambda times: overhead.ImportCost(1.0, False))
@@ -31,13 +29,13 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def wrong_backend(monkeypatch):
-    """A back-end that serves everything and forgets the scale in db."""
+    """A back-end "wrong" that serves everything and forgets the scale in db."""
     module = types.ModuleType("lora_kernels.backends.wrong")
     module.name, module.why_not, module.forward = "wrong", eager.why_not, eager.forward
 
-    def backward(dy, x, w, a, b, h, scale, *rest):
-        dx, da, db = eager.backward(dy, x, w, a, b, h, scale, *rest)
-        return dx, da, db if db is None else db / scale
+    def backward(dys, x, bases, adapters, *rest):
+        dx, das, (db,) = eager.backward(dys, x, bases, adapters, *rest)
+        return dx, das, [db if db is None else db / adapters[0].scale]
 
     module.backward = backward
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -55,7 +53,7 @@ def bench(*words: str) -> int:
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
-    """Of one run of the bench."""
+    """The document of one run of the bench."""
     path = tmp_path_factory.mktemp("bench") / "run.json"
     with pytest.MonkeyPatch.context() as patch:
         make_quick(patch)
@@ -77,30 +75,30 @@ def test_a_wrong_kernel_gets_no_number(wrong_backend, tmp_path, monkeypatch, cap
     text = capsys.readouterr().out
     row = next(line for line in text.splitlines() if "ours: wrong" in line)
     assert row.split()[2:] == ["red"] * 4
-    assert "gate red" in text and "db: error" in text
+    assert "judged wrong" in text and "db: error" in text
 
 
-def test_the_gate_catches_a_crash_and_a_missing_gradient(wrong_backend, monkeypatch):
-    gate = Gate(problem(6, 8, 8, 2))
-    assert gate.faults("eager")[1] == []
+def test_the_judge_finds_a_crash_and_a_missing_gradient(wrong_backend, monkeypatch):
+    judge = Judge(problem(6, 8, 8, 2))
+    assert judge.faults("eager")[1] == []
     wrong = sys.modules["lora_kernels.backends.wrong"]
     monkeypatch.setattr(wrong, "backward", lambda *args: 1 / 0)
-    assert gate.faults("wrong")[1] == ["ZeroDivisionError: division by zero"]
-    monkeypatch.setattr(wrong, "forward", lambda x, w, *rest: (torch.full((6, 8), float("nan")), None))
+    assert judge.faults("wrong")[1] == ["ZeroDivisionError: division by zero"]
+    monkeypatch.setattr(wrong, "forward", lambda *_: ([torch.full((6, 8), float("nan"))], [None]))
     monkeypatch.setattr(wrong, "backward", eager.backward)
-    assert gate.faults("wrong")[1]
+    assert judge.faults("wrong")[1]
     monkeypatch.setattr("lora_kernels.testing.judge.lora_linear", lambda x, w, a, b, *, bias, **_: x @ w.mT + bias)
-    assert {"da: missing", "db: missing"} <= set(gate.faults("eager")[1])
+    assert {"da: missing", "db: missing"} <= set(judge.faults("eager")[1])
 
 
-def test_the_gate_judges_every_gradient():
-    verdicts, faults = Gate(problem(6, 8, 8, 2, p=0.3)).faults("eager")
+def test_the_judge_judges_every_gradient():
+    verdicts, faults = Judge(problem(6, 8, 8, 2, p=0.3)).faults("eager")
     assert faults == [] and [v.name for v in verdicts] == ["y", "dx", "da", "db", "dbias"]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_every_variant_computes_the_layer(p):
-    """Or we compare with something else: at p=0 to the last few bits; with dropout, by the mean over masks."""
+    """All variants compute the same function: to the last few bits at p=0, and in the mean over masks with dropout."""
     q = problem(12, 10, 16, 4, dtype=torch.float64, p=0.0)
     want = evaluate(q)
     found, notes = variants.baselines()
@@ -117,7 +115,7 @@ def test_every_variant_computes_the_layer(p):
             torch.testing.assert_close(value, want[name], **bound, msg=lambda text, v=variant: f"{v.name}: {text}")
 
 
-def test_the_document(document):
+def test_the_document_has_every_cell_and_no_paths(document):
     assert document["schema"] == 1 and document["rounds"] == 2
     assert document["command"] == "python -m lora_kernels bench --device cpu --shapes tiny --rounds 2"
     assert document["device"]["type"] == "cpu" and {"name", "cores", "threads", "isa"} <= document["device"].keys()
@@ -164,16 +162,16 @@ def test_a_partial_run_is_not_written_unasked(document, tmp_path, monkeypatch, c
         (["--device", "cuda:99"], "CUDA devices"),
     ],
 )
-def test_options_that_cannot_be(words, said, capsys):
+def test_options_that_cannot_be_served_are_refused(words, said, capsys):
     assert bench(*words) == 2
     assert said in capsys.readouterr().out
 
 
 def test_writing_is_all_or_nothing(tmp_path):
     path = tmp_path / "deep" / "run.json"
-    run.write({"a": 1}, path)
+    documents.write({"a": 1}, path)
     with pytest.raises(TypeError):
-        run.write({"a": object()}, path)
+        documents.write({"a": object()}, path)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["run.json"]
 
@@ -193,7 +191,7 @@ def test_ratios_are_of_the_same_round():
 
 
 class Script:
-    """A timer that is told how long every variant takes, and writes down what it was asked."""
+    """A timer that returns a fixed time for each variant, and records which it was asked for."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -206,7 +204,7 @@ class Script:
 def test_rounds_are_interleaved_and_turned():
     timer = Script()
     rounds = timing.interleave("floor", {name: [name] for name in ("floor", "a", "b", "slow")}, 5, timer)
-    asked = timer.asked[8:]  # after two calls of each to warm up
+    asked = timer.asked[8:]  # two calls of each warm up
     first, second = asked[:5], asked[5:10]
     assert sorted(first) == sorted(second) == ["a", "b", "floor", "floor", "slow"] and first != second
     assert abs(first.index("floor") - (len(first) - 1 - first[::-1].index("floor"))) >= 2
@@ -218,9 +216,9 @@ def test_rounds_are_interleaved_and_turned():
 def test_saved_bytes_count_a_storage_once_and_no_parameter():
     q = problem(32, 16, 24, 4)
     x_bytes, h_bytes = 32 * 24 * 4, 32 * 4 * 4
-    shared = variants.Task(lambda x: (x * x) @ q.w.mT, (), (q.w,))
+    shared = layers.Task(lambda x: (x * x) @ q.w.mT, (), (q.w,))
     assert memory.saved_bytes(shared, q) == x_bytes
-    layer = variants._addmm(q)
+    layer = layers.addmm(q)
     assert memory.saved_bytes(layer, q) == x_bytes + h_bytes
     peak = memory.peak_bytes(layer, q)
     y_and_dx = 32 * 16 * 4 + 32 * 24 * 4
@@ -231,14 +229,12 @@ def test_targets_are_those_of_the_shapes():
     assert next(shape.targets for shape in TARGETED) == {0.0: 1.10, 0.1: 1.18} and all(
         len(s.targets) == 2 for s in TARGETED
     )
-    assert report.meets({"ratio": [0, 1.104, 2], "target": 1.10}) and not report.meets(
-        {"ratio": [0, 1.106, 2], "target": 1.10}
-    )
+    assert report.met_or_missed(1.104, 1.10) == "met" and report.met_or_missed(1.106, 1.10) == "missed"
     assert {s.name for shapes in DEFAULT.values() for s in shapes} <= NAMED.keys()
     assert not any(s.name.startswith("llama-70b") for s in DEFAULT["cpu"])
 
 
-def test_durations():
+def test_durations_have_three_digits_and_a_unit():
     assert [report.duration(t) for t in (2.5e-7, 1.234e-5, 9.99e-4, 1.5e-3, 0.123, 1.5)] == [
         "0.25 µs", "12.3 µs", "999 µs", "1.50 ms", "123 ms", "1500 ms",
     ]  # fmt: skip
@@ -248,7 +244,7 @@ def test_the_import_loads_no_triton():
     assert not overhead.measure_import(1).loads_triton
 
 
-def test_plain_terminal_and_picture(document, tmp_path, capsys):
+def test_a_plain_terminal_and_a_picture_show_the_document(document, tmp_path, capsys):
     from lora_kernels.bench import plot
     from lora_kernels.testing.terminal import Terminal
 
@@ -258,35 +254,3 @@ def test_plain_terminal_and_picture(document, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     plot.draw(document, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def readme_script():
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_readme_round_trip(document, tmp_path, capsys):
-    script, root = readme_script(), tmp_path / "checkout"
-    results = root / "bench" / "results"
-    readme = root / "README.md"
-    run.write(document, results / "2030-01-01-a.json")
-    run.write(document | {"date": "2020-01-01T00:00:00+00:00"}, results / "2031-01-01-b.json")
-    readme.write_text("# before\n")
-    assert script.main(["--root", str(root)]) == 1, "no markers"
-    readme.write_text(f"# before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
-    assert script.main(["--root", str(root), "--check"]) == 1
-    assert script.main(["--root", str(root)]) == 0
-    assert script.main(["--root", str(root), "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
-    assert "tiny: fp32 40×64→48 r4" in text and "(benchmarks/results/2030-01-01-a.json)" in text
-    mine = next(e for e in document["timings"] if e["automatic"] and e["pass"] == BACKWARD and e["p"] == 0)
-    assert f"**×{mine['ratio'][1]:.2f}** (`{mine['backend']}`)" in text
-    (results / "2030-01-01-a.json").unlink()
-    assert script.main(["--root", str(root), "--check"]) == 1, "another run is the newest now"
-
-
-def test_readme_is_fresh():
-    assert readme_script().main(["--check"]) == 0

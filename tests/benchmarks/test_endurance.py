@@ -1,4 +1,4 @@
-"""The endurance run: its cases repeat, it finds what is wrong, it says how to see it again."""
+"""The endurance run repeats its cases from a seed, finds faults, and prints how to repeat them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import endurance
-from benchmarks.endurance import draw
+from benchmarks.endurance_cases import DTYPES, draw
 from lora_kernels.backends import eager
 
 
@@ -41,7 +41,7 @@ def test_cases_are_functions_of_the_seed(capsys):
     assert cases == [draw(3, k, 1000, "cuda") for k in range(400)] and cases != [
         draw(4, k, 1000, "cuda") for k in range(400)
     ]
-    assert {(c.dtype, c.adapter_dtype) for c in cases} == set(endurance._DTYPES)
+    assert {(c.dtype, c.adapter_dtype) for c in cases} == set(DTYPES)
     assert {c.p for c in cases} == {0.0, 0.05, 0.5} and {c.strided for c in cases} == {c.bias for c in cases} == {
         False,
         True,
@@ -54,10 +54,10 @@ def test_cases_are_functions_of_the_seed(capsys):
     assert len({(c.dtype, c.adapter_dtype, c.p, c.strided, c.bias) for c in few}) <= 2 and len({c.M for c in few}) > 10
 
 
-def test_a_wrong_gradient_is_found_and_can_be_seen_again(monkeypatch, capsys):
-    def backward(dy, x, w, a, b, h, scale, *rest):
-        dx, da, db = eager.backward(dy, x, w, a, b, h, scale, *rest)
-        return dx, da, db * 1.3 if dy.shape[0] > 30 else db
+def test_a_wrong_gradient_is_found_and_can_be_repeated(monkeypatch, capsys):
+    def backward(dys, *rest):
+        dx, das, (db,) = eager.backward(dys, *rest)
+        return dx, das, [db * 1.3 if dys[0].shape[0] > 30 else db]
 
     name = fake_backend(monkeypatch, backward=backward)
     wrong = next(k for k in range(100) if draw(5, k, 1000, "cpu").M > 30)
@@ -72,11 +72,11 @@ def test_results_that_change_from_run_to_run_are_found(monkeypatch, capsys):
     turns = []
 
     def forward(x, *rest):
-        y, h = eager.forward(x, *rest)
+        (y,), hs = eager.forward(x, *rest)
         turns.append(1)
         if len(turns) % 2:
             y.view(-1)[0] = torch.nextafter(y.view(-1)[0].float(), torch.tensor(float("inf"))).to(y.dtype) * 1.0001
-        return y, h
+        return [y], hs
 
     name = fake_backend(monkeypatch, forward=forward)
     assert endure("--backend", name, "--calls", "6") == 1
@@ -93,7 +93,7 @@ def test_a_backend_that_breaks_is_not_called_ten_thousand_times(monkeypatch, cap
 
 
 class FakeGraph:
-    """Calls again what was called while it was captured, into the same tensors; each `off`-th replay forgets to."""
+    """A graph that repeats the captured calls into the same tensors, except in each `off`-th replay."""
 
     def __init__(self, off: int = 0) -> None:
         self.calls, self.capturing, self.replays, self.off = [], False, 0, off
@@ -111,8 +111,8 @@ run = endurance.run
 
 
 @pytest.mark.parametrize("off", [0, 51])
-def test_streams_and_replays_with_a_fake_gpu(monkeypatch, off):
-    """What it asks of torch.cuda, on CPU tensors: inputs change, results are compared, a stale replay shows."""
+def test_streams_and_replays_are_compared_on_a_fake_gpu(monkeypatch, off):
+    """With CPU tensors and a fake torch.cuda: inputs change, results are compared, and a stale replay is found."""
     graph = FakeGraph(off)
 
     @contextlib.contextmanager
@@ -150,7 +150,7 @@ def test_streams_and_replays_with_a_fake_gpu(monkeypatch, off):
         assert one.record.replays == graph.replays == len(steps) == 100 and one.record.faults == []
 
 
-def test_time_and_refusals_are_kept(monkeypatch, capsys, tmp_path):
+def test_limits_of_time_and_refusals_are_respected(monkeypatch, capsys, tmp_path):
     def why_not(call):
         return ["odd"] if call.R % 2 else []
 

@@ -1,4 +1,4 @@
-"""The bench of generation: every figure is there and finite, and the gate opens to right models only."""
+"""The benchmark of generation: every number is there and finite, and a wrong model gets none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from benchmarks import generation
-from benchmarks.generation import DENSE, FUSED, OURS, PEER, Size
+from benchmarks.generation_models import DENSE, FUSED, OURS, PEER, Models, Size
 
 TINY = Size(hidden=64, intermediate=128, layers=2, heads=4, vocabulary=96, r=4, prompt=16, new=4)
 WORDS = [f"--{name}={value}" for name, value in vars(TINY).items()]
@@ -23,24 +23,24 @@ needs_peer = pytest.mark.skipif(not HAVE_PEER, reason="bitsandbytes and accelera
 
 @pytest.fixture
 def no_peer(monkeypatch):
-    """As where bitsandbytes is not installed: it is not found, and its models are not asked for."""
+    """Hide bitsandbytes, as if it were not installed."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
 
 
 @pytest.fixture
 def wrong_scale(monkeypatch):
-    """A model of ours whose adapters weigh a tenth too much."""
-    apply = generation._apply
+    """Make our model wrong: its adapters are a tenth too large."""
+    apply = Models.apply
 
-    def wrong(*args):
-        variant = apply(*args)
+    def wrong(self, dtype):
+        variant = apply(self, dtype)
         for layer in variant.model.modules():
             if hasattr(layer, "lora_B"):
                 layer.lora_B.data.mul_(1.1)
         return variant
 
-    monkeypatch.setattr(generation, "_apply", wrong)
+    monkeypatch.setattr(Models, "apply", wrong)
 
 
 @needs_peer
@@ -61,20 +61,20 @@ def test_every_model_is_judged_and_timed(dtype, double_quant, tmp_path, capsys):
         assert all(math.isfinite(value) and value > 0 for value in numbers)
         assert set(row["ratios"]) == {f"{PEER} {dtype}", f"{DENSE} bf16", f"{DENSE} fp32"} - {name}
         assert row["tokens_per_second"][1] * row["seconds"][1] == pytest.approx(TINY.new)  # medians of three
-    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # numbers in the linears that have adapters
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # elements of the linears with adapters
     assert rows[f"{DENSE} fp32"]["weight_bytes"] == 2 * rows[f"{DENSE} bf16"]["weight_bytes"] == 4 * weights
     scales = weights // 64 * (1 if double_quant else 4)
     stored = rows[f"{OURS} {dtype}"]["weight_bytes"]
     assert stored == rows[f"{PEER} {dtype}"]["weight_bytes"] == rows[f"{FUSED} {dtype}"]["weight_bytes"]
     assert (stored > weights // 2 + scales) if double_quant else (stored == weights // 2 + scales)
     said = capsys.readouterr().out
-    assert "all 5 gates green" in said and all(name in said for name in names)
+    assert "no fault in 5 checks" in said and all(name in said for name in names)
 
 
 def test_without_bitsandbytes_the_others_are_measured(no_peer, capsys):
     assert generation.main([*WORDS, "--rounds=1"]) == 0
     said = capsys.readouterr().out
-    assert "all 3 gates green" in said and "pip install bitsandbytes" in said
+    assert "no fault in 3 checks" in said and "pip install bitsandbytes" in said
     assert (
         f"{OURS} bf16" in said and f"{DENSE} fp32" in said and PEER not in said.replace(f"{PEER} is not measured", "")
     )
@@ -89,9 +89,9 @@ def test_a_wrong_model_gets_no_number(no_peer, wrong_scale, tmp_path, capsys):
 
 def test_a_comparison_must_be_the_same_function():
     want = {"prompt": torch.randn(8, 8, dtype=torch.float64)}
-    assert generation.gate_peer({"prompt": want["prompt"].bfloat16()}, want) == []
+    assert generation.peer_faults({"prompt": want["prompt"].bfloat16()}, want) == []
     for other in (1.2 * want["prompt"], torch.full_like(want["prompt"], float("nan"))):
-        assert "from fp64" in generation.gate_peer({"prompt": other}, want)[0]
+        assert "from fp64" in generation.peer_faults({"prompt": other}, want)[0]
 
 
 def test_tokens_that_are_missing_are_an_error():
@@ -107,7 +107,7 @@ def test_tokens_that_are_missing_are_an_error():
     ("words", "fault"),
     [(["--rounds", "0"], "rounds must be at least 1"), (["--hidden", "65"], "multiple of 2 · heads")],
 )
-def test_options_that_make_no_sense(words, fault, capsys):
+def test_options_that_make_no_sense_are_refused(words, fault, capsys):
     with pytest.raises(SystemExit):
         generation.main(words)
     assert fault in capsys.readouterr().err

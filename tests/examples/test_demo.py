@@ -1,4 +1,4 @@
-"""The demo's whole path, in a few epochs: what newcomers run first has to run."""
+"""The demo runs from start to end in a few epochs, and its promises hold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("digits")
 
 
-def test_demo(digits: ModuleType, tmp_path: Path) -> None:
+def test_the_demo_keeps_its_promises(digits: ModuleType, tmp_path: Path) -> None:
     results = digits.run(tmp_path, digits.Lengths(pretrain_epochs=2, adapt_epochs=2, timed_rounds=2))
 
     assert len(results.checks) == 4
@@ -45,7 +45,7 @@ def test_demo(digits: ModuleType, tmp_path: Path) -> None:
     assert struct.unpack(">II", png[16:24]) == (1350, 960)
 
 
-def test_goes_on_without_peft(
+def test_the_demo_runs_without_peft(
     digits: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -54,8 +54,8 @@ def test_goes_on_without_peft(
     assert "PEFT is not installed" in capsys.readouterr().out
 
 
-def test_floor_passes_the_gradients_that_lora_needs(digits: ModuleType) -> None:
-    """The frozen model's step is a floor only if dx runs through the same linears as under LoRA."""
+def test_the_floor_passes_the_gradients_that_lora_needs(digits: ModuleType) -> None:
+    """The step of the frozen model is a floor only if dx passes the same linears as with LoRA."""
     models = digits.contenders(digits.ViT())
     reached = {}
     for name in ("frozen, no adapter: the floor", "lora_kernels"):
@@ -69,10 +69,10 @@ def test_floor_passes_the_gradients_that_lora_needs(digits: ModuleType) -> None:
         reached[name] = wants
     floor, lora = reached.values()
     assert floor == lora
-    assert lora.count((True, True)) == len(lora) - 3  # into all but the first block's q, k and v
+    assert lora.count((True, True)) == len(lora) - 3  # dx enters all but q, k and v of the first block
 
 
-def test_files_without_safetensors(digits: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_files_need_no_safetensors(digits: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     tensors = {"lora_A": torch.randn(2, 3)}
     path = digits.save(tensors, tmp_path / "adapter")

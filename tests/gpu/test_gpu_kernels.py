@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support import judging as oracle
+from support import judging
 from torch import Tensor
 
 from benchmarks.endurance import differences, run
@@ -34,7 +34,7 @@ LARGER = [  # M, N, K, R
     (640, 512, 768, 64),
 ]
 DECODE = [(1, 1024, 2048, 16), (2, 264, 4104, 8), (16, 1024, 1024, 64), (17, 520, 1032, 16), (64, 2048, 512, 33)]
-VARIETY = list(itertools.product(oracle.DTYPES, [0.0, 0.3], [False, True]))
+VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3], [False, True]))
 """dtypes, p, strided: a shape gets two of them, all shapes between them all."""
 
 
@@ -64,7 +64,7 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
 
 def served(
     module: ModuleType, device: torch.device, shape: tuple[int, int, int, int], number: int, **kwargs
-) -> oracle.Problem:
+) -> judging.Problem:
     """A problem of about `shape` that the back-end serves: `cuda` wants N and K to be multiples of 8, and 16 bits."""
     M, N, K, R = shape if device.type == "cuda" else (min(size, 64) for size in shape)
     choice = {"dtype": torch.bfloat16, **kwargs}
@@ -76,11 +76,11 @@ def served(
             choice["adapter_dtype"] = torch.float32 if number % 2 else torch.float16
             call = call._replace(dtype=torch.float16, adapter_dtype=choice["adapter_dtype"])
         assert not module.why_not(call._replace(N=N, K=K)), "a back-end serves 16 bits and multiples of 8"
-    return oracle.problem(M, N, K, R, seed=number, device=device, **choice)
+    return judging.problem(M, N, K, R, seed=number, device=device, **choice)
 
 
 @pytest.mark.parametrize("turn", [0, 1])
-@pytest.mark.parametrize(("number", "shape"), list(enumerate([*oracle.SHAPES, *LARGER, *DECODE])))
+@pytest.mark.parametrize(("number", "shape"), list(enumerate([*judging.SHAPES, *LARGER, *DECODE])))
 def test_values_and_gradients(backend, device, number, shape, turn, poison) -> None:
     (dtype, adapter_dtype), p, strided = VARIETY[(7 * number + 10 * turn) % len(VARIETY)]
     q = served(
@@ -95,8 +95,8 @@ def test_values_and_gradients(backend, device, number, shape, turn, poison) -> N
         bias=number % 3 > 0,
     )
     before = {name: t.clone() for name, t in vars(q).items() if isinstance(t, Tensor)}
-    got = oracle.backend_results(backend, q)
-    oracle.check(got, q)
+    got = judging.backend_results(backend, q)
+    judging.check(got, q)
     for name, t in before.items():
         assert torch.equal(getattr(q, name), t), f"{name} was written to"
     assert all(t.is_contiguous() for t in got.values())
@@ -106,8 +106,8 @@ def test_values_and_gradients(backend, device, number, shape, turn, poison) -> N
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_adapters_in_fp32_get_gradients_in_fp32(backend, device, adapter_dtype) -> None:
     q = served(backend, device, (300, 256, 192, 16), 1, adapter_dtype=adapter_dtype, p=0.1)
-    got = oracle.backend_results(backend, q)
-    oracle.check(got, q)
+    got = judging.backend_results(backend, q)
+    judging.check(got, q)
     rounded = [torch.equal(got[name], got[name].bfloat16().to(got[name].dtype)) for name in ("da", "db")]
     assert rounded == [adapter_dtype == torch.bfloat16] * 2
 
@@ -148,7 +148,7 @@ def test_only_what_is_asked(backend, device, needs) -> None:
     for name, value, needed in zip(("dx", "da", "db"), got, needs, strict=True):
         assert (value is not None) == needed
         if needed:
-            oracle.check({name: value}, q)
+            judging.check({name: value}, q)
 
 
 def test_through_the_door(backend, device) -> None:

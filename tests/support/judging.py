@@ -1,4 +1,4 @@
-"""What a kernel's numbers are judged by: the judge of `lora_kernels.testing.judge`, and what to try it on."""
+"""The judge of `lora_kernels.testing.judge` for tests, and the shapes and dtypes on which kernels are tested."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ __all__ = [
 ]
 
 
-def backend_results(module, q: Problem, **needs: bool) -> dict[str, Tensor]:
-    """y, h and every gradient of a back-end called directly, as the operators call it."""
-    flags = {"need_dx": True, "need_da": True, "need_db": True} | needs
-    y, h = one_layer.forward(module, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
-    dx, da, db = one_layer.backward(module, q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, **flags)
+def backend_results(module, q: Problem) -> dict[str, Tensor]:
+    """y, dx, da and db of a back-end that is called directly, as the operators call it."""
+    y, h = one_layer.forward_of(module, q)
+    dx, da, db = one_layer.backward_of(module, q, h)
     return {"y": y, "dx": dx, "da": da, "db": db}
 
 
 def saved_bytes(function: Callable[[], object]) -> int:
-    """Bytes kept for the backward that are no parameter of the problem, each storage once."""
+    """The bytes of all storages saved for the backward, each counted once. Parameters are not counted."""
     storages = {}
 
     def pack(t):
@@ -58,8 +57,8 @@ SHAPES = [  # M, N, K, R
     (0, 16, 24, 4),
     (211, 193, 187, 8),
 ]
-"""The last is large enough for statistics, the others have every element within the bound of rounding. Odd, ragged,
-empty; r from 1 to 256, powers of two and not, and above K."""
+"""Odd, ragged and empty shapes; r from 1 to 256, powers of two and others, and above K. The last shape is large enough
+for statistics. On the others each element must be within the bound of rounding."""
 
 
 DTYPES = [
@@ -69,4 +68,4 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 ]
-"""(dtype, adapter_dtype): every combination below fp64."""
+"""(dtype, adapter_dtype): every combination that is served, without fp64."""

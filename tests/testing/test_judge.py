@@ -1,10 +1,10 @@
-"""The judge itself: it must reject results that are slightly wrong, in every dtype, or the suite proves nothing."""
+"""The judge rejects results that are slightly wrong, in every dtype. Without that the suite proves nothing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support import judging as oracle
+from support import judging
 
 WRONG = {
     "a factor of 1 - p forgotten": lambda t, q: t * 0.7,
@@ -24,7 +24,7 @@ WRONG = {
 SMALL, LARGE = (48, 40, 56, 8), (211, 193, 187, 8)
 
 
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["y", "dx", "da", "db"])
 @pytest.mark.parametrize(
     ("shape", "wrong"),
@@ -36,25 +36,25 @@ SMALL, LARGE = (48, 40, 56, 8), (211, 193, 187, 8)
     ],
     ids=str,
 )
-def test_what_is_wrong_is_rejected(shape, wrong, name, dtypes):
-    """By statistics where there is enough of it, else by the bound, which lets three roundings pass in a sum of 60, and
-    one per cent in 16 bits."""
-    q = oracle.problem(*shape, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3)
-    results = oracle.evaluate(q)
-    oracle.check(results, q)
+def test_a_wrong_result_is_rejected(shape, wrong, name, dtypes):
+    """Large results are judged by statistics, small ones by the bound. The bound passes three roundings in a sum of 60,
+    and one per cent in 16 bits."""
+    q = judging.problem(*shape, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3)
+    results = judging.evaluate(q)
+    judging.check(results, q)
     with pytest.raises(AssertionError, match=name):
-        oracle.check({name: WRONG[wrong](results[name], q)}, q)
+        judging.check({name: WRONG[wrong](results[name], q)}, q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_bias_gradient_that_is_wrong_is_rejected(dtype):
-    """It has few elements, and no roundings but its own."""
+    """A bias gradient has few elements, and is rounded only once."""
     for shape in (SMALL, LARGE):
-        q = oracle.problem(*shape, dtype=dtype)
-        dbias = oracle.evaluate(q)["dbias"]
-        oracle.check({"dbias": dbias}, q)
+        q = judging.problem(*shape, dtype=dtype)
+        dbias = judging.evaluate(q)["dbias"]
+        judging.check({"dbias": dbias}, q)
         with pytest.raises(AssertionError, match="dbias"):
-            oracle.check({"dbias": (dbias.double() * 1.01).to(dtype)}, q)
+            judging.check({"dbias": (dbias.double() * 1.01).to(dtype)}, q)
 
 
 def test_the_poison_reaches_uninitialised_memory(poison):

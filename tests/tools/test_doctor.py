@@ -1,4 +1,4 @@
-"""The doctor tells what is there, what is not and how to get it, and nothing about whose machine it is."""
+"""The doctor reports what is there, what is missing and how to get it, and nothing about whose machine it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.tools import doctor
 
 
-def test_report(capsys):
+def test_the_report_agrees_with_explain_and_holds_no_paths(capsys):
     assert main(["doctor", "--json"]) == 0
     text = capsys.readouterr().out
     report = json.loads(text)
@@ -29,7 +29,7 @@ def test_report(capsys):
     assert str(Path.home()) + "/" not in text and str(ROOT) not in text
 
 
-def test_tables(capsys):
+def test_the_tables_name_versions_and_backends(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "versions" in text and "eager" in text and "the automatic choice" in text
@@ -37,7 +37,7 @@ def test_tables(capsys):
         assert "not ready" in text and "how to get it" in text
 
 
-def test_a_machine_that_nothing_serves(monkeypatch, capsys):
+def test_a_machine_that_no_backend_serves_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(
         dispatch, "refusals", lambda name, call: [f"{name} is broken: /home/someone/lib/thing.so is missing"]
     )
@@ -46,7 +46,7 @@ def test_a_machine_that_nothing_serves(monkeypatch, capsys):
     assert "broken: thing.so is missing" in text and "/home" not in text
 
 
-def test_no_extension(monkeypatch, capsys):
+def test_missing_extensions_are_reported_with_a_way_to_get_them(monkeypatch, capsys):
     for name in ("_C", "_cuda"):
         monkeypatch.setitem(sys.modules, f"lora_kernels.{name}", None)
     report = doctor.examine()
@@ -65,5 +65,5 @@ def test_no_extension(monkeypatch, capsys):
         ("no module named 'triton'", "no module named 'triton'"),
     ],
 )
-def test_paths_are_cut(text, left):
+def test_absolute_paths_are_cut(text, left):
     assert doctor._without_paths(text) == left

@@ -12,11 +12,11 @@ from contextlib import suppress
 import torch
 
 from lora_kernels.backends import dispatch
-from lora_kernels.bench.shapes import SHORT
 from lora_kernels.core.operands import Call
 from lora_kernels.plans import store as tuned
 from lora_kernels.quant import tables as quant_tables
 from lora_kernels.quant.weight import FORMATS
+from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import terminal
 from lora_kernels.testing.watch import STUCK, first_line
 from lora_kernels.tools.tune.candidates import Size

@@ -1,4 +1,4 @@
-"""How ``tune`` measures. Every candidate stands behind the bench's gate, and must give the same bits twice; what fails
+"""How ``tune`` measures. Every candidate is judged as the bench judges, and must give the same bits twice; what fails
 to compile, asks for more than the GPU has or is wrong is dropped. Those left are timed in turn; the fastest is kept.
 """
 
@@ -20,8 +20,7 @@ from lora_kernels.plans import store as tuned
 from lora_kernels.plans.tiles import Plan
 from lora_kernels.plans.tilings import Tiling
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
-from lora_kernels.testing import judge as gate
-from lora_kernels.testing import timing
+from lora_kernels.testing import judge, timing
 from lora_kernels.testing.terminal import Terminal
 from lora_kernels.testing.watch import Watch, answers, first_line
 from lora_kernels.tools.tune.candidates import Size
@@ -59,7 +58,7 @@ class Operands:
 
     def __init__(self, setting: Setting, size: Size, seed: int) -> None:
         M, K, N, R = size
-        q = gate.problem(
+        q = judge.problem(
             M, N, K, R, dtype=setting.dtype, adapter_dtype=setting.adapter_dtype, p=setting.p, bias=False, seed=seed,
             device=setting.device,
         )  # fmt: skip
@@ -183,8 +182,8 @@ class Tuner:
         count = timing.operand_sets(device, sets[0].nbytes)
         sets += [Operands(self.setting, work.size, seed) for seed in range(1, count)]
         q, w = sets[0].q, sets[0].w
-        q, plain = (q, gate.evaluate(q)) if isinstance(w, Tensor) else gate.over_codes(q, w)
-        want = gate.truth(q)
+        q, plain = (q, judge.evaluate(q)) if isinstance(w, Tensor) else judge.over_codes(q, w)
+        want = judge.truth(q)
         steps: dict[str, list[timing.Step]] = {}
         timer = timing.timer_for(device)
         if device.type == "cuda" and work.size.M <= GRAPH_ROWS:
@@ -228,7 +227,7 @@ class Tuner:
         op: str,
         way: Way,
         operands: Operands,
-        q: gate.Problem,
+        q: judge.Problem,
         want: dict[str, Tensor],
         plain: dict[str, Tensor],
     ) -> str | None:
@@ -252,7 +251,7 @@ class Tuner:
         if op == "forward":  # h is judged by the db that it gives
             h = got.pop("h").double()
             got["db"] = q.scale * (q.dy.double().t() @ h)
-        faults = [verdict.fault for verdict in gate.judge(got, q, want, plain) if verdict.fault]
+        faults = [verdict.fault for verdict in judge.judge(got, q, want, plain) if verdict.fault]
         differing = [
             f"{name}: other bits in a second run" for name in names if not torch.equal(first[name], second[name])
         ]

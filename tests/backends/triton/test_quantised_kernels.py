@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support import judging as oracle
+from support import judging
 
 from lora_kernels.core import dropout as random
 from lora_kernels.quant.weight import DTYPES, FORMATS, QuantizedWeight, quantize_weight
@@ -74,16 +74,16 @@ def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
         assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags behind"
 
 
-def quantise(q: oracle.Problem, kind: str) -> QuantizedWeight:
+def quantise(q: judging.Problem, kind: str) -> QuantizedWeight:
     return quantize_weight(q.w, **KINDS[kind])
 
 
-def results(q: oracle.Problem, w: QuantizedWeight, way: str, **kwargs: bool) -> dict[str, torch.Tensor]:
+def results(q: judging.Problem, w: QuantizedWeight, way: str, **kwargs: bool) -> dict[str, torch.Tensor]:
     with interpreted(way, **kwargs) as backend:
-        return oracle.backend_results(backend, dataclasses.replace(q, w=w))
+        return judging.backend_results(backend, dataclasses.replace(q, w=w))
 
 
-def check(got: dict[str, torch.Tensor], q: oracle.Problem, w: QuantizedWeight) -> None:
+def check(got: dict[str, torch.Tensor], q: judging.Problem, w: QuantizedWeight) -> None:
     stored, plain = over_codes(q, w)
     for verdict in judge(got, stored, plain=plain):
         assert verdict.fault is None, verdict.fault
@@ -164,7 +164,7 @@ SHAPES = [  # M, N, K, R
     (0, 16, 24, 4),
 ]
 """Even K; the judge has every element within the bound of rounding."""
-VARIETY = list(itertools.product(oracle.DTYPES, [0.0, 0.3]))
+VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3]))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -174,15 +174,15 @@ def test_every_format(number: int, kind: str, way: str, poison: None) -> None:
     for turn in (2 * number, 2 * number + 1):
         (dtype, adapter_dtype), p = VARIETY[(3 * turn + list(WAYS).index(way)) % len(VARIETY)]
         shape, bias = SHAPES[turn % len(SHAPES)], turn % 3 > 0
-        q = oracle.problem(*shape, dtype=dtype, adapter_dtype=adapter_dtype, p=p, bias=bias, strided=turn % 2 == 0)
+        q = judging.problem(*shape, dtype=dtype, adapter_dtype=adapter_dtype, p=p, bias=bias, strided=turn % 2 == 0)
         w = quantise(q, kind)
         check(results(q, w, way), q, w)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], way: str, poison: None) -> None:
-    q = oracle.problem(17, 20, 34, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3, strided=True)
+    q = judging.problem(17, 20, 34, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3, strided=True)
     w = quantise(q, "nf4-32-nested")
     check(results(q, w, way), q, w)
 
@@ -213,7 +213,7 @@ def test_the_weight_within_a_product_bit_for_bit(kind: str, way: str, monkeypatc
 )
 def test_as_good_as_plain_torch(way: str, dtype: torch.dtype, poison: None) -> None:
     """Large enough for statistics."""
-    q = oracle.problem(64, 64, 80, 16, dtype=dtype)
+    q = judging.problem(64, 64, 80, 16, dtype=dtype)
     w = quantise(q, "nf4")
     check(results(q, w, way), q, w)
 
@@ -224,7 +224,7 @@ def test_same_bits_in_every_run(kind: str, tma: bool, poison: None) -> None:
     """Parts of every sum, and all of it at once; one program and several. x and dy by descriptors too, which the
     tables do not use but a measurement may."""
     M, N, K, R = 34, 24, 40, 5
-    q = oracle.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
+    q = judging.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
     w = quantise(q, kind)
     target = device.Target("interpreter", 8, contextlib.nullcontext, lambda: 0, lambda: False)
     forwards = [tiles.Plan(True, WITHIN, 1), tiles.Plan(True, WITHIN, 4), tiles.Plan(False, TICKETS, 1)]
@@ -266,7 +266,7 @@ def test_masks_are_the_rule_bit_for_bit(way: str) -> None:
 
 
 def test_only_what_is_needed_is_computed(poison: None) -> None:
-    q = oracle.problem(17, 17, 20, 3, dtype=torch.bfloat16, p=0.3)
+    q = judging.problem(17, 17, 20, 3, dtype=torch.bfloat16, p=0.3)
     w = quantise(q, "int8")
     for way in WAYS:
         with interpreted(way) as backend:
@@ -284,7 +284,7 @@ def test_only_what_is_needed_is_computed(poison: None) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["nf4-32-nested", "fp8-row"])
 def test_received_tensors_are_left_alone(kind: str, way: str) -> None:
-    q = oracle.problem(20, 33, 40, 3, p=0.3)
+    q = judging.problem(20, 33, 40, 3, p=0.3)
     w = quantise(q, kind)
     before = [t.clone() for t in (*w.tensors, q.x, q.dy)]
     results(q, w, way)
@@ -293,17 +293,17 @@ def test_received_tensors_are_left_alone(kind: str, way: str) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 2.0**-101])
 def test_scales(scale: float) -> None:
-    q = oracle.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
+    q = judging.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
     w = quantise(q, "fp4-nested")
     check(results(q, w, "redundant"), q, w)
 
 
 def test_a_captured_launch_keeps_nothing() -> None:
-    q = oracle.problem(20, 33, 40, 3)
+    q = judging.problem(20, 33, 40, 3)
     w = quantise(q, "nf4")
     for way in WAYS:
         with interpreted(way, capturing=True) as backend:
-            check(oracle.backend_results(backend, dataclasses.replace(q, w=w)), q, w)
+            check(judging.backend_results(backend, dataclasses.replace(q, w=w)), q, w)
             assert not device._workspaces
 
 

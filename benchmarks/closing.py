@@ -1,0 +1,32 @@
+"""How a benchmark ends: notes, faults that the judge found, the JSON, and the exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_kernels.testing.documents import write
+from lora_kernels.testing.terminal import Terminal
+
+Entry = dict[str, Any]
+
+
+def _name(entry: Entry) -> str:
+    return str(entry["name"])
+
+
+def close(document: Entry, out: Path | None, show: Terminal, name: Callable[[Entry], str] = _name) -> int:
+    """Show the notes and faults of a document and write it to `out` if that is given. Return the exit status: 1 if the
+    judge found a fault, else 0. `name` names the variant of an entry under "gate"."""
+    for note in document["notes"]:
+        show.line(note)
+    faults = [f"{name(entry)}: {fault}" for entry in document["gate"] for fault in entry["faults"]]
+    for fault in faults:
+        show.line(f"✗ {fault}")
+    if not faults:
+        show.line(f"✓ the judge found no fault in {len(document['gate'])} checks")
+    if out:
+        write(document, out)
+        show.line(f"Written: {out}")
+    return int(bool(faults))
