@@ -7,13 +7,14 @@ SHORT ?=
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 PYTHON_FILES := lora_kernels tests benchmarks examples scripts csrc setup.py
 
-.PHONY: help test demo bench doctor lint format clean
+.PHONY: help test demo bench doctor docs lint format clean
 
 help:
 	@echo "make test     set up and run the test suite"
 	@echo "make demo     fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
 	@echo "make bench    measure against PEFT and the frozen layer; writes benchmarks/results/ and README's table"
 	@echo "make doctor   what serves this machine, and what is missing"
+	@echo "make docs     build the documentation into build/site; a warning is an error"
 	@echo "make lint     ruff, mypy, clang-format (make format: repair)"
 
 $(VENV)/.requirements: requirements-dev.txt
@@ -39,6 +40,9 @@ bench: $(VENV)/.installed
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m lora_kernels doctor
+
+docs: $(VENV)/.requirements
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check $(PYTHON_FILES)
