@@ -5,16 +5,17 @@ BIN := $(VENV)/bin
 SHORT ?=
 
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
-PYTHON_FILES := lora_kernels tests benchmarks examples scripts csrc setup.py
+PYTHON_FILES := lora_kernels tests benchmarks docs examples scripts csrc setup.py
 
-.PHONY: help test test-slow demo bench doctor lint format clean
+.PHONY: help test test-slow demo bench doctor docs lint format clean
 
 help:
 	@echo "make test       set up and run the tests that a contributor runs (up to 6 minutes on 2 cores)"
 	@echo "make test-slow  run the rest: the emulated GPU, ahead-of-time compiles, long sweeps"
 	@echo "make demo       fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
-	@echo "make bench      measure against PEFT and the frozen layer; writes benchmarks/results/ and the tables in the docs"
+	@echo "make bench      measure against PEFT and the frozen layer; writes benchmarks/results/ and the docs' figures"
 	@echo "make doctor     show which back-ends serve this machine, and what is missing"
+	@echo "make docs       build the documentation into build/site; a warning is an error"
 	@echo "make lint       ruff, mypy, clang-format (make format repairs)"
 
 $(VENV)/.requirements: requirements-dev.txt
@@ -43,6 +44,9 @@ bench: $(VENV)/.installed
 
 doctor: $(VENV)/.installed
 	$(BIN)/python -m lora_kernels doctor
+
+docs: $(VENV)/.requirements
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -1,0 +1,23 @@
+"""The names that this page takes for granted."""
+
+import peft
+import torch
+
+
+class Attention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(x) + self.v_proj(x)
+
+
+class Named(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq, self.wk, self.wv = (torch.nn.Linear(64, 64) for _ in range(3))
+
+
+base, another_base = Attention(), Attention()
+custom = peft.get_peft_model(Named(), peft.LoraConfig(r=4, target_modules=["wq", "wk", "wv"]))
