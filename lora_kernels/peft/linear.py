@@ -88,14 +88,17 @@ class Fused:
         of x's first dimension."""
         group = self._group
         if group is not None and not args and not kwargs and (y := group.take(self, x)) is not None:
-            self._count(None)
+            if not torch.compiler.is_compiling():
+                self.__dict__["fused_calls"] += 1
             return y
         names = kwargs.get("adapter_names") if kwargs else None
         operands = self.read(x, args, kwargs, names)
         if isinstance(operands, str):
-            self._count(operands)
+            if operands and not torch.compiler.is_compiling():
+                self.passed_over[operands] += 1
             return self.plain.forward(self, x, *args, **kwargs)
-        self._count(None)
+        if not torch.compiler.is_compiling():
+            self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
         if names is None:
             return self._compute(x, operands)
         self._check_forward_args(x, adapter_names=names)
@@ -124,8 +127,10 @@ class Fused:
             return base
         w, bias = base
         present, variants = self._modules["lora_A"]._modules, self.lora_variant
-        wanted = self.active_adapters if names is None else dict.fromkeys(names)
-        active = [name for name in wanted if name in present]
+        active = []
+        for name in self.active_adapters if names is None else dict.fromkeys(names):
+            if name in present:
+                active.append(name)  # a comprehension is one more frame in every forward
         if not active:
             return ""
         if variants and (len(active) > 1 or names is not None) and any(name in variants for name in active):
@@ -214,8 +219,11 @@ class Fused:
     def _compute(self, x: Tensor, operands: Operands) -> Tensor:
         """Return y of the base with every adapter of `operands`."""
         adapters = operands.adapters
+        adapter = next(iter(adapters.values()))
+        if adapter.magnitude is not None:  # the only one: `read` leaves DoRA beside others to PEFT
+            return self._compute_dora(x, operands, adapter)
         later: list[str] = []
-        if len(adapters) > 1 and any(adapter.p for adapter in adapters.values()):
+        if len(adapters) > 1 and any(each.p for each in adapters.values()):
             first, *later = list(adapters)
             operands = operands._replace(adapters={first: adapters[first]})
         w, a, b, scale, bias, p = as_one_adapter(operands, x.dtype)
@@ -227,6 +235,10 @@ class Fused:
             low = self._cast_input_dtype(x, adapters[name].a.dtype)
             y = y + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](low))) * self.scaling[name]
         return y.to(dtype)
+
+    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
+        """Return y of the base with a DoRA adapter."""
+        raise NotImplementedError
 
     def _compute_base(self, x: Tensor, operands: Operands) -> Tensor:
         """Return the base's own result."""
@@ -246,14 +258,6 @@ class Fused:
                 parts.append(self._compute(x[indices], operands._replace(adapters={name: adapter})))
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(parts)[torch.tensor(back, device=x.device)]
-
-    def _count(self, reason: str | None) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if reason is None:
-            self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
-        elif reason:
-            self.passed_over[reason] += 1
 
     def _get_name(self) -> str:
         return self.plain.__name__  # PEFT's repr, which begins with lora.Linear
@@ -320,21 +324,20 @@ class FusedLinear(Fused, peft_layer.Linear):
         inner = autocast or given
         return inner, inner
 
-    def _compute(self, x: Tensor, operands: Operands) -> Tensor:
+    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
         w: Any = operands.w
-        for adapter in operands.adapters.values():
-            if adapter.magnitude is not None:  # the only one: `read` leaves DoRA beside others to PEFT
-                return dora_linear(
-                    x,
-                    w,
-                    adapter.a,
-                    adapter.b,
-                    adapter.magnitude,
-                    scale=adapter.scale,
-                    bias=operands.bias,
-                    dropout_p=adapter.p,
-                    # ‖W‖² is computed in every call: PEFT writes W through .data, which no cache can see
-                    weight_norm_sq=None,
-                    backend=self._backend,
-                )
-        return super()._compute(x, operands)
+        a, b, _, scale, p, magnitude = adapter
+        assert magnitude is not None
+        # weight_norm_sq=None: ‖W‖² is computed in every call, because PEFT writes W through .data, which no cache sees
+        return dora_linear(
+            x,
+            w,
+            a,
+            b,
+            magnitude,
+            scale=scale,
+            bias=operands.bias,
+            dropout_p=p,
+            weight_norm_sq=None,
+            backend=self._backend,
+        )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
-from lora_kernels.ops.tracing import as_dtype, device_type
+from lora_kernels.ops.tracing import device_type
 from lora_kernels.quant.weight import QuantizedWeight
 
 
@@ -66,8 +66,8 @@ def as_one_adapter(
         a = torch.cat([each.a for each in adapters.values()])
         b = torch.cat([each.b * each.scale for each in adapters.values()], 1)
         scale = 1.0
-    if inner == torch.float32:  # adapters of 16 bits beside a base of bitsandbytes that is computed in fp32
-        a, b = as_dtype(a, inner), as_dtype(b, inner)
+    if inner == torch.float32 and not a.dtype == b.dtype == inner:  # 16 bits, beside a bitsandbytes base in fp32
+        a, b = a.to(inner), b.to(inner)
     return w, a, b, scale, bias, p
 
 

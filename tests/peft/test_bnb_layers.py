@@ -13,7 +13,8 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-from peft import PeftModel, get_peft_model  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from support.bnb_models import Net, Net8, make  # noqa: E402
 from support.old_torch import compiles_whole_models  # noqa: E402
 from support.peft_models import config, fused_layers, randomise, run, same, with_our_masks  # noqa: E402
 
@@ -22,39 +23,6 @@ from lora_kernels.quant.weight import from_bnb  # noqa: E402
 from lora_kernels.testing.judge import Problem, evaluate, truth  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-class Net(nn.Module):
-    """Quantised where it stands. K are multiples of the blocksize: of others bitsandbytes on AVX512 computes something
-    else than its own dequantisation; N of 32, which its forward in eval mode asks for there."""
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__()
-        kwargs = {"compute_dtype": FP32, "quant_type": "nf4"} | kwargs
-        self.up, self.down = bnb.nn.Linear4bit(64, 128, **kwargs), bnb.nn.Linear4bit(128, 64, bias=False, **kwargs)
-        self.is_loaded_in_4bit = True
-        self.to("cpu")
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
-
-
-class Net8(nn.Module):
-    def __init__(self, has_fp16_weights: bool = False) -> None:
-        super().__init__()
-        self.up = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=has_fp16_weights)
-        self.down = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=has_fp16_weights, threshold=6.0)
-        self.is_loaded_in_8bit = True
-        self.to("cpu")
-
-    forward = Net.forward
-
-
-def make(net: nn.Module | None = None, **kwargs) -> PeftModel:
-    """In training mode: there bitsandbytes leaves its weight as it is."""
-    model = get_peft_model(net or Net(), config(**kwargs), autocast_adapter_dtype=False)
-    randomise(model)
-    return model.train()
 
 
 def packed(model: nn.Module) -> list[bool]:

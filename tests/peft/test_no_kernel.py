@@ -100,9 +100,9 @@ def test_compiled(no_kernel, dynamic):
 
 def test_stored_weights_are_bitsandbytes_own(no_kernel):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    import test_peft_bnb
+    from support import bnb_models
 
-    model, x = test_peft_bnb.make().train(), torch.randn(5, 64)
+    model, x = bnb_models.make().train(), torch.randn(5, 64)
     lora_kernels.fuse(model, strict=True)
     model(x)
     reason = DROPOUT.replace("dropout", "a weight in nf4")
