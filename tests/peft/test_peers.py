@@ -1,4 +1,4 @@
-"""Defects found in other implementations: each is a test here, so that none of them is ever ours.
+"""Each test here guards against a defect that was found in another implementation.
 
 Where a defect is already the subject of a fuller test elsewhere, that test is named.
 """
@@ -8,20 +8,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from support import judging as oracle
+from support import judging
 from torch import nn
 
 from lora_kernels import FusedLoRALinear, lora_linear
 from lora_kernels.core.dropout import keep_mask, rescale
 
 
-def leaves(q: oracle.Problem) -> list[torch.Tensor]:
+def leaves(q: judging.Problem) -> list[torch.Tensor]:
     return [t.clone().requires_grad_() for t in (q.x, q.a, q.b)]
 
 
 def test_backward_uses_the_forwards_mask(backend):
     """mLoRA: dA from an undropped x, dX unmasked and over-scaled. With W = 0 a dropped x gets no gradient at all."""
-    q = oracle.problem(40, 24, 64, 4, p=0.5, bias=False)
+    q = judging.problem(40, 24, 64, 4, p=0.5, bias=False)
     x, a, b = leaves(q)
     y = lora_linear(x, torch.zeros_like(q.w), a, b, scale=1.0, dropout_p=0.5, seed=q.seed, backend=backend)
     y.backward(q.dy)
@@ -36,7 +36,7 @@ def test_backward_uses_the_forwards_mask(backend):
 
 def test_base_branch_sees_the_undropped_x(backend):
     """LoRAFusion's multi-adapter path: h from an undropped x, the base GEMM from the dropped one."""
-    q = oracle.problem(16, 24, 64, 4, p=0.9)
+    q = judging.problem(16, 24, 64, 4, p=0.9)
     y = lora_linear(
         q.x, q.w, q.a, torch.zeros_like(q.b), scale=1.0, bias=q.bias, dropout_p=0.9, seed=q.seed, backend=backend
     )
@@ -45,8 +45,8 @@ def test_base_branch_sees_the_undropped_x(backend):
 
 def test_dropout_zero_runs_the_default_backward(backend):
     """LoRAFusion: dropout 0 crashes its default backward."""
-    q = oracle.problem(16, 24, 64, 4, p=0.0)
-    oracle.check(oracle.evaluate(q, lora_linear, backend=backend), q)
+    q = judging.problem(16, 24, 64, 4, p=0.0)
+    judging.check(judging.evaluate(q, lora_linear, backend=backend), q)
 
 
 def test_kept_elements_are_rescaled(backend):
@@ -58,7 +58,7 @@ def test_kept_elements_are_rescaled(backend):
 
 def test_dropout_is_never_ignored(backend):
     """RunLoRA, and loralib's convolution, ignore dropout silently."""
-    q = oracle.problem(16, 24, 64, 4, p=0.5)
+    q = judging.problem(16, 24, 64, 4, p=0.5)
     with_dropout = lora_linear(q.x, q.w, q.a, q.b, scale=1.0, dropout_p=0.5, seed=q.seed, backend=backend)
     assert not torch.allclose(with_dropout, lora_linear(q.x, q.w, q.a, q.b, scale=1.0, backend=backend))
 
@@ -77,7 +77,7 @@ def test_layers_over_one_input_draw_independent_masks():
 
 def test_the_saved_x_survives_the_backward(backend):
     """unsloth writes dX over the saved x: a second use of x breaks."""
-    q = oracle.problem(16, 24, 64, 4, p=0.2)
+    q = judging.problem(16, 24, 64, 4, p=0.2)
     x, a, b = leaves(q)
     before = x.detach().clone()
     y = lora_linear(x, q.w, a, b, scale=1.0, dropout_p=0.2, seed=q.seed, backend=backend)
@@ -93,22 +93,21 @@ def test_the_saved_x_survives_the_backward(backend):
 @pytest.mark.parametrize("r", [3, 6, 12, 24, 100])
 def test_ranks_that_are_no_power_of_two(backend, r):
     """LoRAFusion needs r a power of two."""
-    q = oracle.problem(20, 24, 40, r, p=0.1)
-    oracle.check(oracle.evaluate(q, lora_linear, backend=backend), q)
+    q = judging.problem(20, 24, 40, r, p=0.1)
+    judging.check(judging.evaluate(q, lora_linear, backend=backend), q)
 
 
 def test_gradients_do_not_use_atomics(backend):
     """fp32 atomics make nunchaku's and vLLM's results differ from run to run: many rows, the same bits (see also
     test_equation)."""
-    q = oracle.problem(2000, 64, 64, 8, p=0.1)
-    first = oracle.evaluate(q, lora_linear, backend=backend)
+    q = judging.problem(2000, 64, 64, 8, p=0.1)
+    first = judging.evaluate(q, lora_linear, backend=backend)
     for _ in range(5):
-        assert all(torch.equal(first[k], v) for k, v in oracle.evaluate(q, lora_linear, backend=backend).items())
+        assert all(torch.equal(first[k], v) for k, v in judging.evaluate(q, lora_linear, backend=backend).items())
 
 
 def test_x_is_never_copied_to_fp32_under_fp32_adapters():
-    """PEFT copies x to fp32 under its default fp32 adapters: 20 % of peak memory. What is saved: see
-    test_ops.test_bytes_saved."""
+    """PEFT copies x to fp32 under its default fp32 adapters: 20 % of peak memory. tests/ops tests what is saved."""
     layer = FusedLoRALinear(256, 256, r=8, dtype=torch.bfloat16, adapter_dtype=torch.float32, lora_dropout=0.1)
     x = torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True)
     copies = []
@@ -129,7 +128,7 @@ def test_x_is_never_copied_to_fp32_under_fp32_adapters():
     assert not copies
 
 
-def test_a_new_scale_compiles_nothing_anew():
+def test_a_new_scale_does_not_recompile():
     """LoRAFusion recompiles on every alpha. Here a scale given as a tensor is data under torch.compile too."""
     layer, x = FusedLoRALinear(16, 16, r=4), torch.randn(4, 16)
     nn.init.normal_(layer.lora_B)
@@ -145,7 +144,6 @@ def test_a_new_scale_compiles_nothing_anew():
     assert counter.frame_count == 1
 
 
-# Elsewhere: a dY of another dtype (Automodel) in test_ops.test_grad_of_another_dtype_is_converted; masks under
-# activation checkpointing in test_ops.test_checkpointing_replays_the_mask; rounding before the sum (vLLM, SGLang) in
-# test_equation.test_low_rank_term_is_not_rounded...; tests that cannot fail: tests/test_oracle.py shows that this
-# suite's judge rejects what is wrong.
+# Other defects are tested elsewhere: a dY of another dtype (Automodel) and masks under activation checkpointing in
+# tests/ops/test_lora_linear.py; rounding before the sum (vLLM, SGLang) in tests/ops/test_equation.py. Against tests
+# that cannot fail, tests/testing/test_judge.py shows that this suite's judge rejects what is wrong.

@@ -10,8 +10,10 @@ from torch import nn
 
 
 class Net(nn.Module):
-    """Quantised where it stands. K are multiples of the blocksize: of others bitsandbytes on AVX512 computes something
-    else than its own dequantisation; N of 32, which its forward in eval mode asks for there."""
+    """A net that is quantised on the CPU.
+
+    Every K is a multiple of the blocksize: with another K bitsandbytes on AVX512 does not compute what its own
+    dequantisation says. Every N is a multiple of 32, which its forward in eval mode needs there."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__()
@@ -36,7 +38,7 @@ class Net8(nn.Module):
 
 
 def make(net: nn.Module | None = None, **kwargs) -> PeftModel:
-    """In training mode: there bitsandbytes leaves its weight as it is."""
+    """Return a PEFT model in training mode, where bitsandbytes does not re-pack its weight."""
     model = get_peft_model(net or Net(), config(**kwargs), autocast_adapter_dtype=False)
     randomise(model)
     return model.train()
