@@ -1,11 +1,13 @@
-"""PEFT's LoRA linears over the 4 and 8 bits of bitsandbytes on the fused path (QLoRA). Imported with bitsandbytes only.
+"""PEFT's LoRA linears over bitsandbytes' weights of 4 and 8 bits on the fused path (QLoRA).
+
+This module is imported only where PEFT has made such a layer, so that bitsandbytes is not needed elsewhere.
 
     Linear4bit    y = to x's dtype(c Wᵀ + bias + s · (dropout(c) Aᵀ) Bᵀ), c = x in compute_dtype; W in nf4 or fp4
     Linear8bitLt  y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ, W in int8
 
-W is what bitsandbytes stores, shared and not copied. Merging, which quantises W + s·B·A again, stays PEFT's. For int8
-bitsandbytes rounds x to 8 bits too, but for its outliers (LLM.int8, arXiv:2208.07339; not while training on the CPU);
-here x stays as it is, which is nearer to x times the W that is stored.
+W is the tensor that bitsandbytes stores, shared and not copied. Merging, which quantises W + s·B·A again, stays PEFT's.
+For int8 bitsandbytes also rounds x to 8 bits, except for outliers (LLM.int8, arXiv:2208.07339) and except while
+training on the CPU. Here x stays as it is, which is nearer to the product of x and the stored W.
 
 Dettmers, Pagnoni, Holtzman and Zettlemoyer, "QLoRA", 2023 (arXiv:2305.14314).
 """
@@ -21,30 +23,29 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from lora_kernels.nn.fit import has_hooks
 from lora_kernels.nn.quantized import quantized_linear
 from lora_kernels.ops import check
 from lora_kernels.ops.tracing import as_dtype, device_type, no_autocast
-from lora_kernels.peft.linear import Fused, autocast_of, has_hooks, part, tensor
+from lora_kernels.peft.linear import Fused
+from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import DTYPES, QuantizedWeight
 
 
 class _Stored:
-    """The weight of a bitsandbytes layer, or why there is none, for as long as bitsandbytes holds the same tensors:
-    moving, merging, loading and re-packing replace one of them. A copy, or an unpickled one, starts empty."""
+    """The weight of a bitsandbytes layer, read once for as long as bitsandbytes holds the same tensors.
+
+    Moving, merging, loading and re-packing replace one of the tensors, or put the weight at another address; then it is
+    read again. A copy and an unpickled object start empty.
+    """
 
     def __init__(self) -> None:
-        self.clear()
+        self.last: tuple[tuple[Any, ...], QuantizedWeight | str] | None = None
+        """What was read last, and from what. It is replaced as a whole: several threads may read one layer."""
 
-    def clear(self) -> None:
-        """Forget, and hold nothing."""
-        self._of: tuple[Any, ...] = (None, None, None)
-        self._at = (0, False)
-        self.found: QuantizedWeight | str = ""
-        """What `of` has found last."""
-
-    def of(self, base: Any) -> QuantizedWeight | str:
-        """Of the layer, Linear4bit or Linear8bitLt."""
+    def read(self, base: Any) -> QuantizedWeight | str:
+        """Return the weight of `base`, a Linear4bit or Linear8bitLt, or why it cannot be read."""
         weight = base._parameters["weight"]
         state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
         packed = False
@@ -52,18 +53,26 @@ class _Stored:
             scales, packed = state.absmax, getattr(state, "packing_format_for_cpu", False)
         elif (scales := getattr(weight, "SCB", None)) is None:  # a Linear8bitLt moves it there in its first forward
             scales = getattr(getattr(base, "state", None), "SCB", None)
-        at = self._at[0]
-        if not torch.compiler.is_compiling():  # which knows no addresses: there the parameter itself has to do
-            with torch._C.DisableTorchFunctionSubclass():  # a Params4bit's would cost microseconds
-                at = weight.data_ptr()
-        of = self._of
-        if weight is not of[0] or state is not of[1] or scales is not of[2] or (at, packed) != self._at:
-            try:
-                self.found = from_bnb(base)
-            except (TypeError, ValueError) as error:
-                self.found = f"its base weight cannot be read: {error}"
-            self._of, self._at = (weight, state, scales), (at, packed)
-        return self.found
+        last = self.last
+        if torch.compiler.is_compiling():  # a compiler knows no addresses: the parameter itself must do
+            address = last[0][3] if last is not None else 0
+        else:
+            with torch._C.DisableTorchFunctionSubclass():  # without it a Params4bit's takes microseconds
+                address = weight.data_ptr()
+        if last is not None:
+            source, found = last
+            if weight is source[0] and state is source[1] and scales is source[2] and (address, packed) == source[3:]:
+                return found
+        try:
+            found = from_bnb(base)
+        except (TypeError, ValueError) as error:
+            found = f"its base weight cannot be read: {error}"
+        self.last = (weight, state, scales, address, packed), found
+        return found
+
+    def clear(self) -> None:
+        """Forget what was read, and hold none of its tensors."""
+        self.last = None
 
     def __deepcopy__(self, memo: object) -> _Stored:
         return _Stored()
@@ -76,16 +85,13 @@ class _FusedBnb(Fused):
     stored: ClassVar = True
     own: ClassVar = {**Fused.own, "_stored": _Stored}
     kind: ClassVar[type[Any]]
+    """bitsandbytes' class of the base."""
     _stored: _Stored
 
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's."""
-        self.plain.merge(self, *args, **kwargs)
-        self._stored.clear()  # of what merging has replaced
-
     @classmethod
-    def base_reason(cls, layer: Any) -> str | None:
-        """As said there; a base that bitsandbytes has not quantised yet is one reason."""
+    def read_base(cls, layer: Any) -> tuple[QuantizedWeight, Tensor | None] | str:
+        """Return the quantised W and the bias, or why there are none. One reason is a base that bitsandbytes has not
+        quantised yet."""
         base = layer._modules["base_layer"]
         if isinstance(base, BaseTunerLayer):
             return "its base is another tuner's layer"
@@ -93,83 +99,75 @@ class _FusedBnb(Fused):
             return f"its base is a {type(base).__name__} with a forward of its own"
         if has_hooks(base):
             return "its base layer has hooks, which the fused path would pass over"
-        found = cls._found(layer)
-        return found if isinstance(found, str) else None
+        found = cls._weight_of(layer)
+        if isinstance(found, str):
+            return found
+        return found, weight_and_bias(base)[1]
 
     @staticmethod
-    def _found(layer: Any) -> QuantizedWeight | str:
-        stored = layer.__dict__.get("_stored")
-        return (_Stored() if stored is None else stored).of(layer._modules["base_layer"])
+    def _weight_of(layer: Any) -> QuantizedWeight | str:
+        stored = layer.__dict__.get("_stored")  # a layer that is not fused yet has none
+        return (_Stored() if stored is None else stored).read(layer._modules["base_layer"])
 
     @staticmethod
-    def adapter_reason(layer: Any, name: str) -> str | None:
-        """As said there."""
-        if name in layer.lora_variant:
-            kind = type(layer.lora_variant[name])
-            dora = kind is DoraLinearVariant
-            return f"adapter {name!r} is " + ("DoRA over a quantised weight" if dora else f"a {kind.__name__}")
-        return Fused.adapter_reason(layer, name)
+    def variant_reason(layer: Any, name: str) -> str:
+        """Return why the variant is not served: over a quantised weight none is."""
+        kind = type(layer.lora_variant[name])
+        what = "DoRA over a quantised weight" if kind is DoraLinearVariant else f"a {kind.__name__}"
+        return f"adapter {name!r} is {what}"
 
-    def _weight(self) -> QuantizedWeight:
-        found = self._stored.found
-        assert isinstance(found, QuantizedWeight), found
-        return found
+    def prepare(self) -> None:
+        """Read the quantised weight now, so that a first forward inside ``torch.compile`` finds it: there it could not
+        be read."""
+        self.read_base(self)
 
-    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
-        """(that in which base and adapter are computed, that of the result), or why there are none."""
-        raise NotImplementedError
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Merge as PEFT does, and hold nothing of what merging has replaced."""
+        self.plain.merge(self, *args, **kwargs)
+        self._stored.clear()
 
-    def _dtype_reason(self, x: Tensor, names: list[str]) -> str | None:
-        found = self._dtypes(x)
+    def _dtypes(
+        self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
+    ) -> tuple[torch.dtype, torch.dtype] | str:
+        found = self._base_dtypes(x, autocast)
         if isinstance(found, str):
             return found
         inner, _ = found
-        for name in names:
-            dtype = tensor(part(self, "lora_A", name), "weight").dtype
+        for name, adapter in adapters.items():
+            dtype = adapter.a.dtype
             if dtype not in (inner, torch.float32) and not (dtype in check.HALVES and inner == torch.float32):
                 return f"adapter {name!r} is {dtype} beside {inner}"
-            if dtype != x.dtype and not self.cast_input_dtype_enabled and autocast_of(x) is None:
+            if dtype != x.dtype and not self.cast_input_dtype_enabled and autocast is None:
                 return f"adapter {name!r} is {dtype} beside {x.dtype}, and x may not be converted"
-        return None
+        return found
 
-    def _inner_dtype(self, x: Tensor) -> torch.dtype:
-        found = self._dtypes(x)
-        assert not isinstance(found, str), found
-        return found[0]
+    def _base_dtypes(self, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | str:
+        """Return the dtypes in which the base is computed and y returned, or why x has none."""
+        raise NotImplementedError
 
-    def operands(
-        self, *names: str, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]:
-        """As said there; A and B of 16 bits in fp32 where that is `dtype`."""
-        weight, a, b, scale, bias, p = super().operands(*names, dtype=dtype)
-        if dtype == torch.float32:
-            a, b = as_dtype(a, dtype), as_dtype(b, dtype)
-        return weight, a, b, scale, bias, p
-
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        inner, outer = self._settle(x)
+    def _compute(self, x: Tensor, operands: Operands) -> Tensor:
+        self._settle(x)
         with no_autocast(device_type(x)):
-            return as_dtype(super()._fused(as_dtype(x, inner), names), outer)
+            return as_dtype(super()._compute(as_dtype(x, operands.inner), operands), operands.outer)
 
-    def _base(self, x: Tensor) -> Tensor:
-        inner, outer = self._settle(x)
-        bias = self.base_layer.bias
+    def _compute_base(self, x: Tensor, operands: Operands) -> Tensor:
+        self._settle(x)
+        w, bias, _, inner, outer = operands
+        assert isinstance(w, QuantizedWeight)
         with no_autocast(x.device.type):
             bias = None if bias is None else bias.to(inner)
-            return quantized_linear(x.to(inner), self._weight(), bias, self._backend).to(outer)
+            return quantized_linear(x.to(inner), w, bias, self._backend).to(outer)
 
-    def _settle(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """`_dtypes` of an x that `_dtype_reason` has found in order."""
-        found = self._dtypes(x)
-        assert not isinstance(found, str), found
-        return found
+    def _settle(self, x: Tensor) -> None:
+        """Do to the base what bitsandbytes' own forward would do to it before it computes."""
 
 
 class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
     """PEFT's LoRA linear over a ``Linear4bit``, nf4 or fp4, with double quantisation or without.
 
-    Served where the conversion to compute_dtype loses nothing of x that PEFT's adapter would see: an x of that dtype,
-    one of 16 bits where it is fp32, and any under an autocast to it. Else PEFT computes the adapter from x as it was.
+    It serves a call where the conversion to compute_dtype loses nothing of x that PEFT's adapter would see: for an x of
+    that dtype, for one of 16 bits where compute_dtype is fp32, and for any x under an autocast to compute_dtype.
+    Otherwise PEFT computes the adapter from the unconverted x, and keeps the call.
     """
 
     plain = peft_layers.Linear4bit
@@ -177,19 +175,18 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
 
     @staticmethod
     def base_note(layer: Any) -> str:
-        """The format, and what it is computed in."""
+        """Return the weight's format and the dtype of the computation."""
         dtype = layer.base_layer.compute_dtype or "the dtype of x"
-        return f", {getattr(_FusedBnb._found(layer), 'format', '')} in {str(dtype).removeprefix('torch.')}"
+        return f", {getattr(_FusedBnb._weight_of(layer), 'format', '')} in {str(dtype).removeprefix('torch.')}"
 
-    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
+    def _base_dtypes(self, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | str:
         base: Any = self._modules["base_layer"]
         dtype = x.dtype
         inner = base.compute_dtype or dtype
         if not base.compute_type_is_set and dtype in (torch.float32, torch.bfloat16):
-            inner = dtype  # what bitsandbytes makes compute_dtype at the first call
+            inner = dtype  # bitsandbytes makes it compute_dtype at the first call
         if dtype not in DTYPES or inner not in DTYPES:
             return f"x is {dtype}, compute_dtype {inner}"
-        autocast = autocast_of(x)
         if autocast is None:
             if inner not in (dtype, torch.float32):
                 return f"x is {dtype}, compute_dtype {inner}, and there is no autocast: the adapter has all bits of x"
@@ -198,13 +195,11 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
             return f"compute_dtype is {inner}, autocast asks for {autocast}"
         return inner, torch.promote_types(dtype, autocast)
 
-    def _settle(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        found = super()._settle(x)
+    def _settle(self, x: Tensor) -> None:
         base: Any = self._modules["base_layer"]
-        if not base.compute_type_is_set:  # the call is served, so bitsandbytes will not come to it
+        if not base.compute_type_is_set:
             base.set_compute_type(x)
             base.compute_type_is_set = True
-        return found
 
 
 class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
@@ -214,21 +209,21 @@ class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
     kind = Linear8bitLt
 
     @classmethod
-    def base_reason(cls, layer: Any) -> str | None:
-        """As said there."""
-        if getattr(getattr(layer.base_layer, "state", None), "has_fp16_weights", False):
+    def read_base(cls, layer: Any) -> tuple[QuantizedWeight, Tensor | None] | str:
+        """Return the quantised W and the bias, or why there are none. One reason is a base that is quantised again in
+        every call."""
+        if getattr(getattr(layer._modules["base_layer"], "state", None), "has_fp16_weights", False):
             return "its base has has_fp16_weights, and quantises its weight anew in every call"
-        return super().base_reason(layer)
+        return super().read_base(layer)
 
     @staticmethod
     def base_note(layer: Any) -> str:
-        """The format, and what differs."""
+        """Return the weight's format, and the difference from bitsandbytes."""
         return ", int8 (x is not quantised)"
 
-    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
+    def _base_dtypes(self, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | str:
         if x.dtype not in DTYPES:
             return f"x is {x.dtype}, the base weight in int8"
-        autocast = autocast_of(x)
         if autocast is None:
             return x.dtype, x.dtype
         # While training on the CPU bitsandbytes calls torch's linear, which autocast converts.
@@ -237,4 +232,4 @@ class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
 
 
 KINDS: dict[type, type[Fused]] = {kind.plain: kind for kind in (FusedLinear4bit, FusedLinear8bitLt)}
-"""PEFT's class → ours."""
+"""PEFT's class → the fused class that takes its place."""

@@ -1,8 +1,8 @@
 """PEFT's LoRA linears on the fused path: `fuse` a model, or `enable` fusing for every model that PEFT builds.
 
-Its linears (see `lora_kernels.peft.linear`), those over bitsandbytes' 4 and 8 bits (`lora_kernels.peft.bnb`) included.
-What the kernels cannot serve, layer by layer and call by call, goes to PEFT's own forward; `FuseReport` tells where and
-why.
+This takes in PEFT's linears over dense weights (`lora_kernels.peft.linear`) and over bitsandbytes' weights of 4 and 8
+bits (`lora_kernels.peft.bnb`). What the kernels cannot serve goes to PEFT's own forward: a whole layer, as `FuseReport`
+tells, or a single call, as the layer's ``passed_over`` tells.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ try:
     from lora_kernels.peft.linear import Fused, FusedLinear
 except ImportError as error:
     raise ImportError(
-        f"fuse() and enable() work on models of PEFT, which is not there ({error}): pip install peft. Plain PyTorch "
-        "models take lora_kernels.apply_lora or FusedLoRALinear.from_linear"
+        f"fuse() and enable() work on models of PEFT, which cannot be imported ({error}): pip install peft. Plain "
+        "PyTorch models take lora_kernels.apply_lora or FusedLoRALinear.from_linear"
     ) from error
 
 __all__ = ["FuseReport", "FusedLinear", "disable", "enable", "fuse", "unfuse"]
 
 
 def _fused_kind(kind: type) -> type[Fused] | None:
-    """What becomes of PEFT's class `kind`, or already has; None where there is nothing for it."""
+    """Return the fused class that takes the place of PEFT's class `kind`, or `kind` where it is one; None where there
+    is none for it."""
     if issubclass(kind, Fused):
         return kind
-    if kind.__module__ == "peft.tuners.lora.bnb":  # there with bitsandbytes only
+    if kind.__module__ == "peft.tuners.lora.bnb":  # PEFT has it only beside bitsandbytes
         from lora_kernels.peft import bnb as peft_bnb
 
         return peft_bnb.KINDS.get(kind)
@@ -43,14 +44,14 @@ def _fused_kind(kind: type) -> type[Fused] | None:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` did: prints as a table."""
+    """A report of what `fuse` did. It prints as a table."""
 
     fused: dict[str, str]
-    """Module → its size and adapters."""
+    """The modules whose adapters are all on the fused path: name → size and adapters."""
     not_fused: dict[str, str]
-    """Module → why PEFT's own forward serves it, all adapters or some."""
+    """The modules that PEFT's own forward serves, for all of their adapters or some: name → why."""
     groups: dict[str, SharedInput] = field(default_factory=dict)
-    """Module → its children that are computed by one call, with ``group``."""
+    """With ``group``: name of a module → its children that are computed by one call."""
 
     def __str__(self) -> str:
         rows = [(name, "fused", what) for name, what in self.fused.items()]
@@ -70,25 +71,28 @@ def fuse(
     backend: str | None = None,
     group: bool | Sequence[Sequence[str]] = False,
 ) -> FuseReport:
-    """Put every LoRA linear of a PEFT model on the fused path. Call it after ``get_peft_model`` or ``from_pretrained``,
-    before wrapping or compiling. Calling it again takes in layers that have come since.
+    """Put every LoRA linear of a PEFT model on the fused path, and return a report.
+
+    Call it after ``get_peft_model`` or ``from_pretrained``, and before wrapping or compiling the model. Calling it
+    again takes in layers that were added since.
 
     Args:
         model: a PeftModel, or any module with PEFT's LoRA layers inside.
         strict: raise, and change nothing, where a layer or an adapter cannot be fused.
-        backend: by name, for all layers; it then never falls back. None: chosen per call.
-        group: compute layers that read the same x by one call, each with its own dropout mask: True for the names of
-            `lora_kernels.peft.groups.FAMILIES` (q/k/v and gate/up of Llama, Qwen, Mistral, Gemma; query/key/value of
-            BERT and ViT), or such names of another model, as in ``[("wq", "wk", "wv")]``. A group whose layers turn out
-            to be called with different inputs ends (see its ``dissolved``). Layers of bitsandbytes stay single.
+        backend: the name of a back-end, which then serves all layers or raises; None for a choice in every call.
+        group: compute layers that read the same x by one call, each with its own dropout mask. True stands for the
+            names in `lora_kernels.peft.groups.FAMILIES` (q/k/v and gate/up of Llama, Qwen, Mistral, Gemma;
+            query/key/value of BERT and ViT). Other models take names, as in ``[("wq", "wk", "wv")]``. A group ends
+            when its layers are called with different inputs (see its ``dissolved``). Layers over bitsandbytes' weights
+            are not grouped.
 
     Returns:
-        Which layers are fused, which are not, and why. A fused layer still leaves single calls to PEFT: those that ask
-        for something else (see `FusedLinear.passed_over`).
+        A report of the layers that are fused, those that are not, and why. A fused layer still leaves to PEFT single
+        calls that it cannot serve (see `FusedLinear.passed_over`).
 
     Raises:
-        RuntimeError: with `strict`, with the report.
-        ValueError: for a back-end there is none of, or names for `group` that the model has not; nothing is changed.
+        RuntimeError: with `strict`; its text has the report.
+        ValueError: for an unknown back-end, or names in `group` that the model does not have; nothing is changed.
     """
     if backend is not None and backend not in dispatch.BACKENDS:
         raise ValueError(f"there is no back-end {backend!r}: one of {', '.join(dispatch.BACKENDS)}, or None")
@@ -105,13 +109,14 @@ def fuse(
             where = type(layer).__module__.removeprefix("peft.tuners.")
             not_fused[path] = f"a {where}.{type(layer).__name__}, not a plain linear"
             continue
-        if reason := kind.base_reason(layer):
-            not_fused[path] = reason
+        base = kind.read_base(layer)
+        if isinstance(base, str):
+            not_fused[path] = base
             continue
         layers.append((layer, kind))
-        reasons = {name: why for name in layer.lora_A if (why := kind.adapter_reason(layer, name))}
+        reasons = [why for name in layer.lora_A if isinstance(why := kind.read_adapter(layer, name), str)]
         if reasons:
-            not_fused[path] = "; ".join(reasons.values())
+            not_fused[path] = "; ".join(reasons)
         else:
             ranks = ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
             fused[path] = f"{layer.in_features}→{layer.out_features}{kind.base_note(layer)}, {ranks}"
@@ -126,7 +131,7 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every layer PEFT's own class back, as `fuse` found it."""
+    """Give every fused layer of `model` its PEFT class back, as it was before `fuse`."""
     for layer in model.modules():
         if isinstance(layer, Fused):
             _leave_group(layer)
@@ -139,14 +144,14 @@ def _swap(layer: Any, kind: type[Fused], backend: str | None) -> None:
     if not isinstance(layer, Fused):
         layer.__class__ = kind
         layer.__dict__.update({name: make() for name, make in kind.own.items()})
-        kind.base_reason(layer)  # reads a quantised base now: later, a compiler could not
+        layer.prepare()
     _leave_group(layer)
     layer._backend = backend
 
 
 def _leave_group(layer: Any) -> None:
     if layer._group is not None:
-        layer._group.dissolve("fuse was called anew, or unfuse")
+        layer._group.dissolve("fuse was called again, or unfuse")
 
 
 _create = LoraModel.__dict__["_create_new_module"]
@@ -154,17 +159,19 @@ _create = LoraModel.__dict__["_create_new_module"]
 
 def _create_fused(*args: Any, **kwargs: Any) -> Any:
     module = _create.__func__(*args, **kwargs)
-    if kind := _fused_kind(type(module)):  # whatever else speaks against it may change, and is asked at every call
+    if kind := _fused_kind(type(module)):  # base and adapter may still change: every call asks whether they fit
         _swap(module, kind, None)
     return module
 
 
 def enable() -> None:
-    """Fuse every LoRA linear that PEFT makes from now on: for code that builds the PEFT model itself, such as TRL's
-    trainers. Until `disable`; calling it twice does no more than once."""
+    """Fuse every LoRA linear that PEFT makes from now on, until `disable`.
+
+    It is for code that builds the PEFT model itself, such as TRL's trainers. Calling it twice does no more than once.
+    """
     LoraModel._create_new_module = staticmethod(_create_fused)  # type: ignore[method-assign]
 
 
 def disable() -> None:
-    """End what `enable` began. Layers that are fused stay so (see `unfuse`)."""
+    """End what `enable` began. Layers that are fused stay fused (see `unfuse`)."""
     LoraModel._create_new_module = _create  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
-"""Shared-input groups of a fused PEFT model: q, k and v, or gate and up, as one call of `lora_linear_group`.
+"""Shared-input groups of a fused PEFT model: q, k and v, or gate and up, in one call of `lora_linear_group`.
 
-The layers stay where they are and are called one by one, as the model's code does. Inside a forward of their parent the
-first that is called computes all of them; the others, called with the very same x, hand out what is there already. A
-layer that is called with another x (as in cross-attention) computes for itself, and ends its group.
+The layers stay where they are, and the model's code calls them one by one. Inside a forward of their parent the first
+layer that is called computes the y of all. The others hand out what is already computed, where they are called with the
+very same x. A layer that is called with another x, as in cross-attention, computes for itself and ends the group.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.ops.group import Layer, lora_linear_group
+from lora_kernels.peft.reading import Operands, as_one_adapter
 
 FAMILIES: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, ViT
     ("gate_proj", "up_proj"),
     ("query", "key", "value"),  # BERT, ViT
 )
-"""Children of one module that read the same x, by name. GPT-NeoX has one linear for q, k and v: nothing to group."""
+"""Names of children of one module that read the same x. GPT-NeoX has one linear for q, k and v, so nothing to group."""
 
 
 class SharedInput:
-    """Two or more fused layers of one parent.
+    """Two or more fused layers of one parent that read the same x.
 
     Attributes:
-        names: the layers, as children of their parent.
-        calls: how many calls computed all of them.
-        passed_over: why others did not: reason → how many.
+        names: the names of the layers in their parent.
+        calls: how many calls computed all layers.
+        passed_over: why other calls did not: reason → how many.
         dissolved: why the group has ended, or None while it stands.
     """
 
@@ -55,7 +56,7 @@ class SharedInput:
         return f"{', '.join(self.names)}: {state or f'one call for all, {self.calls} so far'}"
 
     def dissolve(self, reason: str) -> None:
-        """Let the layers go their own ways from now on."""
+        """End the group: each layer computes for itself from now on."""
         self.dissolved = reason
         for hook in self._hooks:
             hook.remove()
@@ -65,40 +66,43 @@ class SharedInput:
                 layer._group = None
 
     def take(self, layer: Any, x: Tensor) -> Tensor | None:
-        """The y of `layer` for x, where the group serves the call."""
+        """Return the y of `layer` for x; None where the group does not serve the call."""
         place = next((i for i, member in enumerate(self.layers) if member is layer), None)
-        if not self._open or place is None:  # called past its parent; a replica of a member
+        if not self._open or place is None:  # called past its parent; or a replica of a member
             return None
         if place in self._ys:
             if self._x is not None and self._x[0] is x and self._x[1] == _version(x):
                 return self._ys.pop(place)
             self.dissolve(f"{self.names[place]} reads another input than the rest")
             return None
-        if reason := self._why_not(x):
-            self.passed_over[reason] += 1
+        members = self._read(x)
+        if isinstance(members, str):
+            self.passed_over[members] += 1
             return None
-        names = [member.active()[0] for member in self.layers]
-        ys = lora_linear_group(
-            x,
-            [Layer(*member.operands(name)) for member, name in zip(self.layers, names, strict=True)],
-            backend=self.layers[0]._backend,
-        )
+        layers = []
+        for operands in members:
+            w, a, b, scale, bias, p = as_one_adapter(operands, operands.w.dtype)
+            layers.append(Layer(w, a, b, scale, bias, p))  # type: ignore[arg-type]  # a FusedLinear's w is dense
+        ys = lora_linear_group(x, layers, backend=self.layers[0]._backend)
         if not torch.compiler.is_compiling():
             self.calls += 1
         self._x, self._ys = (x, _version(x)), dict(enumerate(ys))
         return self._ys.pop(place)
 
-    def _why_not(self, x: Tensor) -> str | None:
-        """Why this call is not one for all; None where it is."""
+    def _read(self, x: Tensor) -> list[Operands] | str:
+        """Return what each layer computes with, or why this call is not one for all."""
+        members = []
         for name, member in zip(self.names, self.layers, strict=True):
-            if (reason := member.why_not_now(x)) is not None:
-                return f"{name}: {reason or 'no adapter is to be computed'}"
-            active = member.active()
-            if len(active) > 1 or active[0] in member.lora_variant:
+            operands = member.read(x)
+            if isinstance(operands, str):
+                return f"{name}: {operands or 'no adapter is to be computed'}"
+            adapters = list(operands.adapters.values())
+            if len(adapters) > 1 or adapters[0].magnitude is not None:
                 return f"{name}: several adapters, or DoRA"
-        if len({member.lora_A[member.active()[0]].weight.dtype for member in self.layers}) > 1:
+            members.append(operands)
+        if len({adapter.a.dtype for operands in members for adapter in operands.adapters.values()}) > 1:
             return "adapters of several dtypes"
-        return None
+        return members
 
     def _begin(self, *_: Any) -> None:
         self._clear()
@@ -112,7 +116,11 @@ class SharedInput:
 
 
 def check_families(model: nn.Module, families: Sequence[Sequence[str]]) -> None:
-    """Raises ValueError for families that the caller has named and that cannot be meant so."""
+    """Check families that the caller has named.
+
+    Raises:
+        ValueError: for a family of fewer than two names, or one of which no module of the model has two.
+    """
     for family in families:
         if isinstance(families, str) or isinstance(family, str) or len(family) < 2:
             raise ValueError(
@@ -123,8 +131,12 @@ def check_families(model: nn.Module, families: Sequence[Sequence[str]]) -> None:
 
 
 def group(model: nn.Module, kind: type[nn.Module], families: Sequence[Sequence[str]]) -> dict[str, SharedInput]:
-    """Group those layers of `kind` that are named in one of `families`, children of one parent and equally wide in;
-    parent → group (a second one of the same parent: "parent (2)")."""
+    """Group the layers of class `kind` that one of `families` names, where they are children of one parent and have the
+    same in_features.
+
+    Returns:
+        Name of the parent → group. A second group of the same parent has the key "parent (2)".
+    """
     groups: dict[str, SharedInput] = {}
     for path, parent in list(model.named_modules()):
         count = 0
@@ -141,6 +153,9 @@ def group(model: nn.Module, kind: type[nn.Module], families: Sequence[Sequence[s
 
 
 def _version(x: Tensor) -> int | None:
-    """Tells writes into x between two calls. Tensors of inference mode count none, nor does a tracing compiler; none of
-    the families writes there."""
+    """Return x's version counter, by which a write into x between two calls is noticed.
+
+    It is None for tensors of inference mode, which have no counter, and while a compiler traces. There a write goes
+    unnoticed; no model of the families writes into x.
+    """
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -19,24 +19,33 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lora_kernels.backends import dispatch
-from lora_kernels.core.operands import Call
+from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import lora_linear
-from lora_kernels.ops.tracing import as_dtype, device_type
 from lora_kernels.peft.groups import SharedInput
+from lora_kernels.peft.reading import (
+    Operands,
+    PeftAdapter,
+    as_one_adapter,
+    autocast_of,
+    only_eager,
+    weight_and_bias,
+)
 from lora_kernels.quant.weight import QuantizedWeight
 
 _IGNORED = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
 """Keywords of PEFT's variants, which its plain LoRA takes and drops."""
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 class Fused:
-    """What a LoRA linear of PEFT becomes: stands before PEFT's class `plain` among a subclass's bases.
+    """What a LoRA linear of PEFT becomes. It stands before PEFT's class, `plain`, among a subclass's bases.
 
-    Subclasses say what their base weight is (`_weight`), when it can be served (`base_reason`, `adapter_reason`,
-    `_dtype_reason`), and may compute in another dtype than x's (`_fused`).
+    A forward reads the layer once (`read`), and then computes (`_compute`), or leaves the call to PEFT's own forward.
+    Subclasses say how the base is read (`read_base`), which variants of LoRA they serve (`variant_reason`) and in which
+    dtypes a call is computed (`_dtypes`).
 
     Attributes:
         fused_calls: how many forwards took the fused path (not counted inside ``torch.compile``).
@@ -45,7 +54,7 @@ class Fused:
 
     plain: ClassVar[type[Any]]
     stored: ClassVar[bool] = False
-    """Whether the base weight is one of 4 or 8 bits."""
+    """Whether the base weight is stored in 4 or 8 bits."""
     own: ClassVar[dict[str, Callable[[], Any]]] = {
         "fused_calls": int,
         "passed_over": Counter,
@@ -68,183 +77,194 @@ class Fused:
     disable_adapters: Any
     merged: Any
     base_layer: Any
-    """Never another tuner's, which `base_reason` refuses: get_base_layer() would search for one, at microseconds a
-    call."""
+    """The layer that PEFT wraps. It is never another tuner's layer, which `read_base` refuses, so that get_base_layer()
+    is not needed: its search takes microseconds."""
     cast_input_dtype_enabled: Any
     _cast_input_dtype: Any
     _check_forward_args: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's: `x` [..., in_features], and optionally ``adapter_names``, one for each of x's first dimension."""
-        if self._group is not None and not args and not kwargs and (y := self._group.take(self, x)) is not None:
-            self._count(None)
+        """Return what PEFT's forward returns for x [..., in_features]; ``adapter_names`` has one name for each element
+        of x's first dimension."""
+        group = self._group
+        if group is not None and not args and not kwargs and (y := group.take(self, x)) is not None:
+            if not torch.compiler.is_compiling():
+                self.__dict__["fused_calls"] += 1
             return y
         names = kwargs.get("adapter_names") if kwargs else None
-        served = self._served(x, args, kwargs, names)
-        if isinstance(served, str):
-            self._count(served)
+        operands = self.read(x, args, kwargs, names)
+        if isinstance(operands, str):
+            if operands and not torch.compiler.is_compiling():
+                self.passed_over[operands] += 1
             return self.plain.forward(self, x, *args, **kwargs)
-        self._count(None)
+        if not torch.compiler.is_compiling():
+            self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
         if names is None:
-            return self._fused(x, served)
+            return self._compute(x, operands)
         self._check_forward_args(x, adapter_names=names)
-        return self._fused_by_sample(x, names)
-
-    def _count(self, reason: str | None) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if reason is None:
-            self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute costs microseconds
-        elif reason:
-            self.passed_over[reason] += 1
-
-    def active(self) -> list[str]:
-        """The active adapters that this layer has."""
-        adapters = self._modules["lora_A"]._modules
-        return [name for name in self.active_adapters if name in adapters]
-
-    def _get_name(self) -> str:
-        return self.plain.__name__  # PEFT's repr, which begins with lora.Linear
-
-    def extra_repr(self) -> str:
-        """Tells a fused layer from PEFT's own."""
-        return "fused by lora_kernels"
+        return self._compute_by_sample(x, operands, names)
 
     def why_not_now(
-        self,
-        x: Tensor,
-        args: Any = (),
-        kwargs: Mapping[str, Any] = MappingProxyType({}),
-        names: list[str] | None = None,
+        self, x: Tensor, args: Any = (), kwargs: Mapping[str, Any] = _NOTHING, names: list[str] | None = None
     ) -> str | None:
-        """None where the fused path serves the call; "" where no adapter is to be computed; else the reason."""
-        served = self._served(x, args, kwargs, names)
-        return served if isinstance(served, str) else None
+        """Return why PEFT's own forward serves the call, "" where no adapter is to be computed, or None where the fused
+        path serves it."""
+        operands = self.read(x, args, kwargs, names)
+        return operands if isinstance(operands, str) else None
 
-    def _served(self, x: Tensor, args: Any, kwargs: Mapping[str, Any], names: list[str] | None) -> list[str] | str:
-        """The adapters of a call that the fused path serves, else why it does not."""
+    def read(
+        self, x: Tensor, args: Any = (), kwargs: Mapping[str, Any] = _NOTHING, names: list[str] | None = None
+    ) -> Operands | str:
+        """Return what a forward with these arguments computes with, or why PEFT's own forward serves it; that is ""
+        where no adapter is to be computed."""
+        # Every forward runs this. It goes through the layer once, and past nn.Module's attribute look-up.
         if self.disable_adapters or self.merged:
             return "" if names is None else "adapter_names beside disabled or merged adapters"
         if args or (kwargs and any(key != "adapter_names" and key not in _IGNORED for key in kwargs)):
             return "further arguments for the base layer"
-        if reason := self.base_reason(self):
-            return reason
-        active = self.active() if names is None else [name for name in set(names) if name in self.lora_A]
+        base = self.read_base(self)
+        if isinstance(base, str):
+            return base
+        w, bias = base
+        present, variants = self._modules["lora_A"]._modules, self.lora_variant
+        active = []
+        for name in self.active_adapters if names is None else dict.fromkeys(names):
+            if name in present:
+                active.append(name)  # a comprehension is one more frame in every forward
         if not active:
             return ""
-        if (len(active) > 1 or names is not None) and any(name in self.lora_variant for name in active):
+        if variants and (len(active) > 1 or names is not None) and any(name in variants for name in active):
             return "a DoRA adapter beside others"
+        adapters = {}
+        dropout = False
         for name in active:
-            if reason := self.adapter_reason(self, name):
-                return reason
-        return self._dtype_reason(x, active) or self._speed_reason(x, active) or active
+            adapter = self.read_adapter(self, name)
+            if isinstance(adapter, str):
+                return adapter
+            adapters[name] = adapter
+            if adapter.p > 0:  # a branch, because a compiler may have p as a symbol
+                dropout = True
+        dtypes = self._dtypes(x, w, adapters, autocast_of(x))
+        if isinstance(dtypes, str):
+            return dtypes
+        inner, outer = dtypes
+        if self._backend is None and (dropout or self.stored):
+            # Without a kernel, masks and weights of 4 or 8 bits become tensors by dozens of torch operations. Then
+            # PEFT's own forward is the faster one, and serves the call unless a back-end was asked for by name.
+            (N, K), a = w.shape, adapters[active[0]].a
+            w_format = w.format if isinstance(w, QuantizedWeight) else "dense"
+            pair = (inner, torch.float32 if a.dtype == torch.float32 else inner)
+            if only_eager(x.device, pair, (N, K, a.shape[0]), dropout, w_format):
+                what = "dropout" if w_format == "dense" else f"a weight in {w_format}"
+                return f"no kernel for {what} here, and PEFT's own forward is faster than plain torch operations"
+        return Operands(w, bias, adapters, inner, outer)
 
     @staticmethod
-    def base_reason(layer: Any) -> str | None:
-        """Why no adapter of `layer`, fused or not yet, can be fused with its base; None where one can."""
+    def read_base(layer: Any) -> tuple[Tensor | QuantizedWeight, Tensor | None] | str:
+        """Return W [N, K] and the bias [N] of the base of `layer`, which may not be fused yet, or why no adapter can be
+        fused with it."""
+        raise NotImplementedError
+
+    @classmethod
+    def read_adapter(cls, layer: Any, name: str) -> PeftAdapter | str:
+        """Return adapter `name` of `layer`, which may not be fused yet, or why it cannot be fused."""
+        dora = name in layer.lora_variant
+        if dora and (reason := cls.variant_reason(layer, name)):
+            return reason
+        modules = layer._modules
+        down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        dropout = modules["lora_dropout"]._modules[name]
+        a: Any = None
+        a_bias = None
+        linear = type(down) is nn.Linear and type(up) is nn.Linear
+        if linear:
+            a, a_bias = weight_and_bias(down)
+        if not linear or a_bias is not None:
+            return f"adapter {name!r} consists of a {type(down).__name__} and a {type(up).__name__}"
+        b, b_bias = weight_and_bias(up)
+        for weight in (a, b):
+            if type(weight) not in (nn.Parameter, Tensor):
+                return f"adapter {name!r} has a {type(weight).__name__}"
+        if has_hooks(down) or has_hooks(up):
+            return f"adapter {name!r} has hooks, which the fused path would pass over"
+        kind = type(dropout)
+        if kind not in (nn.Dropout, nn.Identity) or has_hooks(dropout):
+            return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
+        p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
+        if p >= 1:
+            return f"adapter {name!r} drops everything: p = {dropout.p}"
+        magnitude = layer.lora_magnitude_vector[name].weight if dora else None
+        return PeftAdapter(a, b, b_bias, layer.scaling[name], p, magnitude)
+
+    @staticmethod
+    def variant_reason(layer: Any, name: str) -> str | None:
+        """Return why adapter `name`, which is not plain LoRA, cannot be fused; None where it can."""
         raise NotImplementedError
 
     @staticmethod
     def base_note(layer: Any) -> str:
-        """What a report says of the base beside its size."""
+        """Return what a report says of the base beside its size."""
         return ""
 
-    @staticmethod
-    def adapter_reason(layer: Any, name: str) -> str | None:
-        """Why adapter `name` of `layer`, fused or not yet, cannot be fused; None where it can."""
-        a, b, dropout = part(layer, "lora_A", name), part(layer, "lora_B", name), part(layer, "lora_dropout", name)
-        if type(a) is not nn.Linear or type(b) is not nn.Linear or tensor(a, "bias") is not None:
-            return f"adapter {name!r} consists of a {type(a).__name__} and a {type(b).__name__}"
-        for weight in (tensor(a, "weight"), tensor(b, "weight")):
-            if type(weight) not in (nn.Parameter, Tensor):
-                return f"adapter {name!r} has a {type(weight).__name__}"
-        if has_hooks(a) or has_hooks(b):
-            return f"adapter {name!r} has hooks, which the fused path would pass over"
-        if type(dropout) not in (nn.Dropout, nn.Identity) or has_hooks(dropout):
-            return f"adapter {name!r} has a dropout of its own: {type(dropout).__name__}"
-        return f"adapter {name!r} drops everything: p = {dropout.p}" if _rate(dropout) >= 1 else None
+    def prepare(self) -> None:
+        """Do what a layer needs once, before its first fused forward."""
 
-    def _dtype_reason(self, x: Tensor, names: list[str]) -> str | None:
-        """Why these adapters cannot be served with this x; None where they can."""
+    def _dtypes(
+        self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
+    ) -> tuple[torch.dtype, torch.dtype] | str:
+        """Return the dtypes in which the call is computed and returned (`Operands.inner`, `Operands.outer`), or why
+        they cannot be served together. `autocast` is `autocast_of(x)`."""
         raise NotImplementedError
 
-    def _speed_reason(self, x: Tensor, names: list[str]) -> str | None:
-        """Why PEFT's own forward is the faster one: without a kernel, masks and what is stored in 4 or 8 bits become
-        tensors by dozens of torch operations. No reason where a back-end was asked for by name."""
-        if self._backend is not None:
-            return None
-        dropped = False
-        for name in names:
-            if _rate(part(self, "lora_dropout", name)) > 0:  # a compiler may have p as a symbol: no value of its own
-                dropped = True
-        if not dropped and not self.stored:
-            return None
-        weight = self._weight()
-        w_format = weight.format if isinstance(weight, QuantizedWeight) else "dense"
-        a, inner = tensor(part(self, "lora_A", names[0]), "weight"), self._inner_dtype(x)
-        adapter = a.dtype if a.dtype == torch.float32 else inner
-        if not _only_eager(x.device, inner, adapter, *weight.shape, a.shape[0], dropped, w_format):
-            return None
-        what = "dropout" if w_format == "dense" else f"a weight in {w_format}"
-        return f"no kernel for {what} here, and PEFT's own forward is faster than plain torch operations"
-
-    def _inner_dtype(self, x: Tensor) -> torch.dtype:
-        """What base and adapter are computed in, for an x that `_dtype_reason` has found in order."""
-        return autocast_of(x) or x.dtype
-
-    def _weight(self) -> Tensor | QuantizedWeight:
-        """W [N,K] of the base, which `base_reason` has found in order."""
-        raise NotImplementedError
-
-    def operands(
-        self, *names: str, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]:
-        """(weight, lora_a, lora_b, scale, bias, dropout_p) of the base with one adapter, or with several that have no
-        dropout: those are one of their ranks' sum. The bias in `dtype`, or the weight's."""
-        weight, bias, scaling = self._weight(), tensor(self._modules["base_layer"], "bias"), self.scaling
-        for name in names:
-            b = part(self, "lora_B", name)
-            if (own := tensor(b, "bias")) is not None:
-                term = own * scaling[name]
-                bias = term if bias is None else bias + term
-        if bias is not None:
-            bias = as_dtype(bias, dtype or weight.dtype)
-        p = _rate(part(self, "lora_dropout", name))
-        if len(names) == 1:
-            return weight, tensor(part(self, "lora_A", name), "weight"), tensor(b, "weight"), scaling[name], bias, p
-        a = torch.cat([self.lora_A[name].weight for name in names])
-        scaled = torch.cat([self.lora_B[name].weight * scaling[name] for name in names], 1)
-        return weight, a, scaled, 1.0, bias, p
-
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        together = names
-        if len(names) > 1 and any(_rate(part(self, "lora_dropout", name)) for name in names):
-            together = names[:1]
-        weight, a, b, scale, bias, p = self.operands(*together, dtype=x.dtype)
-        y = lora_linear(x, weight, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
-        if together is names:
+    def _compute(self, x: Tensor, operands: Operands) -> Tensor:
+        """Return y of the base with every adapter of `operands`."""
+        adapters = operands.adapters
+        adapter = next(iter(adapters.values()))
+        if adapter.magnitude is not None:  # the only one: `read` leaves DoRA beside others to PEFT
+            return self._compute_dora(x, operands, adapter)
+        later: list[str] = []
+        if len(adapters) > 1 and any(each.p for each in adapters.values()):
+            first, *later = list(adapters)
+            operands = operands._replace(adapters={first: adapters[first]})
+        w, a, b, scale, bias, p = as_one_adapter(operands, x.dtype)
+        y = lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
+        if not later:
             return y
         dtype = y.dtype
-        for name in names[1:]:  # each with a mask of its own
-            low = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        for name in later:  # each with a mask of its own
+            low = self._cast_input_dtype(x, adapters[name].a.dtype)
             y = y + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](low))) * self.scaling[name]
         return y.to(dtype)
 
-    def _base(self, x: Tensor) -> Tensor:
-        """The base alone."""
+    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
+        """Return y of the base with a DoRA adapter."""
+        raise NotImplementedError
+
+    def _compute_base(self, x: Tensor, operands: Operands) -> Tensor:
+        """Return the base's own result."""
         return self.base_layer(x)
 
-    def _fused_by_sample(self, x: Tensor, names: list[str]) -> Tensor:
-        """One call per adapter, over the samples that ask for it."""
+    def _compute_by_sample(self, x: Tensor, operands: Operands, names: list[str]) -> Tensor:
+        """Return y of the samples of x, each with the adapter that it names, by one call per adapter."""
         order: list[int] = []
         parts = []
         for name in dict.fromkeys(names):
             indices = [i for i, other in enumerate(names) if other == name]
             order += indices
-            part = x[indices]
-            parts.append(self._fused(part, [name]) if name in self.lora_A else self._base(part))
+            adapter = operands.adapters.get(name)
+            if adapter is None:
+                parts.append(self._compute_base(x[indices], operands))
+            else:
+                parts.append(self._compute(x[indices], operands._replace(adapters={name: adapter})))
         back = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(parts)[torch.tensor(back, device=x.device)]
+
+    def _get_name(self) -> str:
+        return self.plain.__name__  # PEFT's repr, which begins with lora.Linear
+
+    def extra_repr(self) -> str:
+        """Return what tells a fused layer from PEFT's own."""
+        return "fused by lora_kernels"
 
 
 class FusedLinear(Fused, peft_layer.Linear):
@@ -255,126 +275,69 @@ class FusedLinear(Fused, peft_layer.Linear):
     lora_magnitude_vector: Any
 
     @staticmethod
-    def base_reason(layer: Any) -> str | None:
-        """As said there."""
+    def read_base(layer: Any) -> tuple[Tensor, Tensor | None] | str:
+        """Return W and bias of a frozen nn.Linear or Conv1D, whose weight is transposed."""
         base = layer._modules["base_layer"]
-        if isinstance(base, BaseTunerLayer):
+        kind = type(base)
+        if kind is not nn.Linear and isinstance(base, BaseTunerLayer):  # an abstract class: asking takes microseconds
             return "its base is another tuner's layer"
-        if type(base).forward is nn.Linear.forward:
-            if layer.fan_in_fan_out:
+        transposed = layer.fan_in_fan_out
+        if kind.forward is nn.Linear.forward:
+            if transposed:
                 return "fan_in_fan_out over an nn.Linear"
         elif not layer.is_target_conv_1d_layer:
-            return f"its base is a {type(base).__name__} with a forward of its own"
-        weight = tensor(base, "weight")
+            return f"its base is a {kind.__name__} with a forward of its own"
+        weight, bias = weight_and_bias(base)
         if type(weight) not in (nn.Parameter, Tensor):
             return f"its base weight is a {type(weight).__name__}"
         if weight.requires_grad:
             return "its base weight is trained"
-        return "its base layer has hooks, which the fused path would pass over" if has_hooks(base) else None
+        if has_hooks(base):
+            return "its base layer has hooks, which the fused path would pass over"
+        return weight.t() if transposed else weight, bias
 
     @staticmethod
-    def adapter_reason(layer: Any, name: str) -> str | None:
-        """As said there, for DoRA too."""
-        if name in layer.lora_variant:
-            kind = type(layer.lora_variant[name])
-            if kind is not DoraLinearVariant:
-                return f"adapter {name!r} is a {kind.__name__}"
-            own_bias = layer.lora_B[name].bias is not None
-            if layer.fan_in_fan_out or own_bias or has_hooks(layer.lora_magnitude_vector[name]):
-                return f"adapter {name!r} is DoRA over a Conv1D, with a bias of its own or with hooks"
-        return Fused.adapter_reason(layer, name)
+    def variant_reason(layer: Any, name: str) -> str | None:
+        """Return why the variant is not a DoRA that can be fused."""
+        kind = type(layer.lora_variant[name])
+        if kind is not DoraLinearVariant:
+            return f"adapter {name!r} is a {kind.__name__}"
+        own_bias = layer.lora_B[name].bias is not None
+        if layer.fan_in_fan_out or own_bias or has_hooks(layer.lora_magnitude_vector[name]):
+            return f"adapter {name!r} is DoRA over a Conv1D, with a bias of its own or with hooks"
+        return None
 
-    def _dtype_reason(self, x: Tensor, names: list[str]) -> str | None:
-        given, autocast = x.dtype, autocast_of(x)
-        weight = tensor(self._modules["base_layer"], "weight").dtype
-        if given not in check.DTYPES or (given != weight and not autocast):
-            return f"x is {given}, the base weight {weight}"
-        for name in names:
-            dtype = tensor(part(self, "lora_A", name), "weight").dtype
+    def _dtypes(
+        self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
+    ) -> tuple[torch.dtype, torch.dtype] | str:
+        given = x.dtype
+        if given not in check.DTYPES or (given != w.dtype and not autocast):
+            return f"x is {given}, the base weight {w.dtype}"
+        for name, adapter in adapters.items():
+            dtype = adapter.a.dtype
             if dtype == given:
                 continue
             if dtype != torch.float32 and not (autocast and dtype in check.HALVES):
                 return f"adapter {name!r} is {dtype} beside {given}"
             if not (self.cast_input_dtype_enabled and given in check.HALVES) and not autocast:
                 return f"adapter {name!r} is {dtype} beside {given}, and x may not be converted"
-        return None
+        inner = autocast or given
+        return inner, inner
 
-    def _weight(self) -> Tensor:
-        weight: Tensor = tensor(self._modules["base_layer"], "weight")
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        return self._fused_dora(x, names[0]) if names[0] in self.lora_variant else super()._fused(x, names)
-
-    def _fused_dora(self, x: Tensor, name: str) -> Tensor:
-        base: Any = self.base_layer
+    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
+        w: Any = operands.w
+        a, b, _, scale, p, magnitude = adapter
+        assert magnitude is not None
+        # weight_norm_sq=None: ‖W‖² is computed in every call, because PEFT writes W through .data, which no cache sees
         return dora_linear(
             x,
-            base.weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.lora_magnitude_vector[name].weight,
-            scale=self.scaling[name],
-            bias=base.bias,
-            dropout_p=_rate(self.lora_dropout[name]),
-            # ‖W‖² anew in every call: PEFT writes W through .data, which no cache can see
+            w,
+            a,
+            b,
+            magnitude,
+            scale=scale,
+            bias=operands.bias,
+            dropout_p=p,
             weight_norm_sq=None,
             backend=self._backend,
         )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _only_eager(
-    device: torch.device,
-    dtype: torch.dtype,
-    adapter_dtype: torch.dtype,
-    N: int,
-    K: int,
-    R: int,
-    dropped: bool,
-    w_format: str,
-) -> bool:
-    """Whether the automatic choice has no kernel for such calls, of any number of rows."""
-    call = Call("forward", device, dtype, adapter_dtype, 1, N, K, R, dropped, w_format)
-    return any(dispatch.automatic(call._replace(op=op)) == "eager" for op in ("forward", "backward"))
-
-
-def autocast_of(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks of x, where it is enabled and asks any: it leaves fp64 as it is."""
-    device = device_type(x)
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-# The way of every call goes past nn.Module's attribute look-up, a microsecond for each submodule and parameter.
-
-
-def part(layer: Any, half: str, name: str) -> Any:
-    """``layer.lora_A[name]``, or another of its dictionaries of modules."""
-    return layer._modules[half]._modules[name]
-
-
-def tensor(module: Any, name: str) -> Any:
-    """``module.weight``, or another parameter or None in its place. It is an attribute of another kind where the module
-    is a replica of DataParallel or parametrised."""
-    try:
-        return module._parameters[name]
-    except KeyError:
-        return getattr(module, name)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call that passes over the module's own would lose something."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _rate(dropout: nn.Module) -> float:
-    """p of the dropout as it stands: 0 while not training."""
-    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

@@ -1,4 +1,7 @@
-"""Several processes give what one gives: DDP, FSDP2 and tensor parallel over gloo (tests/support/distributed/worker.py)."""
+"""Several processes give what one gives: DDP, FSDP2 and tensor parallel over gloo.
+
+The checks are in tests/support/distributed/. All of them run in one start of the processes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ NAMES = [(size, name) for size in (2, 4, 1) for name in distributed_worker.check
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, str | None]]:
-    """{size of the group: {check: error or None}}, from one run of everything."""
+    """Return {size of the group: {check: error or None}}, from one run of all checks."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-W", "ignore", "-m", "support.distributed.worker", str(folder)]
     log = folder / "log"

@@ -1,4 +1,4 @@
-"""Whole fused models through torch.compile: one graph, eager's numbers, and no compilation more than is needed."""
+"""Whole fused models under torch.compile: one graph, eager's numbers, and no needless compilation."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def _fresh_compiler():
 
 
 class Graphs:
-    """A torch.compile back-end as fast as aot_eager, which counts: for every graph it was given, how often each of our
-    two operators is in it."""
+    """A torch.compile back-end like aot_eager that counts our two operators in every graph it is given."""
 
     def __init__(self) -> None:
         self.forward: list[int] = []
@@ -59,7 +58,7 @@ def tokens(batch: int = 2, length: int = 9) -> torch.Tensor:
 
 
 def step(model: nn.Module, forward: Callable[..., Any], ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Loss, logits and gradients, under the same seed."""
+    """Return loss, logits and gradients, under the same seed."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(3)
     out = forward(input_ids=ids, labels=ids)
@@ -69,7 +68,7 @@ def step(model: nn.Module, forward: Callable[..., Any], ids: torch.Tensor) -> di
 
 
 def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    """Equal to the rounding of fp32, relative to the largest element."""
+    """Assert equality up to the rounding of fp32, relative to the largest element."""
     assert got.keys() == want.keys() and len(got) > 2
     for name, value in want.items():
         assert value.abs().max() > 0, name
@@ -95,7 +94,7 @@ def test_a_llama_is_one_graph_with_eagers_numbers(p):
 
 @compiles_whole_models
 def test_scaling_adapter_and_batch_compile_once_at_most():
-    """A float that changes is a symbol from its second value on; an adapter is compiled where it is first met."""
+    """A float that changes is a symbol from its second value on; an adapter is compiled at its first use."""
     model, graphs = lora_llama(1, random=True, target_modules=FEW), Graphs()
     model.add_adapter("second", lora(r=4, lora_alpha=3.5, target_modules=FEW))
     model.set_adapter("default")  # PEFT shares the list of active adapters among layers from here on, and dynamo looks
@@ -160,8 +159,8 @@ def test_regional_compilation_shares_one_graph_among_the_layers():
 
 
 @compiles_whole_models
-def test_inductor():
-    """A Llama's MLP alone, with a group and a layer: all else that inductor would make C++ of is the model's."""
+def test_inductor_gives_eagers_numbers():
+    """A Llama's MLP is enough, with a group and a layer: the rest that inductor would compile is the model's own."""
     model = get_peft_model(llama(1).model.layers[0].mlp, lora(target_modules="all-linear", task_type=None))
     randomise(model)
     assert lora_kernels.fuse(model, strict=True, group=True).groups
@@ -173,7 +172,7 @@ def test_inductor():
 
 @compiles_whole_models
 @pytest.mark.gpu
-def test_the_mode_with_cuda_graphs():
+def test_cuda_graphs_give_eagers_numbers():
     """reduce-overhead records CUDA graphs, with outputs that the next step may overwrite."""
     model, ids = lora_llama(1, random=True).cuda(), tokens().cuda()
     lora_kernels.fuse(model, strict=True, group=True)
@@ -185,7 +184,7 @@ def test_the_mode_with_cuda_graphs():
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_a_plain_model(dynamic):
+def test_a_plain_model_compiles_once_for_changing_scaling_and_rows(dynamic):
     model, graphs = nn.Sequential(FusedLoRALinear(16, 24, r=4), nn.GELU(), FusedLoRALinear(24, 8, r=4)), Graphs()
     model[2].lora_dropout = 0.2
 

@@ -1,4 +1,4 @@
-"""The loops that people train in, with the model fused by one line: the losses and adapters of the run without it."""
+"""Common training loops give a fused model the losses and adapters that they give the unfused one."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ STEPS, ACCUMULATE, BATCH, LR = 8, 2, 8, 1e-2
 
 @dataclass(frozen=True)
 class Setting:
-    """What a loop is asked for beside accumulation, which every one does."""
+    """The settings of a loop; every loop also accumulates gradients."""
 
     checkpoint: bool | None = None
-    """None: no gradient checkpointing; else its use_reentrant."""
+    """use_reentrant of gradient checkpointing; None for none."""
     bf16: bool = False
     p: float = 0.0
 
     @property
     def forwards(self) -> int:
-        """Per layer in a whole run: checkpointing runs each twice."""
+        """The forwards of a layer in a whole run: checkpointing runs each twice."""
         return STEPS * ACCUMULATE * (1 if self.checkpoint is None else 2)
 
     def trainer(self, out: Path) -> dict[str, Any]:
-        """As transformers' TrainingArguments takes it."""
+        """Return the arguments of transformers' TrainingArguments."""
         return {
             "output_dir": str(out), "max_steps": STEPS, "gradient_accumulation_steps": ACCUMULATE,
             "per_device_train_batch_size": BATCH, "learning_rate": LR, "logging_steps": 1, "seed": 0, "use_cpu": True,
@@ -70,7 +70,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
 
 
-# --- the loops: each gives the loss of every step and the model
+# --- the loops: each returns the loss of every step and the model
 
 
 def transformers_trainer(setting: Setting, fused: bool, out: Path) -> tuple[list[float], nn.Module]:
@@ -214,7 +214,7 @@ def test_the_run_is_that_of_the_unfused_model(loop, setting, tmp_path):
     all_fused(model, setting.forwards)
     assert len(got) == len(want) >= STEPS and want[-1] < want[0]
     assert got == pytest.approx(want, rel=3e-3 if setting.bf16 else 1e-5)
-    if not setting.bf16:  # there Adam makes whole steps of gradients that are all rounding
+    if not setting.bf16:  # in bf16 Adam makes whole steps of gradients that are nothing but rounding
         same_adapters(model, plain)
 
 
@@ -228,7 +228,7 @@ def test_with_dropout_the_loss_falls(loop, tmp_path):
 
 
 def scaled(fused: bool) -> tuple[list[float], list[float], nn.Module]:
-    """fp16 autocast under a scale whose first value overflows: that step is to be skipped."""
+    """Train under fp16 autocast and a loss scale whose first value overflows, so that the first step is skipped."""
     model = Setting().model(fused)
     start = {name: p.clone() for name, p in adapters(model).items()}
     optimizer = optimizer_of(model)
@@ -250,7 +250,7 @@ def scaled(fused: bool) -> tuple[list[float], list[float], nn.Module]:
     return losses, scales, model
 
 
-def test_grad_scaler():
+def test_a_grad_scaler_skips_the_step_that_overflows():
     want, want_scales, _ = scaled(False)
     got, scales, model = scaled(True)
     assert scales == want_scales == [2.0**16] * len(got)

@@ -1,4 +1,4 @@
-"""PEFT's layers over bitsandbytes' 4 and 8 bits on the fused path: what PEFT gives, or nearer to the truth."""
+"""Fused layers over bitsandbytes' 4 and 8 bits give what PEFT gives, or what is nearer to the truth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-from peft import PeftModel, get_peft_model  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from support.bnb_models import Net, Net8, make  # noqa: E402
 from support.old_torch import compiles_whole_models  # noqa: E402
 from support.peft_models import config, fused_layers, randomise, run, same, with_our_masks  # noqa: E402
 
@@ -22,39 +23,6 @@ from lora_kernels.quant.bnb import from_bnb  # noqa: E402
 from lora_kernels.testing.judge import Problem, evaluate, truth  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-
-
-class Net(nn.Module):
-    """Quantised where it stands. K are multiples of the blocksize: of others bitsandbytes on AVX512 computes something
-    else than its own dequantisation; N of 32, which its forward in eval mode asks for there."""
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__()
-        kwargs = {"compute_dtype": FP32, "quant_type": "nf4"} | kwargs
-        self.up, self.down = bnb.nn.Linear4bit(64, 128, **kwargs), bnb.nn.Linear4bit(128, 64, bias=False, **kwargs)
-        self.is_loaded_in_4bit = True
-        self.to("cpu")
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
-
-
-class Net8(nn.Module):
-    def __init__(self, has_fp16_weights: bool = False) -> None:
-        super().__init__()
-        self.up = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=has_fp16_weights)
-        self.down = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=has_fp16_weights, threshold=6.0)
-        self.is_loaded_in_8bit = True
-        self.to("cpu")
-
-    forward = Net.forward
-
-
-def make(net: nn.Module | None = None, **kwargs) -> PeftModel:
-    """In training mode: there bitsandbytes leaves its weight as it is."""
-    model = get_peft_model(net or Net(), config(**kwargs), autocast_adapter_dtype=False)
-    randomise(model)
-    return model.train()
 
 
 def packed(model: nn.Module) -> list[bool]:
@@ -82,17 +50,17 @@ def test_values_and_gradients_are_pefts(quant_type, double, storage):
 @pytest.mark.parametrize(
     "kwargs", [{"use_rslora": True}, {"bias": "all"}, {"target_modules": ["up"], "lora_bias": True}]
 )
-def test_settings(kwargs):
+def test_settings_of_peft_are_honoured(kwargs):
     fused_equals_peft(make(**kwargs), torch.randn(6, 64))
 
 
 def test_eight_bits_while_training_are_pefts():
-    """There, on the CPU, bitsandbytes leaves x as it is."""
+    """While training on the CPU bitsandbytes does not round x."""
     fused_equals_peft(make(Net8()), torch.randn(6, 64))
 
 
 def problem_of(layer, x: torch.Tensor, dy: torch.Tensor) -> Problem:
-    """What one PEFT layer computes."""
+    """Return the problem that one PEFT layer computes."""
     a, b = (getattr(layer, f"lora_{name}")["default"].weight.detach() for name in "AB")
     w = from_bnb(layer.base_layer).dequantize(FP32)
     return Problem(x, w, a, b, layer.base_layer.bias.detach(), dy, layer.scaling["default"], 0.0, None)
@@ -113,8 +81,9 @@ def rms(t: torch.Tensor) -> float:
 
 
 def as_near_as_peft(model: PeftModel, x: torch.Tensor, inner: torch.dtype, autocast: torch.dtype | None = None) -> None:
-    """The project's rule: no further from the truth than 1.25 times what plain torch is in the dtype of the computation
-    (which is beside fp32 adapters a narrower one than PEFT's), or PEFT where that is further. And PEFT's dtypes."""
+    """Assert that the results have PEFT's dtypes and an RMS error of at most 1.25 times the larger of two: PEFT's
+    error, and that of plain torch in the dtype of the computation. That dtype is narrower than PEFT's beside fp32
+    adapters."""
     dy = torch.randn(*x.shape[:-1], 128).to(x.dtype)
     plain = copy.deepcopy(model).base_model.model.up
     q = problem_of(plain, x, dy)
@@ -132,7 +101,7 @@ def as_near_as_peft(model: PeftModel, x: torch.Tensor, inner: torch.dtype, autoc
 
 @pytest.mark.parametrize(("x_dtype", "compute"), [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (BF16, None)])
 @pytest.mark.parametrize("adapters", ["fp32", "same"])
-def test_sixteen_bits(x_dtype, compute, adapters):
+def test_sixteen_bits_are_as_near_as_peft(x_dtype, compute, adapters):
     model = make(Net(compute_dtype=compute))
     for name, module in model.named_modules():
         if "lora_" in name:
@@ -142,19 +111,19 @@ def test_sixteen_bits(x_dtype, compute, adapters):
 
 @pytest.mark.parametrize("x_dtype", [FP32, BF16])
 @pytest.mark.parametrize("compute", [FP32, BF16])
-def test_autocast(x_dtype, compute):
+def test_autocast_is_as_near_as_peft(x_dtype, compute):
     as_near_as_peft(make(Net(compute_dtype=compute)), torch.randn(96, 64).to(x_dtype), compute, autocast=BF16)
 
 
 @pytest.mark.parametrize("x_dtype", [FP32, BF16])
 @pytest.mark.parametrize("autocast", [None, BF16])
-def test_eight_bits_in_sixteen(x_dtype, autocast):
+def test_eight_bits_beside_a_16_bit_x_are_as_near_as_peft(x_dtype, autocast):
     as_near_as_peft(make(Net8()), torch.randn(96, 64).to(x_dtype), autocast or x_dtype, autocast=autocast)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_eight_bits_in_eval_mode_are_nearer_to_the_truth(threshold):
-    """There bitsandbytes rounds x to 8 bits, outliers apart."""
+    """In eval mode bitsandbytes rounds x to 8 bits, except for outliers."""
     model = make(Net8()).eval()
     model.base_model.model.up.base_layer.state.threshold = threshold
     x, dy = torch.randn(96, 64), torch.randn(96, 128)
@@ -168,7 +137,7 @@ def test_eight_bits_in_eval_mode_are_nearer_to_the_truth(threshold):
 
 
 def test_compute_dtype_is_that_of_the_first_x():
-    """As bitsandbytes has it where none was given."""
+    """bitsandbytes sets it so where none was given."""
     model = make(Net(compute_dtype=None))
     lora_kernels.fuse(model, strict=True)
     model(torch.randn(3, 64, dtype=BF16))
@@ -188,7 +157,7 @@ def test_dropout_is_pefts_with_our_mask(net, monkeypatch):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_several_active_adapters(p, monkeypatch):
+def test_several_active_adapters_give_pefts_sum(p, monkeypatch):
     model = make(lora_bias=True, target_modules=["up"], lora_dropout=p)
     model.add_adapter("second", config(r=7, target_modules=["up"], lora_dropout=p))
     randomise(model)
@@ -206,7 +175,7 @@ def test_adapters_by_sample_leave_the_weight_as_it_is(net):
     bases = [model.base_model.model.up.base_layer, model.base_model.model.down.base_layer]
     model.eval()
     for base in bases:
-        base.train()  # PEFT's own call, which is the reference, shall not re-pack
+        base.train()  # so that PEFT's own call, the reference, does not re-pack
     names = ["second", "__base__", "default", "second", "__base__"]
     x = torch.randn(5, 3, 64)
     with torch.no_grad():  # PEFT's has no backward over these layers
@@ -220,7 +189,7 @@ def test_adapters_by_sample_leave_the_weight_as_it_is(net):
     assert net is Net8 or packed(model) == [False, False]
 
 
-def test_eval_mode_does_not_re_pack_and_survives_it():
+def test_eval_mode_does_not_re_pack_and_reads_what_is_re_packed():
     """On a CPU with AVX512-BF16 the first forward of bitsandbytes in eval mode re-packs the weight."""
     model, x = make().eval(), torch.randn(4, 64)
     lora_kernels.fuse(model, strict=True)
@@ -238,7 +207,7 @@ def test_eval_mode_does_not_re_pack_and_survives_it():
 
 @pytest.mark.parametrize("net", [Net, Net8])
 @pytest.mark.filterwarnings("ignore:.*rounding errors")
-def test_merging_is_pefts_and_the_weight_is_read_anew(net):
+def test_merging_is_pefts_and_the_weight_is_read_again(net):
     model, x = make(net()), torch.randn(4, 64)
     lora_kernels.fuse(model, strict=True)
     plain = copy.deepcopy(model)
@@ -247,7 +216,7 @@ def test_merging_is_pefts_and_the_weight_is_read_anew(net):
     for other in (model, plain):
         other.merge_adapter()
     torch.testing.assert_close(model(x), plain(x))
-    assert all(layer._stored.found == "" for layer in fused_layers(model)), "what was replaced is not held"
+    assert all(layer._stored.last is None for layer in fused_layers(model)), "what was replaced is not held"
     for other in (model, plain):
         other.unmerge_adapter()
     torch.testing.assert_close(model(x), plain(x))
@@ -263,7 +232,7 @@ def test_the_weight_is_read_once_and_shared(monkeypatch):
     model(x), model(x)
     assert not reads
     up, down = (layer.base_layer for layer in fused_layers(model))
-    q = fused_layers(model)[0]._weight()
+    q, _ = fused_layers(model)[0].read_base(fused_layers(model)[0])
     assert q.codes.data_ptr() == up.weight.data_ptr() and q.scales is up.weight.quant_state.absmax
     up.weight.data = up.weight.data.clone()
     down.weight.quant_state.absmax = down.weight.quant_state.absmax.clone()
@@ -272,7 +241,7 @@ def test_the_weight_is_read_once_and_shared(monkeypatch):
 
 
 @pytest.mark.parametrize("net", [Net, Net8])
-def test_unfuse_copies_and_pickles(net):
+def test_copies_and_pickles_are_fused_and_unfuse_gives_back_what_was(net):
     model, x = make(net()), torch.randn(4, 64)
     before = {name: (type(m), sorted(m.__dict__)) for name, m in model.named_modules()}
     keys = list(model.state_dict())
@@ -286,7 +255,7 @@ def test_unfuse_copies_and_pickles(net):
     assert {name: (type(m), sorted(m.__dict__)) for name, m in model.named_modules()} == before
 
 
-def test_reports_and_strict():
+def test_reports_name_the_format_and_strict_changes_nothing():
     model = make()
     text = str(lora_kernels.fuse(model))
     assert "2 of 2 LoRA layers fused" in text and "64→128, nf4 in float32, default r=4" in text
@@ -347,7 +316,7 @@ def test_enable_fuses_what_peft_makes():
 
 
 @compiles_whole_models
-def test_compiles_whole_without_a_break():
+def test_a_model_compiles_into_one_graph():
     model, x = make(), torch.randn(4, 64)
     lora_kernels.fuse(model, strict=True)
     want = run(model, x)

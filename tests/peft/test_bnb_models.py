@@ -1,4 +1,4 @@
-"""A Llama that transformers has quantised with bitsandbytes trains on the fused path as it does without."""
+"""A Llama quantised by transformers with bitsandbytes trains on the fused path as it does on PEFT's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, "int8"])
 def test_a_quantised_llama_trains_as_it_does_unfused(checkpoint, compute):
-    """QLoRA's recipe: nf4 with double quantisation, gradient checkpointing, AdamW; bf16 under autocast."""
+    """The recipe is QLoRA's: nf4 with double quantisation, gradient checkpointing and AdamW; bf16 under autocast."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantisation = BitsAndBytesConfig(

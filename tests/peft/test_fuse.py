@@ -1,4 +1,4 @@
-"""Fused, PEFT's layers stay PEFT's: what is switched, copied and given back, what is left to PEFT and told."""
+"""Fused layers stay PEFT's: switching, copying, unfusing, and reports of what is left to PEFT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import lora_kernels  # noqa: E402
 from lora_kernels.peft.fusing import FusedLinear  # noqa: E402
 
 
-def test_disabled_and_merged_adapters_are_pefts():
+def test_disabled_and_merged_adapters_are_left_to_peft():
     model, x = make().eval(), torch.randn(4, 24)
     lora_kernels.fuse(model)
     y = model(x)
@@ -38,7 +38,7 @@ def plain_base(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return base.down.base_layer(torch.tanh(base.up.base_layer(x)))
 
 
-def test_set_and_delete_adapters():
+def test_adapters_can_be_set_and_deleted():
     model, x = make().eval(), torch.randn(4, 24)
     lora_kernels.fuse(model)
     first = model(x)
@@ -63,7 +63,7 @@ def test_unfuse_gives_back_what_was():
     assert {name: (type(m), sorted(m.__dict__)) for name, m in model.named_modules()} == before
 
 
-def test_copies_and_pickles(tmp_path):
+def test_copies_pickles_and_loaded_adapters_give_the_same(tmp_path):
     model, x = make().eval(), torch.randn(4, 24)
     lora_kernels.fuse(model)
     y = model(x)
@@ -78,7 +78,7 @@ def test_copies_and_pickles(tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(x), y)
 
 
-def test_what_cannot_be_fused_is_pefts_and_is_told():
+def test_what_cannot_be_fused_is_left_to_peft_and_reported():
     class Odd(nn.Linear):
         def forward(self, x):
             return super().forward(x) * 2
@@ -156,7 +156,7 @@ def test_a_named_backend_is_used_and_never_replaced():
     model(x)
 
 
-def test_enable_fuses_what_peft_makes():
+def test_enable_fuses_every_model_that_peft_makes():
     created = peft.tuners.lora.LoraModel.__dict__["_create_new_module"]
     lora_kernels.enable()
     lora_kernels.enable()
@@ -173,14 +173,14 @@ def test_enable_fuses_what_peft_makes():
     assert all(layer.fused_calls == 1 for layer in fused_layers(model))
 
 
-def test_repr_is_pefts_and_says_that_it_is_fused():
+def test_the_repr_is_pefts_and_says_that_the_layer_is_fused():
     model = make()
     plain = repr(model.base_model.model.up)
     lora_kernels.fuse(model)
     assert repr(model.base_model.model.up) == plain.replace("(\n", "(\n  fused by lora_kernels\n", 1)
 
 
-def test_a_model_without_peft_layers():
+def test_the_report_says_that_a_model_has_no_peft_layers():
     report = lora_kernels.fuse(Net(), strict=True)
     assert str(report) == "0 of 0 LoRA layers fused: the model has none"
 
@@ -197,6 +197,6 @@ def test_five_hundred_layers_take_less_than_a_second():
     assert time.perf_counter() - start < 1 and len(report.fused) == 500
 
 
-def test_all_linear_still_finds_fused_layers():
+def test_the_class_name_has_the_word_that_all_linear_looks_for():
     """PEFT matches layers of other adapters by the word Linear in their class's name."""
     assert "Linear" in FusedLinear.__name__ and issubclass(FusedLinear, PeftLinear)

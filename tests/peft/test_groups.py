@@ -1,5 +1,5 @@
-"""Layers that read the same x in one call, through `fuse(model, group=...)`: the numbers of single calls, and no way to
-a stale or foreign result."""
+"""`fuse(model, group=...)` computes layers that read one x in one call: the numbers are those of single calls, and no
+layer hands out a result of another x."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IDS = torch.tensor(tiny_llama.sequences(4))
 
 
 def pair(**kwargs) -> tuple[nn.Module, nn.Module, lora_kernels.FuseReport]:
-    """A fused model, and the same grouped."""
+    """Return a fused model, its grouped twin and the report of that."""
     single = tiny_llama.lora_llama(random=True, **kwargs)
     grouped = copy.deepcopy(single)
     lora_kernels.fuse(single)
@@ -62,7 +62,7 @@ def test_a_grouped_model_trains_as_a_fused_one(kwargs, p):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_under_activation_checkpointing(reentrant):
+def test_a_grouped_model_trains_under_activation_checkpointing(reentrant):
     single, grouped, report = pair(lora_dropout=0.2)
     for model in (single, grouped):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -72,7 +72,7 @@ def test_under_activation_checkpointing(reentrant):
     assert all(group.calls == 2 and not group._ys for group in report.groups.values())
 
 
-def test_one_call_serves_all(monkeypatch):
+def test_one_call_serves_all_layers_of_a_group(monkeypatch):
     from lora_kernels.peft import groups as peft_groups
 
     _, grouped, _ = pair()
@@ -86,7 +86,7 @@ def test_one_call_serves_all(monkeypatch):
 
 
 @compiles_whole_models
-def test_compiles_whole_without_a_break():
+def test_a_grouped_model_compiles_into_one_graph():
     single, grouped, report = pair(layers=1)
     grouped.compile(backend="aot_eager", fullgraph=True)
     same(step(grouped), step(single))
@@ -115,7 +115,7 @@ def test_what_is_not_one_call_for_all_goes_layer_by_layer(change, reason):
 
 
 class Cross(nn.Module):
-    """Attention over another sequence, and over its own."""
+    """Attention whose queries read x and whose keys and values read another sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ def test_layers_called_past_their_parent_compute_for_themselves():
     assert group.calls == 0 and not group._ys and group.dissolved is None
 
 
-def test_names_of_ones_own_and_what_cannot_be_grouped():
+def test_named_layers_are_grouped_where_they_are_equally_wide():
     class Mine(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -209,7 +209,7 @@ def test_names_of_ones_own_and_what_cannot_be_grouped():
     assert group.names == ("wq", "wk") and group.calls == 1
 
 
-def test_fuse_again_and_unfuse_take_groups_back():
+def test_fuse_and_unfuse_end_the_groups_of_before():
     single, grouped, report = pair()
     again = lora_kernels.fuse(grouped)
     assert not again.groups and all(group.dissolved for group in report.groups.values())
@@ -222,7 +222,7 @@ def test_fuse_again_and_unfuse_take_groups_back():
     same(step(grouped), step(single))
 
 
-def test_a_copy_and_a_pickle_group_for_themselves():
+def test_a_copy_and_a_pickle_have_groups_of_their_own():
     single, grouped, report = pair()
     for twin in (copy.deepcopy(grouped), pickle.loads(pickle.dumps(grouped))):
         same(step(twin), step(single))
@@ -245,7 +245,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(family):
+def test_the_families_are_grouped_in_their_models(family):
     special, count = FAMILIES[family]
     config = getattr(transformers, f"{family}Config")(**SMALL, **special)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Where no kernel is chosen, what torch operations do slowly is said, and left to PEFT where PEFT is there."""
+"""Where no kernel is chosen, slow calls are left to PEFT, and `lora_linear` warns of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DROPOUT = "no kernel for dropout here, and PEFT's own forward is faster than pla
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    """As on a GPU for which no kernel has evidence yet."""
+    """Leave the automatic choice nothing but eager, as on a GPU for which no kernel has evidence yet."""
     monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", ("eager",))
     dispatch.pick.cache_clear()
     dispatch.automatic.cache_clear()
@@ -31,7 +31,7 @@ def no_kernel(monkeypatch):
     dispatch.automatic.cache_clear()
 
 
-def test_dropout_is_pefts(no_kernel):
+def test_dropout_is_left_to_peft(no_kernel):
     model, x = make(lora_dropout=0.3).train(), torch.randn(7, 24)
     torch.manual_seed(5)
     want = run(model, x)
@@ -42,14 +42,14 @@ def test_dropout_is_pefts(no_kernel):
         assert layer.fused_calls == 0 and layer.passed_over == Counter({DROPOUT: 1})
 
 
-def test_without_dropout_the_layer_is_ours(no_kernel):
+def test_a_layer_without_dropout_is_fused(no_kernel):
     model, x = make(lora_dropout=0.3), torch.randn(7, 24)
     lora_kernels.fuse(model, strict=True)
     model.eval()(x)
     assert [layer.fused_calls for layer in fused_layers(model)] == [1, 1]
 
 
-def test_a_back_end_by_name_is_kept(no_kernel):
+def test_a_named_back_end_keeps_the_fused_path(no_kernel):
     model, x = make(lora_dropout=0.3).train(), torch.randn(7, 24)
     lora_kernels.fuse(model, strict=True, backend="eager")
     run(model, x)
@@ -66,7 +66,7 @@ class Pair(nn.Module):
 
 
 @pytest.mark.parametrize(("p", "calls"), [(0.3, 0), (0.0, 1)])
-def test_a_group_does_not_stand_in_the_way(no_kernel, p, calls):
+def test_a_group_with_dropout_is_left_to_peft(no_kernel, p, calls):
     model, x = make(net=Pair, lora_dropout=p).train(), torch.randn(7, 24)
     report = lora_kernels.fuse(model, strict=True, group=[("up", "down")])
     run(model, x)
@@ -75,7 +75,7 @@ def test_a_group_does_not_stand_in_the_way(no_kernel, p, calls):
 
 
 @pytest.mark.parametrize(("dtype", "adapters"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
-def test_with_a_kernel_it_is_ours(dtype, adapters):
+def test_with_a_kernel_the_layer_is_fused(dtype, adapters):
     model, x = make(dtype, lora_dropout=0.3).train(), torch.randn(7, 24, dtype=dtype)
     assert all(layer.weight.dtype == adapters for name, layer in model.named_modules() if name.endswith("A.default"))
     lora_kernels.fuse(model, strict=True)
@@ -85,7 +85,7 @@ def test_with_a_kernel_it_is_ours(dtype, adapters):
 
 @compiles_whole_models
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_compiled(no_kernel, dynamic):
+def test_a_compiled_model_leaves_dropout_to_peft(no_kernel, dynamic):
     model, x = make(lora_dropout=0.3).train(), torch.randn(7, 24)
     lora_kernels.fuse(model, strict=True)
     seen = []
@@ -98,11 +98,11 @@ def test_compiled(no_kernel, dynamic):
     assert seen and not [name for name in seen if "lora_kernels" in name or "LoRALinear" in name]
 
 
-def test_stored_weights_are_bitsandbytes_own(no_kernel):
+def test_weights_of_bitsandbytes_are_left_to_peft(no_kernel):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    import test_peft_bnb
+    from support import bnb_models
 
-    model, x = test_peft_bnb.make().train(), torch.randn(5, 64)
+    model, x = bnb_models.make().train(), torch.randn(5, 64)
     lora_kernels.fuse(model, strict=True)
     model(x)
     reason = DROPOUT.replace("dropout", "a weight in nf4")
@@ -114,7 +114,7 @@ def operands(dtype=torch.float32):
     return tuple(torch.randn(shape, dtype=dtype) for shape in ((3, 16), (24, 16), (2, 16), (24, 2)))
 
 
-def test_a_slow_choice_is_said_with_the_way_out(no_kernel):
+def test_a_slow_choice_warns_and_names_the_way_out(no_kernel):
     x, w, a, b = operands()
     with pytest.warns(UserWarning, match=r"torch\.float32 on cpu here: the dropout mask is drawn .* slow\. .* doctor"):
         lora_kernels.lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1)
@@ -122,7 +122,7 @@ def test_a_slow_choice_is_said_with_the_way_out(no_kernel):
         lora_kernels.lora_linear(x, lora_kernels.quantize_weight(w, "int8"), a, b, scale=1.0)
 
 
-def test_the_way_out_names_the_back_ends_that_only_want_evidence(no_kernel, monkeypatch):
+def test_the_way_out_names_the_back_ends_that_only_lack_evidence(no_kernel, monkeypatch):
     monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", ("cpu", "eager"))
     refusal = dispatch._passed_over
     monkeypatch.setattr(
@@ -133,7 +133,7 @@ def test_the_way_out_names_the_back_ends_that_only_want_evidence(no_kernel, monk
         lora_kernels.lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1)
 
 
-def test_nothing_is_said_where_nothing_is_slow(no_kernel):
+def test_no_warning_where_nothing_is_slow(no_kernel):
     x, w, a, b = operands()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

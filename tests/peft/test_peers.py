@@ -1,4 +1,4 @@
-"""Defects found in other implementations: each is a test here, so that none of them is ever ours.
+"""Each test here guards against a defect that was found in another implementation.
 
 Where a defect is already the subject of a fuller test elsewhere, that test is named.
 """
@@ -107,8 +107,7 @@ def test_gradients_do_not_use_atomics(backend):
 
 
 def test_x_is_never_copied_to_fp32_under_fp32_adapters():
-    """PEFT copies x to fp32 under its default fp32 adapters: 20 % of peak memory. What is saved: see
-    test_ops.test_bytes_saved."""
+    """PEFT copies x to fp32 under its default fp32 adapters: 20 % of peak memory. tests/ops tests what is saved."""
     layer = FusedLoRALinear(256, 256, r=8, dtype=torch.bfloat16, adapter_dtype=torch.float32, lora_dropout=0.1)
     x = torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True)
     copies = []
@@ -129,7 +128,7 @@ def test_x_is_never_copied_to_fp32_under_fp32_adapters():
     assert not copies
 
 
-def test_a_new_scale_compiles_nothing_anew():
+def test_a_new_scale_does_not_recompile():
     """LoRAFusion recompiles on every alpha. Here a scale given as a tensor is data under torch.compile too."""
     layer, x = FusedLoRALinear(16, 16, r=4), torch.randn(4, 16)
     nn.init.normal_(layer.lora_B)
@@ -145,7 +144,6 @@ def test_a_new_scale_compiles_nothing_anew():
     assert counter.frame_count == 1
 
 
-# Elsewhere: a dY of another dtype (Automodel) in test_ops.test_grad_of_another_dtype_is_converted; masks under
-# activation checkpointing in test_ops.test_checkpointing_replays_the_mask; rounding before the sum (vLLM, SGLang) in
-# test_equation.test_low_rank_term_is_not_rounded...; tests that cannot fail: tests/test_oracle.py shows that this
-# suite's judge rejects what is wrong.
+# Other defects are tested elsewhere: a dY of another dtype (Automodel) and masks under activation checkpointing in
+# tests/ops/test_lora_linear.py; rounding before the sum (vLLM, SGLang) in tests/ops/test_equation.py. Against tests
+# that cannot fail, tests/testing/test_judge.py shows that this suite's judge rejects what is wrong.

@@ -1,4 +1,4 @@
-"""PEFT's layers fused, in every pairing of dtypes, with autocast and without: what PEFT serves is served so."""
+"""In every pairing of dtypes, with autocast and without, fused layers give what PEFT gives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRECISION = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.02}
 
 
 def outcome(model: nn.Module, x: Tensor, autocast: torch.dtype | None) -> list[Tensor] | type[Exception]:
-    """y and the gradients, or what was raised."""
+    """Return y and the gradients, or the type of the error raised."""
     x = x.clone().requires_grad_()
     try:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):

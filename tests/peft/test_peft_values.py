@@ -44,7 +44,7 @@ def test_values_and_gradients_are_pefts(kwargs):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapters", ["fp32", "same"])
-def test_sixteen_bit_bases(dtype, adapters):
+def test_sixteen_bit_bases_give_pefts_values(dtype, adapters):
     model = make(dtype)
     if adapters == "same":
         model.to(dtype)
@@ -91,8 +91,8 @@ def test_scaling_may_be_a_tensor_or_change():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_several_active_adapters(p, monkeypatch):
-    """Without dropout they run as one; with it each has a mask of its own."""
+def test_several_active_adapters_give_pefts_sum(p, monkeypatch):
+    """Without dropout they run as one adapter; with it each has a mask of its own."""
     model = make(lora_bias=True, target_modules=["up"], lora_dropout=p)
     model.add_adapter("second", config(r=7, target_modules=["up"], lora_dropout=p))
     randomise(model)
@@ -107,7 +107,7 @@ def test_several_active_adapters(p, monkeypatch):
     assert [call["dropout_p"] for call in calls] == [p]
 
 
-def test_adapters_by_sample():
+def test_adapters_by_sample_give_pefts_values():
     model = make(lora_dropout=0.1)
     model.add_adapter("second", config(r=2))
     randomise(model)
@@ -128,13 +128,13 @@ class Conv1DNet(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def test_conv1d():
+def test_a_conv1d_gives_pefts_values():
     pytest.importorskip("transformers")
     fused_equals_peft(make(net=Conv1DNet, fan_in_fan_out=True), torch.randn(5, 24))
 
 
-def test_autocast():
-    """Under autocast PEFT runs base and adapter in 16 bits, and so do we; fp32 adapters stay what they are."""
+def test_autocast_gives_pefts_values_in_16_bits():
+    """Under autocast both run base and adapter in 16 bits, and fp32 adapters stay fp32."""
     model, x = make().train(), torch.randn(8, 24)
     with torch.autocast("cpu", torch.bfloat16):
         want = run(model, x)

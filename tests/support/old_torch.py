@@ -1,4 +1,4 @@
-"""What older releases of torch cannot do, whether or not a layer of ours is in the model."""
+"""Marks for tests that older releases of torch cannot run, with or without our layers in the model."""
 
 from __future__ import annotations
 

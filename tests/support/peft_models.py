@@ -1,4 +1,4 @@
-"""A small PEFT model, what a step of it gives, and the judgement that fusing it changed nothing."""
+"""A small PEFT model, one step of it, and the assertion that fusing it changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import lora_kernels
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 from lora_kernels.peft.linear import Fused
 
 
@@ -32,7 +32,7 @@ def config(**kwargs) -> LoraConfig:
 
 
 def make(dtype: torch.dtype = torch.float32, net: type[nn.Module] = Net, **kwargs) -> PeftModel:
-    """A PEFT model whose adapters differ from zero."""
+    """Return a PEFT model whose adapters differ from zero."""
     torch.manual_seed(0)
     model = get_peft_model(net(dtype), config(**kwargs))
     randomise(model)
@@ -40,7 +40,7 @@ def make(dtype: torch.dtype = torch.float32, net: type[nn.Module] = Net, **kwarg
 
 
 def randomise(model: nn.Module, std: float = 0.3) -> None:
-    """Adapters that differ from zero."""
+    """Make the adapters differ from zero."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -52,7 +52,7 @@ def fused_layers(model: nn.Module) -> list[Fused]:
 
 
 def run(model: nn.Module, x: torch.Tensor, **kwargs) -> dict[str, torch.Tensor]:
-    """y and every gradient."""
+    """Return y and every gradient."""
     model.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_()
     y = model(x, **kwargs)
@@ -72,7 +72,7 @@ def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], rtol: floa
 
 
 def fused_equals_peft(model: nn.Module, x: torch.Tensor, rtol: float | None = None, **kwargs) -> None:
-    """Every layer takes the fused path, and nothing changes beyond rounding."""
+    """Assert that every layer takes the fused path, and that nothing changes beyond rounding."""
     want = run(model, x, **kwargs)
     report = lora_kernels.fuse(model, strict=True)
     assert report.fused and not report.not_fused
@@ -82,21 +82,21 @@ def fused_equals_peft(model: nn.Module, x: torch.Tensor, rtol: float | None = No
 
 
 class MaskOfSeed(nn.Module):
-    """PEFT's dropout, with the mask that our rule makes of a seed."""
+    """A dropout with the mask that this package makes of a seed."""
 
     def __init__(self, p: float, seed: torch.Tensor) -> None:
         super().__init__()
         self.p, self.seed = p, seed
 
     def forward(self, x):
-        return random.dropout(x.flatten(0, -2), self.p, self.seed).view_as(x) if self.training else x
+        return dropout.dropout(x.flatten(0, -2), self.p, self.seed).view_as(x) if self.training else x
 
 
 def with_our_masks(
     model: PeftModel, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[PeftModel, Iterator[torch.Tensor]]:
-    """A copy of `model` in which PEFT drops what the fused layers will drop in one forward, and the seeds that these
-    draw, one by one."""
+    """Return a copy of `model` in which PEFT drops what the fused layers will drop in one forward, and the iterator of
+    seeds that the fused layers draw from."""
     seeds, mine = (map(torch.tensor, itertools.count(100)) for _ in range(2))
     monkeypatch.setattr("lora_kernels.ops.check.draw_seed", lambda device: next(seeds))
     plain = copy.deepcopy(model)

@@ -32,7 +32,7 @@ def lora(**kwargs) -> LoraConfig:
 
 
 def lora_llama(layers: int = 2, *, random: bool = False, **kwargs) -> PeftModel:
-    """With seven adapted linears to a layer; `random`: adapters differ from zero."""
+    """Return a Llama with seven adapted linears in each layer; with `random` the adapters differ from zero."""
     model = get_peft_model(llama(layers), lora(**kwargs))
     if random:
         randomise(model, 0.1)
@@ -40,7 +40,7 @@ def lora_llama(layers: int = 2, *, random: bool = False, **kwargs) -> PeftModel:
 
 
 def sequences(count: int, length: int = 12) -> list[list[int]]:
-    """Each token follows from the one before."""
+    """Return sequences in which each token follows from the one before."""
     starts = torch.randint(VOCABULARY, (count,), generator=torch.Generator().manual_seed(1)).tolist()
     rows = []
     for token in starts:

@@ -154,7 +154,7 @@ def fsdp_with_checkpointing_and_dropout(folder: Path, kind: str) -> None:
 
 
 def resumed(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Another start than the one that was saved, so that what is not loaded shows."""
+    """Return a model that differs from the saved one, so that a parameter which is not loaded shows."""
     model = shard(make(kind))
     with torch.no_grad():
         for p in trained(model).values():
@@ -166,7 +166,7 @@ TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
 def train(model: nn.Module, optimise: torch.optim.Optimizer, steps: int) -> Tensor:
-    """The parameters after some steps on the same batch, and what they give for it."""
+    """Train for some steps on one batch, and return what the model then gives for it."""
     for _ in range(steps):
         loss(model(mine(batch()))).backward()
         optimise.step()
@@ -180,7 +180,7 @@ def train(model: nn.Module, optimise: torch.optim.Optimizer, steps: int) -> Tens
 
 @check(*KINDS, sizes=(2,), why_not=NO_FSDP)
 def save_sharded(folder: Path, kind: str) -> None:
-    """For the groups that come after this one: what is trained; and all, with the optimizer."""
+    """Save the trained parameters, and all parameters with the optimizer, for the groups that follow."""
     model = shard(make(kind))
     optimise = optimizer(model)
     y = {"saved": train(model, optimise, 2)}

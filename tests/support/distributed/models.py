@@ -1,4 +1,4 @@
-"""What the checks of several processes share: small models, one step of training, and the list of checks."""
+"""Small models, one step of training and the list of checks, which the checks of several processes share."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check(
 
 
 def make(kind: str, p: float = 0.0, *, fused: bool = True) -> nn.Module:
-    """The same model in every process: of FusedLoRALinear, or PEFT's, fused or not."""
+    """Return the same model in every process: of FusedLoRALinear layers, or PEFT's, fused or not."""
     torch.manual_seed(0)
     net: nn.Module = Net()
     if kind == "peft":
@@ -112,7 +112,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def shard(model: nn.Module, ignored: Iterable[nn.Parameter] = (), **policy: object) -> nn.Module:
-    """Every block and the rest, but for the parameters that are to stay whole in each process."""
+    """Shard every block and the rest, except for the parameters in `ignored`, which stay whole in each process."""
     for part in (*blocks(model), model):
         fully_shard(part, ignored_params=set(ignored), **policy)
     return model
@@ -127,7 +127,7 @@ def batch() -> Tensor:
 
 
 def mine(x: Tensor) -> Tensor:
-    """This process's part of a batch."""
+    """Return this process's part of a batch."""
     return x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -141,7 +141,7 @@ def optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def step(model: nn.Module, x: Tensor, before: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-    """One step of training: y, the gradients and what the weights are then, all of them whole."""
+    """Return y, the gradients and the new weights of one step of training, all of them whole."""
     optimise = optimizer(model)
     y = model(x)
     loss(y).backward()
@@ -159,7 +159,7 @@ def equal(got: dict[str, Tensor], want: dict[str, Tensor], **tolerance: float) -
 
 
 def single(kind: str) -> dict[str, Tensor]:
-    """What one process gets from the whole batch; of PEFT's, without us."""
+    """Return what one process gets from the whole batch. PEFT's model is not fused for it."""
     want = step(make(kind, fused=False), batch())
     return want | {"y": mine(want["y"])}
 
@@ -170,7 +170,7 @@ def fused_path_ran(model: nn.Module, kind: str, calls: int = 1) -> None:
 
 
 def average(parameters: list[nn.Parameter]) -> None:
-    """The gradients of parameters that FSDP was told to ignore."""
+    """Average the gradients of parameters that FSDP was told to ignore over the processes."""
     for p in parameters:
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()

@@ -154,7 +154,7 @@ def refuses(kind: type[Exception], message: str, call: Callable[[], object]) -> 
 
 @check()
 def merging_by_way_of_a_whole_model(folder: Path) -> None:
-    """What the refusal to merge a sharded layer advises."""
+    """The error for merging a sharded layer advises this way."""
     model = parallelize_module(tensor_parallel_block(N, False), mesh_of(dist.get_world_size()), PLAN)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     plain = tensor_parallel_block(N, False)
@@ -185,7 +185,7 @@ def what_is_refused(folder: Path) -> None:
     refuses(ValueError, "up.lora_A (a DTensor)", lambda: save_adapter(model, adapter))
     save_adapter(tensor_parallel_block(N, False), adapter)
     refuses(ValueError, "get_model_state_dict", lambda: load_adapter(model, adapter))
-    # A DTensor at the door itself.
+    # A DTensor given to lora_linear itself.
     operands = [distribute_tensor(torch.randn(4, 4), mesh, [Replicate()]) for _ in range(4)]
     refuses(NotImplementedError, "sharding strategy", lambda: lora_linear(*operands, scale=1.0))
     refuses(RuntimeError, "DTensor", lambda: lora_linear(torch.randn(4, 4), *operands[1:], scale=1.0))

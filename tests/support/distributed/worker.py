@@ -1,4 +1,6 @@
-"""What tests/test_distributed.py runs, in processes of its own: python tests/distributed_worker.py FOLDER.
+"""The checks of tests/distributed/test_processes.py, in processes of their own.
+
+Usage: python -m support.distributed.worker FOLDER
 
 Imports once, then forks groups of two, four and one (before any thread or tensor exists), each over gloo. Every group
 writes {check: error or null} to FOLDER/<size>.json after each check; one that fails ends its group.
@@ -42,14 +44,14 @@ def run(rank: int, size: int, folder: Path) -> None:
             store.set(f"{name}/{rank}", "")
         except Exception:
             store.set(f"{name}/{rank}", f"in process {rank} of {size}:\n{traceback.format_exc()}")
-        # Over the store: after a failure nobody can say in which collective the others are.
+        # Through the store: after a failure the other processes may be in any collective.
         said = [store.get(f"{name}/{other}").decode() for other in range(size)]
         results[name] = "\n".join(filter(None, said)) or None
         if rank == 0:
             (folder / f"{size}.json").write_text(json.dumps(results))
         if results[name]:
             break
-    os._exit(0)  # the group may hang in its end
+    os._exit(0)  # an orderly end of the group may hang
 
 
 def main(folder: Path) -> None:
