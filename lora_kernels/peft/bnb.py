@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_kernels.nn.quantized import quantized_linear
 from lora_kernels.ops import check
-from lora_kernels.ops.tracing import as_dtype, device_type, no_autocast
+from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
 from lora_kernels.peft.linear import Fused, autocast_of, has_hooks, part, tensor
 from lora_kernels.quant.weight import DTYPES, QuantizedWeight, from_bnb
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import FusedLoRALinear, reference
 from lora_kernels.core import dropout as random
-from lora_kernels.ops import dora
-from lora_kernels.ops import linear as ops
-from lora_kernels.ops.dora import DoRALinearFunction, WeightNorms, dora_linear
+from lora_kernels.ops import dora_norm, registered
+from lora_kernels.ops.dora import DoRALinearFunction, dora_linear
+from lora_kernels.ops.dora_norm import WeightNorms
 from lora_kernels.testing import judge as gate
 
 # --- values and gradients ---
@@ -122,7 +122,7 @@ def test_gradcheck(bias, p):
     leaves = [None if t is None else t.requires_grad_() for t in (q.x, q.a, q.b, d, q.bias)]
 
     def function(x, a, b, d, bias):
-        return DoRALinearFunction.apply(x, q.w, a, b, d, bias, q.scale, p, q.seed, "eager")
+        return DoRALinearFunction.apply(x, q.w, a, b, d, bias, q.seed, (q.scale, p, "eager"))
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -191,9 +191,9 @@ class _Storages(TorchDispatchMode):
     before."""
 
     INSIDE = {  # noqa: RUF012
-        torch.ops.lora_kernels.dora_norm.default: dora._run_norm,
-        torch.ops.lora_kernels.forward.default: ops._run_forward,
-        torch.ops.lora_kernels.backward.default: ops._run_backward,
+        torch.ops.lora_kernels.dora_norm.default: dora_norm._run_norm,
+        torch.ops.lora_kernels.forward.default: registered._run_forward,
+        torch.ops.lora_kernels.backward.default: registered._run_backward,
     }
 
     def __init__(self, known: list[Tensor]) -> None:

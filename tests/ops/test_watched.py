@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lora_kernels import lora_linear, quantize_weight
-from lora_kernels.ops import linear as ops
+from lora_kernels.ops import linear, registered
 from lora_kernels.testing.judge import check, problem
 
 FORMS = ["dense", "nf4"]
@@ -62,8 +62,8 @@ def operators(monkeypatch):
     """The calls of either operator."""
     calls: list[str] = []
     for name in ("_forward_op", "_backward_op"):
-        run = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
+        run = getattr(registered, name)
+        monkeypatch.setattr(registered, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
     return calls
 
 
@@ -197,8 +197,8 @@ def test_functorch_and_forward_mode_are_not_passed_by():
 
 def test_the_function_is_left_out_where_nothing_wants_a_gradient(monkeypatch):
     q, applied = problem(5, 24, 16, 4), []
-    apply = ops.LoRALinearFunction.apply
-    monkeypatch.setattr(ops.LoRALinearFunction, "apply", lambda *args: applied.append(1) or apply(*args))
+    apply = linear.LoRALinearFunction.apply
+    monkeypatch.setattr(linear.LoRALinearFunction, "apply", lambda *args: applied.append(1) or apply(*args))
     operands = {"x": q.x, "lora_a": q.a, "lora_b": q.b, "bias": q.bias, "scale": torch.tensor(0.5)}
     y = lora_linear(weight=q.w, **operands)
     assert not applied and not y.requires_grad

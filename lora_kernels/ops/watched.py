@@ -1,0 +1,60 @@
+"""Whether a call must go through its registered operator, or may go past it to the back-end.
+
+The dispatch of two operators took a fifth of a training step of a 128x128 layer, so it is left out where nobody can
+tell the difference. What could tell is private state of torch. Most of it is read in one place, the dispatcher's own
+thread-local list of keys: a mode that is on (TorchDispatchMode, fake tensors, make_fx, a checkpointing policy, a FLOP
+counter), a transform of torch.func, functionalization and torch.jit.trace each put a key there. Every list but the two
+ordinary ones counts as watched, also one with a key that a later torch invents. tests/ops/test_watched.py holds, for
+what is not in that list, the names that have been looked at.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+"""The types of tensor that have no ``__torch_function__`` or ``__torch_dispatch__`` of their own."""
+
+
+def _key_set(*names: str) -> int:
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return int(reduce(or_, keys).raw_repr())
+
+
+_ORDINARY = frozenset((_key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect")))
+"""The dispatcher's thread-local keys where no mode is on; the second in inference mode."""
+
+
+def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) -> bool:
+    """Return whether a call on these tensors must be seen as the operator that it is. That is so
+
+    * while torch.compile or torch.export traces it,
+    * under a mode, a transform, a tracer (see above) or a TorchFunctionMode,
+    * under the profiler, and in forward-mode AD,
+    * where a tensor is of a subclass, or on a device that is neither a CPU nor a GPU,
+    * where a tensor's memory does not hold its value: lazily negated tensors, and the zeros without memory that
+      torch.sgn gives as its gradient.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _ORDINARY
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or not (x.is_cpu or x.is_cuda)
+        or type(x) not in _PLAIN
+        or type(w) not in _PLAIN
+        or type(a) not in _PLAIN
+        or type(b) not in _PLAIN
+        or (other is not None and (type(other) not in _PLAIN or other.is_neg() or other._is_zerotensor()))
+        or x.is_neg()
+        or x._is_zerotensor()
+        or w.is_neg()
+        or a.is_neg()
+        or b.is_neg()
+    )
