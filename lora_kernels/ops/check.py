@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.core.operands import Layer
-from lora_kernels.quant.weight import QuantizedWeight
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
@@ -40,6 +39,8 @@ def operands(x: Tensor, layer: Layer, any_w: bool) -> None:
     ):
         return
     _complain(x, layer, any_w)
+
+
 def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
     """Raise the error of operands that do not fit together."""
     w, a, b, bias, p = layer.weight, layer.lora_a, layer.lora_b, layer.bias, layer.dropout_p

@@ -15,9 +15,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors, call_of
 
 
-def forward(
-    x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool
-) -> tuple[Tensor, Tensor | None]:
+def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool) -> tuple[Tensor, Tensor | None]:
     """Return (y [M, N], h [M, R]); h is None unless `save_h`."""
     serving = dispatch.pick(call_of("forward", x, base, adapter), backend)
     (y,), (h,) = serving.forward(x, [base], [adapter], [save_h])
@@ -70,12 +68,8 @@ def backward_group(
     if len(set(serving)) == 1:
         return serving[0].backward(dys, x, bases, adapters, hs, needs)
     dx, das, dbs = None, [], []
-    for module, dy, base, adapter, h, da, db in zip(
-        serving, dys, bases, adapters, hs, needs.da, needs.db, strict=True
-    ):
-        part, *rest = module.backward(
-            [dy], x if da else None, [base], [adapter], [h], Needs(needs.dx, (da,), (db,))
-        )
+    for module, dy, base, adapter, h, da, db in zip(serving, dys, bases, adapters, hs, needs.da, needs.db, strict=True):
+        part, *rest = module.backward([dy], x if da else None, [base], [adapter], [h], Needs(needs.dx, (da,), (db,)))
         dx = part if dx is None else dx.add_(part)
         das += rest[0]
         dbs += rest[1]

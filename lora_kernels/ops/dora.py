@@ -228,9 +228,7 @@ def _backward_dropout(
 
 def _way(dy: Tensor, w: Tensor, adapter: Adapter, x: Tensor | None) -> Any:
     """Return the module whose functions compute a backward."""
-    # A gradient of several at once (is_grads_batched, a vectorised Jacobian) has no address of its own.
-    batched = torch._C._functorch.is_legacy_batchedtensor(dy)
-    return registered if watched(dy, w, adapter.a, adapter.b, x) or batched else direct
+    return registered if watched(dy, w, adapter.a, adapter.b, x) else direct
 
 
 def _scaled_rows(b: Tensor, d: Tensor) -> Tensor:
@@ -243,9 +241,10 @@ def _excess(d: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     return ((d - 1) * random.rescale(p)).to(dtype)
 
 
-def _column_dot(u: Tensor, v: Tensor) -> Tensor:
+def _column_dot(u: Tensor, v: Tensor | None) -> Tensor:
     """Return Σₘ u ⊙ v [N], summed in fp32 at least. It is formed in blocks of rows, so that nothing of size M×N is
     allocated; a compiler fuses the whole."""
+    assert v is not None, "it is saved where d needs a gradient"
     wide = torch.promote_types(u.dtype, torch.float32)
     if torch.compiler.is_compiling():
         return (u.to(wide) * v.to(wide)).sum(0)

@@ -176,8 +176,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if need_dx or need_da or need_db:
         dense = not w_scales and w.dtype == dtype
         base = Base(w if dense else whole_weight(w, w_scales, w_format, w_blocksize, dtype))
-        # A gradient of several at once (is_grads_batched, a vectorised Jacobian) has no address of its own.
-        way = registered if watched(dy, w, a, b, x) or torch._C._functorch.is_legacy_batchedtensor(dy) else direct
+        way = registered if watched(dy, w, a, b, x) else direct
         needs = Needs(need_dx, (need_da,), (need_db,))
         dx, da, db = way.backward(dy, x, base, Adapter(a, b, scale, p, seed), h, needs, backend)
     dbias = dy.sum(0) if need_dbias else None

@@ -11,6 +11,7 @@ passed as its codes in place of w, and its other parts in the last three argumen
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +47,7 @@ library.define(
 # --- the functions of `direct`, by the operators ---
 
 
-def forward(
-    x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool
-) -> tuple[Tensor, Tensor | None]:
+def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool) -> tuple[Tensor, Tensor | None]:
     """Return (y [M, N], h [M, R]); h has no elements unless `save_h`."""
     (w, bias), (a, b, scale, p, seed) = base, adapter
     w, *last = _parts(w)
@@ -111,7 +110,7 @@ def _parts(w: Tensor | QuantizedWeight) -> tuple[Tensor] | tuple[Tensor, list[Te
     return (w.codes, list(w.tensors[1:]), w.format, w.blocksize) if isinstance(w, QuantizedWeight) else (w,)
 
 
-def _columns(rows: Sequence[Base] | Sequence[Adapter]) -> list[list]:
+def _columns(rows: Sequence[Base] | Sequence[Adapter]) -> list[Any]:
     """Return a list of each field's values."""
     return [list(column) for column in zip(*rows, strict=True)]
 

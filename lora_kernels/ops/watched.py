@@ -31,14 +31,15 @@ _ORDINARY = frozenset((_key_set("BackendSelect", "ADInplaceOrView"), _key_set("B
 
 
 def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) -> bool:
-    """Return whether a call on these tensors must be seen as the operator that it is. That is so
+    """Return whether a call on these tensors must be seen as the operator that it is. `x` is x in a forward and dy in a
+    backward, `other` the bias or x. That is so
 
     * while torch.compile or torch.export traces it,
     * under a mode, a transform, a tracer (see above) or a TorchFunctionMode,
     * under the profiler, and in forward-mode AD,
     * where a tensor is of a subclass, or on a device that is neither a CPU nor a GPU,
-    * where a tensor's memory does not hold its value: lazily negated tensors, and the zeros without memory that
-      torch.sgn gives as its gradient.
+    * where a tensor's memory does not hold its value: lazily negated tensors, the zeros without memory that torch.sgn
+      gives as its gradient, and several gradients at once (is_grads_batched, a vectorised Jacobian).
     """
     return (
         torch.compiler.is_compiling()
@@ -54,6 +55,7 @@ def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) ->
         or (other is not None and (type(other) not in _PLAIN or other.is_neg() or other._is_zerotensor()))
         or x.is_neg()
         or x._is_zerotensor()
+        or torch._C._functorch.is_legacy_batchedtensor(x)
         or w.is_neg()
         or a.is_neg()
         or b.is_neg()

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
 from lora_kernels.ops import check
+from lora_kernels.ops.autograd import as_dtype, device_type
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import lora_linear
-from lora_kernels.ops.autograd import as_dtype, device_type
 from lora_kernels.peft.groups import SharedInput
 from lora_kernels.quant.weight import QuantizedWeight
 
