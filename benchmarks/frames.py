@@ -13,6 +13,7 @@ Each call is made on one 64x64 layer of rank 8 with x [8, 64] in fp32 on the CPU
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -78,7 +79,7 @@ def count(call: Callable[[], object]) -> Frames:
     entered = frames_of(call)
     own = own_frames(entered)
     files = [frame.split(":")[0] for frame in own]
-    moves = sum(before != after for before, after in zip(files, files[1:], strict=False))
+    moves = sum(before != after for before, after in itertools.pairwise(files))
     return Frames(len(own), len(entered), len(set(files)), moves)
 
 

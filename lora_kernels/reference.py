@@ -1,9 +1,12 @@
-"""The equation, in plain torch: what every kernel answers to. Imported by tests and bench only.
+"""The equation in plain torch: the reference that every kernel is judged by. The call paths of the package never use
+it; the judge (testing/judge.py) and tests do.
 
 h = x̂ Aᵀ        x̂ = dropout(x, p)
 y = x Wᵀ + bias + s · h Bᵀ
 
-DoRA: d = m / ‖W + s·B A‖ by rows, the norm a constant, and y = x Wᵀ + bias + (d - 1) ⊙ (x̂ Wᵀ) + d ⊙ (s · h Bᵀ)
+DoRA, with d = m / ‖W + s·B A‖ by rows and the norm a constant:
+
+y = x Wᵀ + bias + (d - 1) ⊙ (x̂ Wᵀ) + d ⊙ (s · h Bᵀ)
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y [...,N] for x [...,K], weight [N,K], lora_a [R,K], lora_b [N,R], bias [N]; any floating dtype, differentiable
-    by autograd in all of them.
+    """Return y [..., N] for x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R] and bias [N], in any floating
+    dtype. It is differentiable by autograd in all of them.
 
     Adapters of another dtype are converted to x's. `seed` (int64, one element) is needed where `dropout_p` > 0; the
-    mask is `random`'s.
+    mask is that of core/dropout.py.
     """
     x_hat = x
     if dropout_p > 0:
@@ -52,7 +55,7 @@ def dora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As `lora_linear`, with magnitude [N]."""
+    """Return DoRA's y [..., N]. The operands are those of `lora_linear`, and magnitude [N]."""
     x_hat = x
     if dropout_p > 0:
         assert seed is not None, "dropout needs a seed"

@@ -32,8 +32,8 @@ def backward(
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor, backend: str | None) -> Tensor:
-    """Return the dropout mask of x [M, K] as numbers 0 and 1 in x's dtype, by the back-end that would serve a layer over
-    x."""
+    """Return the dropout mask of x [M, K] as numbers 0 and 1 in x's dtype, by the back-end that would serve a layer
+    over x."""
     call = Call("backward", x.device, x.dtype, x.dtype, x.shape[0], 8, x.shape[1], 1, True)
     return dispatch.pick(call, backend).keep_mask(x, p, seed)
 

@@ -134,8 +134,8 @@ def _forward(
     x: Tensor, base: Base, adapter: Adapter, d: Tensor, backend: str | None, save_h: bool, save_z: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return (y, h, z or u). What is not to be saved is worked on in place, except under a compiler: where the result
-    of a Function was changed in place, the code that torch 2.11 makes gives gradients of zero. It fuses the sums anyway.
-    """
+    of a Function was changed in place, the code that torch 2.11 makes gives gradients of zero. A compiler fuses the
+    sums anyway."""
     w: Any
     (w, bias), (a, b, scale, p, seed) = base, adapter
     if w.dtype != x.dtype:  # under autocast; converted here and again in the backward, so that no copy of it is saved
