@@ -175,12 +175,12 @@ class _Saved(NamedTuple):
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Return (dx, None, da, db, dd, dbias), and None for each that nobody needs."""
-    saved, (scale, p, backend) = _Saved(*ctx.saved_tensors), ctx.how
+    x, w, *rest = ctx.saved_tensors
+    # torch 2.6 cannot trace NamedTuple._replace, so w is converted before the tuple is made.
+    saved, (scale, p, backend) = _Saved(x, w if w.dtype == ctx.dtype else w.to(ctx.dtype), *rest), ctx.how
     need_dx, _, need_da, need_db, need_dd, need_dbias, *_ = ctx.needs_input_grad
     if dy.dtype != ctx.dtype:
         dy = dy.to(ctx.dtype)
-    if saved.w.dtype != ctx.dtype:
-        saved = saved._replace(w=saved.w.to(ctx.dtype))
     needs, adapter = Needs(need_dx, (need_da,), (need_db,)), Adapter(saved.a, saved.b, scale, p, saved.seed)
     if not (need_dx or need_da or need_db or need_dd):
         dx = da = db = dd = None
@@ -214,7 +214,7 @@ def _backward_dropout(
     scale, p = adapter.scale, adapter.p
     scaled = Adapter(a, _scaled_rows(b, d), scale, p, seed)
     way, need_db = _way(dy, w, scaled, x), needs.db[0]
-    dx, da, low = way.backward(dy, x, Base(w), scaled, h, needs._replace(db=(need_db or need_dd,)), backend)
+    dx, da, low = way.backward(dy, x, Base(w), scaled, h, Needs(needs.dx, needs.da, (need_db or need_dd,)), backend)
     db = dd = None
     if need_dd:  # Σₘ dy ⊙ (c·u + s·h Bᵀ), where s·dyᵀ h is `low`
         dd = torch.add((low * b).sum(1, dtype=d.dtype), _column_dot(dy, u), alpha=random.rescale(p)).to(d.dtype)

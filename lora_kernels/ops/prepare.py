@@ -71,9 +71,10 @@ def recorded(x: Tensor, base: Base, adapter: Adapter) -> bool:
 
 def _as_autocast_asks(x: Tensor, layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Layer]:
     """Return x, bias, A and B in autocast's dtype, but fp32 A and B as they are."""
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    a, b = (t.to(dtype) if t.dtype in check.HALVES else t for t in (layer.lora_a, layer.lora_b))
-    return x.to(dtype), layer._replace(lora_a=a, lora_b=b, bias=bias)
+    w, a, b, scale, bias, p, seed = layer
+    a, b = (t.to(dtype) if t.dtype in check.HALVES else t for t in (a, b))
+    bias = None if bias is None else bias.to(dtype)
+    return x.to(dtype), Layer(w, a, b, scale, bias, p, seed)  # torch 2.6 cannot trace NamedTuple._replace
 
 
 def _refuse_transforms(name: str) -> None:
