@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.observers import KNOWN, LOOKED_AT, found
+from support.observers import KNOWN, found
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +17,6 @@ from lora_kernels.ops.watched import watched
 from lora_kernels.testing.judge import Problem, problem
 
 FORWARD = torch.ops.lora_kernels.forward.default
-TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
 def layer(q: Problem) -> Callable[[Tensor], Tensor]:
@@ -39,13 +38,11 @@ def calls(monkeypatch) -> list[str]:
 
 
 def test_torch_has_no_observer_that_nobody_has_looked_at():
-    """`support.observers` says what to do when this fails. A torch older than the newest that was looked at has no
-    newer names, and may have others that are gone since."""
+    """`support.observers` says what to do when this fails."""
     names = found()
     assert names.keys() == KNOWN.keys()
-    if TORCH >= LOOKED_AT:
-        new = {place: sorted(names[place] - set(KNOWN[place].split())) for place in KNOWN}
-        assert not any(new.values()), f"torch {torch.__version__} has new names: {new}"
+    new = {place: sorted(names[place] - set(KNOWN[place].split())) for place in KNOWN}
+    assert not any(new.values()), f"torch {torch.__version__} has new names: {new}"
 
 
 @pytest.mark.parametrize(
