@@ -1,5 +1,5 @@
-"""An operator is left out of a call only where nobody would see it, and the Function only where nobody wants a
-gradient."""
+"""A call goes past its registered operator only where nothing observes it, and past its autograd Function only where no
+gradient is wanted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORWARD, BACKWARD = torch.ops.lora_kernels.forward.default, torch.ops.lora_kerne
 
 
 class Seen(TorchDispatchMode):
-    """Which of our operators are called."""
+    """Records the calls of our operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def step(x: Tensor, w, a: Tensor, b: Tensor) -> Tensor:
 
 @pytest.fixture
 def operators(monkeypatch):
-    """The calls of either operator."""
+    """The calls of the registered forward and backward, by name."""
     calls: list[str] = []
     for name in ("_forward_op", "_backward_op"):
         run = getattr(registered, name)
@@ -167,7 +167,7 @@ def test_subclasses_of_tensor_see_the_operator():
 
 @pytest.mark.parametrize("which", ["x", "w", "a", "b", "bias"])
 def test_a_lazily_negated_operand_is_taken_at_its_value(which):
-    """Its memory holds the other sign, which the dispatcher resolves."""
+    """The memory of such a tensor holds the other sign; torch's dispatcher resolves that."""
     q = problem(5, 24, 16, 4)
     given = {"x": q.x, "w": q.w, "a": q.a, "b": q.b, "bias": q.bias}
     negative = given | {which: -given[which]}

@@ -2,8 +2,8 @@
 
 The names of torch 2.6, 2.13 and 2.14 have been read, one by one, for whether `lora_kernels.ops.watched` must ask for
 them. A torch with a name that is not listed here fails tests/ops/test_observers.py. Then find out what the name is for.
-Where a call that goes past the registered operator would escape it, `watched` has to ask for it. In any case the name is
-added here.
+Where a call that goes past the registered operator would escape it, `watched` has to ask for it. In any case the name
+is added here.
 """
 
 from __future__ import annotations
