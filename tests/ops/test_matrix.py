@@ -1,5 +1,5 @@
-"""Every combination of dtypes of x, W, A/B and dY with autocast, checkpointing, torch.compile and dropout is right, or is
-refused with the dtypes in the message."""
+"""Every combination of dtypes of x, W, A/B and dY with autocast, checkpointing, torch.compile and dropout is right, or
+is refused with the dtypes in the message."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ def _fresh_compiler():
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_combination_is_right(make, case):
-    """Compiling takes long, so p = 0 and reentrant checkpointing, which adds a graph without gradients, are tried in fp32
-    alone."""
+    """Compiling takes long, so p = 0 and reentrant checkpointing, which adds a graph without gradients, are tried in
+    fp32 alone."""
     for p in RATES if case.x == F32 else RATES[1:]:
         q = operands(case, p)
         layer = make(q)
