@@ -136,7 +136,7 @@ class LoRALinearFunction(torch.autograd.Function):
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
         # Under autocast w comes in its own dtype and is converted here and again in the backward, so that no copy of it
         # is saved.
-        dense = not w_scales and w.dtype == x.dtype
+        dense = w_format == "dense" and w.dtype == x.dtype
         weight = w if dense else whole_weight(w, w_scales, w_format, w_blocksize, x.dtype)
         y, h = _forward(x, Base(weight, bias), Adapter(a, b, scale, p, seed), backend, need_db)
         ctx.save_for_backward(x if need_da else None, w, a, b, h if need_db else None, seed, *w_scales)
@@ -174,7 +174,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = dy.to(dtype)
     dx = da = db = None
     if need_dx or need_da or need_db:
-        dense = not w_scales and w.dtype == dtype
+        dense = w_format == "dense" and w.dtype == dtype
         base = Base(w if dense else whole_weight(w, w_scales, w_format, w_blocksize, dtype))
         way = registered if watched(dy, w, a, b, x) else direct
         needs = Needs(need_dx, (need_da,), (need_db,))

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch._inductor.config
-from support import judging as oracle
+from support import judging
 from support.dora_problems import NAMES, magnitude, plain_torch, run, trained, truth
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ from lora_kernels.core import dropout as random
 from lora_kernels.ops import dora_norm, registered
 from lora_kernels.ops.dora import DoRALinearFunction, dora_linear
 from lora_kernels.ops.dora_norm import WeightNorms
-from lora_kernels.testing import judge as gate
+from lora_kernels.testing import judge
 
 # --- values and gradients ---
 
@@ -87,22 +87,22 @@ def test_dropout_acts_where_peft_has_it():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 def test_errors_are_no_larger_than_plain_torchs(dtypes, p, backend):
-    q = oracle.problem(211, 1100, 187, 8, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
+    q = judging.problem(211, 1100, 187, 8, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
     m = magnitude(q)
     got, plain, want = run(q, m, backend=backend), plain_torch(q, m), truth(q, m)
     for name in NAMES:
-        verdict = gate._against_plain(name, got[name], want[name], plain[name], torch.finfo(q.x.dtype).eps)
+        verdict = judge._against_plain(name, got[name], want[name], plain[name], torch.finfo(q.x.dtype).eps)
         assert verdict.fault is None, verdict.fault
     assert got["da"].dtype == got["db"].dtype == got["dm"].dtype == dtypes[1]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("shape", oracle.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", judging.SHAPES, ids=str)
 def test_values_and_gradients_hold_for_every_shape(shape, strided, p, backend, poison):
-    q = oracle.problem(*shape, p=p, strided=strided)
+    q = judging.problem(*shape, p=p, strided=strided)
     m = magnitude(q)
     got, want = run(q, m, backend=backend), truth(q, m)
     for name in NAMES:
@@ -117,7 +117,7 @@ def test_values_and_gradients_hold_for_every_shape(shape, strided, p, backend, p
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_pass_gradcheck(bias, p):
     """The Function is checked, which has d for an operand: the norm is a constant by definition."""
-    q = oracle.problem(5, 4, 9, 2, dtype=torch.float64, p=p, bias=bias)
+    q = judging.problem(5, 4, 9, 2, dtype=torch.float64, p=p, bias=bias)
     d = torch.rand(4, dtype=torch.float64) + 0.5
     leaves = [None if t is None else t.requires_grad_() for t in (q.x, q.a, q.b, d, q.bias)]
 
@@ -130,7 +130,7 @@ def test_gradients_pass_gradcheck(bias, p):
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("asks", [("x",), ("a",), ("b",), ("m",), ("bias",), ("x", "m"), ("b", "m")], ids=str)
 def test_only_what_needs_a_gradient_gets_one(asks, p):
-    q = oracle.problem(6, 5, 16, 2, p=p)
+    q = judging.problem(6, 5, 16, 2, p=p)
     m = magnitude(q)
     want = truth(q, m)
     leaves = {
@@ -146,7 +146,7 @@ def test_only_what_needs_a_gradient_gets_one(asks, p):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_tensor_scale_gets_its_gradient(p):
-    q = oracle.problem(6, 5, 8, 2, p=p)
+    q = judging.problem(6, 5, 8, 2, p=p)
     m, scale = magnitude(q), torch.tensor(q.scale, requires_grad=True)
     want = truth(q, m)
     y = dora_linear(q.x, q.w, q.a, q.b, m, scale=scale, bias=q.bias, dropout_p=p, seed=q.seed)
@@ -156,7 +156,7 @@ def test_a_tensor_scale_gets_its_gradient(p):
 
 
 def test_the_gradient_of_an_fp32_magnitude_is_not_rounded_to_bf16():
-    q = oracle.problem(64, 48, 80, 4, dtype=torch.bfloat16)
+    q = judging.problem(64, 48, 80, 4, dtype=torch.bfloat16)
     got = run(q, magnitude(q, torch.float32))
     assert got["dm"].dtype == torch.float32 and not torch.equal(got["dm"], got["dm"].bfloat16().float())
 
@@ -164,9 +164,9 @@ def test_the_gradient_of_an_fp32_magnitude_is_not_rounded_to_bf16():
 # --- the norm ---
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), *oracle.DTYPES], ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), *judging.DTYPES], ids=str)
 def test_the_factored_norm_is_exact_to_a_few_eps(dtypes):
-    q = oracle.problem(1, 1100, 187, 8, dtype=dtypes[0], adapter_dtype=dtypes[1])
+    q = judging.problem(1, 1100, 187, 8, dtype=dtypes[0], adapter_dtype=dtypes[1])
     exact = torch.linalg.vector_norm(q.w.double() + q.scale * q.b.double() @ q.a.double(), dim=1)
     for known in (None, WeightNorms().of(q.w)):
         norm = torch.ops.lora_kernels.dora_norm(q.w, q.a, q.b, q.scale, known)
@@ -212,7 +212,7 @@ class _Storages(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 def test_nothing_of_the_weights_size_is_allocated(dtypes, p, backend):
     """Neither N×K nor K×K, in forward and backward, in the first step (which fills the cache) and in later ones."""
     M, N, K = 2, 1536, 640
@@ -231,11 +231,11 @@ def test_no_more_than_x_h_and_z_is_saved(p):
     M, N, K, R = 64, 96, 80, 8
     layer, x = trained(K, N, r=R, lora_dropout=p), torch.randn(M, K, requires_grad=True)
     rows = 4 * 4 * N + 64  # m, n, d and their likes
-    assert oracle.saved_bytes(lambda: layer(x)) <= 4 * (M * K + M * R + M * N) + rows
+    assert judging.saved_bytes(lambda: layer(x)) <= 4 * (M * K + M * R + M * N) + rows
     layer.lora_magnitude_vector.requires_grad_(False)
-    assert oracle.saved_bytes(lambda: layer(x)) <= 4 * (M * K + M * R) + rows
+    assert judging.saved_bytes(lambda: layer(x)) <= 4 * (M * K + M * R) + rows
     layer.lora_A.requires_grad_(False), layer.lora_B.requires_grad_(False)
-    assert oracle.saved_bytes(lambda: layer(x)) <= rows
+    assert judging.saved_bytes(lambda: layer(x)) <= rows
 
 
 # --- the cache of ‖W‖² ---

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import judging as oracle
+from support import judging
 from torch import Tensor
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.group import Layer, lora_linear_group
-from lora_kernels.testing import judge as gate
+from lora_kernels.testing import judge
 
 SIZES = [  # M, K, then N and R of each layer
     (5, 7, (3, 2), (1, 1)),
@@ -23,17 +23,17 @@ SIZES = [  # M, K, then N and R of each layer
 """The last is large enough for statistics. Some ranks are above those that the CPU kernels take in one pass."""
 
 
-def problems(size, *, dtype=torch.float32, adapter_dtype=None, p=0.0, strided=False) -> list[gate.Problem]:
+def problems(size, *, dtype=torch.float32, adapter_dtype=None, p=0.0, strided=False) -> list[judge.Problem]:
     """Return problems of layers that read the same x."""
     M, K, *layers = size
     qs = [
-        oracle.problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p * i, strided=strided, seed=i)
+        judging.problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p * i, strided=strided, seed=i)
         for i, (N, R) in enumerate(layers, 1)
     ]
     return [replace(q, x=qs[0].x, bias=q.bias if i else None) for i, q in enumerate(qs)]
 
 
-def run(qs: list[gate.Problem], used: list[int] | None = None, **kwargs) -> tuple[Tensor, list[dict[str, Tensor]]]:
+def run(qs: list[judge.Problem], used: list[int] | None = None, **kwargs) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Return dx, and y, da, db and dbias of each layer."""
     x = qs[0].x.detach().requires_grad_()
     leaves = [
@@ -50,30 +50,30 @@ def run(qs: list[gate.Problem], used: list[int] | None = None, **kwargs) -> tupl
     return x.grad, results
 
 
-def judge_dx(dx: Tensor, qs: list[gate.Problem]) -> None:
+def judge_dx(dx: Tensor, qs: list[judge.Problem]) -> None:
     """Compare dx with the sum of the layers' dx in fp64; plain torch adds up rounded ones."""
-    want = [gate.truth(q)["dx"] for q in qs]
+    want = [judge.truth(q)["dx"] for q in qs]
     exact, eps = sum(want), torch.finfo(dx.dtype).eps
     if min(q.x.shape[0] * q.a.shape[0] * (1 - q.p) for q in qs) >= 1024:
-        plain = sum(gate.evaluate(q)["dx"] for q in qs)
-        fault = gate._against_plain("dx", dx, exact, plain, eps).fault
+        plain = sum(judge.evaluate(q)["dx"] for q in qs)
+        fault = judge._against_plain("dx", dx, exact, plain, eps).fault
     else:
-        magnitudes = [gate.truth(q.absolute())["dx"] for q in qs]
-        bound = sum(gate._bound("dx", q, w, m) + eps * m for q, w, m in zip(qs, want, magnitudes, strict=True))
-        fault = gate._against_bound("dx", dx, exact, bound).fault
+        magnitudes = [judge.truth(q.absolute())["dx"] for q in qs]
+        bound = sum(judge._bound("dx", q, w, m) + eps * m for q, w, m in zip(qs, want, magnitudes, strict=True))
+        fault = judge._against_bound("dx", dx, exact, bound).fault
     assert fault is None, fault
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_values_and_gradients_are_those_of_single_layers(size, dtypes, p, backend):
     qs = problems(size, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
     dx, results = run(qs, backend=backend)
     judge_dx(dx, qs)
     for q, got in zip(qs, results, strict=True):
-        gate.check(got, q)
+        judge.check(got, q)
 
 
 @pytest.mark.usefixtures("poison")
@@ -83,7 +83,7 @@ def test_strided_operands_and_fp64_are_served():
         dx, results = run(qs)
         judge_dx(dx, qs)
         for q, got in zip(qs, results, strict=True):
-            gate.check(got, q)
+            judge.check(got, q)
 
 
 def test_each_layer_has_the_mask_of_its_seed_and_gradients_repeat(backend):
@@ -91,7 +91,7 @@ def test_each_layer_has_the_mask_of_its_seed_and_gradients_repeat(backend):
     qs = problems((211, 187, (193, 8), (97, 8)), p=0.2)
     dx, results = run(qs, backend=backend)
     for q, got in zip(qs, results, strict=True):
-        want = gate.evaluate(q, lora_linear, backend=backend)
+        want = judge.evaluate(q, lora_linear, backend=backend)
         for name, value in got.items():
             assert torch.equal(value, want[name]), name
     again_dx, again = run(qs, backend=backend)
@@ -112,7 +112,7 @@ def test_seeds_are_drawn_in_the_order_of_the_layers():
 def test_layers_whose_output_is_not_used_have_no_gradient():
     qs = problems(SIZES[3], p=0.2)
     dx, results = run(qs, used=[1])
-    assert torch.equal(dx, gate.evaluate(qs[1], lora_linear)["dx"])
+    assert torch.equal(dx, judge.evaluate(qs[1], lora_linear)["dx"])
     assert [got["da"] is None for got in results] == [True, False, True]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import judging as oracle
+from support import judging
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,13 +13,13 @@ from lora_kernels import FusedLoRALinear, explain, lora_linear
 ops = torch.ops.lora_kernels
 
 
-def run(q: oracle.Problem, **kwargs):
-    return oracle.evaluate(q, lora_linear, **kwargs)
+def run(q: judging.Problem, **kwargs):
+    return judging.evaluate(q, lora_linear, **kwargs)
 
 
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3), (2, 1, 3), (0, 4)], ids=str)
 def test_x_may_have_any_leading_dimensions(lead):
-    q = oracle.problem(1, 5, 7, 2)
+    q = judging.problem(1, 5, 7, 2)
     x = torch.randn(*lead, 7, requires_grad=True)
     y = lora_linear(x, q.w, q.a, q.b, scale=0.5, bias=q.bias)
     assert y.shape == (*lead, 5)
@@ -30,37 +30,37 @@ def test_x_may_have_any_leading_dimensions(lead):
 
 
 def test_only_what_needs_a_gradient_gets_one():
-    q = oracle.problem(6, 5, 7, 2)
+    q = judging.problem(6, 5, 7, 2)
     for asks in ("x", "a", "b", "bias"):
         leaves = {n: getattr(q, n).clone().requires_grad_(n == asks) for n in ("x", "a", "b", "bias")}
         lora_linear(leaves["x"], q.w, leaves["a"], leaves["b"], scale=q.scale, bias=leaves["bias"]).backward(q.dy)
         assert {n for n, t in leaves.items() if t.grad is not None} == {asks}
-        oracle.check({f"d{asks}": leaves[asks].grad}, q)
+        judging.check({f"d{asks}": leaves[asks].grad}, q)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 def test_no_more_than_x_and_h_is_saved(dtypes, p):
     M, N, K, R = 64, 96, 80, 8
     layer = FusedLoRALinear(K, N, r=R, lora_dropout=p, dtype=dtypes[0], adapter_dtype=dtypes[1])
     x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
     item = x.element_size()
-    assert M * K * item < oracle.saved_bytes(lambda: layer(x)) <= (M * K + M * R) * item + 64
+    assert M * K * item < judging.saved_bytes(lambda: layer(x)) <= (M * K + M * R) * item + 64
     layer.lora_A.requires_grad_(False)  # LoRA-FA: M×r numbers
-    assert oracle.saved_bytes(lambda: layer(x)) <= M * R * item + 64
+    assert judging.saved_bytes(lambda: layer(x)) <= M * R * item + 64
     layer.lora_B.requires_grad_(False)
-    assert oracle.saved_bytes(lambda: layer(x)) <= 64
+    assert judging.saved_bytes(lambda: layer(x)) <= 64
 
 
 def test_no_copy_of_the_weight_is_saved_under_autocast():
     layer, x = FusedLoRALinear(80, 96, r=8), torch.randn(64, 80, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert oracle.saved_bytes(lambda: layer(x)) <= (64 * 80 + 64 * 8) * 2 + 64
+        assert judging.saved_bytes(lambda: layer(x)) <= (64 * 80 + 64 * 8) * 2 + 64
 
 
 @pytest.mark.parametrize("dy_requires_grad", [False, True])
 def test_double_backward_is_refused(dy_requires_grad):
-    q = oracle.problem(4, 5, 6, 2)
+    q = judging.problem(4, 5, 6, 2)
     x, a = q.x.requires_grad_(), q.a.requires_grad_()
     y = lora_linear(x, q.w, a, q.b.requires_grad_(), scale=1.0)
     dy = q.dy.requires_grad_(dy_requires_grad)
@@ -72,7 +72,7 @@ def test_double_backward_is_refused(dy_requires_grad):
 
 def test_a_dy_of_another_dtype_is_converted():
     """A mixed-precision wrapper may hand an fp32 dy to a bf16 layer; one peer's fused backward crashed on it."""
-    q = oracle.problem(6, 5, 8, 2, dtype=torch.bfloat16)
+    q = judging.problem(6, 5, 8, 2, dtype=torch.bfloat16)
     leaves = [q.x.requires_grad_(), q.a.requires_grad_(), q.b.requires_grad_()]
     y = lora_linear(leaves[0], q.w, leaves[1], leaves[2], scale=1.0)
     want = torch.autograd.grad(y, leaves, q.dy, retain_graph=True)
@@ -82,7 +82,7 @@ def test_a_dy_of_another_dtype_is_converted():
 
 
 def test_gradients_of_fp32_adapters_are_not_rounded_to_bf16():
-    q = oracle.problem(64, 32, 48, 8, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    q = judging.problem(64, 32, 48, 8, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     got = run(q)
     for name in ("da", "db"):
         assert got[name].dtype == torch.float32
@@ -91,19 +91,19 @@ def test_gradients_of_fp32_adapters_are_not_rounded_to_bf16():
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_tensor_scale_gets_its_gradient_and_equals_the_float(p):
-    q = oracle.problem(6, 5, 8, 2, p=p)
+    q = judging.problem(6, 5, 8, 2, p=p)
     want = run(q)
     scale = torch.tensor(q.scale, requires_grad=True)
     a, b, x = (t.clone().requires_grad_() for t in (q.a, q.b, q.x))
     y = lora_linear(x, q.w, a, b, scale=scale, bias=q.bias, dropout_p=p, seed=q.seed)
     y.backward(q.dy)
-    oracle.check({"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}, q)
+    judging.check({"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}, q)
     low = (want["y"] - q.x @ q.w.t() - q.bias) / q.scale
     torch.testing.assert_close(scale.grad, (q.dy * low).sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_seed_gives_its_mask_and_none_draws_a_new_one():
-    q = oracle.problem(8, 8, 64, 4)
+    q = judging.problem(8, 8, 64, 4)
     call = lambda **kw: lora_linear(q.x, q.w, q.a, q.b, scale=1.0, dropout_p=0.5, **kw)  # noqa: E731
     assert torch.equal(call(seed=5), call(seed=torch.tensor(5)))
     assert not torch.equal(call(seed=5), call(seed=6))
@@ -160,11 +160,11 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(
     with torch.autocast("cpu", dtype=dtype):
         layer(x).sum().backward()
     assert torch.equal(x.grad, inside)
-    q = oracle.Problem(
+    q = judging.Problem(
         x.detach().to(dtype), layer.weight.to(dtype), layer.lora_A.detach(), layer.lora_B.detach(),
         layer.bias.to(dtype), torch.ones_like(y), layer.scaling, 0.0, None,
     )  # fmt: skip
-    oracle.check({"y": y.detach()}, q)
+    judging.check({"y": y.detach()}, q)
 
 
 def test_autocast_leaves_integers_to_the_check():
@@ -178,7 +178,7 @@ def test_autocast_leaves_integers_to_the_check():
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_the_operators_pass_opcheck(p):
-    q = oracle.problem(4, 6, 8, 2, p=p)
+    q = judging.problem(4, 6, 8, 2, p=p)
     forward = (q.x, q.w, q.a, q.b, q.bias, q.scale, p, q.seed, None, True)
     torch.library.opcheck(ops.forward, forward)
     _, h = ops.forward(*forward)
@@ -215,7 +215,7 @@ def test_the_meta_device_gives_shapes():
 
 
 def test_explain_names_the_choice_and_every_refusal():
-    q = oracle.problem(4, 6, 8, 2)
+    q = judging.problem(4, 6, 8, 2)
     answer = explain(q.x, q.w, q.a, q.b, bias=q.bias)
     assert answer.forward in ("cpu", "eager") and answer.forward == answer.backward
     assert {answer.forward, *answer.passed_over} >= {"cpu", "eager", "triton"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support import judging as oracle
+from support import judging
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,16 +51,16 @@ COMPILED = [case for case in SERVED if not case.autocast] + [
 """The combinations that are compiled: all without autocast, and some with it."""
 
 
-def operands(case: Case, p: float) -> oracle.Problem:
+def operands(case: Case, p: float) -> judging.Problem:
     """Return operands in the case's dtypes, with the seed that a call after ``torch.manual_seed(7)`` draws."""
-    q = oracle.problem(M, N, K, R, dtype=F16, p=p)  # numbers that fp16 holds, and bf16 is rounded to where it is asked
+    q = judging.problem(M, N, K, R, dtype=F16, p=p)  # numbers that fp16 holds, and bf16 is rounded to where it is asked
     torch.manual_seed(7)
     seed = draw_seed(torch.device("cpu")) if p else None
     a, b = q.a.to(BF16).to(case.a), q.b.to(BF16).to(case.a)
     return replace(q, x=q.x.to(case.x), w=q.w.to(case.w), a=a, b=b, bias=q.bias.to(case.w), seed=seed)
 
 
-def module_of(q: oracle.Problem) -> FusedLoRALinear:
+def module_of(q: judging.Problem) -> FusedLoRALinear:
     layer = FusedLoRALinear(K, N, r=R, lora_dropout=q.p, dtype=q.w.dtype)
     layer.weight, layer.bias = nn.Parameter(q.w, requires_grad=False), nn.Parameter(q.bias, requires_grad=False)
     layer.lora_A, layer.lora_B = nn.Parameter(q.a.clone()), nn.Parameter(q.b.clone())
@@ -68,7 +68,7 @@ def module_of(q: oracle.Problem) -> FusedLoRALinear:
     return layer
 
 
-def peft_layer_of(q: oracle.Problem) -> nn.Module:
+def peft_layer_of(q: judging.Problem) -> nn.Module:
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     config = peft.LoraConfig(r=R, lora_dropout=q.p, target_modules=["0"])
     model = peft.get_peft_model(nn.Sequential(nn.Linear(K, N, dtype=q.w.dtype)), config)
@@ -80,7 +80,7 @@ def peft_layer_of(q: oracle.Problem) -> nn.Module:
     return layer
 
 
-def fused_layer_of(q: oracle.Problem) -> nn.Module:
+def fused_layer_of(q: judging.Problem) -> nn.Module:
     """Return the fused layer. fp64 asks for `eager` by name: no kernel serves it, so dropout would stay PEFT's."""
     layer = peft_layer_of(q)
     assert fuse(nn.Sequential(layer), strict=True, backend="eager" if q.w.dtype == F64 else None).fused
@@ -91,7 +91,7 @@ def run(
     forward: Callable[[torch.Tensor], torch.Tensor],
     layer: nn.Module,
     case: Case,
-    q: oracle.Problem,
+    q: judging.Problem,
     reentrant: bool | None = None,
     dy: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -106,12 +106,12 @@ def run(
     return {"y": y.detach(), "dx": x.grad, "da": a, "db": b}
 
 
-def judge(got: dict[str, torch.Tensor], case: Case, q: oracle.Problem) -> None:
+def judge(got: dict[str, torch.Tensor], case: Case, q: judging.Problem) -> None:
     """Judge the results in fp64, for operands rounded to the dtypes that they were computed in."""
     x, a = case.served()
     assert [got[name].dtype for name in ("y", "dx", "da", "db")] == [x, case.x, case.a, case.a]
     base = {name: getattr(q, name).to(x) for name in ("x", "w", "bias")}
-    oracle.check(got, replace(q, **base, a=q.a.to(a), b=q.b.to(a), dy=q.dy.to(BF16).to(x)))
+    judging.check(got, replace(q, **base, a=q.a.to(a), b=q.b.to(a), dy=q.dy.to(BF16).to(x)))
 
 
 KINDS = {"module": module_of, "peft": fused_layer_of}
