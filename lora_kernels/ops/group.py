@@ -74,19 +74,18 @@ class LoRALinearGroupFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return one dx, and da, db and dbias of each layer; None for each that nobody needs."""
-        _, w, *_ = ctx.saved_tensors
-        # In a function of its own: torch 2.14 cannot compile a loop within `with` under Python 3.13.
-        if not needs_plain_mode(w):
-            return _gradients(ctx, dys)
-        with no_graph(), no_autocast(device_type(w)):
-            grads = _gradients(ctx, dys)
+        x, *saved = ctx.saved_tensors  # activation checkpointing allows this once in a backward
+        # _gradients is a function of its own: torch 2.14 cannot compile a loop within `with` under Python 3.13.
+        if not needs_plain_mode(saved[0]):
+            return _gradients(ctx, dys, x, saved)
+        with no_graph(), no_autocast(device_type(saved[0])):
+            grads = _gradients(ctx, dys, x, saved)
         return refuse_double_backward("lora_linear_group", grads)
 
 
-def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dys: Sequence[Tensor | None], x: Tensor | None, saved: list[Any]) -> tuple[Tensor | None, ...]:
     """Return dx, None for the back-end, and the gradients of every layer's fields."""
     count, need_dx = len(dys), ctx.needs_input_grad[0]
-    x, *saved = ctx.saved_tensors
     w, a, b, h, seed = (saved[i * count : (i + 1) * count] for i in range(5))
     grads: list[list[Tensor | None]] = [[None] * _FIELDS for _ in dys]
     dx = None

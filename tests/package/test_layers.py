@@ -13,9 +13,9 @@ from support.paths import ROOT
 PACKAGE = ROOT / "lora_kernels"
 
 ORDER: list[set[str]] = [
-    {"_C", "_cuda"},
     {"quant"},
     {"core"},
+    {"_C", "_cuda"},  # the native extensions, whose stubs name the operands
     {"reference"},
     {"plans"},
     {"backends"},
