@@ -50,7 +50,7 @@ def automatic(call: Call) -> str:
     """Return the automatic choice: the first back-end in the order of the call's device type that can serve it, and on
     a GPU has been run on one of this architecture."""
     for name in _order(call):
-        if not _why_passed_over(name, call):
+        if not _passed_over(name, call):
             return name
     raise ValueError(f"no back-end can serve this call ({_describe(call)})")
 
@@ -110,7 +110,7 @@ def _why_not_chosen(name: str, calls: list[Call], chosen: str, backend: str | No
     device = calls[0].device.type
     if name not in _order(calls[0]):
         return [f"not for {device} tensors"]
-    reasons = [reason for call in calls for reason in _why_passed_over(name, call)]
+    reasons = [reason for call in calls for reason in _passed_over(name, call)]
     return list(dict.fromkeys(reasons)) or [f"{chosen!r} comes first on {device}"]
 
 
@@ -118,7 +118,7 @@ def _order(call: Call) -> tuple[str, ...]:
     return AUTOMATIC.get(call.device.type, ("eager",))
 
 
-def _why_passed_over(name: str, call: Call) -> list[str]:
+def _passed_over(name: str, call: Call) -> list[str]:
     """Return why the automatic choice passes over a back-end: its refusals, or on a GPU that no run on this
     architecture is recorded."""
     reasons = refusals(name, call)
