@@ -34,10 +34,7 @@ def lora_linear(
     Adapters of another dtype are converted to x's. `seed` (int64, one element) is needed where `dropout_p` > 0; the
     mask is that of core/dropout.py.
     """
-    x_hat = x
-    if dropout_p > 0:
-        assert seed is not None, "dropout needs a seed"
-        x_hat = random.dropout(x.reshape(-1, x.shape[-1]), dropout_p, seed).reshape(x.shape)
+    x_hat = _dropout(x, dropout_p, seed)
     h = x_hat @ lora_a.to(x.dtype).mT
     y = x @ weight.mT + scale * (h @ lora_b.to(x.dtype).mT)
     return y if bias is None else y + bias
@@ -56,11 +53,16 @@ def dora_linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Return DoRA's y [..., N]. The operands are those of `lora_linear`, and magnitude [N]."""
-    x_hat = x
-    if dropout_p > 0:
-        assert seed is not None, "dropout needs a seed"
-        x_hat = random.dropout(x.reshape(-1, x.shape[-1]), dropout_p, seed).reshape(x.shape)
+    x_hat = _dropout(x, dropout_p, seed)
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     d = magnitude.to(x.dtype) / torch.linalg.vector_norm((weight + scale * (b @ a)).detach(), dim=1)
     y = x @ weight.mT + (d - 1) * (x_hat @ weight.mT) + d * (scale * (x_hat @ a.mT @ b.mT))
     return y if bias is None else y + bias
+
+
+def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Return x̂ for x [..., K]; its rows are counted over all leading dimensions."""
+    if p == 0:
+        return x
+    assert seed is not None, "dropout needs a seed"
+    return random.dropout(x.reshape(-1, x.shape[-1]), p, seed).reshape(x.shape)
