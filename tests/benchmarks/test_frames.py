@@ -15,7 +15,7 @@ LIMITS = {
     "LoRA without gradients": 15,
     "nf4 forward": 23,
     "DoRA forward": 34,
-    "PEFT, fused, forward": 40,
+    "PEFT, fused, forward": 33,
 }
 """Own frames on Python 3.10 and 3.11; later Pythons inline comprehensions and enter fewer. A call that needs more has
 grown by a helper, a property or a comprehension that it did without."""
