@@ -68,12 +68,12 @@ _HOMES = {
     "ops.group": ("lora_linear_group",),
     "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
 }
-"""The names that are imported when they are first asked for, because they need PEFT or are rarely used."""
+"""The names that are imported when they are first asked for, by module: they need PEFT or are rarely used."""
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name of `_HOMES` when it is first asked for."""
+    """Import a name of `_HOMES` when it is first asked for."""
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"lora_kernels.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'lora_kernels' has no attribute {name!r}")

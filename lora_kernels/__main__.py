@@ -11,18 +11,20 @@ from lora_kernels.tools.tune import cli as tune
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status."""
+    """Run a command and return its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show × shows a question mark, and no traceback
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show × then shows ?, and no traceback
             stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog="python -m lora_kernels", description="LoRA at the cost of the frozen layer.")
     commands = parser.add_subparsers(dest="command", required=True)
     doctor.add_arguments(
-        commands.add_parser("doctor", help="what serves this machine, what is missing and how to get it")
+        commands.add_parser("doctor", help="show what serves this machine, what is missing and how to get it")
     )
     run.add_arguments(commands.add_parser("bench", help="measure the layer against the frozen one, PEFT and others"))
     tune.add_arguments(
-        commands.add_parser("tune", help="measure which plans of a GPU back-end are fastest on this GPU, and keep them")
+        commands.add_parser(
+            "tune", help="measure which plans of a GPU back-end are fastest on this GPU, and store them"
+        )
     )
     args = parser.parse_args(argv)
     return {"doctor": doctor.main, "bench": run.main, "tune": tune.main}[args.command](args)

@@ -1,9 +1,12 @@
-"""The equation, in plain torch: what every kernel answers to. Imported by tests and bench only.
+"""The equation in plain torch: the reference that every kernel is judged by. The call paths of the package never use
+it; the judge (testing/judge.py) and tests do.
 
 h = x̂ Aᵀ        x̂ = dropout(x, p)
 y = x Wᵀ + bias + s · h Bᵀ
 
-DoRA: d = m / ‖W + s·B A‖ by rows, the norm a constant, and y = x Wᵀ + bias + (d - 1) ⊙ (x̂ Wᵀ) + d ⊙ (s · h Bᵀ)
+DoRA, with d = m / ‖W + s·B A‖ by rows and the norm a constant:
+
+y = x Wᵀ + bias + (d - 1) ⊙ (x̂ Wᵀ) + d ⊙ (s · h Bᵀ)
 """
 
 from __future__ import annotations
@@ -25,16 +28,13 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """y [...,N] for x [...,K], weight [N,K], lora_a [R,K], lora_b [N,R], bias [N]; any floating dtype, differentiable
-    by autograd in all of them.
+    """Return y [..., N] for x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R] and bias [N], in any floating
+    dtype. It is differentiable by autograd in all of them.
 
     Adapters of another dtype are converted to x's. `seed` (int64, one element) is needed where `dropout_p` > 0; the
-    mask is `random`'s.
+    mask is that of core/dropout.py.
     """
-    x_hat = x
-    if dropout_p > 0:
-        assert seed is not None, "dropout needs a seed"
-        x_hat = random.dropout(x.reshape(-1, x.shape[-1]), dropout_p, seed).reshape(x.shape)
+    x_hat = _dropout(x, dropout_p, seed)
     h = x_hat @ lora_a.to(x.dtype).mT
     y = x @ weight.mT + scale * (h @ lora_b.to(x.dtype).mT)
     return y if bias is None else y + bias
@@ -52,12 +52,17 @@ def dora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """As `lora_linear`, with magnitude [N]."""
-    x_hat = x
-    if dropout_p > 0:
-        assert seed is not None, "dropout needs a seed"
-        x_hat = random.dropout(x.reshape(-1, x.shape[-1]), dropout_p, seed).reshape(x.shape)
+    """Return DoRA's y [..., N]. The operands are those of `lora_linear`, and magnitude [N]."""
+    x_hat = _dropout(x, dropout_p, seed)
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     d = magnitude.to(x.dtype) / torch.linalg.vector_norm((weight + scale * (b @ a)).detach(), dim=1)
     y = x @ weight.mT + (d - 1) * (x_hat @ weight.mT) + d * (scale * (x_hat @ a.mT @ b.mT))
     return y if bias is None else y + bias
+
+
+def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Return x̂ for x [..., K]; its rows are counted over all leading dimensions."""
+    if p == 0:
+        return x
+    assert seed is not None, "dropout needs a seed"
+    return random.dropout(x.reshape(-1, x.shape[-1]), p, seed).reshape(x.shape)

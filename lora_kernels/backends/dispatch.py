@@ -1,4 +1,4 @@
-"""Which back-end serves a call: a table by device, every refusal with its reasons."""
+"""Choose the back-end that serves a call: a table by device type, and every refusal with its reasons."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from lora_kernels.core.operands import Call
 
 AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
-"""The order in which back-ends are tried, by device type. Devices not named here are served by `eager`."""
+"""The order in which back-ends are tried, by device type. A device that is not in the table is served by `eager`."""
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")
 
 
 @functools.lru_cache(maxsize=4096)
 def pick(call: Call, backend: str | None) -> ModuleType:
-    """The back-end that serves `call`: the one named, or the `automatic` one. Warns where that is `eager` for what it
-    does slowly.
+    """Return the back-end that serves `call`: the one named, or where `backend` is None the `automatic` one.
 
-    Raises ValueError where a named back-end is unknown or refuses; a named back-end is never replaced by another.
+    Warns where the automatic choice is `eager` for something that it does slowly. Raises ValueError where a named
+    back-end is unknown or refuses the call; another one never takes its place.
     """
     if backend is not None:
         reasons = refusals(backend, call)
@@ -47,7 +47,8 @@ def pick(call: Call, backend: str | None) -> ModuleType:
 
 @functools.lru_cache(maxsize=4096)
 def automatic(call: Call) -> str:
-    """The automatic choice: the first of the order by device that can serve `call`, on a GPU with evidence."""
+    """Return the automatic choice: the first back-end in the order of the call's device type that can serve it, and on
+    a GPU has been run on one of this architecture."""
     for name in _order(call):
         if not _passed_over(name, call):
             return name
@@ -55,8 +56,8 @@ def automatic(call: Call) -> str:
 
 
 def load(name: str) -> ModuleType:
-    """The module of a back-end. Raises ValueError for a name there is none of, ImportError where what it needs is not
-    installed."""
+    """Return the module of a back-end. Raises ValueError for an unknown name, ImportError where something that the
+    back-end needs is not installed."""
     if name not in BACKENDS:
         raise ValueError(
             f"unknown backend {name!r}: one of {', '.join(map(repr, BACKENDS))}, or None for the automatic choice"
@@ -64,14 +65,25 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"lora_kernels.backends.{name}")
 
 
+def refusals(name: str, call: Call) -> list[str]:
+    """Return every reason why a back-end cannot serve `call`, also that it could not be loaded."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return [f"could not be loaded: {error}"]
+    return list(module.why_not(call))
+
+
 @dataclass(frozen=True)
 class Explanation:
     """The answer of `lora_kernels.explain`. ``str()`` of it is a short table."""
 
     call: Call
+    """The forward that was asked about."""
     forward: str
     """The back-end that runs the forward."""
     backward: str
+    """The back-end that runs the backward."""
     passed_over: dict[str, list[str]]
     """Every other back-end, with every reason why it is not the choice for the forward or the backward."""
 
@@ -83,21 +95,23 @@ class Explanation:
 
 
 def explain(call: Call, backend: str | None) -> Explanation:
-    """Why `call` is served by the back-end it is served by. Raises as `pick` does."""
+    """Return which back-ends serve the forward and the backward of `call`, and why the others do not. Raises what
+    `pick` raises."""
     calls = [call._replace(op=op) for op in ("forward", "backward")]
     chosen = [automatic(each) if backend is None else str(pick(each, backend).name) for each in calls]
-    passed_over: dict[str, list[str]] = {}
-    for name in BACKENDS:
-        if name in chosen:
-            continue
-        if backend is not None:
-            passed_over[name] = [f"backend={backend!r} was asked for by name"]
-        elif name not in _order(call):
-            passed_over[name] = [f"not for {call.device.type} tensors"]
-        else:
-            reasons = [reason for each in calls for reason in _passed_over(name, each)]
-            passed_over[name] = list(dict.fromkeys(reasons)) or [f"{chosen[0]!r} comes first on {call.device.type}"]
+    passed_over = {name: _why_not_chosen(name, calls, chosen[0], backend) for name in BACKENDS if name not in chosen}
     return Explanation(call, chosen[0], chosen[1], passed_over)
+
+
+def _why_not_chosen(name: str, calls: list[Call], chosen: str, backend: str | None) -> list[str]:
+    """Return the reasons for which a back-end serves none of `calls`, where `chosen` serves the first."""
+    if backend is not None:
+        return [f"backend={backend!r} was asked for by name"]
+    device = calls[0].device.type
+    if name not in _order(calls[0]):
+        return [f"not for {device} tensors"]
+    reasons = [reason for call in calls for reason in _passed_over(name, call)]
+    return list(dict.fromkeys(reasons)) or [f"{chosen!r} comes first on {device}"]
 
 
 def _order(call: Call) -> tuple[str, ...]:
@@ -105,7 +119,8 @@ def _order(call: Call) -> tuple[str, ...]:
 
 
 def _passed_over(name: str, call: Call) -> list[str]:
-    """Why the automatic choice passes over a back-end: what it refuses, and on a GPU a want of evidence."""
+    """Return why the automatic choice passes over a back-end: its refusals, or on a GPU that no run on this
+    architecture is recorded."""
     reasons = refusals(name, call)
     if not reasons and call.device.type == "cuda" and name != "eager":
         arch = _arch(call.device)
@@ -118,6 +133,7 @@ def _passed_over(name: str, call: Call) -> list[str]:
 
 
 def _way_out(call: Call) -> str:
+    """Return the last sentence of the warning that `eager` is slow: what the user can do."""
     able = [f"backend={name!r}" for name in _order(call) if name != "eager" and not refusals(name, call)]
     if able:
         return f"Ask for {' or '.join(able)}, which has not yet run on such a GPU"
@@ -125,20 +141,11 @@ def _way_out(call: Call) -> str:
 
 
 def _arch(device: torch.device) -> str:
-    """ "sm_90", or AMD's name for it, "gfx942"."""
+    """Return the GPU's architecture: "sm_90", or AMD's name for it, "gfx942"."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
-
-
-def refusals(name: str, call: Call) -> list[str]:
-    """Every reason why a back-end cannot serve `call`, that it could not be loaded among them."""
-    try:
-        module = load(name)
-    except ImportError as error:
-        return [f"could not be loaded: {error}"]
-    return list(module.why_not(call))
 
 
 def _describe(call: Call) -> str:

@@ -1,8 +1,12 @@
-"""Vendor GEMMs called from Python: any device, any floating dtype; the honest baseline.
+"""The eager back-end: GEMMs of torch called from Python, on any device and in any floating dtype.
 
-Without dropout there is no elementwise pass: the low-rank terms are added by ``addmm_`` into what the base GEMM wrote.
-With dropout the mask is drawn by torch operations, a few megabytes at a time: slow, and what the other back-ends exist
-for.
+    h = c·(keep ⊙ x) aᵀ          y = x wᵀ + bias, then y += s · h bᵀ in place
+    g = s · dy b                 dx = dy w, then dx += c · keep ⊙ (g a) in place
+    da = c · gᵀ(keep ⊙ x)        db = s · dyᵀ h
+
+Without dropout there is no elementwise pass: ``addmm_`` adds the low-rank term to the result of the base GEMM. With
+dropout, torch operations draw the mask, a few megabytes at a time. That is slow, and the reason for the other
+back-ends.
 """
 
 from __future__ import annotations
@@ -15,53 +19,48 @@ from torch import Tensor
 
 from lora_kernels.backends.each import backward_each, forward_each
 from lora_kernels.core import dropout as random
-from lora_kernels.core.operands import Adapter, Base, Call, Needs
+from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors
 from lora_kernels.quant.weight import QuantizedWeight
 
 name = "eager"
 
 _ROWS = 1024
-"""Rows of x or dy converted to fp32 at a time, where fp32 adapters stand beside a 16-bit x."""
+"""Rows of x or dy that are converted to fp32 at a time, where the adapters are fp32 and x has 16 bits."""
 
 _ELEMENTS = 1 << 22
-"""Of a quantised w dequantised at a time."""
+"""Elements of a quantised w that are dequantised at a time."""
 
 
 def why_not(call: Call) -> list[str]:
     return []
 
 
-def forward(
-    x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]
-) -> tuple[list[Tensor], list[Tensor | None]]:
+def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]) -> Results:
     return forward_each(_forward, x, bases, adapters, save_h)
 
 
 def backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    bases: Sequence[Base],
-    adapters: Sequence[Adapter],
-    hs: Sequence[Tensor | None],
-    needs: Needs,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    dys: Tensors, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter], hs: MaybeTensors, needs: Needs
+) -> Gradients:
     return backward_each(_backward, dys, x, bases, adapters, hs, needs)
 
 
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
-    (w, bias), (a, b, scale, p, seed) = base, adapter
+    """Return (y, h) of one base and one adapter."""
+    w, bias = base
     y = F.linear(x, w, bias) if isinstance(w, Tensor) else _quantised(x, w, bias)
-    h = _masked(x, p, seed) @ a.to(x.dtype).t()
-    if p > 0:
-        h *= random.rescale(p)
-    y.addmm_(h, b.to(x.dtype).t(), alpha=scale)
+    h = _masked(x, adapter) @ adapter.a.to(x.dtype).t()
+    if adapter.p > 0:
+        h *= random.rescale(adapter.p)
+    y.addmm_(h, adapter.b.to(x.dtype).t(), alpha=adapter.scale)
     return y, h if save_h else None
 
 
 def _backward(
     dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    w, (a, b, scale, p, seed) = base.w, adapter
+    """Return (dx, da, db) of one base and one adapter."""
+    w, (a, b, scale, p, _) = base.w, adapter
     need_dx, (need_da,), (need_db,) = needs
     dx = da = db = None
     if need_dx or need_da:
@@ -71,12 +70,12 @@ def _backward(
         dx = dy @ w if isinstance(w, Tensor) else _quantised_transposed(dy, w)
         if p > 0:
             low = (g @ a.to(dy.dtype)).mul_(random.rescale(p))
-            dx += _masked(low, p, seed)
+            dx += _masked(low, adapter)
         else:
             dx.addmm_(g, a.to(dy.dtype))
     if need_da:
         assert x is not None
-        da = _transposed_product(g, _masked(x, p, seed), a.dtype)
+        da = _transposed_product(g, _masked(x, adapter), a.dtype)
         if p > 0:
             da *= random.rescale(p)
     if need_db:
@@ -95,13 +94,14 @@ def base_gemm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _blocks(w: QuantizedWeight) -> list[tuple[int, int]]:
+    """Return the first and last rows of the parts of w that are dequantised one after another."""
     N, K = w.shape
     step = max(1, _ELEMENTS // K)
     return [(n, min(N, n + step)) for n in range(0, N, step)]
 
 
 def _quantised(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias, W dequantised a few rows at a time."""
+    """Return x Wᵀ + bias, with a few rows of W dequantised at a time."""
     y = x.new_empty(x.shape[0], w.shape[0])
     for first, last in _blocks(w):
         y[:, first:last] = F.linear(x, w.rows(first, last, x.dtype), None if bias is None else bias[first:last])
@@ -109,7 +109,7 @@ def _quantised(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> Tensor:
 
 
 def _quantised_transposed(dy: Tensor, w: QuantizedWeight) -> Tensor:
-    """dy W, the parts summed in fp32."""
+    """Return dy W. Where W is dequantised in several parts, their products are summed in fp32."""
     blocks = _blocks(w)
     if len(blocks) == 1:
         return dy @ w.rows(*blocks[0], dy.dtype)
@@ -120,17 +120,17 @@ def _quantised_transposed(dy: Tensor, w: QuantizedWeight) -> Tensor:
     return dx.to(dy.dtype)
 
 
-def _masked(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """keep ⊙ x."""
-    if p == 0:
+def _masked(x: Tensor, adapter: Adapter) -> Tensor:
+    """Return keep ⊙ x with the adapter's mask; x itself where there is no dropout."""
+    if adapter.p == 0:
         return x
-    assert seed is not None
-    return random.masked(x, p, seed)
+    assert adapter.seed is not None
+    return random.masked(x, adapter.p, adapter.seed)
 
 
 def _transposed_product(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """uᵀ v in `dtype`, without rounding through u's dtype where `dtype` is wider: in blocks of rows, so that no operand
-    is copied whole."""
+    """Return uᵀ v in `dtype`. Where `dtype` is wider than u's, the result is not rounded through u's: blocks of rows
+    are converted one after another, so that no operand is copied whole."""
     if dtype == u.dtype:
         return u.t() @ v
     out = torch.zeros(u.shape[1], v.shape[1], dtype=dtype, device=u.device)

@@ -9,8 +9,8 @@ eight neighbouring elements of a row of x [M,K]:
     keep    = lane >= T,  T = min(round(65536 p), 65535)
     x̂       = c · keep ⊙ x,  c = 65536 / (65536 - T): the inverse of the exact probability of being kept
 
-There is no state and no stored mask, and every back-end draws these same bits: the mask of one can be checked against
-any other.
+There is no state and no stored mask. Every back-end draws these same bits, so the mask of one can be checked against
+that of any other.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _SIGNS = 0x8000_8000_8000_8000 - 2**64
 _SEED_LIMIT = 2**63 - 1
 _GROUPS = 2**16
 _GROUPS_GPU = 2**20
-"""Of eight elements, whose masks are made at a time: as many as stay in a core's cache, or as keep a GPU busy."""
+"""Groups of eight elements that get their masks at a time: as many as stay in a core's cache, or keep a GPU busy."""
 
 
 def threshold(p: float) -> int:
-    """T: a 16-bit lane below it drops its element. p below 2⁻¹⁷ gives 0: nothing is dropped."""
+    """Return T: a 16-bit lane below it drops its element. p below 2⁻¹⁷ gives 0, and then nothing is dropped."""
     return min(round(p * 65536), 65535)
 
 
 def rescale(p: float) -> float:
-    """c = 65536 / (65536 - T), the factor on what is kept. Exactly representable in fp64, rounded once where it is used
-    in fp32."""
+    """Return c = 65536 / (65536 - T), the factor on the elements that are kept. fp64 represents it exactly; where it is
+    used in fp32 it is rounded once."""
     return 65536 / (65536 - threshold(p))
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed from torch's generator of `device`: int64, shape (), on `device`, with no synchronisation.
+    """Return a new seed from torch's generator of `device`: int64, shape (), on `device`, without synchronisation.
 
     ``torch.manual_seed`` makes it reproducible, activation checkpointing replays it, and a CUDA graph draws a new one
     at every replay.
@@ -52,12 +52,12 @@ def draw_seed(device: torch.device) -> Tensor:
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words. Shapes broadcast."""
+    """Return Philox4x32-10 of int64 tensors that hold 32-bit words. Shapes broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
-        # int64 products wrap modulo 2⁶⁴, which leaves all 64 bits right. Only what the next round multiplies must be
-        # free of the other half, and of the sign that the arithmetic shift brings down.
+        # int64 products wrap modulo 2⁶⁴, which leaves all 64 bits right. Only the words that the next round multiplies
+        # must be cleared of the other half, and of the sign that the arithmetic shift brings down.
         product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
         c0 = ((product1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_LOW)
         c2 = ((product0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_LOW)
@@ -67,7 +67,7 @@ def philox(
 
 
 def keep_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """The elements of x [M,K] that dropout keeps: bool [M,K], on the seed's device."""
+    """Return which elements of x [M, K] dropout keeps: bool [M, K], on the seed's device."""
     mask = torch.empty(M, K, dtype=torch.bool, device=seed.device)
     for rows in _blocks(M, K, seed.is_cpu):
         mask[rows] = _keep_rows(seed, rows, K, p)
@@ -75,7 +75,7 @@ def keep_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
 
 
 def masked(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """keep ⊙ x for x [M,K], as a new tensor, and with no mask of that size."""
+    """Return keep ⊙ x for x [M, K], as a new tensor. No mask of that size is made."""
     (M, K), out, zero = x.shape, torch.empty_like(x), x.new_zeros(())
     for rows in _blocks(M, K, x.is_cpu):
         torch.where(_keep_rows(seed, rows, K, p), x[rows], zero, out=out[rows])
@@ -83,22 +83,22 @@ def masked(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def _blocks(M: int, K: int, cpu: bool) -> list[slice]:
-    """Of rows, so that the words of one block take megabytes whatever M is."""
+    """Return blocks of rows, so small that the words of one take a few megabytes whatever M is."""
     rows = max(1, (_GROUPS if cpu else _GROUPS_GPU) // max(1, (K + 7) // 8))
     return [slice(m, min(M, m + rows)) for m in range(0, M, rows)]
 
 
 def _keep_rows(seed: Tensor, rows: slice, K: int, p: float) -> Tensor:
-    """`keep_mask` of these rows."""
+    """Return `keep_mask` for these rows of x alone."""
     m = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=seed.device)[:, None]
     group = torch.arange((K + 7) // 8, dtype=torch.int64, device=seed.device)[None, :]
     w0, w1, w2, w3 = philox((group, m & _LOW, m >> 32, torch.zeros_like(group)), (seed & _LOW, seed >> 32))
-    # Eight 16-bit lanes in order, low half first, as int16: with their uppermost bit turned they compare as unsigned.
+    # Eight 16-bit lanes in order, low half first, as int16. With their uppermost bit flipped they compare as unsigned.
     lanes = torch.stack((w1.bitwise_left_shift_(32).bitwise_or_(w0), w3.bitwise_left_shift_(32).bitwise_or_(w2)), -1)
     lanes = lanes.bitwise_xor_(_SIGNS).view(torch.int16)
     return lanes.flatten(1)[:, :K] >= threshold(p) - 2**15
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """x̂ = c · keep ⊙ x for x [M,K]; differentiable in x."""
+    """Return x̂ = c · keep ⊙ x for x [M, K]; differentiable in x."""
     return torch.where(keep_mask(seed, x.shape[0], x.shape[1], p), x, x.new_zeros(())) * rescale(p)

@@ -1,4 +1,4 @@
-"""The operands of a call, as every layer between the public functions and the kernels passes them on.
+"""The operands of a call, as everything between the public functions and the kernels passes them on.
 
     y = x Wᵀ + bias + s · h Bᵀ,  h = x̂ Aᵀ,  x̂ = dropout(x, p)
 
@@ -7,12 +7,32 @@ A call computes one or several such products that read one x: `Base` i and `Adap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.quant.weight import QuantizedWeight
+
+
+class Layer(NamedTuple):
+    """One layer as the caller gives it: what `lora_linear` takes besides x. Nothing in it is checked yet."""
+
+    weight: Tensor | QuantizedWeight
+    """W [N, K]. `lora_linear_group` takes a dense one only."""
+    lora_a: Tensor
+    """A [R, K]."""
+    lora_b: Tensor
+    """B [N, R]."""
+    scale: float | Tensor
+    """s, a number or a tensor of one element."""
+    bias: Tensor | None = None
+    """[N]."""
+    dropout_p: float = 0.0
+    """The probability with which dropout zeroes an element of x."""
+    seed: Tensor | int | None = None
+    """The seed of the dropout mask. Where it is None, one is drawn from torch's generator."""
 
 
 class Base(NamedTuple):
@@ -66,8 +86,17 @@ class Call(NamedTuple):
 
 
 def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter) -> Call:
-    """The `Call` of one base and one adapter; `rows` is x [M, K] in a forward and dy [M, N] in a backward."""
+    """Return the `Call` of one base and one adapter; `rows` is x [M, K] in a forward and dy [M, N] in a backward."""
     w, a = base.w, adapter.a
     N, K = w.shape
     w_format = w.format if isinstance(w, QuantizedWeight) else "dense"
     return Call(op, rows.device, rows.dtype, a.dtype, rows.shape[0], N, K, a.shape[0], adapter.p > 0, w_format)
+
+
+# The types that the back-ends' forward and backward share; backends/__init__.py describes the two functions.
+Tensors = Sequence[Tensor]
+MaybeTensors = Sequence[Tensor | None]
+Results = tuple[list[Tensor], list[Tensor | None]]
+"""(ys, hs)"""
+Gradients = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
+"""(dx, das, dbs)"""

@@ -1,4 +1,4 @@
-"""The door's checks: each fault is named with the values that make it one."""
+"""The checks of a call's operands. Every error names the values that are at fault."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.core.dropout import draw_seed
-from lora_kernels.quant.weight import QuantizedWeight
+from lora_kernels.core.operands import Layer
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def operands(
-    x: Tensor, w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, bias: Tensor | None, p: float, any_w: bool
-) -> None:
-    """One look at what is usual; everything else goes to `_complain`, which finds the fault and says it. `any_w`: w may
-    differ from x in dtype."""
+def operands(x: Tensor, layer: Layer, any_w: bool) -> None:
+    """Raise TypeError or ValueError where x and a layer's operands do not fit together, or p is no probability below 1.
+    `any_w` allows W another dtype than x's.
+
+    All conditions stand in one expression, because a call that passes should not pay for the search for its fault.
+    """
+    w, a, b, _, bias, p, _ = layer
     dtype, adapter_dtype = x.dtype, a.dtype
     x_shape, w_shape, a_shape, b_shape = x.shape, w.shape, a.shape, b.shape
     if (
@@ -37,12 +38,12 @@ def operands(
         and (bias is None or (bias.dtype == dtype and bias.device == x.device and bias.shape == w_shape[:1]))
     ):
         return
-    _complain(x, w, a, b, bias, p, any_w)
+    _complain(x, layer, any_w)
 
 
-def _complain(
-    x: Tensor, w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, bias: Tensor | None, p: float, any_w: bool
-) -> None:
+def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
+    """Raise the error of operands that do not fit together."""
+    w, a, b, bias, p = layer.weight, layer.lora_a, layer.lora_b, layer.bias, layer.dropout_p
     operands: dict[str, Any] = {"x": x, "weight": w, "lora_a": a, "lora_b": b} | (
         {} if bias is None else {"bias": bias}
     )
@@ -78,10 +79,9 @@ def _complain(
     )
 
 
-def seed(given: Tensor | int | None, device: torch.device) -> Tensor:
-    """The seed as the back-ends take it: an int64 tensor of one element on `device`, drawn where None is given."""
-    if given is None:
-        return draw_seed(device)
+def seed(given: Tensor | int, device: torch.device) -> Tensor:
+    """Return the seed as the back-ends take it: an int64 tensor of one element on `device`. Raises TypeError or
+    ValueError for anything that is no such seed."""
     if isinstance(given, Tensor):
         if given.dtype != torch.int64 or given.numel() != 1 or given.device != device:
             raise ValueError(
@@ -97,10 +97,13 @@ def seed(given: Tensor | int | None, device: torch.device) -> Tensor:
 
 
 def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
-    """(s, B), with a tensor scale folded into B in B's dtype: no synchronisation, and differentiable in the scale.
+    """Return (s, B) with s a finite float. A tensor scale is multiplied into B, in B's dtype, and s is then 1: reading
+    its value would synchronise with the device, and the gradient must reach it.
 
-    torch.compile makes a float that has changed a symbol, which an opaque operator would bind to its value of the
-    moment: a recompilation for each value, if it were not folded too.
+    A float that changes from call to call becomes a symbol under torch.compile. An operator would fix its value in the
+    compiled code, which would be compiled again for every value, so a symbol is multiplied into B too.
+
+    Raises ValueError for a scale that is not finite, or a tensor that is not floating or has several elements.
     """
     if isinstance(given, Tensor):
         if given.numel() != 1 or not given.dtype.is_floating_point:
@@ -111,9 +114,9 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
     if not abs(given) < float("inf"):  # math.isfinite breaks torch.compile
         raise ValueError(f"scale must be finite, got {given}")
     if torch.compiler.is_compiling():
-        from torch.fx.experimental import symbolic_shapes  # heavy; there while compiling
+        from torch.fx.experimental import symbolic_shapes  # heavy to import, and loaded already while compiling
 
-        # since torch 2.8; before, a value that has changed costs a recompilation
+        # torch 2.8 and later have this function. Before, a scale that has changed costs a recompilation.
         if hasattr(symbolic_shapes, "has_static_value") and not symbolic_shapes.has_static_value(given):
             return 1.0, lora_b * given
     return given, lora_b

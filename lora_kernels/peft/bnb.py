@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.nn.quantized import quantized_linear
 from lora_kernels.ops import check
-from lora_kernels.ops.tracing import as_dtype, device_type, no_autocast
+from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
 from lora_kernels.peft.linear import Fused
 from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
-from lora_kernels.ops.tracing import device_type
+from lora_kernels.ops.autograd import device_type
 from lora_kernels.quant.weight import QuantizedWeight
 
 

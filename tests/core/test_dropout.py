@@ -1,4 +1,4 @@
-"""The dropout rule: Philox against its published vectors, the mask's probability and independence."""
+"""The dropout rule: Philox gives its published vectors, and masks have the right probability and are independent."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ KNOWN_ANSWERS = [  # Random123, kat_vectors, philox4x32 with 10 rounds: counter,
 
 
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
-def test_philox_known_answers(counter, key, output):
+def test_philox_gives_its_published_vectors(counter, key, output):
     words = random.philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
     assert tuple(int(word) for word in words) == output
 
 
-def test_mask_lanes_are_the_words_low_half_first():
+def test_the_lanes_of_a_mask_are_the_words_low_half_first():
     seed = torch.tensor((7 << 32) | 9)
     mask = random.keep_mask(seed, 3, 16, 0.5)
     words = random.philox(
@@ -37,13 +37,13 @@ def test_mask_lanes_are_the_words_low_half_first():
 
 
 @given(m=st.integers(1, 9), k=st.integers(1, 40), seed=st.integers(0, 2**63 - 1), p=st.floats(0, 0.99))
-def test_mask_is_a_function_of_seed_row_and_column(m, k, seed, p):
+def test_a_mask_is_a_function_of_seed_row_and_column(m, k, seed, p):
     seed = torch.tensor(seed)
     mask = random.keep_mask(seed, m, k, p)
     assert torch.equal(mask, random.keep_mask(seed, m + 3, k + 11, p)[:m, :k])
 
 
-def test_large_masks_are_made_in_blocks(monkeypatch):
+def test_a_mask_made_in_blocks_is_the_whole_mask(monkeypatch):
     seed, (M, K), p = torch.tensor((1 << 40) | 5), (100, 37), 0.4
     whole = random.keep_mask(seed, M, K, p)
     monkeypatch.setattr(random, "_GROUPS", 35)  # seven rows at a time, and two last ones
@@ -56,7 +56,7 @@ def test_large_masks_are_made_in_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
-def test_kept_fraction_and_scale(p):
+def test_the_kept_fraction_and_its_factor_are_exact(p):
     mask = random.keep_mask(torch.tensor(3), 512, 1024, p).double()
     exact = 1 - random.threshold(p) / 65536
     assert abs(mask.mean().item() - exact) < 5 * (exact * (1 - exact) / mask.numel()) ** 0.5
@@ -73,11 +73,11 @@ def test_masks_of_two_seeds_are_independent():
 
 
 @pytest.mark.parametrize(("p", "want"), [(0.0, 0), (1e-6, 0), (0.1, 6554), (0.5, 32768), (0.9999999, 65535)])
-def test_threshold_keeps_something_even_near_one(p, want):
+def test_something_is_kept_even_for_p_near_one(p, want):
     assert random.threshold(p) == want
 
 
-def test_draw_seed_follows_torchs_generator():
+def test_a_drawn_seed_follows_torchs_generator():
     torch.manual_seed(11)
     first, second = random.draw_seed(torch.device("cpu")), random.draw_seed(torch.device("cpu"))
     torch.manual_seed(11)

@@ -1,4 +1,4 @@
-"""DoRA: against PEFT, against the equation in fp64, and what it may not allocate or forget."""
+"""DoRA agrees with PEFT and with the equation in fp64, allocates nothing large, and its cache follows the weight."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import FusedLoRALinear, reference
 from lora_kernels.core import dropout as random
-from lora_kernels.ops import dora
-from lora_kernels.ops import linear as ops
-from lora_kernels.ops.dora import DoRALinearFunction, WeightNorms, dora_linear
+from lora_kernels.ops import dora_norm, registered
+from lora_kernels.ops.dora import DoRALinearFunction, dora_linear
+from lora_kernels.ops.dora_norm import WeightNorms
 from lora_kernels.testing import judge
 
 # --- values and gradients ---
@@ -25,7 +25,7 @@ from lora_kernels.testing import judge
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rslora", [True, False])
-def test_equals_peft(bias, rslora, training):
+def test_values_and_gradients_equal_pefts(bias, rslora, training):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, lora_alpha=8, use_dora=True, use_rslora=rslora, target_modules=["0"], init_lora_weights=False
@@ -57,8 +57,8 @@ def test_equals_peft(bias, rslora, training):
         assert error <= 2 * allowed + 2**-22 * want.abs().max()
 
 
-def test_dropout_is_where_peft_has_it():
-    """PEFT with a given x̂ in place of its dropout's."""
+def test_dropout_acts_where_peft_has_it():
+    """PEFT's layer is given our mask in place of its own dropout."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.3, use_dora=True, target_modules=["0"], init_lora_weights=False
@@ -88,7 +88,7 @@ def test_dropout_is_where_peft_has_it():
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
-def test_as_good_as_plain_torch(dtypes, p, backend):
+def test_errors_are_no_larger_than_plain_torchs(dtypes, p, backend):
     q = judging.problem(211, 1100, 187, 8, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
     m = magnitude(q)
     got, plain, want = run(q, m, backend=backend), plain_torch(q, m), truth(q, m)
@@ -101,7 +101,7 @@ def test_as_good_as_plain_torch(dtypes, p, backend):
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("shape", judging.SHAPES, ids=str)
-def test_shapes(shape, strided, p, backend, poison):
+def test_values_and_gradients_hold_for_every_shape(shape, strided, p, backend, poison):
     q = judging.problem(*shape, p=p, strided=strided)
     m = magnitude(q)
     got, want = run(q, m, backend=backend), truth(q, m)
@@ -115,21 +115,21 @@ def test_shapes(shape, strided, p, backend, poison):
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [False, True])
-def test_gradcheck(bias, p):
-    """Of the Function, in which d is an operand: the norm is a constant by definition."""
+def test_gradients_pass_gradcheck(bias, p):
+    """The Function is checked, which has d for an operand: the norm is a constant by definition."""
     q = judging.problem(5, 4, 9, 2, dtype=torch.float64, p=p, bias=bias)
     d = torch.rand(4, dtype=torch.float64) + 0.5
     leaves = [None if t is None else t.requires_grad_() for t in (q.x, q.a, q.b, d, q.bias)]
 
     def function(x, a, b, d, bias):
-        return DoRALinearFunction.apply(x, q.w, a, b, d, bias, q.scale, p, q.seed, "eager")
+        return DoRALinearFunction.apply(x, q.w, a, b, d, bias, q.seed, (q.scale, p, "eager"))
 
     assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("asks", [("x",), ("a",), ("b",), ("m",), ("bias",), ("x", "m"), ("b", "m")], ids=str)
-def test_gradients_reach_only_what_asks(asks, p):
+def test_only_what_needs_a_gradient_gets_one(asks, p):
     q = judging.problem(6, 5, 16, 2, p=p)
     m = magnitude(q)
     want = truth(q, m)
@@ -145,7 +145,7 @@ def test_gradients_reach_only_what_asks(asks, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_tensor_scale(p):
+def test_a_tensor_scale_gets_its_gradient(p):
     q = judging.problem(6, 5, 8, 2, p=p)
     m, scale = magnitude(q), torch.tensor(q.scale, requires_grad=True)
     want = truth(q, m)
@@ -155,7 +155,7 @@ def test_tensor_scale(p):
     torch.testing.assert_close(scale.grad.double(), (want["db"] * q.b).sum() / q.scale, rtol=1e-4, atol=1e-4)
 
 
-def test_fp32_magnitude_beside_half_adapters():
+def test_the_gradient_of_an_fp32_magnitude_is_not_rounded_to_bf16():
     q = judging.problem(64, 48, 80, 4, dtype=torch.bfloat16)
     got = run(q, magnitude(q, torch.float32))
     assert got["dm"].dtype == torch.float32 and not torch.equal(got["dm"], got["dm"].bfloat16().float())
@@ -165,7 +165,7 @@ def test_fp32_magnitude_beside_half_adapters():
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), *judging.DTYPES], ids=str)
-def test_factored_norm(dtypes):
+def test_the_factored_norm_is_exact_to_a_few_eps(dtypes):
     q = judging.problem(1, 1100, 187, 8, dtype=dtypes[0], adapter_dtype=dtypes[1])
     exact = torch.linalg.vector_norm(q.w.double() + q.scale * q.b.double() @ q.a.double(), dim=1)
     for known in (None, WeightNorms().of(q.w)):
@@ -176,8 +176,8 @@ def test_factored_norm(dtypes):
     torch.library.opcheck(torch.ops.lora_kernels.dora_norm, (q.w, q.a, q.b, q.scale, None))
 
 
-def test_norm_of_rows_that_cancel():
-    """W + s·B A = 0, and a row of zeros: d stays finite, and m = 0 gives 0."""
+def test_d_is_finite_where_the_adapter_cancels_a_row():
+    """W + s·B A is 0 in every row, and W and B are 0 in the first: d stays finite, and m = 0 gives 0."""
     a, b = torch.randn(3, 16), torch.randn(6, 3)
     w = -0.5 * b @ a
     w[0] = b[0] = 0
@@ -187,13 +187,13 @@ def test_norm_of_rows_that_cancel():
 
 
 class _Storages(TorchDispatchMode):
-    """The sizes, in elements, of all that operations return, inside our operators too, but for what was there
-    before."""
+    """Collects the sizes, in elements, of all tensors that operations return, also inside our operators. Tensors in
+    `known` are left out."""
 
     INSIDE = {  # noqa: RUF012
-        torch.ops.lora_kernels.dora_norm.default: dora._run_norm,
-        torch.ops.lora_kernels.forward.default: ops._run_forward,
-        torch.ops.lora_kernels.backward.default: ops._run_backward,
+        torch.ops.lora_kernels.dora_norm.default: dora_norm._run_norm,
+        torch.ops.lora_kernels.forward.default: registered._run_forward,
+        torch.ops.lora_kernels.backward.default: registered._run_backward,
     }
 
     def __init__(self, known: list[Tensor]) -> None:
@@ -213,8 +213,8 @@ class _Storages(TorchDispatchMode):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
-def test_allocates_nothing_of_the_weights_size(dtypes, p, backend):
-    """Not N×K nor K×K, forward or backward, first step (which fills the cache) and later ones."""
+def test_nothing_of_the_weights_size_is_allocated(dtypes, p, backend):
+    """Neither N×K nor K×K, in forward and backward, in the first step (which fills the cache) and in later ones."""
     M, N, K = 2, 1536, 640
     layer = trained(K, N, r=2, lora_dropout=p, dtype=dtypes[0], adapter_dtype=dtypes[1], backend=backend)
     x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
@@ -227,7 +227,7 @@ def test_allocates_nothing_of_the_weights_size(dtypes, p, backend):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_bytes_saved(p):
+def test_no_more_than_x_h_and_z_is_saved(p):
     M, N, K, R = 64, 96, 80, 8
     layer, x = trained(K, N, r=R, lora_dropout=p), torch.randn(M, K, requires_grad=True)
     rows = 4 * 4 * N + 64  # m, n, d and their likes
@@ -241,7 +241,7 @@ def test_bytes_saved(p):
 # --- the cache of ‖W‖² ---
 
 
-def test_cache_sees_every_counted_change():
+def test_the_cache_sees_every_change_that_torch_counts():
     w = nn.Parameter(torch.randn(6, 5), requires_grad=False)
     norms = WeightNorms()
     first = norms.of(w)
@@ -269,7 +269,7 @@ def test_cache_sees_every_counted_change():
     assert norms.of(w).count_nonzero() == 0
 
 
-def test_cache_keeps_no_weight_and_no_copy_of_itself():
+def test_the_cache_keeps_no_weight_and_is_not_copied():
     w, norms = torch.randn(6, 5), WeightNorms()
     norms.of(w)
     storage = norms._storage
@@ -308,7 +308,7 @@ def test_the_module_follows_its_weight(change):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("own", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float16, torch.float32])
-def test_autocast_to_another_dtype_than_the_magnitudes(dtype, own, adapter):
+def test_autocast_may_have_another_dtype_than_the_magnitude(dtype, own, adapter):
     x, w, m = torch.randn(3, 8, dtype=own), torch.randn(6, 8, dtype=own), torch.rand(6, dtype=torch.float32).to(own)
     a, b = torch.randn(2, 8).to(adapter), torch.randn(6, 2).to(adapter)
     m.requires_grad_()

@@ -1,4 +1,4 @@
-"""Values and every gradient, against the equation in fp64: each back-end that runs on this machine's CPU."""
+"""Each back-end that runs on this machine's CPU computes the equation: values and every gradient, judged in fp64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def results(q: judging.Problem, backend: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shape", judging.SHAPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-def test_values_and_gradients(backend, shape, dtypes, p, strided, poison):
+def test_values_and_gradients_are_those_of_the_equation(backend, shape, dtypes, p, strided, poison):
     q = judging.problem(*shape, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p, strided=strided)
     got = results(q, backend)
     judging.check(got, q)
@@ -31,7 +31,7 @@ def test_values_and_gradients(backend, shape, dtypes, p, strided, poison):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_shape(backend, data):
+def test_the_equation_holds_for_any_shape(backend, data):
     size = st.integers(1, 70)
     M, N, K = data.draw(st.integers(0, 70)), data.draw(size), data.draw(size)
     R = data.draw(st.sampled_from([1, 2, 4, 5, 8, 12, 16, 24, 32, 33, 64, 130]))
@@ -50,14 +50,14 @@ def test_any_shape(backend, data):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_larger_than_every_block(backend, p, poison):
+def test_the_equation_holds_for_sizes_above_every_block(backend, p, poison):
     q = judging.problem(700, 530, 300, 12, p=p)
     judging.check(results(q, backend), q)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("shape", [(3, 5, 4, 2), (1, 1, 1, 1), (2, 3, 9, 11), (0, 2, 3, 1)], ids=str)
-def test_gradcheck_in_fp64(shape, p):
+def test_gradients_pass_gradcheck_in_fp64(shape, p):
     q = judging.problem(*shape, dtype=torch.float64, p=p)
     leaves = [t.requires_grad_() for t in (q.x, q.a, q.b, q.bias)]
     torch.autograd.gradcheck(
@@ -71,7 +71,7 @@ def test_gradcheck_in_fp64(shape, p):
 
 @pytest.mark.parametrize("needs", [(i >> 2 & 1, i >> 1 & 1, i & 1) for i in range(1, 8)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_only_what_is_asked(backend, needs, p):
+def test_only_the_gradients_that_are_asked_for_are_computed(backend, needs, p):
     q = judging.problem(20, 24, 40, 8, p=p)
     want = judging.truth(q)
     need_dx, need_da, need_db = map(bool, needs)
@@ -93,8 +93,8 @@ def test_gradients_are_bit_identical_from_run_to_run(backend, dtypes):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_masks_are_bit_identical_across_back_ends(backend):
-    """With A = B = s = the identity and W = 0, y is x̂ itself."""
+def test_the_mask_is_the_same_in_every_backend(backend):
+    """With A and B the identity, s = 1 and W = 0, y is x̂ itself."""
     K, p = 48, 0.35
     x = torch.rand(37, K) + 0.5
     eye, seed = torch.eye(K), torch.tensor(99)
@@ -104,7 +104,7 @@ def test_masks_are_bit_identical_across_back_ends(backend):
     assert torch.equal(y != 0, keep_mask(seed, 37, K, p))
 
 
-def test_nothing_received_or_saved_is_written(backend):
+def test_nothing_received_or_saved_is_written_to(backend):
     q = judging.problem(30, 20, 40, 4, p=0.2)
     before = [t.clone() for t in (q.x, q.w, q.a, q.b, q.bias, q.dy, q.seed)]
     results(q, backend)
@@ -112,9 +112,9 @@ def test_nothing_received_or_saved_is_written(backend):
         assert torch.equal(t, was)
 
 
-def test_low_rank_term_is_not_rounded_before_it_meets_the_base():
-    """Two servers round s·h·bᵀ to bf16 before adding the base. The CPU kernels keep what they can in fp32: better than
-    that composite."""
+def test_the_low_rank_term_is_not_rounded_before_it_meets_the_base():
+    """Two servers round s·h·bᵀ to bf16 before they add the base. The CPU kernels keep what they can in fp32, and their
+    error is smaller."""
     try:
         dispatch.load("cpu")
     except ImportError as error:

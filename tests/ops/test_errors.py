@@ -1,4 +1,4 @@
-"""Bad input: the kind of error, the offending values in the message, and nothing half-changed."""
+"""Bad input raises the right type of error, with the values at fault in its message, and changes nothing."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_good_input_passes():
         ({"lora_alpha": float("inf")}, "got inf"),
     ],
 )
-def test_bad_settings_of_the_module(settings, message):
+def test_bad_settings_of_the_module_are_named_and_change_nothing(settings, message):
     with pytest.raises(ValueError, match=message):
         FusedLoRALinear(4, 4, **settings)
     base = torch.nn.Linear(4, 4)
@@ -86,7 +86,7 @@ def test_bad_settings_of_the_module(settings, message):
     assert base.weight.requires_grad  # untouched
 
 
-def test_bad_adapter_dtype():
+def test_a_bad_adapter_dtype_is_named_and_changes_nothing():
     base = torch.nn.Linear(4, 4)
     with pytest.raises(TypeError, match="float16"):
         FusedLoRALinear.from_linear(base, adapter_dtype=torch.float16)

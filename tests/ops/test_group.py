@@ -20,11 +20,11 @@ SIZES = [  # M, K, then N and R of each layer
     (33, 130, (129, 17), (31, 3), (64, 70)),
     (211, 187, (193, 8), (97, 8), (64, 16)),
 ]
-"""The last is large enough for statistics; ranks on both sides of those that the CPU kernels take in one pass."""
+"""The last is large enough for statistics. Some ranks are above those that the CPU kernels take in one pass."""
 
 
 def problems(size, *, dtype=torch.float32, adapter_dtype=None, p=0.0, strided=False) -> list[judge.Problem]:
-    """Layers that read the same x."""
+    """Return problems of layers that read the same x."""
     M, K, *layers = size
     qs = [
         judging.problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p * i, strided=strided, seed=i)
@@ -34,7 +34,7 @@ def problems(size, *, dtype=torch.float32, adapter_dtype=None, p=0.0, strided=Fa
 
 
 def run(qs: list[judge.Problem], used: list[int] | None = None, **kwargs) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """dx, and of each layer y, da, db and dbias."""
+    """Return dx, and y, da, db and dbias of each layer."""
     x = qs[0].x.detach().requires_grad_()
     leaves = [
         {name: t.detach().requires_grad_() for name in ("a", "b", "bias") if (t := getattr(q, name)) is not None}
@@ -51,7 +51,7 @@ def run(qs: list[judge.Problem], used: list[int] | None = None, **kwargs) -> tup
 
 
 def judge_dx(dx: Tensor, qs: list[judge.Problem]) -> None:
-    """Against the sum of the layers' dx in fp64; plain torch would add up rounded ones."""
+    """Compare dx with the sum of the layers' dx in fp64; plain torch adds up rounded ones."""
     want = [judge.truth(q)["dx"] for q in qs]
     exact, eps = sum(want), torch.finfo(dx.dtype).eps
     if min(q.x.shape[0] * q.a.shape[0] * (1 - q.p) for q in qs) >= 1024:
@@ -68,7 +68,7 @@ def judge_dx(dx: Tensor, qs: list[judge.Problem]) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_values_and_gradients(size, dtypes, p, backend):
+def test_values_and_gradients_are_those_of_single_layers(size, dtypes, p, backend):
     qs = problems(size, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
     dx, results = run(qs, backend=backend)
     judge_dx(dx, qs)
@@ -77,7 +77,7 @@ def test_values_and_gradients(size, dtypes, p, backend):
 
 
 @pytest.mark.usefixtures("poison")
-def test_strided_operands_and_fp64():
+def test_strided_operands_and_fp64_are_served():
     for dtype in (torch.float32, torch.float64):
         qs = problems(SIZES[3], dtype=dtype, p=0.2, strided=True)
         dx, results = run(qs)
@@ -87,7 +87,7 @@ def test_strided_operands_and_fp64():
 
 
 def test_each_layer_has_the_mask_of_its_seed_and_gradients_repeat(backend):
-    """One peer shares one mask among q, k and v. With equal ranks the order of every sum is a single call's too."""
+    """One peer shares one mask among q, k and v. With equal ranks every sum has the order that a single call has."""
     qs = problems((211, 187, (193, 8), (97, 8)), p=0.2)
     dx, results = run(qs, backend=backend)
     for q, got in zip(qs, results, strict=True):
@@ -134,7 +134,7 @@ def test_only_what_needs_a_gradient_is_saved_and_computed(monkeypatch):
     assert asked[1][1] is None and asked[1][5].dx is True  # no x saved, dx asked
 
 
-def test_leading_dimensions_autocast_and_tensor_scales():
+def test_leading_dimensions_autocast_and_tensor_scales_are_served():
     qs = problems((12, 24, (16, 4), (8, 2)), p=0.1)
     x = qs[0].x.view(3, 2, 2, 24)
     layers = [Layer(q.w, q.a, q.b, torch.tensor(q.scale), None, q.p, q.seed) for q in qs]
@@ -167,7 +167,7 @@ def test_double_backward_is_refused():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
-def test_operators(p):
+def test_the_operators_pass_opcheck(p):
     qs = problems((4, 6, (5, 2), (3, 1)), p=p)
     columns = [[getattr(q, name) for q in qs] for name in ("w", "a", "b", "bias", "scale", "p", "seed")]
     w, a, b, bias, scale, rates, seed = columns
@@ -178,7 +178,7 @@ def test_operators(p):
     torch.library.opcheck(torch.ops.lora_kernels.backward_group.default, back)
 
 
-def test_compiles_without_a_break():
+def test_a_group_compiles_without_a_break():
     qs = problems((6, 8, (5, 2), (3, 1)))
     leaves = [t.detach().requires_grad_() for q in qs for t in (q.a, q.b)]
 

@@ -1,4 +1,4 @@
-"""The Function and its operators: compile, checkpointing, autocast, what is saved, what is asked."""
+"""`lora_linear` under torch.compile, checkpointing and autocast, what it saves, and what its operators hold to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(q: judging.Problem, **kwargs):
 
 
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3), (2, 1, 3), (0, 4)], ids=str)
-def test_any_leading_dimensions(lead):
+def test_x_may_have_any_leading_dimensions(lead):
     q = judging.problem(1, 5, 7, 2)
     x = torch.randn(*lead, 7, requires_grad=True)
     y = lora_linear(x, q.w, q.a, q.b, scale=0.5, bias=q.bias)
@@ -29,7 +29,7 @@ def test_any_leading_dimensions(lead):
     assert x.grad.shape == x.shape
 
 
-def test_gradients_reach_only_what_asks():
+def test_only_what_needs_a_gradient_gets_one():
     q = judging.problem(6, 5, 7, 2)
     for asks in ("x", "a", "b", "bias"):
         leaves = {n: getattr(q, n).clone().requires_grad_(n == asks) for n in ("x", "a", "b", "bias")}
@@ -40,7 +40,7 @@ def test_gradients_reach_only_what_asks():
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
-def test_bytes_saved(dtypes, p):
+def test_no_more_than_x_and_h_is_saved(dtypes, p):
     M, N, K, R = 64, 96, 80, 8
     layer = FusedLoRALinear(K, N, r=R, lora_dropout=p, dtype=dtypes[0], adapter_dtype=dtypes[1])
     x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
@@ -52,7 +52,7 @@ def test_bytes_saved(dtypes, p):
     assert judging.saved_bytes(lambda: layer(x)) <= 64
 
 
-def test_bytes_saved_under_autocast():
+def test_no_copy_of_the_weight_is_saved_under_autocast():
     layer, x = FusedLoRALinear(80, 96, r=8), torch.randn(64, 80, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert judging.saved_bytes(lambda: layer(x)) <= (64 * 80 + 64 * 8) * 2 + 64
@@ -70,7 +70,7 @@ def test_double_backward_is_refused(dy_requires_grad):
             first.square().sum().backward(retain_graph=True)
 
 
-def test_grad_of_another_dtype_is_converted():
+def test_a_dy_of_another_dtype_is_converted():
     """A mixed-precision wrapper may hand an fp32 dy to a bf16 layer; one peer's fused backward crashed on it."""
     q = judging.problem(6, 5, 8, 2, dtype=torch.bfloat16)
     leaves = [q.x.requires_grad_(), q.a.requires_grad_(), q.b.requires_grad_()]
@@ -81,7 +81,7 @@ def test_grad_of_another_dtype_is_converted():
         assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
 
 
-def test_fp32_adapter_gradients_are_not_rounded_through_bf16():
+def test_gradients_of_fp32_adapters_are_not_rounded_to_bf16():
     q = judging.problem(64, 32, 48, 8, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     got = run(q)
     for name in ("da", "db"):
@@ -90,7 +90,7 @@ def test_fp32_adapter_gradients_are_not_rounded_through_bf16():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_tensor_scale_is_differentiable_and_equals_the_float(p):
+def test_a_tensor_scale_gets_its_gradient_and_equals_the_float(p):
     q = judging.problem(6, 5, 8, 2, p=p)
     want = run(q)
     scale = torch.tensor(q.scale, requires_grad=True)
@@ -102,7 +102,7 @@ def test_tensor_scale_is_differentiable_and_equals_the_float(p):
     torch.testing.assert_close(scale.grad, (q.dy * low).sum(), rtol=1e-4, atol=1e-4)
 
 
-def test_seeds():
+def test_a_seed_gives_its_mask_and_none_draws_a_new_one():
     q = judging.problem(8, 8, 64, 4)
     call = lambda **kw: lora_linear(q.x, q.w, q.a, q.b, scale=1.0, dropout_p=0.5, **kw)  # noqa: E731
     assert torch.equal(call(seed=5), call(seed=torch.tensor(5)))
@@ -114,8 +114,7 @@ def test_seeds():
     assert torch.equal(first, call())
 
 
-# --- checkpointing, functional_call, autocast
-# ---------------------------------------------------------------------------------------------
+# --- checkpointing, functional_call, autocast ---
 
 
 def _grads(layer: nn.Module, x: torch.Tensor, forward) -> list[torch.Tensor]:
@@ -137,7 +136,7 @@ def test_checkpointing_replays_the_mask(use_reentrant):
     assert all(torch.equal(p, r) for p, r in zip(plain, replayed, strict=True))
 
 
-def test_functional_call():
+def test_functional_call_replaces_parameters():
     layer, x = FusedLoRALinear(6, 5, r=2), torch.randn(3, 6)
     other = {"lora_B": torch.randn(5, 2, requires_grad=True)}
     y = torch.func.functional_call(layer, other, (x,))
@@ -148,7 +147,7 @@ def test_functional_call():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(dtype):
     layer, x = FusedLoRALinear(32, 24, r=4), torch.randn(16, 32, requires_grad=True)
     nn.init.normal_(layer.lora_B)
     with torch.autocast("cpu", dtype=dtype):
@@ -174,12 +173,11 @@ def test_autocast_leaves_integers_to_the_check():
         layer(torch.ones(2, 4, dtype=torch.int64))
 
 
-# --- operators and torch.compile
-# ----------------------------------------------------------------------------------------------------------
+# --- operators and torch.compile ---
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_opcheck(p):
+def test_the_operators_pass_opcheck(p):
     q = judging.problem(4, 6, 8, 2, p=p)
     forward = (q.x, q.w, q.a, q.b, q.bias, q.scale, p, q.seed, None, True)
     torch.library.opcheck(ops.forward, forward)
@@ -189,7 +187,7 @@ def test_opcheck(p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_compile_fullgraph_forward_and_backward(p):
+def test_forward_and_backward_compile_without_a_break(p):
     model = nn.Sequential(FusedLoRALinear(16, 24, r=4, lora_dropout=p), nn.GELU(), FusedLoRALinear(24, 8, r=4))
     for layer in (model[0], model[2]):
         nn.init.normal_(layer.lora_B)
@@ -201,7 +199,7 @@ def test_compile_fullgraph_forward_and_backward(p):
         torch.testing.assert_close(got, want)
 
 
-def test_compile_with_inductor_and_dynamic_rows():
+def test_inductor_compiles_a_dynamic_number_of_rows():
     layer = FusedLoRALinear(16, 24, r=4)
     nn.init.normal_(layer.lora_B)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
@@ -211,7 +209,7 @@ def test_compile_with_inductor_and_dynamic_rows():
             torch.testing.assert_close(got, want)
 
 
-def test_meta_device_gives_shapes():
+def test_the_meta_device_gives_shapes():
     layer = FusedLoRALinear(16, 24, r=4, device="meta")
     assert layer(torch.empty(2, 3, 16, device="meta")).shape == (2, 3, 24)
 

@@ -1,4 +1,5 @@
-"""Every dtype of x, W, A/B and dY × autocast × checkpointing × torch.compile × dropout: right, or refused by name."""
+"""Every combination of dtypes of x, W, A/B and dY with autocast, checkpointing, torch.compile and dropout is right, or
+is refused with the dtypes in the message."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ class Case:
     w: torch.dtype
     a: torch.dtype
     autocast: bool = False
-    """To bf16, the forward alone, as everyone does."""
+    """Whether the forward, but not the backward, runs under autocast to bf16."""
 
     def served(self) -> tuple[torch.dtype, torch.dtype] | None:
-        """The dtypes (of x and W, of A and B) that are computed with; None where the call is refused."""
+        """Return the dtypes that x and W, and that A and B, are computed in; None where the call is refused."""
         x, w, a = self.x, self.w, self.a
         if self.autocast and x != F64:
             x = w = BF16
@@ -47,11 +48,11 @@ REFUSED = [case for case in CASES if not case.served()]
 COMPILED = [case for case in SERVED if not case.autocast] + [
     Case(F32, F32, F32, True), Case(F32, BF16, F32, True), Case(BF16, F32, BF16, True), Case(F16, F16, F32, True),
 ]  # fmt: skip
-"""What torch.compile is tried on: every combination without autocast, and some with it."""
+"""The combinations that are compiled: all without autocast, and some with it."""
 
 
 def operands(case: Case, p: float) -> judging.Problem:
-    """In the case's own dtypes; the seed is the one that a call after ``torch.manual_seed(7)`` draws."""
+    """Return operands in the case's dtypes, with the seed that a call after ``torch.manual_seed(7)`` draws."""
     q = judging.problem(M, N, K, R, dtype=F16, p=p)  # numbers that fp16 holds, and bf16 is rounded to where it is asked
     torch.manual_seed(7)
     seed = draw_seed(torch.device("cpu")) if p else None
@@ -80,7 +81,7 @@ def peft_layer_of(q: judging.Problem) -> nn.Module:
 
 
 def fused_layer_of(q: judging.Problem) -> nn.Module:
-    """fp64 by name: no kernel serves it, and its dropout would be PEFT's."""
+    """Return the fused layer. fp64 asks for `eager` by name: no kernel serves it, so dropout would stay PEFT's."""
     layer = peft_layer_of(q)
     assert fuse(nn.Sequential(layer), strict=True, backend="eager" if q.w.dtype == F64 else None).fused
     return layer
@@ -94,7 +95,7 @@ def run(
     reentrant: bool | None = None,
     dy: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
-    """y and every gradient; `dy` in y's own dtype where None."""
+    """Return y and every gradient. `dy` is the dtype of the incoming gradient, y's own where None."""
     layer.zero_grad(set_to_none=True)
     x = q.x.detach().requires_grad_()
     torch.manual_seed(7)
@@ -106,7 +107,7 @@ def run(
 
 
 def judge(got: dict[str, torch.Tensor], case: Case, q: judging.Problem) -> None:
-    """Against fp64, with the operands as they were computed with."""
+    """Judge the results in fp64, for operands rounded to the dtypes that they were computed in."""
     x, a = case.served()
     assert [got[name].dtype for name in ("y", "dx", "da", "db")] == [x, case.x, case.a, case.a]
     base = {name: getattr(q, name).to(x) for name in ("x", "w", "bias")}
@@ -119,7 +120,7 @@ kinds = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
 
 @kinds
 @pytest.mark.parametrize("case", SERVED, ids=str)
-def test_served(make, case):
+def test_a_served_combination_is_right(make, case):
     for p in RATES:
         q = operands(case, p)
         layer = make(q)
@@ -142,9 +143,9 @@ def _fresh_compiler():
 @kinds
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled(make, case):
-    """Compiling takes its time: an undropped x, and the graph without gradients that reentrant checkpointing adds, are
-    tried on fp32 alone."""
+def test_a_compiled_combination_is_right(make, case):
+    """Compiling takes long, so p = 0 and reentrant checkpointing, which adds a graph without gradients, are tried in
+    fp32 alone."""
     for p in RATES if case.x == F32 else RATES[1:]:
         q = operands(case, p)
         layer = make(q)
@@ -154,7 +155,7 @@ def test_compiled(make, case):
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)
-def test_refused_by_the_module(case):
+def test_a_refused_combination_is_named(case):
     for p in RATES:
         q = operands(case, p)
         layer = module_of(q)
@@ -163,8 +164,8 @@ def test_refused_by_the_module(case):
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)
-def test_what_is_refused_is_pefts(case):
-    """PEFT's own numbers where it has any, its own error where not."""
+def test_a_refused_combination_runs_pefts_own_forward(case):
+    """The results are PEFT's own numbers, or its own error where it has none."""
     for p in RATES:
         q = operands(case, p)
         plain, layer = peft_layer_of(q), fused_layer_of(q)

@@ -1,4 +1,4 @@
-"""Gradients taken in other ways than ``loss.backward()``: served, or refused with a way out; never zeros instead."""
+"""Gradients taken in other ways than ``loss.backward()`` are right, or refused with a way out; they are never zeros."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("kind", [*KINDS, "group"])
-def test_what_differentiates_is_refused(kind, transform):
+def test_a_transform_that_differentiates_is_refused(kind, transform):
     with pytest.raises(RuntimeError, match=r"(?s)does not go with torch\.func.*Take loss\.backward"):
         TRANSFORMS[transform](grouped if kind == "group" else layer(kind), torch.randn(3, 8))
 
@@ -56,7 +56,7 @@ def test_forward_mode_is_refused_without_gradients_too(kind):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_compiled_gradient_is_no_zero(trained):
+def test_a_compiled_functional_gradient_is_refused_and_not_zero(trained):
     run, x = layer("dense"), torch.randn(3, 8)
     run.requires_grad_(trained)
     run.weight.requires_grad_(False)
@@ -74,7 +74,7 @@ def test_vmap_without_gradients_is_served(kind):
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_several_at_once(kind, backend):
+def test_several_gradients_at_once_equal_single_ones(kind, backend):
     run, x, dys = layer(kind), torch.randn(3, 8, requires_grad=True), torch.randn(4, 3, 6)
     run.backend = backend
     wanted = [x, *(p for p in run.parameters() if p.requires_grad)]
@@ -89,8 +89,8 @@ def test_gradients_of_several_at_once(kind, backend):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_a_gradient_without_memory(kind, p):
-    """torch.sgn gives its own gradient as zeros that have no memory: their address is 0."""
+def test_a_dy_of_zeros_without_memory_is_served(kind, p):
+    """The gradient of torch.sgn is a tensor of zeros without memory: its address is 0."""
     run, x = layer(kind), torch.randn(3, 8, requires_grad=True)
     run.lora_dropout = p
     y = run(x)
@@ -100,7 +100,7 @@ def test_a_gradient_without_memory(kind, p):
     assert x.grad.count_nonzero() == 0 and run.lora_A.grad.count_nonzero() == 0
 
 
-def test_an_x_without_memory():
+def test_an_x_of_zeros_without_memory_is_served():
     run, x = layer("dense"), torch._efficientzerotensor((3, 8))
     run(x).sum().backward()
     assert run.lora_A.grad.count_nonzero() == 0

@@ -1,4 +1,4 @@
-"""Importing does nothing: no Triton, no CUDA query, no environment, no warning; and it is quick."""
+"""The import is quick. It loads no Triton, asks nothing of CUDA or the environment, and warns of nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ environ = os.environ
 torch.cuda._lazy_init = lambda: (_ for _ in ()).throw(AssertionError("CUDA was initialised"))
 before = set(sys.modules)
 os.environ = Watch(environ)
-start = time.process_time()  # the processor's: what else runs does not count
+start = time.process_time()  # processor time: what other processes do does not count
 import lora_kernels
 seconds = time.process_time() - start
 os.environ = environ
@@ -33,7 +33,7 @@ print(seconds)
 
 
 def test_import_is_quick_and_does_nothing():
-    for _ in range(3):  # a busy machine slows the process's own time too
+    for _ in range(3):  # on a busy machine the processor time of this process grows too
         run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         if float(run.stdout) <= 0.05:

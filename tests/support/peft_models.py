@@ -98,7 +98,7 @@ def with_our_masks(
     """Return a copy of `model` in which PEFT drops what the fused layers will drop in one forward, and the iterator of
     seeds that the fused layers draw from."""
     seeds, mine = (map(torch.tensor, itertools.count(100)) for _ in range(2))
-    monkeypatch.setattr("lora_kernels.ops.check.draw_seed", lambda device: next(seeds))
+    monkeypatch.setattr("lora_kernels.ops.prepare.draw_seed", lambda device: next(seeds))
     plain = copy.deepcopy(model)
     for name in ("up", "down"):
         plain.base_model.model.get_submodule(name).lora_dropout["default"] = MaskOfSeed(p, next(mine))

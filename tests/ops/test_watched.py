@@ -1,5 +1,5 @@
-"""An operator is left out of a call only where nobody would see it, and the Function only where nobody wants a
-gradient."""
+"""A call goes past its registered operator only where nothing observes it, and past its autograd Function only where no
+gradient is wanted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lora_kernels import lora_linear, quantize_weight
-from lora_kernels.ops import linear as ops
+from lora_kernels.ops import linear, registered
 from lora_kernels.testing.judge import check, problem
 
 FORMS = ["dense", "nf4"]
@@ -21,7 +21,7 @@ FORWARD, BACKWARD = torch.ops.lora_kernels.forward.default, torch.ops.lora_kerne
 
 
 class Seen(TorchDispatchMode):
-    """Which of our operators are called."""
+    """Records the calls of our operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,11 +59,11 @@ def step(x: Tensor, w, a: Tensor, b: Tensor) -> Tensor:
 
 @pytest.fixture
 def operators(monkeypatch):
-    """The calls of either operator."""
+    """The calls of the registered forward and backward, by name."""
     calls: list[str] = []
     for name in ("_forward_op", "_backward_op"):
-        run = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
+        run = getattr(registered, name)
+        monkeypatch.setattr(registered, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
     return calls
 
 
@@ -167,7 +167,7 @@ def test_subclasses_of_tensor_see_the_operator():
 
 @pytest.mark.parametrize("which", ["x", "w", "a", "b", "bias"])
 def test_a_lazily_negated_operand_is_taken_at_its_value(which):
-    """Its memory holds the other sign, which the dispatcher resolves."""
+    """The memory of such a tensor holds the other sign; torch's dispatcher resolves that."""
     q = problem(5, 24, 16, 4)
     given = {"x": q.x, "w": q.w, "a": q.a, "b": q.b, "bias": q.bias}
     negative = given | {which: -given[which]}
@@ -197,8 +197,8 @@ def test_functorch_and_forward_mode_are_not_passed_by():
 
 def test_the_function_is_left_out_where_nothing_wants_a_gradient(monkeypatch):
     q, applied = problem(5, 24, 16, 4), []
-    apply = ops.LoRALinearFunction.apply
-    monkeypatch.setattr(ops.LoRALinearFunction, "apply", lambda *args: applied.append(1) or apply(*args))
+    apply = linear.LoRALinearFunction.apply
+    monkeypatch.setattr(linear.LoRALinearFunction, "apply", lambda *args: applied.append(1) or apply(*args))
     operands = {"x": q.x, "lora_a": q.a, "lora_b": q.b, "bias": q.bias, "scale": torch.tensor(0.5)}
     y = lora_linear(weight=q.w, **operands)
     assert not applied and not y.requires_grad

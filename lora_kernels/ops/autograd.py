@@ -1,0 +1,69 @@
+"""What the autograd Functions of this package share: dtypes and modes in a backward, and no second derivative."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def device_type(t: Tensor) -> str:
+    """Return ``t.device.type``, but without building a new string for a CPU tensor on every call.
+
+    torch 2.6 cannot trace ``is_cpu`` in a backward, so it is not read while compiling.
+    """
+    return "cpu" if not torch.compiler.is_compiling() and t.is_cpu else t.device.type
+
+
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``t.to(dtype)``, which takes a microsecond even where there is nothing to convert."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def needs_plain_mode(dy: Tensor) -> bool:
+    """Return whether a backward has to leave grad mode or autocast. Mostly neither is on, and entering the contexts
+    below takes longer than asking."""
+    device = device_type(dy)
+    return torch.is_grad_enabled() or (device != "meta" and torch.is_autocast_enabled(device))
+
+
+def no_graph() -> AbstractContextManager[object]:
+    """Return a context in which no gradients are recorded, entering ``torch.no_grad`` only where they would be."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
+def no_autocast(device: str) -> AbstractContextManager[object]:
+    """Return a context without autocast, entering ``torch.autocast`` only where it is on."""
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def refuse_double_backward(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Return the gradients that a backward returns, tied to an error where ``create_graph=True`` asks for their own
+    gradients.
+
+    PyTorch's once_differentiable does so only where dy itself requires a gradient. Otherwise it hands out gradients
+    that look constant: a gradient penalty on dx would silently lose its part in A and B.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _RefuseDoubleBackward.apply(torch.empty(0, device="cpu", requires_grad=True), name, *grads)
+    return grads
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """The identity, whose backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, name: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            f"{ctx.name} has no double backward: its gradients cannot be differentiated again. Leave create_graph=True "
+            "away, or compute this layer in plain torch, x @ W.T + scale * (x @ A.T @ B.T), for second derivatives"
+        )

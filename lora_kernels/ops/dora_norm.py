@@ -1,0 +1,126 @@
+"""The row norms that DoRA divides by, and the cache of the part of them that does not change.
+
+    n = ‖W + s·B A‖ by rows          d = m / n
+
+The norm is factored (arXiv:2603.22276), with nothing of W's size beside W:
+
+    n² = ‖W‖² + rowsum((2s·W Aᵀ + s²·B (A Aᵀ)) ⊙ B)
+
+A row of W that B A cancels would need cancellation in this sum. n² is therefore kept at or above eps·‖W‖² (eps of the
+dtype it is summed in), so that d stays finite. Above that, n's relative error is about eps·‖W‖² / n²: all digits are
+right unless B A takes away most of a row of W.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lora_kernels.ops import registered
+from lora_kernels.ops.watched import watched
+
+_WEIGHT_ROWS = 512
+"""Rows of a 16-bit W that are converted to fp32 at a time. A W that needs no conversion is read whole."""
+
+
+def weight_norm(
+    w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor, weight_norm_sq: Tensor | None = None
+) -> Tensor:
+    """Return n = ‖W + scale·B A‖ by rows [N], rounded to the dtype of `magnitude`: the magnitude with which d = 1.
+
+    A row of zeros has the dtype's smallest normal number, so that its d is 0 and not 0/0. `weight_norm_sq` is ‖W‖² by
+    rows where the caller has it.
+    """
+    square = None if weight_norm_sq is None else weight_norm_sq.detach()
+    norm_of = _norm_op if watched(w, w, a, b, square) else _run_norm
+    norm = norm_of(w, a.detach(), b.detach(), scale, square)
+    return norm.to(magnitude.dtype).clamp_min(torch.finfo(magnitude.dtype).smallest_normal)
+
+
+def ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Return d = m / n for a `weight_norm` n, in fp32 at least."""
+    wide = torch.promote_types(magnitude.dtype, torch.float32)
+    return magnitude.to(wide) / norm.to(wide)
+
+
+def _run_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, weight_norm_sq: Tensor | None) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32)
+    a, b = a.to(wide), b.to(wide)
+    square = w.new_empty(w.shape[0], dtype=wide) if weight_norm_sq is None else weight_norm_sq.to(wide)
+    low = torch.empty_like(b, memory_format=torch.contiguous_format)
+    step = w.shape[0] if w.dtype == wide else _WEIGHT_ROWS
+    for n in range(0, w.shape[0], step):
+        rows = slice(n, n + step)
+        block = w[rows].to(wide)
+        torch.mm(block, a.t(), out=low[rows])
+        if weight_norm_sq is None:
+            square[rows] = torch.linalg.vector_norm(block, dim=1).square_()
+    low = torch.addmm(low, b, a @ a.t(), beta=2 * scale, alpha=scale * scale)
+    norm_sq = (low * b).sum(1).add_(square)
+    return torch.maximum(norm_sq, square * torch.finfo(wide).eps).sqrt_()
+
+
+def _fake_norm(w, a, b, scale, weight_norm_sq):  # type: ignore
+    return w.new_empty(w.shape[0], dtype=torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32))
+
+
+registered.library.define("dora_norm(Tensor w, Tensor a, Tensor b, float scale, Tensor? weight_norm_sq) -> Tensor")
+registered.library.impl("dora_norm", _run_norm, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_kernels::dora_norm", _fake_norm, lib=registered.library)
+_norm_op = torch.ops.lora_kernels.dora_norm.default
+
+
+class WeightNorms:
+    """‖W‖² by rows, kept for as long as `weight` holds the same numbers.
+
+    They count as the same while the storage, its version (``Tensor._version``, which every in-place update raises), the
+    view of it and the dtype are the same. Loading, merging, ``.to()`` and in-place updates all change one of these. The
+    storage is held weakly: the cache keeps no old weight in memory, and a new one at the same address is told from it.
+    A write that PyTorch itself does not count, through ``weight.data`` or NumPy's view, does not show: `clear` is there
+    for it.
+
+    A copy and an unpickled cache start empty. Under ``torch.compile``, during the capture of a CUDA graph, and for
+    inference tensors and tensor subclasses nothing is kept and `of` returns None: the norm is then computed each time.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what is kept."""
+        self._storage: Any = None
+        self._key: object = None
+        self._value: Tensor | None = None
+
+    def of(self, weight: Tensor) -> Tensor | None:
+        """Return ‖W‖² by rows [N], in fp32 at least."""
+        if (
+            torch.compiler.is_compiling()
+            or type(weight) not in (Tensor, torch.nn.Parameter)
+            or weight.is_meta
+            or weight.is_inference()
+            or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return None
+        storage = weight.untyped_storage()
+        key = (weight._version, weight.dtype, weight.storage_offset(), weight.shape, weight.stride())
+        if self._storage is None or self._storage.cdata != storage._cdata or self._key != key:
+            self._value, self._key, self._storage = _norm_sq(weight.detach()), key, StorageWeakRef(storage)
+        return self._value
+
+    def __deepcopy__(self, memo: object) -> WeightNorms:
+        return WeightNorms()
+
+    def __reduce__(self) -> tuple[type[WeightNorms], tuple[()]]:
+        return WeightNorms, ()
+
+
+def _norm_sq(w: Tensor) -> Tensor:
+    """Return ‖W‖² by rows [N]."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    step = w.shape[0] if w.dtype == wide else _WEIGHT_ROWS
+    norms = [torch.linalg.vector_norm(w[n : n + step].to(wide), dim=1) for n in range(0, w.shape[0], step)]
+    return torch.cat(norms).square_()

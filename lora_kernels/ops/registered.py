@@ -1,0 +1,220 @@
+"""The operators that are registered with torch, and the functions that call them.
+
+``torch.ops.lora_kernels.*`` are opaque to torch.compile, and are seen by modes, profilers and checkpointing policies.
+They take no part in autograd: the Functions of linear.py, group.py and dora.py do.
+
+An operator takes tensors and numbers only, so here, and nowhere else, a layer is taken apart: `_run_*` puts the pieces
+of an operator's arguments together again and calls the function of the same name in `direct`. A quantised weight is
+passed as its codes in place of w, and its other parts in the last three arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.core.operands import Adapter, Base, Gradients, MaybeTensors, Needs, Results, Tensors
+from lora_kernels.ops import direct
+from lora_kernels.ops.autograd import as_dtype
+from lora_kernels.quant import weight as quant
+from lora_kernels.quant.weight import QuantizedWeight
+
+_QUANTISED = 'Tensor[]? w_scales=None, str w_format="dense", int w_blocksize=0'
+_LAYERS = "Tensor[] w, Tensor[] a, Tensor[] b, "
+_SETTINGS = "float[] scale, float[] p, Tensor?[] seed, str? backend, "
+
+library = torch.library.Library("lora_kernels", "DEF")
+library.define(
+    "forward(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, float scale, float p, Tensor? seed, "
+    f"str? backend, bool save_h, {_QUANTISED}) -> (Tensor y, Tensor h)"
+)
+library.define(
+    "backward(Tensor dy, Tensor? x, Tensor w, Tensor a, Tensor b, Tensor? h, float scale, float p, Tensor? seed, "
+    f"str? backend, bool need_dx, bool need_da, bool need_db, {_QUANTISED}) -> (Tensor dx, Tensor da, Tensor db)"
+)
+library.define("keep_mask(Tensor x, float p, Tensor seed, str? backend) -> Tensor")
+library.define("base_gemm(Tensor x, Tensor w, str? backend) -> Tensor")
+library.define(f"forward_group(Tensor x, {_LAYERS}Tensor?[] bias, {_SETTINGS}bool[] save_h) -> Tensor[]")
+library.define(
+    f"backward_group(Tensor[] dy, Tensor? x, {_LAYERS}Tensor[] h, {_SETTINGS}"
+    "bool need_dx, bool[] need_da, bool[] need_db) -> Tensor[]"
+)
+
+
+# --- the functions of `direct`, by the operators ---
+
+
+def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (y [M, N], h [M, R]); h has no elements unless `save_h`."""
+    (w, bias), (a, b, scale, p, seed) = base, adapter
+    w, *last = _parts(w)
+    return _forward_op(x, w, a, b, bias, scale, p, seed, backend, save_h, *last)
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, needs: Needs, backend: str | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dx [M, K], da [R, K], db [N, R]); what `needs` does not ask for has no elements."""
+    (a, b, scale, p, seed), (need_dx, (need_da,), (need_db,)) = adapter, needs
+    w, *last = _parts(base.w)
+    return _backward_op(dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *last)
+
+
+def keep_mask(x: Tensor, p: float, seed: Tensor, backend: str | None) -> Tensor:
+    """Return the dropout mask of x [M, K] as numbers 0 and 1 in x's dtype."""
+    return _keep_mask_op(x, p, seed, backend)
+
+
+def base_gemm(x: Tensor, w: Tensor, backend: str | None) -> Tensor:
+    """Return x Wᵀ [M, N]."""
+    return _base_gemm_op(x, w, backend)
+
+
+def forward_group(
+    x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], backend: str | None, save_h: Sequence[bool]
+) -> Results:
+    """Return (ys, hs) of layers that read one x; an h has no elements unless its `save_h`."""
+    (w, bias), (a, b, scale, p, seed) = _columns(bases), _columns(adapters)
+    out = _forward_group_op(x, w, a, b, bias, scale, p, seed, backend, save_h)
+    return out[: len(w)], out[len(w) :]
+
+
+def backward_group(
+    dys: Tensors, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter], hs: Tensors, needs: Needs,
+    backend: str | None,
+) -> Gradients:  # fmt: skip
+    """Return (dx, das, dbs) of layers that read one x; what `needs` does not ask for has no elements."""
+    (w, _), (a, b, scale, p, seed) = _columns(bases), _columns(adapters)
+    need_da, need_db = list(needs.da), list(needs.db)
+    dx, *rest = _backward_group_op(dys, x, w, a, b, hs, scale, p, seed, backend, needs.dx, need_da, need_db)
+    return dx, rest[: len(w)], rest[len(w) :]
+
+
+# --- a layer's pieces ---
+
+
+def whole_weight(
+    w: Tensor, w_scales: Sequence[Tensor] | None, w_format: str, w_blocksize: int, dtype: torch.dtype
+) -> Tensor | QuantizedWeight:
+    """Return the weight that the arguments of an operator or a Function stand for, in `dtype`."""
+    if w_format == "dense":
+        return as_dtype(w, dtype)
+    return quant.assemble(w, w_scales or (), w_format, w_blocksize, dtype)
+
+
+def _parts(w: Tensor | QuantizedWeight) -> tuple[Tensor] | tuple[Tensor, list[Tensor], str, int]:
+    """Return the arguments that stand for a weight: itself, or codes, scales, format and blocksize."""
+    return (w.codes, list(w.tensors[1:]), w.format, w.blocksize) if isinstance(w, QuantizedWeight) else (w,)
+
+
+def _columns(rows: Sequence[Base] | Sequence[Adapter]) -> list[Any]:
+    """Return a list of each field's values."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _layers(w, bias, a, b, scale, p, seed) -> tuple[list[Base], list[Adapter]]:  # type: ignore[no-untyped-def]
+    """Return the layers of a list of each field's values."""
+    bases = [Base(*each) for each in zip(w, bias, strict=True)]
+    return bases, [Adapter(*each) for each in zip(a, b, scale, p, seed, strict=True)]
+
+
+def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """Return a tensor of no elements for None: an operator has to return tensors."""
+    return like.new_empty(0) if t is None else t
+
+
+def _each_or_empty(ts: MaybeTensors, likes: Iterable[Tensor]) -> list[Tensor]:
+    return [_or_empty(t, like) for t, like in zip(ts, likes, strict=True)]
+
+
+# --- what the operators run, and the shapes of their results for a compiler; the schemas above state the types ---
+
+
+def _run_forward(  # type: ignore[no-untyped-def]
+    x, w, a, b, bias, scale, p, seed, backend, save_h, w_scales=None, w_format="dense", w_blocksize=0
+):
+    base = Base(whole_weight(w, w_scales, w_format, w_blocksize, x.dtype), bias)
+    y, h = direct.forward(x, base, Adapter(a, b, scale, p, seed), backend, save_h)
+    return y, _or_empty(h, x)
+
+
+def _fake_forward(x, w, a, b, bias, scale, p, seed, backend, save_h, *quantised, **named):  # type: ignore
+    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0]) if save_h else x.new_empty(0)
+
+
+def _run_backward(  # type: ignore[no-untyped-def]
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db,
+    w_scales=None, w_format="dense", w_blocksize=0,
+):  # fmt: skip
+    base, adapter = Base(whole_weight(w, w_scales, w_format, w_blocksize, dy.dtype)), Adapter(a, b, scale, p, seed)
+    dx, da, db = direct.backward(dy, x, base, adapter, h, Needs(need_dx, (need_da,), (need_db,)), backend)
+    return _or_empty(dx, dy), _or_empty(da, a), _or_empty(db, b)
+
+
+def _fake_backward(  # type: ignore
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *quantised, **named
+):
+    return (
+        dy.new_empty(dy.shape[0], a.shape[1]) if need_dx else dy.new_empty(0),
+        a.new_empty(a.shape) if need_da else a.new_empty(0),
+        b.new_empty(b.shape) if need_db else b.new_empty(0),
+    )
+
+
+def _fake_keep_mask(x, p, seed, backend):  # type: ignore
+    return x.new_empty(x.shape)
+
+
+def _fake_base_gemm(x, w, backend):  # type: ignore
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _run_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore[no-untyped-def]
+    ys, hs = direct.forward_group(x, *_layers(w, bias, a, b, scale, p, seed), backend, save_h)
+    return [*ys, *_each_or_empty(hs, [x] * len(hs))]
+
+
+def _fake_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore
+    ys = [x.new_empty(x.shape[0], each.shape[0]) for each in w]
+    hs = [
+        x.new_empty(x.shape[0], each.shape[0]) if save else x.new_empty(0) for each, save in zip(a, save_h, strict=True)
+    ]
+    return [*ys, *hs]
+
+
+def _run_backward_group(  # type: ignore[no-untyped-def]
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db
+):
+    bases, adapters = _layers(w, [None] * len(w), a, b, scale, p, seed)
+    hs = [each if need else None for each, need in zip(h, need_db, strict=True)]
+    needs = Needs(need_dx, tuple(need_da), tuple(need_db))
+    dx, das, dbs = direct.backward_group(dy, x, bases, adapters, hs, needs, backend)
+    return [_or_empty(dx, dy[0]), *_each_or_empty(das, a), *_each_or_empty(dbs, b)]
+
+
+def _fake_backward_group(dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db):  # type: ignore
+    dx = dy[0].new_empty(dy[0].shape[0], w[0].shape[1]) if need_dx else dy[0].new_empty(0)
+    das = [each.new_empty(each.shape if need else 0) for each, need in zip(a, need_da, strict=True)]
+    dbs = [each.new_empty(each.shape if need else 0) for each, need in zip(b, need_db, strict=True)]
+    return [dx, *das, *dbs]
+
+
+for _name, _run, _fake in (
+    ("forward", _run_forward, _fake_forward),
+    ("backward", _run_backward, _fake_backward),
+    ("keep_mask", direct.keep_mask, _fake_keep_mask),
+    ("base_gemm", direct.base_gemm, _fake_base_gemm),
+    ("forward_group", _run_forward_group, _fake_forward_group),
+    ("backward_group", _run_backward_group, _fake_backward_group),
+):
+    library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lora_kernels::{_name}", _fake, lib=library)
+_forward_op = torch.ops.lora_kernels.forward.default
+_backward_op = torch.ops.lora_kernels.backward.default
+_keep_mask_op = torch.ops.lora_kernels.keep_mask.default
+_base_gemm_op = torch.ops.lora_kernels.base_gemm.default
+_forward_group_op = torch.ops.lora_kernels.forward_group.default
+_backward_group_op = torch.ops.lora_kernels.backward_group.default
