@@ -9,7 +9,7 @@ namespace {
 constexpr i64 kDepth = 1024;     // columns of x (and of a's panel) per pass: the panel's 8 rows stay in L1
 constexpr i64 kRows = 48;        // rows of x or y per task
 constexpr i64 kWidth = 4096;     // columns of y per task
-constexpr i64 kFewRows = 4;      // up to here b is read as it is; beyond, transposing it first pays
+constexpr i64 kRowsInPlace = 4;  // rows of y up to which b is read as it is; beyond, transposing it first pays
 constexpr i64 kFewRanks = 8;     // there: rows of a per task,
 constexpr i64 kFewWidth = 1024;  // columns of y per task,
 constexpr i64 kFewWeight = 16;   // and a product weighs so much, because memory is what takes the time
@@ -56,7 +56,7 @@ void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
 
 void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branches) {
   const Kernels& k = kernels();
-  const bool down = static_cast<bool>(x), few = M <= kFewRows;
+  const bool down = static_cast<bool>(x), few = M <= kRowsInPlace;
   const i64 ldk = panel_stride(K);
   std::vector<Work> works;
   works.reserve(branches.size());

@@ -9,8 +9,7 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kFewRows = 16;  // up to here every code is read once, or a few times from L1, and meets the rows of x
-constexpr i64 kStrip = 128;   // rows of w per task there; a divisor of kFp8Block
+constexpr i64 kStrip = 128;  // rows of w per task of few rows of x; a divisor of kFp8Block
 constexpr i64 kFp8Block = 128;
 constexpr i64 kDepth = 1024;
 constexpr i64 kDecodeRows = 32;  // that become panels together: a divisor of kFp8Block, a multiple of a panel's width
@@ -139,8 +138,6 @@ class Codes : public FewRows {
 
 }  // namespace
 
-bool quantized_few(i64 M, bool transposed) { return M <= kFewRows && !transposed; }
-
 std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y) {
   return std::make_unique<Codes>(M, w, x, y);
 }
@@ -167,7 +164,7 @@ void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 c
 }
 
 void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y) {
-  if (quantized_few(M, transposed)) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y));
+  if (M <= kFewRows && !transposed) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y));
   const Gemm& g = *kernels().gemm(x.dtype);
   const i64 N = transposed ? w.K : w.N, K = transposed ? w.N : w.K;
   // some rows of w at a time, decoded in L1

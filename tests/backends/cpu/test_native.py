@@ -1,4 +1,5 @@
-"""The native CPU kernels, one by one and by every instruction set this machine can run, against the formula in fp64."""
+"""The native CPU kernels, one by one and with every instruction set that this machine can run, against the formula in
+fp64."""
 
 from __future__ import annotations
 
@@ -16,7 +17,19 @@ from torch import Tensor
 from lora_kernels.core import dropout as random
 
 _C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
-from support.native_problems import CODES, SEED, Operands, close, gemm, gemm_operands, gemm_serves, problem  # noqa: E402
+from support.native_problems import (  # noqa: E402
+    SEED,
+    X_DTYPES,
+    Operands,
+    close,
+    gemm,
+    gemm_operands,
+    gemm_serves,
+    problem,
+)
+
+from lora_kernels.backends import cpu  # noqa: E402
+from lora_kernels.core.operands import Adapter, Base, Needs  # noqa: E402
 
 SHAPES = [  # M, N, K, R
     (1, 1, 1, 1),
@@ -37,9 +50,11 @@ P = [0.0, 0.1, 0.9]
 
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-def test_forward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float) -> None:
-    """h = x̂ aᵀ alone, y += s h bᵀ alone, and both in one call (where y sees h before it is rounded, if
-    it is not multiplied as bf16)."""
+def test_forward_is_within_the_bound_of_an_fp32_sum(
+    isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
+) -> None:
+    """h = x̂ aᵀ alone, y += s h bᵀ alone, and both in one call. There y sees h before it is rounded, unless h is
+    multiplied as bf16."""
     pairs = isa == "avx512_bf16" and dtype == adapter_dtype == torch.bfloat16
     for shape in SHAPES:
         q, want = problem(shape, dtype, adapter_dtype, p)
@@ -52,7 +67,9 @@ def test_forward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: fl
 
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-def test_backward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float) -> None:
+def test_backward_is_within_the_bound_of_an_fp32_sum(
+    isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
+) -> None:
     pairs = isa == "avx512_bf16" and dtype == adapter_dtype == torch.bfloat16
     for shape in SHAPES:
         q, want = problem(shape, dtype, adapter_dtype, p)
@@ -62,10 +79,9 @@ def test_backward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: f
 
 @pytest.mark.parametrize("shape", [(67, 48, 33, 3), (130, 100, 90, 65)])
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
-def test_backward_computes_what_is_asked(
+def test_a_gradient_alone_has_the_same_bits_as_beside_the_others(
     isa: str, shape: tuple[int, int, int, int], adapter_dtype: torch.dtype
 ) -> None:
-    """Each result alone has the very bits it has beside the others."""
     q = Operands(*shape, torch.bfloat16, adapter_dtype, 0.1)
     everything = q.backward()
     for name in everything:
@@ -74,7 +90,7 @@ def test_backward_computes_what_is_asked(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"), [*((dtype, torch.float32) for dtype in CODES), (torch.bfloat16, torch.bfloat16)]
+    ("dtype", "adapter_dtype"), [*((dtype, torch.float32) for dtype in X_DTYPES), (torch.bfloat16, torch.bfloat16)]
 )
 @pytest.mark.parametrize("shape", [(523, 700, 391, 8), (1100, 130, 300, 16), (260, 400, 300, 70)])
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
@@ -104,7 +120,7 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
     ids=["zeros", "ones", "pi"],
 )
 def test_philox_known_answers(counter: list[int], key: list[int], want: list[int]) -> None:
-    """kat_vectors of Random123 (Salmon et al.), philox4x32-10."""
+    """The vectors are those of philox4x32-10 in Random123's kat_vectors (Salmon et al.)."""
     assert _C.philox(counter, key) == want
 
 
@@ -118,7 +134,7 @@ def test_keep_bits_are_those_of_the_rule(isa: str, seed: int, p: float) -> None:
 
 
 def test_rows_beyond_32_bits_have_their_own_bits(isa: str) -> None:
-    """m enters the counter with 64 bits."""
+    """The row m enters the counter with 64 bits."""
     assert _C.keep_bits(SEED, 30000, 5, 1, 64) != _C.keep_bits(SEED, 30000, 5 + 2**32, 1, 64)
     group, row = 3, 5 + 2**32
     words = _C.philox([group, row & 0xFFFFFFFF, row >> 32, 0], [SEED & 0xFFFFFFFF, SEED >> 32])
@@ -126,10 +142,67 @@ def test_rows_beyond_32_bits_have_their_own_bits(isa: str) -> None:
     assert _C.keep_bits(SEED, 30000, row, 1, 64)[group] == sum((lane >= 30000) << j for j, lane in enumerate(lanes))
 
 
-@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize(
+    "p", [0.0, 1e-6, 1e-5, 0.5, 0.99999, 1.0, *(i / 131072 for i in range(1, 200, 2)), *(i / 97 for i in range(97))]
+)
+def test_the_dropout_rule_is_the_same_in_python_and_in_the_kernels(p: float) -> None:
+    """The odd multiples of 2⁻¹⁷ lie half-way between two thresholds."""
+    threshold, rescale = _C.dropout_rule(p)
+    assert threshold == random.threshold(p) and rescale == torch.tensor(random.rescale(p), dtype=torch.float32).item()
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.99999])
+@pytest.mark.parametrize("dtype", X_DTYPES)
+def test_the_mask_is_that_of_the_rule(isa: str, dtype: torch.dtype, p: float) -> None:
+    seed = torch.tensor(SEED)
+    for M, K in [(1, 1), (0, 5), (5, 0), (33, 203), (70, 4100), (300, 64)]:
+        x = torch.randn(M, K).to(dtype)
+        mask = cpu.keep_mask(x, p, seed)
+        assert mask.dtype == dtype and mask.is_contiguous()
+        assert torch.equal(mask, random.keep_mask(seed, M, K, p).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", X_DTYPES)
+def test_operands_of_any_strides_give_the_bits_of_contiguous_ones(dtype: torch.dtype) -> None:
+    M, N, K, R = 19, 40, 33, 5
+    drawn = [torch.randn(*shape).to(dtype) for shape in ((M, K), (N, K), (N,), (R, K), (N, R), (M, N))]
+    needs, seed = Needs(True, (True,), (True,)), torch.tensor(SEED)
+
+    def run(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> list[Tensor | None]:
+        bases, adapters = [Base(w, bias)], [Adapter(a, b, 0.5, 0.1, seed)]
+        ys, hs = cpu.forward(x, bases, adapters, [True])
+        assert hs[0] is not None
+        dx, das, dbs = cpu.backward([dy], x, bases, adapters, [hs[0].t().contiguous().t()], needs)
+        return [*ys, *hs, dx, *das, *dbs]
+
+    def strided(t: Tensor) -> Tensor:
+        return t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2]
+
+    x, w, bias, a, b, dy = drawn
+    want = run(x, w, bias, a, b, dy)
+    got = run(strided(x), w, strided(bias), strided(a), strided(b), strided(dy))
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def test_the_boundary_refuses_what_the_kernels_cannot_address() -> None:
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="last stride is 1"):
+        _C.gemm(1, x, w, torch.empty(4, 3).t(), False)
+    with pytest.raises(TypeError, match=r"float32, bfloat16 and float16, not torch\.float64"):
+        _C.gemm(1, x.double(), w.double(), torch.empty(3, 4).double(), False)
+    with pytest.raises(ValueError, match="one or two dimensions"):
+        _C.gemm(1, x[None], w, torch.empty(3, 4), False)
+    adapter = Adapter(torch.randn(2, 8), torch.randn(4, 2), 1.0)
+    with pytest.raises(ValueError, match="different lengths"):
+        _C.forward(1, x, [Base(w)], [adapter], [torch.zeros(3, 4)], [], [False])
+    with pytest.raises(ValueError, match="only nf4 and fp4"):
+        _C.set_levels("int8", [0.0] * 16)
+
+
+@pytest.mark.parametrize("dtype", X_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 13, 21, 5), (7, 33, 47, 8), (66, 70, 65, 3)])
 def test_reads_and_writes_stay_inside(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """Every operand ends at the last byte before a page that may not be touched."""
+    """Every operand ends at the last byte before a page that must not be touched."""
     q = Operands(*shape, dtype, dtype, 0.1)
     pages = []
 
@@ -174,7 +247,7 @@ def protect(page: int, read_write: bool = False) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def test_isa_is_chosen_and_named() -> None:
+def test_an_isa_that_the_machine_cannot_run_is_refused() -> None:
     isas = _C.cpu_isas()
     assert isas[-1] == "baseline" and _C.cpu_isa() == isas[0]
     with pytest.raises(ValueError, match=r"cannot run cpu isa 'vax'; it can run: .*baseline"):
@@ -185,7 +258,7 @@ def test_isa_is_chosen_and_named() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 @pytest.mark.skipif(not _C.openmp, reason="built without OpenMP")
 def test_one_openmp_runtime_in_the_process() -> None:
-    """torch's own libgomp serves the module too: two runtimes would mean two pools of threads on the same cores."""
+    """torch's own libgomp serves the module too. Two runtimes would mean two pools of threads on the same cores."""
     code = (
         "import torch, lora_kernels._C\n"
         "files = {line.split()[-1] for line in open('/proc/self/maps') if '/' in line}\n"
