@@ -23,9 +23,9 @@ using cpu::Tile;
 
 // The names and types that reading compares with and looks up. They are made once, when the module is imported.
 struct Names {
-  PyTypeObject* tensor;               // torch.Tensor
-  std::array<PyObject*, 3> dtypes;    // in the order of DType
-  std::array<PyObject*, 4> formats;   // in the order of Format
+  PyTypeObject* tensor;                                    // torch.Tensor
+  std::array<PyObject*, 3> dtypes;                         // in the order of DType
+  std::array<PyObject*, 4> formats;                        // in the order of Format
   PyObject *data_ptr, *stride, *contiguous;                // methods of a tensor
   PyObject *shape, *dtype;                                 // attributes of a tensor
   PyObject *w, *bias;                                      // fields of a Base

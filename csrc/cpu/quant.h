@@ -23,7 +23,8 @@ struct Quantized {
 // out [rows, cols] = w[n0.., k0..], dequantised. For 4 bits k0 and cols are even.
 void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, Tile out);
 
-// y = x w^T [M, N], or, transposed, y = x w [M, K]. x has a dtype of gemm_of, or, not transposed, at most kFewRows rows.
+// y = x w^T [M, N], or, transposed, y = x w [M, K]. x has a dtype of gemm_of, or, not transposed, at most kFewRows
+// rows.
 void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y);
 
 }  // namespace lk::cpu
