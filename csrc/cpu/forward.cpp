@@ -14,7 +14,7 @@ constexpr i64 kFewRanks = 8;     // there: rows of a per task,
 constexpr i64 kFewWidth = 1024;  // columns of y per task,
 constexpr i64 kFewWeight = 16;   // and a product weighs so much, because memory is what takes the time
 
-// What a branch needs besides its operands.
+// Sizes, tasks and memory of a branch, beside its operands.
 struct Work {
   const LowRank& l;
   bool a_packed, b_packed, convert_bias;
@@ -31,25 +31,26 @@ struct Work {
         pack_a(make_grid(p.R, K, p.R, 512)),
         pack_b(make_grid(p.N, p.R, 128, p.R)),
         tiles(make_grid(M, p.N, kRows, few ? kFewWidth : kWidth)) {}
+
+  Sums h(const Branch& p) const { return {h32, p.R}; }
 };
 
-// h[m0.., r0..] (+)= keep(x) a^T over the columns from k0 on, unscaled
+// h[m0.., r0..] (+)= keep(x) a^T over `depth` columns from k0 on, not yet scaled
 void dot_x(const Branch& p, const Work& w, Tile x, i64 ldk, i64 m0, i64 rows, i64 k0, i64 depth, i64 r0, i64 ranks,
            uint8_t* bits) {
   const uint32_t threshold = p.dropout.threshold;
   if (threshold) kernels().keep_bits(p.dropout.seed, threshold, m0, k0, rows, depth, bits, kDepth / 8);
-  const i64 ldp = w.a_packed ? ldk : p.a.ld;
-  const float* const P = (w.a_packed ? w.a_panel : static_cast<const float*>(p.a.data)) + r0 * ldp;
-  w.l.dot(x.at(m0, k0), {threshold ? bits : nullptr, kDepth / 8}, P + w.l.dot_column(k0), ldp, rows, depth, ranks,
-          w.h32 + m0 * p.R + r0, p.R, k0 > 0);
+  const Panel P = w.a_packed ? Panel{w.a_panel, ldk} : Panel{static_cast<const float*>(p.a.data), p.a.ld};
+  w.l.dot(x.at(m0, k0), {threshold ? bits : nullptr, kDepth / 8}, P.at(r0, w.l.dot_column(k0)), {rows, depth, ranks},
+          w.h(p).at(m0, r0), k0 > 0);
 }
 
-// h as it is saved, and as y takes it
+// Write h where it is saved, and turn it into what the product with b takes.
 void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
-  float* const hm = w.h32 + m0 * p.R;
+  const Sums h = w.h(p).at(m0, 0);
   const float c = p.dropout.rescale();
-  if (p.h) kernels().write(hm, p.R, rows, p.R, c, p.h.at(m0, 0));
-  if (p.y) w.l.expand_rows({hm, p.R, DType::f32}, rows, p.R, c * p.scale, hm);
+  if (p.h) kernels().write(h, rows, p.R, c, p.h.at(m0, 0));
+  if (p.y) w.l.expand_rows({h.data, h.ld, DType::f32}, rows, p.R, c * p.scale, h.data);
 }
 
 }  // namespace
@@ -103,23 +104,23 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
       }
       if (w.convert_bias) {
 #pragma omp single nowait
-        k.read(p.bias, 1, p.N, 1.0f, w.bias32, p.N);
+        k.read(p.bias, 1, p.N, 1.0f, {w.bias32, p.N});
       }
       if (w.a_packed) {
 #pragma omp for schedule(static) nowait
         for (i64 t = 0; t < w.pack_a.size(); ++t)
-          w.l.dot_panel(p.a.at(0, w.pack_a.k0(t)), p.R, w.pack_a.width(t), w.a_panel + w.l.dot_column(w.pack_a.k0(t)),
-                        ldk);
+          w.l.dot_panel(p.a.at(0, w.pack_a.k0(t)), p.R, w.pack_a.width(t),
+                        {w.a_panel + w.l.dot_column(w.pack_a.k0(t)), ldk});
       }
       if (w.b_packed) {
 #pragma omp for schedule(static) nowait
         for (i64 t = 0; t < w.pack_b.size(); ++t)
-          w.l.expand_panel_t(p.b.at(w.pack_b.m0(t), 0), w.pack_b.rows(t), p.R, w.b_panel + w.pack_b.m0(t), w.ldn);
+          w.l.expand_panel_t(p.b.at(w.pack_b.m0(t), 0), w.pack_b.rows(t), p.R, {w.b_panel + w.pack_b.m0(t), w.ldn});
       }
       if (!down) {
 #pragma omp for schedule(static) nowait
         for (i64 t = 0; t < rows.size(); ++t)
-          w.l.expand_rows(p.h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, w.h32 + rows.m0(t) * p.R);
+          w.l.expand_rows(p.h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, w.h(p).row(rows.m0(t)));
       }
     }
 #pragma omp barrier
@@ -168,14 +169,14 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
         const i64 m0 = w.tiles.m0(t), n0 = w.tiles.k0(t), width = w.tiles.width(t), n = w.tiles.rows(t);
         const float* const bias_n = bias ? bias + n0 : nullptr;
         if (!few) {
-          w.l.expand(p.y.at(m0, n0), {nullptr, 0}, bias_n, w.h32 + m0 * p.R, p.R, w.b_panel + n0, w.ldn, n, width, p.R);
+          w.l.expand(p.y.at(m0, n0), kKeepAll, bias_n, w.h(p).at(m0, 0), {w.b_panel + n0, w.ldn}, {n, width, p.R});
           continue;
         }
         const float one = 1.0f;
         float* const column = tmp + worker() * kWidth;
         for (i64 m = m0; m < m0 + n; ++m) {
-          w.l.dot(p.b.at(n0, 0), {nullptr, 0}, w.h32 + m * p.R, p.R, width, p.R, 1, column, 1, false);
-          w.l.expand(p.y.at(m, n0), {nullptr, 0}, bias_n, &one, 1, column, width, 1, width, 1);
+          w.l.dot(p.b.at(n0, 0), kKeepAll, w.h(p).at(m, 0), {width, p.R, 1}, {column, 1}, false);
+          w.l.expand(p.y.at(m, n0), kKeepAll, bias_n, {&one, 1}, {column, width}, {1, width, 1});
         }
       }
     }
