@@ -6,19 +6,22 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kDepth = 1024;     // columns of x (and of a's panel) per pass: the panel's 8 rows stay in L1
-constexpr i64 kRows = 48;        // rows of x or y per task
-constexpr i64 kWidth = 4096;     // columns of y per task
-constexpr i64 kRowsInPlace = 4;  // rows of y up to which b is read as it is; beyond, transposing it first pays
-constexpr i64 kFewRanks = 8;     // there: rows of a per task,
-constexpr i64 kFewWidth = 1024;  // columns of y per task,
-constexpr i64 kFewWeight = 16;   // and a product weighs so much, because memory is what takes the time
+constexpr i64 kDepth = 1024;  // columns of x (and of a's panel) per pass: 8 rows of the panel stay in L1
+constexpr i64 kRows = 48;     // rows of x or y per task
+constexpr i64 kWidth = 4096;  // columns of y per task
+
+// Up to so many rows b is read as it is; for more, it pays to transpose b first.
+constexpr i64 kRowsInPlace = 4;
+// For so few rows, tasks are cut along R and N. Memory takes the time there, so a product counts as 16 operations.
+constexpr i64 kFewRanks = 8;     // rows of a per task
+constexpr i64 kFewWidth = 1024;  // columns of y per task
+constexpr i64 kFewWeight = 16;
 
 // Sizes, tasks and memory of a branch, beside its operands.
 struct Work {
   const LowRank& l;
   bool a_packed, b_packed, convert_bias;
-  i64 ldn;
+  i64 ldk, ldn;
   Grid pack_a, pack_b, tiles;
   float *h32 = nullptr, *a_panel = nullptr, *b_panel = nullptr, *bias32 = nullptr;
 
@@ -27,22 +30,30 @@ struct Work {
         a_packed(down && (!few || p.a.dtype != DType::f32)),
         b_packed(p.y && !few),
         convert_bias(p.bias && p.bias.dtype != DType::f32),
+        ldk(panel_stride(K)),
         ldn(panel_stride(p.N)),
         pack_a(make_grid(p.R, K, p.R, 512)),
         pack_b(make_grid(p.N, p.R, 128, p.R)),
         tiles(make_grid(M, p.N, kRows, few ? kFewWidth : kWidth)) {}
 
   Sums h(const Branch& p) const { return {h32, p.R}; }
+  Panel a(const Branch& p) const {
+    return a_packed ? Panel{a_panel, ldk} : Panel{static_cast<const float*>(p.a.data), p.a.ld};
+  }
 };
 
-// h[m0.., r0..] (+)= keep(x) a^T over `depth` columns from k0 on, not yet scaled
-void dot_x(const Branch& p, const Work& w, Tile x, i64 ldk, i64 m0, i64 rows, i64 k0, i64 depth, i64 r0, i64 ranks,
-           uint8_t* bits) {
+// A part of x and of a: where it begins, and its sizes.
+struct Part {
+  i64 m0, k0, r0;
+  Extent size;
+};
+
+// h[m0.., r0..] (+)= keep(x) a^T over the columns of the part, not yet scaled. `bits` is memory for its keep bits.
+void dot_x(const Branch& p, const Work& w, Tile x, Part t, uint8_t* bits) {
   const uint32_t threshold = p.dropout.threshold;
-  if (threshold) kernels().keep_bits(p.dropout.seed, threshold, m0, k0, rows, depth, bits, kDepth / 8);
-  const Panel P = w.a_packed ? Panel{w.a_panel, ldk} : Panel{static_cast<const float*>(p.a.data), p.a.ld};
-  w.l.dot(x.at(m0, k0), {threshold ? bits : nullptr, kDepth / 8}, P.at(r0, w.l.dot_column(k0)), {rows, depth, ranks},
-          w.h(p).at(m0, r0), k0 > 0);
+  if (threshold) kernels().keep_bits(p.dropout.seed, threshold, t.m0, t.k0, t.size.rows, t.size.cols, bits, kDepth / 8);
+  w.l.dot(x.at(t.m0, t.k0), {threshold ? bits : nullptr, kDepth / 8}, w.a(p).at(t.r0, w.l.dot_column(t.k0)), t.size,
+          w.h(p).at(t.m0, t.r0), t.k0 > 0);
 }
 
 // Write h where it is saved, and turn it into what the product with b takes.
@@ -58,7 +69,6 @@ void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
 void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branches) {
   const Kernels& k = kernels();
   const bool down = static_cast<bool>(x), few = M <= kRowsInPlace;
-  const i64 ldk = panel_stride(K);
   std::vector<Work> works;
   works.reserve(branches.size());
   double products = 0;
@@ -84,7 +94,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
       const Branch& p = branches[i];
       Work& w = works[i];
       w.h32 = scratch.floats(M * p.R);
-      w.a_panel = scratch.floats(w.a_packed ? p.R * ldk : 0);
+      w.a_panel = scratch.floats(w.a_packed ? p.R * w.ldk : 0);
       w.b_panel = scratch.floats(w.b_packed ? p.R * w.ldn : 0);
       w.bias32 = scratch.floats(w.convert_bias ? p.N : 0);
       if (p.base) p.base->take(scratch, threads);
@@ -110,7 +120,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
 #pragma omp for schedule(static) nowait
         for (i64 t = 0; t < w.pack_a.size(); ++t)
           w.l.dot_panel(p.a.at(0, w.pack_a.k0(t)), p.R, w.pack_a.width(t),
-                        {w.a_panel + w.l.dot_column(w.pack_a.k0(t)), ldk});
+                        {w.a_panel + w.l.dot_column(w.pack_a.k0(t)), w.ldk});
       }
       if (w.b_packed) {
 #pragma omp for schedule(static) nowait
@@ -132,7 +142,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
 #pragma omp for schedule(static) nowait
         for (i64 r0 = 0; r0 < p.R; r0 += kFewRanks) {
           for (i64 k0 = 0; k0 < K; k0 += kDepth)
-            dot_x(p, w, x, ldk, 0, M, k0, std::min(kDepth, K - k0), r0, std::min(kFewRanks, p.R - r0), my_bits);
+            dot_x(p, w, x, {0, k0, r0, {M, std::min(kDepth, K - k0), std::min(kFewRanks, p.R - r0)}}, my_bits);
         }
       }
     } else if (down) {
@@ -143,7 +153,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
         do {
           const i64 depth = std::min(kDepth, K - k0);
           for (size_t i = 0; i < works.size(); ++i)
-            dot_x(branches[i], works[i], x, ldk, m0, n, k0, depth, 0, branches[i].R, my_bits);
+            dot_x(branches[i], works[i], x, {m0, k0, 0, {n, depth, branches[i].R}}, my_bits);
           k0 += depth;
         } while (k0 < K);
         for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], m0, n);

@@ -6,15 +6,15 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kRows = 16;    // of a task
-constexpr i64 kCols = 4096;  // of a task; a multiple of 64
+constexpr i64 kRows = 16;    // rows per task
+constexpr i64 kCols = 4096;  // columns per task, a multiple of 64
 
 template <class T>
 void write_ones(const uint8_t* bits, i64 cols, T one, T* out) {
   for (i64 k = 0; k < cols; ++k) out[k] = static_cast<T>(bits[k / 8] >> k % 8 & 1) * one;
 }
 
-// The bits of 1.0 are written as integers: 0 has the same bits in every dtype.
+// Numbers are written as integers: the bits of 1.0 are `one`, and 0.0 is 0 in every dtype.
 void write_row(const uint8_t* bits, i64 cols, Tile out) {
   if (out.dtype == DType::f32) return write_ones<uint32_t>(bits, cols, 0x3f800000u, static_cast<uint32_t*>(out.data));
   const uint16_t one = out.dtype == DType::bf16 ? 0x3f80u : 0x3c00u;

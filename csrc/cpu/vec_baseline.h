@@ -83,7 +83,7 @@ struct V {
       }
   }
 
-  // 8 bytes of keep bits: columns 8 * group .. 8 * group + 63 of row m
+  // The keep bits of columns 8 * group .. 8 * group + 63 of row m, 8 bytes
   static void keep64(uint64_t seed, uint32_t threshold, uint64_t m, uint32_t group, uint8_t* bits) {
     for (int i = 0; i < 8; ++i) bits[i] = philox_keep8(seed, m, group + i, threshold);
   }
