@@ -58,6 +58,29 @@ struct Work {
         g_parts(one_pass ? over_n.C : 1) {}
 };
 
+// The panels of a and b and the rows of h, in the packing that the products take.
+void pack_operands(const Branch& p, const Work& w, i64 ldk) {
+  if (w.a_packed) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.pack_a.size(); ++t) {
+      const i64 k0 = w.pack_a.k0(t);
+      w.l.expand_panel(p.a.at(0, k0), p.R, w.pack_a.width(t), {w.a_panel + k0, ldk});
+    }
+  }
+  if (w.need_g) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.pack_b.size(); ++t) {
+      const i64 n0 = w.pack_b.m0(t);
+      w.l.dot_panel_t(p.b.at(n0, 0), w.pack_b.rows(t), p.R, {w.b_panel + w.l.dot_column(n0), w.ldn});
+    }
+  }
+  if (w.h_packed) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.rows.size(); ++t)
+      w.l.outer_rows(p.h.at(w.rows.m0(t), 0), w.rows.rows(t), p.R, 1.0f, w.h32 + w.rows.m0(t) * p.R);
+  }
+}
+
 // The parts of g (one for each chunk of columns) and of db (one for each slab of rows), from a branch's dy.
 void pass_over_dy(const Branch& p, const Work& w, i64 M) {
   if (w.need_g && !w.one_pass) {
@@ -112,10 +135,23 @@ void sum_over_dy(const Branch& p, const Work& w, i64 M, bool dx) {
   }
 }
 
+// Sum the parts of da, one for each of `slabs` slabs of rows.
+void sum_da(const Branch& p, const Work& w, i64 K, i64 ldk, i64 slabs) {
+  if (!p.da) return;
+#pragma omp for schedule(static) nowait
+  for (i64 k0 = 0; k0 < K; k0 += kReduce) {
+    const i64 width = std::min(kReduce, K - k0);
+    for (i64 r = 0; r < p.R; ++r) {
+      float* const D = w.da_part + r * ldk + k0;
+      sum_parts(D, width, D, p.R * ldk, slabs);
+    }
+    kernels().write({w.da_part + k0, ldk}, p.R, width, p.dropout.rescale(), p.da.at(0, k0));
+  }
+}
+
 }  // namespace
 
 void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Branch>& branches) {
-  const Kernels& k = kernels();
   const i64 ldk = panel_stride(K);
   std::vector<Work> works;
   works.reserve(branches.size());
@@ -152,27 +188,7 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    // the packed panels of a, b and h
-    for (size_t i = 0; i < works.size(); ++i) {
-      const Branch& p = branches[i];
-      const Work& w = works[i];
-      if (w.a_packed) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.pack_a.size(); ++t)
-          w.l.expand_panel(p.a.at(0, w.pack_a.k0(t)), p.R, w.pack_a.width(t), {w.a_panel + w.pack_a.k0(t), ldk});
-      }
-      if (w.need_g) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.pack_b.size(); ++t)
-          w.l.dot_panel_t(p.b.at(w.pack_b.m0(t), 0), w.pack_b.rows(t), p.R,
-                          {w.b_panel + w.l.dot_column(w.pack_b.m0(t)), w.ldn});
-      }
-      if (w.h_packed) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.rows.size(); ++t)
-          w.l.outer_rows(p.h.at(w.rows.m0(t), 0), w.rows.rows(t), p.R, 1.0f, w.h32 + w.rows.m0(t) * p.R);
-      }
-    }
+    for (size_t i = 0; i < works.size(); ++i) pack_operands(branches[i], works[i], ldk);
 #pragma omp barrier
 
     // dy b and dy^T h: one pass over each dy where the rank is small
@@ -197,7 +213,7 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
           if (!w.need_g) continue;
           const uint32_t threshold = p.dropout.threshold;
           const Keep keep{threshold ? my_bits : nullptr, over_k.chunk / 8};
-          if (threshold) k.keep_bits(p.dropout.seed, threshold, m0, k0, n, width, my_bits, keep.ld);
+          if (threshold) kernels().keep_bits(p.dropout.seed, threshold, m0, k0, n, width, my_bits, keep.ld);
           if (p.da)
             w.l.outer(x.at(m0, k0), keep, {w.g + m0 * p.R, p.R}, {n, width, p.R},
                       {w.da_part + t / over_k.C * p.R * ldk + k0, ldk});
@@ -207,20 +223,7 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
         }
       }
     }
-    for (size_t i = 0; i < works.size(); ++i) {
-      const Branch& p = branches[i];
-      const Work& w = works[i];
-      if (!p.da) continue;
-#pragma omp for schedule(static) nowait
-      for (i64 k0 = 0; k0 < K; k0 += kReduce) {
-        const i64 width = std::min(kReduce, K - k0);
-        for (i64 r = 0; r < p.R; ++r) {
-          float* const D = w.da_part + r * ldk + k0;
-          sum_parts(D, width, D, p.R * ldk, over_k.S);
-        }
-        k.write({w.da_part + k0, ldk}, p.R, width, p.dropout.rescale(), p.da.at(0, k0));
-      }
-    }
+    for (size_t i = 0; i < works.size(); ++i) sum_da(branches[i], works[i], K, ldk, over_k.S);
   }
 }
 

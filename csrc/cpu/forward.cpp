@@ -42,6 +42,37 @@ struct Work {
   }
 };
 
+// Bring the operands of the products to the form that these take. Where x is absent, `rows` are the tasks that scale h.
+void pack_operands(const Branch& p, const Work& w, bool down, const Grid& rows) {
+  if (p.base) {
+#pragma omp single nowait
+    p.base->arrange();
+  }
+  if (w.convert_bias) {
+#pragma omp single nowait
+    kernels().read(p.bias, 1, p.N, 1.0f, {w.bias32, p.N});
+  }
+  if (w.a_packed) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.pack_a.size(); ++t) {
+      const i64 k0 = w.pack_a.k0(t);
+      w.l.dot_panel(p.a.at(0, k0), p.R, w.pack_a.width(t), {w.a_panel + w.l.dot_column(k0), w.ldk});
+    }
+  }
+  if (w.b_packed) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.pack_b.size(); ++t) {
+      const i64 n0 = w.pack_b.m0(t);
+      w.l.expand_panel_t(p.b.at(n0, 0), w.pack_b.rows(t), p.R, {w.b_panel + n0, w.ldn});
+    }
+  }
+  if (!down) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < rows.size(); ++t)
+      w.l.expand_rows(p.h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, w.h(p).row(rows.m0(t)));
+  }
+}
+
 // A part of x and of a: where it begins, and its sizes.
 struct Part {
   i64 m0, k0, r0;
@@ -64,10 +95,29 @@ void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
   if (p.y) w.l.expand_rows({h.data, h.ld, DType::f32}, rows, p.R, c * p.scale, h.data);
 }
 
+// y += s h b^T + bias. `column` is memory of the calling thread for kWidth floats; only few rows use it.
+void add_to_y(const Branch& p, const Work& w, bool few, float* column) {
+  if (!p.y) return;
+  const float* const bias = w.convert_bias ? w.bias32 : static_cast<const float*>(p.bias.data);
+#pragma omp for schedule(dynamic, 1) nowait
+  for (i64 t = 0; t < w.tiles.size(); ++t) {
+    const i64 m0 = w.tiles.m0(t), n0 = w.tiles.k0(t), width = w.tiles.width(t), n = w.tiles.rows(t);
+    const float* const bias_n = bias ? bias + n0 : nullptr;
+    if (!few) {
+      w.l.expand(p.y.at(m0, n0), kKeepAll, bias_n, w.h(p).at(m0, 0), {w.b_panel + n0, w.ldn}, {n, width, p.R});
+      continue;
+    }
+    const float one = 1.0f;
+    for (i64 m = m0; m < m0 + n; ++m) {
+      w.l.dot(p.b.at(n0, 0), kKeepAll, w.h(p).at(m, 0), {width, p.R, 1}, {column, 1}, false);
+      w.l.expand(p.y.at(m, n0), kKeepAll, bias_n, {&one, 1}, {column, width}, {1, width, 1});
+    }
+  }
+}
+
 }  // namespace
 
 void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branches) {
-  const Kernels& k = kernels();
   const bool down = static_cast<bool>(x), few = M <= kRowsInPlace;
   std::vector<Work> works;
   works.reserve(branches.size());
@@ -85,7 +135,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
   const Grid rows = make_grid(M, K, task_rows, std::max<i64>(K, 1));
 
   Scratch scratch;
-  float* tmp;
+  float* columns;
   uint8_t* bits;
   const i64 bits_per_thread = drop ? task_rows * kDepth / 8 : 0;
   for (int pass = 0; pass < 2; ++pass) {
@@ -99,40 +149,13 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
       w.bias32 = scratch.floats(w.convert_bias ? p.N : 0);
       if (p.base) p.base->take(scratch, threads);
     }
-    tmp = scratch.floats(up_few ? threads * kWidth : 0);
+    columns = scratch.floats(up_few ? threads * kWidth : 0);
     bits = scratch.bytes(threads * bits_per_thread);
   }
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    for (size_t i = 0; i < works.size(); ++i) {
-      const Branch& p = branches[i];
-      const Work& w = works[i];
-      if (p.base) {
-#pragma omp single nowait
-        p.base->arrange();
-      }
-      if (w.convert_bias) {
-#pragma omp single nowait
-        k.read(p.bias, 1, p.N, 1.0f, {w.bias32, p.N});
-      }
-      if (w.a_packed) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.pack_a.size(); ++t)
-          w.l.dot_panel(p.a.at(0, w.pack_a.k0(t)), p.R, w.pack_a.width(t),
-                        {w.a_panel + w.l.dot_column(w.pack_a.k0(t)), w.ldk});
-      }
-      if (w.b_packed) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.pack_b.size(); ++t)
-          w.l.expand_panel_t(p.b.at(w.pack_b.m0(t), 0), w.pack_b.rows(t), p.R, {w.b_panel + w.pack_b.m0(t), w.ldn});
-      }
-      if (!down) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < rows.size(); ++t)
-          w.l.expand_rows(p.h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, w.h(p).row(rows.m0(t)));
-      }
-    }
+    for (size_t i = 0; i < works.size(); ++i) pack_operands(branches[i], works[i], down, rows);
 #pragma omp barrier
     uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
     if (down && few) {
@@ -169,27 +192,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
 #pragma omp single
       for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], 0, M);
     }
-    for (size_t i = 0; i < works.size(); ++i) {
-      const Branch& p = branches[i];
-      const Work& w = works[i];
-      if (!p.y) continue;
-      const float* const bias = w.convert_bias ? w.bias32 : static_cast<const float*>(p.bias.data);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (i64 t = 0; t < w.tiles.size(); ++t) {
-        const i64 m0 = w.tiles.m0(t), n0 = w.tiles.k0(t), width = w.tiles.width(t), n = w.tiles.rows(t);
-        const float* const bias_n = bias ? bias + n0 : nullptr;
-        if (!few) {
-          w.l.expand(p.y.at(m0, n0), kKeepAll, bias_n, w.h(p).at(m0, 0), {w.b_panel + n0, w.ldn}, {n, width, p.R});
-          continue;
-        }
-        const float one = 1.0f;
-        float* const column = tmp + worker() * kWidth;
-        for (i64 m = m0; m < m0 + n; ++m) {
-          w.l.dot(p.b.at(n0, 0), kKeepAll, w.h(p).at(m, 0), {width, p.R, 1}, {column, 1}, false);
-          w.l.expand(p.y.at(m, n0), kKeepAll, bias_n, {&one, 1}, {column, width}, {1, width, 1});
-        }
-      }
-    }
+    for (size_t i = 0; i < works.size(); ++i) add_to_y(branches[i], works[i], few, columns + worker() * kWidth);
   }
 }
 
