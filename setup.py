@@ -3,7 +3,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))  # isolated builds do not put it there
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))  # an isolated build does not add this folder
 
 from native_build import BuildNative, extensions
 

@@ -1,144 +1,127 @@
-// lora_kernels._C: pointers, sizes and strides in, nothing of torch. The caller (backends/cpu.py) has checked dtypes,
-// shapes and unit last strides.
+// lora_kernels._C: the CPU kernels for Python. Every function reads its operands (operands.h), then releases the GIL
+// and runs. The callers in backends/cpu have checked that dtypes and shapes fit together.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cstring>
 #include <stdexcept>
-#include <tuple>
-#include <variant>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/quant.h"
+#include "operands.h"
 #include "philox.h"
 
 namespace py = pybind11;
-using lk::cpu::DType;
 using lk::cpu::i64;
 using lk::cpu::Tile;
+using namespace lk::python;
 
 namespace {
 
-Tile tile(uintptr_t data, i64 ld, int dtype) { return {reinterpret_cast<void*>(data), ld, static_cast<DType>(dtype)}; }
-
-struct DTypes {
-  int dtype, adapter_dtype;
-};
-
-// Of a branch forward: N, R, a, stride_ar, b, stride_bn, bias, y, stride_ym, h, stride_hm, scale, threshold, seed.
-using Forward = std::tuple<i64, i64, uintptr_t, i64, uintptr_t, i64, uintptr_t, uintptr_t, i64, uintptr_t, i64, double,
-                           uint32_t, uintptr_t>;
-
-// And backward: N, R, dy, stride_dym, a, stride_ar, b, stride_bn, h, stride_hm, da, stride_dar, db, stride_dbn, scale,
-// threshold, seed.
-using Backward = std::tuple<i64, i64, uintptr_t, i64, uintptr_t, i64, uintptr_t, i64, uintptr_t, i64, uintptr_t, i64,
-                            uintptr_t, i64, double, uint32_t, uintptr_t>;
-
-lk::cpu::Dropout dropout(uint32_t threshold, uintptr_t seed) {
-  lk::cpu::Dropout d;
-  if (threshold) {
-    d.threshold = threshold;
-    std::memcpy(&d.seed, reinterpret_cast<const void*>(seed), sizeof(d.seed));
+void forward(int threads, py::handle x, py::handle bases, py::handle adapters, py::handle ys, py::handle hs,
+             py::handle products) {
+  const Items base_list(bases), adapter_list(adapters), y_list(ys), h_list(hs), product_list(products);
+  const Operand rows = input(x);
+  const i64 M = shape(x.is_none() ? y_list[0] : x).first;
+  i64 K = 0;
+  std::vector<py::object> owners;
+  std::vector<lk::cpu::Branch> branches;
+  for (size_t i = 0; i < adapter_list.size(); ++i) {
+    lk::cpu::Branch p = branch(adapter_list[i], K, owners);
+    p.y = output(y_list[i]);
+    p.h = output(h_list[i]);
+    const py::object bias = get(base_list[i], names.bias);
+    if (!bias.is_none()) {
+      Operand o = input(bias);
+      p.bias = o.tile;
+      owners.push_back(std::move(o.owner));
+    }
+    if (product_list[i].ptr() == Py_True) {
+      const py::object w = get(base_list[i], names.w);
+      if (PyObject_TypeCheck(w.ptr(), names.tensor)) {
+        Operand o = input(w);
+        p.base = lk::cpu::few_rows(M, p.N, K, rows.tile, o.tile, p.y);
+        owners.push_back(std::move(o.owner));
+      } else {
+        p.base = lk::cpu::few_rows(M, quantized(w), rows.tile, p.y);
+      }
+    }
+    branches.push_back(std::move(p));
   }
-  return d;
-}
-
-lk::cpu::Branch branch(const DTypes& c, const Forward& f) {
-  const auto& [N, R, a, stride_ar, b, stride_bn, bias, y, stride_ym, h, stride_hm, scale, threshold, seed] = f;
-  lk::cpu::Branch p{N, R, static_cast<float>(scale), dropout(threshold, seed), {}, {}, {}, {}, {}, {}, {}, {}, {}};
-  p.a = tile(a, stride_ar, c.adapter_dtype);
-  p.b = tile(b, stride_bn, c.adapter_dtype);
-  p.bias = tile(bias, N, c.dtype);
-  p.y = tile(y, stride_ym, c.dtype);
-  p.h = tile(h, stride_hm, c.dtype);
-  return p;
-}
-
-lk::cpu::Branch branch(const DTypes& c, const Backward& g) {
-  const auto& [N, R, dy, stride_dym, a, stride_ar, b, stride_bn, h, stride_hm, da, stride_dar, db, stride_dbn, scale,
-               threshold, seed] = g;
-  lk::cpu::Branch p{N, R, static_cast<float>(scale), dropout(threshold, seed), {}, {}, {}, {}, {}, {}, {}, {}, {}};
-  p.dy = tile(dy, stride_dym, c.dtype);
-  p.a = tile(a, stride_ar, c.adapter_dtype);
-  p.b = tile(b, stride_bn, c.adapter_dtype);
-  p.h = tile(h, stride_hm, c.dtype);
-  p.da = tile(da, stride_dar, c.adapter_dtype);
-  p.db = tile(db, stride_dbn, c.adapter_dtype);
-  return p;
-}
-
-template <class Of>
-std::vector<lk::cpu::Branch> branches(const DTypes& c, const std::vector<Of>& given) {
-  std::vector<lk::cpu::Branch> all;
-  for (const Of& each : given) all.push_back(branch(c, each));
-  return all;
-}
-
-// format, N, K, codes, levels, scales, scale_rows, scale_cols, blocksize, table, absmax, offset (an address)
-using QuantizedWeight =
-    std::tuple<int, i64, i64, uintptr_t, uintptr_t, uintptr_t, i64, i64, i64, uintptr_t, uintptr_t, uintptr_t>;
-
-lk::cpu::Quantized quantized(const QuantizedWeight& w) {
-  const auto& [format, N, K, codes, levels, scales, scale_rows, scale_cols, blocksize, table, absmax, offset] = w;
-  return {static_cast<lk::cpu::Format>(format),
-          N,
-          K,
-          reinterpret_cast<const uint8_t*>(codes),
-          reinterpret_cast<const float*>(levels),
-          reinterpret_cast<const void*>(scales),
-          scale_rows,
-          scale_cols,
-          blocksize,
-          reinterpret_cast<const float*>(table),
-          reinterpret_cast<const float*>(absmax),
-          offset ? *reinterpret_cast<const float*>(offset) : 0.0f};
-}
-
-// w of a branch whose base product forward shall compute: nothing, or w and stride_wn, or codes
-using Base = std::variant<std::monostate, std::tuple<uintptr_t, i64>, QuantizedWeight>;
-
-void forward(int threads, int dtype, int adapter_dtype, i64 M, i64 K, uintptr_t x, i64 stride_xm,
-             const std::vector<Forward>& adapters, const std::vector<Base>& bases) {
   py::gil_scoped_release unlocked;
-  const Tile rows = tile(x, stride_xm, dtype);
-  std::vector<lk::cpu::Branch> all = branches({dtype, adapter_dtype}, adapters);
-  for (size_t i = 0; i < bases.size() && i < all.size(); ++i) {
-    if (const auto* dense = std::get_if<1>(&bases[i]))
-      all[i].base =
-          lk::cpu::few_rows(M, all[i].N, K, rows, tile(std::get<0>(*dense), std::get<1>(*dense), dtype), all[i].y);
-    else if (const auto* codes = std::get_if<2>(&bases[i]))
-      all[i].base = lk::cpu::few_rows(M, quantized(*codes), rows, all[i].y);
+  lk::cpu::forward(threads, M, K, rows.tile, branches);
+}
+
+void backward(int threads, py::handle dys, py::handle x, py::handle adapters, py::handle hs, py::handle dx,
+              py::handle das, py::handle dbs) {
+  const Items dy_list(dys), adapter_list(adapters), h_list(hs), da_list(das), db_list(dbs);
+  const i64 M = shape(dy_list[0]).first;
+  i64 K = 0;
+  bool need_x = false;
+  std::vector<py::object> owners;
+  std::vector<lk::cpu::Branch> branches;
+  for (size_t i = 0; i < adapter_list.size(); ++i) {
+    lk::cpu::Branch p = branch(adapter_list[i], K, owners);
+    p.da = output(da_list[i]);
+    p.db = output(db_list[i]);
+    Operand dy = input(dy_list[i]), h = p.db ? input(h_list[i]) : Operand{};
+    p.dy = dy.tile;
+    p.h = h.tile;
+    owners.push_back(std::move(dy.owner));
+    owners.push_back(std::move(h.owner));
+    need_x |= static_cast<bool>(p.da);
+    branches.push_back(std::move(p));
   }
-  lk::cpu::forward(threads, M, K, rows, all);
+  const Operand rows = need_x ? input(x) : Operand{};
+  const Tile out = output(dx);
+  py::gil_scoped_release unlocked;
+  lk::cpu::backward(threads, M, K, rows.tile, out, branches);
 }
 
-void backward(int threads, int dtype, int adapter_dtype, i64 M, i64 K, uintptr_t x, i64 stride_xm, uintptr_t dx,
-              i64 stride_dxm, const std::vector<Backward>& adapters) {
+void gemm(int threads, py::handle x, py::handle w, py::handle y, bool add) {
+  const Operand rows = input(x);
+  const Two size = shape(w), strides = two(call(w, names.stride), 1);
+  const Tile weight{address(w), strides.first, dtype(get(w, names.dtype))}, out = output(y);
+  const i64 M = shape(x).first;
   py::gil_scoped_release unlocked;
-  lk::cpu::backward(threads, M, K, tile(x, stride_xm, dtype), tile(dx, stride_dxm, dtype),
-                    branches({dtype, adapter_dtype}, adapters));
+  lk::cpu::gemm(threads, M, size.first, size.second, rows.tile, weight, strides.second, out, add);
 }
 
-void gemm(int threads, int dtype, i64 M, i64 N, i64 K, uintptr_t x, i64 stride_xm, uintptr_t w, i64 stride_wn,
-          i64 stride_wk, uintptr_t y, i64 stride_ym, bool add) {
+void quantized_gemm(int threads, py::handle x, py::handle w, bool transposed, py::handle y) {
+  const Operand rows = input(x);
+  const lk::cpu::Quantized weight = quantized(w);
+  const Tile out = output(y);
+  const i64 M = shape(x).first;
   py::gil_scoped_release unlocked;
-  lk::cpu::gemm(threads, M, N, K, tile(x, stride_xm, dtype), tile(w, stride_wn, dtype), stride_wk,
-                tile(y, stride_ym, dtype), add);
+  lk::cpu::quantized_gemm(threads, M, weight, transposed, rows.tile, out);
 }
 
-void dequantize(int threads, const QuantizedWeight& w, i64 n0, i64 rows, i64 k0, i64 cols, int dtype, uintptr_t out,
-                i64 stride_out) {
+void dequantize(int threads, py::handle w, i64 n0, i64 k0, py::handle out) {
+  const lk::cpu::Quantized weight = quantized(w);
+  const Tile to = output(out);
+  const Two size = shape(out);
   py::gil_scoped_release unlocked;
-  lk::cpu::dequantize(threads, quantized(w), n0, rows, k0, cols, tile(out, stride_out, dtype));
+  lk::cpu::dequantize(threads, weight, n0, size.first, k0, size.second, to);
 }
 
-void quantized_gemm(int threads, int dtype, i64 M, const QuantizedWeight& w, bool transposed, uintptr_t x,
-                    i64 stride_xm, uintptr_t y, i64 stride_ym) {
+void keep_mask(int threads, double p, py::handle seed, py::handle out) {
+  const lk::cpu::Dropout drop = dropout(p, seed);
+  const Tile to = output(out);
+  const Two size = shape(out);
   py::gil_scoped_release unlocked;
-  lk::cpu::quantized_gemm(threads, M, quantized(w), transposed, tile(x, stride_xm, dtype), tile(y, stride_ym, dtype));
+  lk::cpu::keep_mask(threads, drop, size.first, size.second, to);
+}
+
+void set_levels(const std::string& format, const std::array<float, 16>& values) {
+  if (format != "nf4" && format != "fp4") throw std::invalid_argument("only nf4 and fp4 have levels, not " + format);
+  levels[format == "fp4"] = values;
+}
+
+py::tuple dropout_rule(double p) {
+  const lk::cpu::Dropout d{lk::cpu::dropout_threshold(p), 0};
+  return py::make_tuple(d.threshold, d.rescale());
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, std::array<uint32_t, 2> key) {
@@ -163,34 +146,37 @@ void set_cpu_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  find_names();
   m.doc() = "CPU kernels of a LoRA linear layer";
-  m.attr("F32") = static_cast<int>(DType::f32);
-  m.attr("BF16") = static_cast<int>(DType::bf16);
-  m.attr("F16") = static_cast<int>(DType::f16);
+  m.attr("FEW_ROWS") = lk::cpu::kFewRows;
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else
   m.attr("openmp") = false;
 #endif
-  m.def("cpu_isa", [] { return std::string(lk::cpu::kernels().name); }, "The instruction set in use.");
-  m.def("cpu_isas", &lk::cpu::available_isas, "The instruction sets that this machine can run, best first.");
-  m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(); ValueError if this machine cannot run it.");
+  m.def("cpu_isa", [] { return std::string(lk::cpu::kernels().name); }, "Return the instruction set in use.");
+  m.def("cpu_isas", &lk::cpu::available_isas, "Return the instruction sets that this machine can run, best first.");
+  m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(). ValueError if this machine cannot run it.");
   m.def("forward", &forward,
-        "For each branch: y = x w^T where its base is given, for few rows; h = c keep(x) a^T where x is given; "
-        "y += s h b^T + bias where y is given. Null: absent.");
+        "Compute, for each base and adapter: h = c keep(x) a^T, then y += s h b^T + bias. Where products[i] is True, "
+        "y i is x w^T before that. Where x is None, h is read; a y or h that is None is not written.");
   m.def("backward", &backward,
-        "For each branch: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Null: absent.");
+        "Compute, for each adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). A dx, da or db "
+        "that is None is not written.");
   m.def("gemm", &gemm,
-        "y = x w^T, or with add y += that: dtypes of gemm_of, or, without add, any where gemm_few(M, stride_wk).");
+        "Write y = x w^T, or add it to y. x has a dtype of has_gemm, or, without add, at most FEW_ROWS rows beside a w "
+        "whose rows are contiguous.");
   m.def(
-      "gemm_of", [](int dtype) { return lk::cpu::gemm_of(static_cast<DType>(dtype)); },
-      "Whether gemm and quantized_gemm take any number of rows of this dtype.");
-  m.def("gemm_few", &lk::cpu::gemm_few, "Whether gemm reads w as it is: for few rows of x, w's own lying along k.");
-  m.def("dequantize", &dequantize, "out = w[n0.., k0..], dequantised.");
+      "has_gemm", [](py::handle of) { return lk::cpu::gemm_of(dtype(of)); },
+      "Return whether gemm and quantized_gemm take any number of rows of this dtype.");
   m.def("quantized_gemm", &quantized_gemm,
-        "y = x w^T, or transposed y = x w: dtypes of gemm_of, or any where quantized_few(M, transposed).");
-  m.def("quantized_few", &lk::cpu::quantized_few, "Whether quantized_gemm reads the codes as they are.");
-  m.def("philox", &philox, "Philox4x32-10 of one counter and key.");
+        "Write y = x w^T, or, transposed, y = x w. x has a dtype of has_gemm, or, not transposed, at most FEW_ROWS "
+        "rows.");
+  m.def("dequantize", &dequantize, "Write to out the part of w of out's shape that begins at row n0 and column k0.");
+  m.def("set_levels", &set_levels, "Tell the 16 numbers that the codes of nf4 or fp4 stand for.");
+  m.def("keep_mask", &keep_mask, "Write 1 to out where dropout keeps an element, else 0.");
+  m.def("dropout_rule", &dropout_rule, "Return (threshold, rescale) for the probability p of dropout.");
+  m.def("philox", &philox, "Return Philox4x32-10 of one counter and key.");
   m.def("keep_bits", &keep_bits,
-        "The dropout bits of rows m0.., packed eight columns to a byte, rows padded to 8 bytes.");
+        "Return the dropout bits of rows m0.., packed eight columns to a byte, each row padded to 8 bytes.");
 }

@@ -1,11 +1,12 @@
-"""Builds the native modules with ninja: `_C` (CPU) always, `_cuda` where nvcc is found. Needs no torch.
+"""The build of the native modules with ninja: `_C` (CPU) always, `_cuda` where nvcc is found. It needs no torch.
 
 Environment:
     CXX                           the C++ compiler (default: the first of c++, g++, clang++ that works)
-    LORA_KERNELS_CUDA             auto (default): build `_cuda` if nvcc is found; 0: don't; 1: fail without nvcc
-    LORA_KERNELS_CUDA_ARCHS       list of architectures (default "90a"), e.g. "80 90a"
-    CUDA_HOME                     where to look for nvcc before PATH and /usr/local/cuda
-    LORA_KERNELS_REQUIRE_NATIVE   1: no working C++ compiler is an error; otherwise the package installs as pure Python
+    LORA_KERNELS_CUDA             auto (default): build `_cuda` if nvcc is found; 0: never; 1: fail without nvcc
+    LORA_KERNELS_CUDA_ARCHS       the GPU architectures (default "90a"), for example "80 90a"
+    CUDA_HOME, CUDA_PATH          the folders to search for bin/nvcc before PATH and /usr/local/cuda
+    LORA_KERNELS_REQUIRE_NATIVE   1: fail without a working C++ compiler; otherwise the package installs as pure Python
+    MAX_JOBS                      the number of files that ninja compiles at a time
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ ISA_FLAGS = {
     "avx512": ["-DLK_ISA_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
 ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
-# gcc 12 sees uninitialised variables in its own <avx512fintrin.h> (GCC bug 105593)
+# gcc 12 warns of uninitialised variables in its own <avx512fintrin.h> (GCC bug 105593).
 for _flags in (ISA_FLAGS["avx512"], ISA_FLAGS["avx512_bf16"]):
     _flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _compiles(command: list[str], source: str) -> str:
-    """'' if the compiler takes the source, else what it said."""
+    """Return '' if the compiler accepts the source, else its message."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe.cpp")
         path.write_text(source)
@@ -50,7 +51,7 @@ def _compiles(command: list[str], source: str) -> str:
 
 
 def find_cxx() -> tuple[list[str], str]:
-    """(compiler command, '') or ([], why there is none that can build a Python extension)."""
+    """Return (compiler command, ''), or ([], the reason why no compiler can build a Python extension)."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     probe = "#include <Python.h>\n#include <vector>\nint main() { return 0; }\n"
     reasons = []
@@ -64,6 +65,7 @@ def find_cxx() -> tuple[list[str], str]:
 
 
 def find_nvcc() -> str | None:
+    """Return the path of nvcc, or None if there is none."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     for home in filter(None, homes):
         if Path(home, "bin", "nvcc").exists():
@@ -72,7 +74,7 @@ def find_nvcc() -> str | None:
 
 
 def wanted_nvcc() -> str | None:
-    """The nvcc to build `_cuda` with, or None; an error where LORA_KERNELS_CUDA=1 cannot be met."""
+    """Return the nvcc to build `_cuda` with, or None. SystemExit if LORA_KERNELS_CUDA is 1 and there is no nvcc."""
     choice = os.environ.get("LORA_KERNELS_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"LORA_KERNELS_CUDA={choice!r}: expected auto, 0 or 1")
@@ -86,6 +88,7 @@ def wanted_nvcc() -> str | None:
 
 
 def cuda_archs() -> list[str]:
+    """Return the architectures of LORA_KERNELS_CUDA_ARCHS. SystemExit if one is not an architecture."""
     archs = os.environ.get("LORA_KERNELS_CUDA_ARCHS", "90a").replace(",", " ").replace(";", " ").split()
     wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
     if wrong or not archs:
@@ -94,7 +97,7 @@ def cuda_archs() -> list[str]:
 
 
 def extensions() -> list[Extension]:
-    """What this machine can build: [] without a C++ compiler."""
+    """Return the modules that this machine can build: none without a C++ compiler."""
     nvcc = wanted_nvcc()
     cxx, why = find_cxx()
     if not cxx:
@@ -111,7 +114,7 @@ def extensions() -> list[Extension]:
 
 
 class Ninja:
-    """One build.ninja: objects with their own flags, linked into modules."""
+    """One build.ninja. Every object has its own flags, and objects are linked into modules."""
 
     def __init__(self, folder: Path, cxx: list[str], nvcc: str | None):
         self.folder, self.lines = folder, []
@@ -122,15 +125,18 @@ class Ninja:
             self.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out")
 
     def rule(self, name: str, command: str, deps: bool = True) -> None:
+        """Add a rule; with `deps` its command writes the headers that it read to `$out.d`."""
         self.lines += [f"rule {name}", f"  command = {command}"]
         self.lines += ["  depfile = $out.d", "  deps = gcc"] if deps else []
 
     def build(self, rule: str, source: list[str], target: str, flags: list[str]) -> str:
+        """Add a step that makes `target` from `source`, and return `target`."""
         escaped = [str(s).replace("$", "$$").replace(" ", "$ ").replace(":", "$:") for s in [target, *source]]
         self.lines += [f"build {escaped[0]}: {rule} {' '.join(escaped[1:])}", f"  flags = {' '.join(flags)}"]
         return target
 
     def run(self, verbose: bool) -> None:
+        """Write the file and run ninja on it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         ninja = shutil.which("ninja")
@@ -140,9 +146,10 @@ class Ninja:
 
 
 class BuildNative(build_ext):
-    """build_ext that leaves compiling to ninja: flags differ from file to file, and a second build is incremental."""
+    """A build_ext that compiles with ninja: flags differ from file to file, and a second build is incremental."""
 
     def run(self) -> None:
+        """Build all modules of `extensions`."""
         if not self.extensions:
             return
         cxx, _ = find_cxx()
@@ -161,10 +168,11 @@ class BuildNative(build_ext):
     def _includes(self) -> list[str]:
         import pybind11
 
-        # -isystem: their warnings are not ours
+        # -isystem keeps the compiler quiet about warnings in these headers.
         return ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 
     def _cpu(self, ninja: Ninja, target: str, cxx: list[str]) -> None:
+        """Add the steps of `_C`: tables of kernels with the flags of their instruction sets, all else with none."""
         common = [*CXX_FLAGS, *self._includes(), *(["-DLK_X86"] if IS_X86 else [])]
         openmp = [] if _compiles([*cxx, "-fopenmp"], "#include <omp.h>\nint main() { return 0; }\n") else ["-fopenmp"]
         cpu = ROOT / "csrc" / "cpu"
@@ -181,7 +189,8 @@ class BuildNative(build_ext):
         ninja.build("link", objects, target, [*self._link_flags(), *openmp])
 
     def _cuda(self, ninja: Ninja, target: str) -> None:
-        # nvcc compiles the bindings and links as well: it knows where its headers and libraries are
+        """Add the steps of `_cuda`: every .cu and .cpp under csrc/cuda."""
+        # nvcc also compiles the bindings and links, because it knows where its headers and libraries are.
         folder = ROOT / "csrc" / "cuda"
         archs = cuda_archs()
         gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -192,7 +201,7 @@ class BuildNative(build_ext):
         for source in sorted([*folder.rglob("*.cu"), *folder.rglob("*.cpp")]):
             name = "cuda_" + "_".join(source.relative_to(folder).parts) + ".o"
             flags = device if source.suffix == ".cu" else host
-            if source.parent.name == "sm90" and source.suffix == ".cu":  # wgmma and setmaxnreg are of this target alone
+            if source.parent.name == "sm90" and source.suffix == ".cu":  # only sm_90a has wgmma and setmaxnreg
                 flags = [*[flag for flag in flags if flag not in gencode], "-gencode=arch=compute_90a,code=sm_90a"]
             objects.append(ninja.build("nvcc", [str(source)], name, flags))
         ninja.build("nvlink", objects, target, ["-cudart=static", "-Xlinker=--gc-sections,-s"])

@@ -2,11 +2,11 @@
 //
 //   key     = (seed & 0xffffffff, seed >> 32)
 //   counter = (k >> 3, m & 0xffffffff, m >> 32, 0)        m: row of the flattened x, k: column
-//   lane j = k & 7 takes 16 bits of word j >> 1: the low half when j is even, the high half when j is odd
+//   lane j = k & 7 is 16 bits of word j >> 1: the low half where j is even, the high half where j is odd
 //   keep iff lane >= threshold
 //
-// Everything has internal linkage: this header is compiled once per instruction set, and a definition that the linker
-// merged across those files could carry AVX-512 code into the baseline.
+// Everything has internal linkage. This header is compiled once per instruction set, and a definition that the linker
+// merged across those files could put AVX-512 code into the baseline.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,7 @@ LK_HOST_DEVICE Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint
   return {{c0, c1, c2, c3}};
 }
 
-// Bit j: keep element 8 * group + j of row m.
+// Bit j of the result says whether element 8 * group + j of row m is kept.
 LK_HOST_DEVICE uint8_t philox_keep8(uint64_t seed, uint64_t m, uint32_t group, uint32_t threshold) {
   const Philox4 r = philox4x32_10(group, static_cast<uint32_t>(m), static_cast<uint32_t>(m >> 32), 0,
                                   static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));

@@ -1,38 +1,35 @@
-"""The native CPU kernels (csrc/): addresses (0: absent), sizes and row strides. Every operand but w has unit last
-stride."""
+"""The native CPU kernels (csrc/). Tensors are read where they lie; one whose last stride is not 1 is copied first, but
+the `w` of `gemm` may have any strides. Results are written to tensors that the caller has allocated, and whose last
+stride is 1. Dtypes are float32, bfloat16 and float16; the caller has checked that dtypes and shapes fit together."""
 
 from collections.abc import Sequence
 
-F32: int
-BF16: int
-F16: int
+import torch
+from torch import Tensor
+
+from lora_kernels.core.operands import Adapter, Base
+from lora_kernels.quant.weight import QuantizedWeight
+
+FEW_ROWS: int
 openmp: bool
 
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
-def set_cpu_isa(name: str) -> None: ...
+def set_cpu_isa(name: str, /) -> None: ...
 def forward(
-    threads: int, dtype: int, adapter_dtype: int, M: int, K: int, x: int, stride_xm: int,
-    branches: list[tuple[float, ...]],  # N R · a and b, each with its stride · bias · y, h · scale threshold seed
-    bases: Sequence[tuple[int, ...] | None], /,  # to multiply by x as well: w and its stride, or a quantised w
+    threads: int, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter],
+    ys: Sequence[Tensor | None], hs: Sequence[Tensor | None], products: Sequence[bool], /,
 ) -> None: ...  # fmt: skip
 def backward(
-    threads: int, dtype: int, adapter_dtype: int, M: int, K: int, x: int, stride_xm: int, dx: int, stride_dxm: int,
-    branches: list[tuple[float, ...]], /,  # N R · dy, a, b, h, da and db, each with its stride · scale threshold seed
+    threads: int, dys: Sequence[Tensor], x: Tensor | None, adapters: Sequence[Adapter], hs: Sequence[Tensor | None],
+    dx: Tensor | None, das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], /,
 ) -> None: ...  # fmt: skip
-def gemm(
-    threads: int, dtype: int, M: int, N: int, K: int,
-    x: int, stride_xm: int, w: int, stride_wn: int, stride_wk: int, y: int, stride_ym: int, add: bool, /,
-) -> None: ...  # fmt: skip
-def gemm_of(dtype: int, /) -> bool: ...
-def gemm_few(M: int, stride_wk: int, /) -> bool: ...
-def dequantize(
-    threads: int, w: tuple[int, ...], n0: int, rows: int, k0: int, cols: int, dtype: int, out: int, stride_out: int, /
-) -> None: ...  # w: format N K codes levels scales scale_rows scale_cols blocksize table absmax offset
-def quantized_gemm(
-    threads: int, dtype: int, M: int, w: tuple[int, ...], transposed: bool,
-    x: int, stride_xm: int, y: int, stride_ym: int, /,
-) -> None: ...  # fmt: skip
-def quantized_few(M: int, transposed: bool, /) -> bool: ...
-def philox(counter: list[int], key: list[int]) -> list[int]: ...
-def keep_bits(seed: int, threshold: int, m0: int, rows: int, cols: int) -> bytes: ...
+def gemm(threads: int, x: Tensor, w: Tensor, y: Tensor, add: bool, /) -> None: ...
+def has_gemm(dtype: torch.dtype, /) -> bool: ...
+def quantized_gemm(threads: int, x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor, /) -> None: ...
+def dequantize(threads: int, w: QuantizedWeight, n0: int, k0: int, out: Tensor, /) -> None: ...
+def set_levels(format: str, levels: Sequence[float], /) -> None: ...
+def keep_mask(threads: int, p: float, seed: Tensor, out: Tensor, /) -> None: ...
+def dropout_rule(p: float, /) -> tuple[int, float]: ...
+def philox(counter: list[int], key: list[int], /) -> list[int]: ...
+def keep_bits(seed: int, threshold: int, m0: int, rows: int, cols: int, /) -> bytes: ...

@@ -8,14 +8,14 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kTileRows = 64;   // rows of dy or x that are used twice while they lie in L2
-constexpr i64 kFusedRank = 64;  // beyond, partial sums would grow to the size of dy: two passes without them instead
-constexpr i64 kDepth = 1024;
-constexpr i64 kReduce = 256;
+constexpr i64 kTileRows = 64;   // rows of dy or x that are used twice while they are in L2
+constexpr i64 kFusedRank = 64;  // the largest rank of one pass: beyond, partial sums would grow to the size of dy
+constexpr i64 kDepth = 1024;    // columns of dy per step of a pass for g alone
+constexpr i64 kReduce = 256;    // columns of db or da per task that sums their parts
 
-// Where g and db (or dx and da) come from one pass. Whole rows where M gives enough slabs of them, for the sake of
-// pages and prefetchers; columns are cut where it does not. Partial sums of db and da take S x R x cols, of g C x M x
-// R.
+// The tasks of a pass that gives both g and db (or dx and da). A task has whole rows where M gives enough slabs of
+// them, which suits pages and prefetchers; else the columns are cut too. Partial sums of db and da take S x R x cols
+// floats, those of g take C x M x R.
 Grid fused_grid(i64 M, i64 cols, i64 R) {
   if (R > kFusedRank) return make_grid(M, cols, M, 128);
   const i64 slabs = std::clamp<i64>(M / std::max(kTileRows, 8 * R), 1, 8);
@@ -23,18 +23,18 @@ Grid fused_grid(i64 M, i64 cols, i64 R) {
   return make_grid(M, cols, round_up(ceil_div(M, slabs), kTileRows), chunk);
 }
 
-// out[i] = sum over the parts, in order
+// out[i] = sum of the i-th numbers of all parts, in the order of the parts
 void sum_parts(float* out, i64 n, const float* part, i64 stride, i64 parts) {
   if (out != part) std::memcpy(out, part, n * sizeof(float));
   for (i64 q = 1; q < parts; ++q)
     for (i64 i = 0; i < n; ++i) out[i] += part[q * stride + i];
 }
 
-void clear(float* D, i64 ldd, i64 rows, i64 cols) {
-  for (i64 r = 0; r < rows; ++r) std::memset(D + r * ldd, 0, cols * sizeof(float));
+void clear(Sums D, i64 rows, i64 cols) {
+  for (i64 r = 0; r < rows; ++r) std::memset(D.row(r), 0, cols * sizeof(float));
 }
 
-// What a branch needs besides its operands.
+// Sizes, tasks and memory of a branch, beside its operands.
 struct Work {
   const LowRank& l;
   bool need_g, one_pass, a_packed, h_packed;
@@ -58,38 +58,59 @@ struct Work {
         g_parts(one_pass ? over_n.C : 1) {}
 };
 
-// The parts that a branch's dy gives: g (over columns) and db (over rows).
+// The panels of a and b and the rows of h, in the packing that the products take.
+void pack_operands(const Branch& p, const Work& w, i64 ldk) {
+  if (w.a_packed) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.pack_a.size(); ++t) {
+      const i64 k0 = w.pack_a.k0(t);
+      w.l.expand_panel(p.a.at(0, k0), p.R, w.pack_a.width(t), {w.a_panel + k0, ldk});
+    }
+  }
+  if (w.need_g) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.pack_b.size(); ++t) {
+      const i64 n0 = w.pack_b.m0(t);
+      w.l.dot_panel_t(p.b.at(n0, 0), w.pack_b.rows(t), p.R, {w.b_panel + w.l.dot_column(n0), w.ldn});
+    }
+  }
+  if (w.h_packed) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.rows.size(); ++t)
+      w.l.outer_rows(p.h.at(w.rows.m0(t), 0), w.rows.rows(t), p.R, 1.0f, w.h32 + w.rows.m0(t) * p.R);
+  }
+}
+
+// The parts of g (one for each chunk of columns) and of db (one for each slab of rows), from a branch's dy.
 void pass_over_dy(const Branch& p, const Work& w, i64 M) {
-  const Keep all{nullptr, 0};
   if (w.need_g && !w.one_pass) {
 #pragma omp for schedule(dynamic, 1) nowait
     for (i64 t = 0; t < w.rows.size(); ++t) {
       const i64 m0 = w.rows.m0(t);
       for (i64 n0 = 0; n0 < p.N; n0 += kDepth)
-        w.l.dot(p.dy.at(m0, n0), all, w.b_panel + w.l.dot_column(n0), w.ldn, w.rows.rows(t), std::min(kDepth, p.N - n0),
-                p.R, w.g + m0 * p.R, p.R, n0 > 0);
+        w.l.dot(p.dy.at(m0, n0), kKeepAll, {w.b_panel + w.l.dot_column(n0), w.ldn},
+                {w.rows.rows(t), std::min(kDepth, p.N - n0), p.R}, {w.g + m0 * p.R, p.R}, n0 > 0);
     }
   }
   if (!p.db && !(w.need_g && w.one_pass)) return;
-  const float* const H = w.h_packed ? w.h32 : static_cast<const float*>(p.h.data);
-  const i64 ldh = w.h_packed ? p.R : p.h.ld;
+  const Panel H = w.h_packed ? Panel{w.h32, p.R} : Panel{static_cast<const float*>(p.h.data), p.h.ld};
 #pragma omp for schedule(dynamic, 1) nowait
   for (i64 t = 0; t < w.over_n.size(); ++t) {
     const i64 n0 = w.over_n.k0(t), width = w.over_n.width(t), first = w.over_n.m0(t), last = first + w.over_n.rows(t);
-    float* const D = p.db ? w.db_part + t / w.over_n.C * p.R * w.ldn + n0 : nullptr;
-    if (p.db) clear(D, w.ldn, p.R, width);
+    const Sums D{p.db ? w.db_part + t / w.over_n.C * p.R * w.ldn + n0 : nullptr, w.ldn};
+    if (p.db) clear(D, p.R, width);
     for (i64 m0 = first; m0 < last; m0 += kTileRows) {
       const i64 n = std::min(kTileRows, last - m0);
       const Tile tile = p.dy.at(m0, n0);
       if (w.need_g && w.one_pass)
-        w.l.dot(tile, all, w.b_panel + w.l.dot_column(n0), w.ldn, n, width, p.R,
-                w.g + t % w.over_n.C * M * p.R + m0 * p.R, p.R, false);
-      if (p.db) w.l.outer(tile, all, H + m0 * ldh, ldh, n, width, p.R, D, w.ldn);
+        w.l.dot(tile, kKeepAll, {w.b_panel + w.l.dot_column(n0), w.ldn}, {n, width, p.R},
+                {w.g + t % w.over_n.C * M * p.R + m0 * p.R, p.R}, false);
+      if (p.db) w.l.outer(tile, kKeepAll, H.at(m0, 0), {n, width, p.R}, D);
     }
   }
 }
 
-// g as the next stage takes it, and db.
+// Sum the parts: g in the packings that the products of dx and da take, and db.
 void sum_over_dy(const Branch& p, const Work& w, i64 M, bool dx) {
   if (w.need_g) {
 #pragma omp for schedule(static) nowait
@@ -110,14 +131,27 @@ void sum_over_dy(const Branch& p, const Work& w, i64 M, bool dx) {
       float* const D = w.db_part + r * w.ldn + n0;
       sum_parts(D, width, D, p.R * w.ldn, w.over_n.S);
     }
-    kernels().write_t(w.db_part + n0, w.ldn, p.R, width, p.scale, p.db.at(n0, 0));
+    kernels().write_t({w.db_part + n0, w.ldn}, p.R, width, p.scale, p.db.at(n0, 0));
+  }
+}
+
+// Sum the parts of da, one for each of `slabs` slabs of rows.
+void sum_da(const Branch& p, const Work& w, i64 K, i64 ldk, i64 slabs) {
+  if (!p.da) return;
+#pragma omp for schedule(static) nowait
+  for (i64 k0 = 0; k0 < K; k0 += kReduce) {
+    const i64 width = std::min(kReduce, K - k0);
+    for (i64 r = 0; r < p.R; ++r) {
+      float* const D = w.da_part + r * ldk + k0;
+      sum_parts(D, width, D, p.R * ldk, slabs);
+    }
+    kernels().write({w.da_part + k0, ldk}, p.R, width, p.dropout.rescale(), p.da.at(0, k0));
   }
 }
 
 }  // namespace
 
 void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Branch>& branches) {
-  const Kernels& k = kernels();
   const i64 ldk = panel_stride(K);
   std::vector<Work> works;
   works.reserve(branches.size());
@@ -154,27 +188,7 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    // panels of fp32
-    for (size_t i = 0; i < works.size(); ++i) {
-      const Branch& p = branches[i];
-      const Work& w = works[i];
-      if (w.a_packed) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.pack_a.size(); ++t)
-          w.l.expand_panel(p.a.at(0, w.pack_a.k0(t)), p.R, w.pack_a.width(t), w.a_panel + w.pack_a.k0(t), ldk);
-      }
-      if (w.need_g) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.pack_b.size(); ++t)
-          w.l.dot_panel_t(p.b.at(w.pack_b.m0(t), 0), w.pack_b.rows(t), p.R, w.b_panel + w.l.dot_column(w.pack_b.m0(t)),
-                          w.ldn);
-      }
-      if (w.h_packed) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.rows.size(); ++t)
-          w.l.outer_rows(p.h.at(w.rows.m0(t), 0), w.rows.rows(t), p.R, 1.0f, w.h32 + w.rows.m0(t) * p.R);
-      }
-    }
+    for (size_t i = 0; i < works.size(); ++i) pack_operands(branches[i], works[i], ldk);
 #pragma omp barrier
 
     // dy b and dy^T h: one pass over each dy where the rank is small
@@ -183,14 +197,14 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
     for (size_t i = 0; i < works.size(); ++i) sum_over_dy(branches[i], works[i], M, static_cast<bool>(dx));
 #pragma omp barrier
 
-    // dx and g^T x: a tile of them serves every branch, and a branch's keep bits serve both
+    // dx and g^T x: a tile of dx and x serves every branch, and a branch's keep bits serve both products
     uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
 #pragma omp for schedule(dynamic, 1)
     for (i64 t = 0; t < over_k.size(); ++t) {
       const i64 k0 = over_k.k0(t), width = over_k.width(t), first = over_k.m0(t), last = first + over_k.rows(t);
       for (size_t i = 0; i < works.size(); ++i)
         if (branches[i].da)
-          clear(works[i].da_part + t / over_k.C * branches[i].R * ldk + k0, ldk, branches[i].R, width);
+          clear({works[i].da_part + t / over_k.C * branches[i].R * ldk + k0, ldk}, branches[i].R, width);
       for (i64 m0 = first; m0 < last; m0 += kTileRows) {
         const i64 n = std::min(kTileRows, last - m0);
         for (size_t i = 0; i < works.size(); ++i) {
@@ -199,29 +213,17 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
           if (!w.need_g) continue;
           const uint32_t threshold = p.dropout.threshold;
           const Keep keep{threshold ? my_bits : nullptr, over_k.chunk / 8};
-          if (threshold) k.keep_bits(p.dropout.seed, threshold, m0, k0, n, width, my_bits, keep.ld);
+          if (threshold) kernels().keep_bits(p.dropout.seed, threshold, m0, k0, n, width, my_bits, keep.ld);
           if (p.da)
-            w.l.outer(x.at(m0, k0), keep, w.g + m0 * p.R, p.R, n, width, p.R, w.da_part + t / over_k.C * p.R * ldk + k0,
-                      ldk);
+            w.l.outer(x.at(m0, k0), keep, {w.g + m0 * p.R, p.R}, {n, width, p.R},
+                      {w.da_part + t / over_k.C * p.R * ldk + k0, ldk});
           if (dx)
-            w.l.expand(dx.at(m0, k0), keep, nullptr, w.g_rows + m0 * p.R, p.R, w.a_panel + k0, ldk, n, width, p.R);
+            w.l.expand(dx.at(m0, k0), keep, nullptr, {w.g_rows + m0 * p.R, p.R}, {w.a_panel + k0, ldk},
+                       {n, width, p.R});
         }
       }
     }
-    for (size_t i = 0; i < works.size(); ++i) {
-      const Branch& p = branches[i];
-      const Work& w = works[i];
-      if (!p.da) continue;
-#pragma omp for schedule(static) nowait
-      for (i64 k0 = 0; k0 < K; k0 += kReduce) {
-        const i64 width = std::min(kReduce, K - k0);
-        for (i64 r = 0; r < p.R; ++r) {
-          float* const D = w.da_part + r * ldk + k0;
-          sum_parts(D, width, D, p.R * ldk, over_k.S);
-        }
-        k.write(w.da_part + k0, ldk, p.R, width, p.dropout.rescale(), p.da.at(0, k0));
-      }
-    }
+    for (size_t i = 0; i < works.size(); ++i) sum_da(branches[i], works[i], K, ldk, over_k.S);
   }
 }
 

@@ -1,5 +1,6 @@
-// The base product y [M, N] = x w^T of few rows of x: every element or code of w is read once, and meets the rows where
-// it lies. A strip of w's rows at a time, for a team of threads that may do other things beside.
+// The base product y [M, N] = x w^T for few rows of x. w is not copied to panels: each element or code of it is read
+// once, and is multiplied by all rows of x. The work is cut into strips of rows of w, which a team of threads takes one
+// by one, so that a launch can have other work beside them.
 #pragma once
 
 #include <memory>
@@ -10,19 +11,21 @@
 
 namespace lk::cpu {
 
+constexpr i64 kFewRows = 16;  // rows of x up to which this product is used
+
 class FewRows {
  public:
   virtual ~FewRows() = default;
-  virtual void take(Scratch& scratch, int threads) = 0;  // in both passes
-  virtual void arrange() = 0;                            // by one thread, before any strip
+  virtual void take(Scratch& scratch, int threads) = 0;  // is called in both passes of Scratch
+  virtual void arrange() = 0;                            // prepares x: one thread calls it before any strip
   virtual i64 strips() const = 0;
-  virtual void strip(i64 t) = 0;  // of y; by worker() of the team
+  virtual void strip(i64 t) = 0;  // computes columns of y: any thread of the team calls it
 };
 
-std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y);  // where gemm_few
-std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y);    // where quantized_few
+std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y);
+std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y);
 
-// All of it, by a team of its own.
+// Compute the whole product with a team of its own.
 inline void run(int threads, FewRows& few) {
   Scratch scratch;
   for (int pass = 0; pass < 2; ++pass) {

@@ -6,19 +6,22 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kDepth = 1024;     // columns of x (and of a's panel) per pass: the panel's 8 rows stay in L1
-constexpr i64 kRows = 48;        // rows of x or y per task
-constexpr i64 kWidth = 4096;     // columns of y per task
-constexpr i64 kFewRows = 4;      // up to here b is read as it is; beyond, transposing it first pays
-constexpr i64 kFewRanks = 8;     // there: rows of a per task,
-constexpr i64 kFewWidth = 1024;  // columns of y per task,
-constexpr i64 kFewWeight = 16;   // and a product weighs so much, because memory is what takes the time
+constexpr i64 kDepth = 1024;  // columns of x (and of a's panel) per pass: 8 rows of the panel stay in L1
+constexpr i64 kRows = 48;     // rows of x or y per task
+constexpr i64 kWidth = 4096;  // columns of y per task
 
-// What a branch needs besides its operands.
+// Up to so many rows b is read as it is; for more, it pays to transpose b first.
+constexpr i64 kRowsInPlace = 4;
+// For so few rows, tasks are cut along R and N. Memory takes the time there, so a product counts as 16 operations.
+constexpr i64 kFewRanks = 8;     // rows of a per task
+constexpr i64 kFewWidth = 1024;  // columns of y per task
+constexpr i64 kFewWeight = 16;
+
+// Sizes, tasks and memory of a branch, beside its operands.
 struct Work {
   const LowRank& l;
   bool a_packed, b_packed, convert_bias;
-  i64 ldn;
+  i64 ldk, ldn;
   Grid pack_a, pack_b, tiles;
   float *h32 = nullptr, *a_panel = nullptr, *b_panel = nullptr, *bias32 = nullptr;
 
@@ -27,37 +30,95 @@ struct Work {
         a_packed(down && (!few || p.a.dtype != DType::f32)),
         b_packed(p.y && !few),
         convert_bias(p.bias && p.bias.dtype != DType::f32),
+        ldk(panel_stride(K)),
         ldn(panel_stride(p.N)),
         pack_a(make_grid(p.R, K, p.R, 512)),
         pack_b(make_grid(p.N, p.R, 128, p.R)),
         tiles(make_grid(M, p.N, kRows, few ? kFewWidth : kWidth)) {}
+
+  Sums h(const Branch& p) const { return {h32, p.R}; }
+  Panel a(const Branch& p) const {
+    return a_packed ? Panel{a_panel, ldk} : Panel{static_cast<const float*>(p.a.data), p.a.ld};
+  }
 };
 
-// h[m0.., r0..] (+)= keep(x) a^T over the columns from k0 on, unscaled
-void dot_x(const Branch& p, const Work& w, Tile x, i64 ldk, i64 m0, i64 rows, i64 k0, i64 depth, i64 r0, i64 ranks,
-           uint8_t* bits) {
-  const uint32_t threshold = p.dropout.threshold;
-  if (threshold) kernels().keep_bits(p.dropout.seed, threshold, m0, k0, rows, depth, bits, kDepth / 8);
-  const i64 ldp = w.a_packed ? ldk : p.a.ld;
-  const float* const P = (w.a_packed ? w.a_panel : static_cast<const float*>(p.a.data)) + r0 * ldp;
-  w.l.dot(x.at(m0, k0), {threshold ? bits : nullptr, kDepth / 8}, P + w.l.dot_column(k0), ldp, rows, depth, ranks,
-          w.h32 + m0 * p.R + r0, p.R, k0 > 0);
+// Bring the operands of the products to the form that these take. Where x is absent, `rows` are the tasks that scale h.
+void pack_operands(const Branch& p, const Work& w, bool down, const Grid& rows) {
+  if (p.base) {
+#pragma omp single nowait
+    p.base->arrange();
+  }
+  if (w.convert_bias) {
+#pragma omp single nowait
+    kernels().read(p.bias, 1, p.N, 1.0f, {w.bias32, p.N});
+  }
+  if (w.a_packed) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.pack_a.size(); ++t) {
+      const i64 k0 = w.pack_a.k0(t);
+      w.l.dot_panel(p.a.at(0, k0), p.R, w.pack_a.width(t), {w.a_panel + w.l.dot_column(k0), w.ldk});
+    }
+  }
+  if (w.b_packed) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < w.pack_b.size(); ++t) {
+      const i64 n0 = w.pack_b.m0(t);
+      w.l.expand_panel_t(p.b.at(n0, 0), w.pack_b.rows(t), p.R, {w.b_panel + n0, w.ldn});
+    }
+  }
+  if (!down) {
+#pragma omp for schedule(static) nowait
+    for (i64 t = 0; t < rows.size(); ++t)
+      w.l.expand_rows(p.h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, w.h(p).row(rows.m0(t)));
+  }
 }
 
-// h as it is saved, and as y takes it
+// A part of x and of a: where it begins, and its sizes.
+struct Part {
+  i64 m0, k0, r0;
+  Extent size;
+};
+
+// h[m0.., r0..] (+)= keep(x) a^T over the columns of the part, not yet scaled. `bits` is memory for its keep bits.
+void dot_x(const Branch& p, const Work& w, Tile x, Part t, uint8_t* bits) {
+  const uint32_t threshold = p.dropout.threshold;
+  if (threshold) kernels().keep_bits(p.dropout.seed, threshold, t.m0, t.k0, t.size.rows, t.size.cols, bits, kDepth / 8);
+  w.l.dot(x.at(t.m0, t.k0), {threshold ? bits : nullptr, kDepth / 8}, w.a(p).at(t.r0, w.l.dot_column(t.k0)), t.size,
+          w.h(p).at(t.m0, t.r0), t.k0 > 0);
+}
+
+// Write h where it is saved, and turn it into what the product with b takes.
 void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
-  float* const hm = w.h32 + m0 * p.R;
+  const Sums h = w.h(p).at(m0, 0);
   const float c = p.dropout.rescale();
-  if (p.h) kernels().write(hm, p.R, rows, p.R, c, p.h.at(m0, 0));
-  if (p.y) w.l.expand_rows({hm, p.R, DType::f32}, rows, p.R, c * p.scale, hm);
+  if (p.h) kernels().write(h, rows, p.R, c, p.h.at(m0, 0));
+  if (p.y) w.l.expand_rows({h.data, h.ld, DType::f32}, rows, p.R, c * p.scale, h.data);
+}
+
+// y += s h b^T + bias. `column` is memory of the calling thread for kWidth floats; only few rows use it.
+void add_to_y(const Branch& p, const Work& w, bool few, float* column) {
+  if (!p.y) return;
+  const float* const bias = w.convert_bias ? w.bias32 : static_cast<const float*>(p.bias.data);
+#pragma omp for schedule(dynamic, 1) nowait
+  for (i64 t = 0; t < w.tiles.size(); ++t) {
+    const i64 m0 = w.tiles.m0(t), n0 = w.tiles.k0(t), width = w.tiles.width(t), n = w.tiles.rows(t);
+    const float* const bias_n = bias ? bias + n0 : nullptr;
+    if (!few) {
+      w.l.expand(p.y.at(m0, n0), kKeepAll, bias_n, w.h(p).at(m0, 0), {w.b_panel + n0, w.ldn}, {n, width, p.R});
+      continue;
+    }
+    const float one = 1.0f;
+    for (i64 m = m0; m < m0 + n; ++m) {
+      w.l.dot(p.b.at(n0, 0), kKeepAll, w.h(p).at(m, 0), {width, p.R, 1}, {column, 1}, false);
+      w.l.expand(p.y.at(m, n0), kKeepAll, bias_n, {&one, 1}, {column, width}, {1, width, 1});
+    }
+  }
 }
 
 }  // namespace
 
 void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branches) {
-  const Kernels& k = kernels();
-  const bool down = static_cast<bool>(x), few = M <= kFewRows;
-  const i64 ldk = panel_stride(K);
+  const bool down = static_cast<bool>(x), few = M <= kRowsInPlace;
   std::vector<Work> works;
   works.reserve(branches.size());
   double products = 0;
@@ -74,7 +135,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
   const Grid rows = make_grid(M, K, task_rows, std::max<i64>(K, 1));
 
   Scratch scratch;
-  float* tmp;
+  float* columns;
   uint8_t* bits;
   const i64 bits_per_thread = drop ? task_rows * kDepth / 8 : 0;
   for (int pass = 0; pass < 2; ++pass) {
@@ -83,45 +144,18 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
       const Branch& p = branches[i];
       Work& w = works[i];
       w.h32 = scratch.floats(M * p.R);
-      w.a_panel = scratch.floats(w.a_packed ? p.R * ldk : 0);
+      w.a_panel = scratch.floats(w.a_packed ? p.R * w.ldk : 0);
       w.b_panel = scratch.floats(w.b_packed ? p.R * w.ldn : 0);
       w.bias32 = scratch.floats(w.convert_bias ? p.N : 0);
       if (p.base) p.base->take(scratch, threads);
     }
-    tmp = scratch.floats(up_few ? threads * kWidth : 0);
+    columns = scratch.floats(up_few ? threads * kWidth : 0);
     bits = scratch.bytes(threads * bits_per_thread);
   }
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    for (size_t i = 0; i < works.size(); ++i) {
-      const Branch& p = branches[i];
-      const Work& w = works[i];
-      if (p.base) {
-#pragma omp single nowait
-        p.base->arrange();
-      }
-      if (w.convert_bias) {
-#pragma omp single nowait
-        k.read(p.bias, 1, p.N, 1.0f, w.bias32, p.N);
-      }
-      if (w.a_packed) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.pack_a.size(); ++t)
-          w.l.dot_panel(p.a.at(0, w.pack_a.k0(t)), p.R, w.pack_a.width(t), w.a_panel + w.l.dot_column(w.pack_a.k0(t)),
-                        ldk);
-      }
-      if (w.b_packed) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < w.pack_b.size(); ++t)
-          w.l.expand_panel_t(p.b.at(w.pack_b.m0(t), 0), w.pack_b.rows(t), p.R, w.b_panel + w.pack_b.m0(t), w.ldn);
-      }
-      if (!down) {
-#pragma omp for schedule(static) nowait
-        for (i64 t = 0; t < rows.size(); ++t)
-          w.l.expand_rows(p.h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, w.h32 + rows.m0(t) * p.R);
-      }
-    }
+    for (size_t i = 0; i < works.size(); ++i) pack_operands(branches[i], works[i], down, rows);
 #pragma omp barrier
     uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
     if (down && few) {
@@ -131,7 +165,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
 #pragma omp for schedule(static) nowait
         for (i64 r0 = 0; r0 < p.R; r0 += kFewRanks) {
           for (i64 k0 = 0; k0 < K; k0 += kDepth)
-            dot_x(p, w, x, ldk, 0, M, k0, std::min(kDepth, K - k0), r0, std::min(kFewRanks, p.R - r0), my_bits);
+            dot_x(p, w, x, {0, k0, r0, {M, std::min(kDepth, K - k0), std::min(kFewRanks, p.R - r0)}}, my_bits);
         }
       }
     } else if (down) {
@@ -142,7 +176,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
         do {
           const i64 depth = std::min(kDepth, K - k0);
           for (size_t i = 0; i < works.size(); ++i)
-            dot_x(branches[i], works[i], x, ldk, m0, n, k0, depth, 0, branches[i].R, my_bits);
+            dot_x(branches[i], works[i], x, {m0, k0, 0, {n, depth, branches[i].R}}, my_bits);
           k0 += depth;
         } while (k0 < K);
         for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], m0, n);
@@ -158,27 +192,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
 #pragma omp single
       for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], 0, M);
     }
-    for (size_t i = 0; i < works.size(); ++i) {
-      const Branch& p = branches[i];
-      const Work& w = works[i];
-      if (!p.y) continue;
-      const float* const bias = w.convert_bias ? w.bias32 : static_cast<const float*>(p.bias.data);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (i64 t = 0; t < w.tiles.size(); ++t) {
-        const i64 m0 = w.tiles.m0(t), n0 = w.tiles.k0(t), width = w.tiles.width(t), n = w.tiles.rows(t);
-        const float* const bias_n = bias ? bias + n0 : nullptr;
-        if (!few) {
-          w.l.expand(p.y.at(m0, n0), {nullptr, 0}, bias_n, w.h32 + m0 * p.R, p.R, w.b_panel + n0, w.ldn, n, width, p.R);
-          continue;
-        }
-        const float one = 1.0f;
-        float* const column = tmp + worker() * kWidth;
-        for (i64 m = m0; m < m0 + n; ++m) {
-          w.l.dot(p.b.at(n0, 0), {nullptr, 0}, w.h32 + m * p.R, p.R, width, p.R, 1, column, 1, false);
-          w.l.expand(p.y.at(m, n0), {nullptr, 0}, bias_n, &one, 1, column, width, 1, width, 1);
-        }
-      }
-    }
+    for (size_t i = 0; i < works.size(); ++i) add_to_y(branches[i], works[i], few, columns + worker() * kWidth);
   }
 }
 

@@ -8,9 +8,8 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kFewRows = 16;  // up to here w is read as it is
-constexpr i64 kStrip = 96;    // rows of w per task there
-constexpr i64 kDepth = 1024;  // and terms per pass, so that the strip and x are still in a cache for the next rows of x
+constexpr i64 kStrip = 96;    // rows of w per task
+constexpr i64 kDepth = 1024;  // terms per pass, so that the strip and x are still in a cache for the next rows of x
 
 class Dense : public FewRows {
  public:
@@ -22,20 +21,19 @@ class Dense : public FewRows {
     parts_ = scratch.floats(threads * kStrip * M_);
   }
   void arrange() override {
-    if (convert(x_)) l_.dot_panel(x_, M_, K_, x32_, ldx_);
+    if (convert(x_)) l_.dot_panel(x_, M_, K_, {x32_, ldx_});
   }
   i64 strips() const override { return ceil_div(N_, kStrip); }
   void strip(i64 t) override {
     const float* const X = convert(x_) ? x32_ : static_cast<const float*>(x_.data);
     const i64 n0 = t * kStrip, n = std::min(kStrip, N_ - n0);
-    float* const part = parts_ + worker() * kStrip * M_;
+    const Sums part{parts_ + worker() * kStrip * M_, M_};
     i64 k0 = 0;
     do {
-      l_.dot(w_.at(n0, k0), {nullptr, 0}, X + l_.dot_column(k0), ldx_, n, std::min(kDepth, K_ - k0), M_, part, M_,
-             k0 > 0);
+      l_.dot(w_.at(n0, k0), kKeepAll, {X + l_.dot_column(k0), ldx_}, {n, std::min(kDepth, K_ - k0), M_}, part, k0 > 0);
       k0 += kDepth;
     } while (k0 < K_);
-    kernels().write_t(part, M_, n, M_, 1.0f, y_.at(0, n0));
+    kernels().write_t(part, n, M_, 1.0f, y_.at(0, n0));
   }
 
  private:
@@ -50,10 +48,10 @@ class Dense : public FewRows {
 }  // namespace
 
 void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add) {
-  if (!add && gemm_few(M, stride_wk)) return run(team(threads, 2.0 * M * N * K), *few_rows(M, N, K, x, w, y));
+  if (!add && M <= kFewRows && stride_wk == 1) return run(team(threads, 2.0 * M * N * K), *few_rows(M, N, K, x, w, y));
   gemm_by_panels(threads, M, N, K, x, y, add, 0, [&](i64 n0, i64 cols, i64 k0, i64 depth, float*, float* P) {
     const Gemm& g = *kernels().gemm(x.dtype);
-    g.pack(w.at(n0, k0 * stride_wk).data, w.ld, stride_wk, cols, depth, g.floats(depth), P);
+    g.pack({w.at(n0, k0 * stride_wk).data, w.ld, stride_wk}, cols, depth, g.floats(depth), P);
   });
 }
 
@@ -62,7 +60,5 @@ std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {
 }
 
 bool gemm_of(DType dtype) { return kernels().gemm(dtype) != nullptr; }
-
-bool gemm_few(i64 M, i64 stride_wk) { return M <= kFewRows && stride_wk == 1; }
 
 }  // namespace lk::cpu

@@ -1,6 +1,6 @@
-// The GEMM of bf16 operands, two products at a time (AVX512_BF16). Subnormals count as zero, as in all that vdpbf16ps
-// computes. Compiled with AVX512_BF16 flags: no standard library templates, and nothing with external linkage but the
-// table.
+// The GEMM of bf16 operands, two products at a time (AVX512_BF16). Subnormals count as zero, because vdpbf16ps treats
+// them so. This file is compiled with AVX512_BF16 flags: it uses no templates of the standard library, and only its
+// table has external linkage.
 #include "gemm_tile.h"
 #include "quant_decode.h"
 
@@ -10,7 +10,7 @@ namespace {
 struct Bf16Terms {
   using T = bf16;
   static constexpr i64 pair = 2;
-  // deeper and narrower than in fp32: sums that wait for the next pass lie in L2 too
+  // It is deeper and narrower than in fp32, because sums that wait for the next pass need a place in L2 too.
   static constexpr i64 depth = 512, group = 192;
   static reg fma(reg x, reg p, reg sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)p); }
   static reg columns(const T* w, i64 stride_k, i64 k, i64 depth, int n) {

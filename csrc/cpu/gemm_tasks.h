@@ -1,4 +1,4 @@
-// The GEMM cut into tasks, with panels of w from wherever they come.
+// The GEMM cut into tasks. A function of the caller packs the panels of w, so that w may be dense or quantised.
 #pragma once
 
 #include <stdexcept>
@@ -9,18 +9,18 @@
 
 namespace lk::cpu {
 
-constexpr i64 kGemmRun = 32;         // what passes over K begin at multiples of
-constexpr i64 kGemmRowsLeast = 96;   // rows of y per task, lest packing w weigh
-constexpr i64 kGemmRowsMost = 1024;  // where their sums need memory beside y: at most 1.5 MB a thread
+constexpr i64 kGemmRun = 32;         // passes over K begin at multiples of this
+constexpr i64 kGemmRowsLeast = 96;   // rows of y per task: with fewer, packing w would take too large a part
+constexpr i64 kGemmRowsMost = 1024;  // rows of y per task where their sums need memory beside y, 1.5 MB a thread
 
-// y [M, N] = x [M, K] w^T, or y += that. pack(n0, cols, k0, depth, D, P) writes the panels of w[n0.., k0..] to P; D is
-// `spare` floats of its own. k0 is a multiple of kGemmRun.
+// y [M, N] = x [M, K] w^T, or y += x w^T. pack(n0, cols, k0, depth, D, P) writes the panels of w[n0.., k0..] to P; D is
+// `spare` floats of memory for it. k0 is a multiple of kGemmRun.
 template <class Pack>
 void gemm_by_panels(int threads, i64 M, i64 N, i64 K, Tile x, Tile y, bool add, i64 spare, const Pack& pack) {
   if (!kernels().gemm(x.dtype)) throw std::invalid_argument("no GEMM of this dtype: see gemm_of");
   const Gemm& g = *kernels().gemm(x.dtype);
   threads = team(threads, 2.0 * M * N * K);
-  // tasks of almost equal size, and of a number that the threads can share out evenly
+  // The tasks have almost equal sizes, and their number is one that the threads can share evenly.
   const i64 slices = ceil_div(N, g.width), groups = std::min(slices, round_up(ceil_div(N, g.group), threads));
   const i64 runs = std::max<i64>(1, ceil_div(K, kGemmRun)), passes = ceil_div(runs, g.pair * g.depth / kGemmRun);
   const bool sums_in_y = y.dtype == DType::f32;
@@ -51,9 +51,10 @@ void gemm_by_panels(int threads, i64 M, i64 N, i64 K, Tile x, Tile y, bool add, 
       const i64 k0 = edge(pass), depth = edge(pass + 1) - k0;
       pack(n0, cols, k0, depth, D, P);
       if (sums_in_y)
-        g.tile(x.at(m0, k0), P, rows, cols, depth, add || pass > 0, static_cast<float*>(out.data), out.ld, false, {});
+        g.tile(x.at(m0, k0), P, rows, cols, depth,
+               {add || pass > 0, {static_cast<float*>(out.data), out.ld}, false, {}});
       else
-        g.tile(x.at(m0, k0), P, rows, cols, depth, pass > 0, S, width, add, pass + 1 == passes ? out : Tile{});
+        g.tile(x.at(m0, k0), P, rows, cols, depth, {pass > 0, {S, width}, add, pass + 1 == passes ? out : Tile{}});
     }
   }
 }

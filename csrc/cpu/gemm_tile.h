@@ -1,5 +1,5 @@
-// The tile of the GEMM, for operands that a Terms describes. Compiled once per instruction set: with Fp32Terms by
-// kernels.cpp, with pairs of bf16 by gemm_bf16.cpp.
+// The tile of the GEMM, for operands that a class Terms describes. kernels.cpp compiles it once per instruction set
+// with Fp32Terms, and gemm_bf16.cpp with pairs of bf16.
 #pragma once
 
 #include "tile.h"
@@ -9,20 +9,20 @@ namespace {
 
 constexpr int kGemmWidth = V::GEMM_NV * W;
 
-// What a float of a panel is, and how a float of x meets it.
+// What a float of a panel holds, and how it is multiplied by a float of x.
 struct Fp32Terms {
   using T = float;
   static constexpr i64 pair = 1;
-  // half the depth is summed one after the other: an error no larger than MKL's
+  // A chain of sums is half the depth long. That keeps the error no larger than MKL's.
   static constexpr i64 depth = 256, group = 384;
   static reg fma(reg x, reg p, reg sum) { return V::fma(x, p, sum); }
-  // n neighbouring columns of row k of w, `depth` rows long, whose memory runs along n
+  // The floats of row k of a panel for n neighbouring columns of w, whose memory runs along n
   static reg columns(const T* w, i64 stride_k, i64 k, i64, int n) { return V::load(w + k * stride_k, n); }
-  // a column's float
+  // The float of row k of a panel for one column of w
   static float one(const T* w, i64 stride_k, i64 k, i64) { return w[k * stride_k]; }
 };
 
-// Rows of x, copied to where they do not all want the same place of L1.
+// Floats from one row of the copy of x to the next: rows must not all map to the same places of L1.
 template <class Terms>
 constexpr i64 kGemmRow = Terms::depth + 16;
 
@@ -39,13 +39,21 @@ inline __attribute__((always_inline)) void gemm_chain(const float* xs, const flo
   }
 }
 
+// Where the rows of one panel go, as in GemmOut.
+template <class T>
+struct RowsOut {
+  bool add_sum;
+  Sums sum;
+  bool add_y;
+  Rows<T> y;
+};
+
 // MR rows and one panel, lanes along n; depth in floats
 template <class Terms, int MR>
-void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, bool add_sum, float* sum, i64 lds, bool add_y,
-               typename Terms::T* y, i64 ldy) {
+void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, RowsOut<typename Terms::T> out) {
   constexpr int NV = V::GEMM_NV;
   LK_UNROLL for (int i = 0; i < MR; ++i) LK_UNROLL for (int v = 0; v < NV; ++v)
-      __builtin_prefetch(sum + i * lds + v * W, 1, 3);
+      __builtin_prefetch(out.sum.row(i) + v * W, 1, 3);
   reg acc[MR][NV], first_half[MR][NV];
   const i64 half = depth > Terms::depth / 2 ? depth / 2 : depth;
   gemm_chain<Terms>(xs, P, half, acc);
@@ -59,19 +67,19 @@ void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, bool add_su
     const int n = cols - v * W < W ? static_cast<int>(cols - v * W) : W;
     if (n <= 0) break;
     LK_UNROLL for (int i = 0; i < MR; ++i) {
-      float* const s = sum + i * lds + v * W;
-      const reg total = add_sum ? V::add(V::load(s, n), acc[i][v]) : acc[i][v];
-      if (!y) {
+      float* const s = out.sum.row(i) + v * W;
+      const reg total = out.add_sum ? V::add(V::load(s, n), acc[i][v]) : acc[i][v];
+      if (!out.y.data) {
         V::store(s, total, n);
         continue;
       }
-      typename Terms::T* const out = y + i * ldy + v * W;
-      V::store(out, add_y ? V::add(V::load(out, n), total) : total, n);
+      typename Terms::T* const y = out.y.row(i) + v * W;
+      V::store(y, out.add_y ? V::add(V::load(y, n), total) : total, n);
     }
   }
 }
 
-// rows <= MR, with as many accumulators as there are rows
+// gemm_rows for `rows` <= MR, with as many accumulators as there are rows
 template <class Terms, int MR, class... Rest>
 void gemm_group(i64 rows, Rest... rest) {
   if (rows == MR) return gemm_rows<Terms, MR>(rest...);
@@ -79,12 +87,11 @@ void gemm_group(i64 rows, Rest... rest) {
 }
 
 template <class Terms>
-void gemm_tile(Tile x, const float* P, i64 rows, i64 cols, i64 depth, bool add_sum, float* sum, i64 lds, bool add_y,
-               Tile y) {
+void gemm_tile(Tile x, const float* P, i64 rows, i64 cols, i64 depth, GemmOut out) {
   using T = typename Terms::T;
   constexpr i64 MR = V::GEMM_MR;
   alignas(64) float xs[MR * kGemmRow<Terms>];
-  const i64 groups = (rows + MR - 1) / MR;  // of rows / groups rows, or one more
+  const i64 groups = (rows + MR - 1) / MR;  // each has rows / groups rows, or one more
   const i64 floats = (depth + Terms::pair - 1) / Terms::pair;
   for (i64 group = 0; group < groups; ++group) {
     const i64 m0 = rows * group / groups, n = rows * (group + 1) / groups - m0;
@@ -92,23 +99,25 @@ void gemm_tile(Tile x, const float* P, i64 rows, i64 cols, i64 depth, bool add_s
       if (depth % Terms::pair) xs[i * kGemmRow<Terms> + floats - 1] = 0.0f;  // the other half of a last pair
       __builtin_memcpy(xs + i * kGemmRow<Terms>, row<T>(x, m0 + i), depth * sizeof(T));
     }
-    T* const out = y ? row<T>(y, m0) : nullptr;
+    const Rows<T> y{out.y ? row<T>(out.y, m0) : nullptr, out.y.ld};
     for (i64 n0 = 0; n0 < cols; n0 += kGemmWidth)
-      gemm_group<Terms, MR>(n, xs, P + n0 * floats, cols - n0 < kGemmWidth ? cols - n0 : kGemmWidth, floats, add_sum,
-                            sum + m0 * lds + n0, lds, add_y, out ? out + n0 : nullptr, y.ld);
+      gemm_group<Terms, MR>(
+          n, xs, P + n0 * floats, cols - n0 < kGemmWidth ? cols - n0 : kGemmWidth, floats,
+          RowsOut<T>{out.add_sum, out.sum.at(m0, n0), out.add_y, Rows<T>{y.data ? y.data + n0 : nullptr, y.ld}});
   }
 }
 
 template <class Terms>
-void gemm_pack(const void* from, i64 stride_n, i64 stride_k, i64 cols, i64 depth, i64 column, float* P) {
+void gemm_pack(Strided from, i64 cols, i64 depth, i64 column, float* P) {
   using T = typename Terms::T;
   constexpr i64 pair = Terms::pair;
-  const T* const w = static_cast<const T*>(from);
+  const T* const w = static_cast<const T*>(from.data);
+  const i64 stride_n = from.stride_n, stride_k = from.stride_k;
   const auto at = [&](i64 n, i64 k) {
     return P + n / kGemmWidth * kGemmWidth * column + k / pair * kGemmWidth + n % kGemmWidth;
   };
   const i64 padded = (cols + kGemmWidth - 1) / kGemmWidth * kGemmWidth;
-  if (stride_n == 1) {  // w's memory runs along n: a few rows of it at a time, whose pages stay known
+  if (stride_n == 1) {  // memory runs along n: a few rows at a time, so that their pages stay in the TLB
     constexpr i64 rows = 8 * pair;
     for (i64 k0 = 0; k0 < depth; k0 += rows)
       for (i64 n = 0; n < padded; n += W) {

@@ -1,5 +1,5 @@
-// How the work is cut. A cut that decides the order of a sum depends on the shape alone, so that results depend
-// neither on the thread count nor on which thread took what.
+// How work is cut into tasks. Where a cut decides the order of a sum, it depends on the shape alone. So results depend
+// neither on the number of threads nor on which thread took which task.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +15,11 @@ namespace lk::cpu {
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
-// Row stride of a panel, in floats: an odd number of cache lines, or the rows of a panel would all want the same few
-// places of an L1 cache.
+// The row stride of a panel, in floats. It is an odd number of cache lines; else the rows of a panel would all map to
+// the same few places of an L1 cache.
 inline i64 panel_stride(i64 cols) { return (ceil_div(cols, 16) | 1) * 16; }
 
-// S slabs of rows by C chunks of columns (a multiple of 64 wide: whole words of keep bits).
+// S slabs of rows by C chunks of columns. A chunk is a multiple of 64 wide, so that its keep bits are whole words.
 struct Grid {
   i64 M, cols, S, slab, C, chunk;
 
@@ -36,8 +36,9 @@ inline Grid make_grid(i64 M, i64 cols, i64 slab, i64 chunk) {
   return {M, cols, std::max<i64>(1, ceil_div(M, slab)), slab, std::max<i64>(1, ceil_div(cols, chunk)), chunk};
 }
 
-// Forking a team costs microseconds, so tiny work stays on the caller. The choice is one thread or all of torch's,
-// nothing between: libgomp ends the threads of its pool that a smaller team leaves over, and starts them anew after.
+// The number of threads for work of so many operations. Forking a team costs microseconds, so tiny work stays on the
+// caller. The answer is one thread or all of torch's, and nothing between: libgomp ends the threads that a smaller team
+// does not use, and has to start them again later.
 inline int team(int threads, double flops) { return flops < 2e6 ? 1 : std::max(threads, 1); }
 
 inline int worker() {

@@ -31,8 +31,8 @@ inline float to_float(f16 h) {
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000u) << 16;
   const uint32_t rest = h.bits & 0x7fffu;
   if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // Shifting the fields into fp32's places leaves the exponent off by 127 - 15: one exact product with 2^112 puts it
-  // right, subnormals included.
+  // Shifting the fields to fp32's places leaves the exponent too small by 127 - 15 = 112. An exact product with 2^112
+  // corrects it, for subnormals too.
   return float_of(sign | bits_of(float_of(rest << 13) * float_of(0x77800000u)));
 }
 

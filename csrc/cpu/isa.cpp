@@ -21,7 +21,7 @@ Features detect() {
   if (!osxsave) return {};
   unsigned lo, hi;
   __asm__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
-  const bool ymm = (lo & 0x06) == 0x06, zmm = (lo & 0xe6) == 0xe6;  // registers that the system saves and restores
+  const bool ymm = (lo & 0x06) == 0x06, zmm = (lo & 0xe6) == 0xe6;  // the system saves and restores these registers
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
   const auto has = [&](int bit) { return (b >> bit & 1) != 0; };
   Features f;

@@ -1,4 +1,5 @@
-// The table of tile kernels. This file is compiled once per instruction set, and has that table alone to link to.
+// The table of tile kernels. This file is compiled once per instruction set, and defines that table alone for others to
+// link to.
 #include "convert.h"
 #include "gemm_tile.h"
 #include "low_rank.h"
@@ -16,7 +17,7 @@ void keep_bits(uint64_t seed, uint32_t threshold, i64 m0, i64 k0, i64 rows, i64 
                 bits + m * ld + k / 8);
 }
 
-// From the run-time dtype and the presence of a mask to an instance f.template operator()<T, KEEP>.
+// Run `call` with T as the type of the elements of `dtype`.
 #define LK_BY_DTYPE(dtype, call) \
   switch (dtype) {               \
     case DType::f32: {           \
@@ -36,32 +37,24 @@ void keep_bits(uint64_t seed, uint32_t threshold, i64 m0, i64 k0, i64 rows, i64 
     }                            \
   }
 
-void panel(Tile src, i64 rows, i64 cols, float* P, i64 ldp) {
-  LK_BY_DTYPE(src.dtype, (read<T>(src, rows, cols, 1.0f, P, ldp)))
-}
+void panel(Tile src, i64 rows, i64 cols, Sums P) { LK_BY_DTYPE(src.dtype, (read<T>(src, rows, cols, 1.0f, P))) }
 
-void panel_t(Tile src, i64 rows, i64 cols, float* P, i64 ldp) {
-  LK_BY_DTYPE(src.dtype, (read_t<T>(src, rows, cols, 1.0f, P, ldp)))
-}
+void panel_t(Tile src, i64 rows, i64 cols, Sums P) { LK_BY_DTYPE(src.dtype, (read_t<T>(src, rows, cols, 1.0f, P))) }
 
 void scaled_rows(Tile src, i64 rows, i64 R, float factor, float* out) {
-  LK_BY_DTYPE(src.dtype, (read<T>(src, rows, R, factor, out, R)))
+  LK_BY_DTYPE(src.dtype, (read<T>(src, rows, R, factor, {out, R})))
 }
 
 constexpr LowRank kFp32 = {
     false,
-    [](Tile x, Keep keep, const float* P, i64 ldp, i64 rows, i64 cols, i64 R, float* out, i64 ldo, bool add) {
-      LK_BY_DTYPE(x.dtype, keep.bits ? (dot<T, true>(x, keep, P, ldp, rows, cols, R, out, ldo, add))
-                                     : (dot<T, false>(x, keep, P, ldp, rows, cols, R, out, ldo, add)))
+    [](Tile x, Keep keep, Panel P, Extent e, Sums out, bool add) {
+      LK_BY_DTYPE(x.dtype, (keep.bits ? dot<T, true> : dot<T, false>)(x, keep, P, e, out, add))
     },
-    [](Tile x, Keep keep, const float* G, i64 ldg, i64 rows, i64 cols, i64 R, float* D, i64 ldd) {
-      LK_BY_DTYPE(x.dtype, keep.bits ? (outer<T, true>(x, keep, G, ldg, rows, cols, R, D, ldd))
-                                     : (outer<T, false>(x, keep, G, ldg, rows, cols, R, D, ldd)))
+    [](Tile x, Keep keep, Panel G, Extent e, Sums D) {
+      LK_BY_DTYPE(x.dtype, (keep.bits ? outer<T, true> : outer<T, false>)(x, keep, G, e, D))
     },
-    [](Tile y, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows, i64 cols,
-       i64 R) {
-      LK_BY_DTYPE(y.dtype, keep.bits ? (expand<T, true>(y, keep, bias, H, ldh, P, ldp, rows, cols, R))
-                                     : (expand<T, false>(y, keep, bias, H, ldh, P, ldp, rows, cols, R)))
+    [](Tile y, Keep keep, const float* bias, Panel H, Panel P, Extent e) {
+      LK_BY_DTYPE(y.dtype, (keep.bits ? expand<T, true> : expand<T, false>)(y, keep, bias, H, P, e))
     },
     panel,
     panel_t,
@@ -93,14 +86,14 @@ constexpr Kernels kTable = {
     quant_dot,
     quant_x,
     quant_scales,
-    [](Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo) {
-      LK_BY_DTYPE(src.dtype, (read<T>(src, rows, cols, factor, out, ldo)))
+    [](Tile src, i64 rows, i64 cols, float factor, Sums out) {
+      LK_BY_DTYPE(src.dtype, (read<T>(src, rows, cols, factor, out)))
     },
-    [](const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out) {
-      LK_BY_DTYPE(out.dtype, (write<T>(src, lds, rows, cols, factor, out)))
+    [](Panel src, i64 rows, i64 cols, float factor, Tile out) {
+      LK_BY_DTYPE(out.dtype, (write<T>(src, rows, cols, factor, out)))
     },
-    [](const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out) {
-      LK_BY_DTYPE(out.dtype, (write_t<T>(src, lds, rows, cols, factor, out)))
+    [](Panel src, i64 rows, i64 cols, float factor, Tile out) {
+      LK_BY_DTYPE(out.dtype, (write_t<T>(src, rows, cols, factor, out)))
     },
 };
 

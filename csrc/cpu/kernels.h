@@ -1,11 +1,14 @@
-// Tile kernels of one instruction set, and the table through which the drivers reach the one that was chosen.
+// The tile kernels of one instruction set, and the table through which the drivers call those of the set in use.
 //
-// All sums are fp32. A tile of x (or dy, y, dx) is addressed in place by pointer and row stride; adapters come as
-// "panels" P [R, cols] with the lanes running along the columns; `keep`, where not null, holds one bit per element
-// (rows of ld_keep bytes, bit j of byte i: column 8 i + j) and zeroes what dropout drops.
+// All sums are fp32. A tile of x (or dy, y, dx) is addressed in place. Adapters come as panels P [R, cols] of floats,
+// with the lanes of a register along the columns. `keep` zeroes what dropout drops.
 #pragma once
 
 #include <cstdint>
+
+// For functions with external linkage that files of several instruction sets include: an instance that is always
+// inlined cannot be merged by the linker, which might otherwise put AVX-512 code into the baseline.
+#define LK_INLINE inline __attribute__((always_inline))
 
 namespace lk::cpu {
 
@@ -13,7 +16,7 @@ using i64 = int64_t;
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline i64 size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+LK_INLINE i64 size_of(DType t) { return t == DType::f32 ? 4 : 2; }
 
 // A row-major operand whose last stride is 1.
 struct Tile {
@@ -21,91 +24,132 @@ struct Tile {
   i64 ld;  // row stride, in elements
   DType dtype;
 
-  Tile at(i64 row, i64 col) const { return {static_cast<char*>(data) + (row * ld + col) * size_of(dtype), ld, dtype}; }
-  explicit operator bool() const { return data != nullptr; }
+  LK_INLINE Tile at(i64 row, i64 col) const {
+    return {static_cast<char*>(data) + (row * ld + col) * size_of(dtype), ld, dtype};
+  }
+  LK_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
+// Row-major elements of a known type whose last stride is 1.
+template <class T>
+struct Rows {
+  T* data;
+  i64 ld;  // row stride, in elements
+
+  LK_INLINE T* row(i64 m) const { return data + m * ld; }
+  LK_INLINE Rows at(i64 row, i64 col) const { return {data + row * ld + col, ld}; }
+  LK_INLINE operator Rows<const T>() const { return {data, ld}; }
+};
+
+using Panel = Rows<const float>;  // is read
+using Sums = Rows<float>;         // is written
+
+// The dropout mask of a tile, one bit per element: bit j of byte i of a row belongs to column 8 i + j. Without `bits`
+// every element is kept.
 struct Keep {
   const uint8_t* bits;
   i64 ld;  // bytes per row
+
+  LK_INLINE const uint8_t* row(i64 m) const { return bits + m * ld; }
+  LK_INLINE Keep at(i64 row, i64 col) const { return {bits + row * ld + col / 8, ld}; }  // col: a multiple of 8
+};
+
+constexpr Keep kKeepAll{nullptr, 0};
+
+// The sizes of a product of a tile [rows, cols] with a panel [R, cols] or [R, rows].
+struct Extent {
+  i64 rows, cols, R;
 };
 
 enum class Format : int { nf4 = 0, fp4 = 1, int8 = 2, fp8 = 3 };
 
-// What decoding leaves out of the scales.
+// The factor that decoding applies beside the scales.
 constexpr float quant_factor(Format f) { return f == Format::fp8 ? 256.0f : f == Format::int8 ? 1.0f / 127.0f : 1.0f; }
 
-constexpr i64 kQuantRows = 4;
-constexpr i64 kQuantPad = 128;  // floats
-constexpr i64 kNested = 256;    // scales that share one of double quantisation's
+constexpr i64 kQuantRows = 4;   // rows of codes that quant_dot takes at a time
+constexpr i64 kQuantPad = 128;  // rows of X are padded to a multiple of so many floats
+constexpr i64 kNested = 256;    // scales that share one absmax of double quantisation
 
-// Rows of a quantised weight; every `segment` columns have a scale, of int8 and fp8 without quant_factor.
+// Rows of a quantised weight. Every `segment` columns have a scale, which for int8 and fp8 lacks quant_factor.
 struct QuantRows {
   Format format;
   const uint8_t* codes;
-  i64 ldc;  // bytes
+  i64 ldc;  // bytes per row
   const float* levels;
   const float* scales;
   i64 lds, segment, rows, K;
 
-  QuantRows part(i64 first, i64 most) const {
+  LK_INLINE QuantRows part(i64 first, i64 most) const {
     const i64 n = rows - first < most ? rows - first : most;
     return {format, codes + first * ldc, ldc, levels, scales + first * lds, lds, segment, n, K};
   }
 };
 
-// The three products of the low-rank half, and the formats of their operands. Buffers are of floats in every format.
+// The three products of the low-rank half, and the packing of their operands. Buffers consist of floats in every
+// packing.
 struct LowRank {
-  bool pairs;  // bf16 operands, two by two, for instructions that add two products at a time; else fp32
+  bool pairs;  // true: operands are packed as pairs of bf16, for instructions that add two products at a time
 
-  // out[m, r] (+)= sum_k keep(x)[m, k] P[r, k]; P from dot_panel, its column k0 at P + dot_column(k0)
-  void (*dot)(Tile x, Keep keep, const float* P, i64 ldp, i64 rows, i64 cols, i64 R, float* out, i64 ldo, bool add);
+  // out[m, r] (+)= sum_k keep(x)[m, k] P[r, k]. P comes from dot_panel; its column k0 begins at P + dot_column(k0).
+  void (*dot)(Tile x, Keep keep, Panel P, Extent e, Sums out, bool add);
 
-  // D[r, k] += sum_m G[m, r] keep(x)[m, k]; G from outer_rows
-  void (*outer)(Tile x, Keep keep, const float* G, i64 ldg, i64 rows, i64 cols, i64 R, float* D, i64 ldd);
+  // D[r, k] += sum_m G[m, r] keep(x)[m, k]. G comes from outer_rows.
+  void (*outer)(Tile x, Keep keep, Panel G, Extent e, Sums D);
 
-  // y[m, k] += keep(sum_r H[m, r] P[r, k]) + bias[k]; H from expand_rows, P from expand_panel; bias may be null
-  void (*expand)(Tile y, Keep keep, const float* bias, const float* H, i64 ldh, const float* P, i64 ldp, i64 rows,
-                 i64 cols, i64 R);
+  // y[m, k] += keep(sum_r H[m, r] P[r, k]) + bias[k]. H comes from expand_rows, P from expand_panel; bias may be null.
+  void (*expand)(Tile y, Keep keep, const float* bias, Panel H, Panel P, Extent e);
 
-  // P [R, cols] of src [R, cols], or, _t, of src [cols, R]
-  void (*dot_panel)(Tile src, i64 R, i64 cols, float* P, i64 ldp);
-  void (*dot_panel_t)(Tile src, i64 cols, i64 R, float* P, i64 ldp);
-  void (*expand_panel)(Tile src, i64 R, i64 cols, float* P, i64 ldp);
-  void (*expand_panel_t)(Tile src, i64 cols, i64 R, float* P, i64 ldp);
+  // P [R, cols] from src [R, cols], or, in the functions with _t, from src [cols, R]
+  void (*dot_panel)(Tile src, i64 R, i64 cols, Sums P);
+  void (*dot_panel_t)(Tile src, i64 cols, i64 R, Sums P);
+  void (*expand_panel)(Tile src, i64 R, i64 cols, Sums P);
+  void (*expand_panel_t)(Tile src, i64 cols, i64 R, Sums P);
 
-  // factor * src [rows, R], with rows R floats apart, as G or H; may be done in place. Row m of either is at m R, for
-  // even m
+  // factor * src [rows, R] as G or H, whose rows are R floats apart. In place is allowed. Row m of G or H is at m R for
+  // even m.
   void (*outer_rows)(Tile src, i64 rows, i64 R, float factor, float* G);
   void (*expand_rows)(Tile src, i64 rows, i64 R, float factor, float* H);
 
   i64 dot_column(i64 k0) const { return pairs ? k0 / 2 : k0; }
 };
 
-// 4-bit codes beside bf16 x, by instructions that add two products at a time: X holds bf16 in half as many floats, ldx
-// a multiple of kQuantPad / 2.
+// Products of 4-bit codes and bf16 x, by instructions that add two products at a time. X holds bf16 in half as many
+// floats; X.ld is a multiple of kQuantPad / 2.
 struct QuantPairs {
-  void (*dot)(const QuantRows& w, const float* X, i64 ldx, i64 M, float* out, i64 ldo);
-  void (*arrange)(Tile x, i64 M, i64 K, float* X, i64 ldx);
+  void (*dot)(const QuantRows& w, Panel X, i64 M, Sums out);
+  void (*arrange)(Tile x, i64 M, i64 K, Sums X);
 };
 
-// The GEMM of one format of operands: fp32, or bf16 two by two. T is what its operands consist of.
+// A matrix with any strides: element (n, k) is at data[n stride_n + k stride_k].
+struct Strided {
+  const void* data;
+  i64 stride_n, stride_k;
+};
+
+// Where a tile of the GEMM goes: s = (add_sum ? sum : 0) + x P; then y = (add_y ? y : 0) + s where y is given, else
+// sum = s.
+struct GemmOut {
+  bool add_sum;
+  Sums sum;
+  bool add_y;
+  Tile y;
+};
+
+// The GEMM of operands of one type: fp32, or pairs of bf16. T below is the type of an element.
 struct Gemm {
   i64 width;  // columns of a panel
   i64 pair;   // terms to a float of a panel: 1 or 2
-  i64 depth;  // floats of a column of a panel, at most: what a pass over K adds up
-  i64 group;  // columns of y whose panels stay in L2 together, at most
+  i64 depth;  // the most floats in a column of a panel, which is what one pass over K adds up
+  i64 group;  // the most columns of y whose panels stay in L2 together
 
-  // Panels of w, the n side: P[n / width][k / pair][n % width] = w[n, k] (and w[n, k + 1]), with zeroes to the end of
-  // the last panel and of the last pair. w is T*, with any strides; a panel has `column` floats to a column.
-  void (*pack)(const void* w, i64 stride_n, i64 stride_k, i64 cols, i64 depth, i64 column, float* P);
+  // Panels of w, the n side: P[n / width][k / pair][n % width] = w[n, k] (and w[n, k + 1]). Zeros fill the last panel
+  // and the last pair. Elements of w are T; a panel has `column` floats to a column.
+  void (*pack)(Strided w, i64 cols, i64 depth, i64 column, float* P);
 
-  // s = (add_sum ? sum : 0) + x P, for at most pair * this->depth terms; then y = (add_y ? y : 0) + s where y is given,
-  // else sum = s
-  void (*tile)(Tile x, const float* P, i64 rows, i64 cols, i64 depth, bool add_sum, float* sum, i64 lds, bool add_y,
-               Tile y);
+  // The tile x [rows, depth] P, for at most pair * this->depth terms. x has elements T.
+  void (*tile)(Tile x, const float* P, i64 rows, i64 cols, i64 depth, GemmOut out);
 
-  // out[i, k] = w[i, k0 + k], dequantised, rows of `count` T; k0 even for 4 bits
+  // out[i, k] = w[i, k0 + k], dequantised, as rows of `count` T. For 4 bits k0 is even.
   void (*decode)(const QuantRows& w, i64 k0, i64 count, void* out);
 
   i64 floats(i64 depth) const { return (depth + pair - 1) / pair; }
@@ -114,8 +158,8 @@ struct Gemm {
 struct Kernels {
   const char* name;
   const LowRank* fp32;           // for any operands
-  const LowRank* bf16;           // where x and the adapters are bf16; may be null
-  const QuantPairs* quant_bf16;  // for 4 bits where x is bf16; may be null
+  const LowRank* bf16;           // for bf16 x, a and b; may be null
+  const QuantPairs* quant_bf16;  // for 4 bits and bf16 x; may be null
   const Gemm* gemm_fp32;
   const Gemm* gemm_bf16;  // may be null
 
@@ -125,27 +169,27 @@ struct Kernels {
 
   const Gemm* gemm(DType x) const { return x == DType::f32 ? gemm_fp32 : x == DType::bf16 ? gemm_bf16 : nullptr; }
 
-  // bits of rows m0.. and columns k0.. (k0 a multiple of 64); writes ceil(cols / 64) * 8 bytes a row
+  // The keep bits of rows m0.. and columns k0.. (k0 is a multiple of 64). It writes ceil(cols / 64) * 8 bytes a row.
   void (*keep_bits)(uint64_t seed, uint32_t threshold, i64 m0, i64 k0, i64 rows, i64 cols, uint8_t* bits, i64 ld);
 
-  // out[i, m] = sum_k w[i, k] x[m, k] / quant_factor for at most kQuantRows rows; X from rows of x by quant_x, in
-  // place, ldx a multiple of kQuantPad
-  void (*quant_dot)(const QuantRows& w, const float* X, i64 ldx, i64 M, float* out, i64 ldo);
-  void (*quant_x)(Format format, float* X, i64 ldx, i64 M, i64 K);
+  // out[i, m] = sum_k w[i, k] x[m, k] / quant_factor, for at most kQuantRows rows i. X holds the rows of x after
+  // quant_x has arranged them in place; X.ld is a multiple of kQuantPad.
+  void (*quant_dot)(const QuantRows& w, Panel X, i64 M, Sums out);
+  void (*quant_x)(Format format, Sums X, i64 M, i64 K);
 
   // out[i] = table[codes[first + i]] absmax[(first + i) / 256] + offset
   void (*quant_scales)(const uint8_t* codes, i64 first, i64 count, const float* table, const float* absmax,
                        float offset, float* out);
 
-  // out[i, j] = factor * src[i, j]; to fp32 and from fp32
-  void (*read)(Tile src, i64 rows, i64 cols, float factor, float* out, i64 ldo);
-  void (*write)(const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out);
+  // out[i, j] = factor * src[i, j], to fp32 and from fp32
+  void (*read)(Tile src, i64 rows, i64 cols, float factor, Sums out);
+  void (*write)(Panel src, i64 rows, i64 cols, float factor, Tile out);
 
   // out[j, i] = factor * src[i, j] with src [rows, cols]
-  void (*write_t)(const float* src, i64 lds, i64 rows, i64 cols, float factor, Tile out);
+  void (*write_t)(Panel src, i64 rows, i64 cols, float factor, Tile out);
 };
 
-// One per file compiled with that instruction set's flags.
+// Each of these is defined in a file compiled with the flags of its instruction set.
 const Kernels& kernels_baseline();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();

@@ -1,6 +1,9 @@
-// The layer on a CPU: the base GEMM, and the low-rank half beside a base that is already in y or dx.
+// A LoRA layer on a CPU: its base GEMM, and its low-rank half, which adds to a base product that is already in y or
+// dx.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -8,44 +11,53 @@
 
 namespace lk::cpu {
 
+// T = min(round(65536 p), 65535), half to even as Python rounds. A 16-bit lane below it drops its element.
+inline uint32_t dropout_threshold(double p) {
+  return static_cast<uint32_t>(std::min(std::nearbyint(p * 65536.0), 65535.0));
+}
+
 struct Dropout {
-  uint32_t threshold = 0;  // 0: none
+  uint32_t threshold = 0;  // 0: no dropout
   uint64_t seed = 0;
 
+  // c = 65536 / (65536 - T), the inverse of the exact probability of being kept
   float rescale() const { return 65536.0f / static_cast<float>(65536 - static_cast<int>(threshold)); }
 };
 
-// One of the adapters that read the same x [M, K]: a [R, K], b [N, R], and what belongs to it alone. The driver's
-// caller says what is there; a tile without data is absent.
+// One of the layers that read the same x [M, K]. A tile without data is absent: it is not computed, or not used.
 struct Branch {
   i64 N, R;
   float scale;
   Dropout dropout;
-  Tile a, b;
-  Tile bias, y;     // forward: [N], [M, N]
-  Tile dy, da, db;  // backward: [M, N], [R, K], [N, R]
+  Tile a, b;        // [R, K], [N, R]
+  Tile bias, y;     // [N], [M, N]; of a forward
+  Tile dy, da, db;  // [M, N], [R, K], [N, R]; of a backward
   Tile h;           // [M, R]
 
-  std::shared_ptr<FewRows> base;  // forward: what writes x w^T to y first; null: it is there already
+  std::unique_ptr<FewRows> base;  // writes x w^T to y at the start of a forward; null where y holds it already
 };
 
-// For each branch, in one pass over x for all:
-// h = c keep(x) a^T   [M, R], where x is given (else h is read)
-// y += s h b^T + bias [M, N], where y is given; bias may be absent. With a base y is x w^T before that
-// h may be absent when x and y are both there.
+// For each branch, in one pass over x for all of them:
+// h = c keep(x) a^T   [M, R]; where x is absent, h is read
+// y += s h b^T + bias [M, N]; a branch with a base has y = x w^T before that
+// h may be absent where x and y are both there.
 void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branches);
 
-// For each branch, in one pass over x and dx for all:
-// g = s dy b          [M, R], kept inside
-// db = s dy^T h       [N, R], where db is given
-// dx += c keep(g a)   [M, K], where dx is given
-// da = c g^T keep(x)  [R, K], where da is given
+// For each branch, in one pass over x and dx for all of them:
+// g = s dy b          [M, R], which stays inside
+// db = s dy^T h       [N, R]
+// dx += c keep(g a)   [M, K]
+// da = c g^T keep(x)  [R, K]
 void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Branch>& branches);
 
-// y = x w^T             [M, N], the base GEMM, or y += x w^T; w(n, k) lies at n w.ld + k stride_wk; dtypes of
-// gemm_of, or, without add, any dtype where gemm_few(M, stride_wk)
+// The base GEMM: y = x w^T [M, N], or y += x w^T. w(n, k) lies at n w.ld + k stride_wk. x has a dtype of gemm_of, or,
+// without add, at most kFewRows rows beside a w with stride_wk 1.
 void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add);
-bool gemm_few(i64 M, i64 stride_wk);
-bool gemm_of(DType dtype);  // fp32, and bf16 where the processor multiplies it
+
+// Whether the GEMM takes any number of rows of this dtype: fp32, and bf16 where the processor multiplies it.
+bool gemm_of(DType dtype);
+
+// out [M, K] = 1 where dropout keeps an element of x [M, K], else 0
+void keep_mask(int threads, Dropout dropout, i64 M, i64 K, Tile out);
 
 }  // namespace lk::cpu

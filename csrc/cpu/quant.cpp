@@ -9,11 +9,10 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kFewRows = 16;  // up to here every code is read once, or a few times from L1, and meets the rows of x
-constexpr i64 kStrip = 128;   // rows of w per task there; a divisor of kFp8Block
+constexpr i64 kStrip = 128;  // rows of w per task of few rows of x; a divisor of kFp8Block
 constexpr i64 kFp8Block = 128;
 constexpr i64 kDepth = 1024;
-constexpr i64 kDecodeRows = 32;  // that become panels together: a divisor of kFp8Block, a multiple of a panel's width
+constexpr i64 kDecodeRows = 32;  // rows that are decoded together: a divisor of kFp8Block, a multiple of Gemm::width
 
 float scale_of(const Quantized& w, i64 i) {
   if (!w.table) return static_cast<const float*>(w.scales)[i];
@@ -25,7 +24,7 @@ const float* fp8_scales(const Quantized& w, i64 n) {
   return static_cast<const float*>(w.scales) + row * w.scale_cols;
 }
 
-// Rows of w with a scale to every `segment` columns.
+// The scales of rows of w, one to every `segment` columns.
 struct Strip {
   const float* scales;
   i64 lds, segment;
@@ -37,7 +36,7 @@ bool has_segments(const Quantized& w) {
 
 i64 segments(const Quantized& w) { return w.four_bits() && w.K % w.blocksize == 0 ? w.K / w.blocksize : 1; }
 
-// For n rows of a w that has segments; room for n * segments(w) floats. Of fp8 they lie in one block.
+// The scales of n rows of a w that has segments. `room` holds n * segments(w) floats. Rows of fp8 lie in one block.
 Strip strip_of(const Quantized& w, i64 n0, i64 n, float* room) {
   const float* const scales = static_cast<const float*>(w.scales);
   if (w.format == Format::int8) return {scales + n0, 1, w.K};
@@ -57,12 +56,12 @@ QuantRows part(const Quantized& w, const Strip& s, i64 n0, i64 rows) {
   return {w.format, w.codes + n0 * w.row_bytes(), w.row_bytes(), w.levels, s.scales, s.lds, s.segment, rows, w.K};
 }
 
-// w[n0.., k0..] to `out`, rows of `cols` operands of `g`; room as of strip_of
+// Write w[n0.., k0..] to `out`, as rows of `cols` operands of `g`. `room` is memory for strip_of.
 void decode_rows(const Gemm& g, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, float* room, void* out) {
   const i64 size = static_cast<i64>(sizeof(float)) / g.pair;
   if (has_segments(w)) return g.decode(part(w, strip_of(w, n0, rows, room), n0, rows), k0, cols, out);
   for (i64 i = 0; i < rows; ++i) {
-    const i64 first = (n0 + i) * w.K + k0, last = first + cols;  // in row-major w, which the blocks are cut from
+    const i64 first = (n0 + i) * w.K + k0, last = first + cols;  // positions in row-major w, which has the blocks
     for (i64 j = first, end; j < last; j = end) {
       const i64 block = j / w.blocksize;
       const float scale = scale_of(w, block);
@@ -91,40 +90,43 @@ class Codes : public FewRows {
     rooms_ = scratch.floats(threads * room_);
   }
   void arrange() override {
-    if (pairs_) return pairs_->arrange(x_, M_, w_.K, X_, ldx_);
-    kernels().read(x_, M_, w_.K, 1.0f, X_, ldx_);
-    if (direct_) kernels().quant_x(w_.format, X_, ldx_, M_, w_.K);
+    const Sums X{X_, ldx_};
+    if (pairs_) return pairs_->arrange(x_, M_, w_.K, X);
+    kernels().read(x_, M_, w_.K, 1.0f, X);
+    if (direct_) kernels().quant_x(w_.format, X, M_, w_.K);
   }
   i64 strips() const override { return ceil_div(w_.N, kStrip); }
   void strip(i64 t) override {
     const i64 n0 = t * kStrip, n = std::min(kStrip, w_.N - n0);
-    float* const out = parts_ + worker() * kStrip * M_;
+    const Sums out{parts_ + worker() * kStrip * M_, M_};
     float* const room = rooms_ + worker() * room_;
     if (direct_)
       meet_codes(n0, n, room, out);
     else
       meet_decoded(n0, n, room, out);
-    kernels().write_t(out, M_, n, M_, direct_ ? quant_factor(w_.format) : 1.0f, y_.at(0, n0));
+    kernels().write_t(out, n, M_, direct_ ? quant_factor(w_.format) : 1.0f, y_.at(0, n0));
   }
 
  private:
-  void meet_codes(i64 n0, i64 n, float* room, float* out) const {
+  // out[i, m] from the codes in registers
+  void meet_codes(i64 n0, i64 n, float* room, Sums out) const {
     const auto dot = pairs_ ? pairs_->dot : kernels().quant_dot;
     const Strip strip = strip_of(w_, n0, n, room);
     const QuantRows rows = part(w_, strip, n0, n);
     for (i64 i = 0; i < n; i += kQuantRows) {
       for (i64 j = 0; j < kQuantRows * strip.lds; j += 16)  // the scales of the rows after the next
         __builtin_prefetch(strip.scales + (i + 2 * kQuantRows) * strip.lds + j);
-      dot(rows.part(i, kQuantRows), X_, ldx_, M_, out + i * M_, M_);
+      dot(rows.part(i, kQuantRows), {X_, ldx_}, M_, out.at(i, 0));
     }
   }
-  void meet_decoded(i64 n0, i64 n, float* room, float* out) const {
+  // out[i, m] from a few decoded rows of w at a time, where blocks straddle rows
+  void meet_decoded(i64 n0, i64 n, float* room, Sums out) const {
     for (i64 i = 0; i < n; i += kQuantRows) {
       const i64 some = std::min(kQuantRows, n - i);
       decode_rows(*kernels().gemm_fp32, w_, n0 + i, some, 0, w_.K, nullptr, room);
       for (i64 k0 = 0; k0 < w_.K; k0 += kDepth)
-        kernels().fp32->dot(Tile{room, w_.K, DType::f32}.at(0, k0), {nullptr, 0}, X_ + k0, ldx_, some,
-                            std::min(kDepth, w_.K - k0), M_, out + i * M_, M_, k0 > 0);
+        kernels().fp32->dot(Tile{room, w_.K, DType::f32}.at(0, k0), kKeepAll, {X_ + k0, ldx_},
+                            {some, std::min(kDepth, w_.K - k0), M_}, out.at(i, 0), k0 > 0);
     }
   }
 
@@ -133,13 +135,11 @@ class Codes : public FewRows {
   const Tile x_, y_;
   const bool direct_;
   const QuantPairs* const pairs_;
-  const i64 ldx_, room_;  // floats of a row of X, and of a thread for scales or decoded rows
+  const i64 ldx_, room_;  // floats of a row of X; floats that a thread has for scales or decoded rows
   float *X_ = nullptr, *parts_ = nullptr, *rooms_ = nullptr;
 };
 
 }  // namespace
-
-bool quantized_few(i64 M, bool transposed) { return M <= kFewRows && !transposed; }
 
 std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y) {
   return std::make_unique<Codes>(M, w, x, y);
@@ -162,15 +162,15 @@ void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 c
     const bool direct = to.dtype == DType::f32;
     float* const mine = direct ? static_cast<float*>(to.data) : numbers + worker() * cols;
     decode_rows(*k.gemm_fp32, w, n0 + i, 1, k0, cols, scales + worker() * S, mine);
-    if (!direct) k.write(mine, cols, 1, cols, 1.0f, to);
+    if (!direct) k.write({mine, cols}, 1, cols, 1.0f, to);
   }
 }
 
 void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y) {
-  if (quantized_few(M, transposed)) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y));
+  if (M <= kFewRows && !transposed) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y));
   const Gemm& g = *kernels().gemm(x.dtype);
   const i64 N = transposed ? w.K : w.N, K = transposed ? w.N : w.K;
-  // some rows of w at a time, decoded in L1
+  // some rows of w are decoded at a time, and stay in L1
   const i64 most = std::max(g.group, g.pair * g.depth) / g.pair, numbers = kDecodeRows * most;
   const i64 spare = numbers + kDecodeRows * segments(w);
   gemm_by_panels(threads, M, N, K, x, y, false, spare, [&](i64 n0, i64 cols, i64 k0, i64 depth, float* D, float* P) {
@@ -179,10 +179,10 @@ void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Til
       rows = std::min(kDecodeRows, (transposed ? depth : cols) - i);
       if (transposed) {
         decode_rows(g, w, k0 + i, rows, n0, cols, D + numbers, D);
-        g.pack(D, 1, cols, cols, rows, column, P + i / g.pair * g.width);
+        g.pack({D, 1, cols}, cols, rows, column, P + i / g.pair * g.width);
       } else {
         decode_rows(g, w, n0 + i, rows, k0, depth, D + numbers, D);
-        g.pack(D, depth, 1, rows, depth, column, P + i * column);
+        g.pack({D, depth, 1}, rows, depth, column, P + i * column);
       }
     }
   });

@@ -1,4 +1,4 @@
-// A frozen weight [N, K] in 4 or 8 bits, as lora_kernels/quant.py lays it out, and its products.
+// A frozen weight [N, K] in 4 or 8 bits, in the layout of lora_kernels/quant/weight.py, and its products.
 #pragma once
 
 #include "kernels.h"
@@ -20,11 +20,11 @@ struct Quantized {
   i64 row_bytes() const { return four_bits() ? K / 2 : K; }
 };
 
-// out = w[n0.. , k0.. ], of the shape that is given; k0 and cols even for 4 bits
+// out [rows, cols] = w[n0.., k0..], dequantised. For 4 bits k0 and cols are even.
 void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, Tile out);
 
-// y = x w^T [M, N], or, transposed, y = x w [M, K]; dtypes of gemm_of, or any dtype where quantized_few
+// y = x w^T [M, N], or, transposed, y = x w [M, K]. x has a dtype of gemm_of, or, not transposed, at most kFewRows
+// rows.
 void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y);
-bool quantized_few(i64 M, bool transposed);
 
 }  // namespace lk::cpu

@@ -1,4 +1,4 @@
-// Codes to fp32 in AVX2.
+// Codes to fp32 with AVX2.
 #pragma once
 
 namespace lk::cpu {
@@ -18,7 +18,7 @@ struct Q {
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));  // bit 3 as the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.first, i), _mm256_permutevar8x32_ps(t.second, i), upper);
   }
-  // 16 elements of 8 bytes: the high nibble comes first
+  // 8 bytes hold 16 elements; the high nibble comes first
   static void four(const uint8_t* c, const Lut& t, reg (&v)[2]) {
     const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(c)), low = _mm_set1_epi8(15);
     const __m128i lo = _mm_and_si128(b, low), hi = _mm_and_si128(_mm_srli_epi16(b, 4), low);
@@ -32,7 +32,7 @@ struct Q {
   static reg i8(const uint8_t* c) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(c))));
   }
-  // e4m3's bits in fp16's places are its value times 2^-8; all ones is NaN
+  // The bits of e4m3, moved to the places of fp16's fields, are its value times 2^-8. All ones is NaN.
   static reg e4m3(const uint8_t* c) {
     const __m128i b = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(c)));
     const __m128i h = _mm_and_si128(_mm_slli_epi16(b, 7), _mm_set1_epi16(static_cast<int16_t>(0xbfff)));

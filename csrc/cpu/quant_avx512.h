@@ -1,4 +1,4 @@
-// Codes to fp32 in AVX-512.
+// Codes to fp32 with AVX-512.
 #pragma once
 
 #include "quant_chunks.h"
@@ -11,7 +11,7 @@ struct Q {
 
   static Lut lut(const float* levels) { return levels ? _mm512_loadu_ps(levels) : _mm512_setzero_ps(); }
 
-  // 32 elements of 16 bytes: the high nibble comes first
+  // 16 bytes hold 32 elements; the high nibble comes first
   static void four(const uint8_t* c, const Lut& t, reg (&v)[2]) {
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(c)), low = _mm_set1_epi8(15);
     const __m128i lo = _mm_and_si128(b, low), hi = _mm_and_si128(_mm_srli_epi16(b, 4), low);
@@ -24,7 +24,7 @@ struct Q {
   static reg i8(const uint8_t* c) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c))));
   }
-  // e4m3's bits in fp16's places are its value times 2^-8; all ones is NaN
+  // The bits of e4m3, moved to the places of fp16's fields, are its value times 2^-8. All ones is NaN.
   static reg e4m3(const uint8_t* c) {
     const __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c)));
     const __m256i h = _mm256_and_si256(_mm256_slli_epi16(b, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
@@ -34,7 +34,7 @@ struct Q {
   }
 };
 
-// x in the order of chunks_dot: element 8 l + (s ^ 1) of a chunk at 16 s + l
+// Put x in the order of chunks_dot: element 8 l + (s ^ 1) of a chunk goes to 16 s + l.
 inline void chunks_of(float* x, i64 n) {
   for (i64 k = 0; k < n; k += kChunk) {
     float chunk[kChunk];
@@ -44,8 +44,8 @@ inline void chunks_of(float* x, i64 n) {
   }
 }
 
-// Lane l of a register of codes, shifted by s nibbles, has element 8 l + (s ^ 1) of its 128 in its last 4 bits, the
-// only ones that the permutation looks at.
+// The values of a register of codes. Lane l, shifted by s nibbles, has element 8 l + (s ^ 1) of the 128 in its last 4
+// bits, and the permutation uses only those.
 inline void look_up(__m512i q, __m512 t, __m512 (&v)[8]) {
   v[0] = _mm512_permutexvar_ps(q, t);
   LK_UNROLL for (int j = 1; j < 8; ++j) v[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4 * j), t);
@@ -61,8 +61,8 @@ inline __m512 chunk_dot(const __m512 (&v)[8], const float* x) {
 }
 
 template <int XR>
-inline void chunks_dot(const QuantRows& w, const float* X, i64 ldx, float* out, i64 ldo) {
-  constexpr int RW = XR == 1 ? 1 : XR == 2 ? 4 : 2;  // one stream of codes where it is memory that counts
+inline void chunks_dot(const QuantRows& w, Panel X, Sums out) {
+  constexpr int RW = XR == 1 ? 1 : XR == 2 ? 4 : 2;  // for one row of x memory is the limit: one stream of codes
   const __m512 t = _mm512_loadu_ps(w.levels);
   for (i64 i0 = 0; i0 < w.rows; i0 += RW) {
     reg acc[RW][XR];
@@ -70,13 +70,12 @@ inline void chunks_dot(const QuantRows& w, const float* X, i64 ldx, float* out, 
     each_chunk<RW>(w.part(i0, RW), [&](int i, __m512i codes, __m512 scale, i64 k) {
       __m512 v[8];
       look_up(codes, t, v);
-      LK_UNROLL for (int m = 0; m < XR; ++m) acc[i][m] =
-          _mm512_fmadd_ps(chunk_dot(v, X + m * ldx + k), scale, acc[i][m]);
+      LK_UNROLL for (int m = 0; m < XR; ++m) acc[i][m] = _mm512_fmadd_ps(chunk_dot(v, X.row(m) + k), scale, acc[i][m]);
     });
     LK_UNROLL for (int i = 0; i < RW; ++i) {
       float sums[4];
       V::sums(acc[i], XR, sums);
-      for (int m = 0; m < XR && i0 + i < w.rows; ++m) out[(i0 + i) * ldo + m] = sums[m];
+      for (int m = 0; m < XR && i0 + i < w.rows; ++m) out.row(i0 + i)[m] = sums[m];
     }
   }
 }

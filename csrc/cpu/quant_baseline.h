@@ -21,7 +21,7 @@ struct Q {
     for (int i = 0; i < W; ++i) r.v[i] = static_cast<float>(static_cast<int8_t>(c[i]));
     return r;
   }
-  // e4m3's bits in fp16's places are its value times 2^-8; all ones is NaN
+  // The bits of e4m3, moved to the places of fp16's fields, are its value times 2^-8. All ones is NaN.
   static reg e4m3(const uint8_t* c) {
     reg r;
     for (int i = 0; i < W; ++i) {

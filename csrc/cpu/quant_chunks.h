@@ -5,15 +5,15 @@ namespace lk::cpu {
 namespace {
 
 constexpr i64 kChunk = 128;   // elements of a register of codes
-constexpr i64 kAhead = 4096;  // bytes
+constexpr i64 kAhead = 4096;  // distance of the prefetch, in bytes
 
 inline __m512i load_codes(const uint8_t* c, i64 count) {
   if (count >= kChunk) return _mm512_loadu_si512(c);
   return _mm512_maskz_loadu_epi8((__mmask64{1} << (count / 2)) - 1, c);
 }
 
-// body(i, codes, scale, k) for RW rows i and every chunk from k on; of rows beyond w.rows the first again. `scale` is
-// that of the sums of lanes that come from 8 neighbouring codes each.
+// Call body(i, codes, scale, k) for each of RW rows i and each chunk, which begins at column k. Rows beyond w.rows
+// repeat the first row. Lane l of `scale` is the scale of the 8 neighbouring codes in lane l of `codes`.
 template <int RW, class Body>
 inline __attribute__((always_inline)) void each_chunk(const QuantRows& w, const Body& body) {
   const uint8_t* c[RW];
@@ -29,7 +29,7 @@ inline __attribute__((always_inline)) void each_chunk(const QuantRows& w, const 
     }
   };
   i64 k0 = 0, s = 0;
-  if (w.segment == kChunk / 2)  // the usual one, without masks and permutations
+  if (w.segment == kChunk / 2)  // the usual segment needs no masks and permutations
     for (; k0 + kChunk <= w.K; k0 += kChunk, s += 2)
       rows(k0, kChunk, [&](const float* of) {
         return _mm512_mask_broadcastss_ps(_mm512_set1_ps(of[s]), 0xff00, _mm_load_ss(of + s + 1));

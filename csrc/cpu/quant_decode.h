@@ -1,5 +1,5 @@
-// Codes of 4 and 8 bits to numbers. Compiled once per instruction set: to fp32 by kernels.cpp, to bf16 by
-// gemm_bf16.cpp.
+// Codes of 4 and 8 bits to numbers. kernels.cpp compiles this file once per instruction set, for fp32; gemm_bf16.cpp
+// compiles it for bf16.
 #pragma once
 
 #include "tile.h"
@@ -15,7 +15,7 @@
 namespace lk::cpu {
 namespace {
 
-// From a format to its elements: Q::four, i8 or e4m3 of 2 W elements.
+// For each format, how 2 W elements are loaded.
 struct FourBits {
   static constexpr i64 bytes(i64 k) { return k / 2; }
   static void load(const uint8_t* c, const Q::Lut& t, reg (&v)[2]) { Q::four(c, t, v); }
@@ -27,7 +27,7 @@ struct Int8 {
     v[1] = Q::i8(c + W);
   }
 };
-struct Fp8 {  // times 2^-8
+struct Fp8 {  // loads the value times 2^-8
   static constexpr i64 bytes(i64 k) { return k; }
   static void load(const uint8_t* c, const Q::Lut&, reg (&v)[2]) {
     v[0] = Q::e4m3(c);
@@ -44,7 +44,7 @@ inline void load_part(const uint8_t* c, i64 count, const Q::Lut& t, reg (&v)[2])
   F::load(padded, t, v);
 }
 
-// What numbers become: of a Format's 2 W at a time.
+// The type of the results, and how 2 W of them are stored.
 struct ToFp32 {
   using T = float;
   static void store(T* out, const reg (&v)[2]) {
@@ -55,7 +55,7 @@ struct ToFp32 {
 
 constexpr i64 kDecodeAhead = 8;  // rows
 
-// to[i, k] = value of code (i, k0 + k) * scale * factor, and that * then where TWICE
+// to[i, k] = value of code (i, k0 + k) * (scale * factor), and with TWICE this product * then
 template <class F, class To, bool TWICE>
 void decode_as(const QuantRows& w, i64 k0, i64 count, float factor, float then, typename To::T* to) {
   const Q::Lut t = Q::lut(w.levels);
@@ -93,7 +93,7 @@ void decode_as(const QuantRows& w, i64 k0, i64 count, float factor, float then, 
   }
 }
 
-// out[i, k] = w[i, k0 + k], rows of `count` To::T
+// out[i, k] = w[i, k0 + k], as rows of `count` To::T
 template <class To>
 void decode(const QuantRows& w, i64 k0, i64 count, void* out) {
   typename To::T* const to = static_cast<typename To::T*>(out);

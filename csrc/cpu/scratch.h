@@ -1,4 +1,4 @@
-// Temporary memory of one call: a few megabytes that stay with the calling thread, so that a training step does not
+// Temporary memory of one call. A few megabytes of it stay with the calling thread, so that a training step does not
 // ask the system for the same pages again and again.
 #pragma once
 
@@ -12,7 +12,8 @@ namespace lk::cpu {
 
 class Scratch {
  public:
-  // First pass: add up what will be taken. Second pass, after reserve(): hand it out. Both go through take().
+  // The caller asks for the same memory in two passes. The first adds up the sizes; the second, after reserve(),
+  // returns the addresses.
   float* floats(i64 n) { return reinterpret_cast<float*>(take(n * static_cast<i64>(sizeof(float)))); }
   uint8_t* bytes(i64 n) { return reinterpret_cast<uint8_t*>(take(n)); }
 

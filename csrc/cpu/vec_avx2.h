@@ -24,7 +24,7 @@ struct V {
 
   static reg zero() { return _mm256_setzero_ps(); }
   static reg set1(float s) { return _mm256_set1_ps(s); }
-  static void pin(reg& a) { __asm__("" : "+x"(a)); }  // in a register: gcc would load it anew at each use
+  static void pin(reg& a) { __asm__("" : "+x"(a)); }  // keeps a in a register: gcc would load it again at each use
   static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
   static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
@@ -100,8 +100,8 @@ struct V {
     }
   }
 
-  // Four counters in the low halves of 64-bit lanes. _mm256_mul_epu32 ignores the high halves, so they may hold
-  // anything.
+  // The keep bits of 32 columns. Four counters are in the low halves of 64-bit lanes. The high halves may hold
+  // anything, because _mm256_mul_epu32 ignores them.
   static uint32_t keep32(uint64_t seed, __m256i threshold, uint64_t m, uint32_t group) {
     const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
     __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(group), _mm256_setr_epi64x(0, 1, 2, 3));

@@ -24,7 +24,7 @@ struct V {
 
   static reg zero() { return _mm512_setzero_ps(); }
   static reg set1(float s) { return _mm512_set1_ps(s); }
-  static void pin(reg& a) { __asm__("" : "+v"(a)); }  // in a register: gcc would load it anew at each use
+  static void pin(reg& a) { __asm__("" : "+v"(a)); }  // keeps a in a register: gcc would load it again at each use
   static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
   static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
@@ -38,7 +38,7 @@ struct V {
   static reg widen(__m256i h, bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
   static reg widen(__m256i h, f16) { return _mm512_cvtph_ps(h); }
   static __m256i narrow(reg a, bf16) {
-    // not vcvtneps2bf16: that one flushes subnormals
+    // vcvtneps2bf16 would flush subnormals
     const __m512i u = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
@@ -99,11 +99,11 @@ struct V {
     }
   }
 
-  // a shuffle, not a shift: shifts share a port with the multiplications
+  // This is a shuffle because shifts share a port with the multiplications.
   static __m512i high_half(__m512i p) { return _mm512_shuffle_epi32(p, _MM_PERM_DDBB); }
 
-  // Eight counters in the low halves of 64-bit lanes. _mm512_mul_epu32 ignores the high halves, so they may hold
-  // anything.
+  // The keep bits of 64 columns. Eight counters are in the low halves of 64-bit lanes. The high halves may hold
+  // anything, because _mm512_mul_epu32 ignores them.
   static void keep64(uint64_t seed, uint32_t threshold, uint64_t m, uint32_t group, uint8_t* bits) {
     const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
     // in this order the two unpacks at the end yield groups 0..3 and 4..7

@@ -1,4 +1,4 @@
-// Eight floats in plain C++: what the compiler makes of it on any CPU (SSE2 on x86-64, NEON on arm64).
+// Eight floats in plain C++, which the compiler turns into SSE2 on x86-64 and NEON on arm64.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct V {
   static constexpr int RR = 2;                        // largest block of r in dot and outer
   static constexpr int OUTER_NV = 2;                  // vectors of columns in outer
   static constexpr int EXPAND_MR = 2, EXPAND_NV = 2;  // rows, vectors of columns in expand
-  static constexpr int GEMM_MR = 2, GEMM_NV = 2;      // the same of the GEMM
+  static constexpr int GEMM_MR = 2, GEMM_NV = 2;      // rows, vectors of columns in the GEMM's tile
   static constexpr int dot_rows(int rr) { return rr == 2 ? 2 : 4; }
 
   struct reg {
@@ -83,7 +83,7 @@ struct V {
       }
   }
 
-  // 8 bytes of keep bits: columns 8 * group .. 8 * group + 63 of row m
+  // The keep bits of columns 8 * group .. 8 * group + 63 of row m, 8 bytes
   static void keep64(uint64_t seed, uint32_t threshold, uint64_t m, uint32_t group, uint8_t* bits) {
     for (int i = 0; i < 8; ++i) bits[i] = philox_keep8(seed, m, group + i, threshold);
   }

@@ -1,4 +1,4 @@
-"""The build of the native modules: what it takes from the environment, does without a compiler, and ships."""
+"""The build of the native modules: the environment variables it reads, a machine without a compiler, the sdist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def names(build: ModuleType) -> list[str]:
     return [extension.name for extension in build.extensions()]
 
 
-def test_modules_follow_the_tools(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_modules_to_build_depend_on_the_tools_found(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "find_cxx", lambda: (["c++"], ""))
     monkeypatch.setattr(build, "find_nvcc", lambda: "/opt/cuda/bin/nvcc")
     assert names(build) == ["lora_kernels._C", "lora_kernels._cuda"]
@@ -50,7 +50,7 @@ def test_modules_follow_the_tools(build: ModuleType, monkeypatch: pytest.MonkeyP
     assert names(build) == ["lora_kernels._C"]
 
 
-def test_cuda_asked_for_without_nvcc(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requiring_cuda_without_nvcc_is_an_error(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_KERNELS_CUDA", "1")
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     with pytest.raises(SystemExit, match=r"LORA_KERNELS_CUDA=1, but there is no nvcc.*CUDA_HOME"):
@@ -64,7 +64,7 @@ def test_nvcc_is_found_in_cuda_home(build: ModuleType, monkeypatch: pytest.Monke
     assert build.find_nvcc() == str(tmp_path / "bin" / "nvcc")
 
 
-def test_wrong_values(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_values_of_the_variables_are_errors(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_KERNELS_CUDA", "yes")
     with pytest.raises(SystemExit, match="'yes': expected auto, 0 or 1"):
         build.extensions()
@@ -75,10 +75,10 @@ def test_wrong_values(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     assert build.cuda_archs() == ["80", "89", "100f"]
 
 
-def test_without_a_compiler(
+def test_without_a_compiler_the_package_is_pure_python(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pure Python and a warning that says what to do; an error where the kernels are required."""
+    """A warning says what to do. It is an error where the kernels are required."""
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setenv("LORA_KERNELS_CUDA", "0")
     assert build.extensions() == []
@@ -89,7 +89,7 @@ def test_without_a_compiler(
         build.extensions()
 
 
-def test_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
+def test_the_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
@@ -104,7 +104,7 @@ def test_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["_C", "_cuda"])
-def test_stub_names_what_the_module_has(name: str) -> None:
+def test_the_stub_has_the_names_of_the_module(name: str) -> None:
     module = pytest.importorskip(f"lora_kernels.{name}")
     tree = ast.parse((ROOT / "lora_kernels" / f"{name}.pyi").read_text())
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -114,7 +114,7 @@ def test_stub_names_what_the_module_has(name: str) -> None:
     assert functions | constants == {n for n in vars(module) if not n.startswith("__")}
 
 
-def test_cuda_module_needs_no_driver_to_import() -> None:
+def test_the_cuda_module_imports_without_a_driver() -> None:
     _cuda = pytest.importorskip("lora_kernels._cuda", reason="built without nvcc")
     info = _cuda.build_info()
     assert info["archs"] and all(arch[0].isdigit() for arch in info["archs"]) and int(info["nvcc"].split(".")[0]) >= 12

@@ -1,4 +1,4 @@
-"""Operands of the native CPU kernels called one by one, and the bound that rounding sets to their results."""
+"""Operands for calls of the native CPU kernels one by one, and the bound that rounding sets to their results."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 
 from lora_kernels import _C
 from lora_kernels.core import dropout as random
+from lora_kernels.core.operands import Adapter, Base
 
-CODES = {torch.float32: _C.F32, torch.bfloat16: _C.BF16, torch.float16: _C.F16}
+X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Bound = tuple[Tensor, Tensor, int]
-"""A result in fp64, the sum of the magnitudes behind it, and their number."""
+"""A result in fp64, the sum of the magnitudes of its terms, and the number of its terms."""
 SEED = 0x0123_4567_89AB_CDEF
 
 
 class Operands:
-    """Operands with their rows apart, and what the base GEMM left in y and dx; other results start as NaN."""
+    """Operands whose rows are not adjacent in memory. y and dx hold a base product; other results start as NaN."""
 
     def __init__(
         self,
@@ -44,22 +45,18 @@ class Operands:
         self.seed = torch.tensor(SEED)
         self.nan = lambda rows, cols, dtype: torch.full((rows, cols), math.nan, dtype=dtype)
 
-    def call(self) -> tuple:
-        return self.scale, random.threshold(self.p), self.seed.data_ptr()
+    def adapter(self) -> Adapter:
+        return Adapter(self.a, self.b, self.scale, self.p, self.seed)
 
     def forward(self, threads: int = 2, *, down: bool = True, up: bool = True) -> tuple[Tensor, Tensor]:
-        M, N, K, R = self.sizes
+        """Return (y, h). Without `down`, h is given instead of x; without `up`, y is not computed."""
         h = self.nan(*self.h.shape, self.x.dtype) if down else self.h
         y = self.y.clone()
-        _C.forward(
-            threads, CODES[self.x.dtype], CODES[self.a.dtype], M, K, *at(self.x if down else None),
-            [(N, R, *at(self.a), *at(self.b), self.bias.data_ptr(), *at(y if up else None), *at(h), *self.call())],
-            [],
-        )  # fmt: skip
+        bases = [Base(self.a, self.bias)]  # y holds the base product, so any w does
+        _C.forward(threads, self.x if down else None, bases, [self.adapter()], [y if up else None], [h], [False])
         return y, h
 
     def backward(self, threads: int = 2, dx: bool = True, da: bool = True, db: bool = True) -> dict[str, Tensor]:
-        M, N, K, R = self.sizes
         out = {}
         if dx:
             out["dx"] = self.dx.clone()
@@ -67,20 +64,14 @@ class Operands:
             out["da"] = self.nan(*self.a.shape, self.a.dtype)
         if db:
             out["db"] = self.nan(*self.b.shape, self.b.dtype)
-        _C.backward(
-            threads, CODES[self.x.dtype], CODES[self.a.dtype], M, K, *at(self.x if da else None), *at(out.get("dx")),
-            [(N, R, *at(self.dy), *at(self.a), *at(self.b), *at(self.h if db else None), *at(out.get("da")),
-              *at(out.get("db")), *self.call())],
-        )  # fmt: skip
+        results = out.get("dx"), [out.get("da")], [out.get("db")]
+        x, h = self.x if da else None, self.h if db else None
+        _C.backward(threads, [self.dy], x, [self.adapter()], [h], *results)
         return out
 
 
-def at(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
-
-
 def masked(q: Operands) -> Tensor:
-    """x̂ in fp64."""
+    """Return x̂ in fp64."""
     M, _, K, _ = q.sizes
     return q.x.double() * random.keep_mask(q.seed, M, K, q.p) * random.rescale(q.p) if q.p else q.x.double()
 
@@ -89,7 +80,7 @@ def masked(q: Operands) -> Tensor:
 def problem(
     shape: tuple[int, int, int, int], dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
 ) -> tuple[Operands, dict[str, Bound]]:
-    """The operands, and for every result its bound."""
+    """Return the operands, and the bound of every result."""
     q = Operands(*shape, dtype, adapter_dtype, p)
     M, N, K, R = shape
     x, dy, a, b, h, y, dx = masked(q), *(getattr(q, name).double() for name in ("dy", "a", "b", "h", "y", "dx"))
@@ -111,8 +102,8 @@ def problem(
 
 
 def close(got: Tensor, bound: Bound, through_bf16: bool = False) -> None:
-    """Within one rounding to got's dtype and an fp32 sum's bound for `terms` products: n · 2⁻²⁴ · Σ|products|; where h
-    or g passes through bf16, one rounding of them more."""
+    """Assert that `got` is within the bound of an fp32 sum of n products, n · 2⁻²⁴ · Σ|products|, and one rounding to
+    its dtype. Where h or g passes through bf16, one rounding of it is added."""
     want, magnitude, terms = bound
     assert not torch.isnan(got).any()
     fp32 = ((4 + terms) * 2**-24 + (2**-8 if through_bf16 else 0)) * magnitude
@@ -124,13 +115,12 @@ def close(got: Tensor, bound: Bound, through_bf16: bool = False) -> None:
 
 
 def gemm(x: Tensor, w: Tensor, y: Tensor, threads: int = 2, add: bool = False) -> Tensor:
-    operands = (*at(x), w.data_ptr(), *w.stride(), *at(y))
-    _C.gemm(threads, CODES[x.dtype], y.shape[0], y.shape[1], x.shape[1], *operands, add)
+    _C.gemm(threads, x, w, y, add)
     return y
 
 
 def gemm_serves(x: Tensor, w: Tensor) -> bool:
-    return _C.gemm_of(CODES[x.dtype]) or _C.gemm_few(x.shape[0], w.stride(1))
+    return _C.has_gemm(x.dtype) or (x.shape[0] <= _C.FEW_ROWS and w.stride(1) == 1)
 
 
 def gemm_operands(M: int, N: int, K: int, dtype: torch.dtype, w_is: str) -> tuple[Tensor, Tensor, Tensor]:

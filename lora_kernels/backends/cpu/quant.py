@@ -1,9 +1,10 @@
-"""The base GEMM over a quantised weight on a CPU, from the codes as they are stored.
+"""The base GEMM with a quantised weight on a CPU, from the codes as they are stored.
 
-Few rows of x meet the codes in registers. For many, our own GEMM makes its panels of codes, in fp32, and in bf16 where
-the processor multiplies it; or torch's takes a few columns of y at a time, their part of W dequantised into x's dtype.
-Where both can, ours is taken unless the other is clearly faster, as on a processor with matrix registers (AMX): it
-needs no memory for W. Sums are complete within one GEMM, and never more than `_BLOCK_BYTES` of W exist dequantised.
+Few rows of x are multiplied by the codes in registers. For many rows there are two ways. Our own GEMM packs its panels
+from the codes, in fp32, and in bf16 where the processor multiplies it. Or torch's GEMM computes a few columns of y at a
+time, after their part of W was dequantised into x's dtype. Where both can, ours is taken unless the other is clearly
+faster, as on a processor with matrix registers (AMX), because ours needs no memory for W. Sums are complete within one
+GEMM, and never more than `_BLOCK_BYTES` of W exist dequantised.
 """
 
 from __future__ import annotations
@@ -14,56 +15,59 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _C
-from lora_kernels.backends.cpu.gemm import CODES, KINDS, Gemms, chosen, has_own
+from lora_kernels.backends.cpu.gemm import DTYPES, Race, chosen
 from lora_kernels.quant import tables as quant_tables
-from lora_kernels.quant.weight import FORMATS, QuantizedWeight
+from lora_kernels.quant.weight import QuantizedWeight
 
 _BLOCK_BYTES = 8 << 20
-_MARGIN = 1.05
-"""Of torch's time that ours may take and still be chosen."""
 
-_LEVELS = {name: quant_tables.levels(name, torch.device("cpu")) for name in ("nf4", "fp4")}
+for _format, _levels in quant_tables.LEVELS.items():
+    _C.set_levels(_format, _levels)
 
 
 def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> Tensor:
-    """x Wᵀ [M,N], or x W [M,K] where `transposed`, fresh and contiguous; x [M,.] in fp32, bf16 or fp16 with unit last
-    stride."""
+    """Return x Wᵀ [M, N], or x W [M, K] where `transposed`, fresh and contiguous.
+
+    x [M, .] is fp32, bf16 or fp16 and has unit last stride.
+    """
     M, (N, K) = x.shape[0], w.shape
     if not M * N * K:
         return x.new_zeros(M, K if transposed else N)
     y = x.new_empty(M, K if transposed else N)
-    if _C.quantized_few(M, transposed):
+    if M <= _C.FEW_ROWS and not transposed:
         _own(x, w, transposed, y)
-    elif not has_own(x.dtype):
+    elif not _C.has_gemm(x.dtype):
         _by_blocks(x, w, transposed, y)
     else:
-        kind = f"{w.format} {KINDS[x.dtype]}"
-        _GEMMS[chosen(_GEMMS, _MARGIN, kind, M, N * K, transposed, x, w, transposed, y)](x, w, transposed, y)
+        kind = f"{w.format} {DTYPES[x.dtype]}"
+        getattr(_RACE, chosen(_RACE, kind, M, N * K, transposed, x, w, transposed, y))(x, w, transposed, y)
     return y
 
 
-def few_rows(x: Tensor, w: QuantizedWeight) -> tuple[int, ...] | None:
-    """What `_C.forward` takes to compute x Wᵀ itself, in the launch that does the rest: where x has few rows."""
+def start(x: Tensor, w: QuantizedWeight) -> tuple[Tensor, bool]:
+    """Return (x Wᵀ, False), or, where x has few rows, (memory for it, True): then `_C.forward` computes it in the
+    launch that does the rest."""
     M, (N, K) = x.shape[0], w.shape
-    return _operand(w) if M * N * K and _C.quantized_few(M, False) else None
+    if M * N * K and M <= _C.FEW_ROWS:
+        return x.new_empty(M, N), True
+    return quantized_gemm(x, w), False
 
 
 def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tensor) -> Tensor:
-    """W[n0:n1, k0:k1] in `out`'s dtype, written to the beginning of `out`, which has room for it; k0 and k1 even."""
+    """Return W[n0:n1, k0:k1] in the dtype of `out`, as a view of the beginning of `out`; k0 and k1 are even."""
     rows, cols = n1 - n0, k1 - k0
-    place = (CODES[out.dtype], out.data_ptr(), cols)
-    _C.dequantize(torch.get_num_threads(), _operand(w), n0, rows, k0, cols, *place)
-    return out[: rows * cols].view(rows, cols)
+    block = out[: rows * cols].view(rows, cols)
+    _C.dequantize(torch.get_num_threads(), w, n0, k0, block)
+    return block
 
 
 def _own(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> None:
-    """csrc/cpu/quant.cpp; x of a dtype that it has, or few rows of any."""
-    place = (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0))
-    _C.quantized_gemm(torch.get_num_threads(), CODES[x.dtype], x.shape[0], _operand(w), transposed, *place)
+    """Write the product to y by csrc/cpu/quant.cpp. x has a dtype of `_C.has_gemm`, or few rows of any."""
+    _C.quantized_gemm(torch.get_num_threads(), x, w, transposed, y)
 
 
 def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> None:
-    """torch's GEMM over a part of y's columns at a time."""
+    """Write the product to y by torch's GEMM, a part of y's columns at a time."""
     N, K = w.shape
     inner, outer = (N, K) if transposed else (K, N)
     step = min(outer, max(16, _BLOCK_BYTES // (inner * x.element_size()) // 16 * 16))
@@ -77,8 +81,12 @@ def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> No
         torch.mm(x, block, out=y[:, first:last])
 
 
+_RACE = Race(_by_blocks, _own, 1.05)
+_kept = threading.local()
+
+
 def _room(count: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a block, which stays with the calling thread: fresh pages cost as much as filling them."""
+    """Return memory for a block. It stays with the calling thread, because fresh pages cost as much as filling them."""
     nbytes = count * dtype.itemsize
     kept: Tensor | None = getattr(_kept, "room", None)
     if kept is None or kept.nbytes < nbytes:
@@ -86,18 +94,3 @@ def _room(count: int, dtype: torch.dtype) -> Tensor:
         if nbytes <= _BLOCK_BYTES:
             _kept.room = kept
     return kept[:nbytes].view(dtype)
-
-
-_kept = threading.local()
-_GEMMS: Gemms = {"torch": _by_blocks, "own": _own}
-
-
-def _operand(w: QuantizedWeight) -> tuple[int, ...]:
-    N, K = w.shape
-    levels = _LEVELS.get(w.format)
-    rows, cols = w.scales.shape if w.format == "fp8" else (1, 1)
-    table, absmax, offset = (0, 0, 0) if w.nested is None else (part.data_ptr() for part in w.nested)
-    return (
-        FORMATS.index(w.format), N, K, w.codes.data_ptr(), 0 if levels is None else levels.data_ptr(),
-        w.scales.data_ptr(), rows, cols, w.blocksize, table, absmax, offset,
-    )  # fmt: skip

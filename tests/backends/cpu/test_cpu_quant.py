@@ -1,4 +1,4 @@
-"""The CPU's products with a quantised weight: every format, orientation, dtype and instruction set."""
+"""The CPU's products with a quantised weight, in every format, orientation, dtype and instruction set."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from support.old_torch import TORCH
 from torch import Tensor
 
-pytest.importorskip("lora_kernels._C", reason="the native CPU kernels are not built")
-from benchmarks import quantised_memory
-from lora_kernels.backends.cpu import quant as cpu_quant
-from lora_kernels.backends.cpu.gemm import has_own
-from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
+_C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels are not built")
+from benchmarks import quantised_memory  # noqa: E402
+from lora_kernels.backends.cpu import quant as cpu_quant  # noqa: E402
+from lora_kernels.quant.weight import QuantizedWeight, quantize_weight  # noqa: E402
 
 FORMATS = {
     "nf4": {},
@@ -28,7 +27,8 @@ FORMATS = {
     "fp8 block": {"scaling": "block"},
 }
 SHAPES = [(1, 2), (7, 6), (33, 62), (40, 64), (130, 66), (65, 192), (131, 256), (130, 520), (5, 4098)]
-"""N, K: blocks that are rows, parts of rows, several rows, and that straddle them; strips and panels with a rest."""
+"""N, K. Blocks of the quantisation are rows, parts of rows or several rows, or straddle rows; strips and panels are not
+all full."""
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -38,8 +38,8 @@ def quantised(name: str, N: int, K: int) -> QuantizedWeight:
 
 
 def judge(y: Tensor, x: Tensor, W: Tensor) -> None:
-    """Every element within what rounding can do (Higham): n·u for a sum of n terms in fp32, roundings of W (or of
-    what it is before it is scaled) and of y."""
+    """Assert that every element is within what rounding can do (Higham): n·u for a sum of n terms in fp32, one rounding
+    of W (or of its codes' values before they are scaled), and one of y."""
     assert y.dtype == x.dtype and y.is_contiguous() and y.shape == (x.shape[0], W.shape[1])
     unit, own = torch.finfo(torch.float32).eps / 2, torch.finfo(x.dtype).eps / 2
     exact, magnitude = x.double() @ W.double(), x.double().abs() @ W.double().abs()
@@ -61,7 +61,7 @@ own = functools.partial(fill, cpu_quant._own)
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_products(name, transposed, isa):
+def test_products_are_within_what_rounding_can_do(name, transposed, isa):
     for N, K in SHAPES:
         q = quantised(name, N, K)
         W = q.dequantize(torch.float32)
@@ -70,7 +70,7 @@ def test_products(name, transposed, isa):
             for dtype in DTYPES:
                 x = torch.randn(M, W.shape[0] + 3).to(dtype)[:, : W.shape[0]]
                 judge(cpu_quant.quantized_gemm(x, q, transposed), x, W)
-                if has_own(dtype):
+                if _C.has_gemm(dtype):
                     judge(own(x, q, transposed), x, W)
                     judge(fill(cpu_quant._by_blocks, x, q, transposed), x, W)
 
@@ -87,7 +87,7 @@ def test_dequantising_gives_the_same_bits_as_in_torch(name, isa):
             assert torch.equal(cpu_quant.dequantize(q, *part, room), want[part[0] : part[1], part[2] : part[3]])
 
 
-def test_every_code_of_fp8_and_int8(isa):
+def test_every_code_of_fp8_and_int8_has_the_value_that_torch_gives_it(isa):
     codes = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
     for format, view, scales in (
         ("fp8", torch.float8_e4m3fn, torch.tensor([[0.5], [3.0]])),
@@ -106,7 +106,7 @@ def test_every_code_of_fp8_and_int8(isa):
 @pytest.mark.parametrize("M", [1, 5, 40])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["nf4", "nf4 nested", "int8", "fp8 block"])
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if has_own(dtype)])
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if _C.has_gemm(dtype)])
 def test_bits_do_not_depend_on_the_threads_nor_on_the_run(dtype, name, transposed, M):
     q = quantised(name, 300, 1280)
     x = torch.randn(M, 300 if transposed else 1280).to(dtype)
@@ -120,7 +120,7 @@ def test_bits_do_not_depend_on_the_threads_nor_on_the_run(dtype, name, transpose
         torch.set_num_threads(threads)
 
 
-def test_no_rows():
+def test_a_product_of_no_rows_is_empty():
     q = quantised("nf4", 8, 64)
     assert cpu_quant.quantized_gemm(torch.empty(0, 64), q).shape == (0, 8)
     assert cpu_quant.quantized_gemm(torch.empty(0, 8), q, transposed=True).shape == (0, 64)
@@ -132,6 +132,6 @@ def test_no_rows():
     ("dtype", "size"),
     [("float32", (512, 4096, 4096)), ("bfloat16", (512, 4096, 4096)), ("float32", (64, 8192, 8192))],
 )
-def test_the_weight_never_lies_in_memory_whole(dtype, size):
-    """The choice of a GEMM, which times them, included. The weights dequantised are 64, 32 and 256 MB."""
+def test_the_dequantised_weight_is_never_in_memory_whole(dtype, size):
+    """This includes the timing of both GEMMs. The dequantised weights would take 64, 32 and 256 MB."""
     assert quantised_memory.measure(dtype, *size) <= quantised_memory.MOST

@@ -1,4 +1,4 @@
-"""The native GEMM, by every instruction set this machine can run, against the product in fp64."""
+"""The native GEMM, with every instruction set that this machine can run, against the product in fp64."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 _C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
-from support.native_problems import CODES, at, close, gemm, gemm_operands, gemm_serves  # noqa: E402
+from support.native_problems import X_DTYPES, close, gemm, gemm_operands, gemm_serves  # noqa: E402
+
+from lora_kernels.core.operands import Adapter, Base  # noqa: E402
 
 GEMM_SHAPES = [(1, 1, 1), (3, 100, 2100), (16, 97, 1030), (17, 33, 129), (40, 800, 300), (250, 70, 513), (29, 31, 0)]
-GEMM_DTYPES = [dtype for dtype in CODES if _C.gemm_of(CODES[dtype])]
+GEMM_DTYPES = [dtype for dtype in X_DTYPES if _C.has_gemm(dtype)]
 
 
 @pytest.mark.parametrize("w_is", ["along k", "along n", "strided"])
-@pytest.mark.parametrize("dtype", CODES)
-def test_gemm(isa: str, dtype: torch.dtype, w_is: str) -> None:
-    """y = x wᵀ, in fp32 and, by AVX512_BF16, in bf16 for every M and w, in other 16 bits where there are few rows."""
+@pytest.mark.parametrize("dtype", X_DTYPES)
+def test_gemm_is_within_the_bound_of_an_fp32_sum(isa: str, dtype: torch.dtype, w_is: str) -> None:
+    """y = x wᵀ: fp32, and bf16 with AVX512_BF16, take every M and w; other 16-bit calls take few rows of x."""
     served = 0
     for M, N, K in [*GEMM_SHAPES, (2100, 40, 1100)]:
         x, w, y = gemm_operands(M, N, K, dtype, w_is)
@@ -32,31 +34,33 @@ def test_gemm(isa: str, dtype: torch.dtype, w_is: str) -> None:
     assert served == (len(GEMM_SHAPES) + 1 if every else few)
 
 
-def test_a_gemm_that_is_not_there() -> None:
+def test_gemm_refuses_a_dtype_that_it_does_not_have() -> None:
     x, w, y = gemm_operands(17, 8, 8, torch.float16, "along k")
     with pytest.raises(ValueError, match="no GEMM of this dtype: see gemm_of"):
         gemm(x, w, y)
 
 
 @pytest.mark.parametrize("M", [1, 3, 5, 16])
-@pytest.mark.parametrize("dtype", CODES)
-def test_a_launch_that_computes_the_base_of_few_rows_too(isa: str, dtype: torch.dtype, M: int) -> None:
-    """Bit for bit what the GEMM and then the low-rank half give: two layers at once, the second without a base."""
+@pytest.mark.parametrize("dtype", X_DTYPES)
+def test_a_launch_with_the_base_product_of_few_rows_gives_the_same_bits(isa: str, dtype: torch.dtype, M: int) -> None:
+    """The same as from the GEMM and then the low-rank half: two layers at once, the second without a base product."""
     K, R, N = 1030, 20, (300, 97)
     x = torch.randn(M, K).to(dtype)
     ws, as_, bs = ([torch.randn(*shape).to(dtype) for shape in shapes] for shapes in (
         [(n, K) for n in N], [(R, K) for _ in N], [(n, R) for n in N]))  # fmt: skip
     want = [gemm(x, w, torch.full((M, w.shape[0]), math.nan, dtype=dtype)) for w in ws]
 
-    def run(threads: int, ys: list[Tensor], bases: list) -> None:
-        each = [(n, R, *at(a), *at(b), 0, *at(y), 0, 0, 0.5, 0, 0) for n, a, b, y in zip(N, as_, bs, ys, strict=True)]
-        _C.forward(threads, CODES[dtype], CODES[dtype], M, K, *at(x), each, bases)
+    bases = [Base(w) for w in ws]
+    adapters = [Adapter(a, b, 0.5) for a, b in zip(as_, bs, strict=True)]
+
+    def run(threads: int, ys: list[Tensor], products: list[bool]) -> None:
+        _C.forward(threads, x, bases, adapters, ys, [None, None], products)
 
     ys = [torch.full_like(want[0], math.nan), want[1].clone()]
-    run(1, want, [])
+    run(1, want, [False, False])
     for threads in (1, 2, 7):
         got = [ys[0].clone(), ys[1].clone()]
-        run(threads, got, [at(ws[0]), None])
+        run(threads, got, [True, False])
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -84,7 +88,7 @@ def test_gemm_has_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, w_
 @pytest.mark.parametrize(("M", "K"), [(48, 200), (48, 768), (16, 4096), (48, 4096)])
 @pytest.mark.parametrize("dtype", GEMM_DTYPES)
 def test_gemm_is_as_exact_as_torch(dtype: torch.dtype, M: int, K: int) -> None:
-    """No chain of sums is longer than MKL's: oneDNN's, over all of K, has up to 2.2 times this error in fp32."""
+    """No chain of sums is longer than MKL's. oneDNN's chain over all of K has up to 2.2 times this error in fp32."""
     x, w, y = gemm_operands(M, 512, K, dtype, "along k")
     exact = x.double() @ w.double().t()
     error, plain = ((t.double() - exact).square().mean().sqrt() for t in (gemm(x, w, y), x @ w.t()))

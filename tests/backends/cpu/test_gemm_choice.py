@@ -1,4 +1,4 @@
-"""The CPU's base GEMM, torch's or our own: which one serves must not be what makes results differ."""
+"""The choice of the CPU's base GEMM, torch's or our own: it must not make results differ between calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ cpu_gemm = pytest.importorskip("lora_kernels.backends.cpu.gemm")
 
 @pytest.fixture
 def no_choices(monkeypatch):
-    """As in a new process."""
+    """The table of choices, empty as in a new process."""
     made: dict = {}
     monkeypatch.setattr(cpu_gemm, "_choices", made)
     return made
@@ -22,7 +22,7 @@ def no_choices(monkeypatch):
 
 @pytest.mark.parametrize("quantised", [False, True])
 def test_deterministic_algorithms_leave_nothing_to_the_clock(no_choices, monkeypatch, quantised):
-    """The bits of two processes: of one in which torch's GEMM would win the race, and of one in which ours would."""
+    """A process in which torch's GEMM would be the faster and one in which ours would be give the same bits."""
     x, w, dy = torch.randn(40, 300), torch.randn(200, 300), torch.randn(40, 200)
     weight = quantize_weight(w, "nf4") if quantised else w
     a, b = torch.randn(4, 300), torch.randn(200, 4)
@@ -44,7 +44,7 @@ def test_deterministic_algorithms_leave_nothing_to_the_clock(no_choices, monkeyp
     assert all(map(torch.equal, first, second)) and not no_choices
 
 
-def test_of_several_threads_one_decides(no_choices, monkeypatch):
+def test_one_of_several_threads_decides_for_all(no_choices, monkeypatch):
     winners, together, seen = iter(["torch", "own"]), threading.Barrier(2), []
 
     def slow(*_):
@@ -54,28 +54,33 @@ def test_of_several_threads_one_decides(no_choices, monkeypatch):
 
     monkeypatch.setattr(cpu_gemm, "_faster", slow)
     x, w = torch.randn(40, 64), torch.randn(64, 64)
-    threads = [threading.Thread(target=lambda: seen.append(cpu_gemm._choice(x, w))) for _ in range(2)]
+
+    def choice() -> str:
+        return cpu_gemm.chosen(cpu_gemm._RACE, "float32", 40, w.numel(), False, x, w)
+
+    threads = [threading.Thread(target=lambda: seen.append(choice())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(seen)) == 1 and seen[0] == cpu_gemm._choice(x, w)
+    assert len(set(seen)) == 1 and seen[0] == choice()
 
 
 @pytest.mark.parametrize(
     ("own", "theirs", "winner"),
     [
         ([9, 5, 5, 5], [9, 6, 6, 6], "own"),
-        ([9, 5, 5, 5], [9, 6, 5, 6], "torch"),  # they are near each other
+        ([9, 5, 5, 5], [9, 6, 5, 6], "torch"),  # the two are near each other
         ([9, 50, 5, 5], [9, 100, 6, 6], "own"),  # the machine was once busy with something else
         ([1, 5, 5, 5], [9, 5, 5, 5], "torch"),  # the first round warms up; as fast is not faster
     ],
 )
-def test_ours_is_taken_where_it_is_faster_each_time(monkeypatch, own, theirs, winner):
-    now, times = [0.0], {"torch": iter(theirs), "own": iter(own)}
+def test_ours_is_taken_where_it_is_faster_in_every_round(monkeypatch, own, theirs, winner):
+    now = [0.0]
     monkeypatch.setattr(cpu_gemm.time, "perf_counter", lambda: now[0])
 
-    def gemm(name: str):
-        return lambda: now.__setitem__(0, now[0] + next(times[name]))
+    def gemm(seconds: list[float]):
+        each = iter(seconds)
+        return lambda: now.__setitem__(0, now[0] + next(each))
 
-    assert cpu_gemm._faster({name: gemm(name) for name in times}, 0.95) == winner
+    assert cpu_gemm._faster(cpu_gemm.Race(gemm(theirs), gemm(own), 0.95)) == winner

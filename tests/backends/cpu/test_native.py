@@ -1,4 +1,5 @@
-"""The native CPU kernels, one by one and by every instruction set this machine can run, against the formula in fp64."""
+"""The native CPU kernels, one by one and with every instruction set that this machine can run, against the formula in
+fp64."""
 
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ from torch import Tensor
 from lora_kernels.core import dropout as random
 
 _C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
-from support.native_problems import CODES, SEED, Operands, close, gemm, gemm_operands, gemm_serves, problem  # noqa: E402
+from support.native_problems import (  # noqa: E402
+    SEED,
+    X_DTYPES,
+    Operands,
+    close,
+    gemm,
+    gemm_operands,
+    gemm_serves,
+    problem,
+)
 
 SHAPES = [  # M, N, K, R
     (1, 1, 1, 1),
@@ -37,9 +47,11 @@ P = [0.0, 0.1, 0.9]
 
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-def test_forward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float) -> None:
-    """h = x̂ aᵀ alone, y += s h bᵀ alone, and both in one call (where y sees h before it is rounded, if
-    it is not multiplied as bf16)."""
+def test_forward_is_within_the_bound_of_an_fp32_sum(
+    isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
+) -> None:
+    """h = x̂ aᵀ alone, y += s h bᵀ alone, and both in one call. There y sees h before it is rounded, unless h is
+    multiplied as bf16."""
     pairs = isa == "avx512_bf16" and dtype == adapter_dtype == torch.bfloat16
     for shape in SHAPES:
         q, want = problem(shape, dtype, adapter_dtype, p)
@@ -52,7 +64,9 @@ def test_forward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: fl
 
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-def test_backward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float) -> None:
+def test_backward_is_within_the_bound_of_an_fp32_sum(
+    isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
+) -> None:
     pairs = isa == "avx512_bf16" and dtype == adapter_dtype == torch.bfloat16
     for shape in SHAPES:
         q, want = problem(shape, dtype, adapter_dtype, p)
@@ -62,10 +76,9 @@ def test_backward(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: f
 
 @pytest.mark.parametrize("shape", [(67, 48, 33, 3), (130, 100, 90, 65)])
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
-def test_backward_computes_what_is_asked(
+def test_a_gradient_alone_has_the_same_bits_as_beside_the_others(
     isa: str, shape: tuple[int, int, int, int], adapter_dtype: torch.dtype
 ) -> None:
-    """Each result alone has the very bits it has beside the others."""
     q = Operands(*shape, torch.bfloat16, adapter_dtype, 0.1)
     everything = q.backward()
     for name in everything:
@@ -74,7 +87,7 @@ def test_backward_computes_what_is_asked(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"), [*((dtype, torch.float32) for dtype in CODES), (torch.bfloat16, torch.bfloat16)]
+    ("dtype", "adapter_dtype"), [*((dtype, torch.float32) for dtype in X_DTYPES), (torch.bfloat16, torch.bfloat16)]
 )
 @pytest.mark.parametrize("shape", [(523, 700, 391, 8), (1100, 130, 300, 16), (260, 400, 300, 70)])
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
@@ -104,7 +117,7 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
     ids=["zeros", "ones", "pi"],
 )
 def test_philox_known_answers(counter: list[int], key: list[int], want: list[int]) -> None:
-    """kat_vectors of Random123 (Salmon et al.), philox4x32-10."""
+    """The vectors are those of philox4x32-10 in Random123's kat_vectors (Salmon et al.)."""
     assert _C.philox(counter, key) == want
 
 
@@ -118,7 +131,7 @@ def test_keep_bits_are_those_of_the_rule(isa: str, seed: int, p: float) -> None:
 
 
 def test_rows_beyond_32_bits_have_their_own_bits(isa: str) -> None:
-    """m enters the counter with 64 bits."""
+    """The row m enters the counter with 64 bits."""
     assert _C.keep_bits(SEED, 30000, 5, 1, 64) != _C.keep_bits(SEED, 30000, 5 + 2**32, 1, 64)
     group, row = 3, 5 + 2**32
     words = _C.philox([group, row & 0xFFFFFFFF, row >> 32, 0], [SEED & 0xFFFFFFFF, SEED >> 32])
@@ -126,10 +139,10 @@ def test_rows_beyond_32_bits_have_their_own_bits(isa: str) -> None:
     assert _C.keep_bits(SEED, 30000, row, 1, 64)[group] == sum((lane >= 30000) << j for j, lane in enumerate(lanes))
 
 
-@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("dtype", X_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 13, 21, 5), (7, 33, 47, 8), (66, 70, 65, 3)])
 def test_reads_and_writes_stay_inside(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """Every operand ends at the last byte before a page that may not be touched."""
+    """Every operand ends at the last byte before a page that must not be touched."""
     q = Operands(*shape, dtype, dtype, 0.1)
     pages = []
 
@@ -174,7 +187,7 @@ def protect(page: int, read_write: bool = False) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def test_isa_is_chosen_and_named() -> None:
+def test_an_isa_that_the_machine_cannot_run_is_refused() -> None:
     isas = _C.cpu_isas()
     assert isas[-1] == "baseline" and _C.cpu_isa() == isas[0]
     with pytest.raises(ValueError, match=r"cannot run cpu isa 'vax'; it can run: .*baseline"):
@@ -185,7 +198,7 @@ def test_isa_is_chosen_and_named() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 @pytest.mark.skipif(not _C.openmp, reason="built without OpenMP")
 def test_one_openmp_runtime_in_the_process() -> None:
-    """torch's own libgomp serves the module too: two runtimes would mean two pools of threads on the same cores."""
+    """torch's own libgomp serves the module too. Two runtimes would mean two pools of threads on the same cores."""
     code = (
         "import torch, lora_kernels._C\n"
         "files = {line.split()[-1] for line in open('/proc/self/maps') if '/' in line}\n"

@@ -1,0 +1,104 @@
+"""The boundary between Python and the native CPU kernels: how tensors and adapters are read, and what a call costs."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_kernels.core import dropout as random
+from lora_kernels.core.operands import Adapter, Base, Needs
+from lora_kernels.quant.weight import quantize_weight
+
+_C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
+from support.native_problems import SEED, X_DTYPES  # noqa: E402
+
+from lora_kernels.backends import cpu  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "p", [0.0, 1e-6, 1e-5, 0.5, 0.99999, 1.0, *(i / 131072 for i in range(1, 200, 2)), *(i / 97 for i in range(97))]
+)
+def test_the_dropout_rule_is_the_same_in_python_and_in_the_kernels(p: float) -> None:
+    """The odd multiples of 2⁻¹⁷ lie half-way between two thresholds."""
+    threshold, rescale = _C.dropout_rule(p)
+    assert threshold == random.threshold(p) and rescale == torch.tensor(random.rescale(p), dtype=torch.float32).item()
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.99999])
+@pytest.mark.parametrize("dtype", X_DTYPES)
+def test_the_mask_is_that_of_the_rule(isa: str, dtype: torch.dtype, p: float) -> None:
+    seed = torch.tensor(SEED)
+    for M, K in [(1, 1), (0, 5), (5, 0), (33, 203), (70, 4100), (300, 64)]:
+        x = torch.randn(M, K).to(dtype)
+        mask = cpu.keep_mask(x, p, seed)
+        assert mask.dtype == dtype and mask.is_contiguous()
+        assert torch.equal(mask, random.keep_mask(seed, M, K, p).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", X_DTYPES)
+def test_operands_of_any_strides_give_the_bits_of_contiguous_ones(dtype: torch.dtype) -> None:
+    M, N, K, R = 19, 40, 33, 5
+    drawn = [torch.randn(*shape).to(dtype) for shape in ((M, K), (N, K), (N,), (R, K), (N, R), (M, N))]
+    needs, seed = Needs(True, (True,), (True,)), torch.tensor(SEED)
+
+    def run(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> list[Tensor | None]:
+        bases, adapters = [Base(w, bias)], [Adapter(a, b, 0.5, 0.1, seed)]
+        ys, hs = cpu.forward(x, bases, adapters, [True])
+        assert hs[0] is not None
+        dx, das, dbs = cpu.backward([dy], x, bases, adapters, [hs[0].t().contiguous().t()], needs)
+        return [*ys, *hs, dx, *das, *dbs]
+
+    def strided(t: Tensor) -> Tensor:
+        return t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2]
+
+    x, w, bias, a, b, dy = drawn
+    want = run(x, w, bias, a, b, dy)
+    got = run(strided(x), w, strided(bias), strided(a), strided(b), strided(dy))
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
+def test_the_boundary_refuses_what_the_kernels_cannot_address() -> None:
+    x, w = torch.randn(3, 8), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="last stride is 1"):
+        _C.gemm(1, x, w, torch.empty(4, 3).t(), False)
+    with pytest.raises(TypeError, match=r"float32, bfloat16 and float16, not torch\.float64"):
+        _C.gemm(1, x.double(), w.double(), torch.empty(3, 4).double(), False)
+    with pytest.raises(ValueError, match="one or two dimensions"):
+        _C.gemm(1, x[None], w, torch.empty(3, 4), False)
+    adapter = Adapter(torch.randn(2, 8), torch.randn(4, 2), 1.0)
+    with pytest.raises(ValueError, match="different lengths"):
+        _C.forward(1, x, [Base(w)], [adapter], [torch.zeros(3, 4)], [], [False])
+    with pytest.raises(ValueError, match="only nf4 and fp4"):
+        _C.set_levels("int8", [0.0] * 16)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_call_enters_at_most_four_python_functions_of_the_package(quantised: bool) -> None:
+    """The call itself, the choice of the base GEMM, and that GEMM. Each further one would cost a small layer 1%."""
+    x, w, dy = torch.randn(8, 64), torch.randn(64, 64), torch.randn(8, 64)
+    bases = [Base(quantize_weight(w, "nf4") if quantised else w)]
+    adapters = [Adapter(torch.randn(8, 64), torch.randn(64, 8), 0.5, 0.1, torch.tensor(SEED))]
+    _, hs = cpu.forward(x, bases, adapters, [True])
+    needs = Needs(True, (True,), (True,))
+    for call in (
+        lambda: cpu.forward(x, bases, adapters, [True]),
+        lambda: cpu.backward([dy], x, bases, adapters, hs, needs),
+    ):
+        call()
+        entered: list[str] = []
+
+        def record(frame: FrameType, event: str, _: object, entered: list[str] = entered) -> None:
+            if event == "call" and frame.f_globals["__name__"].startswith("lora_kernels"):
+                entered.append(frame.f_code.co_name)
+
+        before = sys.getprofile()
+        sys.setprofile(record)
+        try:
+            call()
+        finally:
+            sys.setprofile(before)
+        assert 0 < len(entered) <= 4, entered
