@@ -94,9 +94,9 @@ def poison() -> Iterator[None]:
 @pytest.fixture
 def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty directory in place of the user's cache, where measured plans are kept."""
-    from lora_kernels.plans import store as tuned
+    from lora_kernels.plans import choose
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned.cache_clear()
+    choose.cache_clear()
     yield tmp_path
-    tuned.cache_clear()
+    choose.cache_clear()

@@ -20,7 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton.device import Launch, Target
-from lora_kernels.plans.tiles import Plan
+from lora_kernels.core.operands import Adapter, Base
+from lora_kernels.plans.tiles import Gpu, Plan
 from lora_kernels.quant.weight import QuantizedWeight
 
 SHARED_MEMORY = {
@@ -38,7 +39,7 @@ TENSOR_MEMORY = 512
 REGISTERS = 255
 ONE_CODE = ("sm_80", "sm_86", "sm_89")
 """Where the tile is the same, Triton makes the same PTX for these but for the target's name: it is made once, and given
-to ptxas for each. test_triton_quant_compile.py looks whether that is so."""
+to ptxas for each. test_compile_quantised.py tests that this holds."""
 _TENSOR_CORE = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
 _TYPES = {
     torch.float32: "fp32",
@@ -102,17 +103,19 @@ def launch_of(
     precision: str = "highest",
 ) -> Launch:
     """What the back-end would launch for the largest rank of the plan's tile, with w [4096,4096] dense or as given."""
-    target = Target(arch, 132, contextlib.nullcontext, lambda: 0, lambda: False)
+    target = Target(Gpu(arch, 132), contextlib.nullcontext, lambda: 0, lambda: False)
     N, K, R = 4096, 4096, plan.tile.BLOCK_R
     x, y, h, bias = (empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (M, R), (N,)))
     a, b = empty(R, K, dtype=adapter_dtype), empty(N, R, dtype=adapter_dtype)
     seed = empty(dtype=torch.int64) if p else None
-    weight = empty(N, K, dtype=dtype) if w is None else w
+    base = Base(empty(N, K, dtype=dtype) if w is None else w, bias)
+    adapter = Adapter(a, b, 0.75, p, seed)
     torch.set_float32_matmul_precision(precision)
     try:
         if plan.tile.BLOCK_C:
-            return launching.backward_launch(target, plan, y, x, weight, a, b, h, x, a, b, h, 0.75, p, seed)
-        return launching.forward_launch(target, plan, x, weight, a, b, bias, y, h, 0.75, p, seed, True)
+            saved, gradients = launching.Saved(x, h), launching.Gradients(x, a, b, h)
+            return launching.backward_launch(target, plan, y, saved, base, adapter, gradients)
+        return launching.forward_launch(target, plan, x, base, adapter, launching.Outputs(y, h, True))
     finally:
         torch.set_float32_matmul_precision("highest")
 

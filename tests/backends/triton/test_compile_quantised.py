@@ -19,6 +19,7 @@ from triton.runtime import driver
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton import quant as quantised
 from lora_kernels.backends.triton.device import Launch, Target
+from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans import quant_tiles, tiles
 from lora_kernels.quant.encode import FP8_BLOCK
 from lora_kernels.quant.weight import CODES, Nested, QuantizedWeight, quantize_weight
@@ -173,9 +174,10 @@ def test_what_is_compiled_is_what_triton_would_launch(kind: str, monkeypatch: py
     w = torch.randn(128, 256).bfloat16()
     if kind != "dense":
         w = quantize_weight(w, kind, double_quant=kind == "nf4")
-    target = Target("sm_90", 132, contextlib.nullcontext, lambda: 0, lambda: False)
+    target = Target(tiles.Gpu("sm_90", 132), contextlib.nullcontext, lambda: 0, lambda: False)
     plan = tiles.Plan(False, quant_tiles.TABLES["sm_90", 2]["backward"], 1, within=kind != "dense")
-    launch = launching.backward_launch(target, plan, y, x, w, a, b, h, x, a, b, h, 0.75, 0.0, None)
+    saved, gradients = launching.Saved(x, h), launching.Gradients(x, a, b, h)
+    launch = launching.backward_launch(target, plan, y, saved, Base(w), Adapter(a, b, 0.75), gradients)
     kernel = launch.kernel
     monkeypatch.setattr(driver, "_active", NoDriver())
     source = kernel.warmup(**launch.arguments, **launch.options, grid=(launch.programs,)).src

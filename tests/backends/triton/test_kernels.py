@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import judging as oracle
+from support import judging
 
-from lora_kernels.core import dropout as random
+from lora_kernels.core.dropout import dropout, keep_mask, rescale
 from lora_kernels.testing import one_layer
 
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
@@ -24,8 +24,8 @@ from support.interp import interpret
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import device
 from lora_kernels.backends.triton import launch as launching
-from lora_kernels.core.operands import Call
-from lora_kernels.plans import tiles
+from lora_kernels.core.operands import Adapter, Base, Call
+from lora_kernels.plans import choose, tiles
 
 CPU = torch.device("cpu")
 _REDUNDANT = tiles.Tile(
@@ -44,7 +44,7 @@ PLANS = list(TABLES)
 
 
 def target(programs: int = 3, capturing: bool = False) -> device.Target:
-    return device.Target("interpreter", programs, contextlib.nullcontext, lambda: 0, lambda: capturing)
+    return device.Target(tiles.Gpu("interpreter", programs), contextlib.nullcontext, lambda: 0, lambda: capturing)
 
 
 @contextlib.contextmanager
@@ -57,19 +57,19 @@ def interpreted(plan: str, on: device.Target | None = None, tma: bool = False) -
         for itemsize in (2, 4):
             patch.setitem(tiles.TABLES, ("interpreter", itemsize), table)
         patch.setattr(device, "_workspaces", {})
-        tiles.plan.cache_clear()
+        choose.plan.cache_clear()
         yield triton
         assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags or tickets behind"
 
 
-def results(q: oracle.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
+def results(q: judging.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
     with interpreted(plan, **kwargs) as backend:
-        return oracle.backend_results(backend, q)
+        return judging.backend_results(backend, q)
 
 
-SHAPES = [*oracle.SHAPES[:-1], (97, 95, 93, 16)]
+SHAPES = [*judging.SHAPES[:-1], (97, 95, 93, 16)]
 """The last is large enough for statistics, with dropout too, and no larger: the interpreter takes its time."""
-VARIETY = list(itertools.product(oracle.DTYPES, [0.0, 0.3]))
+VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3]))
 """Which dtypes and dropout a shape gets: all shapes between them see all."""
 
 
@@ -77,24 +77,24 @@ VARIETY = list(itertools.product(oracle.DTYPES, [0.0, 0.3]))
 @pytest.mark.parametrize("number, shape", list(enumerate(SHAPES)))
 def test_every_shape(number: int, shape: tuple[int, int, int, int], plan: str, poison: None) -> None:
     (dtype, adapter_dtype), p = VARIETY[(3 * number + PLANS.index(plan)) % len(VARIETY)]
-    q = oracle.problem(
+    q = judging.problem(
         *shape, dtype=dtype, adapter_dtype=adapter_dtype, p=p, bias=number % 3 > 0, strided=number % 2 == 0
     )
-    oracle.check(results(q, plan), q)
+    judging.check(results(q, plan), q)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: float, plan: str, poison: None) -> None:
-    q = oracle.problem(17, 20, 33, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p, strided=True)
-    oracle.check(results(q, plan), q)
+    q = judging.problem(17, 20, 33, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p, strided=True)
+    judging.check(results(q, plan), q)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 256])
 def test_every_rank(rank: int, poison: None) -> None:
-    q = oracle.problem(18, 20, 24, rank, dtype=torch.bfloat16, p=0.1)
-    oracle.check(results(q, "tickets"), q)
+    q = judging.problem(18, 20, 24, rank, dtype=torch.bfloat16, p=0.1)
+    judging.check(results(q, "tickets"), q)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -103,66 +103,53 @@ def test_every_rank(rank: int, poison: None) -> None:
     plan=st.sampled_from(PLANS), p=st.sampled_from([0.0, 0.5]), strided=st.booleans(), programs=st.integers(1, 9),
 )  # fmt: skip
 def test_any_shape(M: int, N: int, K: int, R: int, plan: str, p: float, strided: bool, programs: int) -> None:
-    q = oracle.problem(M, N, K, R, dtype=torch.float16, p=p, strided=strided)
-    oracle.check(results(q, plan, on=target(programs)), q)
+    q = judging.problem(M, N, K, R, dtype=torch.float16, p=p, strided=strided)
+    judging.check(results(q, plan, on=target(programs)), q)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_descriptors(dtype: torch.dtype, plan: str, poison: None) -> None:
     """Ragged against the tiles in every dimension; rows of whole 16 bytes."""
-    q = oracle.problem(21, 40, 56, 8, dtype=dtype, p=0.3)
-    oracle.check(results(q, plan, tma=True), q)
+    q = judging.problem(21, 40, 56, 8, dtype=dtype, p=0.3)
+    judging.check(results(q, plan, tma=True), q)
 
 
 def test_unaligned_operands_are_not_described(poison: None) -> None:
-    q = oracle.problem(21, 39, 55, 8, dtype=torch.bfloat16)
+    q = judging.problem(21, 39, 55, 8, dtype=torch.bfloat16)
     assert not launching.describable(q.x, q.w)
     assert not launching.describable(q.x[:0, :16])
     with interpreted("tickets", tma=False) as backend:
-        oracle.check(oracle.backend_results(backend, q), q)
+        judging.check(judging.backend_results(backend, q), q)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_same_bits_whatever_the_number_of_programs(plan: str) -> None:
     """Several parts to every sum, claimed by one program, by several and by more than there is work for."""
     M, N, K, R = 40, 20, 40, 5
-    q = oracle.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
+    q = judging.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
     forward, backward = _REDUNDANT if plan == "redundant" else _TICKETS, _BACKWARD
-    runs = []
-    on = target()
+    base, adapter = Base(q.w, q.bias), Adapter(q.a, q.b, q.scale, q.p, q.seed)
+    runs, on = [], target()
     for programs in (1, 4, 40):
         y, h = torch.full((M, N), torch.nan).bfloat16(), torch.full((M, R), torch.nan).bfloat16()
         dx, da, db, g = (torch.full_like(t, torch.nan) for t in (q.x, q.a, q.b, h))
         with interpret():
-            launch = launching.forward_launch(
-                on,
-                tiles.Plan(plan == "redundant", forward, 4),
-                q.x,
-                q.w,
-                q.a,
-                q.b,
-                q.bias,
-                y,
-                h,
-                q.scale,
-                q.p,
-                q.seed,
-                True,
-            )
+            forward_plan = tiles.Plan(plan == "redundant", forward, 4)
+            launch = launching.forward_launch(on, forward_plan, q.x, base, adapter, launching.Outputs(y, h, True))
             launch._replace(programs=launch.programs if plan == "redundant" else programs).run()
-            launch = launching.backward_launch(
-                on, tiles.Plan(False, backward, 4), q.dy, q.x, q.w, q.a, q.b, h, dx, da, db, g, q.scale, q.p, q.seed
-            )
+            saved, gradients = launching.Saved(q.x, h), launching.Gradients(dx, da, db, g)
+            backward_plan = tiles.Plan(False, backward, 4)
+            launch = launching.backward_launch(on, backward_plan, q.dy, saved, base, adapter, gradients)
             launch._replace(programs=programs).run()
         runs.append({"y": y, "dx": dx, "da": da, "db": db})
-    oracle.check(runs[0], q)
+    judging.check(runs[0], q)
     for run in runs[1:]:
         assert all(torch.equal(run[name], value) for name, value in runs[0].items())
 
 
 def test_only_what_is_needed_is_computed(poison: None) -> None:
-    q = oracle.problem(20, 17, 40, 3, dtype=torch.bfloat16, p=0.3)
+    q = judging.problem(20, 17, 40, 3, dtype=torch.bfloat16, p=0.3)
     full = results(q, "tickets")
     for need_dx, need_da, need_db in itertools.product([False, True], repeat=3):
         with interpreted("tickets") as backend:
@@ -178,7 +165,7 @@ def test_only_what_is_needed_is_computed(poison: None) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_received_tensors_are_left_alone(plan: str) -> None:
-    q = oracle.problem(20, 33, 40, 3, p=0.3)
+    q = judging.problem(20, 33, 40, 3, p=0.3)
     before = {name: getattr(q, name).clone() for name in ("x", "w", "a", "b", "bias", "dy", "seed")}
     results(q, plan)
     assert all(torch.equal(getattr(q, name), value) for name, value in before.items())
@@ -186,10 +173,10 @@ def test_received_tensors_are_left_alone(plan: str) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_saved_h_is_unscaled(plan: str) -> None:
-    q = oracle.problem(20, 50, 40, 3, dtype=torch.bfloat16, p=0.3, scale=64.0)
+    q = judging.problem(20, 50, 40, 3, dtype=torch.bfloat16, p=0.3, scale=64.0)
     with interpreted(plan) as backend:
         _, h = one_layer.forward(backend, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
-    exact = random.dropout(q.x.double(), q.p, q.seed) @ q.a.double().t()
+    exact = dropout(q.x.double(), q.p, q.seed) @ q.a.double().t()
     assert h.dtype == torch.bfloat16 and h.is_contiguous()
     torch.testing.assert_close(h.double(), exact, rtol=2**-8, atol=1e-5)
 
@@ -197,9 +184,9 @@ def test_saved_h_is_unscaled(plan: str) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e-3, 2.0**-101, 200.0])
 def test_scales(scale: float, plan: str) -> None:
-    q = oracle.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
+    q = judging.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
     got = results(q, plan)
-    oracle.check(got, q)
+    judging.check(got, q)
     if scale == 0:
         assert not any(got[name].any() for name in ("da", "db"))
 
@@ -209,7 +196,7 @@ def test_scales(scale: float, plan: str) -> None:
 def test_masks_are_the_rule_bit_for_bit(seed: int, plan: str) -> None:
     """Operands under which h, dx and da each show the mask itself."""
     M, K, p = 21, 43, 0.4
-    keep = random.keep_mask(torch.tensor(seed), M, K, p)
+    keep = keep_mask(torch.tensor(seed), M, K, p)
     one = torch.ones((), dtype=torch.float32)
     with interpreted(plan) as backend:
         # h = c · keep ⊙ 1 · I
@@ -237,27 +224,25 @@ def test_masks_are_the_rule_bit_for_bit(seed: int, plan: str) -> None:
         )  # fmt: skip
     for name, value in (("h", h), ("dx", dx), ("da", da)):
         assert torch.equal(value != 0, keep), f"{name}'s mask differs"
-        assert torch.equal(value, keep * torch.tensor(random.rescale(p), dtype=torch.float32)), (
-            f"{name}'s factor differs"
-        )
+        assert torch.equal(value, keep * torch.tensor(rescale(p), dtype=torch.float32)), f"{name}'s factor differs"
 
 
 def test_workspace_is_kept_for_a_stream_and_grows() -> None:
-    small, large = oracle.problem(5, 7, 9, 2), oracle.problem(40, 20, 40, 20)
+    small, large = judging.problem(5, 7, 9, 2), judging.problem(40, 20, 40, 20)
     with interpreted("tickets") as backend:
-        oracle.backend_results(backend, small)
+        judging.backend_results(backend, small)
         (first,) = device._workspaces.values()
-        oracle.backend_results(backend, small)
+        judging.backend_results(backend, small)
         assert next(iter(device._workspaces.values())) is first
-        oracle.backend_results(backend, large)
+        judging.backend_results(backend, large)
         assert len(device._workspaces) == 1
         assert next(iter(device._workspaces.values()))[1].numel() > first[1].numel()
 
 
 def test_a_captured_launch_has_its_own_workspace() -> None:
-    q = oracle.problem(20, 33, 40, 3)
+    q = judging.problem(20, 33, 40, 3)
     with interpreted("tickets", on=target(capturing=True)) as backend:
-        oracle.check(oracle.backend_results(backend, q), q)
+        judging.check(judging.backend_results(backend, q), q)
         assert not device._workspaces
 
 
@@ -272,7 +257,7 @@ def test_refusals_name_what_is_refused() -> None:
         assert triton.why_not(call()) == []
         (reason,) = triton.why_not(call(dtype=torch.float64))
         assert "float64" in reason
-    with interpreted("tickets", on=target()._replace(arch="sm_75")):
+    with interpreted("tickets", on=target()._replace(gpu=tiles.Gpu("sm_75", 3))):
         (reason,) = triton.why_not(call())
         assert "sm_75" in reason and "sm_80" in reason
 

@@ -11,9 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from support import judging as oracle
+from support import judging
 
-from lora_kernels.core import dropout as random
+from lora_kernels.core.dropout import keep_mask, rescale
 from lora_kernels.quant.weight import DTYPES, FORMATS, QuantizedWeight, quantize_weight
 from lora_kernels.testing import one_layer
 from lora_kernels.testing.judge import judge, over_codes
@@ -25,8 +25,8 @@ from lora_kernels.backends import triton
 from lora_kernels.backends.triton import device
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton import quant as quantised
-from lora_kernels.core.operands import Call
-from lora_kernels.plans import quant_tiles, tiles
+from lora_kernels.core.operands import Adapter, Base, Call
+from lora_kernels.plans import choose, quant_tiles, tiles
 
 CPU = torch.device("cpu")
 WITHIN = tiles.Tile(max_rank=64, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=64, GROUP_M=2, num_warps=4, num_stages=2)
@@ -59,7 +59,7 @@ KINDS = {
 def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
     """The back-end, serving CPU tensors in one of the two ways. Every launch must leave the workspace as it found
     it."""
-    target = device.Target("interpreter", 8, contextlib.nullcontext, lambda: 0, lambda: capturing)
+    target = device.Target(tiles.Gpu("interpreter", 8), contextlib.nullcontext, lambda: 0, lambda: capturing)
     with pytest.MonkeyPatch.context() as patch, interpret():
         patch.setitem(device.TARGETS, CPU, target)
         for itemsize in (2, 4):
@@ -68,22 +68,21 @@ def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
         patch.setattr(quant_tiles, "ROWS", dict.fromkeys(quant_tiles.ROWS, 1000))
         patch.setattr(quantised, "WHOLE", WHOLE)
         patch.setattr(device, "_workspaces", {})
-        for cached in (tiles.plan, quant_tiles.plan):
-            cached.cache_clear()
+        choose.plan.cache_clear()
         yield triton
         assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags behind"
 
 
-def quantise(q: oracle.Problem, kind: str) -> QuantizedWeight:
+def quantise(q: judging.Problem, kind: str) -> QuantizedWeight:
     return quantize_weight(q.w, **KINDS[kind])
 
 
-def results(q: oracle.Problem, w: QuantizedWeight, way: str, **kwargs: bool) -> dict[str, torch.Tensor]:
+def results(q: judging.Problem, w: QuantizedWeight, way: str, **kwargs: bool) -> dict[str, torch.Tensor]:
     with interpreted(way, **kwargs) as backend:
-        return oracle.backend_results(backend, dataclasses.replace(q, w=w))
+        return judging.backend_results(backend, dataclasses.replace(q, w=w))
 
 
-def check(got: dict[str, torch.Tensor], q: oracle.Problem, w: QuantizedWeight) -> None:
+def check(got: dict[str, torch.Tensor], q: judging.Problem, w: QuantizedWeight) -> None:
     stored, plain = over_codes(q, w)
     for verdict in judge(got, stored, plain=plain):
         assert verdict.fault is None, verdict.fault
@@ -164,7 +163,7 @@ SHAPES = [  # M, N, K, R
     (0, 16, 24, 4),
 ]
 """Even K; the judge has every element within the bound of rounding."""
-VARIETY = list(itertools.product(oracle.DTYPES, [0.0, 0.3]))
+VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3]))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -174,15 +173,15 @@ def test_every_format(number: int, kind: str, way: str, poison: None) -> None:
     for turn in (2 * number, 2 * number + 1):
         (dtype, adapter_dtype), p = VARIETY[(3 * turn + list(WAYS).index(way)) % len(VARIETY)]
         shape, bias = SHAPES[turn % len(SHAPES)], turn % 3 > 0
-        q = oracle.problem(*shape, dtype=dtype, adapter_dtype=adapter_dtype, p=p, bias=bias, strided=turn % 2 == 0)
+        q = judging.problem(*shape, dtype=dtype, adapter_dtype=adapter_dtype, p=p, bias=bias, strided=turn % 2 == 0)
         w = quantise(q, kind)
         check(results(q, w, way), q, w)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], way: str, poison: None) -> None:
-    q = oracle.problem(17, 20, 34, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3, strided=True)
+    q = judging.problem(17, 20, 34, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3, strided=True)
     w = quantise(q, "nf4-32-nested")
     check(results(q, w, way), q, w)
 
@@ -213,7 +212,7 @@ def test_the_weight_within_a_product_bit_for_bit(kind: str, way: str, monkeypatc
 )
 def test_as_good_as_plain_torch(way: str, dtype: torch.dtype, poison: None) -> None:
     """Large enough for statistics."""
-    q = oracle.problem(64, 64, 80, 16, dtype=dtype)
+    q = judging.problem(64, 64, 80, 16, dtype=dtype)
     w = quantise(q, "nf4")
     check(results(q, w, way), q, w)
 
@@ -224,9 +223,10 @@ def test_same_bits_in_every_run(kind: str, tma: bool, poison: None) -> None:
     """Parts of every sum, and all of it at once; one program and several. x and dy by descriptors too, which the
     tables do not use but a measurement may."""
     M, N, K, R = 34, 24, 40, 5
-    q = oracle.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
+    q = judging.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
     w = quantise(q, kind)
-    target = device.Target("interpreter", 8, contextlib.nullcontext, lambda: 0, lambda: False)
+    base, adapter = Base(w, q.bias), Adapter(q.a, q.b, q.scale, q.p, q.seed)
+    target = device.Target(tiles.Gpu("interpreter", 8), contextlib.nullcontext, lambda: 0, lambda: False)
     forwards = [tiles.Plan(True, WITHIN, 1), tiles.Plan(True, WITHIN, 4), tiles.Plan(False, TICKETS, 1)]
     for plan, backward_split in zip(forwards, (1, 4, 2), strict=True):
         forward, backward = (
@@ -238,13 +238,11 @@ def test_same_bits_in_every_run(kind: str, tma: bool, poison: None) -> None:
             y, h = torch.full((M, N), torch.nan).bfloat16(), torch.full((M, R), torch.nan).bfloat16()
             dx, da, db, g = (torch.full_like(t, torch.nan) for t in (q.x, q.a, q.b, h))
             with interpret():
-                launch = launching.forward_launch(
-                    target, forward, q.x, w, q.a, q.b, q.bias, y, h, q.scale, q.p, q.seed, True
-                )
+                out = launching.Outputs(y, h, True)
+                launch = launching.forward_launch(target, forward, q.x, base, adapter, out)
                 launch._replace(programs=launch.programs if plan.redundant else programs).run()
-                launch = launching.backward_launch(
-                    target, backward, q.dy, q.x, w, q.a, q.b, h, dx, da, db, g, q.scale, q.p, q.seed
-                )
+                saved, gradients = launching.Saved(q.x, h), launching.Gradients(dx, da, db, g)
+                launch = launching.backward_launch(target, backward, q.dy, saved, base, adapter, gradients)
                 assert launch.arguments["splits"] == {1: 1, 4: 3, 2: 2}[backward_split]
                 launch._replace(programs=programs).run()
             runs.append({"y": y, "dx": dx, "da": da, "db": db})
@@ -261,12 +259,12 @@ def test_masks_are_the_rule_bit_for_bit(way: str) -> None:
         _, h = one_layer.forward(
             backend, torch.ones(1, 1).expand(M, K), w, torch.eye(K), torch.zeros(5, K), None, 1.0, p, seed, True
         )
-    keep = random.keep_mask(seed, M, K, p)
-    assert torch.equal(h, keep * torch.tensor(random.rescale(p), dtype=torch.float32))
+    keep = keep_mask(seed, M, K, p)
+    assert torch.equal(h, keep * torch.tensor(rescale(p), dtype=torch.float32))
 
 
 def test_only_what_is_needed_is_computed(poison: None) -> None:
-    q = oracle.problem(17, 17, 20, 3, dtype=torch.bfloat16, p=0.3)
+    q = judging.problem(17, 17, 20, 3, dtype=torch.bfloat16, p=0.3)
     w = quantise(q, "int8")
     for way in WAYS:
         with interpreted(way) as backend:
@@ -284,7 +282,7 @@ def test_only_what_is_needed_is_computed(poison: None) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["nf4-32-nested", "fp8-row"])
 def test_received_tensors_are_left_alone(kind: str, way: str) -> None:
-    q = oracle.problem(20, 33, 40, 3, p=0.3)
+    q = judging.problem(20, 33, 40, 3, p=0.3)
     w = quantise(q, kind)
     before = [t.clone() for t in (*w.tensors, q.x, q.dy)]
     results(q, w, way)
@@ -293,25 +291,26 @@ def test_received_tensors_are_left_alone(kind: str, way: str) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 2.0**-101])
 def test_scales(scale: float) -> None:
-    q = oracle.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
+    q = judging.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
     w = quantise(q, "fp4-nested")
     check(results(q, w, "redundant"), q, w)
 
 
 def test_a_captured_launch_keeps_nothing() -> None:
-    q = oracle.problem(20, 33, 40, 3)
+    q = judging.problem(20, 33, 40, 3)
     w = quantise(q, "nf4")
     for way in WAYS:
         with interpreted(way, capturing=True) as backend:
-            check(oracle.backend_results(backend, dataclasses.replace(q, w=w)), q, w)
+            check(judging.backend_results(backend, dataclasses.replace(q, w=w)), q, w)
             assert not device._workspaces
 
 
 # --- the choice ---
 
 
-def case(arch: str, itemsize: int, M: int, R: int) -> tiles.Case:
-    return tiles.Case(arch, itemsize, M, 4096, 4096, R, False, True, 132, w_format="nf4")
+def case(itemsize: int, M: int, R: int) -> tiles.Case:
+    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    return tiles.Case((dtype, dtype), M, 4096, 4096, R, False, w_format="nf4")
 
 
 @pytest.mark.parametrize(
@@ -331,9 +330,10 @@ def case(arch: str, itemsize: int, M: int, R: int) -> tiles.Case:
     ],
 )
 def test_few_rows_are_dequantised_within(arch: str, itemsize: int, M: int, R: int, kind: str | None) -> None:
-    plan = quant_tiles.plan("forward", case(arch, itemsize, M, R))
+    on, gpu = case(itemsize, M, R), tiles.Gpu(arch, 132)
+    plan = choose.plan("forward", on, gpu)
     if kind is None:
-        assert not plan.within and plan == tiles.plan("forward", case(arch, itemsize, M, R)._replace(w_format=""))
+        assert not plan.within and plan == choose.plan("forward", on._replace(w_format=""), gpu)
     else:
         assert plan.within and plan.redundant and plan.split > 1
         assert plan.tile is quant_tiles.TABLES[tiles.resolve(arch) or arch, itemsize][kind]
@@ -342,7 +342,7 @@ def test_few_rows_are_dequantised_within(arch: str, itemsize: int, M: int, R: in
 @pytest.mark.parametrize("arch, itemsize", quant_tiles.TABLES)
 def test_few_rows_are_dequantised_within_the_backward(arch: str, itemsize: int) -> None:
     for M, R in ((1, 1), (16, 256), (64, 64), (65, 8), (4096, 8)):
-        plan = quant_tiles.plan("backward", case(arch, itemsize, M, R))
+        plan = choose.plan("backward", case(itemsize, M, R), tiles.Gpu(arch, 132))
         assert plan.within == (M <= 64)
         assert plan.tile.BLOCK_C and not plan.redundant
         assert plan.tile is (quant_tiles if plan.within else tiles).TABLES[arch, itemsize]["backward"] or M > 64
@@ -350,10 +350,10 @@ def test_few_rows_are_dequantised_within_the_backward(arch: str, itemsize: int) 
 
 def test_a_table_that_has_many_rows_within(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant_tiles, "ROWS", quant_tiles.ROWS | {"tickets": 4096})
-    quant_tiles.plan.cache_clear()
-    plan = quant_tiles.plan("forward", case("sm_90", 2, 4096, 8))
+    choose.plan.cache_clear()
+    plan = choose.plan("forward", case(2, 4096, 8), tiles.Gpu("sm_90", 132))
     assert plan == tiles.Plan(False, quant_tiles.TABLES["sm_90", 2]["tickets"], 1, within=True)
-    quant_tiles.plan.cache_clear()
+    choose.plan.cache_clear()
 
 
 def test_every_architecture_has_a_table() -> None:
