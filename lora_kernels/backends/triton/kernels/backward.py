@@ -12,7 +12,7 @@ import triton.language as tl
 
 from lora_kernels.backends.triton.kernels.blocks import store_part, store_tile, sum_parts, swizzle
 from lora_kernels.backends.triton.kernels.philox import keep_tile
-from lora_kernels.backends.triton.kernels.product import product
+from lora_kernels.backends.triton.kernels.product import Blocks, Mask, Operand, product
 from lora_kernels.backends.triton.kernels.sync import arrive, claim, leave, publish, wait
 
 
@@ -64,8 +64,9 @@ def sum_over_rows(
             wait(flags + block, published)
     acc = product(
         tl.zeros((BLOCK_C, BLOCK_R), tl.float32),
-        p, stride_pc, stride_pm, q, stride_qr, stride_qm, i, r, start, end, C, R, key, T,
-        BLOCK_C, BLOCK_R, BLOCK_T, PRECISION, KEEP="xT" if MASKED else "", Q_CACHE=".cg" if WAIT else "",
+        Operand(p, stride_pc, stride_pm, C),
+        Operand(q, stride_qr, stride_qm, R, CACHE=".cg" if WAIT else ""),
+        i, r, start, end, Mask(key, T, "xT" if MASKED else ""), Blocks(BLOCK_C, BLOCK_R, BLOCK_T), PRECISION,
     )  # fmt: skip
     SLOT: tl.constexpr = BLOCK_C * BLOCK_R
     first = part + tile.to(tl.int64) * splits * SLOT
@@ -153,8 +154,9 @@ def backward(
             # g = s · dy b
             g_tile = product(
                 tl.zeros((BLOCK_M, BLOCK_R), tl.float32),
-                dy_rows, stride_dym, stride_dyn, b, stride_br, stride_bn, m, r, 0, N, M, R, key, T,
-                BLOCK_M, BLOCK_R, BLOCK_N, PRECISION, P_TMA=TMA,
+                Operand(dy_rows, stride_dym, stride_dyn, M, READ="tma" if TMA else ""),
+                Operand(b, stride_br, stride_bn, R),
+                m, r, 0, N, Mask(key, T), Blocks(BLOCK_M, BLOCK_R, BLOCK_N), PRECISION,
             )  # fmt: skip
             store_tile(g, R, 1, g_tile * scale, m, r, M, R, BLOCK_M, BLOCK_R)
             publish(flags + ticket // chunks, AMD)
@@ -173,20 +175,26 @@ def backward(
                 # dx = c · keep ⊙ (g a), then + dy w: one set of accumulators, and no mask is alive in the main loop
                 wait(flags + pm, chunks)
                 acc = product(
-                    acc, g, R, 1, a, stride_ak, stride_ar, m, k, 0, R, M, K, key, T,
-                    BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, P_CACHE=".cg", STAGES=1,
+                    acc,
+                    Operand(g, R, 1, M, CACHE=".cg"),
+                    Operand(a, stride_ak, stride_ar, K),
+                    m, k, 0, R, Mask(key, T), Blocks(BLOCK_M, BLOCK_K, BLOCK_R), PRECISION, STAGES=1,
                 )  # fmt: skip
                 acc = tl.where(keep_tile(key, m, k, T, BLOCK_M, BLOCK_K), acc * c, 0.0)
             acc = product(
-                acc, dy_rows, stride_dym, stride_dyn, w, stride_wk, stride_wn, m, k, 0, N, M, K, key, T,
-                BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, P_TMA=TMA, Q=W, LIES="tj",
+                acc,
+                Operand(dy_rows, stride_dym, stride_dyn, M, READ="tma" if TMA else ""),
+                Operand(w, stride_wk, stride_wn, K, READ=W, LIES="tn"),
+                m, k, 0, N, Mask(key, T), Blocks(BLOCK_M, BLOCK_K, BLOCK_N), PRECISION,
             )  # fmt: skip
             if not DROPOUT:
                 # dx = dy w, then + g a
                 wait(flags + pm, chunks)
                 acc = product(
-                    acc, g, R, 1, a, stride_ak, stride_ar, m, k, 0, R, M, K, key, T,
-                    BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, P_CACHE=".cg", STAGES=1,
+                    acc,
+                    Operand(g, R, 1, M, CACHE=".cg"),
+                    Operand(a, stride_ak, stride_ar, K),
+                    m, k, 0, R, Mask(key, T), Blocks(BLOCK_M, BLOCK_K, BLOCK_R), PRECISION, STAGES=1,
                 )  # fmt: skip
             store_tile(dx, K, 1, acc, m, k, M, K, BLOCK_M, BLOCK_K)
         else:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.backends.triton.kernels.blocks import load_tile, store_part, store_tile, sum_parts, swizzle
-from lora_kernels.backends.triton.kernels.product import keep_x, load_q, product
+from lora_kernels.backends.triton.kernels.product import Blocks, Mask, Operand, keep_x, load_q, product
 from lora_kernels.backends.triton.kernels.quant import load_levels
 from lora_kernels.backends.triton.kernels.sync import arrive, claim, leave, publish, wait
 
@@ -91,8 +91,9 @@ def forward_tickets(
             # h = c · (keep ⊙ x) aᵀ
             h_tile = product(
                 tl.zeros((BLOCK_M, BLOCK_R), tl.float32),
-                x, stride_xm, stride_xk, a, stride_ar, stride_ak, m, r, 0, K, M, R, key, T,
-                BLOCK_M, BLOCK_R, BLOCK_K, PRECISION, KEEP="x" if DROPOUT else "", P_TMA=TMA,
+                Operand(x, stride_xm, stride_xk, M, READ="tma" if TMA else ""),
+                Operand(a, stride_ar, stride_ak, R),
+                m, r, 0, K, Mask(key, T, "x" if DROPOUT else ""), Blocks(BLOCK_M, BLOCK_R, BLOCK_K), PRECISION,
             )  # fmt: skip
             store_tile(h, R, 1, h_tile * c, m, r, M, R, BLOCK_M, BLOCK_R)
             publish(flags + ticket // chunks, AMD)
@@ -102,14 +103,16 @@ def forward_tickets(
             # y = x wᵀ + s · h bᵀ + bias
             acc = product(
                 tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                x, stride_xm, stride_xk, w, stride_wn, stride_wk, m, n, 0, K, M, N, key, T,
-                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, P_TMA=TMA, Q=W, LIES="jt",
+                Operand(x, stride_xm, stride_xk, M, READ="tma" if TMA else ""),
+                Operand(w, stride_wn, stride_wk, N, READ=W),
+                m, n, 0, K, Mask(key, T), Blocks(BLOCK_M, BLOCK_N, BLOCK_K), PRECISION,
             )  # fmt: skip
             wait(flags + pm, chunks)
             acc = product(
                 acc * inverse,
-                h, R, 1, b, stride_bn, stride_br, m, n, 0, R_up, M, N, key, T,
-                BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, P_CACHE=".cg", STAGES=1,
+                Operand(h, R, 1, M, CACHE=".cg"),
+                Operand(b, stride_bn, stride_br, N),
+                m, n, 0, R_up, Mask(key, T), Blocks(BLOCK_M, BLOCK_N, BLOCK_R), PRECISION, STAGES=1,
             )  # fmt: skip
             store_y(y, acc * scale, bias, stride_bias, m, n, M, N, BLOCK_M, BLOCK_N, HAS_BIAS)
         ticket = claim(sync)
@@ -251,7 +254,8 @@ def forward_redundant(
             x_tile = x.load([m, k])
         else:
             x_tile = load_tile(x, stride_xm, stride_xk, m, k, M, end, BLOCK_M, BLOCK_K)
-        w_tile = load_q(w, level, stride_wn, stride_wk, n, k, N, end_w, BLOCK_N, BLOCK_K, W, "jt").to(x_tile.dtype)
+        w_tile = load_q(Operand(w, stride_wn, stride_wk, N, READ=W), level, n, k, end_w, BLOCK_N, BLOCK_K)
+        w_tile = w_tile.to(x_tile.dtype)
         a_tile = load_tile(a, stride_ak, stride_ar, k, 0, end, R, BLOCK_K, BLOCK_R).to(x_tile.dtype)
         # acc = x wᵀ, h = (keep ⊙ x) aᵀ
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
