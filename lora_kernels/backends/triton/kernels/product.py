@@ -84,8 +84,8 @@ def product(
 ):
     """Return acc[i, j] + Σ_t p[i, t] q[j, t], t in [start, end), for the tile [BLOCK.I, BLOCK.J] at (i, j).
 
-    Every product of the two passes is this one. p and q are `Operand`, mask is `Mask`, BLOCK is `Blocks`. q is converted
-    to p's dtype. STAGES = 1 keeps the loop from being pipelined.
+    Every product of the two passes is this one. p and q are `Operand`, mask is `Mask`, BLOCK is `Blocks`. q is
+    converted to p's dtype. STAGES = 1 keeps the loop from being pipelined.
     """
     level = 0
     if q.READ == "codes":
