@@ -1,4 +1,4 @@
-"""What was measured is kept in a file and looked up: a plan serves where it was measured, and a bad file never."""
+"""The file of measured plans: a plan serves the calls that it was measured for, and a damaged file serves none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m lora_kernels tune`, the whole command on CPU tensors: the kernels run in the interpreter."""
+"""`python -m lora_kernels tune`, the whole command, on CPU tensors with the kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = ("tune", "--device", "cpu", "--shapes", "5x24x16:4")
 
 
 @pytest.mark.parametrize("text", ["8x8", "8x8x8", "0x8x8:4", "8x8x8:0", "8x12x8:4", "8x8x9:4", "ax8x8:4", "8x8x8:4:4"])
-def test_a_shape_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_that_names_no_shape_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["tune", "--shapes", text])
     assert stopped.value.code == 2 and text in capsys.readouterr().err
@@ -47,8 +47,8 @@ def test_without_a_gpu_it_says_so(options: list[str], plan_cache: Path, capsys: 
 
 @pytest.fixture
 def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """The launcher, for a GPU with one tile per pass; the only other plan to try has three stages, which in the
-    interpreter is the same kernel."""
+    """Yield the module of launches, for a GPU with one tile per pass. The only other plan to try has three stages, which
+    is the same kernel in the interpreter."""
     pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
     from support.interp import interpret
 
@@ -66,7 +66,8 @@ def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator:
 
 
 def replace_launch(launching, monkeypatch: pytest.MonkeyPatch, stages: int | None, fake) -> None:
-    """Launches of plans with so many stages, or of any, go to ``fake(launch)`` instead."""
+    """Replace launches of plans with this many stages by ``fake(launch)``; with None those of any plan by
+    ``fake(launch, plan)``."""
     for name in ("forward_launch", "backward_launch"):
         stock = getattr(launching, name)
 
@@ -80,8 +81,8 @@ def replace_launch(launching, monkeypatch: pytest.MonkeyPatch, stages: int | Non
 
 
 def repeat_launches(launching, monkeypatch: pytest.MonkeyPatch, slow: Callable[[tiles.Plan], bool]) -> None:
-    """The interpreter runs each launch once; further ones repeat its results, at once or, those of `slow` plans,
-    after a while."""
+    """Run each launch once in the interpreter. Later runs repeat its results: at once, or after 0.05 s where the plan is
+    `slow`."""
     results: dict = {}
 
     class Repeated:
@@ -134,9 +135,9 @@ def test_the_faster_plan_is_kept_and_then_used(launching, monkeypatch, capsys) -
 
 
 @pytest.mark.parametrize("within", [True, False], ids=["within", "first"])
-def test_over_a_quantised_weight(within: bool, launching, monkeypatch, capsys) -> None:
-    """The tables have this W dequantised first in the forward and within the backward; the faster is kept, for its
-    format alone, and then used."""
+def test_plans_for_a_quantised_weight_are_kept_by_format(within: bool, launching, monkeypatch, capsys) -> None:
+    """The tables dequantise this W first in the forward and within the product in the backward. The faster way is kept,
+    for this format alone, and then used."""
     from lora_kernels.backends import triton
     from lora_kernels.backends.triton import quant as quantised_weights
 
@@ -163,8 +164,8 @@ def test_double_quantisation_is_for_four_bits(options: list[str], launching, cap
     assert "nf4 or fp4" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_wrong_weight_is_found(launching, monkeypatch, capsys) -> None:
-    """Of a quantised W the truth is what its codes stand for: W as it was is not right."""
+def test_a_wrongly_dequantised_weight_is_found(launching, monkeypatch, capsys) -> None:
+    """The truth for a quantised W is computed from its codes, so zeros in their place are wrong."""
     from lora_kernels.backends.triton import quant as quantised_weights
 
     monkeypatch.setattr(quantised_weights, "dense", lambda w, dtype: torch.zeros(w.shape, dtype=dtype))
@@ -173,8 +174,8 @@ def test_a_wrong_weight_is_found(launching, monkeypatch, capsys) -> None:
     assert shown.count("dropped w first:") == 2 and "y: error" in shown and "dx: error" in shown
 
 
-def test_where_nothing_is_right_nothing_is_kept(launching, monkeypatch, capsys) -> None:
-    """Failing to launch, writing nothing, and giving other bits each time are all found."""
+def test_nothing_is_kept_where_no_plan_is_right(launching, monkeypatch, capsys) -> None:
+    """A plan that cannot be launched and one that writes nothing are both found."""
 
     def refuse(launch):
         raise RuntimeError("out of resource: shared memory")
@@ -193,7 +194,7 @@ def test_where_nothing_is_right_nothing_is_kept(launching, monkeypatch, capsys) 
     assert shown.count("no plan gives right results") == 2 and not store.path(NAME).exists()
 
 
-def test_where_the_cache_cannot_be_written_it_says_so(launching, monkeypatch, plan_cache, capsys) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(launching, monkeypatch, plan_cache, capsys) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(plan_cache / "file"))
     (plan_cache / "file").write_text("in the way")
     monkeypatch.setattr(plans_to_try, "CHANGES", {kind: {} for kind in plans_to_try.CHANGES})

@@ -41,8 +41,8 @@ def gpu(plan_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def after(monkeypatch: pytest.MonkeyPatch, then: Callable[[str, Sm90Plan, list[torch.Tensor]], None]) -> None:
-    """Whenever the back-end has launched a pass, `then(op, plan, results)`. The emulator runs each launch once;
-    further ones repeat its results at once."""
+    """Call `then(op, plan, results)` whenever the back-end has launched a pass. The emulator runs each launch once; later
+    launches repeat its results at once."""
     known: dict = {}
 
     def replace(op: str, outputs: int) -> None:
@@ -107,7 +107,7 @@ def test_a_wrong_plan_is_dropped(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_both_back_ends_share_a_file() -> None:
-    """A plan of one is none of the other's."""
+    """A plan of one back-end is never taken for a plan of the other."""
     plan = tiles.Plan(False, tiles.TABLES["sm_90", 2]["tickets"], 1)
     entry = store.key("forward", CASE)
     choose.keep(sm90.DEVICE, {entry: plan, store.sm90_key("forward", CASE): Sm90Plan(256, 1)})
@@ -122,7 +122,7 @@ def test_both_back_ends_share_a_file() -> None:
     )
 
 
-def test_refusals_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_refusals_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.undo()
     assert main([*OPTIONS, "--quant", "nf4"]) == 2
     shown = " ".join(capsys.readouterr().out.split())

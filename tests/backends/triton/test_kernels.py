@@ -1,5 +1,5 @@
-"""The Triton back-end's numbers, in the interpreter: the launches of a GPU on CPU tensors, with tiles small enough to
-have several."""
+"""The Triton back-end's results in the interpreter: the launches of a GPU on CPU tensors. The tiles are so small that
+every result has several."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def target(programs: int = 3, capturing: bool = False) -> device.Target:
 
 @contextlib.contextmanager
 def interpreted(plan: str, on: device.Target | None = None, tma: bool = False) -> Iterator[ModuleType]:
-    """The back-end, serving CPU tensors by one of the two plans. Every launch must leave the workspace as it found
-    it."""
+    """Yield the back-end, which serves CPU tensors by one of the two plans. Fail where a launch has left counters in the
+    workspace."""
     table = {kind: dataclasses.replace(tile, tma=tma) for kind, tile in TABLES[plan].items()}
     with pytest.MonkeyPatch.context() as patch, interpret():
         patch.setitem(device.TARGETS, CPU, on or target())
@@ -68,14 +68,16 @@ def results(q: judging.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
 
 
 SHAPES = [*judging.SHAPES[:-1], (97, 95, 93, 16)]
-"""The last is large enough for statistics, with dropout too, and no larger: the interpreter takes its time."""
+"""The last shape is just large enough for statistics, with dropout too: the interpreter is slow."""
 VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3]))
-"""Which dtypes and dropout a shape gets: all shapes between them see all."""
+"""The dtypes and dropout that the shapes take turns with: together they cover all."""
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("number, shape", list(enumerate(SHAPES)))
-def test_every_shape(number: int, shape: tuple[int, int, int, int], plan: str, poison: None) -> None:
+def test_results_are_right_for_every_shape(
+    number: int, shape: tuple[int, int, int, int], plan: str, poison: None
+) -> None:
     (dtype, adapter_dtype), p = VARIETY[(3 * number + PLANS.index(plan)) % len(VARIETY)]
     q = judging.problem(
         *shape, dtype=dtype, adapter_dtype=adapter_dtype, p=p, bias=number % 3 > 0, strided=number % 2 == 0
@@ -86,13 +88,15 @@ def test_every_shape(number: int, shape: tuple[int, int, int, int], plan: str, p
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
-def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: float, plan: str, poison: None) -> None:
+def test_results_are_right_for_every_dtype(
+    dtypes: tuple[torch.dtype, torch.dtype], p: float, plan: str, poison: None
+) -> None:
     q = judging.problem(17, 20, 33, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p, strided=True)
     judging.check(results(q, plan), q)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 256])
-def test_every_rank(rank: int, poison: None) -> None:
+def test_results_are_right_for_every_rank(rank: int, poison: None) -> None:
     q = judging.problem(18, 20, 24, rank, dtype=torch.bfloat16, p=0.1)
     judging.check(results(q, "tickets"), q)
 
@@ -102,15 +106,17 @@ def test_every_rank(rank: int, poison: None) -> None:
     M=st.integers(0, 40), N=st.integers(1, 70), K=st.integers(1, 70), R=st.integers(1, 40),
     plan=st.sampled_from(PLANS), p=st.sampled_from([0.0, 0.5]), strided=st.booleans(), programs=st.integers(1, 9),
 )  # fmt: skip
-def test_any_shape(M: int, N: int, K: int, R: int, plan: str, p: float, strided: bool, programs: int) -> None:
+def test_results_are_right_for_random_shapes(
+    M: int, N: int, K: int, R: int, plan: str, p: float, strided: bool, programs: int
+) -> None:
     q = judging.problem(M, N, K, R, dtype=torch.float16, p=p, strided=strided)
     judging.check(results(q, plan, on=target(programs)), q)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_descriptors(dtype: torch.dtype, plan: str, poison: None) -> None:
-    """Ragged against the tiles in every dimension; rows of whole 16 bytes."""
+def test_results_are_right_through_descriptors(dtype: torch.dtype, plan: str, poison: None) -> None:
+    """No dimension is a multiple of its tile; rows are multiples of 16 bytes."""
     q = judging.problem(21, 40, 56, 8, dtype=dtype, p=0.3)
     judging.check(results(q, plan, tma=True), q)
 
@@ -124,8 +130,8 @@ def test_unaligned_operands_are_not_described(poison: None) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_same_bits_whatever_the_number_of_programs(plan: str) -> None:
-    """Several parts to every sum, claimed by one program, by several and by more than there is work for."""
+def test_the_number_of_programs_does_not_change_a_bit(plan: str) -> None:
+    """Every sum has several parts, claimed by one program, by several, and by more than there is work for."""
     M, N, K, R = 40, 20, 40, 5
     q = judging.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
     forward, backward = _REDUNDANT if plan == "redundant" else _TICKETS, _BACKWARD
@@ -164,7 +170,7 @@ def test_only_what_is_needed_is_computed(poison: None) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_received_tensors_are_left_alone(plan: str) -> None:
+def test_received_tensors_are_not_written_to(plan: str) -> None:
     q = judging.problem(20, 33, 40, 3, p=0.3)
     before = {name: getattr(q, name).clone() for name in ("x", "w", "a", "b", "bias", "dy", "seed")}
     results(q, plan)
@@ -183,7 +189,7 @@ def test_saved_h_is_unscaled(plan: str) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e-3, 2.0**-101, 200.0])
-def test_scales(scale: float, plan: str) -> None:
+def test_results_are_right_for_every_scale(scale: float, plan: str) -> None:
     q = judging.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
     got = results(q, plan)
     judging.check(got, q)
@@ -193,8 +199,8 @@ def test_scales(scale: float, plan: str) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("seed", [0, 2**32 + 1, 2**63 - 1])
-def test_masks_are_the_rule_bit_for_bit(seed: int, plan: str) -> None:
-    """Operands under which h, dx and da each show the mask itself."""
+def test_the_masks_of_h_dx_and_da_are_the_rule_bit_for_bit(seed: int, plan: str) -> None:
+    """With these operands h, dx and da are each the mask times c."""
     M, K, p = 21, 43, 0.4
     keep = keep_mask(torch.tensor(seed), M, K, p)
     one = torch.ones((), dtype=torch.float32)
@@ -227,7 +233,7 @@ def test_masks_are_the_rule_bit_for_bit(seed: int, plan: str) -> None:
         assert torch.equal(value, keep * torch.tensor(rescale(p), dtype=torch.float32)), f"{name}'s factor differs"
 
 
-def test_workspace_is_kept_for_a_stream_and_grows() -> None:
+def test_the_workspace_is_kept_for_a_stream_and_grows() -> None:
     small, large = judging.problem(5, 7, 9, 2), judging.problem(40, 20, 40, 20)
     with interpreted("tickets") as backend:
         judging.backend_results(backend, small)
@@ -265,5 +271,5 @@ def test_refusals_name_what_is_refused() -> None:
 @pytest.mark.parametrize(
     "arch, served_by", [("sm_89", "sm_89"), ("sm_121", "sm_120"), ("sm_75", None), ("gfx90a", None)]
 )
-def test_architectures(arch: str, served_by: str | None) -> None:
+def test_an_architecture_is_served_by_its_own_or_its_familys_tables(arch: str, served_by: str | None) -> None:
     assert tiles.resolve(arch) == served_by

@@ -121,7 +121,7 @@ def store_redundant(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Finish a redundant tile: from acc = x wᵀ and h_tile = (keep ⊙ x) aᵀ write y, and h in the first column of tiles."""
+    """Write y, and h in the first column of tiles, from acc = x wᵀ and h_tile = (keep ⊙ x) aᵀ of a redundant tile."""
     h_tile *= c
     if SAVE_H and n == 0:
         store_tile(h, R, 1, h_tile, m, 0, M, R, BLOCK_M, BLOCK_R)
@@ -137,8 +137,8 @@ def forward_redundant(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_bias,
     M, N, K, R, R_up, steps, scale, inverse, c, T,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SAVE_H: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, W: tl.constexpr,
-    PRECISION: tl.constexpr, AMD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SAVE_H: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    W: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
 ):  # fmt: skip
     """y = x wᵀ + s · h bᵀ + bias [M, N] with h = c · (keep ⊙ x) aᵀ [M, R].
 

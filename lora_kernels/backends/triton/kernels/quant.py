@@ -1,4 +1,5 @@
-"""A frozen W in 4 or 8 bits: how a tile of it is dequantised, and the kernel that dequantises all of it. Not yet run on a GPU.
+"""A frozen W in 4 or 8 bits: how a tile of it is dequantised, and the kernel that dequantises all of it. Not yet run
+on a GPU.
 
     nf4, fp4   w = level[code] · absmax of its block of `blocksize` consecutive elements of row-major W
     int8       w = code · absmax of its row / 127
@@ -73,8 +74,8 @@ def scale_tile(w, n, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def decode_e4m3(code):
-    """Return the fp32 values of uint8 codes of e4m3fn: a sign, four bits of exponent with a bias of 7, three of mantissa.
-    Integers do it, because not every architecture converts e4m3, nor does the interpreter."""
+    """Return the fp32 values of uint8 codes of e4m3fn: a sign, four bits of exponent with a bias of 7, three bits of
+    mantissa. Integers do it, because not every architecture converts e4m3, nor does the interpreter."""
     bits = code.to(tl.int32)
     # As the highest bits of an fp32's exponent and mantissa they are 2^(7 - 127) of the value, subnormals included.
     value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120

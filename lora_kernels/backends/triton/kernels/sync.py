@@ -57,8 +57,8 @@ def arrive(count, parts, AMD: tl.constexpr):
 
 @triton.jit
 def leave(sync, ticket, items, used):
-    """End a program whose ticket is the first beyond the work. The last program out, whose ticket is the highest, zeroes
-    the first `used` elements of sync."""
+    """End a program whose ticket is the first beyond the work. The last program out, whose ticket is the highest,
+    zeroes the first `used` elements of sync."""
     if ticket == items + tl.num_programs(0) - 1:
         for start in range(0, used, 256):
             slot = start + tl.arange(0, 256)
