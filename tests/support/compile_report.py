@@ -102,7 +102,7 @@ def launch_of(
     M: int = 4096,
     precision: str = "highest",
 ) -> Launch:
-    """Return the launch of the back-end for the largest rank of the plan's tile; w is [4096, 4096], dense by default."""
+    """Return the back-end's launch for the largest rank of the plan's tile; w [4096, 4096] is dense by default."""
     target = Target(Gpu(arch, 132), contextlib.nullcontext, lambda: 0, lambda: False)
     N, K, R = 4096, 4096, plan.tile.BLOCK_R
     x, y, h, bias = (empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (M, R), (N,)))

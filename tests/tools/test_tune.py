@@ -47,8 +47,8 @@ def test_without_a_gpu_it_says_so(options: list[str], plan_cache: Path, capsys: 
 
 @pytest.fixture
 def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """Yield the module of launches, for a GPU with one tile per pass. The only other plan to try has three stages, which
-    is the same kernel in the interpreter."""
+    """Yield the module of launches, for a GPU with one tile per pass. The only other plan to try has three stages,
+    which is the same kernel in the interpreter."""
     pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
     from support.interp import interpret
 
@@ -81,8 +81,8 @@ def replace_launch(launching, monkeypatch: pytest.MonkeyPatch, stages: int | Non
 
 
 def repeat_launches(launching, monkeypatch: pytest.MonkeyPatch, slow: Callable[[tiles.Plan], bool]) -> None:
-    """Run each launch once in the interpreter. Later runs repeat its results: at once, or after 0.05 s where the plan is
-    `slow`."""
+    """Run each launch once in the interpreter. Later runs repeat its results: at once, or after 0.05 s where the plan
+    is `slow`."""
     results: dict = {}
 
     class Repeated:

@@ -41,8 +41,8 @@ def gpu(plan_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def after(monkeypatch: pytest.MonkeyPatch, then: Callable[[str, Sm90Plan, list[torch.Tensor]], None]) -> None:
-    """Call `then(op, plan, results)` whenever the back-end has launched a pass. The emulator runs each launch once; later
-    launches repeat its results at once."""
+    """Call `then(op, plan, results)` whenever the back-end has launched a pass. The emulator runs each launch once;
+    later launches repeat its results at once."""
     known: dict = {}
 
     def replace(op: str, outputs: int) -> None:

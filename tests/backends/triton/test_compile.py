@@ -147,7 +147,7 @@ SMALLEST = [
 
 @pytest.mark.parametrize("number", SMALLEST, ids=lambda number: str(ENTRIES[number]))
 def test_a_barrier_taken_out_of_a_kernel_is_reported(number: int, compiled: Reports) -> None:
-    """The smallest kernel that publishes passes as compiled, and fails without the instructions that order its stores."""
+    """The smallest kernel that publishes passes as compiled, and fails without what orders its stores."""
     arch, text = ENTRIES[number].arch, compiled[number].assembly
     check, order, release = {
         "sm_80": (assembly.check_publication, ("bar.sync",), ".acq_rel."),

@@ -49,8 +49,8 @@ def target(programs: int = 3, capturing: bool = False) -> device.Target:
 
 @contextlib.contextmanager
 def interpreted(plan: str, on: device.Target | None = None, tma: bool = False) -> Iterator[ModuleType]:
-    """Yield the back-end, which serves CPU tensors by one of the two plans. Fail where a launch has left counters in the
-    workspace."""
+    """Yield the back-end, which serves CPU tensors by one of the two plans. Fail where a launch has left counters in
+    the workspace."""
     table = {kind: dataclasses.replace(tile, tma=tma) for kind, tile in TABLES[plan].items()}
     with pytest.MonkeyPatch.context() as patch, interpret():
         patch.setitem(device.TARGETS, CPU, on or target())

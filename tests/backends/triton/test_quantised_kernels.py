@@ -57,8 +57,8 @@ KINDS = {
 
 @contextlib.contextmanager
 def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
-    """Yield the back-end, which serves CPU tensors in one of the three ways. Fail where a launch has left counters in the
-    workspace."""
+    """Yield the back-end, which serves CPU tensors in one of the three ways. Fail where a launch has left counters in
+    the workspace."""
     target = device.Target(tiles.Gpu("interpreter", 8), contextlib.nullcontext, lambda: 0, lambda: capturing)
     with pytest.MonkeyPatch.context() as patch, interpret():
         patch.setitem(device.TARGETS, CPU, target)
