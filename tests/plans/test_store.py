@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels.plans import choose, store, tiles
+from lora_kernels.plans import choose, sm90, store, tiles
 from lora_kernels.tools.tune.plans_to_try import plans_to_try
 
 pytestmark = pytest.mark.usefixtures("plan_cache")
@@ -195,3 +196,21 @@ def test_what_was_measured_for_a_dense_weight_is_tried_once_it_is_dequantised() 
         contents(plan_of(gpu=GPU._replace(name=None))),
         contents(OTHER),
     ]
+
+
+def test_a_file_of_this_format_is_read() -> None:
+    """The format of the file does not depend on the names of the types that hold plans."""
+    tile = {"max_rank": None, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_R": 32, "BLOCK_C": 32, "BLOCK_T": 16}
+    tile |= {"GROUP_M": 2, "num_warps": 4, "num_stages": 2, "tma": False}
+    plans = {
+        "backward bfloat16+bfloat16 M8192 N4096 K4096 R16": {
+            "redundant": False, "tile": tile, "split": 3, "within": False,
+        },
+        "cuda forward bfloat16+bfloat16 M8192 N4096 K4096 R16": {"columns": 256, "cluster": 2},
+    }  # fmt: skip
+    content = {"schema": 2, "device": NAME, "versions": store.versions(), "plans": plans}
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    store.path(NAME).parent.mkdir()
+    store.path(NAME).write_text(json.dumps({"sha256": checksum, "content": content}), encoding="utf-8")
+    assert contents(plan_of("backward")) == contents(tiles.Plan(False, BACKWARD, 3))
+    assert choose.sm90_plan("forward", CASE, NAME) == sm90.Sm90Plan(256, 2)
