@@ -87,9 +87,9 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
             continue
         module = importlib.import_module(f"lora_kernels.backends.{backend}")
         if any(case.tiling):
-            from lora_kernels.plans.tilings import Tiling
+            from lora_kernels.plans.sm90 import Sm90Plan
 
-            tiling = Tiling(*case.tiling)
+            tiling = Sm90Plan(*case.tiling)
             module._tiling = lambda *_, tiling=tiling: tiling
         q = judge.problem(*sizes, dtype=dtype, adapter_dtype=adapter_dtype, p=case.p, device=device)
         w = quantize_weight(q.w, case.quant) if case.quant else q.w

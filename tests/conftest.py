@@ -98,9 +98,9 @@ def poison() -> Iterator[None]:
 @pytest.fixture
 def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder that stands in for the user's cache of measured plans."""
-    from lora_kernels.plans import store
+    from lora_kernels.plans import choose
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    store.cache_clear()
+    choose.cache_clear()
     yield tmp_path
-    store.cache_clear()
+    choose.cache_clear()

@@ -1,8 +1,8 @@
-"""Plans that ``python -m lora_kernels tune`` measured on this machine: the file they are kept in, and the look-up.
+"""The file of plans that ``python -m lora_kernels tune`` measured on this machine.
 
-One JSON file per device under the user's cache directory. Read when a plan is first asked for, never at import. A file
-of other versions of torch, Triton or this package is passed over; one that is damaged or was edited, which its checksum
-shows, is passed over with a warning.
+There is one JSON file per device, under the user's cache directory. It is read when a plan is first asked for, never at
+import. A file written with other versions of torch, Triton or this package is ignored. A file that is damaged or was
+edited, which its checksum shows, is ignored with a warning.
 """
 
 from __future__ import annotations
@@ -22,56 +22,55 @@ from typing import Any, TypeVar
 import torch
 
 from lora_kernels.core.version import __version__
-from lora_kernels.plans import quant_tiles, tiles, tilings
-from lora_kernels.plans.tiles import Plan, Tile
-from lora_kernels.plans.tilings import Tiling
+from lora_kernels.plans.sm90 import Sm90Plan
+from lora_kernels.plans.tiles import Case, Plan, Tile
 
 SCHEMA = 2
-P = TypeVar("P", Plan, Tiling)
+P = TypeVar("P", Plan, Sm90Plan)
 
 
 def path(device: str) -> Path:
-    """Where the plans of a device, named as its driver names it, are kept: under XDG_CACHE_HOME, or ~/.cache."""
-    # The directories' standard has a relative path count as none.
+    """Return the file of a device, named as its driver names it: under XDG_CACHE_HOME, or ~/.cache."""
+    # The XDG base directory specification has a relative path ignored.
     home = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(home if os.path.isabs(home) else os.path.expanduser("~/.cache"))
     return root / "lora_kernels" / f"tuned-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def key(
-    op: str,
-    dtype: torch.dtype,
-    adapter_dtype: torch.dtype,
-    M: int,
-    N: int,
-    K: int,
-    R: int,
-    dropout: bool,
-    w_format: str = "",
-) -> str:
-    """What a plan is kept under: N and K as they are, M rounded up to a power of two, R to the tile that holds it (a
-    power of two, at least 16), and how w is quantised, if it is (as in `tiles.Case`)."""
-    rows, rank = _power_of_two(M), max(16, _power_of_two(R))
-    types = "+".join(str(each).removeprefix("torch.") for each in (dtype, adapter_dtype))
-    words = [op, types, f"M{rows} N{N} K{K} R{rank}", *["dropout"] * dropout, *[w_format] * bool(w_format)]
-    return " ".join(words)
+def key(op: str, case: Case) -> str:
+    """Return the key of a plan in the file.
+
+    It names the dtypes of x and of the adapters, N and K as they are, M rounded up to a power of two, R rounded up to
+    the tile that holds it (a power of two, at least 16), dropout, and the format of a quantised w.
+    """
+    rows, rank = _power_of_two(case.M), max(16, _power_of_two(case.R))
+    types = "+".join(str(each).removeprefix("torch.") for each in case.dtypes)
+    words = [op, types, f"M{rows} N{case.N} K{case.K} R{rank}"]
+    return " ".join([*words, *["dropout"] * case.dropout, *[case.w_format] * bool(case.w_format)])
+
+
+def sm90_key(op: str, case: Case) -> str:
+    """Return the key of a plan of the sm_90a kernels, which share the file with the Triton kernels."""
+    return f"cuda {key(op, case)}"
 
 
 def _power_of_two(n: int) -> int:
-    """The least that is not below n."""
+    """Return the smallest power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def find(device: str, entry: str, kind: type[P]) -> P | None:
-    """The plan of a kind kept for `device` under `entry`, a `key`; None where there is none."""
+    """Return the plan of type `kind` that the file of `device` holds under the key `entry`, or None."""
     found = load(device).get(entry)
     return found if isinstance(found, kind) else None
 
 
 @functools.lru_cache(maxsize=16)
-def load(device: str) -> Mapping[str, Plan | Tiling]:
-    """Every plan kept for `device` by these versions; none where the file cannot serve, and a RuntimeWarning that names
-    it where it should have."""
+def load(device: str) -> Mapping[str, Plan | Sm90Plan]:
+    """Return every plan in the file of `device`, by key. Empty where there is no file, or one of other versions.
+
+    A file that cannot be read gives an empty result and a RuntimeWarning that names it.
+    """
     place = path(device)
     try:
         document = json.loads(place.read_text(encoding="utf-8"))
@@ -93,19 +92,21 @@ def load(device: str) -> Mapping[str, Plan | Tiling]:
         return {}
 
 
-def _plan(kept: dict[str, Any]) -> Plan | Tiling:
+def _plan(kept: dict[str, Any]) -> Plan | Sm90Plan:
     if "tile" in kept:
         return Plan(**kept | {"tile": Tile(**kept["tile"])})
-    return Tiling(**kept)
+    return Sm90Plan(**kept)
 
 
-def _written(plan: Plan | Tiling) -> dict[str, Any]:
+def _written(plan: Plan | Sm90Plan) -> dict[str, Any]:
     return plan._asdict() | ({"tile": asdict(plan.tile)} if isinstance(plan, Plan) else {})
 
 
-def store(device: str, plans: Mapping[str, Plan | Tiling]) -> Path:
-    """Keep `plans`, and no others, for `device`: whole or not at all. The file's path; raises OSError where it cannot
-    be written."""
+def write(device: str, plans: Mapping[str, Plan | Sm90Plan]) -> Path:
+    """Replace the file of `device` by one that holds `plans`, whole or not at all. Return its path.
+
+    Raises OSError where it cannot be written. The caller clears the caches: `choose.keep` does both.
+    """
     content = {
         "schema": SCHEMA,
         "device": device,
@@ -121,32 +122,24 @@ def store(device: str, plans: Mapping[str, Plan | Tiling]) -> Path:
         beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
-    cache_clear()
     return place
 
 
-def forget(device: str) -> bool:
-    """Delete what is kept for `device`, of any versions; whether there was anything."""
+def remove(device: str) -> bool:
+    """Delete the file of `device`. Return whether there was one. `choose.forget` clears the caches as well."""
     place = path(device)
     existed = place.exists()
     place.unlink(missing_ok=True)
-    cache_clear()
     return existed
 
 
-def cache_clear() -> None:
-    """Have the next call of every kind read the file and choose its plan again."""
-    for cached in (load, tiles.plan, quant_tiles.plan, tilings.find):
-        cached.cache_clear()
-
-
 def versions() -> dict[str, str | None]:
-    """What a measured plan holds for, and nothing else."""
+    """Return the versions that a measured plan is valid for."""
     return {"torch": torch.__version__, "triton": _triton(), "lora_kernels": __version__}
 
 
 def _triton() -> str | None:
-    """Triton's version, without importing it; builds of torch bring it under other names."""
+    """Return Triton's version without importing it. Some builds of torch bring it under another name."""
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
         try:
             return importlib.metadata.version(name)

@@ -1,15 +1,14 @@
-"""Which plan and which tile serve a call: what ``python -m lora_kernels tune`` measured on this machine, if it was
-asked to, else frozen tables. Those are chosen by compiling ahead of time, not yet by running on a GPU.
+"""The tables of plans for the Triton kernels with a dense w, and the types that every plan is made of.
 
-The test suite compiles every entry for its architecture, in both types of 16 bits or both precisions of fp32: no
-register spills (with Triton 3.6.0 and with 3.7.1; other versions may spill in a few), within the architecture's shared
-memory, onto its tensor cores (or, fp32 in full precision, not).
+The entries were chosen by compiling ahead of time, not yet by running on a GPU. The test suite compiles every entry for
+its architecture, in both 16-bit dtypes or in both precisions of fp32. Each entry spills no registers (with Triton 3.6.0
+and with 3.7.1; other versions may spill in a few), stays within the architecture's shared memory, and uses its tensor
+cores (or does not, for fp32 in full precision).
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tile:
-    """The constants of one launch.
+    """The block sizes and compiler options of one launch.
 
     Forward: tiles of y are BLOCK_M x BLOCK_N and step through K by BLOCK_K. Backward: tiles of dx are BLOCK_M x BLOCK_K
     and step through N by BLOCK_N; parts of da and db are BLOCK_C wide and step through M by BLOCK_T.
@@ -29,33 +28,66 @@ class Tile:
     BLOCK_N: int
     BLOCK_K: int
     BLOCK_R: int
-    """How much of the rank one tile holds at most: a smaller rank gets a smaller tile, a larger one several."""
+    """The largest part of the rank that one tile holds. A smaller rank gets a smaller tile, a larger one several."""
     BLOCK_C: int = 0
     BLOCK_T: int = 0
     GROUP_M: int = 8
-    """How many rows of tiles are walked together, for the sake of L2."""
+    """How many rows of tiles are walked together, so that neighbours share operands in L2."""
     num_warps: int
     num_stages: int
     tma: bool = False
-    """x, w and dy through tensor-map descriptors, which leave index arithmetic and registers to the copy engine."""
+    """Whether x, w and dy are read through tensor-map descriptors. They leave index arithmetic and registers to the
+    copy engine."""
 
     def block_r(self, R: int) -> int:
-        """BLOCK_R for rank R: at least 16, the least that tensor cores take."""
+        """Return BLOCK_R for rank R: at least 16, the least that tensor cores take."""
         return min(self.BLOCK_R, max(16, 1 << (R - 1).bit_length()))
 
 
 class Plan(NamedTuple):
-    """How to run one forward or one backward."""
+    """How one forward or backward launch of the Triton kernels cuts its work."""
 
     redundant: bool
-    """Forward only: every output tile accumulates its own h. Otherwise tiles of h (or g) come first and publish
-    flags."""
+    """Forward only. True: every tile of y accumulates its own h. False: tiles of h (of g in a backward) come first and
+    publish flags."""
     tile: Tile
     split: int
-    """Into how many parts to split a sum that too few programs would run otherwise: over K in a redundant forward, over
-    M in a backward."""
+    """The number of parts into which a sum is split where too few programs would run otherwise: the sum over K in a
+    redundant forward, the sums over M in a backward."""
     within: bool = False
-    """Of a quantised w: it is dequantised within the product, and not once before it. `quant_tiles` has these."""
+    """Whether a quantised w is dequantised within the product, and not once before it. See `quant_tiles`."""
+
+
+class Gpu(NamedTuple):
+    """What the choice of a plan depends on of the device."""
+
+    arch: str
+    """The architecture: "sm_90", "gfx942"."""
+    multiprocessors: int
+    name: str | None = None
+    """The name that the driver gives the device. Measured plans are kept under it; without a name only the tables are
+    used."""
+
+
+class Case(NamedTuple):
+    """What the choice of a plan depends on of the call."""
+
+    dtypes: tuple[torch.dtype, torch.dtype]
+    """The dtype of x and the dtype of the adapters."""
+    M: int
+    N: int
+    K: int
+    R: int
+    dropout: bool
+    aligned: bool = True
+    """Whether tensor-map descriptors can be made of w and of x (of dy in a backward)."""
+    w_format: str = ""
+    """The format of a quantised w: "nf4", or "nf4 nested" with double quantisation. Empty for a dense w."""
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of one element of x."""
+        return self.dtypes[0].itemsize
 
 
 # Kinds of launch:
@@ -63,120 +95,63 @@ class Plan(NamedTuple):
 #   redundant           redundant forward at larger M, no dropout: worth it while R is small against BLOCK_N
 #   tickets             forward by tickets
 #   backward            backward by tickets
-#   ..._tma             the same through descriptors, where operands are aligned
-#   ..._dropout         the same with dropout, where the mask asks for another tile
-# In tickets and backward BLOCK_M elements take at least 128 bytes: row blocks of h and g share no line of L1.
+#   ..._tma             the same kind with descriptors, for aligned operands
+#   ..._dropout         the same kind with dropout, where the mask asks for another tile
+# In tickets and backward BLOCK_M elements take at least 128 bytes, so that row blocks of h and g share no line of L1.
 
 _DECODE16 = Tile(max_rank=128, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, BLOCK_R=128, num_warps=4, num_stages=3)
-_DECODE16_AMD = Tile(max_rank=128, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, BLOCK_R=128, num_warps=4, num_stages=2)
 _DECODE64 = Tile(max_rank=64, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=3)
-_DECODE64_MMA = Tile(max_rank=64, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=3)
-_DECODE64_AMD = Tile(max_rank=64, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2)
 _REDUNDANT = Tile(max_rank=16, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=3)
-_REDUNDANT_AMD = Tile(max_rank=16, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=2)
-_REDUNDANT_WIDE = Tile(
-    max_rank=16, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=3, tma=True
-)
+_TICKETS = Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=3)
+_BACKWARD = Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, BLOCK_C=128, BLOCK_T=64, num_warps=8, num_stages=3)
+_BACKWARD_SMALL = replace(_BACKWARD, BLOCK_K=64, BLOCK_C=64, BLOCK_T=32)
 
-_16_BIT: dict[str, dict[str, Tile]] = {
-    # 164 KB of shared memory, mma.sync from registers: 128 x 256 spills.
-    "sm_80": {
-        "decode16": _DECODE16,
-        "decode64": _DECODE64_MMA,
-        "redundant": _REDUNDANT,
-        "tickets": Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=3),
-        "backward": Tile(
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, BLOCK_C=128, BLOCK_T=64, num_warps=8, num_stages=3
-        ),
-    },
-    # 99 KB of shared memory.
-    "sm_86": {
-        "decode16": _DECODE16,
-        "decode64": _DECODE64_MMA,
-        "redundant": _REDUNDANT,
-        "tickets": Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2),
-        "backward": Tile(
-            BLOCK_M=128, BLOCK_N=32, BLOCK_K=128, BLOCK_R=64, BLOCK_C=64, BLOCK_T=32, num_warps=8, num_stages=3
-        ),
-    },
-    # 227 KB of shared memory; wgmma reads operands from it, and descriptors fill it without using registers.
-    "sm_90": {
-        "decode16": _DECODE16,
-        "decode64": _DECODE64,
-        "redundant": _REDUNDANT,
-        "redundant_tma": _REDUNDANT_WIDE,
-        "tickets": Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4),
-        "tickets_tma": Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=3, tma=True),
-        "backward": Tile(
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, BLOCK_C=64, BLOCK_T=32, num_warps=8, num_stages=3
-        ),
-        "backward_tma": Tile(
-            BLOCK_M=128,
-            BLOCK_N=64,
-            BLOCK_K=128,
-            BLOCK_R=64,
-            BLOCK_C=128,
-            BLOCK_T=64,
-            num_warps=8,
-            num_stages=4,
-            tma=True,
-        ),
-        "backward_tma_dropout": Tile(
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, BLOCK_C=64, BLOCK_T=32, num_warps=8, num_stages=4, tma=True
-        ),
-    },
-    # As sm_90, with accumulators in tensor memory.
-    "sm_100": {
-        "decode16": _DECODE16,
-        "decode64": _DECODE64,
-        "redundant": _REDUNDANT,
-        "redundant_tma": _REDUNDANT_WIDE,
-        "tickets": Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4),
-        "tickets_tma": Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=3, tma=True),
-        "backward": Tile(
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, BLOCK_C=64, BLOCK_T=32, num_warps=8, num_stages=3
-        ),
-        "backward_tma": Tile(
-            BLOCK_M=128,
-            BLOCK_N=64,
-            BLOCK_K=128,
-            BLOCK_R=64,
-            BLOCK_C=128,
-            BLOCK_T=64,
-            num_warps=8,
-            num_stages=4,
-            tma=True,
-        ),
-        "backward_tma_dropout": Tile(
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, BLOCK_C=64, BLOCK_T=32, num_warps=8, num_stages=4, tma=True
-        ),
-    },
-    # 99 KB of shared memory and mma.sync as sm_86, with descriptors.
-    "sm_120": {
-        "decode16": _DECODE16,
-        "decode64": _DECODE64_MMA,
-        "redundant": _REDUNDANT,
-        "tickets": Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2),
-        "tickets_tma": Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2, tma=True),
-        "backward": Tile(
-            BLOCK_M=128, BLOCK_N=32, BLOCK_K=128, BLOCK_R=64, BLOCK_C=64, BLOCK_T=32, num_warps=8, num_stages=3
-        ),
-        "backward_tma": Tile(
-            BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, BLOCK_C=64, BLOCK_T=32, num_warps=8, num_stages=2, tma=True
-        ),
-    },
-    # 64 KB of shared memory, wavefronts of 64.
-    "gfx942": {
-        "decode16": _DECODE16_AMD,
-        "decode64": _DECODE64_AMD,
-        "redundant": _REDUNDANT_AMD,
-        "tickets": Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2),
-        "backward": Tile(
-            BLOCK_M=128, BLOCK_N=32, BLOCK_K=128, BLOCK_R=64, BLOCK_C=64, BLOCK_T=32, num_warps=8, num_stages=2
-        ),
-    },
+# 164 KB of shared memory, and mma.sync with operands in registers: tiles of 128 x 256 spill.
+_SM_80: dict[str, Tile] = {
+    "decode16": _DECODE16,
+    "decode64": replace(_DECODE64, BLOCK_M=32),
+    "redundant": _REDUNDANT,
+    "tickets": _TICKETS,
+    "backward": _BACKWARD,
 }
-_16_BIT["sm_89"] = _16_BIT["sm_86"]
+# 99 KB of shared memory.
+_SM_86 = _SM_80 | {
+    "tickets": replace(_TICKETS, num_stages=2),
+    "backward": replace(_BACKWARD, BLOCK_N=32, BLOCK_C=64, BLOCK_T=32),
+}
+# 227 KB of shared memory. wgmma reads operands from it, and descriptors fill it without using registers.
+_SM_90 = _SM_80 | {
+    "decode64": _DECODE64,
+    "redundant_tma": replace(_REDUNDANT, BLOCK_N=256, tma=True),
+    "tickets": replace(_TICKETS, num_stages=4),
+    "tickets_tma": replace(_TICKETS, BLOCK_N=256, BLOCK_R=32, tma=True),
+    "backward": _BACKWARD_SMALL,
+    "backward_tma": replace(_BACKWARD, num_stages=4, tma=True),
+    "backward_tma_dropout": replace(_BACKWARD_SMALL, num_stages=4, tma=True),
+}
+# As sm_90, with accumulators in tensor memory.
+_SM_100 = _SM_90 | {"tickets_tma": replace(_TICKETS, BLOCK_N=256, tma=True)}
+# As sm_86, with descriptors.
+_SM_120 = _SM_86 | {
+    "tickets_tma": replace(_TICKETS, num_stages=2, tma=True),
+    "backward_tma": replace(_BACKWARD_SMALL, num_stages=2, tma=True),
+}
+# 64 KB of shared memory, and wavefronts of 64.
+_GFX942 = _SM_86 | {
+    "decode16": replace(_DECODE16, num_stages=2),
+    "decode64": replace(_DECODE64, num_stages=2),
+    "redundant": replace(_REDUNDANT, num_stages=2),
+    "backward": replace(_SM_86["backward"], num_stages=2),
+}
+_16_BIT: dict[str, dict[str, Tile]] = {
+    "sm_80": _SM_80,
+    "sm_86": _SM_86,
+    "sm_90": _SM_90,
+    "sm_100": _SM_100,
+    "sm_120": _SM_120,
+    "gfx942": _GFX942,
+    "sm_89": _SM_86,
+}
 
 # fp32 runs on the ordinary cores where its matmul precision is "highest", with operands in registers: small tiles, the
 # same everywhere but on sm_100.
@@ -185,110 +160,34 @@ _32_BIT: dict[str, Tile] = {
     "tickets": Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=4, num_stages=2),
     "backward": Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=64, BLOCK_T=16, num_warps=8, num_stages=3),
 }
-
 # Before 3.8, Triton puts the products with x under dropout onto sm_100's tensor cores, in tf32 whatever precision was
 # asked for, unless they have fewer than 64 rows: BLOCK_M of tiles of h, BLOCK_C of parts of da.
-_32_BIT_SM_100: dict[str, Tile] = _32_BIT | {
-    "tickets_dropout": Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=4, num_stages=2),
-    "backward": Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=32, BLOCK_T=32, num_warps=8, num_stages=2),
+_32_BIT_SM_100 = _32_BIT | {
+    "tickets_dropout": replace(_32_BIT["tickets"], BLOCK_M=32),
+    "backward": replace(_32_BIT["backward"], BLOCK_C=32, BLOCK_T=32, num_stages=2),
 }
 
 TABLES: dict[tuple[str, int], dict[str, Tile]] = {(arch, 2): table for arch, table in _16_BIT.items()} | {
     (arch, 4): _32_BIT_SM_100 if arch == "sm_100" else _32_BIT for arch in _16_BIT
 }
-"""(architecture, bytes per element) → kind of launch → tile."""
+"""(architecture, bytes per element of x) → kind of launch → tile."""
+
+_SERVED_BY = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
+"""sm_87 has sm_80's shared memory, sm_103 is an sm_100 and sm_121 an sm_120."""
 
 
 def resolve(arch: str) -> str | None:
-    """The architecture whose tables serve `arch`: itself, or the nearest older one of its family. None: there is
-    none."""
-    if (arch, 2) in TABLES:
-        return arch
-    if not arch.startswith("sm_"):
-        return None
-    # sm_87 has sm_80's shared memory, sm_103 is an sm_100 and sm_121 an sm_120.
-    return {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}.get(arch)
+    """Return the architecture whose tables serve `arch`, or None where none does."""
+    return arch if (arch, 2) in TABLES else _SERVED_BY.get(arch)
 
 
-def find(arch: str, itemsize: int, kind: str, R: int, dropout: bool, aligned: bool) -> Tile | None:
-    """The entry for a kind of launch, the most special first. None where no entry serves this rank."""
-    table = TABLES[resolve(arch) or arch, itemsize]
-    names = [f"{kind}_tma_dropout", f"{kind}_tma", f"{kind}_dropout", kind]
-    for name in names:
-        if ("_tma" in name and not aligned) or ("_dropout" in name and not dropout) or name not in table:
+def find(kind: str, case: Case, arch: str) -> Tile | None:
+    """Return the most special entry for a kind of launch, or None where no entry serves this rank."""
+    table = TABLES[resolve(arch) or arch, case.itemsize]
+    for name in (f"{kind}_tma_dropout", f"{kind}_tma", f"{kind}_dropout", kind):
+        if ("_tma" in name and not case.aligned) or ("_dropout" in name and not case.dropout) or name not in table:
             continue
         tile = table[name]
-        if tile.max_rank is None or tile.max_rank >= R:
+        if tile.max_rank is None or tile.max_rank >= case.R:
             return tile
     return None
-
-
-class Case(NamedTuple):
-    """What the choice of a plan depends on."""
-
-    arch: str
-    itemsize: int
-    """Bytes per element of x."""
-    M: int
-    N: int
-    K: int
-    R: int
-    dropout: bool
-    aligned: bool
-    """Descriptors can be made of w and of x (of dy in a backward)."""
-    multiprocessors: int
-    device: str | None = None
-    """The device's name, and"""
-    dtypes: tuple[torch.dtype, torch.dtype] | None = None
-    """those of x and of the adapters: what measured plans are looked up by. Without them the tables alone are asked."""
-    w_format: str = ""
-    """How w is quantised, if it is: "nf4", or "nf4 nested" with double quantisation."""
-
-
-def measured(op: str, case: Case) -> Plan | None:
-    """What was measured to be fastest. None where nothing was, or where operands are not aligned, as those measured
-    were."""
-    if case.device is None or case.dtypes is None or not case.aligned:
-        return None
-    from lora_kernels.plans import store as tuned  # which reads a file: not before a plan is asked for
-
-    _, _, M, N, K, R, dropout, *_ = case
-    return tuned.find(case.device, tuned.key(op, *case.dtypes, M, N, K, R, dropout, case.w_format), Plan)
-
-
-@functools.lru_cache(maxsize=4096)
-def plan(op: str, case: Case) -> Plan:
-    """How to run a forward or a backward with a dense w."""
-    if found := measured(op, case):
-        return found
-    arch, itemsize, M, _, _, R, dropout, aligned, *_ = case
-    kind = "decode16" if M <= 16 else "decode64" if M <= 64 else "redundant" if M <= 512 and not dropout else "tickets"
-    if op == "backward":
-        kind = "backward"
-    tile = find(arch, itemsize, kind, R, dropout, aligned)
-    redundant = tile is not None and kind not in ("tickets", "backward")
-    if tile is None:
-        tile = find(arch, itemsize, "tickets", R, dropout, aligned)
-    assert tile is not None, "an entry for any rank ends every table"
-    return Plan(redundant, tile, split(tile, redundant, case))
-
-
-def split(tile: Tile, redundant: bool, case: Case) -> int:
-    """By the rules below."""
-    _, _, M, N, K, R, _, _, multiprocessors, *_ = case
-    if tile.BLOCK_C:
-        return backward_split(tile, M, N, K, R, multiprocessors)
-    return forward_split(tile, M, N, K, multiprocessors) if redundant else 1
-
-
-def forward_split(tile: Tile, M: int, N: int, K: int, multiprocessors: int) -> int:
-    """Of a redundant forward: two programs to a multiprocessor, each with at least eight steps of K."""
-    tiles = max(1, -(-M // tile.BLOCK_M) * -(-N // tile.BLOCK_N))
-    return max(1, min(2 * multiprocessors // tiles, K // (8 * tile.BLOCK_K)))
-
-
-def backward_split(tile: Tile, M: int, N: int, K: int, R: int, multiprocessors: int) -> int:
-    """Two programs to a multiprocessor, each with at least four row blocks, and no more than 16 partial sums to add
-    up."""
-    tiles = max(1, -(-max(N, K) // tile.BLOCK_C) * -(-R // tile.block_r(R)))
-    return max(1, min(2 * multiprocessors // tiles, M // (4 * tile.BLOCK_M), 16))

@@ -1,4 +1,4 @@
-"""Follows every path through a kernel's assembly, to see in what order it stores, publishes, waits and loads."""
+"""Follows every path through a kernel's assembly and checks the order of its stores, releases, acquires and loads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Syntax:
-    """How control flow is written. `branch` has groups "condition", empty where the branch is always taken, and
-    "target"."""
+    """The patterns of control flow in an assembly language. `branch` has the groups "condition", which is empty where
+    the branch is always taken, and "target"."""
 
     label: re.Pattern[str]
     branch: re.Pattern[str]
@@ -35,12 +35,12 @@ AMDGCN = Syntax(
 @dataclass
 class Block:
     instructions: list[str] = field(default_factory=list)
-    """Without their predicates."""
+    """The instructions, without their predicates."""
     successors: list[int] = field(default_factory=list)
 
 
 def blocks(text: str, syntax: Syntax) -> list[Block]:
-    """The basic blocks of a module with one kernel, in the order of the text."""
+    """Return the basic blocks of a module with one kernel, in the order of the text."""
     found, labels = [Block()], {}
     targets: list[str | None] = [None]
     falls_through = [True]
@@ -73,8 +73,8 @@ def blocks(text: str, syntax: Syntax) -> list[Block]:
 
 
 def reaching(graph: list[Block], step: Callable[[str, str], str]) -> Iterator[tuple[str, str]]:
-    """(instruction, state) for every state in which some path reaches the instruction. `step` (instruction, state) is
-    the state after it."""
+    """Yield (instruction, state) for every state in which some path reaches the instruction. `step(instruction, state)`
+    returns the state after it."""
     seen: list[set[str]] = [set() for _ in graph]
     pending = [(0, "")]
     while pending:
@@ -89,10 +89,10 @@ def reaching(graph: list[Block], step: Callable[[str, str], str]) -> Iterator[tu
 
 
 def check_publication(ptx: str) -> None:
-    """On every path, a barrier lies between the last store to global memory and a release: other threads' stores come
-    before it too.
+    """Check that on every path a barrier lies between the last store to global memory and a release, so that the other
+    threads' stores come before the release too.
 
-    Raises AssertionError where it does not, and where nothing is published.
+    Raises AssertionError where none does, and where nothing is published.
     """
 
     def step(instruction: str, state: str) -> str:
@@ -110,8 +110,8 @@ def check_publication(ptx: str) -> None:
 
 
 def check_publication_amd(amdgcn: str) -> None:
-    """As `check_publication`; each wave must wait for its own stores before the barrier, because another's release does
-    not.
+    """Check the same order as `check_publication`, and that each wave waits for its own stores before the barrier,
+    because another wave's release does not wait for them.
 
     A release is the write-back of L2 that comes before its atomic.
     """
@@ -138,10 +138,10 @@ def _check_releases(states: Iterator[str]) -> None:
 
 
 def check_consumption(ptx: str) -> None:
-    """On every path, what other programs published is loaded (through L2) only after an acquire and a barrier, since
-    the last claim.
+    """Check that on every path data of other programs are loaded (through L2) only after an acquire and a barrier that
+    follow the last claim.
 
-    Raises AssertionError where it is not, and where nothing is consumed.
+    Raises AssertionError where they are not, and where no such data are loaded.
     """
 
     def step(instruction: str, state: str) -> str:

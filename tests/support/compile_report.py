@@ -1,4 +1,4 @@
-"""Makes a launch and compiles it ahead of time, for a GPU that is not there, and reports what became of it."""
+"""Compiles a launch ahead of time, for a GPU that need not be there, and reports what the compiler made of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton.device import Launch, Target
-from lora_kernels.plans.tiles import Plan
+from lora_kernels.core.operands import Adapter, Base
+from lora_kernels.plans.tiles import Gpu, Plan
 from lora_kernels.quant.weight import QuantizedWeight
 
 SHARED_MEMORY = {
@@ -32,13 +33,13 @@ SHARED_MEMORY = {
     "sm_120": 101376,
     "gfx942": 65536,
 }
-"""Bytes that one program may have."""
+"""The bytes of shared memory that one program may have."""
 TENSOR_MEMORY = 512
-"""Columns of an sm_100's."""
+"""The columns of an sm_100's tensor memory."""
 REGISTERS = 255
 ONE_CODE = ("sm_80", "sm_86", "sm_89")
-"""Where the tile is the same, Triton makes the same PTX for these but for the target's name: it is made once, and given
-to ptxas for each. test_triton_quant_compile.py looks whether that is so."""
+"""For the same tile Triton makes the same PTX for these, but for the target's name. So it is made once and given to
+ptxas for each. test_compile_quantised.py tests that this holds."""
 _TENSOR_CORE = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
 _TYPES = {
     torch.float32: "fp32",
@@ -66,8 +67,8 @@ class Report:
     """PTX or AMDGCN."""
 
     def check(self, arch: str) -> None:
-        """What no kernel may be: AssertionError where it spills registers, asks for more than the architecture has, or
-        is a trap."""
+        """Raise AssertionError where the kernel spills registers, asks for more than the architecture has, or is a
+        trap."""
         assert self.spills == 0, f"{self.spills} bytes of registers spilled"
         assert self.shared <= SHARED_MEMORY[arch], f"{self.shared} bytes of shared memory"
         assert self.registers <= (REGISTERS if arch.startswith("sm_") else 512)
@@ -76,7 +77,7 @@ class Report:
 
 
 class Reports:
-    """By an entry's number; waits until it is there."""
+    """The reports by an entry's number. Reading one waits until it is there."""
 
     def __init__(self) -> None:
         self.futures: dict[int, tuple[Future[list[Report]], int]] = {}
@@ -87,7 +88,7 @@ class Reports:
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """With no memory."""
+    """Return a tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -101,18 +102,20 @@ def launch_of(
     M: int = 4096,
     precision: str = "highest",
 ) -> Launch:
-    """What the back-end would launch for the largest rank of the plan's tile, with w [4096,4096] dense or as given."""
-    target = Target(arch, 132, contextlib.nullcontext, lambda: 0, lambda: False)
+    """Return the back-end's launch for the largest rank of the plan's tile; w [4096, 4096] is dense by default."""
+    target = Target(Gpu(arch, 132), contextlib.nullcontext, lambda: 0, lambda: False)
     N, K, R = 4096, 4096, plan.tile.BLOCK_R
     x, y, h, bias = (empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (M, R), (N,)))
     a, b = empty(R, K, dtype=adapter_dtype), empty(N, R, dtype=adapter_dtype)
     seed = empty(dtype=torch.int64) if p else None
-    weight = empty(N, K, dtype=dtype) if w is None else w
+    base = Base(empty(N, K, dtype=dtype) if w is None else w, bias)
+    adapter = Adapter(a, b, 0.75, p, seed)
     torch.set_float32_matmul_precision(precision)
     try:
         if plan.tile.BLOCK_C:
-            return launching.backward_launch(target, plan, y, x, weight, a, b, h, x, a, b, h, 0.75, p, seed)
-        return launching.forward_launch(target, plan, x, weight, a, b, bias, y, h, 0.75, p, seed, True)
+            saved, gradients = launching.Saved(x, h), launching.Gradients(x, a, b, h)
+            return launching.backward_launch(target, plan, y, saved, base, adapter, gradients)
+        return launching.forward_launch(target, plan, x, base, adapter, launching.Outputs(y, h, True))
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -121,8 +124,10 @@ def launch_of(
 def compiled_ahead(
     request: pytest.FixtureRequest, compile: Callable[[int], Report], code_of: Callable[[int], Hashable]
 ) -> Iterator[Reports]:
-    """Reports on the entries whose number was selected for the module's tests, from two processes: the body of a
-    fixture. Those whose `code_of` is the same are compiled by the same process, one after the other."""
+    """The body of a fixture: yield the reports on the entries that the selected tests of a module ask for by number.
+
+    Two processes compile them. Entries with the same `code_of` are compiled by one process, one after the other.
+    """
     tests = (item for item in request.session.items if isinstance(item, pytest.Function))
     mine = (item.callspec.params for item in tests if item.path == request.path and hasattr(item, "callspec"))
     alike: dict[Hashable, list[int]] = {}
@@ -142,12 +147,15 @@ def _compile_each(compile: Callable[[int], Report], numbers: list[int]) -> list[
 
 
 _compiled: dict[str, Any] = {}
-"""What Triton made in this process for one of ONE_CODE, by all that it made it of."""
+"""The kernels that Triton compiled in this process for one of ONE_CODE, by everything that they depend on."""
 
 
 def compile_report(launch: Launch, arch: str, anew: bool = False) -> Report:
-    """`launch`: a kernel with its arguments and options, whose tensors may be on the meta device. `anew`: whatever was
-    compiled for another architecture. Raises what the compiler raises."""
+    """Compile a launch, whose tensors may be on the meta device, and return the report.
+
+    `anew` compiles it again even where ONE_CODE would reuse the code of another architecture. Raises what the compiler
+    raises.
+    """
     signature, constants, attributes = specialise(launch.kernel, launch.arguments)
     cuda = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch[3:]), 32) if cuda else GPUTarget("hip", arch, 64)
@@ -195,13 +203,13 @@ def compile_report(launch: Launch, arch: str, anew: bool = False) -> Report:
 
 
 def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
-    """The types, constants and divisibilities under which Triton would compile these arguments."""
+    """Return the types, constants and divisibilities under which Triton would compile these arguments."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
 
     def add(path: tuple[int, ...], value: Any, specialised: bool) -> Any:
-        """The type of an argument, or of one within a tuple."""
+        """Return the type of an argument, or of one within a tuple."""
         divisible = False
         if isinstance(value, tuple):
             return type(value)(*(add((*path, number), each, specialised) for number, each in enumerate(value)))

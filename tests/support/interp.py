@@ -1,7 +1,7 @@
 """Runs ordinary @triton.jit kernels on CPU tensors, in this process: ``with interpret(): kernel[grid](...)``.
 
 Triton's own interpreter, without its environment variable (which would keep kernels from being compiled in the same
-process) and with its faults repaired: as it comes, it multiplies and adds the raw payloads of bfloat16, truncates on
+process) and with its faults repaired. Unrepaired it multiplies and adds the raw payloads of bfloat16, truncates on
 conversion to bfloat16, and leaves `triton.language` patched after a kernel has called a helper. For Triton 3.6 and 3.7.
 
 Programs run one after the other, each to its end, in the order of their number.
@@ -31,7 +31,7 @@ def _rewrite(fn: Any) -> Callable[..., Any]:
 
 
 def _call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-    """A helper called inside a kernel; tl.zeros, tl.cdiv and the like among them."""
+    """Run a helper that a kernel calls, such as tl.zeros or tl.cdiv."""
     scope = interpreter._patch_lang(self.fn)
     try:
         return _rewrite(self.fn)(*args, **kwargs)
@@ -45,14 +45,14 @@ def _run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) 
 
 
 def _widen(handle: Any) -> Any:
-    """bfloat16, kept as its 16 bits, to float32. Anything else as it is."""
+    """Convert bfloat16, which is held as its 16 bits, to float32. Return other dtypes unchanged."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return _Handle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _round(data: np.ndarray) -> np.ndarray:
-    """float32 to bfloat16, to nearest, ties to even."""
+    """Convert float32 to bfloat16, rounding to nearest, ties to even."""
     bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
     rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
     return np.where(np.isnan(data), np.uint16(0x7FC0), rounded)
@@ -105,7 +105,7 @@ _PATCHES = (
 
 @contextlib.contextmanager
 def interpret() -> Iterator[None]:
-    """Kernels launched inside run in the interpreter; outside they are compiled, as ever."""
+    """Run the kernels that are launched inside in the interpreter. Outside they are compiled as usual."""
     stock = [(owner, name, getattr(owner, name)) for owner, name, _ in _PATCHES]
     for owner, name, patch in _PATCHES:
         setattr(owner, name, patch)

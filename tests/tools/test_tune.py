@@ -1,4 +1,4 @@
-"""`python -m lora_kernels tune`, the whole command on CPU tensors: the kernels run in the interpreter."""
+"""`python -m lora_kernels tune`, the whole command, on CPU tensors with the kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from lora_kernels.__main__ import main
-from lora_kernels.plans import quant_tiles, tiles
-from lora_kernels.plans import store as tuned
+from lora_kernels.plans import choose, quant_tiles, store, tiles
 from lora_kernels.quant.weight import quantize_weight
 from lora_kernels.testing import one_layer
-from lora_kernels.tools.tune import candidates
-from lora_kernels.tools.tune import measure as tune_measure
+from lora_kernels.tools.tune import measure, plans_to_try
 
 pytestmark = pytest.mark.usefixtures("plan_cache")
 
 CPU = torch.device("cpu")
 NAME = "Interpreted GPU (1)"
 BF16 = (torch.bfloat16, torch.bfloat16)
+GPU = tiles.Gpu("interpreted", 3, NAME)
+CASE = tiles.Case(BF16, 5, 16, 24, 4, False)
+"""M, N, K, R and no dropout, as in OPTIONS."""
 TICKETS = tiles.Tile(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, GROUP_M=2, num_warps=4, num_stages=2)
 BACKWARD = tiles.Tile(
     BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, BLOCK_R=32, BLOCK_C=32, BLOCK_T=16, GROUP_M=2, num_warps=4, num_stages=2
@@ -31,7 +32,7 @@ OPTIONS = ("tune", "--device", "cpu", "--shapes", "5x24x16:4")
 
 
 @pytest.mark.parametrize("text", ["8x8", "8x8x8", "0x8x8:4", "8x8x8:0", "8x12x8:4", "8x8x9:4", "ax8x8:4", "8x8x8:4:4"])
-def test_a_shape_that_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_that_names_no_shape_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["tune", "--shapes", text])
     assert stopped.value.code == 2 and text in capsys.readouterr().err
@@ -46,27 +47,27 @@ def test_without_a_gpu_it_says_so(options: list[str], plan_cache: Path, capsys: 
 
 @pytest.fixture
 def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """The launcher, for a GPU with one tile per pass; the only other candidate has three stages, which in the
-    interpreter is the same kernel."""
+    """Yield the module of launches, for a GPU with one tile per pass. The only other plan to try has three stages,
+    which is the same kernel in the interpreter."""
     pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
     from support.interp import interpret
 
-    from lora_kernels.backends.triton import device as _triton_device
-    from lora_kernels.backends.triton import launch as _triton_launch
+    from lora_kernels.backends.triton import device, launch
 
-    target = _triton_device.Target("interpreted", 3, contextlib.nullcontext, lambda: 0, lambda: False, NAME)
-    monkeypatch.setitem(_triton_device.TARGETS, CPU, target)
+    target = device.Target(GPU, contextlib.nullcontext, lambda: 0, lambda: False)
+    monkeypatch.setitem(device.TARGETS, CPU, target)
     monkeypatch.setitem(tiles.TABLES, ("interpreted", 2), {"tickets": TICKETS, "backward": BACKWARD})
     monkeypatch.setitem(quant_tiles.TABLES, ("interpreted", 2), {"tickets": TICKETS, "backward": BACKWARD})
-    monkeypatch.setattr(_triton_device, "_workspaces", {})
-    monkeypatch.setattr(candidates, "CHANGES", {kind: {"num_stages": (3,)} for kind in candidates.CHANGES})
-    monkeypatch.setattr(tune_measure, "ROUNDS", 1)
+    monkeypatch.setattr(device, "_workspaces", {})
+    monkeypatch.setattr(plans_to_try, "CHANGES", {kind: {"num_stages": (3,)} for kind in plans_to_try.CHANGES})
+    monkeypatch.setattr(measure, "ROUNDS", 1)
     with interpret():
-        yield _triton_launch
+        yield launch
 
 
 def replace_launch(launching, monkeypatch: pytest.MonkeyPatch, stages: int | None, fake) -> None:
-    """Launches of plans with so many stages, or of any, go to ``fake(launch)`` instead."""
+    """Replace launches of plans with this many stages by ``fake(launch)``; with None those of any plan by
+    ``fake(launch, plan)``."""
     for name in ("forward_launch", "backward_launch"):
         stock = getattr(launching, name)
 
@@ -80,8 +81,8 @@ def replace_launch(launching, monkeypatch: pytest.MonkeyPatch, stages: int | Non
 
 
 def repeat_launches(launching, monkeypatch: pytest.MonkeyPatch, slow: Callable[[tiles.Plan], bool]) -> None:
-    """The interpreter runs each launch once; further ones repeat its results, at once or, those of `slow` plans,
-    after a while."""
+    """Run each launch once in the interpreter. Later runs repeat its results: at once, or after 0.05 s where the plan
+    is `slow`."""
     results: dict = {}
 
     class Repeated:
@@ -101,7 +102,7 @@ def repeat_launches(launching, monkeypatch: pytest.MonkeyPatch, slow: Callable[[
     replace_launch(launching, monkeypatch, None, Repeated)
 
 
-def test_a_wrong_candidate_is_dropped(launching, monkeypatch, capsys) -> None:
+def test_a_wrong_plan_is_dropped(launching, monkeypatch, capsys) -> None:
     class Wrong:
         def __init__(self, launch) -> None:
             self.launch = launch
@@ -116,38 +117,37 @@ def test_a_wrong_candidate_is_dropped(launching, monkeypatch, capsys) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     for op, name in (("forward", "y"), ("backward", "dx")):
         assert f"5x24x16:4 {op}: dropped" in shown and f"stages 3: {name}: error" in shown
-    assert "the tables'" in shown and tuned.load(NAME) == {}
+    assert "the tables'" in shown and store.load(NAME) == {}
 
 
-def test_the_faster_candidate_is_kept_and_then_used(launching, monkeypatch, capsys) -> None:
+def test_the_faster_plan_is_kept_and_then_used(launching, monkeypatch, capsys) -> None:
     repeat_launches(launching, monkeypatch, lambda plan: plan.tile.num_stages == 2)
-    on = tiles.Case("interpreted", 2, 5, 16, 24, 4, False, True, 3, NAME, BF16)
     assert main([*OPTIONS, "--dry-run"]) == 0
-    assert "nothing was kept" in capsys.readouterr().out and not tuned.path(NAME).exists()
-    assert tiles.plan("forward", on).tile is TICKETS
+    assert "nothing was kept" in capsys.readouterr().out and not store.path(NAME).exists()
+    assert choose.plan("forward", CASE, GPU).tile is TICKETS
     assert main(list(OPTIONS)) == 0
-    assert len(tuned.load(NAME)) == 2
+    assert len(store.load(NAME)) == 2
     assert "2 plans that differ from the tables'" in " ".join(capsys.readouterr().out.split())
-    assert tiles.plan("forward", on).tile.num_stages == 3
-    assert tiles.plan("backward", on).tile.num_stages == 3
+    assert choose.plan("forward", CASE, GPU).tile.num_stages == 3
+    assert choose.plan("backward", CASE, GPU).tile.num_stages == 3
     assert main(["tune", "--device", "cpu", "--forget"]) == 0
-    assert tiles.plan("forward", on).tile is TICKETS and not tuned.path(NAME).exists()
+    assert choose.plan("forward", CASE, GPU).tile is TICKETS and not store.path(NAME).exists()
 
 
 @pytest.mark.parametrize("within", [True, False], ids=["within", "first"])
-def test_over_a_quantised_weight(within: bool, launching, monkeypatch, capsys) -> None:
-    """The tables have this W dequantised first in the forward and within the backward; the faster is kept, for its
-    format alone, and then used."""
+def test_plans_for_a_quantised_weight_are_kept_by_format(within: bool, launching, monkeypatch, capsys) -> None:
+    """The tables dequantise this W first in the forward and within the product in the backward. The faster way is kept,
+    for this format alone, and then used."""
     from lora_kernels.backends import triton
-    from lora_kernels.backends.triton import quant as _triton_quant
+    from lora_kernels.backends.triton import quant as quantised_weights
 
     made = []
-    monkeypatch.setattr(_triton_quant, "dense", lambda w, dtype: made.append(1) or w.dequantize(dtype))
+    monkeypatch.setattr(quantised_weights, "dense", lambda w, dtype: made.append(1) or w.dequantize(dtype))
     repeat_launches(launching, monkeypatch, lambda plan: plan.within != within)
     assert main([*OPTIONS, "--quant", "nf4", "--double-quant"]) == 0
     assert "w in nf4 nested" in " ".join(capsys.readouterr().out.split())
-    kept, op = tuned.load(NAME), "forward" if within else "backward"
-    assert kept[tuned.key(op, *BF16, 5, 16, 24, 4, False, "nf4 nested")].within == within
+    kept, op = store.load(NAME), "forward" if within else "backward"
+    assert kept[store.key(op, CASE._replace(w_format="nf4 nested"))].within == within
     x, w, a, b = torch.randn(5, 24), torch.randn(16, 24), torch.randn(4, 24), torch.randn(16, 4)
     x, w, a, b = (t.bfloat16() for t in (x, w, a, b))
     for double_quant, entries in ((True, 0 if within else 2), (False, 1)):
@@ -164,18 +164,18 @@ def test_double_quantisation_is_for_four_bits(options: list[str], launching, cap
     assert "nf4 or fp4" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_wrong_weight_is_found(launching, monkeypatch, capsys) -> None:
-    """Of a quantised W the truth is what its codes stand for: W as it was is not right."""
-    from lora_kernels.backends.triton import quant as _triton_quant
+def test_a_wrongly_dequantised_weight_is_found(launching, monkeypatch, capsys) -> None:
+    """The truth for a quantised W is computed from its codes, so zeros in their place are wrong."""
+    from lora_kernels.backends.triton import quant as quantised_weights
 
-    monkeypatch.setattr(_triton_quant, "dense", lambda w, dtype: torch.zeros(w.shape, dtype=dtype))
+    monkeypatch.setattr(quantised_weights, "dense", lambda w, dtype: torch.zeros(w.shape, dtype=dtype))
     assert main([*OPTIONS, "--quant", "fp8"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("dropped w first:") == 2 and "y: error" in shown and "dx: error" in shown
 
 
-def test_where_nothing_is_right_nothing_is_kept(launching, monkeypatch, capsys) -> None:
-    """Failing to launch, writing nothing, and giving other bits each time are all found."""
+def test_nothing_is_kept_where_no_plan_is_right(launching, monkeypatch, capsys) -> None:
+    """A plan that cannot be launched and one that writes nothing are both found."""
 
     def refuse(launch):
         raise RuntimeError("out of resource: shared memory")
@@ -191,13 +191,13 @@ def test_where_nothing_is_right_nothing_is_kept(launching, monkeypatch, capsys) 
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("out of resource: shared memory") == 2
     assert "y: not finite" in shown and "dx: not finite" in shown
-    assert shown.count("no candidate is right") == 2 and not tuned.path(NAME).exists()
+    assert shown.count("no plan gives right results") == 2 and not store.path(NAME).exists()
 
 
-def test_where_the_cache_cannot_be_written_it_says_so(launching, monkeypatch, plan_cache, capsys) -> None:
+def test_a_cache_that_cannot_be_written_is_reported(launching, monkeypatch, plan_cache, capsys) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(plan_cache / "file"))
     (plan_cache / "file").write_text("in the way")
-    monkeypatch.setattr(candidates, "CHANGES", {kind: {} for kind in candidates.CHANGES})
+    monkeypatch.setattr(plans_to_try, "CHANGES", {kind: {} for kind in plans_to_try.CHANGES})
     with pytest.warns(RuntimeWarning, match="tuned-interpreted-gpu-1.json"):
         assert main(list(OPTIONS)) == 1
     assert "not kept" in capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_a_lost_gpu_ends_the_command(launching, monkeypatch, capsys) -> None:
     assert main(list(OPTIONS)) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "no longer answers after RuntimeError: an illegal memory access" in shown
-    assert "backward" not in shown and not tuned.path(NAME).exists()
+    assert "backward" not in shown and not store.path(NAME).exists()
 
 
 def test_other_bits_and_flags_left_behind_are_faults(launching, monkeypatch, capsys) -> None:
@@ -243,6 +243,6 @@ def test_other_bits_and_flags_left_behind_are_faults(launching, monkeypatch, cap
     shown = " ".join(capsys.readouterr().out.split())
     assert "y: other bits in a second run" in shown and "dx: other bits in a second run" in shown
     assert shown.count("leaves flags or tickets in the workspace") == 2
-    from lora_kernels.backends.triton import device as _triton_device
+    from lora_kernels.backends.triton import device
 
-    assert not any(sync.any() for sync, _ in _triton_device._workspaces.values())
+    assert not any(sync.any() for sync, _ in device._workspaces.values())

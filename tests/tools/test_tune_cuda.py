@@ -13,12 +13,11 @@ from support import sm90
 
 from lora_kernels.__main__ import main
 from lora_kernels.backends import cuda
-from lora_kernels.plans import store as tuned
-from lora_kernels.plans import tiles
-from lora_kernels.plans.tilings import BY_RULE, TILINGS, Tiling, find, key
+from lora_kernels.plans import choose, store, tiles
+from lora_kernels.plans.sm90 import BY_RULE, PLANS, Sm90Plan
 from lora_kernels.testing import one_layer
 from lora_kernels.testing.judge import problem
-from lora_kernels.tools.tune import measure as tune_measure
+from lora_kernels.tools.tune import measure
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the emulated kernels with"),
@@ -28,7 +27,7 @@ pytestmark = [
 
 BF16 = (torch.bfloat16, torch.bfloat16)
 OPTIONS = ("tune", "--backend", "cuda", "--device", "cpu", "--shapes", "140x72x136:12")
-CASE = (140, 136, 72, 12, False)
+CASE = tiles.Case(BF16, 140, 136, 72, 12, False)
 """M, N, K, R and no dropout, as in OPTIONS."""
 
 
@@ -38,25 +37,25 @@ def gpu(plan_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sm90.serve_cpu(monkeypatch)
     monkeypatch.setattr(cuda, "why_not", lambda call: [])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: sm90.DEVICE)
-    monkeypatch.setattr(tune_measure, "ROUNDS", 1)
+    monkeypatch.setattr(measure, "ROUNDS", 1)
 
 
-def after(monkeypatch: pytest.MonkeyPatch, then: Callable[[str, Tiling, list[torch.Tensor]], None]) -> None:
-    """Whenever the back-end has launched a pass, `then(op, tiling, results)`. The emulator runs each launch once;
-    further ones repeat its results at once."""
+def after(monkeypatch: pytest.MonkeyPatch, then: Callable[[str, Sm90Plan, list[torch.Tensor]], None]) -> None:
+    """Call `then(op, plan, results)` whenever the back-end has launched a pass. The emulator runs each launch once;
+    later launches repeat its results at once."""
     known: dict = {}
 
     def replace(op: str, outputs: int) -> None:
         stock = getattr(cuda, f"launch_{op}")
 
-        def launch(tiling: Tiling, *operands) -> None:
+        def launch(plan: Sm90Plan, *operands) -> None:
             results = list(operands[-outputs:])
-            if (op, tiling) not in known:
-                stock(tiling, *operands)
-                known[op, tiling] = [t.clone() for t in results]
-            for t, value in zip(results, known[op, tiling], strict=True):
+            if (op, plan) not in known:
+                stock(plan, *operands)
+                known[op, plan] = [t.clone() for t in results]
+            for t, value in zip(results, known[op, plan], strict=True):
                 t.copy_(value)
-            then(op, tiling, results)
+            then(op, plan, results)
 
         monkeypatch.setattr(cuda, f"launch_{op}", launch)
 
@@ -65,35 +64,38 @@ def after(monkeypatch: pytest.MonkeyPatch, then: Callable[[str, Tiling, list[tor
 
 
 def test_the_fastest_is_kept_and_then_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    best = {"forward": Tiling(256, 2), "backward": Tiling(128, 1)}
+    best = {"forward": Sm90Plan(256, 2), "backward": Sm90Plan(128, 1)}
     used = []
 
-    def then(op: str, tiling: Tiling, results: list[torch.Tensor]) -> None:
-        used.append(tiling)
-        time.sleep(0.05 if tiling != best[op] else 0)
+    def then(op: str, plan: Sm90Plan, results: list[torch.Tensor]) -> None:
+        used.append(plan)
+        time.sleep(0.05 if plan != best[op] else 0)
 
     after(monkeypatch, then)
     assert main([*OPTIONS, "--dry-run"]) == 0
-    assert find("forward", sm90.DEVICE, BF16, *CASE) == BY_RULE
+    assert choose.sm90_plan("forward", CASE, sm90.DEVICE) == BY_RULE
     used.clear()
     assert main(list(OPTIONS)) == 0
-    assert set(used) == {BY_RULE, *TILINGS}
-    assert tuned.load(sm90.DEVICE) == {key("forward", BF16, *CASE): (256, 2), key("backward", BF16, *CASE): (128, 1)}
+    assert set(used) == {BY_RULE, *PLANS}
+    assert store.load(sm90.DEVICE) == {
+        store.sm90_key("forward", CASE): (256, 2),
+        store.sm90_key("backward", CASE): (128, 1),
+    }
     assert "256 columns, cluster of 2" in " ".join(capsys.readouterr().out.split())
-    q = problem(*CASE[:4], dtype=torch.bfloat16)
+    q = problem(*CASE[1:5], dtype=torch.bfloat16)
     used.clear()
     _, h = one_layer.forward(cuda, q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, True)
     one_layer.backward(cuda, q.dy, q.x, q.w, q.a, q.b, h, q.scale, 0.0, None, True, True, True)
     assert used == [*best.values()]
     assert main([*OPTIONS[:5], "--forget"]) == 0
-    assert find("forward", sm90.DEVICE, BF16, *CASE) == BY_RULE
+    assert choose.sm90_plan("forward", CASE, sm90.DEVICE) == BY_RULE
 
 
-def test_a_wrong_candidate_is_dropped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def spoil(op: str, tiling: Tiling, results: list[torch.Tensor]) -> None:
-        if tiling == Tiling(256, 2):
+def test_a_wrong_plan_is_dropped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def spoil(op: str, plan: Sm90Plan, results: list[torch.Tensor]) -> None:
+        if plan == Sm90Plan(256, 2):
             results[0][3, 5] += 8
-        elif tiling == Tiling(128, 1):
+        elif plan == Sm90Plan(128, 1):
             cuda.workspace(results[0].device, 5, 1, 1).counters[7] = 1
 
     after(monkeypatch, spoil)
@@ -101,24 +103,26 @@ def test_a_wrong_candidate_is_dropped(monkeypatch: pytest.MonkeyPatch, capsys: p
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("dropped 256 columns, cluster of 2:") == 2
     assert shown.count("dropped 128 columns, cluster of 1: leaves counters in the workspace") == 2
-    assert not {Tiling(256, 2), Tiling(128, 1)} & set(tuned.load(sm90.DEVICE).values())
+    assert not {Sm90Plan(256, 2), Sm90Plan(128, 1)} & set(store.load(sm90.DEVICE).values())
 
 
 def test_both_back_ends_share_a_file() -> None:
-    """A plan of one is none of the other's."""
+    """A plan of one back-end is never taken for a plan of the other."""
     plan = tiles.Plan(False, tiles.TABLES["sm_90", 2]["tickets"], 1)
-    entry = tuned.key("forward", *BF16, *CASE)
-    tuned.store(sm90.DEVICE, {entry: plan, key("forward", BF16, *CASE): Tiling(256, 1)})
-    tuned.cache_clear()
-    assert find("forward", sm90.DEVICE, BF16, *CASE) == Tiling(256, 1)
-    found = tuned.find(sm90.DEVICE, entry, tiles.Plan)
+    entry = store.key("forward", CASE)
+    choose.keep(sm90.DEVICE, {entry: plan, store.sm90_key("forward", CASE): Sm90Plan(256, 1)})
+    choose.cache_clear()
+    assert choose.sm90_plan("forward", CASE, sm90.DEVICE) == Sm90Plan(256, 1)
+    found = store.find(sm90.DEVICE, entry, tiles.Plan)
     assert found is not None
     assert vars(found.tile) == vars(plan.tile)
-    assert tuned.find(sm90.DEVICE, entry, Tiling) is None
-    assert find("backward", sm90.DEVICE, BF16, *CASE) == find("forward", "another GPU", BF16, *CASE) == BY_RULE
+    assert store.find(sm90.DEVICE, entry, Sm90Plan) is None
+    assert (
+        choose.sm90_plan("backward", CASE, sm90.DEVICE) == choose.sm90_plan("forward", CASE, "another GPU") == BY_RULE
+    )
 
 
-def test_refusals_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_refusals_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.undo()
     assert main([*OPTIONS, "--quant", "nf4"]) == 2
     shown = " ".join(capsys.readouterr().out.split())

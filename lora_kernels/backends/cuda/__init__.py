@@ -28,8 +28,9 @@ from torch import Tensor
 from lora_kernels.backends.each import backward_each, forward_each
 from lora_kernels.core import dropout as random
 from lora_kernels.core.operands import Adapter, Base, Call, Needs
-from lora_kernels.plans import tilings
-from lora_kernels.plans.tilings import Tiling
+from lora_kernels.plans import choose
+from lora_kernels.plans.sm90 import Sm90Plan
+from lora_kernels.plans.tiles import Case
 
 name = "cuda"
 
@@ -133,7 +134,7 @@ def base_gemm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def launch_forward(
-    tiling: Tiling,
+    tiling: Sm90Plan,
     x: Tensor,
     w: Tensor,
     a: Tensor,
@@ -157,7 +158,7 @@ def launch_forward(
 
 
 def launch_backward(
-    tiling: Tiling,
+    tiling: Sm90Plan,
     dy: Tensor,
     x: Tensor | None,
     w: Tensor,
@@ -186,8 +187,10 @@ def launch_backward(
         call.launch(_address(memory.counters), _address(memory.scratch))
 
 
-def _tiling(op: str, M: int, w: Tensor, a: Tensor, p: float) -> Tiling:
-    return tilings.find(op, _device_name(w.device), (w.dtype, a.dtype), M, *w.shape, a.shape[0], p > 0)
+def _tiling(op: str, M: int, w: Tensor, a: Tensor, p: float) -> Sm90Plan:
+    (N, K), R = w.shape, a.shape[0]
+    case = Case((w.dtype, a.dtype), M, N, K, R, p > 0)
+    return choose.sm90_plan(op, case, _device_name(w.device))
 
 
 @functools.cache
@@ -209,7 +212,7 @@ def _operands(
     p: float,
     seed: Tensor | None,
     stream: int,
-    tiling: Tiling,
+    tiling: Sm90Plan,
 ) -> dict[str, object]:
     """What both passes take, as the extension names it."""
     return {

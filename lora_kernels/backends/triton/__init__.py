@@ -1,14 +1,14 @@
-"""Triton kernels: NVIDIA from sm_80 and AMD gfx942, forward and backward in one launch each. Not yet run on a GPU.
+"""Triton kernels for NVIDIA GPUs from sm_80 and AMD gfx942, forward and backward in one launch each. Not yet run on a
+GPU.
 
-Checked in Triton's interpreter and by compiling every tile of the tables ahead of time; `lora_kernels.backends.triton.kernels` holds
-the kernels.
+The kernels are checked in Triton's interpreter, and every entry of the tables of plans is compiled ahead of time.
 
 Operands may have any strides. Where x, w and dy are aligned, Hopper and Blackwell read them through tensor-map
 descriptors.
 
-A quantised w is dequantised within the product where that is the cheaper way, as it is for few rows
-(`kernels.quant_tiles`). Otherwise one more launch writes it in x's dtype, for the length of the call, and the kernels
-for a dense w follow; a backward that does not need dx does without.
+A quantised w is dequantised within the product where that is cheaper, as it is for few rows (`plans.quant_tiles`).
+Otherwise one more launch writes it in x's dtype, for the length of the call, and the kernels for a dense w follow. A
+backward that does not need dx skips that launch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ try:
     from lora_kernels.backends.triton.device import Target, find_target
 except ImportError as error:
     raise ImportError(f"{error}; Triton 3.6 or later is needed: pip install 'triton>=3.6'") from error
-from lora_kernels.plans import quant_tiles, tiles
+from lora_kernels.plans import choose, quant_tiles, tiles
 
 name = "triton"
 
@@ -52,8 +52,8 @@ def why_not(call: Call) -> list[str]:
         reasons.append("there is no usable GPU driver (torch.cuda.is_available() is False)")
     elif target is None:
         reasons.append(f"serves tensors on a CUDA or ROCm GPU, not on {call.device}")
-    elif tiles.resolve(target.arch) is None:
-        reasons.append(f"serves NVIDIA GPUs from sm_80 and AMD gfx942, not {target.arch}")
+    elif tiles.resolve(target.gpu.arch) is None:
+        reasons.append(f"serves NVIDIA GPUs from sm_80 and AMD gfx942, not {target.gpu.arch}")
     if call.w_format not in ("dense", *FORMATS):
         reasons.append(f"serves a dense weight or one in {', '.join(FORMATS)}, not {call.w_format}")
     return reasons
@@ -77,63 +77,60 @@ def backward(
 
 
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
-    (w, bias), (a, b, scale, p, seed) = base, adapter
     target = find_target(x.device)
     assert target is not None, "dispatch asks why_not first"
-    M, N, R = x.shape[0], w.shape[0], a.shape[0]
+    M, N, R = x.shape[0], base.w.shape[0], adapter.a.shape[0]
     with target.guard():
         y = torch.empty(M, N, dtype=x.dtype, device=x.device)
         h = torch.empty(M, R, dtype=x.dtype, device=x.device)
-        plan = _plan("forward", target, x, w, a, R, p)
-        w = quantised.as_planned(w, plan, x.dtype)
-        launch.forward_launch(target, plan, x, w, a, b, bias, y, h, scale, p, seed, save_h).run()
+        plan = _plan("forward", target, x, base.w, adapter)
+        base = base._replace(w=quantised.as_planned(base.w, plan, x.dtype))
+        launch.forward_launch(target, plan, x, base, adapter, launch.Outputs(y, h, save_h)).run()
     return y, h if save_h else None
 
 
 def _backward(
     dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    w, (a, b, scale, p, seed) = base.w, adapter
+    a, b = adapter.a, adapter.b
     need_dx, (need_da,), (need_db,) = needs
     target = find_target(dy.device)
     assert target is not None, "dispatch asks why_not first"
     (M, N), (R, K) = dy.shape, a.shape
     with target.guard():
-        plan = _plan("backward", target, dy, w, a, R, p)
+        plan = _plan("backward", target, dy, base.w, adapter)
         if need_dx:
-            w = quantised.as_planned(w, plan, dy.dtype)
+            base = base._replace(w=quantised.as_planned(base.w, plan, dy.dtype))
         elif not plan.within:
-            w = dy  # nobody reads w, but the kernel has an argument for it
+            # The kernel does not read w here, but the argument needs a tensor of the right type.
+            base = base._replace(w=dy)
         dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device) if need_dx else None
         da = torch.empty(R, K, dtype=a.dtype, device=a.device) if need_da else None
         db = torch.empty(N, R, dtype=b.dtype, device=b.device) if need_db else None
         g = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
-        launch.backward_launch(target, plan, dy, x, w, a, b, h, dx, da, db, g, scale, p, seed).run()
+        out = launch.Gradients(dx, da, db, g)
+        launch.backward_launch(target, plan, dy, launch.Saved(x, h), base, adapter, out).run()
     return dx, da, db
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """By the backward kernel: with W = 0, a = 1 and g = 1 its dx is c·keep."""
-    (M, K), N = x.shape, 8
-    dy, w, a, b = x.new_ones(M, N), x.new_zeros(N, K), x.new_ones(1, K), x.new_ones(N, 1)
-    dx, _, _ = backward([dy], None, [Base(w)], [Adapter(a, b, 1 / N, p, seed)], [None], Needs(True, (False,), (False,)))
-    assert dx is not None
-    return dx.sign_()
+    target = find_target(x.device)
+    assert target is not None, "dispatch asks why_not first"
+    with target.guard():
+        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        launch.mask_launch(mask, p, seed).run()
+    return mask
 
 
 def base_gemm(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(x, w)
 
 
-def _plan(
-    op: str, target: Target, rows: Tensor, w: Tensor | QuantizedWeight, a: Tensor, R: int, p: float
-) -> tiles.Plan:
-    """By the tables. `rows` is x or dy."""
-    M, (N, K) = rows.shape[0], w.shape
-    case = tiles.Case(
-        target.arch, rows.element_size(), M, N, K, R, p > 0, launch.aligned(rows, w),
-        target.multiprocessors, target.name, (rows.dtype, a.dtype),
-    )  # fmt: skip
+def _plan(op: str, target: Target, rows: Tensor, w: Tensor | QuantizedWeight, adapter: Adapter) -> tiles.Plan:
+    """Return the plan of a pass; `rows` is x or dy."""
+    (R, K), N, w_format = adapter.a.shape, w.shape[0], ""
     if isinstance(w, QuantizedWeight):
-        return quant_tiles.plan(op, case._replace(w_format=quant_tiles.w_format(w.format, w.nested is not None)))
-    return tiles.plan(op, case)
+        w_format = quant_tiles.w_format(w.format, w.nested is not None)
+    dtypes = rows.dtype, adapter.a.dtype
+    case = tiles.Case(dtypes, rows.shape[0], N, K, R, adapter.p > 0, launch.aligned(rows, w), w_format)
+    return choose.plan(op, case, target.gpu)

@@ -1,5 +1,4 @@
-"""The device that a launch is for: what is known of it, the workspace on it, and the launch itself. Imported by
-`backends.triton` and its launchers only."""
+"""The device that a launch runs on, the workspace on it, and the launch itself."""
 
 from __future__ import annotations
 
@@ -11,21 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.plans.tiles import Gpu
+
 
 class Target(NamedTuple):
-    """What a launch needs to know of the device it is for."""
+    """A device that kernels can be launched on."""
 
-    arch: str
-    """"sm_90", "gfx942": what the tile tables are asked for."""
-    multiprocessors: int
+    gpu: Gpu
     guard: Callable[[], AbstractContextManager[Any]]
     """Makes the device the current one."""
     stream: Callable[[], int]
-    """The current stream, as a number."""
+    """Returns the current stream, as a number."""
     capturing: Callable[[], bool]
-    """Whether that stream is being captured into a graph."""
-    name: str | None = None
-    """What the driver calls the device: what plans measured on it are kept under."""
+    """Returns whether that stream is being captured into a graph."""
 
 
 class Launch(NamedTuple):
@@ -33,24 +30,26 @@ class Launch(NamedTuple):
 
     kernel: Any
     programs: int
+    """The size of the one-dimensional grid."""
     arguments: dict[str, Any]
     options: dict[str, int]
 
     def run(self) -> None:
-        """On the current device and stream. Nothing is launched where there is no work."""
+        """Launch on the current device and stream, or do nothing where the grid is empty."""
         if self.programs:
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 def find_target(device: torch.device) -> Target | None:
-    """The target of tensors on `device`: None where Triton cannot serve it. Asks the driver once per device."""
+    """Return the target of tensors on `device`, or None where Triton cannot serve it. The driver is asked once per
+    device."""
     if device not in TARGETS and device.type == "cuda" and torch.cuda.is_available():
         TARGETS[device] = _query(device)
     return TARGETS.get(device)
 
 
 TARGETS: dict[torch.device, Target] = {}
-"""Targets by device, as they become known."""
+"""The targets found so far, by device."""
 
 
 def _query(device: torch.device) -> Target:
@@ -60,12 +59,10 @@ def _query(device: torch.device) -> Target:
     else:
         arch = f"sm_{properties.major}{properties.minor}"
     return Target(
-        arch=arch,
-        multiprocessors=properties.multi_processor_count,
+        Gpu(arch, properties.multi_processor_count, properties.name),
         guard=functools.partial(torch.cuda.device, device),
         stream=lambda: torch.cuda.current_stream(device).cuda_stream,
         capturing=torch.cuda.is_current_stream_capturing,
-        name=properties.name,
     )
 
 
@@ -97,4 +94,5 @@ def _allocate(device: torch.device, counters: int, floats: int) -> tuple[Tensor,
 
 
 def cdiv(n: int, d: int) -> int:
+    """Return n / d, rounded up."""
     return -(-n // d)

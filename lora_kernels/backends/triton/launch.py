@@ -1,4 +1,4 @@
-"""From tensors to a launch of the Triton kernels: the arguments and the grid. Imported by `backends.triton` only."""
+"""From tensors to a launch of the Triton kernels: the arguments and the grid."""
 
 from __future__ import annotations
 
@@ -13,58 +13,85 @@ from lora_kernels.backends.triton import quant as quantised
 from lora_kernels.backends.triton.device import Launch, Target, cdiv, workspace
 from lora_kernels.backends.triton.kernels.backward import backward
 from lora_kernels.backends.triton.kernels.forward import forward_redundant, forward_tickets
-from lora_kernels.core import dropout as random
-from lora_kernels.plans.tiles import Plan, Tile
+from lora_kernels.backends.triton.kernels.mask import dropout_mask
+from lora_kernels.core.dropout import rescale, threshold
+from lora_kernels.core.operands import Adapter, Base, Needs
+from lora_kernels.plans.tiles import Gpu, Plan, Tile
 from lora_kernels.quant.weight import QuantizedWeight
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
-"""How many programs are launched to claim tickets. More than fit at once only find that no work is left."""
+"""The number of programs that are launched to claim tickets. More than fit at once only find that no work is left."""
+
+MASK = Tile(BLOCK_M=8, BLOCK_N=0, BLOCK_K=128, BLOCK_R=0, num_warps=4, num_stages=1)
+"""The tile of the kernel that writes the dropout mask: each thread draws one group of eight elements."""
+
+
+class Outputs(NamedTuple):
+    """The tensors that a forward writes."""
+
+    y: Tensor
+    h: Tensor
+    """[M, R]. A plan by tickets always writes it, as scratch; a redundant one only with `save_h`."""
+    save_h: bool
+
+
+class Saved(NamedTuple):
+    """The tensors that a backward reads of its forward. None where no gradient needs them."""
+
+    x: Tensor | None
+    h: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """The tensors that a backward writes. None where a gradient is not wanted."""
+
+    dx: Tensor | None
+    da: Tensor | None
+    db: Tensor | None
+    g: Tensor
+    """[M, R], scratch."""
+
+    @property
+    def needs(self) -> Needs:
+        """Which gradients are wanted."""
+        return Needs(self.dx is not None, (self.da is not None,), (self.db is not None,))
+
+
+class Layout(NamedTuple):
+    """What the constant arguments of a launch depend on beside the GPU and the plan. It is hashable."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    strides: tuple[int | None, ...]
+    """The strides of every operand, in the order of the kernel's arguments; None for a bias that is not there."""
+    precision: str
+    p: float
+    dropout: bool
 
 
 class Frame(NamedTuple):
-    """What launches of one kind of call have in common."""
+    """The part of a launch that all calls of one layout share."""
 
     kernel: Any
     programs: int
     counters: int
+    """The int32 counters that it needs of the workspace."""
     floats: int
-    """What they want of the workspace."""
+    """The fp32 partial sums that it needs of the workspace."""
     arguments: dict[str, Any]
-    """All but the tensors and what depends on the scale."""
+    """All arguments but the tensors and those that depend on the scale."""
     options: dict[str, int]
 
 
-def forward_launch(
-    target: Target,
-    plan: Plan,
-    x: Tensor,
-    w: Tensor | QuantizedWeight,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    h: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
-    save_h: bool,
-) -> Launch:
-    """y and h are written. h is room for [M,R] whether or not it is kept, except in a redundant plan, which writes it
-    if `save_h`. A quantised w takes a plan that has it within."""
-    tile = plan.tile
+def forward_launch(target: Target, plan: Plan, x: Tensor, base: Base, adapter: Adapter, out: Outputs) -> Launch:
+    """Return the launch of a forward that writes y and h. A quantised w needs a plan with `within`."""
+    (w, bias), (a, b, scale, p, seed), tile = base, adapter, plan.tile
     strides = (*x.stride(), *_stored(w).stride(), *a.stride(), *b.stride(), None if bias is None else bias.stride(0))
-    frame = _forward_frame(
-        target.arch,
-        target.multiprocessors,
-        plan,
-        precision_of(x.dtype),
-        *x.shape,
-        *b.shape,
-        strides,
-        p,
-        seed is not None,
-        save_h,
-    )
+    (M, K), (N, R) = x.shape, b.shape
+    layout = Layout(M, N, K, R, strides, precision_of(x.dtype), p, seed is not None)
+    frame = _forward_frame(target.gpu, plan, layout, out.save_h)
     sync, part = workspace(x.device, target, frame.counters, frame.floats)
     arguments = {
         **frame.arguments,
@@ -72,12 +99,12 @@ def forward_launch(
         "w": _weight(w, tile),
         "a": a,
         "b": b,
-        "bias": y if bias is None else bias,
-        "y": y,
-        "h": h,
-        "seed": y if seed is None else seed,
+        "bias": out.y if bias is None else bias,
+        "y": out.y,
+        "h": out.h,
+        "seed": out.y if seed is None else seed,
         "sync": sync,
-        **scaling(scale, b.shape[1]),
+        **scaling(scale, R),
     }
     if plan.redundant:
         arguments["part"] = part
@@ -85,49 +112,18 @@ def forward_launch(
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_frame(
-    arch: str,
-    multiprocessors: int,
-    plan: Plan,
-    precision: str,
-    M: int,
-    K: int,
-    N: int,
-    R: int,
-    strides: tuple[int | None, ...],
-    p: float,
-    dropout: bool,
-    save_h: bool,
-) -> Frame:
-    tile = plan.tile
+def _forward_frame(gpu: Gpu, plan: Plan, layout: Layout, save_h: bool) -> Frame:
+    tile, (M, N, K, R, strides, *_) = plan.tile, layout
     BLOCK_R = tile.block_r(R)
     rows, cols, chunks = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N), cdiv(R, BLOCK_R)
     names = ("xm", "xk", "wn", "wk", "ar", "ak", "bn", "br", "bias")
-    arguments: dict[str, Any] = {
-        **{f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)},
-        "M": M,
-        "N": N,
-        "K": K,
-        "R": R,
-        "c": random.rescale(p),
-        "T": random.threshold(p),
-        "BLOCK_M": tile.BLOCK_M,
-        "BLOCK_N": tile.BLOCK_N,
-        "BLOCK_K": tile.BLOCK_K,
-        "BLOCK_R": BLOCK_R,
-        "GROUP_M": tile.GROUP_M,
-        "HAS_BIAS": strides[-1] is not None,
-        "DROPOUT": dropout,
-        "TMA": tile.tma,
-        "W": "codes" if plan.within else "tma" if tile.tma else "",
-        "PRECISION": precision,
-        "AMD": arch.startswith("gfx"),
-    }
-    if strides[-1] is None:
+    has_bias = strides[-1] is not None
+    arguments = _arguments(gpu, plan, layout, names) | {"HAS_BIAS": has_bias}
+    if not has_bias:
         arguments["stride_bias"] = 1
     options = quantised.options_of(tile, plan.within)
     if not plan.redundant:
-        programs = min(rows * (chunks + cols), PROGRAMS_PER_MULTIPROCESSOR * multiprocessors)
+        programs = min(rows * (chunks + cols), PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors)
         return Frame(forward_tickets, programs, 1 + rows, 0, arguments, options)
     steps = max(1, cdiv(K, plan.split * tile.BLOCK_K))
     splits = max(1, cdiv(K, steps * tile.BLOCK_K))
@@ -137,42 +133,18 @@ def _forward_frame(
 
 
 def backward_launch(
-    target: Target,
-    plan: Plan,
-    dy: Tensor,
-    x: Tensor | None,
-    w: Tensor | QuantizedWeight,
-    a: Tensor,
-    b: Tensor,
-    h: Tensor | None,
-    dx: Tensor | None,
-    da: Tensor | None,
-    db: Tensor | None,
-    g: Tensor,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
+    target: Target, plan: Plan, dy: Tensor, saved: Saved, base: Base, adapter: Adapter, out: Gradients
 ) -> Launch:
-    """Those of dx, da and db are written that are not None; g is room for [M,R]. A quantised w takes a plan that has it
-    within."""
-    tile = plan.tile
-    # What is not needed is not touched, but a kernel has one type per argument.
-    x = dy if x is None else x
-    h = g if h is None else h
+    """Return the launch of a backward that writes the gradients in `out` that are not None. A quantised w needs a plan
+    with `within`."""
+    w, (a, b, scale, p, seed), tile, g = base.w, adapter, plan.tile, out.g
+    # The kernel does not read what no gradient needs, but every argument needs a tensor of the right type.
+    x = dy if saved.x is None else saved.x
+    h = g if saved.h is None else saved.h
     strides = (*dy.stride(), *x.stride(), *_stored(w).stride(), *a.stride(), *b.stride(), *h.stride())
-    needs = (dx is not None, da is not None, db is not None)
-    frame = _backward_frame(
-        target.arch,
-        target.multiprocessors,
-        plan,
-        precision_of(dy.dtype),
-        *dy.shape,
-        *a.shape,
-        strides,
-        p,
-        seed is not None,
-        needs,
-    )
+    (M, N), (R, K) = dy.shape, a.shape
+    layout = Layout(M, N, K, R, strides, precision_of(dy.dtype), p, seed is not None)
+    frame = _backward_frame(target.gpu, plan, layout, out.needs)
     sync, part = workspace(dy.device, target, frame.counters, frame.floats)
     arguments = {
         **frame.arguments,
@@ -184,9 +156,9 @@ def backward_launch(
         "b": b,
         "h": h,
         "g": g,
-        "dx": g if dx is None else dx,
-        "da": a if da is None else da,
-        "db": b if db is None else db,
+        "dx": g if out.dx is None else out.dx,
+        "da": a if out.da is None else out.da,
+        "db": b if out.db is None else out.db,
         "seed": g if seed is None else seed,
         "sync": sync,
         "part": part,
@@ -196,59 +168,29 @@ def backward_launch(
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward_frame(
-    arch: str,
-    multiprocessors: int,
-    plan: Plan,
-    precision: str,
-    M: int,
-    N: int,
-    R: int,
-    K: int,
-    strides: tuple[int, ...],
-    p: float,
-    dropout: bool,
-    needs: tuple[bool, bool, bool],
-) -> Frame:
-    tile = plan.tile
-    need_dx, need_da, need_db = needs
+def _backward_frame(gpu: Gpu, plan: Plan, layout: Layout, needs: Needs) -> Frame:
+    tile, (M, N, K, R, *_) = plan.tile, layout
+    need_dx, (need_da,), (need_db,) = needs
     BLOCK_R = tile.block_r(R)
     rows, chunks = cdiv(M, tile.BLOCK_M), cdiv(R, BLOCK_R)
     blocks = max(1, cdiv(rows, plan.split))
     splits = max(1, cdiv(rows, blocks))
     tiles_da, tiles_db = need_da * cdiv(K, tile.BLOCK_C) * chunks, need_db * cdiv(N, tile.BLOCK_C) * chunks
     tiles_dx, tiles_g = need_dx * rows * cdiv(K, tile.BLOCK_K), (need_dx or need_da) * rows * chunks
+    items = tiles_g + tiles_dx + (tiles_da + tiles_db) * splits
     names = ("dym", "dyn", "xm", "xk", "wn", "wk", "ar", "ak", "bn", "br", "hm", "hr")
-    arguments: dict[str, Any] = {
-        **{f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)},
-        "M": M,
-        "N": N,
-        "K": K,
-        "R": R,
-        "c": random.rescale(p),
-        "T": random.threshold(p),
+    arguments = _arguments(gpu, plan, layout, names) | {
         "splits": splits,
         "blocks": blocks,
         "need_dx": int(need_dx),
         "need_da": int(need_da),
         "need_db": int(need_db),
-        "BLOCK_M": tile.BLOCK_M,
-        "BLOCK_N": tile.BLOCK_N,
-        "BLOCK_K": tile.BLOCK_K,
-        "BLOCK_R": BLOCK_R,
         "BLOCK_C": tile.BLOCK_C,
         "BLOCK_T": tile.BLOCK_T,
-        "GROUP_M": tile.GROUP_M,
-        "DROPOUT": dropout,
-        "TMA": tile.tma,
-        "W": "codes" if plan.within else "tma" if tile.tma else "",
-        "PRECISION": precision,
-        "AMD": arch.startswith("gfx"),
     }
-    items = tiles_g + tiles_dx + (tiles_da + tiles_db) * splits
     return Frame(
         backward,
-        programs=min(items, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors),
+        programs=min(items, PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors),
         counters=1 + rows + tiles_da + tiles_db,
         floats=(tiles_da + tiles_db) * splits * tile.BLOCK_C * BLOCK_R,
         arguments=arguments,
@@ -256,20 +198,61 @@ def _backward_frame(
     )
 
 
+def _arguments(gpu: Gpu, plan: Plan, layout: Layout, strides: tuple[str, ...]) -> dict[str, Any]:
+    """Return the constant arguments that every kernel takes; `strides` names those of the operands."""
+    tile = plan.tile
+    return {
+        **{f"stride_{name}": stride for name, stride in zip(strides, layout.strides, strict=True)},
+        "M": layout.M,
+        "N": layout.N,
+        "K": layout.K,
+        "R": layout.R,
+        "c": rescale(layout.p),
+        "T": threshold(layout.p),
+        "BLOCK_M": tile.BLOCK_M,
+        "BLOCK_N": tile.BLOCK_N,
+        "BLOCK_K": tile.BLOCK_K,
+        "BLOCK_R": tile.block_r(layout.R),
+        "GROUP_M": tile.GROUP_M,
+        "DROPOUT": layout.dropout,
+        "TMA": tile.tma,
+        "W": "codes" if plan.within else "tma" if tile.tma else "",
+        "PRECISION": layout.precision,
+        "AMD": gpu.arch.startswith("gfx"),
+    }
+
+
+def mask_launch(out: Tensor, p: float, seed: Tensor) -> Launch:
+    """Return the launch that writes the dropout mask to out [M, K], contiguous, as 0 and 1."""
+    M, K = out.shape
+    arguments = {
+        "out": out,
+        "seed": seed,
+        "M": M,
+        "K": K,
+        "T": threshold(p),
+        "BLOCK_M": MASK.BLOCK_M,
+        "BLOCK_K": MASK.BLOCK_K,
+    }
+    programs = cdiv(M, MASK.BLOCK_M) * cdiv(K, MASK.BLOCK_K)
+    return Launch(dropout_mask, programs, arguments, quantised.options_of(MASK, False))
+
+
 def _stored(w: Tensor | QuantizedWeight) -> Tensor:
-    """What of w has rows and columns in memory."""
+    """Return the tensor whose strides are those of w: w, or the codes of a quantised w."""
     return w.codes if isinstance(w, QuantizedWeight) else w
 
 
 def _weight(w: Tensor | QuantizedWeight, tile: Tile) -> Any:
-    """w as the kernels take it."""
+    """Return w as the kernels take it: a pointer, a descriptor or codes."""
     if isinstance(w, QuantizedWeight):
         return quantised.codes(w, tile.BLOCK_K)
     return _described(w, tile.BLOCK_N, tile.BLOCK_K) if tile.tma else w
 
 
 def aligned(rows: Tensor, w: Tensor | QuantizedWeight) -> bool:
-    """Whether descriptors can be made of x or dy and of w, which is dequantised first if it is quantised."""
+    """Return whether tensor-map descriptors can be made of `rows` (x or dy) and of w, dequantised if it is
+    quantised."""
     if isinstance(w, QuantizedWeight):
         N, K = w.shape
         return describable(rows) and N > 0 and K > 0 and (K * rows.element_size()) % 16 == 0
@@ -277,8 +260,8 @@ def aligned(rows: Tensor, w: Tensor | QuantizedWeight) -> bool:
 
 
 def describable(*operands: Tensor) -> bool:
-    """Whether tensor-map descriptors can be made of these matrices: not empty, unit last stride, rows and base at
-    multiples of 16 bytes."""
+    """Return whether tensor-map descriptors can be made of these matrices: none is empty, the last stride is 1, and
+    rows and base lie at multiples of 16 bytes."""
     return all(
         t.stride(1) == 1
         and t.stride(0) > 0
@@ -294,12 +277,15 @@ def _described(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 
 def scaling(scale: float, R: int) -> dict[str, float | int]:
-    """A scale below 2⁻¹⁰⁰ counts as 0: its inverse would overflow the fp32 accumulators that it multiplies."""
+    """Return the forward kernels' arguments that depend on the scale.
+
+    A scale below 2⁻¹⁰⁰ counts as 0, because its inverse would overflow the fp32 accumulators that it multiplies.
+    """
     if abs(scale) < 2.0**-100:
         return {"scale": 1.0, "inverse": 1.0, "R_up": 0}
     return {"scale": scale, "inverse": 1.0 / scale, "R_up": R}
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """ "ieee" or "tf32", by ``torch.get_float32_matmul_precision()``. Means nothing for 16-bit operands."""
+    """Return "ieee" or "tf32", by ``torch.get_float32_matmul_precision()``. 16-bit operands ignore it."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

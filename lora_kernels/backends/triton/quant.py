@@ -1,5 +1,4 @@
-"""From a quantised weight to what the Triton kernels take in its place. Imported by `backends._triton_launch` and
-`backends.triton` only."""
+"""A quantised w as the Triton kernels take it: as codes, or dequantised by a launch of its own."""
 
 from __future__ import annotations
 
@@ -20,19 +19,22 @@ from lora_kernels.quant.weight import QuantizedWeight
 
 
 def options_of(tile: Tile, dequantises: bool) -> dict[str, int]:
-    """For the compiler. Where a kernel dequantises, a product and a sum are two roundings, as in
-    `QuantizedWeight.dequantize`: that says nothing of the tensor cores."""
+    """Return the compiler's options for a launch.
+
+    A kernel that dequantises is compiled without contraction, so that a product and a sum are two roundings, as in
+    `QuantizedWeight.dequantize`. This does not change what the tensor cores do.
+    """
     exact = {"enable_fp_fusion": False} if dequantises else {}
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **exact}
 
 
 def as_planned(w: Tensor | QuantizedWeight, plan: Plan, dtype: torch.dtype) -> Tensor | QuantizedWeight:
-    """w as a launch of the plan takes it: dequantised now, unless the plan has that within."""
+    """Return w as a launch of the plan takes it: dequantised in `dtype`, unless the product itself dequantises it."""
     return w if isinstance(w, Tensor) or plan.within else dense(w, dtype)
 
 
 def dequantise_launch(w: QuantizedWeight, out: Tensor) -> Launch:
-    """out [N,K], contiguous and of any floating dtype, is written."""
+    """Return the launch that writes w to out [N, K], contiguous and of any floating dtype."""
     N, K = w.shape
     tile = WHOLE
     arguments = {
@@ -49,10 +51,11 @@ def dequantise_launch(w: QuantizedWeight, out: Tensor) -> Launch:
 
 
 def dense(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """W [N,K] in `dtype`, on the current device and stream.
+    """Return w [N, K] in `dtype`, written on the current device and stream.
 
-    It is the caller's for one call, from torch's caching allocator, which gives the next layer the same memory: one W
-    to a stream, and none is kept that the model could use. A graph that is being captured has it in its own pool.
+    The caller uses it for one call and drops it: torch's caching allocator gives the next layer the same memory. So a
+    stream holds one dense W at a time, and keeps none that the model could use. A graph that is being captured has it
+    in its own pool.
     """
     out = torch.empty(w.shape, dtype=dtype, device=w.device)
     dequantise_launch(w, out).run()
@@ -60,7 +63,7 @@ def dense(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def codes(w: QuantizedWeight, BLOCK_K: int) -> Codes:
-    """What stands for w in every kernel that reads it in tiles of BLOCK_K columns."""
+    """Return w as an argument of the kernels that read it in tiles of BLOCK_K columns."""
     K, four_bit = w.shape[1], w.format in quant_tables.LEVELS
     by_block = w.format == "fp8" and w.scales.shape not in ((1, 1), (w.shape[0], 1))
     blocksize = w.blocksize if four_bit else FP8_BLOCK if by_block else 0
@@ -69,7 +72,7 @@ def codes(w: QuantizedWeight, BLOCK_K: int) -> Codes:
         span = math.gcd(K, blocksize, BLOCK_K)
     else:
         span = min(blocksize or BLOCK_K, BLOCK_K)
-    # What a format has not is not touched, but a kernel has one type per argument.
+    # The kernel does not read what a format lacks, but every argument needs a tensor of some type.
     nested = w.nested or (w.scales,) * 3
     return Codes(
         w.codes.view(torch.uint8) if w.format == "fp8" else w.codes,

@@ -1,4 +1,4 @@
-"""What ``tune`` measures of the sm_90a back-end: its tilings, forward and backward."""
+"""The sm_90a back-end as ``tune`` measures it: its plans, and how to run each."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import cuda
-from lora_kernels.plans.tilings import BY_RULE, TILINGS, Tiling, key
-from lora_kernels.tools.tune.candidates import Size
-from lora_kernels.tools.tune.measure import Operands, Setting, Way, Work
+from lora_kernels.plans import store
+from lora_kernels.plans.sm90 import BY_RULE, PLANS, Sm90Plan
+from lora_kernels.tools.tune.subject import Device, Job, Operands, Setting, Size, Trial
 
 
 class CudaSubject:
-    """`tune_measure.Subject` of the sm_90a back-end."""
+    """The `Subject` of the sm_90a back-end."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    def __init__(self, device: torch.device, setting: Setting) -> None:
+        self.setting, self.on = setting, Device(device, torch.cuda.get_device_name(device))
 
     def guard(self) -> AbstractContextManager[Any]:
-        """Makes the device the current one."""
-        return torch.cuda.device(self.setting.device)
+        """Return a context in which the device is the current one."""
+        return torch.cuda.device(self.on.device)
 
-    def works(self, sizes: Sequence[Size]) -> list[Work]:
-        """Both passes of every size."""
-        return [self._work(size, op) for size in sizes for op in ("forward", "backward")]
+    def jobs(self, sizes: Sequence[Size]) -> list[Job]:
+        """Return both passes of every size."""
+        return [self._job(size, op) for size in sizes for op in ("forward", "backward")]
 
     def left_behind(self) -> str | None:
-        """Counters in the workspace."""
-        workspace = cuda.workspace(self.setting.device, torch.cuda.current_stream().cuda_stream, 1, 1)
+        """Report counters that a launch left in the workspace, and zero them."""
+        workspace = cuda.workspace(self.on.device, torch.cuda.current_stream().cuda_stream, 1, 1)
         if not workspace.counters.any():
             return None
         workspace.counters.zero_()
         return "leaves counters in the workspace"
 
-    def _work(self, size: Size, op: str) -> Work:
-        what, (M, K, N, R) = self.setting, size
+    def _job(self, size: Size, op: str) -> Job:
         run = {"forward": self._forward, "backward": self._backward}[op]
-        ways = {_describe(tiling): Way(tiling, functools.partial(run, tiling)) for tiling in (BY_RULE, *TILINGS)}
-        return Work(size, op, key(op, (what.dtype, what.adapter_dtype), M, N, K, R, what.p > 0), ways)
+        trials = {_describe(plan): Trial(plan, functools.partial(run, plan)) for plan in (BY_RULE, *PLANS)}
+        return Job(size, op, store.sm90_key(op, self.setting.case(size)), trials)
 
     @staticmethod
-    def _forward(tiling: Tiling, operands: Operands, out: dict[str, Tensor]) -> None:
+    def _forward(plan: Sm90Plan, operands: Operands, out: dict[str, Tensor]) -> None:
         q = operands.q
-        cuda.launch_forward(tiling, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, out["y"], out["h"])
+        cuda.launch_forward(plan, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, out["y"], out["h"])
 
     @staticmethod
-    def _backward(tiling: Tiling, operands: Operands, out: dict[str, Tensor]) -> None:
+    def _backward(plan: Sm90Plan, operands: Operands, out: dict[str, Tensor]) -> None:
         q = operands.q
         cuda.launch_backward(
-            tiling, q.dy, q.x, q.w, q.a, q.b, operands.h, q.scale, q.p, q.seed, out["dx"], out["da"], out["db"]
+            plan, q.dy, q.x, q.w, q.a, q.b, operands.h, q.scale, q.p, q.seed, out["dx"], out["da"], out["db"]
         )
 
 
-def _describe(tiling: Tiling) -> str:
-    """The rule's own choice is among the others: a decode kernel is only there."""
-    return "by rule" if tiling == BY_RULE else f"{tiling.columns} columns, cluster of {tiling.cluster}"
+def _describe(plan: Sm90Plan) -> str:
+    """Return a plan in words. "by rule" may launch the same kernel as another plan; only it reaches the decode
+    kernel."""
+    return "by rule" if plan == BY_RULE else f"{plan.columns} columns, cluster of {plan.cluster}"

@@ -1,4 +1,4 @@
-"""What ``tune`` measures of the Triton back-end: its plans, and how to run each."""
+"""The Triton back-end as ``tune`` measures it: its plans, and how to run each."""
 
 from __future__ import annotations
 
@@ -7,63 +7,58 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_kernels.backends.triton import device as devices
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton import quant as quantised
-from lora_kernels.plans import store as tuned
-from lora_kernels.plans.tiles import Case, Plan
-from lora_kernels.tools.tune.candidates import Size, candidates
-from lora_kernels.tools.tune.measure import Operands, Setting, Way, Work
-
-OPS = ("forward", "backward")
+from lora_kernels.plans import store
+from lora_kernels.plans.tiles import Plan
+from lora_kernels.tools.tune.plans_to_try import plans_to_try
+from lora_kernels.tools.tune.subject import Device, Job, Operands, Setting, Size, Trial
 
 
 class TritonSubject:
-    """`tune_measure.Subject` of the Triton back-end."""
+    """The `Subject` of the Triton back-end."""
 
-    def __init__(self, target: devices.Target, setting: Setting) -> None:
-        self.target, self.setting = target, setting
+    def __init__(self, device: torch.device, setting: Setting) -> None:
+        target = devices.find_target(device)
+        assert target is not None and target.gpu.name is not None, "why_not has asked, and drivers name their devices"
+        self.target, self.setting, self.on = target, setting, Device(device, target.gpu.name)
 
     def guard(self) -> AbstractContextManager[Any]:
-        """Makes the device the current one."""
+        """Return a context in which the device is the current one."""
         return self.target.guard()
 
-    def works(self, sizes: Sequence[Size]) -> list[Work]:
-        """Both passes of every size."""
-        return [self._work(size, op) for size in sizes for op in OPS]
+    def jobs(self, sizes: Sequence[Size]) -> list[Job]:
+        """Return both passes of every size."""
+        return [self._job(size, op) for size in sizes for op in ("forward", "backward")]
 
     def left_behind(self) -> str | None:
-        """Flags or tickets in the workspace."""
-        sync, _ = devices.workspace(self.setting.device, self.target, 0, 0)
+        """Report flags or tickets that a launch left in the workspace, and zero them."""
+        sync, _ = devices.workspace(self.on.device, self.target, 0, 0)
         if not sync.any():
             return None
         sync.zero_()
         return "leaves flags or tickets in the workspace"
 
-    def _work(self, size: Size, op: str) -> Work:
-        on, what, (M, K, N, R) = self.target, self.setting, size
-        case = Case(
-            on.arch, what.dtype.itemsize, M, N, K, R, what.p > 0, True, on.multiprocessors,
-            what.name, (what.dtype, what.adapter_dtype), what.w_format,
-        )  # fmt: skip
+    def _job(self, size: Size, op: str) -> Job:
+        case = self.setting.case(size)
         run = {"forward": self._forward, "backward": self._backward}[op]
-        plans = candidates(op, case)
-        key = tuned.key(op, what.dtype, what.adapter_dtype, M, N, K, R, what.p > 0, what.w_format)
-        return Work(size, op, key, {name: Way(plan, functools.partial(run, plan)) for name, plan in plans.items()})
+        plans = plans_to_try(op, case, self.target.gpu)
+        trials = {name: Trial(plan, functools.partial(run, plan)) for name, plan in plans.items()}
+        return Job(size, op, store.key(op, case), trials)
 
-    def _forward(self, plan: Plan, operands: Operands, out: dict[str, Tensor]) -> None:
-        q = operands.q
-        w = quantised.as_planned(operands.w, plan, q.x.dtype)
-        launching.forward_launch(
-            self.target, plan, q.x, w, q.a, q.b, q.bias, out["y"], out["h"], q.scale, q.p, q.seed, True
-        ).run()
+    def _forward(self, plan: Plan, operands: Operands, room: dict[str, Tensor]) -> None:
+        x, base = operands.q.x, operands.base
+        base = base._replace(w=quantised.as_planned(base.w, plan, x.dtype))
+        out = launching.Outputs(room["y"], room["h"], save_h=True)
+        launching.forward_launch(self.target, plan, x, base, operands.adapter, out).run()
 
-    def _backward(self, plan: Plan, operands: Operands, out: dict[str, Tensor]) -> None:
-        q = operands.q
-        w = quantised.as_planned(operands.w, plan, q.dy.dtype)
-        launching.backward_launch(
-            self.target, plan, q.dy, q.x, w, q.a, q.b, operands.h,
-            out["dx"], out["da"], out["db"], out["g"], q.scale, q.p, q.seed,
-        ).run()  # fmt: skip
+    def _backward(self, plan: Plan, operands: Operands, room: dict[str, Tensor]) -> None:
+        dy, base = operands.q.dy, operands.base
+        base = base._replace(w=quantised.as_planned(base.w, plan, dy.dtype))
+        saved = launching.Saved(operands.q.x, operands.h)
+        out = launching.Gradients(room["dx"], room["da"], room["db"], room["g"])
+        launching.backward_launch(self.target, plan, dy, saved, base, operands.adapter, out).run()

@@ -9,7 +9,7 @@ import torch
 
 from lora_kernels.backends import cuda
 from lora_kernels.core.operands import Call
-from lora_kernels.plans import tilings
+from lora_kernels.plans import sm90
 
 SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32, 100, 64, 72, 12, True)
 
@@ -69,7 +69,7 @@ def test_errors_are_named() -> None:
         pytest.skip("there is a GPU here")
     memory = torch.zeros(1024)
     tensors = (torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "xwab")
-    operands = cuda._operands(8, *tensors, 1.0, 0.0, None, 0, tilings.BY_RULE)
+    operands = cuda._operands(8, *tensors, 1.0, 0.0, None, 0, sm90.BY_RULE)
     call = extension.Sm90Forward(**operands | {"device": 0})
     with pytest.raises(RuntimeError, match=r"cudaError(InsufficientDriver|NoDevice|StubLibrary)"):
         call.workspace()

@@ -12,7 +12,7 @@ from support import sm90
 
 from lora_kernels.backends import cuda
 from lora_kernels.core import dropout as random
-from lora_kernels.plans import tilings
+from lora_kernels.plans.sm90 import BY_RULE, PLANS, Sm90Plan
 from lora_kernels.testing import one_layer
 from lora_kernels.testing.judge import Problem, judge, problem
 
@@ -25,7 +25,7 @@ pytestmark = [
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 
-SINGLE, PAIRS = tilings.TILINGS[1:]
+SINGLE, PAIRS = PLANS[1:]
 """Tiles of 256 columns. The rule takes 128 where there are few tiles."""
 
 
@@ -39,7 +39,7 @@ def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
     assert [verdict.fault for verdict in judge(got, q) if verdict.fault] == []
 
 
-@pytest.mark.parametrize("tiling", [tilings.BY_RULE, SINGLE, PAIRS])
+@pytest.mark.parametrize("tiling", [BY_RULE, SINGLE, PAIRS])
 @pytest.mark.parametrize(
     ("M", "N", "K", "R", "p", "dtype", "adapter_dtype", "sms", "resident"),
     [
@@ -65,7 +65,7 @@ def test_results(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> 
     assert_right(results(sm90.Device(M, sms, resident, tiling), q), q)
 
 
-@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+@pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
 def test_random_shapes_on_one_stream(tiling: tuple[int, int]) -> None:
     """Launch after launch over one workspace, as on a stream."""
     generator = torch.Generator().manual_seed(7)
@@ -83,7 +83,7 @@ def test_random_shapes_on_one_stream(tiling: tuple[int, int]) -> None:
         assert_right(results(device, q), q)
 
 
-@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+@pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
 def test_results_do_not_depend_on_timing(tiling: tuple[int, int]) -> None:
     q = problem(1100, 136, 136, 40, dtype=BF16, p=0.2)
     runs = [results(sm90.Device(seed, 6, resident, tiling), q) for seed, resident in ((1, 1), (2, 3), (3, 6))]
@@ -125,7 +125,7 @@ def test_dropout_is_the_rule() -> None:
     assert torch.equal(h != 0, random.keep_mask(q.seed, M, K, q.p))
 
 
-@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+@pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
 def test_only_what_is_asked(needs: tuple[int, int, int], tiling: tuple[int, int]) -> None:
     q = problem(150, 72, 136, 12, dtype=BF16, p=0.2)
@@ -147,7 +147,7 @@ def test_h_is_not_stored_unless_asked_for() -> None:
         assert torch.equal(y, sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)[0])
 
 
-@pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
+@pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
 def test_row_strides(tiling: tuple[int, int]) -> None:
     """Rows apart, and a and b at odd places or all rows in one: what TMA cannot read of them is converted in the
     launch."""
@@ -207,9 +207,9 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> sm90.Extension:
     return sm90.serve_cpu(monkeypatch)
 
 
-@pytest.mark.parametrize("tiling", tilings.TILINGS)
+@pytest.mark.parametrize("tiling", PLANS)
 @pytest.mark.usefixtures("extension")
-def test_a_tiling_can_be_asked_for(tiling: tilings.Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiling_can_be_asked_for(tiling: Sm90Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reaches the kernels, and the results fill what they are given."""
     asked = []
 

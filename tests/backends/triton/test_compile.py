@@ -1,5 +1,5 @@
-"""Every tile of the tables, compiled for its architecture with no GPU: what the compiler made of it, and in what order
-it publishes and waits."""
+"""Every entry of the tables, compiled for its architecture with no GPU: the registers, memory and instructions that the
+kernel takes, and the order in which it publishes and waits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_kernels.plans import tiles
 
 
 class Entry(NamedTuple):
-    """One entry of the tables, in one of the variants that ask most of the compiler: with dropout, where the entry
+    """One entry of the tables, in one of the variants that ask most of the compiler. It has dropout where the entry
     serves dropout."""
 
     arch: str
@@ -42,7 +42,7 @@ def _entries() -> Iterator[Entry]:
             # An entry with a twin for dropout, or of a kind that is never chosen with it, is compiled without.
             p = 0.0 if f"{kind}_dropout" in table or kind.startswith("redundant") else 0.1
             if itemsize == 2:
-                # One tile, other instructions: both types, once with the adapters that take more registers.
+                # The two types share tiles but not instructions; bf16 has the adapters that take more registers.
                 yield Entry(arch, kind, torch.bfloat16, torch.float32, p)
                 yield Entry(arch, kind, torch.float16, torch.float16, p)
             else:
@@ -78,7 +78,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Reports]:
 
 
 @pytest.mark.parametrize("number", range(len(ENTRIES)), ids=lambda number: str(ENTRIES[number]))
-def test_entry(number: int, compiled: Reports) -> None:
+def test_an_entry_fits_its_architecture_and_uses_its_instructions(number: int, compiled: Reports) -> None:
     entry, report = ENTRIES[number], compiled[number]
     cuda = entry.arch.startswith("sm_")
     report.check(entry.arch)
@@ -97,7 +97,7 @@ def test_entry(number: int, compiled: Reports) -> None:
         assembly.check_publication_amd(report.assembly)
 
 
-def test_no_entry_is_left_out() -> None:
+def test_every_entry_is_compiled_in_two_variants() -> None:
     entries = {(arch, itemsize, kind) for (arch, itemsize), table in tiles.TABLES.items() for kind in table}
     variants = Counter((e.arch, e.dtype.itemsize, e.kind) for e in ENTRIES)
     assert variants == dict.fromkeys(entries, 2)  # two types of 16 bits, two precisions of fp32
@@ -127,13 +127,13 @@ $L__BB0_4:
 SPIN = "@%p6 ld.global.gpu.acquire.b32 %r7, [ %rd2 ];"
 
 
-def test_order_is_found() -> None:
+def test_the_right_order_passes() -> None:
     text = PTX.format(barrier="bar.sync 0;", spin=SPIN)
     assembly.check_publication(text)
     assembly.check_consumption(text)
 
 
-def test_a_missing_barrier_is_found() -> None:
+def test_a_missing_barrier_is_reported() -> None:
     with pytest.raises(AssertionError, match="no store comes before"):
         assembly.check_publication(PTX.format(barrier="", spin=SPIN))
 
@@ -146,8 +146,8 @@ SMALLEST = [
 
 
 @pytest.mark.parametrize("number", SMALLEST, ids=lambda number: str(ENTRIES[number]))
-def test_a_barrier_taken_out_of_a_kernel_is_missed(number: int, compiled: Reports) -> None:
-    """The smallest kernel that publishes, as compiled and without what orders its stores."""
+def test_a_barrier_taken_out_of_a_kernel_is_reported(number: int, compiled: Reports) -> None:
+    """The smallest kernel that publishes passes as compiled, and fails without what orders its stores."""
     arch, text = ENTRIES[number].arch, compiled[number].assembly
     check, order, release = {
         "sm_80": (assembly.check_publication, ("bar.sync",), ".acq_rel."),
@@ -164,6 +164,6 @@ def test_a_barrier_taken_out_of_a_kernel_is_missed(number: int, compiled: Report
         check("\n".join(lines))
 
 
-def test_a_missing_acquire_is_found() -> None:
+def test_a_missing_acquire_is_reported() -> None:
     with pytest.raises(AssertionError, match="before it is waited for"):
         assembly.check_consumption(PTX.format(barrier="bar.sync 0;", spin="ld.volatile.global.b32 %r7, [ %rd2 ];"))

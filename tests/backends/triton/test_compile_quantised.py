@@ -19,19 +19,20 @@ from triton.runtime import driver
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton import quant as quantised
 from lora_kernels.backends.triton.device import Launch, Target
+from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans import quant_tiles, tiles
 from lora_kernels.quant.encode import FP8_BLOCK
 from lora_kernels.quant.weight import CODES, Nested, QuantizedWeight, quantize_weight
 
 N = K = 4096
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
-"""Each with every format. The others have the one that asks most of the compiler."""
+"""The architectures that are compiled with every format. The others get the format that asks most of the compiler."""
 FORMATS = ("nf4", "fp4", "int8", "fp8")
 
 
 class Entry(NamedTuple):
-    """A tile of the tables, or "dequantise", with a format. `most`: the variant that asks most of the compiler, with
-    double quantisation in 4 bits, dropout and, beside 16 bits, adapters in fp32."""
+    """An entry of the tables, or the kernel "dequantise", with a format. `most` is the variant that asks most of the
+    compiler: double quantisation in 4 bits, dropout and, for x in 16 bits, adapters in fp32."""
 
     arch: str
     kind: str
@@ -62,7 +63,7 @@ ENTRIES = list(_entries())
 
 
 def weight_of(entry: Entry) -> QuantizedWeight:
-    """With no memory. fp8 is in blocks of 128 x 128."""
+    """Return a weight without memory. fp8 is in blocks of 128 x 128."""
     fp32, blocks = torch.float32, N * K // 64
     if entry.format in ("int8", "fp8"):
         scales = (N,) if entry.format == "int8" else (N // FP8_BLOCK, K // FP8_BLOCK)
@@ -76,7 +77,7 @@ def weight_of(entry: Entry) -> QuantizedWeight:
 
 
 def launch_of(entry: Entry) -> Launch:
-    """What the back-end would launch for the entry's largest rank, with K or M split."""
+    """Return the launch of the back-end for the entry's largest rank, with K or M split."""
     w, dtype = weight_of(entry), entry.dtype
     if entry.kind == "dequantise":
         return quantised.dequantise_launch(w, empty(N, K, dtype=dtype))
@@ -105,7 +106,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Reports]:
 
 
 @pytest.mark.parametrize("number", range(len(ENTRIES)), ids=lambda number: str(ENTRIES[number]))
-def test_quantised_entry(number: int, compiled: Reports) -> None:
+def test_an_entry_fits_its_architecture_and_uses_its_instructions(number: int, compiled: Reports) -> None:
     entry, report = ENTRIES[number], compiled[number]
     cuda = entry.arch.startswith("sm_")
     report.check(entry.arch)
@@ -126,7 +127,7 @@ def test_quantised_entry(number: int, compiled: Reports) -> None:
             assembly.check_consumption(report.assembly)
 
 
-def test_no_tile_is_left_out() -> None:
+def test_every_tile_and_format_is_compiled() -> None:
     tested = {quant_tiles.TABLES[e.arch, e.dtype.itemsize][e.kind] for e in ENTRIES if e.kind != "dequantise"}
     assert tested == {tile for table in quant_tiles.TABLES.values() for tile in table.values()}
     assert {(e.arch, e.format) for e in ENTRIES} >= {(arch, format) for arch in ARCHITECTURES for format in FORMATS}
@@ -134,7 +135,7 @@ def test_no_tile_is_left_out() -> None:
 
 
 def test_one_code_serves_several_architectures() -> None:
-    """Of a kernel with all that could differ: products, dropout, conversions of fp8."""
+    """The kernel has everything that could differ: products, dropout, conversions of fp8."""
     codes = []
     for arch in ("sm_80", "sm_89"):
         entry = Entry(arch, "backward", "fp8", torch.bfloat16, True)
@@ -144,8 +145,8 @@ def test_one_code_serves_several_architectures() -> None:
     assert codes[0] == codes[1]
 
 
-def test_contraction_is_found() -> None:
-    """With it the compiler does turn absmax of double quantisation into one operation."""
+def test_the_compiler_would_contract_if_it_were_allowed_to() -> None:
+    """It turns absmax of double quantisation into one operation."""
     (number,) = (i for i, e in enumerate(ENTRIES) if (e.arch, e.kind, e.format) == ("sm_90", "dequantise", "nf4"))
     launch = launch_of(ENTRIES[number])
     contracted = launch._replace(options=launch.options | {"enable_fp_fusion": True})
@@ -153,7 +154,7 @@ def test_contraction_is_found() -> None:
 
 
 class NoDriver:
-    """Of a device that Triton asks about while it binds arguments and compiles."""
+    """Answers what Triton asks of a driver while it binds arguments and compiles."""
 
     def get_current_device(self) -> int:
         return 0
@@ -167,15 +168,16 @@ class NoDriver:
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8", "dense"])
 def test_what_is_compiled_is_what_triton_would_launch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own binder finds these types, constants and divisibilities in the arguments, the tuple that stands for a
-    quantised W among them."""
+    """Triton's own binder finds the same types, constants and divisibilities in the arguments, and in the tuple that
+    stands for a quantised W."""
     x, y, h, a, b = (torch.zeros(shape).bfloat16() for shape in ((32, 256), (32, 128), (32, 16), (16, 256), (128, 16)))
     w = torch.randn(128, 256).bfloat16()
     if kind != "dense":
         w = quantize_weight(w, kind, double_quant=kind == "nf4")
-    target = Target("sm_90", 132, contextlib.nullcontext, lambda: 0, lambda: False)
+    target = Target(tiles.Gpu("sm_90", 132), contextlib.nullcontext, lambda: 0, lambda: False)
     plan = tiles.Plan(False, quant_tiles.TABLES["sm_90", 2]["backward"], 1, within=kind != "dense")
-    launch = launching.backward_launch(target, plan, y, x, w, a, b, h, x, a, b, h, 0.75, 0.0, None)
+    saved, gradients = launching.Saved(x, h), launching.Gradients(x, a, b, h)
+    launch = launching.backward_launch(target, plan, y, saved, Base(w), Adapter(a, b, 0.75), gradients)
     kernel = launch.kernel
     monkeypatch.setattr(driver, "_active", NoDriver())
     source = kernel.warmup(**launch.arguments, **launch.options, grid=(launch.programs,)).src

@@ -1,4 +1,4 @@
-"""The repaired interpreter: what Triton's own gets wrong, it gets right."""
+"""The repaired interpreter is right where Triton's own is wrong."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _operations(a, b, product, total, third, square, BLOCK: tl.constexpr):
     tl.store(square + at, _square(a_tile))
 
 
-def test_bfloat16() -> None:
-    """Triton multiplies and adds the payloads as integers, and truncates where it should round."""
+def test_bfloat16_is_computed_in_fp32_and_rounded() -> None:
+    """Triton's own interpreter multiplies and adds the payloads as integers, and truncates where it should round."""
     a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
     product = torch.empty(16, 16)
     total, third, square = (torch.empty_like(a) for _ in range(3))
@@ -39,7 +39,7 @@ def test_bfloat16() -> None:
     assert torch.equal(square, a * a)
 
 
-def test_nothing_stays_patched() -> None:
+def test_triton_is_not_patched_afterwards() -> None:
     before = {name: getattr(tl, name) for name in ("load", "dot", "arange", "zeros")}
-    test_bfloat16()
+    test_bfloat16_is_computed_in_fp32_and_rounded()
     assert all(getattr(tl, name) is value for name, value in before.items())

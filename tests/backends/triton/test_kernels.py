@@ -1,5 +1,5 @@
-"""The Triton back-end's numbers, in the interpreter: the launches of a GPU on CPU tensors, with tiles small enough to
-have several."""
+"""The Triton back-end's results in the interpreter: the launches of a GPU on CPU tensors. The tiles are so small that
+every result has several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import judging
 
-from lora_kernels.core import dropout as random
+from lora_kernels.core.dropout import dropout, keep_mask, rescale
 from lora_kernels.testing import one_layer
 
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
@@ -24,8 +24,8 @@ from support.interp import interpret
 from lora_kernels.backends import triton
 from lora_kernels.backends.triton import device
 from lora_kernels.backends.triton import launch as launching
-from lora_kernels.core.operands import Call
-from lora_kernels.plans import tiles
+from lora_kernels.core.operands import Adapter, Base, Call
+from lora_kernels.plans import choose, tiles
 
 CPU = torch.device("cpu")
 _REDUNDANT = tiles.Tile(
@@ -44,20 +44,20 @@ PLANS = list(TABLES)
 
 
 def target(programs: int = 3, capturing: bool = False) -> device.Target:
-    return device.Target("interpreter", programs, contextlib.nullcontext, lambda: 0, lambda: capturing)
+    return device.Target(tiles.Gpu("interpreter", programs), contextlib.nullcontext, lambda: 0, lambda: capturing)
 
 
 @contextlib.contextmanager
 def interpreted(plan: str, on: device.Target | None = None, tma: bool = False) -> Iterator[ModuleType]:
-    """The back-end, serving CPU tensors by one of the two plans. Every launch must leave the workspace as it found
-    it."""
+    """Yield the back-end, which serves CPU tensors by one of the two plans. Fail where a launch has left counters in
+    the workspace."""
     table = {kind: dataclasses.replace(tile, tma=tma) for kind, tile in TABLES[plan].items()}
     with pytest.MonkeyPatch.context() as patch, interpret():
         patch.setitem(device.TARGETS, CPU, on or target())
         for itemsize in (2, 4):
             patch.setitem(tiles.TABLES, ("interpreter", itemsize), table)
         patch.setattr(device, "_workspaces", {})
-        tiles.plan.cache_clear()
+        choose.plan.cache_clear()
         yield triton
         assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags or tickets behind"
 
@@ -68,14 +68,16 @@ def results(q: judging.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
 
 
 SHAPES = [*judging.SHAPES[:-1], (97, 95, 93, 16)]
-"""The last is large enough for statistics, with dropout too, and no larger: the interpreter takes its time."""
+"""The last shape is just large enough for statistics, with dropout too: the interpreter is slow."""
 VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3]))
-"""Which dtypes and dropout a shape gets: all shapes between them see all."""
+"""The dtypes and dropout that the shapes take turns with: together they cover all."""
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("number, shape", list(enumerate(SHAPES)))
-def test_every_shape(number: int, shape: tuple[int, int, int, int], plan: str, poison: None) -> None:
+def test_results_are_right_for_every_shape(
+    number: int, shape: tuple[int, int, int, int], plan: str, poison: None
+) -> None:
     (dtype, adapter_dtype), p = VARIETY[(3 * number + PLANS.index(plan)) % len(VARIETY)]
     q = judging.problem(
         *shape, dtype=dtype, adapter_dtype=adapter_dtype, p=p, bias=number % 3 > 0, strided=number % 2 == 0
@@ -86,13 +88,15 @@ def test_every_shape(number: int, shape: tuple[int, int, int, int], plan: str, p
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
-def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], p: float, plan: str, poison: None) -> None:
+def test_results_are_right_for_every_dtype(
+    dtypes: tuple[torch.dtype, torch.dtype], p: float, plan: str, poison: None
+) -> None:
     q = judging.problem(17, 20, 33, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p, strided=True)
     judging.check(results(q, plan), q)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 256])
-def test_every_rank(rank: int, poison: None) -> None:
+def test_results_are_right_for_every_rank(rank: int, poison: None) -> None:
     q = judging.problem(18, 20, 24, rank, dtype=torch.bfloat16, p=0.1)
     judging.check(results(q, "tickets"), q)
 
@@ -102,15 +106,17 @@ def test_every_rank(rank: int, poison: None) -> None:
     M=st.integers(0, 40), N=st.integers(1, 70), K=st.integers(1, 70), R=st.integers(1, 40),
     plan=st.sampled_from(PLANS), p=st.sampled_from([0.0, 0.5]), strided=st.booleans(), programs=st.integers(1, 9),
 )  # fmt: skip
-def test_any_shape(M: int, N: int, K: int, R: int, plan: str, p: float, strided: bool, programs: int) -> None:
+def test_results_are_right_for_random_shapes(
+    M: int, N: int, K: int, R: int, plan: str, p: float, strided: bool, programs: int
+) -> None:
     q = judging.problem(M, N, K, R, dtype=torch.float16, p=p, strided=strided)
     judging.check(results(q, plan, on=target(programs)), q)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_descriptors(dtype: torch.dtype, plan: str, poison: None) -> None:
-    """Ragged against the tiles in every dimension; rows of whole 16 bytes."""
+def test_results_are_right_through_descriptors(dtype: torch.dtype, plan: str, poison: None) -> None:
+    """No dimension is a multiple of its tile; rows are multiples of 16 bytes."""
     q = judging.problem(21, 40, 56, 8, dtype=dtype, p=0.3)
     judging.check(results(q, plan, tma=True), q)
 
@@ -124,36 +130,23 @@ def test_unaligned_operands_are_not_described(poison: None) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_same_bits_whatever_the_number_of_programs(plan: str) -> None:
-    """Several parts to every sum, claimed by one program, by several and by more than there is work for."""
+def test_the_number_of_programs_does_not_change_a_bit(plan: str) -> None:
+    """Every sum has several parts, claimed by one program, by several, and by more than there is work for."""
     M, N, K, R = 40, 20, 40, 5
     q = judging.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
     forward, backward = _REDUNDANT if plan == "redundant" else _TICKETS, _BACKWARD
-    runs = []
-    on = target()
+    base, adapter = Base(q.w, q.bias), Adapter(q.a, q.b, q.scale, q.p, q.seed)
+    runs, on = [], target()
     for programs in (1, 4, 40):
         y, h = torch.full((M, N), torch.nan).bfloat16(), torch.full((M, R), torch.nan).bfloat16()
         dx, da, db, g = (torch.full_like(t, torch.nan) for t in (q.x, q.a, q.b, h))
         with interpret():
-            launch = launching.forward_launch(
-                on,
-                tiles.Plan(plan == "redundant", forward, 4),
-                q.x,
-                q.w,
-                q.a,
-                q.b,
-                q.bias,
-                y,
-                h,
-                q.scale,
-                q.p,
-                q.seed,
-                True,
-            )
+            forward_plan = tiles.Plan(plan == "redundant", forward, 4)
+            launch = launching.forward_launch(on, forward_plan, q.x, base, adapter, launching.Outputs(y, h, True))
             launch._replace(programs=launch.programs if plan == "redundant" else programs).run()
-            launch = launching.backward_launch(
-                on, tiles.Plan(False, backward, 4), q.dy, q.x, q.w, q.a, q.b, h, dx, da, db, g, q.scale, q.p, q.seed
-            )
+            saved, gradients = launching.Saved(q.x, h), launching.Gradients(dx, da, db, g)
+            backward_plan = tiles.Plan(False, backward, 4)
+            launch = launching.backward_launch(on, backward_plan, q.dy, saved, base, adapter, gradients)
             launch._replace(programs=programs).run()
         runs.append({"y": y, "dx": dx, "da": da, "db": db})
     judging.check(runs[0], q)
@@ -177,7 +170,7 @@ def test_only_what_is_needed_is_computed(poison: None) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_received_tensors_are_left_alone(plan: str) -> None:
+def test_received_tensors_are_not_written_to(plan: str) -> None:
     q = judging.problem(20, 33, 40, 3, p=0.3)
     before = {name: getattr(q, name).clone() for name in ("x", "w", "a", "b", "bias", "dy", "seed")}
     results(q, plan)
@@ -189,14 +182,14 @@ def test_saved_h_is_unscaled(plan: str) -> None:
     q = judging.problem(20, 50, 40, 3, dtype=torch.bfloat16, p=0.3, scale=64.0)
     with interpreted(plan) as backend:
         _, h = one_layer.forward(backend, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
-    exact = random.dropout(q.x.double(), q.p, q.seed) @ q.a.double().t()
+    exact = dropout(q.x.double(), q.p, q.seed) @ q.a.double().t()
     assert h.dtype == torch.bfloat16 and h.is_contiguous()
     torch.testing.assert_close(h.double(), exact, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e-3, 2.0**-101, 200.0])
-def test_scales(scale: float, plan: str) -> None:
+def test_results_are_right_for_every_scale(scale: float, plan: str) -> None:
     q = judging.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
     got = results(q, plan)
     judging.check(got, q)
@@ -206,10 +199,10 @@ def test_scales(scale: float, plan: str) -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("seed", [0, 2**32 + 1, 2**63 - 1])
-def test_masks_are_the_rule_bit_for_bit(seed: int, plan: str) -> None:
-    """Operands under which h, dx and da each show the mask itself."""
+def test_the_masks_of_h_dx_and_da_are_the_rule_bit_for_bit(seed: int, plan: str) -> None:
+    """With these operands h, dx and da are each the mask times c."""
     M, K, p = 21, 43, 0.4
-    keep = random.keep_mask(torch.tensor(seed), M, K, p)
+    keep = keep_mask(torch.tensor(seed), M, K, p)
     one = torch.ones((), dtype=torch.float32)
     with interpreted(plan) as backend:
         # h = c · keep ⊙ 1 · I
@@ -237,12 +230,10 @@ def test_masks_are_the_rule_bit_for_bit(seed: int, plan: str) -> None:
         )  # fmt: skip
     for name, value in (("h", h), ("dx", dx), ("da", da)):
         assert torch.equal(value != 0, keep), f"{name}'s mask differs"
-        assert torch.equal(value, keep * torch.tensor(random.rescale(p), dtype=torch.float32)), (
-            f"{name}'s factor differs"
-        )
+        assert torch.equal(value, keep * torch.tensor(rescale(p), dtype=torch.float32)), f"{name}'s factor differs"
 
 
-def test_workspace_is_kept_for_a_stream_and_grows() -> None:
+def test_the_workspace_is_kept_for_a_stream_and_grows() -> None:
     small, large = judging.problem(5, 7, 9, 2), judging.problem(40, 20, 40, 20)
     with interpreted("tickets") as backend:
         judging.backend_results(backend, small)
@@ -272,7 +263,7 @@ def test_refusals_name_what_is_refused() -> None:
         assert triton.why_not(call()) == []
         (reason,) = triton.why_not(call(dtype=torch.float64))
         assert "float64" in reason
-    with interpreted("tickets", on=target()._replace(arch="sm_75")):
+    with interpreted("tickets", on=target()._replace(gpu=tiles.Gpu("sm_75", 3))):
         (reason,) = triton.why_not(call())
         assert "sm_75" in reason and "sm_80" in reason
 
@@ -280,5 +271,5 @@ def test_refusals_name_what_is_refused() -> None:
 @pytest.mark.parametrize(
     "arch, served_by", [("sm_89", "sm_89"), ("sm_121", "sm_120"), ("sm_75", None), ("gfx90a", None)]
 )
-def test_architectures(arch: str, served_by: str | None) -> None:
+def test_an_architecture_is_served_by_its_own_or_its_familys_tables(arch: str, served_by: str | None) -> None:
     assert tiles.resolve(arch) == served_by

@@ -1,5 +1,5 @@
-"""The Triton back-end over a quantised weight, in the interpreter: the weight bit for bit, every result against fp64,
-within the product and dequantised first."""
+"""The Triton back-end with a quantised weight, in the interpreter: the weight bit for bit, and every result against
+fp64, with the weight dequantised within the product and dequantised first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import judging
 
-from lora_kernels.core import dropout as random
+from lora_kernels.core.dropout import keep_mask, rescale
 from lora_kernels.quant.weight import DTYPES, FORMATS, QuantizedWeight, quantize_weight
 from lora_kernels.testing import one_layer
 from lora_kernels.testing.judge import judge, over_codes
@@ -25,8 +25,8 @@ from lora_kernels.backends import triton
 from lora_kernels.backends.triton import device
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton import quant as quantised
-from lora_kernels.core.operands import Call
-from lora_kernels.plans import quant_tiles, tiles
+from lora_kernels.core.operands import Adapter, Base, Call
+from lora_kernels.plans import choose, quant_tiles, tiles
 
 CPU = torch.device("cpu")
 WITHIN = tiles.Tile(max_rank=64, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=64, GROUP_M=2, num_warps=4, num_stages=2)
@@ -41,7 +41,7 @@ WAYS = {
     "tickets": {"tickets": TICKETS, "backward": BACKWARD},
     "first": {},
 }
-"""W dequantised within the products, by both plans of a forward, or first."""
+"""W is dequantised within the products, by both plans of a forward, or before them."""
 
 KINDS = {
     "nf4": {"format": "nf4"},
@@ -57,9 +57,9 @@ KINDS = {
 
 @contextlib.contextmanager
 def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
-    """The back-end, serving CPU tensors in one of the two ways. Every launch must leave the workspace as it found
-    it."""
-    target = device.Target("interpreter", 8, contextlib.nullcontext, lambda: 0, lambda: capturing)
+    """Yield the back-end, which serves CPU tensors in one of the three ways. Fail where a launch has left counters in
+    the workspace."""
+    target = device.Target(tiles.Gpu("interpreter", 8), contextlib.nullcontext, lambda: 0, lambda: capturing)
     with pytest.MonkeyPatch.context() as patch, interpret():
         patch.setitem(device.TARGETS, CPU, target)
         for itemsize in (2, 4):
@@ -68,8 +68,7 @@ def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
         patch.setattr(quant_tiles, "ROWS", dict.fromkeys(quant_tiles.ROWS, 1000))
         patch.setattr(quantised, "WHOLE", WHOLE)
         patch.setattr(device, "_workspaces", {})
-        for cached in (tiles.plan, quant_tiles.plan):
-            cached.cache_clear()
+        choose.plan.cache_clear()
         yield triton
         assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags behind"
 
@@ -90,7 +89,7 @@ def check(got: dict[str, torch.Tensor], q: judging.Problem, w: QuantizedWeight) 
 
 
 def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """NaN like any other value, and zeros of both signs."""
+    """Compare bits: NaN like any other value, and zeros with their signs."""
     whole = {2: torch.int16, 4: torch.int32}[want.element_size()]
     return got.dtype == want.dtype and torch.equal(got.view(whole), want.view(whole))
 
@@ -105,29 +104,29 @@ def dequantised(w: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weight_bit_for_bit(kind: str, dtype: torch.dtype, poison: None) -> None:
-    """Ragged against the tiles, and more rows and columns than a block of fp8; blocks straddle the rows."""
+def test_the_weight_is_dequantised_bit_for_bit(kind: str, dtype: torch.dtype, poison: None) -> None:
+    """The sizes are no multiples of the tiles and exceed a block of fp8; blocks of 4 bits straddle the rows."""
     w = quantize_weight(torch.randn(131, 134) * torch.logspace(-3, 2, 134), **KINDS[kind])
     assert same_bits(dequantised(w, dtype), w.dequantize(dtype))
 
 
 @pytest.mark.parametrize("K", [2, 6, 32, 48, 64, 96, 128])
 @pytest.mark.parametrize("blocksize", [32, 64, 256])
-def test_blocks_that_divide_rows_and_blocks_that_do_not(K: int, blocksize: int, poison: None) -> None:
+def test_blocks_may_or_may_not_divide_the_rows(K: int, blocksize: int, poison: None) -> None:
     w = quantize_weight(torch.randn(17, K), "nf4", blocksize=blocksize, double_quant=True)
     assert same_bits(dequantised(w, torch.bfloat16), w.dequantize(torch.bfloat16))
 
 
-def test_more_than_one_second_level_block(poison: None) -> None:
-    """257 and more absmax: they have two scales of their own."""
+def test_double_quantisation_may_have_several_second_level_blocks(poison: None) -> None:
+    """There are more than 256 absmax, so they have two scales of their own."""
     w = quantize_weight(torch.randn(130, 66), "nf4", blocksize=32, double_quant=True)
     assert w.nested is not None and w.nested.absmax.numel() == 2
     assert same_bits(dequantised(w, torch.float32), w.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_fp8_code(dtype: torch.dtype) -> None:
-    """Subnormals, both zeros and, where the code is one, NaN."""
+def test_every_fp8_code_is_decoded(dtype: torch.dtype) -> None:
+    """The codes include subnormals, both zeros and NaN."""
     codes = torch.arange(256, dtype=torch.uint8).view(8, 32).view(torch.float8_e4m3fn)
     w = QuantizedWeight("fp8", (8, 32), dtype, codes, torch.tensor([[0.75]])).check()
     got, want = dequantised(w, dtype), w.dequantize(dtype)
@@ -136,15 +135,15 @@ def test_every_fp8_code(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
-def test_every_pair_of_codes(format: str) -> None:
+def test_every_pair_of_codes_is_decoded(format: str) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(8, 32)
     w = QuantizedWeight(format, (8, 64), torch.float32, codes, torch.linspace(0.5, 2, 8), 64).check()
     assert same_bits(dequantised(w, torch.float32), w.dequantize())
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_extremes(format: str) -> None:
-    """Rows of zeros, of the smallest and of almost the largest numbers."""
+def test_extreme_weights_are_dequantised_bit_for_bit(format: str) -> None:
+    """There are rows of zeros, of the smallest numbers and of almost the largest."""
     w = torch.randn(4, 64)
     w[0], w[1] = 0, w[1] * 1e-40
     w[2] *= 1e35
@@ -163,14 +162,14 @@ SHAPES = [  # M, N, K, R
     (20, 24, 98, 64),
     (0, 16, 24, 4),
 ]
-"""Even K; the judge has every element within the bound of rounding."""
+"""K is even. Results this small are judged element by element, by the bound of rounding."""
 VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3]))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("number, kind", list(enumerate(KINDS)))
-def test_every_format(number: int, kind: str, way: str, poison: None) -> None:
-    """Each with two of the shapes and of the combinations of dtypes and dropout; all of them see all."""
+def test_results_are_right_for_every_format(number: int, kind: str, way: str, poison: None) -> None:
+    """Each format has two of the shapes and two combinations of dtypes and dropout; together they cover all."""
     for turn in (2 * number, 2 * number + 1):
         (dtype, adapter_dtype), p = VARIETY[(3 * turn + list(WAYS).index(way)) % len(VARIETY)]
         shape, bias = SHAPES[turn % len(SHAPES)], turn % 3 > 0
@@ -181,7 +180,7 @@ def test_every_format(number: int, kind: str, way: str, poison: None) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
-def test_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], way: str, poison: None) -> None:
+def test_results_are_right_for_every_dtype(dtypes: tuple[torch.dtype, torch.dtype], way: str, poison: None) -> None:
     q = judging.problem(17, 20, 34, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3, strided=True)
     w = quantise(q, "nf4-32-nested")
     check(results(q, w, way), q, w)
@@ -192,8 +191,10 @@ WITHIN_WAYS = [way for way in WAYS if way != "first"]
 
 @pytest.mark.parametrize("way", WITHIN_WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weight_within_a_product_bit_for_bit(kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """y = I Wᵀ and dx = I W, and W is made nowhere else."""
+def test_the_weight_within_a_product_is_dequantised_bit_for_bit(
+    kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """y = I Wᵀ and dx = I W show W itself. The launch that dequantises W first is taken away."""
     N, K = 21, 38
     w = quantize_weight(torch.randn(N, K), **KINDS[kind])
     monkeypatch.delattr(quantised, "dense")
@@ -211,8 +212,8 @@ def test_the_weight_within_a_product_bit_for_bit(kind: str, way: str, monkeypatc
 @pytest.mark.parametrize(
     "way, dtype", [("redundant", torch.bfloat16), ("tickets", torch.float16), ("first", torch.float16)], ids=str
 )
-def test_as_good_as_plain_torch(way: str, dtype: torch.dtype, poison: None) -> None:
-    """Large enough for statistics."""
+def test_results_are_as_good_as_plain_torchs(way: str, dtype: torch.dtype, poison: None) -> None:
+    """The results are large enough for statistics."""
     q = judging.problem(64, 64, 80, 16, dtype=dtype)
     w = quantise(q, "nf4")
     check(results(q, w, way), q, w)
@@ -220,13 +221,14 @@ def test_as_good_as_plain_torch(way: str, dtype: torch.dtype, poison: None) -> N
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("kind", ["nf4-32-nested", "fp8-block"])
-def test_same_bits_in_every_run(kind: str, tma: bool, poison: None) -> None:
-    """Parts of every sum, and all of it at once; one program and several. x and dy by descriptors too, which the
-    tables do not use but a measurement may."""
+def test_the_number_of_programs_does_not_change_a_bit(kind: str, tma: bool, poison: None) -> None:
+    """Sums are split into parts or not, and run by one program or several. x and dy are read by descriptors too, which
+    the tables do not use but a measured plan may."""
     M, N, K, R = 34, 24, 40, 5
     q = judging.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
     w = quantise(q, kind)
-    target = device.Target("interpreter", 8, contextlib.nullcontext, lambda: 0, lambda: False)
+    base, adapter = Base(w, q.bias), Adapter(q.a, q.b, q.scale, q.p, q.seed)
+    target = device.Target(tiles.Gpu("interpreter", 8), contextlib.nullcontext, lambda: 0, lambda: False)
     forwards = [tiles.Plan(True, WITHIN, 1), tiles.Plan(True, WITHIN, 4), tiles.Plan(False, TICKETS, 1)]
     for plan, backward_split in zip(forwards, (1, 4, 2), strict=True):
         forward, backward = (
@@ -238,13 +240,11 @@ def test_same_bits_in_every_run(kind: str, tma: bool, poison: None) -> None:
             y, h = torch.full((M, N), torch.nan).bfloat16(), torch.full((M, R), torch.nan).bfloat16()
             dx, da, db, g = (torch.full_like(t, torch.nan) for t in (q.x, q.a, q.b, h))
             with interpret():
-                launch = launching.forward_launch(
-                    target, forward, q.x, w, q.a, q.b, q.bias, y, h, q.scale, q.p, q.seed, True
-                )
+                out = launching.Outputs(y, h, True)
+                launch = launching.forward_launch(target, forward, q.x, base, adapter, out)
                 launch._replace(programs=launch.programs if plan.redundant else programs).run()
-                launch = launching.backward_launch(
-                    target, backward, q.dy, q.x, w, q.a, q.b, h, dx, da, db, g, q.scale, q.p, q.seed
-                )
+                saved, gradients = launching.Saved(q.x, h), launching.Gradients(dx, da, db, g)
+                launch = launching.backward_launch(target, backward, q.dy, saved, base, adapter, gradients)
                 assert launch.arguments["splits"] == {1: 1, 4: 3, 2: 2}[backward_split]
                 launch._replace(programs=programs).run()
             runs.append({"y": y, "dx": dx, "da": da, "db": db})
@@ -253,16 +253,16 @@ def test_same_bits_in_every_run(kind: str, tma: bool, poison: None) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_masks_are_the_rule_bit_for_bit(way: str) -> None:
-    """Under a = I and x = 1, h is the mask itself."""
+def test_the_mask_of_h_is_the_rule_bit_for_bit(way: str) -> None:
+    """With a = I and x = 1, h is the mask times c."""
     M, K, p, seed = 21, 42, 0.4, torch.tensor(2**32 + 1)
     w = quantize_weight(torch.zeros(5, K), "nf4")
     with interpreted(way) as backend:
         _, h = one_layer.forward(
             backend, torch.ones(1, 1).expand(M, K), w, torch.eye(K), torch.zeros(5, K), None, 1.0, p, seed, True
         )
-    keep = random.keep_mask(seed, M, K, p)
-    assert torch.equal(h, keep * torch.tensor(random.rescale(p), dtype=torch.float32))
+    keep = keep_mask(seed, M, K, p)
+    assert torch.equal(h, keep * torch.tensor(rescale(p), dtype=torch.float32))
 
 
 def test_only_what_is_needed_is_computed(poison: None) -> None:
@@ -283,7 +283,7 @@ def test_only_what_is_needed_is_computed(poison: None) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["nf4-32-nested", "fp8-row"])
-def test_received_tensors_are_left_alone(kind: str, way: str) -> None:
+def test_received_tensors_are_not_written_to(kind: str, way: str) -> None:
     q = judging.problem(20, 33, 40, 3, p=0.3)
     w = quantise(q, kind)
     before = [t.clone() for t in (*w.tensors, q.x, q.dy)]
@@ -292,13 +292,13 @@ def test_received_tensors_are_left_alone(kind: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 2.0**-101])
-def test_scales(scale: float) -> None:
+def test_results_are_right_for_every_scale(scale: float) -> None:
     q = judging.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
     w = quantise(q, "fp4-nested")
     check(results(q, w, "redundant"), q, w)
 
 
-def test_a_captured_launch_keeps_nothing() -> None:
+def test_a_captured_launch_keeps_no_workspace() -> None:
     q = judging.problem(20, 33, 40, 3)
     w = quantise(q, "nf4")
     for way in WAYS:
@@ -310,8 +310,9 @@ def test_a_captured_launch_keeps_nothing() -> None:
 # --- the choice ---
 
 
-def case(arch: str, itemsize: int, M: int, R: int) -> tiles.Case:
-    return tiles.Case(arch, itemsize, M, 4096, 4096, R, False, True, 132, w_format="nf4")
+def case(itemsize: int, M: int, R: int) -> tiles.Case:
+    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    return tiles.Case((dtype, dtype), M, 4096, 4096, R, False, w_format="nf4")
 
 
 @pytest.mark.parametrize(
@@ -331,9 +332,10 @@ def case(arch: str, itemsize: int, M: int, R: int) -> tiles.Case:
     ],
 )
 def test_few_rows_are_dequantised_within(arch: str, itemsize: int, M: int, R: int, kind: str | None) -> None:
-    plan = quant_tiles.plan("forward", case(arch, itemsize, M, R))
+    on, gpu = case(itemsize, M, R), tiles.Gpu(arch, 132)
+    plan = choose.plan("forward", on, gpu)
     if kind is None:
-        assert not plan.within and plan == tiles.plan("forward", case(arch, itemsize, M, R)._replace(w_format=""))
+        assert not plan.within and plan == choose.plan("forward", on._replace(w_format=""), gpu)
     else:
         assert plan.within and plan.redundant and plan.split > 1
         assert plan.tile is quant_tiles.TABLES[tiles.resolve(arch) or arch, itemsize][kind]
@@ -342,25 +344,25 @@ def test_few_rows_are_dequantised_within(arch: str, itemsize: int, M: int, R: in
 @pytest.mark.parametrize("arch, itemsize", quant_tiles.TABLES)
 def test_few_rows_are_dequantised_within_the_backward(arch: str, itemsize: int) -> None:
     for M, R in ((1, 1), (16, 256), (64, 64), (65, 8), (4096, 8)):
-        plan = quant_tiles.plan("backward", case(arch, itemsize, M, R))
+        plan = choose.plan("backward", case(itemsize, M, R), tiles.Gpu(arch, 132))
         assert plan.within == (M <= 64)
         assert plan.tile.BLOCK_C and not plan.redundant
         assert plan.tile is (quant_tiles if plan.within else tiles).TABLES[arch, itemsize]["backward"] or M > 64
 
 
-def test_a_table_that_has_many_rows_within(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_may_have_many_rows_dequantised_within(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant_tiles, "ROWS", quant_tiles.ROWS | {"tickets": 4096})
-    quant_tiles.plan.cache_clear()
-    plan = quant_tiles.plan("forward", case("sm_90", 2, 4096, 8))
+    choose.plan.cache_clear()
+    plan = choose.plan("forward", case(2, 4096, 8), tiles.Gpu("sm_90", 132))
     assert plan == tiles.Plan(False, quant_tiles.TABLES["sm_90", 2]["tickets"], 1, within=True)
-    quant_tiles.plan.cache_clear()
+    choose.plan.cache_clear()
 
 
 def test_every_architecture_has_a_table() -> None:
     assert set(quant_tiles.TABLES) == set(tiles.TABLES)
 
 
-def test_refusals() -> None:
+def test_refusals_name_the_format() -> None:
     call = Call("forward", CPU, torch.bfloat16, torch.bfloat16, 8, 8, 8, 8, False)
     with interpreted("redundant"):
         assert all(triton.why_not(call._replace(w_format=format)) == [] for format in ("dense", *FORMATS))

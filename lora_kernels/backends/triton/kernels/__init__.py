@@ -1,1 +1,1 @@
-"""The @triton.jit kernels, and the table of their tiles. Imported by `lora_kernels.backends.triton` only."""
+"""The @triton.jit kernels. Imported by `lora_kernels.backends.triton` only."""

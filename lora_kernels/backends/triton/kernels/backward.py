@@ -1,8 +1,8 @@
-"""The backward in one launch. It accumulates in fp32 and rounds once, at the store; it has not yet run on a GPU.
+"""The backward in one launch. It accumulates in fp32 and rounds once, at the store. It has not yet run on a GPU.
 
 g = s · dy b [M,R]    dx = dy w + c · keep ⊙ (g a) [M,K]    da = c · gᵀ (keep ⊙ x) [R,K]    db = s · dyᵀ h [N,R]
 
-w is dense or, where it is `quant.Codes`, dequantised tile by tile as the loop of dx comes to it.
+w is dense or `quant.Codes`. Codes are dequantised tile by tile as the loop of dx comes to them.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -12,47 +12,21 @@ import triton.language as tl
 
 from lora_kernels.backends.triton.kernels.blocks import store_part, store_tile, sum_parts, swizzle
 from lora_kernels.backends.triton.kernels.philox import keep_tile
-from lora_kernels.backends.triton.kernels.product import product
+from lora_kernels.backends.triton.kernels.product import Blocks, Mask, Operand, product
 from lora_kernels.backends.triton.kernels.sync import arrive, claim, leave, publish, wait
 
 
 @triton.jit
 def sum_over_rows(
-    p,
-    stride_pm,
-    stride_pc,
-    q,
-    stride_qm,
-    stride_qr,
-    out,
-    stride_oc,
-    stride_or,
-    factor,
-    part,
-    counts,
-    flags,
-    published,
-    item,
-    splits,
-    blocks,
-    M,
-    C,
-    R,
-    key,
-    T,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    AMD: tl.constexpr,
-    MASKED: tl.constexpr,
-    WAIT: tl.constexpr,
-):
-    """One of `splits` parts of a tile of out[c, r] = factor · Σ_m p[m, c] q[m, r]. The last to arrive adds the parts up
-    in their order.
+    p, stride_pm, stride_pc, q, stride_qm, stride_qr, out, stride_oc, stride_or, factor,
+    part, counts, flags, published, item, splits, blocks, M, C, R, key, T,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, AMD: tl.constexpr, MASKED: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """Compute one of `splits` parts of a tile of out[c, r] = factor · Σ_m p[m, c] q[m, r].
 
-    MASKED: p is x, under dropout. WAIT: q is published in row blocks of BLOCK_M, each complete at `published`.
+    The last program to arrive adds the parts up in their order and writes the tile. MASKED: p is x, under dropout.
+    WAIT: q is published in row blocks of BLOCK_M, each complete after `published` publications.
     """
     tile, split = item // splits, item % splits
     chunks = tl.cdiv(R, BLOCK_R)
@@ -64,8 +38,9 @@ def sum_over_rows(
             wait(flags + block, published)
     acc = product(
         tl.zeros((BLOCK_C, BLOCK_R), tl.float32),
-        p, stride_pc, stride_pm, q, stride_qr, stride_qm, i, r, start, end, C, R, key, T,
-        BLOCK_C, BLOCK_R, BLOCK_T, PRECISION, KEEP="xT" if MASKED else "", Q_CACHE=".cg" if WAIT else "",
+        Operand(p, stride_pc, stride_pm, C),
+        Operand(q, stride_qr, stride_qm, R, CACHE=".cg" if WAIT else ""),
+        i, r, start, end, Mask(key, T, "xT" if MASKED else ""), Blocks(BLOCK_C, BLOCK_R, BLOCK_T), PRECISION,
     )  # fmt: skip
     SLOT: tl.constexpr = BLOCK_C * BLOCK_R
     first = part + tile.to(tl.int64) * splits * SLOT
@@ -77,63 +52,22 @@ def sum_over_rows(
 
 @triton.jit(do_not_specialize=["M", "T", "splits", "blocks", "need_dx", "need_da", "need_db"])
 def backward(
-    dy,
-    dy_rows,
-    x,
-    w,
-    a,
-    b,
-    h,
-    g,
-    dx,
-    da,
-    db,
-    seed,
-    sync,
-    part,
-    stride_dym,
-    stride_dyn,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    stride_hm,
-    stride_hr,
-    M,
-    N,
-    K,
-    R,
-    scale,
-    c,
-    T,
-    splits,
-    blocks,
-    need_dx,
-    need_da,
-    need_db,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    TMA: tl.constexpr,
-    W: tl.constexpr,
-    PRECISION: tl.constexpr,
-    AMD: tl.constexpr,
-):
-    """Work items, in the order in which they are claimed: tiles of g, which publish a flag for their row block; parts
-    of db, which need dy and h only; tiles of dx [BLOCK_M, BLOCK_K]; parts of da, which need g. Tiles of g exist where
-    dx or da is needed.
+    dy, dy_rows, x, w, a, b, h, g, dx, da, db, seed, sync, part,
+    stride_dym, stride_dyn, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_ar, stride_ak, stride_bn, stride_br, stride_hm, stride_hr,
+    M, N, K, R, scale, c, T, splits, blocks, need_dx, need_da, need_db,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr, W: tl.constexpr,
+    PRECISION: tl.constexpr, AMD: tl.constexpr,
+):  # fmt: skip
+    """g = s · dy b, dx = dy w + c · keep ⊙ (g a), da = c · gᵀ (keep ⊙ x), db = s · dyᵀ h.
 
-    Parts of da and db are sums over `blocks` row blocks. `dy_rows` is a descriptor where TMA, dy a pointer always; W is
-    `product`'s Q for w.
+    Grid: any number of programs, which claim work items by tickets, in this order: tiles of g, which publish a flag for
+    their row block; parts of db, which need dy and h only; tiles of dx [BLOCK_M, BLOCK_K]; parts of da, which need g.
+    There are tiles of g where dx or da is needed. Parts of da and db are sums over `blocks` row blocks.
+
+    Reads dy, x, w, a, b, h and seed; writes those of dx, da and db that are needed; g and part are scratch. Leaves sync
+    zero. `dy_rows` is dy as a descriptor with TMA, else the pointer again; W says how w is read (`Operand.READ`).
     """
     rows, chunks, cols = tl.cdiv(M, BLOCK_M), tl.cdiv(R, BLOCK_R), tl.cdiv(K, BLOCK_K)
     tiles_db, tiles_da = need_db * tl.cdiv(N, BLOCK_C) * chunks, need_da * tl.cdiv(K, BLOCK_C) * chunks
@@ -153,8 +87,9 @@ def backward(
             # g = s · dy b
             g_tile = product(
                 tl.zeros((BLOCK_M, BLOCK_R), tl.float32),
-                dy_rows, stride_dym, stride_dyn, b, stride_br, stride_bn, m, r, 0, N, M, R, key, T,
-                BLOCK_M, BLOCK_R, BLOCK_N, PRECISION, P_TMA=TMA,
+                Operand(dy_rows, stride_dym, stride_dyn, M, READ="tma" if TMA else ""),
+                Operand(b, stride_br, stride_bn, R),
+                m, r, 0, N, Mask(key, T), Blocks(BLOCK_M, BLOCK_R, BLOCK_N), PRECISION,
             )  # fmt: skip
             store_tile(g, R, 1, g_tile * scale, m, r, M, R, BLOCK_M, BLOCK_R)
             publish(flags + ticket // chunks, AMD)
@@ -173,20 +108,26 @@ def backward(
                 # dx = c · keep ⊙ (g a), then + dy w: one set of accumulators, and no mask is alive in the main loop
                 wait(flags + pm, chunks)
                 acc = product(
-                    acc, g, R, 1, a, stride_ak, stride_ar, m, k, 0, R, M, K, key, T,
-                    BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, P_CACHE=".cg", STAGES=1,
+                    acc,
+                    Operand(g, R, 1, M, CACHE=".cg"),
+                    Operand(a, stride_ak, stride_ar, K),
+                    m, k, 0, R, Mask(key, T), Blocks(BLOCK_M, BLOCK_K, BLOCK_R), PRECISION, STAGES=1,
                 )  # fmt: skip
                 acc = tl.where(keep_tile(key, m, k, T, BLOCK_M, BLOCK_K), acc * c, 0.0)
             acc = product(
-                acc, dy_rows, stride_dym, stride_dyn, w, stride_wk, stride_wn, m, k, 0, N, M, K, key, T,
-                BLOCK_M, BLOCK_K, BLOCK_N, PRECISION, P_TMA=TMA, Q=W, LIES="tj",
+                acc,
+                Operand(dy_rows, stride_dym, stride_dyn, M, READ="tma" if TMA else ""),
+                Operand(w, stride_wk, stride_wn, K, READ=W, LIES="tn"),
+                m, k, 0, N, Mask(key, T), Blocks(BLOCK_M, BLOCK_K, BLOCK_N), PRECISION,
             )  # fmt: skip
             if not DROPOUT:
                 # dx = dy w, then + g a
                 wait(flags + pm, chunks)
                 acc = product(
-                    acc, g, R, 1, a, stride_ak, stride_ar, m, k, 0, R, M, K, key, T,
-                    BLOCK_M, BLOCK_K, BLOCK_R, PRECISION, P_CACHE=".cg", STAGES=1,
+                    acc,
+                    Operand(g, R, 1, M, CACHE=".cg"),
+                    Operand(a, stride_ak, stride_ar, K),
+                    m, k, 0, R, Mask(key, T), Blocks(BLOCK_M, BLOCK_K, BLOCK_R), PRECISION, STAGES=1,
                 )  # fmt: skip
             store_tile(dx, K, 1, acc, m, k, M, K, BLOCK_M, BLOCK_K)
         else:

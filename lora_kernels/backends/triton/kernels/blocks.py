@@ -1,4 +1,4 @@
-"""Tiles of a matrix: in which order they are walked, how they are loaded, stored and added up."""
+"""Tiles of a matrix: the order in which they are walked, and how they are loaded, stored and added up."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: B008 (Triton 3.6 takes no bare value as the default of a constexpr)
@@ -9,8 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def swizzle(tile, rows, cols, GROUP: tl.constexpr):
-    """The (row, column) of a tile in a grid of rows x cols tiles, GROUP rows at a time, so that neighbours share
-    operands in L2."""
+    """Return the (row, column) of a tile in a grid of rows x cols tiles. Tiles are walked GROUP rows at a time, so that
+    neighbours share operands in L2."""
     band = GROUP * cols
     first = tile // band * GROUP
     height = min(rows - first, GROUP)
@@ -19,18 +19,10 @@ def swizzle(tile, rows, cols, GROUP: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    p,
-    stride_pi,
-    stride_pj,
-    i,
-    j,
-    n_i,
-    n_j,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    CACHE: tl.constexpr = tl.constexpr(""),
-):
-    """p[i : i + BLOCK_I, j : j + BLOCK_J], zero outside p [n_i,n_j]."""
+    p, stride_pi, stride_pj, i, j, n_i, n_j,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, CACHE: tl.constexpr = tl.constexpr(""),
+):  # fmt: skip
+    """Return p[i : i + BLOCK_I, j : j + BLOCK_J], zero outside p [n_i, n_j]."""
     row = i + tl.arange(0, BLOCK_I)
     col = j + tl.arange(0, BLOCK_J)
     at = p + row.to(tl.int64)[:, None] * stride_pi + col.to(tl.int64)[None, :] * stride_pj
@@ -39,7 +31,7 @@ def load_tile(
 
 @triton.jit
 def store_tile(p, stride_pi, stride_pj, tile, i, j, n_i, n_j, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """p[i : i + BLOCK_I, j : j + BLOCK_J] = tile, rounded to p's dtype."""
+    """Write p[i : i + BLOCK_I, j : j + BLOCK_J] = tile, rounded to p's dtype, inside p [n_i, n_j]."""
     row = i + tl.arange(0, BLOCK_I)
     col = j + tl.arange(0, BLOCK_J)
     at = p + row.to(tl.int64)[:, None] * stride_pi + col.to(tl.int64)[None, :] * stride_pj
@@ -48,13 +40,13 @@ def store_tile(p, stride_pi, stride_pj, tile, i, j, n_i, n_j, BLOCK_I: tl.conste
 
 @triton.jit
 def store_part(part, tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One part of a sum, whole and dense, edges included."""
+    """Write one part of a sum to `part`, dense and with its edges."""
     tl.store(part + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :], tile)
 
 
 @triton.jit
 def sum_parts(part, stride_part, parts, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The parts of a sum, added in their order: the same bits whoever adds them."""
+    """Return the sum of the parts, added in their order: the bits are the same whichever program adds them."""
     total = tl.zeros((ROWS, COLS), tl.float32)
     at = part + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     for _ in range(parts):

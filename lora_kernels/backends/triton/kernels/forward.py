@@ -1,9 +1,9 @@
-"""The forward in one launch, in two plans. Both accumulate in fp32 and round once, at the store; neither has yet run on
-a GPU.
+"""The forward in one launch, by one of two kernels. Both accumulate in fp32 and round once, at the store. Neither has
+yet run on a GPU.
 
     h = c · (keep ⊙ x) aᵀ [M,R]        y = x wᵀ + s · h bᵀ + bias [M,N]
 
-w is dense or, where it is `quant.Codes`, dequantised tile by tile as the K loop comes to it: every row block of x reads
+w is dense or `quant.Codes`. Codes are dequantised tile by tile as the K loop comes to them: every row block of x reads
 all codes once.
 
 `s · h bᵀ` goes into the accumulators of `x wᵀ` with h in x's dtype, as it is saved: (acc / s + h bᵀ) · s, so that no
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.backends.triton.kernels.blocks import load_tile, store_part, store_tile, sum_parts, swizzle
-from lora_kernels.backends.triton.kernels.product import keep_x, load_q, product
+from lora_kernels.backends.triton.kernels.product import Blocks, Mask, Operand, keep_x, load_q, product
 from lora_kernels.backends.triton.kernels.quant import load_levels
 from lora_kernels.backends.triton.kernels.sync import arrive, claim, leave, publish, wait
 
@@ -25,7 +25,7 @@ from lora_kernels.backends.triton.kernels.sync import arrive, claim, leave, publ
 def store_y(
     y, acc, bias, stride_bias, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """y = acc + bias."""
+    """Write y = acc + bias for the tile at (m, n)."""
     if HAS_BIAS:
         col = n + tl.arange(0, BLOCK_N)
         acc += tl.load(bias + col * stride_bias, mask=col < N, other=0.0).to(tl.float32)[None, :]
@@ -34,48 +34,22 @@ def store_y(
 
 @triton.jit(do_not_specialize=["M", "T"])
 def forward_tickets(
-    x,
-    w,
-    a,
-    b,
-    bias,
-    y,
-    h,
-    seed,
-    sync,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    stride_bias,
-    M,
-    N,
-    K,
-    R,
-    R_up,
-    scale,
-    inverse,
-    c,
-    T,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    TMA: tl.constexpr,
-    W: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, w, a, b, bias, y, h, seed, sync,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_bias,
+    M, N, K, R, R_up, scale, inverse, c, T,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr,
     AMD: tl.constexpr,
-):
-    """Work items: first the tiles of h, which publish a flag for their row block; then the tiles of y, which run their
-    K loop before they wait for it. Only the tiles of h pay for dropout. x is a descriptor where TMA; W is `product`'s Q
-    for w."""
+):  # fmt: skip
+    """h = c · (keep ⊙ x) aᵀ [M, R], then y = x wᵀ + s · h bᵀ + bias [M, N].
+
+    Grid: any number of programs, which claim work items by tickets. First come the tiles of h, which publish a flag for
+    their row block; then the tiles of y, which run their K loop before they wait for that flag. Only the tiles of h pay
+    for dropout.
+
+    Reads x, w, a, b, bias and seed; writes y and h. Leaves sync zero. x is a descriptor with TMA; W says how w is read
+    (`Operand.READ`).
+    """
     rows, chunks = tl.cdiv(M, BLOCK_M), tl.cdiv(R, BLOCK_R)
     cols = tl.cdiv(N, BLOCK_N)
     n_h = rows * chunks
@@ -91,8 +65,9 @@ def forward_tickets(
             # h = c · (keep ⊙ x) aᵀ
             h_tile = product(
                 tl.zeros((BLOCK_M, BLOCK_R), tl.float32),
-                x, stride_xm, stride_xk, a, stride_ar, stride_ak, m, r, 0, K, M, R, key, T,
-                BLOCK_M, BLOCK_R, BLOCK_K, PRECISION, KEEP="x" if DROPOUT else "", P_TMA=TMA,
+                Operand(x, stride_xm, stride_xk, M, READ="tma" if TMA else ""),
+                Operand(a, stride_ar, stride_ak, R),
+                m, r, 0, K, Mask(key, T, "x" if DROPOUT else ""), Blocks(BLOCK_M, BLOCK_R, BLOCK_K), PRECISION,
             )  # fmt: skip
             store_tile(h, R, 1, h_tile * c, m, r, M, R, BLOCK_M, BLOCK_R)
             publish(flags + ticket // chunks, AMD)
@@ -102,14 +77,16 @@ def forward_tickets(
             # y = x wᵀ + s · h bᵀ + bias
             acc = product(
                 tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                x, stride_xm, stride_xk, w, stride_wn, stride_wk, m, n, 0, K, M, N, key, T,
-                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, P_TMA=TMA, Q=W, LIES="jt",
+                Operand(x, stride_xm, stride_xk, M, READ="tma" if TMA else ""),
+                Operand(w, stride_wn, stride_wk, N, READ=W),
+                m, n, 0, K, Mask(key, T), Blocks(BLOCK_M, BLOCK_N, BLOCK_K), PRECISION,
             )  # fmt: skip
             wait(flags + pm, chunks)
             acc = product(
                 acc * inverse,
-                h, R, 1, b, stride_bn, stride_br, m, n, 0, R_up, M, N, key, T,
-                BLOCK_M, BLOCK_N, BLOCK_R, PRECISION, P_CACHE=".cg", STAGES=1,
+                Operand(h, R, 1, M, CACHE=".cg"),
+                Operand(b, stride_bn, stride_br, N),
+                m, n, 0, R_up, Mask(key, T), Blocks(BLOCK_M, BLOCK_N, BLOCK_R), PRECISION, STAGES=1,
             )  # fmt: skip
             store_y(y, acc * scale, bias, stride_bias, m, n, M, N, BLOCK_M, BLOCK_N, HAS_BIAS)
         ticket = claim(sync)
@@ -118,20 +95,14 @@ def forward_tickets(
 
 @triton.jit
 def add_parts(
-    acc,
-    h_tile,
-    part,
-    sync,
-    tile,
-    split,
-    parts,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    AMD: tl.constexpr,
-):
-    """One of `parts` parts of both sums of a redundant tile: whole sums and True for the last to arrive, which adds
-    them up in their order and leaves sync[tile] zero."""
+    acc, h_tile, part, sync, tile, split, parts,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, AMD: tl.constexpr,
+):  # fmt: skip
+    """Write one of `parts` parts of both sums of a redundant tile, and return (acc, h_tile, last).
+
+    The last program to arrive adds the parts up in their order, leaves sync[tile] zero, and gets the whole sums and
+    True.
+    """
     SLOT: tl.constexpr = BLOCK_M * (BLOCK_N + BLOCK_R)
     first = part + tile.to(tl.int64) * parts * SLOT
     store_part(first + split * SLOT, acc, BLOCK_M, BLOCK_N)
@@ -146,32 +117,11 @@ def add_parts(
 
 @triton.jit
 def store_redundant(
-    acc,
-    h_tile,
-    b,
-    bias,
-    y,
-    h,
-    stride_bn,
-    stride_br,
-    stride_bias,
-    m,
-    n,
-    M,
-    N,
-    R,
-    R_up,
-    scale,
-    inverse,
-    c,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SAVE_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The end of a redundant tile: acc = x wᵀ and h_tile = (keep ⊙ x) aᵀ become y, and h in the first column."""
+    acc, h_tile, b, bias, y, h, stride_bn, stride_br, stride_bias, m, n, M, N, R, R_up, scale, inverse, c,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE_H: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write y, and h in the first column of tiles, from acc = x wᵀ and h_tile = (keep ⊙ x) aᵀ of a redundant tile."""
     h_tile *= c
     if SAVE_H and n == 0:
         store_tile(h, R, 1, h_tile, m, 0, M, R, BLOCK_M, BLOCK_R)
@@ -183,53 +133,21 @@ def store_redundant(
 
 @triton.jit(do_not_specialize=["M", "T", "steps"])
 def forward_redundant(
-    x,
-    w,
-    a,
-    b,
-    bias,
-    y,
-    h,
-    seed,
-    sync,
-    part,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    stride_bias,
-    M,
-    N,
-    K,
-    R,
-    R_up,
-    steps,
-    scale,
-    inverse,
-    c,
-    T,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    SAVE_H: tl.constexpr,
-    SPLIT: tl.constexpr,
-    TMA: tl.constexpr,
-    W: tl.constexpr,
-    PRECISION: tl.constexpr,
-    AMD: tl.constexpr,
-):
-    """Every tile of y accumulates its rows of h beside its own K loop: no program waits for another. BLOCK_R >= R.
+    x, w, a, b, bias, y, h, seed, sync, part,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_bias,
+    M, N, K, R, R_up, steps, scale, inverse, c, T,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SAVE_H: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    W: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
+):  # fmt: skip
+    """y = x wᵀ + s · h bᵀ + bias [M, N] with h = c · (keep ⊙ x) aᵀ [M, R].
 
-    With SPLIT, programs share a tile, each with `steps` steps of K. Each stores its part of both sums, and the last to
-    arrive adds them up in their order. x is a descriptor where TMA; W is `product`'s Q for w.
+    Grid: one program to each tile of y; with SPLIT several, each with `steps` steps of K. Every program accumulates its
+    rows of h in its K loop, so none waits for another. BLOCK_R >= R. With SPLIT each program stores its part of both
+    sums, and the last to arrive adds them up in their order.
+
+    Reads x, w, a, b, bias and seed; writes y, and h with SAVE_H; part is scratch. Leaves sync zero. x is a descriptor
+    with TMA; W says how w is read (`Operand.READ`).
     """
     rows, cols = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile, split = tl.program_id(0) % (rows * cols), tl.program_id(0) // (rows * cols)
@@ -251,7 +169,8 @@ def forward_redundant(
             x_tile = x.load([m, k])
         else:
             x_tile = load_tile(x, stride_xm, stride_xk, m, k, M, end, BLOCK_M, BLOCK_K)
-        w_tile = load_q(w, level, stride_wn, stride_wk, n, k, N, end_w, BLOCK_N, BLOCK_K, W, "jt").to(x_tile.dtype)
+        w_tile = load_q(Operand(w, stride_wn, stride_wk, N, READ=W), level, n, k, end_w, BLOCK_N, BLOCK_K)
+        w_tile = w_tile.to(x_tile.dtype)
         a_tile = load_tile(a, stride_ak, stride_ar, k, 0, end, R, BLOCK_K, BLOCK_R).to(x_tile.dtype)
         # acc = x wᵀ, h = (keep ⊙ x) aᵀ
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)

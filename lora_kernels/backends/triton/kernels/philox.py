@@ -8,8 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def keep_tile(seed, m, k, T, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """keep[m + [0, BLOCK_M), k + [0, BLOCK_K)], bool: what dropout with threshold T keeps.
-    k and BLOCK_K are multiples of 8, m of BLOCK_M.
+    """Return keep[m : m + BLOCK_M, k : k + BLOCK_K], bool: the elements that dropout with threshold T keeps.
+    k and BLOCK_K are multiples of 8, m is a multiple of BLOCK_M.
 
     Philox4x32-10 (Salmon et al., SC 2011) is called once for eight neighbouring elements of a row.
     """

@@ -1,4 +1,5 @@
-"""A frozen W in 4 or 8 bits: a tile of it dequantised, and the kernel that dequantises all of it. Not yet run on a GPU.
+"""A frozen W in 4 or 8 bits: how a tile of it is dequantised, and the kernel that dequantises all of it. Not yet run
+on a GPU.
 
     nf4, fp4   w = level[code] · absmax of its block of `blocksize` consecutive elements of row-major W
     int8       w = code · absmax of its row / 127
@@ -19,30 +20,31 @@ from lora_kernels.backends.triton.kernels.blocks import load_tile, store_tile
 
 
 class Codes(NamedTuple):
-    """W as an argument of a kernel: pointers, a stride, and constants of the compiler (tl.constexpr). The strides of
-    the codes themselves are w's."""
+    """A quantised W as an argument of a kernel: pointers, a stride, and constants of the compiler (tl.constexpr). The
+    strides of the codes themselves are passed as those of w."""
 
     codes: Any
     levels: Any
-    """What the 16 codes of nf4 or fp4 stand for."""
+    """The values of the 16 codes of nf4 or fp4."""
     scales: Any
     table: Any
     absmax: Any
     offset: Any
-    """Of double quantisation: absmax of a block = table[scale] · absmax[block / 256] + offset."""
+    """table, absmax and offset serve double quantisation: absmax of a block = table[scale] · absmax[block / 256] +
+    offset."""
     stride_sn: int
-    """From one row of scales to the next; 0 where all have the same."""
+    """The stride from one row of scales to the next; 0 where all rows of W share one."""
     SPAN: Any
-    """Divides BLOCK_K; SPAN neighbours of a row, from a multiple of it on, share their scale."""
+    """SPAN divides BLOCK_K. SPAN neighbours of a row, from a multiple of SPAN on, share their scale."""
     FORMAT: Any
     BLOCKSIZE: Any
-    """Elements of a block of nf4 or fp4; 128 for fp8 in blocks of 128 x 128, else 0."""
+    """The elements of a block of nf4 or fp4; 128 for fp8 in blocks of 128 x 128, else 0."""
     NESTED: Any
 
 
 @triton.jit
 def load_levels(w):
-    """What `weight_tile` looks up: to be loaded before a loop."""
+    """Return the table that `weight_tile` looks codes up in, to be loaded before a loop; 0 where it needs none."""
     level = 0
     if w.FORMAT == "nf4" or w.FORMAT == "fp4":
         level = tl.load(w.levels + tl.arange(0, 16))
@@ -51,7 +53,7 @@ def load_levels(w):
 
 @triton.jit
 def scale_tile(w, n, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The scale of every SPAN elements of a row in the tile of W at (n, k): fp32 [BLOCK_N, BLOCK_K / SPAN], zero
+    """Return the scale of every SPAN elements of a row in the tile of W at (n, k): fp32 [BLOCK_N, BLOCK_K / SPAN], zero
     outside W. SPAN divides k."""
     row = (n + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     col = (tl.arange(0, BLOCK_K // w.SPAN) * w.SPAN + k)[None, :]
@@ -72,18 +74,18 @@ def scale_tile(w, n, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def decode_e4m3(code):
-    """The fp32 that uint8 codes of e4m3fn stand for: a sign, four bits of exponent with a bias of 7, three of mantissa.
-    By integers, because not every architecture and no interpreter converts them."""
+    """Return the fp32 values of uint8 codes of e4m3fn: a sign, four bits of exponent with a bias of 7, three bits of
+    mantissa. Integers do it, because not every architecture converts e4m3, nor does the interpreter."""
     bits = code.to(tl.int32)
-    # As the highest bits of an fp32's exponent and mantissa they stand for 2^(7 - 127) of it, subnormals included.
+    # As the highest bits of an fp32's exponent and mantissa they are 2^(7 - 127) of the value, subnormals included.
     value = ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
 
 
 @triton.jit
 def weight_tile(w, level, stride_cn, n, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """W[n : n + BLOCK_N, k : k + BLOCK_K] in fp32, zero outside W [N,K]. k is a multiple of BLOCK_K, which is even;
-    `level` is what `load_levels` gives."""
+    """Return W[n : n + BLOCK_N, k : k + BLOCK_K] in fp32, zero outside W [N, K]. k is a multiple of BLOCK_K, which is
+    even; `level` is the result of `load_levels`."""
     scale = scale_tile(w, n, k, N, K, BLOCK_N, BLOCK_K)
     if w.FORMAT == "nf4" or w.FORMAT == "fp4":
         pair = load_tile(w.codes, stride_cn, 1, n, k // 2, N, K // 2, BLOCK_N, BLOCK_K // 2).to(tl.int32)
@@ -103,7 +105,10 @@ def weight_tile(w, level, stride_cn, n, k, N, K, BLOCK_N: tl.constexpr, BLOCK_K:
 
 @triton.jit
 def dequantise(w, out, stride_cn, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out [N,K] = w, dense and contiguous, one tile to a program."""
+    """out [N, K] = w in out's dtype.
+
+    Grid: one program to each tile [BLOCK_N, BLOCK_K]. Reads the codes and scales; writes out, contiguous.
+    """
     cols = tl.cdiv(K, BLOCK_K)
     n, k = tl.program_id(0) // cols * BLOCK_N, tl.program_id(0) % cols * BLOCK_K
     tile = weight_tile(w, load_levels(w), stride_cn, n, k, N, K, BLOCK_N, BLOCK_K)

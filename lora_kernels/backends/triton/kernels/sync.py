@@ -17,13 +17,13 @@ import triton.language as tl
 
 @triton.jit
 def claim(sync):
-    """The next ticket."""
+    """Return the next ticket."""
     return tl.atomic_add(sync, 1, sem="relaxed", scope="gpu")
 
 
 @triton.jit
 def settle(AMD: tl.constexpr):
-    """A barrier after which one thread can release what every thread of the program has stored."""
+    """Wait at a barrier after which one thread can release the stores of every thread of the program."""
     if AMD:
         # A wave's release waits for its own stores only, so each wave waits for its own before the barrier.
         tl.inline_asm_elementwise(
@@ -35,14 +35,14 @@ def settle(AMD: tl.constexpr):
 
 @triton.jit
 def publish(flag, AMD: tl.constexpr):
-    """Counts this program's stores as done: they happen before whatever follows a `wait` that sees the count."""
+    """Count this program's stores as done: they happen before whatever follows a `wait` that sees the count."""
     settle(AMD)
     tl.atomic_add(flag, 1, sem="release", scope="gpu")
 
 
 @triton.jit
 def wait(flag, count):
-    """Returns when `flag` has been published `count` times."""
+    """Return once `flag` has been published `count` times."""
     # An atomic add of nothing, because a volatile load in a loop followed by an unused acquire is removed as dead code.
     while tl.atomic_add(flag, 0, sem="acquire", scope="gpu") < count:
         pass
@@ -50,15 +50,15 @@ def wait(flag, count):
 
 @triton.jit
 def arrive(count, parts, AMD: tl.constexpr):
-    """Counts one of `parts` as stored. True for the last one to arrive, which then sees what all of them stored."""
+    """Count one of `parts` parts as stored. Return True for the last program to arrive, which then sees all stores."""
     settle(AMD)
     return tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == parts - 1
 
 
 @triton.jit
 def leave(sync, ticket, items, used):
-    """Called with the first ticket beyond the work. The last program out, whose ticket is the highest, zeroes the first
-    `used` elements of sync."""
+    """End a program whose ticket is the first beyond the work. The last program out, whose ticket is the highest,
+    zeroes the first `used` elements of sync."""
     if ticket == items + tl.num_programs(0) - 1:
         for start in range(0, used, 256):
             slot = start + tl.arange(0, 256)
