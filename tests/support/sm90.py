@@ -19,11 +19,13 @@ import torch
 from support.paths import ROOT, SUPPORT
 from torch import Tensor
 
-from lora_kernels.backends import cuda
+from lora_kernels.backends import cuda, workspace
+from lora_kernels.backends.cuda import launch
 from lora_kernels.core import dropout as random
 
 SM90 = ROOT / "csrc" / "cuda" / "sm90"
 MACHINE = SUPPORT / "sm90_machine"
+KEEP_MASK = MACHINE / "keep_mask.cpp"
 EMULATOR = [MACHINE / f"emulator{part}.cpp" for part in ("", "_backward")]
 HEADERS = [MACHINE / f"{part}.h" for part in ("machine", "ptx", "wgmma")]
 
@@ -104,6 +106,15 @@ def library() -> ctypes.CDLL:
     return lib
 
 
+@functools.cache
+def keep_mask_library() -> ctypes.CDLL:
+    watched = [KEEP_MASK, SM90.parent / "keep_mask.cuh", ROOT / "csrc" / "philox.h"]
+    lib = ctypes.CDLL(str(compiled([KEEP_MASK], watched, ["-O2", "-Wall", "-Wextra", "-Werror"])))
+    word = ctypes.c_uint32
+    lib.keep_mask.argtypes = [_LONG, _LONG, word, word, _POINTER, _POINTER, ctypes.c_uint, ctypes.c_uint]
+    return lib
+
+
 def _ptr(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
@@ -171,6 +182,12 @@ class Extension:
     def capture_id(self, stream: int) -> int:
         return self.capture
 
+    def keep_mask(self, device, M, K, bf16, threshold, seed, mask, stream) -> None:
+        """On a small grid, so that threads take several groups."""
+        assert K % 8 == mask % 16 == 0
+        one = 0x3F80 if bf16 else 0x3C00
+        keep_mask_library().keep_mask(M, K, one, threshold, seed, mask, 3, 32)
+
     def call(self, direction: str, kind: type[Operands], operands: dict) -> SimpleNamespace:
         args = kind(**{field: value or 0 for field, value in operands.items()})
 
@@ -194,8 +211,9 @@ class Extension:
 def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> Extension:
     """Lets the back-end run on CPU tensors, by way of the emulator."""
     extension = Extension()
-    monkeypatch.setattr(cuda, "_extension", lambda: extension)
-    monkeypatch.setattr(cuda, "_workspaces", {})
+    monkeypatch.setattr(launch, "extension", lambda: extension)
+    monkeypatch.setattr(workspace, "_workspaces", {})
+    monkeypatch.setattr(workspace, "_captured", {})
     monkeypatch.setattr(cuda, "_device_name", lambda device: DEVICE)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))

@@ -11,7 +11,7 @@
 // depend on timing.
 #pragma once
 
-#include "tiles.cuh"
+#include "launch_pass.cuh"
 
 namespace lk::sm90 {
 
@@ -269,45 +269,21 @@ __device__ __forceinline__ void backward_consume(const BackwardParams& p, const 
   if (c.thread == 0) tma_store_wait_all();
 }
 
-template <class T, int BN, int RP, int CLUSTER>
-__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
-  using G = Tile<BN, RP>;
-  extern __shared__ uint8_t raw[];
-  const Shared<G::kStages, G::kStageBytes, G::kStagingBytes, CLUSTER> shared(raw);
-  shared.init();
-  const int group =
-      __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // uniform: descriptors stay in uniform registers
-  if (group == 0) {
-    registers_give<40>();
-    if (threadIdx.x == 0) backward_produce<BN, RP>(p, shared);
-    __syncwarp();
-  } else {
-    registers_take<232>();
-    backward_consume<T, BN, RP>(p, shared, group - 1);
+struct BackwardPass {
+  using Params = BackwardParams;
+  template <int BN, int RP, class S>
+  static __device__ __forceinline__ void produce(const Params& p, const S& shared) {
+    backward_produce<BN, RP>(p, shared);
   }
-  finish(shared, p);
-}
-
-template <class T, int BN, int CLUSTER>
-cudaError_t launch_backward_tiling(const BackwardParams& p, int blocks, cudaStream_t stream) {
-  switch (padded_rank(p.R)) {
-    case 16:
-      return launch<CLUSTER>(backward_kernel<T, BN, 16, CLUSTER>, p, Tile<BN, 16>::kSharedBytes, blocks, stream);
-    case 32:
-      return launch<CLUSTER>(backward_kernel<T, BN, 32, CLUSTER>, p, Tile<BN, 32>::kSharedBytes, blocks, stream);
-    case 64:
-      return launch<CLUSTER>(backward_kernel<T, BN, 64, CLUSTER>, p, Tile<BN, 64>::kSharedBytes, blocks, stream);
-    default:
-      return launch<CLUSTER>(backward_kernel<T, BN, 128, CLUSTER>, p, Tile<BN, 128>::kSharedBytes, blocks, stream);
+  template <class T, int BN, int RP, class S>
+  static __device__ __forceinline__ void consume(const Params& p, const S& shared, int group) {
+    backward_consume<T, BN, RP>(p, shared, group);
   }
-}
+};
 
-// Every tiling that is_compiled.
 template <class T>
 cudaError_t launch_backward(const BackwardParams& p, Tiling tiling, int blocks, cudaStream_t stream) {
-  if (tiling.columns == 128) return launch_backward_tiling<T, 128, 1>(p, blocks, stream);
-  return tiling.cluster == 1 ? launch_backward_tiling<T, 256, 1>(p, blocks, stream)
-                             : launch_backward_tiling<T, 256, 2>(p, blocks, stream);
+  return launch_pass<BackwardPass, T>(p, tiling, blocks, stream);
 }
 
 }  // namespace lk::sm90

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import cuda
+from lora_kernels.backends.cuda import launch
+from lora_kernels.backends.cuda.launch import Gradients
+from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans.tilings import BY_RULE, TILINGS, Tiling, key
 from lora_kernels.tools.tune.candidates import Size
 from lora_kernels.tools.tune.measure import Operands, Setting, Way, Work
@@ -32,7 +34,7 @@ class CudaSubject:
 
     def left_behind(self) -> str | None:
         """Counters in the workspace."""
-        workspace = cuda.workspace(self.setting.device, torch.cuda.current_stream().cuda_stream, 1, 1)
+        workspace = launch.workspace(self.setting.device, 1, 1)
         if not workspace.counters.any():
             return None
         workspace.counters.zero_()
@@ -47,14 +49,15 @@ class CudaSubject:
     @staticmethod
     def _forward(tiling: Tiling, operands: Operands, out: dict[str, Tensor]) -> None:
         q = operands.q
-        cuda.launch_forward(tiling, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, out["y"], out["h"])
+        base, adapter = Base(q.w, q.bias), Adapter(q.a, q.b, q.scale, q.p, q.seed)
+        launch.launch_forward(tiling, q.x, base, adapter, out["y"], out["h"])
 
     @staticmethod
     def _backward(tiling: Tiling, operands: Operands, out: dict[str, Tensor]) -> None:
         q = operands.q
-        cuda.launch_backward(
-            tiling, q.dy, q.x, q.w, q.a, q.b, operands.h, q.scale, q.p, q.seed, out["dx"], out["da"], out["db"]
-        )
+        base, adapter = Base(q.w), Adapter(q.a, q.b, q.scale, q.p, q.seed)
+        gradients = Gradients(out["dx"], out["da"], out["db"])
+        launch.launch_backward(tiling, q.dy, q.x, base, adapter, operands.h, gradients)
 
 
 def _describe(tiling: Tiling) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_kernels.backends import cuda
-from lora_kernels.core.operands import Call
+from lora_kernels.backends.cuda import launch
+from lora_kernels.core.operands import Adapter, Base, Call
 from lora_kernels.plans import tilings
 
 SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32, 100, 64, 72, 12, True)
@@ -18,7 +20,7 @@ SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32,
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "_extension", lambda: None)
+    monkeypatch.setattr(launch, "extension", lambda: None)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -62,14 +64,15 @@ def test_all_reasons_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(any(part in reason for reason in reasons) for part in parts)
 
 
-def test_errors_are_named() -> None:
+def test_errors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch where there is no driver, or no device, raises with the name of the CUDA error."""
     extension = pytest.importorskip("lora_kernels._cuda")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     memory = torch.zeros(1024)
-    tensors = (torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "xwab")
-    operands = cuda._operands(8, *tensors, 1.0, 0.0, None, 0, tilings.BY_RULE)
+    x, w, a, b = (torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "xwab")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    operands = launch.operands(tilings.BY_RULE, 8, x, Base(w), Adapter(a, b, 1.0))
     call = extension.Sm90Forward(**operands | {"device": 0})
     with pytest.raises(RuntimeError, match=r"cudaError(InsufficientDriver|NoDevice|StubLibrary)"):
         call.workspace()

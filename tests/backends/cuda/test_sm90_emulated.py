@@ -11,7 +11,9 @@ import torch
 from support import sm90
 
 from lora_kernels.backends import cuda
+from lora_kernels.backends.cuda import launch
 from lora_kernels.core import dropout as random
+from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans import tilings
 from lora_kernels.testing import one_layer
 from lora_kernels.testing.judge import Problem, judge, problem
@@ -217,12 +219,13 @@ def test_a_tiling_can_be_asked_for(tiling: tilings.Tiling, monkeypatch: pytest.M
         asked.append(given := make(*args))
         return given
 
-    make = cuda._operands
-    monkeypatch.setattr(cuda, "_operands", operands)
+    make = launch.operands
+    monkeypatch.setattr(launch, "operands", operands)
     q = problem(20, 72, 136, 12, dtype=BF16)
     y, h, dx, da, db = (torch.full_like(t, float("nan")) for t in (q.dy, q.x[:, :12], q.x, q.a, q.b))
-    cuda.launch_forward(tiling, q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, y, h)
-    cuda.launch_backward(tiling, q.dy, q.x, q.w, q.a, q.b, h, q.scale, 0.0, None, dx, da, db)
+    base, adapter = Base(q.w, q.bias), Adapter(q.a, q.b, q.scale)
+    launch.launch_forward(tiling, q.x, base, adapter, y, h)
+    launch.launch_backward(tiling, q.dy, q.x, base, adapter, h, launch.Gradients(dx, da, db))
     assert_right({"y": y, "dx": dx, "da": da, "db": db}, q)
     assert [(each["columns"], each["cluster"]) for each in asked] == [tiling, tiling]
 
@@ -249,21 +252,13 @@ def test_a_bias_that_cannot_be_read_in_pairs(at: slice) -> None:
     assert torch.equal(got, want)
 
 
-def test_workspaces(extension: sm90.Extension) -> None:
-    """One a stream, which grows; another while the stream is captured, and another for the next capture."""
-    cpu = torch.device("cpu")
-    first = cuda.workspace(cpu, 5, 10, 100)
-    assert cuda.workspace(cpu, 5, 9, 90) == first
-    assert cuda.workspace(cpu, 6, 9, 90).scratch is not first.scratch
-    grown = cuda.workspace(cpu, 5, 2000, 300)
-    assert grown.counters.numel() >= 2000
-    assert grown.scratch.numel() == 300
-    assert not grown.counters.any()
-    extension.capture = 77
-    captured = cuda.workspace(cpu, 5, 10, 100)
-    assert captured.scratch is not grown.scratch
-    assert cuda.workspace(cpu, 5, 10, 100).scratch is captured.scratch
-    extension.capture = 78
-    assert cuda.workspace(cpu, 5, 10, 100).scratch is not captured.scratch
-    extension.capture = 0
-    assert cuda.workspace(cpu, 5, 10, 100).scratch is grown.scratch
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("seed", [0, 12345, 2**40 + 3, -7])
+@pytest.mark.parametrize(("M", "K", "p"), [(1, 8, 0.5), (37, 136, 0.1), (300, 72, 0.9), (5, 16, 0.0), (0, 8, 0.5)])
+@pytest.mark.usefixtures("extension", "poison")
+def test_the_mask_kernel_draws_the_rule(M: int, K: int, p: float, seed: int, dtype: torch.dtype) -> None:
+    x, given = torch.ones(K, M, dtype=dtype).t(), torch.tensor(seed)
+    mask = cuda.keep_mask(x, p, given)
+    assert mask.dtype == dtype
+    assert mask.is_contiguous()
+    assert torch.equal(mask, random.keep_mask(given, M, K, p).to(dtype))
