@@ -59,9 +59,7 @@ def interpreted(plan: str, on: device.Target | None = None, tma: bool = False) -
         patch.setattr(workspace, "_workspaces", {})
         tiles.plan.cache_clear()
         yield triton
-        assert all(not sync.any() for sync, _ in workspace._workspaces.values()), (
-            "a launch left flags or tickets behind"
-        )
+        assert all(not sync.any() for sync, _ in workspace._workspaces.values()), "a launch left flags or tickets"
 
 
 def results(q: oracle.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:

@@ -1,9 +1,9 @@
-"""A few small calls of one back-end and nothing else: what one kernel does, and what compute-sanitizer can watch.
+"""Call the kernels of one back-end a few times, and nothing else. compute-sanitizer can watch this process.
 
-    python scripts/gpu_small.py BACKEND [DEVICE] [CASE ...]
+    python scripts/gpu_smoke.py BACKEND [DEVICE] [CASE ...]
 
-Every line is printed before what it tells of is waited for: the last one names what hangs. Exit status 1 where a
-result is wrong, 2 where the back-end does not serve the device. No CASE: those of `WATCHED`.
+Every line is printed before the wait that it announces, so the last line names what hangs. The exit status is 1 if a
+result is wrong, and 2 if the back-end does not serve the device. Without CASE, the cases of `WATCHED` run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 class Case(NamedTuple):
-    """One forward and one backward. dtypes by name: this file is read without torch."""
+    """One forward and one backward. dtypes are names, because gpu_check.py reads this file without torch."""
 
     M: int
     N: int
@@ -28,12 +28,12 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     adapter_dtype: str = "bfloat16"
     quant: str = ""
-    """Of `triton`: the format of w."""
+    """The format of w, for `triton` only. Empty for a dense w."""
     tiling: tuple[int, int] = (0, 0)
-    """Of `cuda`: columns and cluster; (0, 0): by rule."""
+    """Columns and cluster, for `cuda` only. (0, 0) lets the rule choose."""
 
     def runs_on(self, backend: str) -> bool:
-        """Whether it is a case of that back-end."""
+        """Return whether the back-end has kernels for this case."""
         if backend == "cuda":
             return not self.quant and self.dtype != "float32"
         return not any(self.tiling) and (backend == "triton" or not self.quant)
@@ -70,7 +70,7 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
     from lora_kernels.backends import dispatch
     from lora_kernels.core.operands import Call
     from lora_kernels.quant.weight import quantize_weight
-    from lora_kernels.testing import judge as gate
+    from lora_kernels.testing import judge as judging
     from lora_kernels.testing import one_layer
 
     on, status = torch.device(device), 0
@@ -92,9 +92,9 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
 
             tiling = Tiling(*case.tiling)
             module._tiling = lambda *_, tiling=tiling: tiling
-        q = gate.problem(*sizes, dtype=dtype, adapter_dtype=adapter_dtype, p=case.p, device=device)
+        q = judging.problem(*sizes, dtype=dtype, adapter_dtype=adapter_dtype, p=case.p, device=device)
         w = quantize_weight(q.w, case.quant) if case.quant else q.w
-        judged, plain = gate.over_codes(q, w) if case.quant else (q, None)
+        judged, plain = judging.over_codes(q, w) if case.quant else (q, None)
 
         def done(what: str, start: float, name: str = name) -> None:
             print(f"{backend} {name}: {what} launched", flush=True)
@@ -109,7 +109,7 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
         dx, da, db = one_layer.backward(module, q.dy, q.x, w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
         done("backward", start)
         results = {"y": y, "dx": dx, "da": da, "db": db}
-        wrong = [verdict.fault for verdict in gate.judge(results, judged, plain=plain) if verdict.fault]
+        wrong = [verdict.fault for verdict in judging.judge(results, judged, plain=plain) if verdict.fault]
         print(f"{backend} {name}: {'wrong: ' + '; '.join(wrong) if wrong else 'right'}", flush=True)
         status = max(status, int(bool(wrong)))
     return status
