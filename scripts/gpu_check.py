@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 525.0
 MAX_FILES, MAX_BYTES = 8, 16 * 2**20
 LOG_BYTES = 200_000
-"""How much of a command's output the log keeps: the first fifth and the end. All outputs together stay below MAX_BYTES."""
+"""How much of a command's output the log keeps: the first fifth and the end. All together stay below MAX_BYTES."""
 GRACE = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
-"""The signals for a command that is out of time, and the seconds it has after each. At SIGINT pytest shows its failures."""
+"""The signals for a command that is out of time, and the seconds after each. At SIGINT pytest shows its failures."""
 STUCK = 3
 """The exit status of a process that ended because a kernel hung or broke the GPU's context, and whose work can go on in
 another process: `lora_kernels.testing.watch.STUCK`."""
@@ -165,8 +165,8 @@ def _kill(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def run_step(step: Sequence[Command], seconds: float, check: Check, log: Path, title: str) -> str:
-    """Run the commands of a step at the same time and return "ok" or what failed. The log gets the output of each command
-    as it ends."""
+    """Run the commands of a step at the same time and return "ok" or what failed. The log gets the output of each
+    command as it ends."""
     wrong: dict[int, str] = {}
     hopeless: dict[str, list[bool]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -235,8 +235,8 @@ def shown(word: str, check: Check) -> str:
 
 
 def keep_within_limits(out: Path) -> None:
-    """Leave at most MAX_FILES files of at most MAX_BYTES in `out`. Files that are too large go first (text is cut instead),
-    then the least important ones."""
+    """Leave at most MAX_FILES files of at most MAX_BYTES in `out`. Files that are too large go first (text is cut
+    instead), then the least important ones."""
     wanted = [
         "check.json",
         "log.txt",
@@ -286,8 +286,8 @@ class Section:
     seconds: float
     """The most it may take. The last section that runs may take all the time that is left."""
     commands: Callable[[Check, float], list[list[Command]]]
-    """Called with the check and the seconds. Returns steps, which run one after the other; the commands of a step run at
-    the same time."""
+    """Called with the check and the seconds. Returns steps, which run one after the other; the commands of a step run
+    at the same time."""
     first: bool = False
     """Whether the steps are ways to the same end, of which the first that works ends the section."""
 
@@ -334,7 +334,7 @@ def smoke(check: Check, seconds: float) -> list[list[Command]]:
 
 
 def tests(check: Check, seconds: float) -> list[list[Command]]:
-    """Run the GPU's tests, one process for each back-end, and some other tests, so that a hang stops only its process."""
+    """Run the GPU's tests, a process for each back-end, and some other tests, so that a hang stops only its process."""
     workers = importlib.util.find_spec("xdist") is not None and (os.cpu_count() or 1) >= 8
     alike = ["-vv", "-p", "no:cacheprovider", "--durations=10", "--tb=short"]
     alike += ["--timeout-method=thread"] if check.device == "cuda" else []
@@ -386,8 +386,8 @@ def endurance(check: Check, seconds: float) -> list[list[Command]]:
 
 
 def bench(check: Check, seconds: float) -> list[list[Command]]:
-    """Run the Llama suite with most of the time, then the sweeps. `eager` is left out: its dropout takes a hundred times
-    as long as everything else, and without dropout `addmm_` is the same."""
+    """Run the Llama suite with most of the time, then the sweeps. `eager` is left out: its dropout takes a hundred
+    times as long as everything else, and without dropout `addmm_` is the same."""
     left_out = () if check.device == "cpu" else ("eager",)
 
     def one(name: str, share: float, *words: str) -> Command:
@@ -457,12 +457,10 @@ def main(argv: Sequence[str] | None = None, sections: Sequence[Section] = SECTIO
     names = [section.name for section in sections]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
-    parser.add_argument(
-        "--only", metavar="A,B", help=f"run only these sections, separated by commas: {','.join(names)}"
-    )
+    parser.add_argument("--only", metavar="A,B", help=f"sections to run, with commas: {','.join(names)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run")
     parser.add_argument(
-        "--peer", action="append", default=[], metavar="NAME=PATH", help="passed on to lora_kernels bench"
+        "--peer", action="append", default=[], metavar="NAME=PATH", help="a peer for lora_kernels bench"
     )
     args = parser.parse_args(argv)
     only = names if args.only is None else args.only.split(",")

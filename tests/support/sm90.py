@@ -1,4 +1,5 @@
-"""csrc/cuda/sm90 compiled for the host, on the emulated GPU of sm90_machine.h, and called as the back-end calls it."""
+"""The kernels of csrc/cuda/sm90 compiled for the host, on the emulated GPU of sm90_machine/, and called as the back-end
+calls them."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ class Workspace(ctypes.Structure):
 
 
 def cuda_include() -> Path | None:
-    """The CUDA toolkit's headers: of types only, but the kernels name them."""
+    """Return the folder of the CUDA toolkit's headers, whose types the kernels name, or None."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
     for home in filter(None, homes):
@@ -78,7 +79,7 @@ def _gxx(*arguments: str | Path) -> None:
 
 
 def compiled(sources: list[Path], watched: list[Path], flags: list[str]) -> Path:
-    """A shared library of `sources`, built by g++, two at a time, once per content of `watched`."""
+    """Return a shared library that g++ builds from `sources`, once for each content of `watched`."""
     content = b"".join(path.read_bytes() for path in sorted(watched))
     digest = hashlib.sha256(content + " ".join(flags).encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir(), f"lora_kernels_tests_{os.getuid()}", f"{sources[0].stem}_{digest}.so")
@@ -120,8 +121,8 @@ def _ptr(t: Tensor | None) -> int | None:
 
 
 class Device:
-    """An emulated GPU with one stream: a workspace that calls share. `resident`: how many blocks run at a time, if not
-    one cluster; `tiling`: what is asked for by (columns, cluster)."""
+    """An emulated GPU with one stream, whose launches share a workspace. `resident` blocks run at a time, but at least
+    one cluster. `tiling` is (columns, cluster) of every call; (0, 0) lets the rule choose."""
 
     def __init__(self, seed: int = 0, sms: int = 4, resident: int = 2, tiling: tuple[int, int] = (0, 0)):
         library().emulator_configure(seed, sms, resident)
@@ -170,7 +171,7 @@ class Device:
 
 
 class Extension:
-    """lora_kernels._cuda, by way of the emulator."""
+    """A stand-in for the extension lora_kernels._cuda that launches in the emulator."""
 
     capture = 0
 
@@ -183,7 +184,7 @@ class Extension:
         return self.capture
 
     def keep_mask(self, device, M, K, bf16, threshold, seed, mask, stream) -> None:
-        """On a small grid, so that threads take several groups."""
+        """Run the kernel on a small grid, so that each thread writes several groups."""
         assert K % 8 == mask % 16 == 0
         one = 0x3F80 if bf16 else 0x3C00
         keep_mask_library().keep_mask(M, K, one, threshold, seed, mask, 3, 32)
@@ -209,7 +210,7 @@ class Extension:
 
 
 def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> Extension:
-    """Lets the back-end run on CPU tensors, by way of the emulator."""
+    """Let the cuda back-end run on CPU tensors, in the emulator."""
     extension = Extension()
     monkeypatch.setattr(launch, "extension", lambda: extension)
     monkeypatch.setattr(workspace, "_workspaces", {})

@@ -79,8 +79,8 @@ def test_all_well_is_exit_status_0(tmp_path):
 
 
 def test_commands_of_a_step_run_at_once_and_a_hopeless_backend_is_not_called_again(tmp_path):
-    """A back-end is hopeless if each of its smoke tests hangs or breaks the context. One that works, or is only wrong, is
-    reason enough to call the rest."""
+    """A back-end is hopeless if each of its smoke tests hangs or breaks the context. One that works, or is only wrong,
+    is reason enough to call the rest."""
     called = []
 
     def later(check, seconds):

@@ -1,9 +1,9 @@
 // y = x wᵀ + bias + s · h bᵀ, h = x̂ aᵀ, in one launch.
 //
-//   h tiles   h[128, RP] over all of K; x is masked in shared memory, c goes on the accumulators. h is stored unscaled
-//             where it is saved, and s · h, rounded once from fp32, beside it in scratch: s goes neither on b exactly
-//             nor on accumulators that already hold x wᵀ.
-//   y tiles   y[128, BN] over all of K, then ceil(R / 64) more stages of s · h and b into the same accumulators.
+//   h tiles   h[128, RP] over all of K. x is masked in shared memory, and the accumulators are multiplied by c. If h
+//             is saved it is stored unscaled. s · h, rounded once from fp32, goes to scratch: s · b would not be
+//             exact, and accumulators that already hold x wᵀ cannot be scaled by s.
+//   y tiles   y[128, BN] over all of K, then ceil(R / 64) more stages add (s · h) bᵀ to the same accumulators.
 #pragma once
 
 #include "launch_pass.cuh"
@@ -46,7 +46,8 @@ __device__ __forceinline__ void forward_produce(const ForwardParams& p, const S&
   }
 }
 
-// The bias of a [64, BN] tile's columns n.., two neighbours a word; zeros beyond `columns`, a multiple of 8.
+// Loads the bias of the columns of a [64, BN] tile from column n on, two neighbours in a word, and zeros beyond
+// `columns`, a multiple of 8.
 template <int BN>
 __device__ __forceinline__ void load_bias(uint32_t (&pairs)[BN / 8], const void* bias, int thread, int n, int columns) {
   const int first = n + fragment_col(thread, 0);

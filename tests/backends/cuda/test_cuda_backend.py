@@ -1,4 +1,4 @@
-"""What the `cuda` back-end refuses, on a machine without a GPU."""
+"""The calls that the `cuda` back-end refuses, checked on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def test_every_refusal_says_why(change: dict, reason: str) -> None:
     assert reason in reasons[0]
 
 
-def test_other_architectures(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
+def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert cuda.why_not(SERVED) == ["serves Hopper (sm_90), not sm_100"]
 
 
-def test_all_reasons_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_reasons_are_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No driver and no extension are reasons among others, not exceptions."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "lora_kernels._cuda", None)

@@ -1,4 +1,4 @@
-"""The source of the sm_90a kernels, run whole on an emulated GPU (sm90_machine.h), in random order."""
+"""The source of the sm_90a kernels, run as a whole on an emulated GPU (tests/support/sm90_machine), in random order."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
         (1100, 72, 136, 160, 0.0, FP16, FP16, 8, 8),
     ],
 )
-def test_results(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> None:
+def test_results_are_right(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> None:
     q = problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p, seed=M)
     assert_right(results(sm90.Device(M, sms, resident, tiling), q), q)
 
@@ -129,7 +129,9 @@ def test_dropout_is_the_rule() -> None:
 
 @pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
-def test_only_what_is_asked(needs: tuple[int, int, int], tiling: tuple[int, int]) -> None:
+def test_only_the_gradients_that_are_asked_for_are_computed(
+    needs: tuple[int, int, int], tiling: tuple[int, int]
+) -> None:
     q = problem(150, 72, 136, 12, dtype=BF16, p=0.2)
     device = sm90.Device(5, tiling=tiling)
     _, h = device.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed)
@@ -150,7 +152,7 @@ def test_h_is_not_stored_unless_asked_for() -> None:
 
 
 @pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
-def test_row_strides(tiling: tuple[int, int]) -> None:
+def test_row_strides_do_not_change_the_results(tiling: tuple[int, int]) -> None:
     """Rows apart, and a and b at odd places or all rows in one: what TMA cannot read of them is converted in the
     launch."""
     q = problem(140, 72, 136, 24, dtype=BF16, p=0.3)
@@ -192,7 +194,7 @@ def test_infinite_rows_stay_alone() -> None:
         *({"columns": 64, "cluster": 1}, {"columns": 128, "cluster": 2}, {"columns": 256}, {"cluster": 2}),
     ],
 )
-def test_refusals(wrong: dict[str, int | None]) -> None:
+def test_operands_against_the_rules_are_refused(wrong: dict[str, int | None]) -> None:
     q = problem(16, 72, 72, 8, dtype=BF16)
     args = sm90.ForwardArgs()
     sm90.Device()._operands(args, 16, q.x, q.w, q.a, q.b, 1.0, 0.0, None)
@@ -212,7 +214,7 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> sm90.Extension:
 @pytest.mark.parametrize("tiling", tilings.TILINGS)
 @pytest.mark.usefixtures("extension")
 def test_a_tiling_can_be_asked_for(tiling: tilings.Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reaches the kernels, and the results fill what they are given."""
+    """It reaches the kernels, and they fill the tensors that they are given."""
     asked = []
 
     def operands(*args: object) -> dict[str, object]:
@@ -233,7 +235,7 @@ def test_a_tiling_can_be_asked_for(tiling: tilings.Tiling, monkeypatch: pytest.M
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize(("M", "p"), [(1, 0.0), (20, 0.0), (150, 0.3), (0, 0.3)])
 @pytest.mark.usefixtures("extension", "poison")
-def test_backend(M: int, p: float, strided: bool) -> None:
+def test_the_backend_gives_right_results(M: int, p: float, strided: bool) -> None:
     q = problem(M, 72, 136, 12, dtype=BF16, adapter_dtype=FP32, p=p, strided=strided)
     y, h = one_layer.forward(cuda, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
     dx, da, db = one_layer.backward(cuda, q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
@@ -244,7 +246,7 @@ def test_backend(M: int, p: float, strided: bool) -> None:
 
 @pytest.mark.parametrize("at", [slice(1, 73), slice(0, 144, 2)])
 @pytest.mark.usefixtures("extension")
-def test_a_bias_that_cannot_be_read_in_pairs(at: slice) -> None:
+def test_a_bias_that_cannot_be_read_in_pairs_is_copied(at: slice) -> None:
     q = problem(150, 72, 136, 12, dtype=BF16)
     bias = torch.zeros(144, dtype=BF16)[at].copy_(q.bias)
     want, _ = one_layer.forward(cuda, q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, False)

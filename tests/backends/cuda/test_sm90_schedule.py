@@ -1,4 +1,4 @@
-"""The arithmetic of the sm_90a kernels: tickets, waits, counters, splits, layouts. Needs g++ and nothing of CUDA."""
+"""The arithmetic of the sm_90a kernels: tickets, waits, counters, splits, layouts. Needs g++ but no CUDA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-// What a check found, in memory that outlives it: for Python to read.
+// The message of a check, in memory that outlives the call, so that Python can
+// read it.
 #pragma once
 
 #include <string>
@@ -7,9 +8,9 @@ namespace {
 
 std::string said;
 
-const char* say(const std::string& what) {
+const char *say(const std::string &what) {
   said = what;
   return said.c_str();
 }
 
-}  // namespace
+} // namespace
