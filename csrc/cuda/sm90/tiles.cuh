@@ -1,4 +1,4 @@
-// Parts that the kernels share: narrow tiles (h = x̂ aᵀ, g = s · dy b), stores of output tiles, sums of partial results.
+// Parts that the kernels share: narrow tiles (h = x̂ aᵀ, g = s · dy b), stores of output tiles, sums of parts.
 #pragma once
 
 #include "pipeline.cuh"

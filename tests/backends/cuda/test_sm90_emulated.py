@@ -129,9 +129,7 @@ def test_dropout_is_the_rule() -> None:
 
 @pytest.mark.parametrize("tiling", [tilings.BY_RULE, PAIRS])
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
-def test_only_the_gradients_that_are_asked_for_are_computed(
-    needs: tuple[int, int, int], tiling: tuple[int, int]
-) -> None:
+def test_only_the_wanted_gradients_are_computed(needs: tuple[int, int, int], tiling: tuple[int, int]) -> None:
     q = problem(150, 72, 136, 12, dtype=BF16, p=0.2)
     device = sm90.Device(5, tiling=tiling)
     _, h = device.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed)

@@ -1,5 +1,4 @@
-// Exhaustive checks of csrc/cuda/sm90/layout.h, compiled by a host compiler.
-// Each returns "" or what is wrong.
+// Exhaustive checks of csrc/cuda/sm90/layout.h, compiled by a host compiler. Each returns "" or what is wrong.
 #include <set>
 #include <string>
 #include <utility>
@@ -13,35 +12,29 @@ using namespace lk::sm90;
 extern "C" {
 
 // Accumulators: each element of a 64 x N tile is one register of one thread.
-const char *check_fragments(int N) {
+const char* check_fragments(int N) {
   std::vector<int> seen(64 * N);
   for (int thread = 0; thread < 128; ++thread)
-    for (int reg = 0; reg < N / 2; ++reg)
-      ++seen[fragment_row(thread, reg) * N + fragment_col(thread, reg)];
+    for (int reg = 0; reg < N / 2; ++reg) ++seen[fragment_row(thread, reg) * N + fragment_col(thread, reg)];
   for (const int times : seen)
-    if (times != 1)
-      return say("an element is held " + std::to_string(times) + " times");
+    if (times != 1) return say("an element is held " + std::to_string(times) + " times");
   return say("");
 }
 
-// The bit of the mask for each accumulator is drawn from its own row, column
-// group and lane: what keep_part of backward.cuh does, with the four lanes of
-// every quad side by side.
-const char *check_keep_bits(int N) {
+// The bit of the mask for each accumulator is drawn from its own row, column group and lane: what keep_part of
+// backward.cuh does, with the four lanes of every quad side by side.
+const char* check_keep_bits(int N) {
   for (int thread = 0; thread < 128; thread += 4)
     for (int w = 0; w < N / 64; ++w)
       for (int part = 0; part < 4; ++part) {
-        uint32_t word[4][4]; // of the four lanes: which (lane, word) it is
+        uint32_t word[4][4];  // of the four lanes: which (lane, word) it is
         for (uint32_t q = 0; q < 4; ++q)
-          for (uint32_t v = 0; v < 4; ++v)
-            word[q][v] = q * 16 + v;
+          for (uint32_t v = 0; v < 4; ++v) word[q][v] = q * 16 + v;
         for (int bit = 1; bit <= 2; bit *= 2)
           for (int i = 0; i < 2; ++i) {
             uint32_t sent[4];
-            for (int q = 0; q < 4; ++q)
-              sent[q] = quad_sent(word[q], q, bit, i);
-            for (int q = 0; q < 4; ++q)
-              quad_put(word[q], q, bit, i, sent[q ^ bit]);
+            for (int q = 0; q < 4; ++q) sent[q] = quad_sent(word[q], q, bit, i);
+            for (int q = 0; q < 4; ++q) quad_put(word[q], q, bit, i, sent[q ^ bit]);
           }
         for (int q = 0; q < 4; ++q)
           for (int v = 0; v < 4; ++v)
@@ -49,28 +42,22 @@ const char *check_keep_bits(int N) {
               int reg = -1;
               for (int r = 0; r < N / 2; ++r)
                 if (keep_word(r) == w && keep_bit(r) == 8 * part + 2 * v + e) {
-                  if (reg >= 0)
-                    return say("two accumulators share a bit");
+                  if (reg >= 0) return say("two accumulators share a bit");
                   reg = r;
                 }
-              if (reg < 0)
-                return say("a bit of no accumulator");
-              const int drawn_by = word[q][v] / 16,
-                        drawn_word = word[q][v] % 16;
-              const int row = fragment_row(thread, 0) + keep_row(part),
-                        group = keep_group(w, part) + drawn_by;
+              if (reg < 0) return say("a bit of no accumulator");
+              const int drawn_by = word[q][v] / 16, drawn_word = word[q][v] % 16;
+              const int row = fragment_row(thread, 0) + keep_row(part), group = keep_group(w, part) + drawn_by;
               if (row != fragment_row(thread + q, reg) ||
-                  group * 8 + drawn_word * 2 + e !=
-                      fragment_col(thread + q, reg))
+                  group * 8 + drawn_word * 2 + e != fragment_col(thread + q, reg))
                 return say("a bit of the wrong element");
             }
       }
   return say("");
 }
 
-// Masking a 64 x 64 box: every 16-byte chunk once, at an address of its own
-// inside the box.
-const char *check_chunks() {
+// Masking a 64 x 64 box: every 16-byte chunk once, at an address of its own inside the box.
+const char* check_chunks() {
   std::set<uint32_t> addresses;
   std::set<std::pair<int, int>> chunks;
   for (int thread = 0; thread < 128; ++thread)
@@ -79,101 +66,76 @@ const char *check_chunks() {
       chunks.insert({row, chunk});
       addresses.insert(swizzled(row, chunk * 16, 128));
     }
-  if (chunks.size() != 512 || addresses.size() != 512 ||
-      *addresses.rbegin() != 8192 - 16)
+  if (chunks.size() != 512 || addresses.size() != 512 || *addresses.rbegin() != 8192 - 16)
     return say("chunks are missing");
   return say("");
 }
 
 // stmatrix writes each accumulator of 64 columns where the swizzled box has it.
-const char *check_stmatrix() {
+const char* check_stmatrix() {
   for (int thread = 0; thread < 128; ++thread)
     for (int pair = 0; pair < 4; ++pair)
       for (int matrix = 0; matrix < 4; ++matrix)
         for (int e = 0; e < 2; ++e) {
-          const int reg = pair * 8 + (matrix / 2) * 4 + (matrix % 2) * 2 + e,
-                    lane = thread % 32;
-          const uint32_t to =
-              stmatrix_offset(thread / 32, 8 * matrix + lane / 4, pair) +
-              lane % 4 * 4 + e * 2;
-          if (to != swizzled(fragment_row(thread, reg),
-                             fragment_col(thread, reg) * 2, 128))
+          const int reg = pair * 8 + (matrix / 2) * 4 + (matrix % 2) * 2 + e, lane = thread % 32;
+          const uint32_t to = stmatrix_offset(thread / 32, 8 * matrix + lane / 4, pair) + lane % 4 * 4 + e * 2;
+          if (to != swizzled(fragment_row(thread, reg), fragment_col(thread, reg) * 2, 128))
             return say("an accumulator goes astray");
         }
   return say("");
 }
 
-// A descriptor, read as the PTX ISA's canonical layout, finds each element
-// where TMA's swizzle has put it. Box of 64 rows of `width` bytes; mn_major:
-// rows are the contraction, and `columns` the operand's other extent; else rows
-// are the other index.
-const char *check_descriptor(int width, int mn_major, int extent, int step,
-                             uint32_t base) {
+// A descriptor, read as the PTX ISA's canonical layout, finds each element where TMA's swizzle has put it. Box of 64
+// rows of `width` bytes; mn_major: rows are the contraction, and `columns` the operand's other extent; else rows are
+// the other index.
+const char* check_descriptor(int width, int mn_major, int extent, int step, uint32_t base) {
   const uint64_t d = mn_major ? (width == 128  ? MnMajor<128>::at(base)
                                  : width == 64 ? MnMajor<64>::at(base)
                                                : MnMajor<32>::at(base))
                               : KMajor::at(base);
   const uint32_t advance = mn_major ? 16 * width : KMajor::kStep;
   const uint64_t moved = d + static_cast<uint64_t>(step) * (advance >> 4);
-  const uint32_t start = (moved & 0x3FFF) << 4,
-                 leading = (moved >> 16 & 0x3FFF) << 4,
+  const uint32_t start = (moved & 0x3FFF) << 4, leading = (moved >> 16 & 0x3FFF) << 4,
                  stride = (moved >> 32 & 0x3FFF) << 4;
   const uint32_t layout = moved >> 62;
-  if ((layout == 1   ? 128
-       : layout == 2 ? 64
-       : layout == 3 ? 32
-                     : 0) != width ||
-      (moved >> 49 & 7))
+  if ((layout == 1 ? 128 : layout == 2 ? 64 : layout == 3 ? 32 : 0) != width || (moved >> 49 & 7))
     return say("wrong layout bits");
   const int span = width / 2;
   for (int mn = 0; mn < extent; ++mn)
     for (int k = 0; k < 16; ++k) {
-      const uint32_t linear =
-          start + (mn_major ? mn % span * 2 + mn / span * leading +
-                                  k % 8 * width + k / 8 * stride
-                            : mn % 8 * width + mn / 8 * stride + k * 2);
+      const uint32_t linear = start + (mn_major ? mn % span * 2 + mn / span * leading + k % 8 * width + k / 8 * stride
+                                                : mn % 8 * width + mn / 8 * stride + k * 2);
       const uint32_t read = linear ^ ((linear >> 3) & (width - 16));
       const int contraction = step * 16 + k;
-      // MN-major: box mn / span, row `contraction`, byte (mn % span) * 2.
-      // K-major: row mn, byte contraction * 2.
-      const uint32_t written =
-          mn_major ? base + mn / span * 64 * width +
-                         swizzled(contraction, mn % span * 2, width)
-                   : base + swizzled(mn, contraction * 2, width);
-      if (read != written)
-        return say("a descriptor misses an element");
+      // MN-major: box mn / span, row `contraction`, byte (mn % span) * 2. K-major: row mn, byte contraction * 2.
+      const uint32_t written = mn_major ? base + mn / span * 64 * width + swizzled(contraction, mn % span * 2, width)
+                                        : base + swizzled(mn, contraction * 2, width);
+      if (read != written) return say("a descriptor misses an element");
     }
   return say("");
 }
 
 // The bytes that a stage is told to expect are those of its boxes.
-const char *check_bytes() {
+const char* check_bytes() {
   const int box = 64 * 64 * 2;
-#define CHECK(BN, RP)                                                          \
-  if (Tile<BN, RP>::kOutBytes != (kTileM * 64 + BN * 64) * 2 ||                \
-      Tile<BN, RP>::kOutBytes != (2 + BN / 64) * box ||                        \
-      Tile<BN, RP>::kSkinnyBytes != (kTileM * 64 + RP * 64) * 2 ||             \
-      Tile<BN, RP>::kSkinnyBytes !=                                            \
-          2 * box + Tile<BN, RP>::kRankBoxes * 64 * Tile<BN, RP>::kWidth ||    \
-      Tile<BN, RP>::kOutBytes > Tile<BN, RP>::kStageBytes ||                   \
-      Tile<BN, RP>::kSkinnyBytes > Tile<BN, RP>::kStageBytes ||                \
-      Tile<BN, RP>::kSharedBytes > kSharedLimit)                               \
+#define CHECK(BN, RP)                                                                                                  \
+  if (Tile<BN, RP>::kOutBytes != (kTileM * 64 + BN * 64) * 2 || Tile<BN, RP>::kOutBytes != (2 + BN / 64) * box ||      \
+      Tile<BN, RP>::kSkinnyBytes != (kTileM * 64 + RP * 64) * 2 ||                                                     \
+      Tile<BN, RP>::kSkinnyBytes != 2 * box + Tile<BN, RP>::kRankBoxes * 64 * Tile<BN, RP>::kWidth ||                  \
+      Tile<BN, RP>::kOutBytes > Tile<BN, RP>::kStageBytes || Tile<BN, RP>::kSkinnyBytes > Tile<BN, RP>::kStageBytes || \
+      Tile<BN, RP>::kSharedBytes > kSharedLimit)                                                                       \
     return say("wrong bytes for " #BN " columns, rank " #RP);
   CHECK(128, 16)
-  CHECK(128, 32)
-  CHECK(128, 64) CHECK(128, 128) CHECK(256, 16) CHECK(256, 32) CHECK(256, 64)
-      CHECK(256, 128)
+  CHECK(128, 32) CHECK(128, 64) CHECK(128, 128) CHECK(256, 16) CHECK(256, 32) CHECK(256, 64) CHECK(256, 128)
 #undef CHECK
-          return say("");
+      return say("");
 }
 
 // Conversion chunks cover a matrix.
-const char *check_prep(int rows, int pitch) {
+const char* check_prep(int rows, int pitch) {
   const int64_t total = static_cast<int64_t>(rows) * pitch,
-                covered =
-                    static_cast<int64_t>(prep_chunks(rows, pitch)) * kPrepChunk;
-  return say(covered >= total && covered - total < kPrepChunk &&
-                     kPrepChunk == kConsumers * 8 * 4
+                covered = static_cast<int64_t>(prep_chunks(rows, pitch)) * kPrepChunk;
+  return say(covered >= total && covered - total < kPrepChunk && kPrepChunk == kConsumers * 8 * 4
                  ? ""
                  : "chunks do not cover the matrix");
 }

@@ -1,5 +1,4 @@
-// The message of a check, in memory that outlives the call, so that Python can
-// read it.
+// The message of a check, in memory that outlives the call, so that Python can read it.
 #pragma once
 
 #include <string>
@@ -8,9 +7,9 @@ namespace {
 
 std::string said;
 
-const char *say(const std::string &what) {
+const char* say(const std::string& what) {
   said = what;
   return said.c_str();
 }
 
-} // namespace
+}  // namespace

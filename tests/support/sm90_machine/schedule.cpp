@@ -1,5 +1,4 @@
-// Exhaustive checks of csrc/cuda/sm90/schedule.h, compiled by a host compiler.
-// Each returns "" or what is wrong.
+// Exhaustive checks of csrc/cuda/sm90/schedule.h, compiled by a host compiler. Each returns "" or what is wrong.
 #include <algorithm>
 #include <random>
 #include <set>
@@ -15,15 +14,13 @@ using namespace lk::sm90;
 namespace {
 
 // The plan that launch.cu makes of these sizes, without the pointers.
-Plan backward_plan(int M, int N, int K, int R, int sms, int prep, int needs,
-                   int cluster) {
+Plan backward_plan(int M, int N, int K, int R, int sms, int prep, int needs, int cluster) {
   Plan plan;
   plan.cluster = cluster;
   plan.prep = round_up(prep, cluster);
   plan.rank_tiles = rank_tiles(R);
   const int row_blocks = round_up(ceil_div(M, kTileM), cluster);
-  if (needs & 3)
-    plan.blocks = row_blocks;
+  if (needs & 3) plan.blocks = row_blocks;
   if (needs & 1) {
     plan.tiles_m = row_blocks;
     plan.tiles_n = ceil_div(K, tiling(M, K, sms).columns);
@@ -40,114 +37,92 @@ Plan backward_plan(int M, int N, int K, int R, int sms, int prep, int needs,
 }
 
 // Row blocks of h or g that an item waits for: [first, last).
-std::pair<int, int> waits(const Plan &plan, const Item &item, int M) {
-  if (item.kind == Kind::kOut)
-    return {item.m, item.m + 1};
-  if (item.kind != Kind::kDa)
-    return {0, 0};
+std::pair<int, int> waits(const Plan& plan, const Item& item, int M) {
+  if (item.kind == Kind::kOut) return {item.m, item.m + 1};
+  if (item.kind != Kind::kDa) return {0, 0};
   const int parts = ceil_div(M, kTileK);
   return {split_begin(parts, plan.da_splits, item.split) / 2,
           (split_begin(parts, plan.da_splits, item.split + 1) - 1) / 2 + 1};
 }
 
-} // namespace
+}  // namespace
 
 extern "C" {
 
-// Every tile of every kind is one item; all that an item waits for has lower
-// tickets; the row blocks that a da item waits for are those whose rows it
-// reads; the blocks of a cluster have the same second operand in as many
-// stages.
-const char *check_items(int M, int N, int K, int R, int sms, int prep,
-                        int needs, int cluster) {
+// Every tile of every kind is one item; all that an item waits for has lower tickets; the row blocks that a da item
+// waits for are those whose rows it reads; the blocks of a cluster have the same second operand in as many stages.
+const char* check_items(int M, int N, int K, int R, int sms, int prep, int needs, int cluster) {
   const Plan plan = backward_plan(M, N, K, R, sms, prep, needs, cluster);
   std::set<std::tuple<Kind, int, int, int>> seen;
   std::vector<int> published(plan.blocks);
   int prepared = 0;
   for (int i = 0; i < plan.items() * cluster; ++i) {
     const int ticket = i / cluster, rank = i % cluster;
-    const Item item = item_of(plan, ticket, rank),
-               leads = item_of(plan, ticket, 0);
-    if (item.kind != leads.kind || item.split != leads.split)
-      return say("two kinds of work for one ticket");
+    const Item item = item_of(plan, ticket, rank), leads = item_of(plan, ticket, 0);
+    if (item.kind != leads.kind || item.split != leads.split) return say("two kinds of work for one ticket");
     if (item.kind == Kind::kSkinny || item.kind == Kind::kOut) {
-      if (item.n != leads.n || item.m != leads.m + rank)
-        return say("a pair that does not share a column tile");
+      if (item.n != leads.n || item.m != leads.m + rank) return say("a pair that does not share a column tile");
     } else if (item.kind == Kind::kDa || item.kind == Kind::kDb) {
-      const GradientTile tile = gradient_tile(plan, item.n),
-                         first = gradient_tile(plan, leads.n);
+      const GradientTile tile = gradient_tile(plan, item.n), first = gradient_tile(plan, leads.n);
       if (tile.rank != first.rank || tile.columns != first.columns + 128 * rank)
         return say("a pair that does not share a rank tile");
     }
-    if (!seen.insert({item.kind, item.m, item.n, item.split}).second)
-      return say("two tickets are one item");
+    if (!seen.insert({item.kind, item.m, item.n, item.split}).second) return say("two tickets are one item");
     bool inside = false;
     switch (item.kind) {
-    case Kind::kPrep:
-      inside = item.m < plan.prep;
-      break;
-    case Kind::kSkinny:
-      inside = item.m < plan.blocks && item.n < plan.rank_tiles;
-      break;
-    case Kind::kOut:
-      inside = item.m < plan.tiles_m && item.n < plan.tiles_n;
-      break;
-    case Kind::kDb:
-      inside = item.n < plan.db_tiles && item.split < plan.db_splits;
-      break;
-    case Kind::kDa:
-      inside = item.n < plan.da_tiles && item.split < plan.da_splits;
-      break;
+      case Kind::kPrep:
+        inside = item.m < plan.prep;
+        break;
+      case Kind::kSkinny:
+        inside = item.m < plan.blocks && item.n < plan.rank_tiles;
+        break;
+      case Kind::kOut:
+        inside = item.m < plan.tiles_m && item.n < plan.tiles_n;
+        break;
+      case Kind::kDb:
+        inside = item.n < plan.db_tiles && item.split < plan.db_splits;
+        break;
+      case Kind::kDa:
+        inside = item.n < plan.da_tiles && item.split < plan.da_splits;
+        break;
     }
-    if (!inside || item.m < 0 || item.n < 0 || item.split < 0)
-      return say("an item outside the problem");
+    if (!inside || item.m < 0 || item.n < 0 || item.split < 0) return say("an item outside the problem");
     if (item.kind == Kind::kPrep)
       ++prepared;
     else if (prepared != plan.prep)
       return say("an item before the end of the conversion");
-    if (item.kind == Kind::kSkinny)
-      published[item.m] += kGroups;
+    if (item.kind == Kind::kSkinny) published[item.m] += kGroups;
     const auto [first, last] = waits(plan, item, M);
     for (int m = first; m < last; ++m)
-      if (m >= plan.blocks || published[m] != ready_target(plan))
-        return say("an item waits for a higher ticket");
+      if (m >= plan.blocks || published[m] != ready_target(plan)) return say("an item waits for a higher ticket");
   }
-  if (static_cast<int>(seen.size()) !=
-      plan.prep + plan.blocks * plan.rank_tiles + plan.tiles_m * plan.tiles_n +
-          plan.db_tiles * plan.db_splits + plan.da_tiles * plan.da_splits)
+  if (static_cast<int>(seen.size()) != plan.prep + plan.blocks * plan.rank_tiles + plan.tiles_m * plan.tiles_n +
+                                           plan.db_tiles * plan.db_splits + plan.da_tiles * plan.da_splits)
     return say("items are missing");
   for (int m : published)
-    if (m != ready_target(plan))
-      return say("a row block is published too often or too seldom");
+    if (m != ready_target(plan)) return say("a row block is published too often or too seldom");
   return say("");
 }
 
-// Memory-bound items lie among the dx tiles: from the first dx tile to the
-// last, never more of them in a row than it takes, and of all of them a quarter
-// after that. db tiles come before da tiles, which wait for g.
-const char *check_mix(int M, int N, int K, int R, int sms, int cluster) {
+// Memory-bound items lie among the dx tiles: from the first dx tile to the last, never more of them in a row than it
+// takes, and of all of them a quarter after that. db tiles come before da tiles, which wait for g.
+const char* check_mix(int M, int N, int K, int R, int sms, int cluster) {
   const Plan plan = backward_plan(M, N, K, R, sms, 0, 7, cluster);
   const int side = plan.db() + plan.da(), most = ceil_div(side, plan.out());
   int in_a_row = 0, after = 0;
   bool da = false;
-  for (int ticket = plan.preps() + plan.skinny(); ticket < plan.items();
-       ++ticket) {
+  for (int ticket = plan.preps() + plan.skinny(); ticket < plan.items(); ++ticket) {
     const Kind kind = item_of(plan, ticket, 0).kind;
-    if (kind == Kind::kDb && da)
-      return say("a db tile after a da tile");
+    if (kind == Kind::kDb && da) return say("a db tile after a da tile");
     da = da || kind == Kind::kDa;
-    if (kind == Kind::kOut && in_a_row > most)
-      return say("too many memory-bound items in a row");
+    if (kind == Kind::kOut && in_a_row > most) return say("too many memory-bound items in a row");
     in_a_row = kind == Kind::kOut ? 0 : in_a_row + 1;
     after = in_a_row;
   }
-  return say(after < side / 4 || after > side / 4 + most
-                 ? "not a quarter at the end"
-                 : "");
+  return say(after < side / 4 || after > side / 4 + most ? "not a quarter at the end" : "");
 }
 
-// Rows of x and w that the first y tiles of a launch read between them, one
-// tile for each of `sms` blocks.
+// Rows of x and w that the first y tiles of a launch read between them, one tile for each of `sms` blocks.
 int rows_at_work(int tiles_m, int tiles_n, int columns, int sms, int cluster) {
   Plan plan;
   plan.cluster = cluster;
@@ -159,38 +134,30 @@ int rows_at_work(int tiles_m, int tiles_n, int columns, int sms, int cluster) {
     m.insert(item.m);
     n.insert(item.n);
   }
-  return static_cast<int>(m.size()) * kTileM +
-         static_cast<int>(n.size()) * columns;
+  return static_cast<int>(m.size()) * kTileM + static_cast<int>(n.size()) * columns;
 }
 
 // The counters of a plan are different ints, inside what the plan asks for.
-const char *check_counters(int M, int N, int K, int R, int sms, int cluster) {
+const char* check_counters(int M, int N, int K, int R, int sms, int cluster) {
   const Plan plan = backward_plan(M, N, K, R, sms, 3, 7, cluster);
   std::set<int> used = {kTicket, kExited, kPrepDone};
   size_t count = used.size();
-  for (int m = 0; m < plan.blocks; ++m, ++count)
-    used.insert(kReady + m);
+  for (int m = 0; m < plan.blocks; ++m, ++count) used.insert(kReady + m);
   for (int group = 0; group < kGroups; ++group) {
-    for (int tile = 0; tile < plan.db_tiles; ++tile, ++count)
-      used.insert(db_counter(plan, tile, group));
-    for (int tile = 0; tile < plan.da_tiles; ++tile, ++count)
-      used.insert(da_counter(plan, tile, group));
+    for (int tile = 0; tile < plan.db_tiles; ++tile, ++count) used.insert(db_counter(plan, tile, group));
+    for (int tile = 0; tile < plan.da_tiles; ++tile, ++count) used.insert(da_counter(plan, tile, group));
   }
-  if (used.size() != count)
-    return say("two counters are one int");
-  if (*used.rbegin() >= counters(plan))
-    return say("a counter beyond the end");
+  if (used.size() != count) return say("two counters are one int");
+  if (*used.rbegin() >= counters(plan)) return say("a counter beyond the end");
   return say("");
 }
 
 // The parts of `blocks` blocks follow each other, cover all, and none is empty.
-const char *check_splits(int blocks, int splits) {
-  if (split_begin(blocks, splits, 0) != 0 ||
-      split_begin(blocks, splits, splits) != blocks)
+const char* check_splits(int blocks, int splits) {
+  if (split_begin(blocks, splits, 0) != 0 || split_begin(blocks, splits, splits) != blocks)
     return say("not all is covered");
   for (int s = 0; s < splits; ++s)
-    if (split_begin(blocks, splits, s) >= split_begin(blocks, splits, s + 1))
-      return say("an empty part");
+    if (split_begin(blocks, splits, s) >= split_begin(blocks, splits, s + 1)) return say("an empty part");
   return say("");
 }
 // columns * 10 + cluster
@@ -198,36 +165,28 @@ int tiling_of(int M, int columns, int sms) {
   const Tiling t = tiling(M, columns, sms);
   return is_compiled(t) ? t.columns * 10 + t.cluster : 0;
 }
-int gradient_splits_of(int tiles, int M, int sms) {
-  return gradient_splits(tiles, M, sms);
-}
-int decode_splits_of(int tiles, int blocks, int sms) {
-  return decode_splits(tiles, blocks, sms);
-}
+int gradient_splits_of(int tiles, int M, int sms) { return gradient_splits(tiles, M, sms); }
+int decode_splits_of(int tiles, int blocks, int sms) { return decode_splits(tiles, blocks, sms); }
 
-// Partial sums: every (tile, split, register, thread) has a float of its own in
-// the space that launch.cu takes.
-const char *check_partials(int tiles, int splits, int registers) {
+// Partial sums: every (tile, split, register, thread) has a float of its own in the space that launch.cu takes.
+const char* check_partials(int tiles, int splits, int registers) {
   std::vector<bool> used(partial_index(splits, tiles, 0, registers, 0, 0));
   for (int tile = 0; tile < tiles; ++tile)
     for (int split = 0; split < splits; ++split)
       for (int reg = 0; reg < registers; ++reg)
         for (int thread = 0; thread < kConsumers; ++thread) {
-          const int64_t i =
-              partial_index(splits, tile, split, registers, reg, thread);
+          const int64_t i = partial_index(splits, tile, split, registers, reg, thread);
           if (i < 0 || i >= static_cast<int64_t>(used.size()) || used[i])
             return say("partial sums overlap or lie outside");
           used[i] = true;
         }
   for (const bool b : used)
-    if (!b)
-      return say("a hole between partial sums");
+    if (!b) return say("a hole between partial sums");
   return say("");
 }
 
-// Items of a decode launch: prep first, then every split of every tile, those
-// of a before those of w.
-const char *check_decode(int prep, int a_tiles, int w_tiles, int splits) {
+// Items of a decode launch: prep first, then every split of every tile, those of a before those of w.
+const char* check_decode(int prep, int a_tiles, int w_tiles, int splits) {
   DecodePlan plan;
   plan.prep = prep;
   plan.a_tiles = a_tiles;
@@ -238,52 +197,42 @@ const char *check_decode(int prep, int a_tiles, int w_tiles, int splits) {
   int of_a = 0;
   for (int ticket = 0; ticket < plan.items(); ++ticket) {
     const Item item = decode_item(plan, ticket);
-    if ((item.kind == Kind::kPrep) != (ticket < prep))
-      return say("prep is not first");
-    if (item.kind == Kind::kPrep)
-      continue;
-    if (item.n >= plan.tiles() || item.split >= splits ||
-        !seen.insert({item.n, item.split}).second)
+    if ((item.kind == Kind::kPrep) != (ticket < prep)) return say("prep is not first");
+    if (item.kind == Kind::kPrep) continue;
+    if (item.n >= plan.tiles() || item.split >= splits || !seen.insert({item.n, item.split}).second)
       return say("a wrong item");
-    if ((item.kind == Kind::kSkinny) != (item.n < a_tiles))
-      return say("a tile of the wrong kind");
+    if ((item.kind == Kind::kSkinny) != (item.n < a_tiles)) return say("a tile of the wrong kind");
     if (item.kind == Kind::kSkinny)
       ++of_a;
     else if (of_a != a_tiles * splits)
       return say("a tile of w before the last of a");
   }
-  if (static_cast<int>(seen.size()) != plan.tiles() * splits)
-    return say("items are missing");
+  if (static_cast<int>(seen.size()) != plan.tiles() * splits) return say("items are missing");
   for (int tile = 0; tile < plan.tiles(); ++tile)
     for (int group = 0; group < kGroups; ++group)
-      if (!used.insert(decode_counter(tile, group)).second ||
-          *used.rbegin() >= decode_counters(plan))
+      if (!used.insert(decode_counter(tile, group)).second || *used.rbegin() >= decode_counters(plan))
         return say("a wrong counter");
   return say("");
 }
 
-// Clusters claim tickets in random order, `resident` of them at a time out of
-// `grid`, one ahead of what they work on (as the producer does). Each block
-// works through its items in order. It stays on an item until what the item
-// waits for is published, and what the items of the other blocks wait for, too:
-// half of every stage comes from them, and they must have begun it. All must
-// end, and the counters must come back to zero, launch after launch.
-const char *check_progress(int M, int N, int K, int R, int sms, int prep,
-                           int needs, int cluster, int grid, int resident,
-                           int launches, unsigned seed) {
+// Clusters claim tickets in random order, `resident` of them at a time out of `grid`, one ahead of what they work on (as
+// the producer does). Each block works through its items in order. It stays on an item until what the item waits for is
+// published, and what the items of the other blocks wait for, too: half of every stage comes from them, and they must
+// have begun it. All must end, and the counters must come back to zero, launch after launch.
+const char* check_progress(int M, int N, int K, int R, int sms, int prep, int needs, int cluster, int grid,
+                           int resident, int launches, unsigned seed) {
   const Plan plan = backward_plan(M, N, K, R, sms, prep, needs, cluster);
   std::mt19937 random(seed);
   std::vector<int> counter(counters(plan));
   struct Running {
     std::vector<int> claimed;
-    std::vector<size_t> done; // by block: how many of them
+    std::vector<size_t> done;  // by block: how many of them
     bool last = false;
   };
-  const auto published = [&](const Item &item) {
+  const auto published = [&](const Item& item) {
     bool all = item.kind == Kind::kPrep || counter[kPrepDone] >= plan.prep;
     const auto [first, last] = waits(plan, item, M);
-    for (int m = first; m < last; ++m)
-      all = all && counter[kReady + m] >= ready_target(plan);
+    for (int m = first; m < last; ++m) all = all && counter[kReady + m] >= ready_target(plan);
     return all;
   };
   for (int launch = 0; launch < launches; ++launch) {
@@ -295,18 +244,15 @@ const char *check_progress(int M, int N, int K, int R, int sms, int prep,
         clusters.push_back({{}, std::vector<size_t>(cluster), false});
         ++started;
       }
-      if (clusters.empty())
-        break;
+      if (clusters.empty()) break;
       std::vector<int> order(clusters.size());
-      for (size_t i = 0; i < order.size(); ++i)
-        order[i] = static_cast<int>(i);
+      for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
       std::shuffle(order.begin(), order.end(), random);
       bool moved = false;
       int leaves = -1;
       for (const int i : order) {
-        Running &each = clusters[i];
-        const size_t slowest =
-            *std::min_element(each.done.begin(), each.done.end());
+        Running& each = clusters[i];
+        const size_t slowest = *std::min_element(each.done.begin(), each.done.end());
         if (!each.last && each.claimed.size() - slowest < 2 && random() % 2) {
           const int ticket = counter[kTicket]++;
           if (ticket < plan.items())
@@ -317,45 +263,33 @@ const char *check_progress(int M, int N, int K, int R, int sms, int prep,
         }
         for (int rank = 0; rank < cluster; ++rank) {
           const size_t at = each.done[rank];
-          if (at == each.claimed.size())
-            continue;
+          if (at == each.claimed.size()) continue;
           bool can = true;
           for (int other = 0; other < cluster; ++other)
-            can = can && each.done[other] >= at &&
-                  published(item_of(plan, each.claimed[at], other));
+            can = can && each.done[other] >= at && published(item_of(plan, each.claimed[at], other));
           moved = moved || can;
-          if (!can || random() % 3)
-            continue;
+          if (!can || random() % 3) continue;
           const Item item = item_of(plan, each.claimed[at], rank);
           ++finished[each.claimed[at] * cluster + rank];
-          if (item.kind == Kind::kPrep)
-            ++counter[kPrepDone];
-          if (item.kind == Kind::kSkinny)
-            counter[kReady + item.m] += kGroups;
+          if (item.kind == Kind::kPrep) ++counter[kPrepDone];
+          if (item.kind == Kind::kSkinny) counter[kReady + item.m] += kGroups;
           ++each.done[rank];
         }
-        if (each.last &&
-            *std::min_element(each.done.begin(), each.done.end()) ==
-                each.claimed.size())
-          leaves = i;
+        if (each.last && *std::min_element(each.done.begin(), each.done.end()) == each.claimed.size()) leaves = i;
         moved = moved || !each.last;
       }
       if (leaves >= 0) {
         moved = true;
         if ((counter[kExited] += cluster) == grid * cluster)
-          for (int &c : counter)
-            c = 0;
+          for (int& c : counter) c = 0;
         clusters.erase(clusters.begin() + leaves);
       }
-      if (!moved)
-        return say("deadlock");
+      if (!moved) return say("deadlock");
     }
     for (const int times : finished)
-      if (times != 1)
-        return say("an item was not done once");
+      if (times != 1) return say("an item was not done once");
     for (const int c : counter)
-      if (c != 0)
-        return say("a counter is left behind");
+      if (c != 0) return say("a counter is left behind");
   }
   return say("");
 }

@@ -1,6 +1,5 @@
-// csrc/cuda/sm90/wgmma.cuh on the emulated GPU of machine.h. Operands are read
-// as the canonical layouts of the PTX ISA say, from the descriptor's fields
-// alone.
+// csrc/cuda/sm90/wgmma.cuh on the emulated GPU of machine.h. Operands are read as the canonical layouts of the PTX ISA
+// say, from the descriptor's fields alone.
 #pragma once
 
 #define LK_SM90_WGMMA
@@ -15,19 +14,15 @@ namespace lk::sm90 {
 struct Descriptor {
   uint32_t start, leading, stride, width;
   explicit Descriptor(uint64_t d)
-      : start((d & 0x3FFF) << 4), leading((d >> 16 & 0x3FFF) << 4),
-        stride((d >> 32 & 0x3FFF) << 4), width(0) {
+      : start((d & 0x3FFF) << 4), leading((d >> 16 & 0x3FFF) << 4), stride((d >> 32 & 0x3FFF) << 4), width(0) {
     const int layout = d >> 62;
     width = layout == 1 ? 128 : layout == 2 ? 64 : layout == 3 ? 32 : 0;
-    if (width == 0)
-      emu::fail("a descriptor without swizzle");
-    if (d >> 49 & 7)
-      emu::fail("a base offset");
+    if (width == 0) emu::fail("a descriptor without swizzle");
+    if (d >> 49 & 7) emu::fail("a base offset");
   }
   uint32_t at(bool mn_major, int mn, int k) const {
     const int span = width / 2;
-    const uint32_t linear = mn_major ? mn % span * 2 + mn / span * leading +
-                                           k % 8 * width + k / 8 * stride
+    const uint32_t linear = mn_major ? mn % span * 2 + mn / span * leading + k % 8 * width + k / 8 * stride
                                      : mn % 8 * width + mn / 8 * stride + k * 2;
     return emu::swizzle(start + linear, width);
   }
@@ -35,60 +30,51 @@ struct Descriptor {
 
 // MN neighbours, of an even first one, over the 16 of the contraction.
 template <class T, bool MN_MAJOR, int MN>
-void read_operand(emu::Block &block, const Descriptor &d, int mn,
-                  float (&to)[MN][16]) {
-  constexpr int kTogether =
-      MN_MAJOR ? MN
-               : 8; // so many lie in one piece that the swizzle does not cut
+void read_operand(emu::Block& block, const Descriptor& d, int mn, float (&to)[MN][16]) {
+  constexpr int kTogether = MN_MAJOR ? MN : 8;  // so many lie in one piece that the swizzle does not cut
   T piece[kTogether];
   for (int m = 0; m < MN; m += MN_MAJOR ? MN : 1)
     for (int k = 0; k < 16; k += MN_MAJOR ? 1 : 8) {
-      std::memcpy(
-          piece,
-          emu::async_read(block, d.at(MN_MAJOR, mn + m, k), sizeof(piece)),
-          sizeof(piece));
-      for (int i = 0; i < kTogether; ++i)
-        to[MN_MAJOR ? i : m][MN_MAJOR ? k : k + i] =
-            static_cast<float>(piece[i]);
+      std::memcpy(piece, emu::async_read(block, d.at(MN_MAJOR, mn + m, k), sizeof(piece)), sizeof(piece));
+      for (int i = 0; i < kTogether; ++i) to[MN_MAJOR ? i : m][MN_MAJOR ? k : k + i] = static_cast<float>(piece[i]);
     }
 }
 
 // .sync.aligned: the threads of a warp go together.
 inline void wgmma_fence() { emu::meet_warp(); }
-template <int N> void wgmma_registers(float (&)[N]) {}
+template <int N>
+void wgmma_registers(float (&)[N]) {}
 inline void wgmma_commit() {
-  emu::Fiber &fiber = *emu::machine.current;
+  emu::Fiber& fiber = *emu::machine.current;
   fiber.mma.push_back(std::move(fiber.open_mma));
   fiber.open_mma.clear();
 }
-template <int PENDING> void wgmma_wait() {
+template <int PENDING>
+void wgmma_wait() {
   emu::meet_warp();
   emu::maybe_switch();
   emu::run_groups(emu::machine.current->mma, PENDING);
-  emu::meet_warp(); // of all threads, before any goes on
+  emu::meet_warp();  // of all threads, before any goes on
 }
 
-template <class T, int N> struct Wgmma {
+template <class T, int N>
+struct Wgmma {
   template <int TRANSPOSE_A, int TRANSPOSE_B>
   static void mma(float (&d)[N / 2], uint64_t a, uint64_t b) {
-    emu::Fiber &fiber = *emu::machine.current;
+    emu::Fiber& fiber = *emu::machine.current;
     const int thread = fiber.thread.x % 128;
-    float *const to = d;
+    float* const to = d;
     auto operation = [&fiber, to, a, b, thread] {
       const Descriptor da(a), db(b);
-      const int row = thread / 32 * 16 + thread % 32 / 4,
-                column = thread % 4 * 2;
+      const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
       float rows[2][1][16], columns[2][16];
       for (int half = 0; half < 2; ++half)
-        read_operand<T, TRANSPOSE_A != 0>(*fiber.block, da, row + 8 * half,
-                                          rows[half]);
+        read_operand<T, TRANSPOSE_A != 0>(*fiber.block, da, row + 8 * half, rows[half]);
       for (int i = 0; i < N / 2; i += 4) {
-        read_operand<T, TRANSPOSE_B != 0>(*fiber.block, db, i / 4 * 8 + column,
-                                          columns);
+        read_operand<T, TRANSPOSE_B != 0>(*fiber.block, db, i / 4 * 8 + column, columns);
         for (int half = 0; half < 2; ++half)
           for (int e = 0; e < 2; ++e)
-            for (int k = 0; k < 16; ++k)
-              to[i + 2 * half + e] += rows[half][0][k] * columns[e][k];
+            for (int k = 0; k < 16; ++k) to[i + 2 * half + e] += rows[half][0][k] * columns[e][k];
       }
     };
     // at once, or when it is waited for; never before what was issued earlier
@@ -99,4 +85,4 @@ template <class T, int N> struct Wgmma {
   }
 };
 
-} // namespace lk::sm90
+}  // namespace lk::sm90
