@@ -178,9 +178,8 @@ struct Consumer {
     tickets.next();
     return __shfl_sync(~0u, ticket, 0);
   }
-  __device__ __forceinline__ uint32_t wait() const {
-    return wait(ring);
-  }  // waits for the current stage and returns its address
+  // Waits for the current stage and returns its address.
+  __device__ __forceinline__ uint32_t wait() const { return wait(ring); }
   __device__ __forceinline__ uint32_t wait(const Ring<S::kStages>& at) const {
     barrier_wait(shared.full(at.slot), at.parity);
     return shared.stage(at.slot);
