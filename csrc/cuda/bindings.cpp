@@ -1,21 +1,17 @@
-// lora_kernels._cuda: pointers, sizes, strides and a stream in, nothing of torch. Importing it touches no driver.
+// The module lora_kernels._cuda. It takes pointers, sizes, strides and a stream, and knows nothing of torch. Importing
+// it touches no driver.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <string>
 
+#include "check.h"
 #include "device.h"
+#include "keep_mask.h"
 #include "sm90/bindings_sm90.h"
 
 namespace py = pybind11;
 
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) +
-                             ")");
-}
 
 py::dict build_info() {
   const int version = lk::cuda::toolkit_version();
@@ -29,7 +25,7 @@ py::list devices() {
   std::vector<lk::cuda::Device> found;
   {
     py::gil_scoped_release unlocked;  // the first call starts the driver
-    check(lk::cuda::devices(&found), "cannot list the CUDA devices");
+    lk::cuda::check(lk::cuda::devices(&found), "cannot list the CUDA devices");
   }
   py::list list;
   for (const auto& device : found) {
@@ -43,11 +39,22 @@ py::list devices() {
   return list;
 }
 
+// Pointers are integers.
+void keep_mask(int device, int64_t M, int64_t K, bool bf16, uint32_t threshold, uintptr_t seed, uintptr_t mask,
+               uintptr_t stream) {
+  lk::cuda::check(lk::cuda::keep_mask(device, M, K, bf16, threshold, reinterpret_cast<const int64_t*>(seed),
+                                      reinterpret_cast<void*>(mask), reinterpret_cast<cudaStream_t>(stream)),
+                  "the keep_mask launch failed");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of a LoRA linear layer";
   m.def("build_info", &build_info, "The nvcc version and the architectures this module was compiled for.");
   m.def("devices", &devices, "One dict per device; RuntimeError with the CUDA error's name if there is no driver.");
+  m.def("keep_mask", &keep_mask, py::kw_only(), py::arg("device"), py::arg("M"), py::arg("K"), py::arg("bf16"),
+        py::arg("threshold"), py::arg("seed"), py::arg("mask"), py::arg("stream"),
+        "Fills the contiguous mask [M,K], K a multiple of 8, with 1 where dropout keeps and 0 elsewhere.");
   lk::sm90::bind_sm90(m);
 }

@@ -1,4 +1,5 @@
-"""csrc/cuda/sm90 compiled for the host, on the emulated GPU of sm90_machine.h, and called as the back-end calls it."""
+"""The kernels of csrc/cuda/sm90 compiled for the host, on the emulated GPU of sm90_machine/, and called as the back-end
+calls them."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ import torch
 from support.paths import ROOT, SUPPORT
 from torch import Tensor
 
-from lora_kernels.backends import cuda
+from lora_kernels.backends import cuda, workspace
+from lora_kernels.backends.cuda import launch
 from lora_kernels.core import dropout as random
 
 SM90 = ROOT / "csrc" / "cuda" / "sm90"
 MACHINE = SUPPORT / "sm90_machine"
+KEEP_MASK = MACHINE / "keep_mask.cpp"
 EMULATOR = [MACHINE / f"emulator{part}.cpp" for part in ("", "_backward")]
 HEADERS = [MACHINE / f"{part}.h" for part in ("machine", "ptx", "wgmma")]
 
@@ -62,7 +65,7 @@ class Workspace(ctypes.Structure):
 
 
 def cuda_include() -> Path | None:
-    """The CUDA toolkit's headers: of types only, but the kernels name them."""
+    """Return the folder of the CUDA toolkit's headers, whose types the kernels name, or None."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
     for home in filter(None, homes):
@@ -76,7 +79,7 @@ def _gxx(*arguments: str | Path) -> None:
 
 
 def compiled(sources: list[Path], watched: list[Path], flags: list[str]) -> Path:
-    """A shared library of `sources`, built by g++, two at a time, once per content of `watched`."""
+    """Return a shared library that g++ builds from `sources`, once for each content of `watched`."""
     content = b"".join(path.read_bytes() for path in sorted(watched))
     digest = hashlib.sha256(content + " ".join(flags).encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir(), f"lora_kernels_tests_{os.getuid()}", f"{sources[0].stem}_{digest}.so")
@@ -104,13 +107,22 @@ def library() -> ctypes.CDLL:
     return lib
 
 
+@functools.cache
+def keep_mask_library() -> ctypes.CDLL:
+    watched = [KEEP_MASK, SM90.parent / "keep_mask.cuh", ROOT / "csrc" / "philox.h"]
+    lib = ctypes.CDLL(str(compiled([KEEP_MASK], watched, ["-O2", "-Wall", "-Wextra", "-Werror"])))
+    word = ctypes.c_uint32
+    lib.keep_mask.argtypes = [_LONG, _LONG, word, word, _POINTER, _POINTER, ctypes.c_uint, ctypes.c_uint]
+    return lib
+
+
 def _ptr(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
 class Device:
-    """An emulated GPU with one stream: a workspace that calls share. `resident`: how many blocks run at a time, if not
-    one cluster; `tiling`: what is asked for by (columns, cluster)."""
+    """An emulated GPU with one stream, whose launches share a workspace. `resident` blocks run at a time, but at least
+    one cluster. `tiling` is (columns, cluster) of every call; (0, 0) lets the rule choose."""
 
     def __init__(self, seed: int = 0, sms: int = 4, resident: int = 2, tiling: tuple[int, int] = (0, 0)):
         library().emulator_configure(seed, sms, resident)
@@ -159,7 +171,7 @@ class Device:
 
 
 class Extension:
-    """lora_kernels._cuda, by way of the emulator."""
+    """A stand-in for the extension lora_kernels._cuda that launches in the emulator."""
 
     capture = 0
 
@@ -170,6 +182,12 @@ class Extension:
 
     def capture_id(self, stream: int) -> int:
         return self.capture
+
+    def keep_mask(self, device, M, K, bf16, threshold, seed, mask, stream) -> None:
+        """Run the kernel on a small grid, so that each thread writes several groups."""
+        assert K % 8 == mask % 16 == 0
+        one = 0x3F80 if bf16 else 0x3C00
+        keep_mask_library().keep_mask(M, K, one, threshold, seed, mask, 3, 32)
 
     def call(self, direction: str, kind: type[Operands], operands: dict) -> SimpleNamespace:
         args = kind(**{field: value or 0 for field, value in operands.items()})
@@ -192,10 +210,11 @@ class Extension:
 
 
 def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> Extension:
-    """Lets the back-end run on CPU tensors, by way of the emulator."""
+    """Let the cuda back-end run on CPU tensors, in the emulator."""
     extension = Extension()
-    monkeypatch.setattr(cuda, "_extension", lambda: extension)
-    monkeypatch.setattr(cuda, "_workspaces", {})
+    monkeypatch.setattr(launch, "extension", lambda: extension)
+    monkeypatch.setattr(workspace, "_workspaces", {})
+    monkeypatch.setattr(workspace, "_captured", {})
     monkeypatch.setattr(cuda, "_device_name", lambda device: DEVICE)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))

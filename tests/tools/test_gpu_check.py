@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py: sections, their time, what is kept, the table; and a dry run of what it calls."""
+"""scripts/gpu_check.py: its sections, their time, the files it keeps, its table, and a dry run of its commands."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ gpu_check = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = gpu_check  # dataclasses look their module up
 spec.loader.exec_module(gpu_check)
 
-gpu_commands = sys.modules["gpu_commands"]
-Command, Section = gpu_commands.Command, gpu_check.Section
+Command, Section = gpu_check.Command, gpu_check.Section
 
 
 def says(code: str, **kwargs) -> Command:
@@ -80,8 +79,8 @@ def test_all_well_is_exit_status_0(tmp_path):
 
 
 def test_commands_of_a_step_run_at_once_and_a_hopeless_backend_is_not_called_again(tmp_path):
-    """Hopeless: each of its smoke tests hangs or breaks the context. One that works, or is only wrong, is reason enough
-    to call the rest."""
+    """A back-end is hopeless if each of its smoke tests hangs or breaks the context. One that works, or is only wrong,
+    is reason enough to call the rest."""
     called = []
 
     def later(check, seconds):
@@ -105,8 +104,8 @@ def test_commands_of_a_step_run_at_once_and_a_hopeless_backend_is_not_called_aga
     )
 
 
-def test_what_is_stuck_is_run_again(tmp_path):
-    """The same words, so long as there is time and it ends as stuck, or is killed; its output is one."""
+def test_a_stuck_command_is_run_again(tmp_path):
+    """The same command runs while there is time, as often as it ends as stuck or is killed. Its output is one text."""
     marker = tmp_path / "turns"
     code = f"import pathlib; p = pathlib.Path({str(marker)!r}); n = len(p.read_text()) if p.exists() else 0\n"
     code += "p.write_text('x' * (n + 1)); print('turn', n); import os\n"
@@ -119,8 +118,8 @@ def test_what_is_stuck_is_run_again(tmp_path):
     assert log.index("turn 0") < log.index("exit status 3: run again") < log.index("turn 1") < log.index("turn 2")
 
 
-def test_what_runs_can_be_read_before_it_ends(tmp_path):
-    """A run that is cut off leaves what had ended, and the last words of what had not."""
+def test_output_can_be_read_while_commands_run(tmp_path):
+    """A run that is cut off leaves the output of ended commands and the last lines of running ones."""
     code = "print('shape 17', flush=True); import time; time.sleep(60)"
     script = (
         "import importlib.util, sys\n"
@@ -162,8 +161,8 @@ def test_without_a_gpu_nothing_is_tried_on_it(tmp_path, capsys):
     assert result == {"device": "torch sees no GPU"} | dict.fromkeys(("smoke", "bench"), "not run: torch sees no GPU")
 
 
-def test_the_last_way_to_build_is_told(tmp_path):
-    """Without the CUDA part all the rest can be measured, but the section has not done what it is for."""
+def test_the_last_way_to_build_is_reported(tmp_path):
+    """Without the CUDA part the rest can be measured, but the section counts as failed."""
     steps = [says("exit(1)")], [Command(says("").argv, label="without CUDA")]
     assert gpu_check.main([str(tmp_path / "out")], (section("build", *steps, first=True),)) == 1
     assert rows(tmp_path / "out")["build"]["result"] == "exit status 1; at last without CUDA"
@@ -183,38 +182,38 @@ def test_the_files_stay_within_the_limits(tmp_path):
         (tmp_path / name).write_text("x")
     for name in ("sweep.json", "log.txt"):
         with (tmp_path / name).open("ab") as file:
-            file.truncate(gpu_commands.MAX_BYTES + 1)
-    gpu_commands.keep_within_limits(tmp_path)
+            file.truncate(gpu_check.MAX_BYTES + 1)
+    gpu_check.keep_within_limits(tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
-    assert len(left) == gpu_commands.MAX_FILES and {"check.json", "log.txt", "hopper.json"} <= left
+    assert len(left) == gpu_check.MAX_FILES and {"check.json", "log.txt", "hopper.json"} <= left
     assert "sweep.json" not in left
-    assert (tmp_path / "log.txt").stat().st_size < gpu_commands.MAX_BYTES
+    assert (tmp_path / "log.txt").stat().st_size < gpu_check.MAX_BYTES
 
 
 def test_long_logs_keep_their_beginning_and_their_end():
-    text = gpu_commands.trimmed(b"begin " + b"x" * 3_000_000 + b" end")
-    assert text.startswith("begin ") and text.endswith(" end") and len(text) < gpu_commands.LOG_BYTES + 100
-    assert 60 * gpu_commands.LOG_BYTES < gpu_commands.MAX_BYTES, "the log of all commands together is kept"
-    assert gpu_commands.trimmed(b"short") == "short"
+    text = gpu_check.trimmed(b"begin " + b"x" * 3_000_000 + b" end")
+    assert text.startswith("begin ") and text.endswith(" end") and len(text) < gpu_check.LOG_BYTES + 100
+    assert 60 * gpu_check.LOG_BYTES < gpu_check.MAX_BYTES, "the log of all commands together is kept"
+    assert gpu_check.trimmed(b"short") == "short"
 
 
 def test_the_budgets_fit_nine_minutes():
-    """Whatever takes all its time: what is promised to the later sections, and the whole."""
+    """Sections that take all their time leave what is promised to later ones, and keep to the total."""
     spent = 0.0
     for i, each in enumerate(gpu_check.SECTIONS):
         reserve = 0.5 * sum(later.seconds for later in gpu_check.SECTIONS[i + 1 :])
-        left = gpu_commands.TOTAL_SECONDS - spent
+        left = gpu_check.TOTAL_SECONDS - spent
         given = min(each.seconds, left - reserve) if reserve else left
         assert given >= 0.4 * each.seconds, each.name
         spent += given
-    assert spent <= gpu_commands.TOTAL_SECONDS <= 530
-    assert sum(each.seconds for each in gpu_check.SECTIONS[:-1]) <= gpu_commands.TOTAL_SECONDS - 110, (
+    assert spent <= gpu_check.TOTAL_SECONDS <= 530
+    assert sum(each.seconds for each in gpu_check.SECTIONS[:-1]) <= gpu_check.TOTAL_SECONDS - 110, (
         "the bench gets two minutes"
     )
 
 
 @pytest.mark.parametrize(("words", "said"), [(["--only", "build,bonch"], "bonch"), ([], "is not empty")])
-def test_options_that_cannot_be(words, said, tmp_path, capsys):
+def test_impossible_options_are_refused(words, said, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").touch()
     with pytest.raises(SystemExit):
@@ -222,10 +221,10 @@ def test_options_that_cannot_be(words, said, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_what_a_gpu_run_calls(tmp_path, monkeypatch):
-    """Every command of every section, as words: nothing is started."""
+def test_the_commands_of_a_gpu_run(tmp_path, monkeypatch):
+    """Nothing is started: the commands of every section are read as words."""
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: f"/opt/cuda/bin/{name}")
-    check = gpu_commands.Check(tmp_path, peers=["lorafusion=/somewhere"], broken={"triton"})
+    check = gpu_check.Check(tmp_path, peers=["lorafusion=/somewhere"], broken={"triton"})
     text = {
         each.name: [" ".join(command.argv) for step in each.commands(check, 100) for command in step]
         for each in gpu_check.SECTIONS
@@ -233,7 +232,7 @@ def test_what_a_gpu_run_calls(tmp_path, monkeypatch):
     assert "setup.py build_ext --inplace" in text["build"][0] and "LORA_KERNELS_CUDA=1" in text["build"][0]
     assert all((ROOT / word).exists() for words in text["tests"] for word in words.split() if word.startswith("tests/"))
     assert [words for words in text["tests"] if "--backend" in words] == [text["tests"][0]], "triton is broken"
-    assert {words.split("gpu_small.py ")[1].split()[0] for words in text["smoke"]} == {"cuda"} and len(
+    assert {words.split("gpu_smoke.py ")[1].split()[0] for words in text["smoke"]} == {"cuda"} and len(
         text["smoke"]
     ) > 9
     assert {words.split("--tool ")[1].split()[0] for words in text["sanitizer"]} == {
@@ -251,7 +250,7 @@ def test_what_a_gpu_run_calls(tmp_path, monkeypatch):
 
 
 def _parses(kind: str, words: str) -> bool:
-    """Whether the command's own parser takes the words."""
+    """Return whether the command's own parser takes the words."""
     if kind == "bench":
         parser = argparse.ArgumentParser()
         run.add_arguments(parser)

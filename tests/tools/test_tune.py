@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lora_kernels.__main__ import main
+from lora_kernels.backends import workspace
 from lora_kernels.plans import choose, quant_tiles, store, tiles
 from lora_kernels.quant.weight import quantize_weight
 from lora_kernels.testing import one_layer
@@ -58,7 +59,7 @@ def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator:
     monkeypatch.setitem(device.TARGETS, CPU, target)
     monkeypatch.setitem(tiles.TABLES, ("interpreted", 2), {"tickets": TICKETS, "backward": BACKWARD})
     monkeypatch.setitem(quant_tiles.TABLES, ("interpreted", 2), {"tickets": TICKETS, "backward": BACKWARD})
-    monkeypatch.setattr(device, "_workspaces", {})
+    monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(plans_to_try, "CHANGES", {kind: {"num_stages": (3,)} for kind in plans_to_try.CHANGES})
     monkeypatch.setattr(measure, "ROUNDS", 1)
     with interpret():
@@ -243,6 +244,4 @@ def test_other_bits_and_flags_left_behind_are_faults(launching, monkeypatch, cap
     shown = " ".join(capsys.readouterr().out.split())
     assert "y: other bits in a second run" in shown and "dx: other bits in a second run" in shown
     assert shown.count("leaves flags or tickets in the workspace") == 2
-    from lora_kernels.backends.triton import device
-
-    assert not any(sync.any() for sync, _ in device._workspaces.values())
+    assert not any(sync.any() for sync, _ in workspace._workspaces.values())

@@ -1,11 +1,11 @@
-// The sm_90a back-end as C++ sees it: pointers, sizes, strides (in elements), a stream. No torch, no Python.
+// The C++ interface of the sm_90a back-end: pointers, sizes, strides in elements, and a stream. No torch, no Python.
 //
 //   forward    h = x̂ aᵀ     y = x wᵀ + bias + s · h bᵀ
 //   backward   g = s · dy b     dx = dy w + c · keep ⊙ (g a)     da = c · gᵀ (keep ⊙ x)     db = s · dyᵀ h
 //
-// x [M,K] · w [N,K] · a [R,K] · b [N,R] · dy [M,N], rows of stride ld*. y, dx, h, da, db are contiguous. x, w, dy: base
-// at a multiple of 16 bytes, ld* * 2 as well; N and K multiples of 8; 1 <= R <= 256; M >= 1. a and b are read with any
-// alignment and row stride.
+// The rows of x [M,K], w [N,K], a [R,K], b [N,R] and dy [M,N] have stride ld*. y, dx, h, da and db are contiguous.
+// x, w and dy must start at multiples of 16 bytes, and so must their rows. a and b may have any alignment and row
+// stride. N and K are multiples of 8, 1 <= R <= 256, M >= 1.
 #pragma once
 
 #include <cstddef>
@@ -14,24 +14,24 @@
 namespace lk::sm90 {
 
 struct Operands {
-  int device;  // its ordinal
+  int device;  // ordinal of the device
   int M, N, K, R;
-  bool bf16;           // x, w, bias, y, h, dy, dx: bf16 or fp16
-  bool adapters_fp32;  // a, b, da, db: fp32 or the same
-  const void* x;       // null in a backward that wants no da
+  bool bf16;           // whether x, w, bias, y, h, dy and dx are bf16; else they are fp16
+  bool adapters_fp32;  // whether a, b, da and db are fp32; else they have the type of x
+  const void* x;       // null in a backward without da
   const void* w;
   const void* a;
   const void* b;
   int64_t ldx, ldw, lda, ldb;
   float scale;
   const int64_t* seed;   // on the device; null where threshold is 0
-  uint32_t threshold;    // of the dropout rule (csrc/philox.h); 0: no dropout
+  uint32_t threshold;    // of the dropout rule (csrc/philox.h); 0 is no dropout
   float rescale;         // c
   int* counters;         // on the device, zero before the first launch, left zero by every launch
   void* scratch;         // on the device, of any content
   void* stream;          // cudaStream_t
-  int columns, cluster;  // of a tile of y or dx, and blocks of a cluster: (128, 1), (256, 1), (256, 2). (0, 0): by the
-                         // rule of schedule.h; then a forward of few rows may take the decode kernel
+  int columns, cluster;  // columns of a tile of y or dx, blocks of a cluster: (128, 1), (256, 1) or (256, 2). With (0,
+                         // 0) the rule of schedule.h chooses, and a forward of few rows may take the decode kernel
 };
 
 struct ForwardArgs : Operands {
@@ -45,8 +45,8 @@ struct BackwardArgs : Operands {
   int64_t lddy;
   const void* h;  // [M,R]; null where db is null
   void* dx;       // [M,K], or null where it is not wanted
-  void* da;       // [R,K], likewise
-  void* db;       // [N,R], likewise
+  void* da;       // [R,K], or null where it is not wanted
+  void* db;       // [N,R], or null where it is not wanted
 };
 
 struct Workspace {
@@ -55,14 +55,14 @@ struct Workspace {
 };
 
 extern "C" {
-// Each returns a cudaError_t, 0 on success; cudaErrorInvalidValue for operands other than described above. `device`
-// becomes the current one. The workspace functions read no pointer but `x`, `h`, `dx`, `da`, `db` against null, and the
-// alignment of `a` and `b`.
+// Each function returns a cudaError_t: 0 on success, cudaErrorInvalidValue for operands that break the rules above.
+// `device` becomes the current one. The workspace functions dereference no pointer. They compare `x`, `h`, `dx`, `da`
+// and `db` with null, and look at the alignment of the others.
 int lk_sm90_forward_workspace(const ForwardArgs* args, Workspace* needed);
 int lk_sm90_forward(const ForwardArgs* args);
 int lk_sm90_backward_workspace(const BackwardArgs* args, Workspace* needed);
 int lk_sm90_backward(const BackwardArgs* args);
-// 0 where the stream is not being captured, else a number that differs for every capture.
+// Sets `id` to 0 where the stream is not being captured, and else to a number that differs for every capture.
 int lk_sm90_capture_id(void* stream, unsigned long long* id);
 }
 

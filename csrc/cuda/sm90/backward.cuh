@@ -1,22 +1,22 @@
 // dx = dy w + c · keep ⊙ (g a), da = c · gᵀ (keep ⊙ x), db = s · dyᵀ h, with g = s · dy b, in one launch.
 //
-//   g tiles    g[128, RP] over all of N, to scratch; published by row block.
+//   g tiles    g[128, RP] over all of N, stored in scratch and published by row block.
 //   db tiles   dyᵀ h [128 of N, RP] over a part of M.
-//   dx tiles   dy w over all of N; w is read as it lies, N-major. Then g a: into the same accumulators, or, where there
-//              is dropout, 64 columns at a time into some of its own, which are masked, scaled and added. So they wait
-//              for g late, and the mask is drawn while the tensor cores work.
+//   dx tiles   dy w over all of N, with w read N-major, as it is stored. Then g a is added: without dropout in the same
+//              accumulators; with dropout 64 columns at a time in accumulators of their own, which are masked, scaled
+//              and added. So dx tiles wait for g late, and the mask is drawn while the tensor cores work.
 //   da tiles   (keep ⊙ x)ᵀ g [128 of K, RP] over a part of M, x masked in shared memory.
 //
-// Parts of da and db go to scratch; the last to arrive sums them in the order of the parts, so that gradients do not
-// depend on timing.
+// Parts of da and db go to scratch. The last part to arrive sums all of them in order, so gradients do not depend on
+// timing.
 #pragma once
 
-#include "tiles.cuh"
+#include "launch_pass.cuh"
 
 namespace lk::sm90 {
 
-// The 64 contraction rows `row`.. of an operand of rank RP, columns `rank`..: boxes of at most 64 columns, second
-// operand.
+// Loads the second operand of a stage for the whole cluster: 64 contraction rows from `row` on and RP columns from
+// `rank` on, in boxes of at most 64 columns.
 template <class G, class S>
 __device__ __forceinline__ void share_rank_boxes(const Producer<S>& producer, const CUtensorMap& map, int rank,
                                                  int row) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ void share_rank_boxes(const Producer<S>& producer, co
   for (int i = 0; i < G::kRankBoxes; ++i)
     producer.template share_rows<kTileK>(G::kBytesA + i * 64 * G::kWidth, map, rank + i * 64, row, G::kWidth);
 }
-// Likewise COLUMNS columns of a wide operand: this block's part of the boxes.
+// Loads COLUMNS columns of a wide second operand for the whole cluster; this block loads its part of the boxes.
 template <class G, int COLUMNS, class S>
 __device__ __forceinline__ void share_boxes(const Producer<S>& producer, const CUtensorMap& map, int column, int row) {
   constexpr int kPart = COLUMNS / 64 / S::kCluster;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void share_boxes(const Producer<S>& producer, const C
     producer.share(G::kBytesA + box * kBoxBytes, map, column + box * 64, row);
   }
 }
-// The 128 columns of a first operand, for this block.
+// Loads the 128 columns of a first operand, for this block alone.
 template <class S>
 __device__ __forceinline__ void load_boxes(const Producer<S>& producer, const CUtensorMap& map, int column, int row) {
   producer.load(0, map, column, row);
@@ -101,9 +101,9 @@ __device__ __forceinline__ void backward_produce(const BackwardParams& p, const 
   }
 }
 
-// Which accumulators of word `w` and part `part` (two rows of two times 32 columns) of a tile, rows m.. and columns
-// n.., are kept: a bit each. The four lanes of a quad hold the same 8 columns of a row, a pair each; each lane draws
-// for one of four neighbouring groups of 8 columns, and they exchange words.
+// Returns one bit for each accumulator of word `w` and part `part` (two rows of two times 32 columns) of the tile at
+// row m and column n: whether dropout keeps it. The four lanes of a quad hold the same 8 columns of a row, two each.
+// Each lane draws for one of four neighbouring groups of 8 columns, and then the lanes exchange words.
 __device__ __forceinline__ uint32_t keep_part(const Dropout& dropout, int m, int n, int thread, int w, int part) {
   const int q = thread % 4, row = m + fragment_row(thread, 0);
   Philox4 r = dropout.draw(row + keep_row(part), (n >> 3) + keep_group(w, part) + q);
@@ -117,7 +117,7 @@ __device__ __forceinline__ uint32_t keep_part(const Dropout& dropout, int m, int
   return bits << (8 * part);
 }
 
-// Part `i` of the whole mask. A loop over the words, as registers have no index.
+// Adds part `i` to the whole mask. The loop visits every word because registers cannot be indexed.
 template <int BN>
 __device__ __forceinline__ void keep_more(uint32_t (&keep)[BN / 64], const Dropout& dropout, int m, int n, int thread,
                                           int i) {
@@ -131,7 +131,7 @@ template <class T, int BN, int RP, class S>
 __device__ __forceinline__ void add_masked(Consumer<S>& c, float (&dx)[BN / 2], const uint32_t (&keep)[BN / 64],
                                            int stages, float factor) {
   using G = Tile<BN, RP>;
-  static_assert(rank_stages(kMaxRank) <= S::kStages, "all of them at a time");
+  static_assert(rank_stages(kMaxRank) <= S::kStages, "all stages of the rank fit in the ring at once");
 #pragma unroll
   for (int w = 0; w < BN / 64; ++w) {
     float d[32] = {};
@@ -167,8 +167,8 @@ __device__ __forceinline__ void gradient_part(Consumer<S>& c, float (&d)[RP / 2]
   c.drain(d);
 }
 
-// factor · d to da [R,K] or db [N,R], according to the strides. `to` is the warpgroup's origin in it, `columns` and
-// `ranks` are what is left of it from there.
+// Stores factor · d in da [R,K] or db [N,R]; the strides tell which. `to` is where the warpgroup's part begins, and
+// `columns` and `ranks` are how many of each are left from there.
 template <class TO, int REGISTERS>
 __device__ __forceinline__ void store_gradient(TO* to, const float (&d)[REGISTERS], float factor, int thread,
                                                int columns, int ranks, int column_stride, int rank_stride) {
@@ -234,7 +234,7 @@ __device__ __forceinline__ void backward_consume(const BackwardParams& p, const 
         c.drain(dx);
       } else {
         uint32_t keep[BN / 64] = {};
-        constexpr int kParts = BN / 64 * 4;  // a part of the mask for every stage, as far as they go
+        constexpr int kParts = BN / 64 * 4;  // one part of the mask is drawn in each stage, while parts are left
 #pragma unroll 1
         for (int i = 0; i < blocks; ++i) {
           const uint32_t stage = c.wait();
@@ -269,45 +269,21 @@ __device__ __forceinline__ void backward_consume(const BackwardParams& p, const 
   if (c.thread == 0) tma_store_wait_all();
 }
 
-template <class T, int BN, int RP, int CLUSTER>
-__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
-  using G = Tile<BN, RP>;
-  extern __shared__ uint8_t raw[];
-  const Shared<G::kStages, G::kStageBytes, G::kStagingBytes, CLUSTER> shared(raw);
-  shared.init();
-  const int group =
-      __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // uniform: descriptors stay in uniform registers
-  if (group == 0) {
-    registers_give<40>();
-    if (threadIdx.x == 0) backward_produce<BN, RP>(p, shared);
-    __syncwarp();
-  } else {
-    registers_take<232>();
-    backward_consume<T, BN, RP>(p, shared, group - 1);
+struct BackwardPass {
+  using Params = BackwardParams;
+  template <int BN, int RP, class S>
+  static __device__ __forceinline__ void produce(const Params& p, const S& shared) {
+    backward_produce<BN, RP>(p, shared);
   }
-  finish(shared, p);
-}
-
-template <class T, int BN, int CLUSTER>
-cudaError_t launch_backward_tiling(const BackwardParams& p, int blocks, cudaStream_t stream) {
-  switch (padded_rank(p.R)) {
-    case 16:
-      return launch<CLUSTER>(backward_kernel<T, BN, 16, CLUSTER>, p, Tile<BN, 16>::kSharedBytes, blocks, stream);
-    case 32:
-      return launch<CLUSTER>(backward_kernel<T, BN, 32, CLUSTER>, p, Tile<BN, 32>::kSharedBytes, blocks, stream);
-    case 64:
-      return launch<CLUSTER>(backward_kernel<T, BN, 64, CLUSTER>, p, Tile<BN, 64>::kSharedBytes, blocks, stream);
-    default:
-      return launch<CLUSTER>(backward_kernel<T, BN, 128, CLUSTER>, p, Tile<BN, 128>::kSharedBytes, blocks, stream);
+  template <class T, int BN, int RP, class S>
+  static __device__ __forceinline__ void consume(const Params& p, const S& shared, int group) {
+    backward_consume<T, BN, RP>(p, shared, group);
   }
-}
+};
 
-// Every tiling that is_compiled.
 template <class T>
 cudaError_t launch_backward(const BackwardParams& p, Tiling tiling, int blocks, cudaStream_t stream) {
-  if (tiling.columns == 128) return launch_backward_tiling<T, 128, 1>(p, blocks, stream);
-  return tiling.cluster == 1 ? launch_backward_tiling<T, 256, 1>(p, blocks, stream)
-                             : launch_backward_tiling<T, 256, 2>(p, blocks, stream);
+  return launch_pass<BackwardPass, T>(p, tiling, blocks, stream);
 }
 
 }  // namespace lk::sm90

@@ -1,10 +1,6 @@
 #include "bindings_sm90.h"
 
-#include <cuda_runtime_api.h>
-
-#include <stdexcept>
-#include <string>
-
+#include "../check.h"
 #include "api.h"
 
 namespace py = pybind11;
@@ -12,12 +8,7 @@ namespace py = pybind11;
 namespace lk::sm90 {
 namespace {
 
-void check(int status, const char* what) {
-  const auto error = static_cast<cudaError_t>(status);
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) +
-                             ")");
-}
+using cuda::check;
 
 template <class T>
 T* pointer(uintptr_t address) {

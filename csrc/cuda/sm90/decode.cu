@@ -1,10 +1,10 @@
-// The forward for M <= 64 without dropout: bound by reading w once, so the contraction over K is split until every
-// multiprocessor streams.
+// The forward for M <= 64 without dropout. Reading w once bounds its time, so the contraction over K is split until
+// every multiprocessor streams a part of w.
 //
-// w is the wide operand of wgmma, x the narrow one: tiles of 128 rows of w times all of x, parts of K to scratch in
-// fp32. The rows of a are tiles like any other, claimed first: the last to arrive at one publishes h, in fp32. The last
-// to arrive at a tile of w sums its parts in order, waits for h, and adds bias + s · h bᵀ in fp32: h is rounded only
-// where it is saved.
+// w is the wide operand of wgmma and x the narrow one: a tile is 128 rows of w times all of x. Parts of K go to scratch
+// in fp32. The rows of a make tiles too, which are claimed first; the last part to arrive at such a tile publishes h in
+// fp32. The last part to arrive at a tile of w sums the parts in order, waits for h, and adds bias + s · h bᵀ in fp32.
+// h is rounded only where it is saved.
 #include "tiles.cuh"
 
 namespace lk::sm90 {
@@ -34,8 +34,8 @@ __device__ __forceinline__ void decode_produce(const DecodeParams& p, const S& s
   }
 }
 
-// h, transposed and in fp32, to scratch, and to the saved [M,R] where there is one; then publishes this half of a tile
-// of a.
+// Stores h, transposed and in fp32, to scratch, and to the saved [M,R] if that is not null. Then publishes this half of
+// a tile of a.
 template <class T, int MP, class S>
 __device__ __forceinline__ void publish_h(const Consumer<S>& c, const DecodeParams& p, const float (&d)[MP / 2],
                                           int row) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void publish_h(const Consumer<S>& c, const DecodePara
   if (c.thread == 0) add_release(p.counters + kDecodeReady, 1);
 }
 
-// d += s · b hᵀ: rows of b, columns of h.
+// d += s · b hᵀ. Rows of d are rows of b, columns of d are rows of h.
 template <class B, int MP, class S>
 __device__ __forceinline__ void add_low_rank(const Consumer<S>& c, const DecodeParams& p, float (&d)[MP / 2], int row) {
   const int n = row + fragment_row(c.thread, 0), m = fragment_col(c.thread, 0);
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   extern __shared__ uint8_t raw[];
   const Shared<G::kStages, G::kStageBytes, 0, 1> shared(raw);
   shared.init();
-  const int group =
-      __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // uniform: descriptors stay in uniform registers
+  // The shuffle tells the compiler that the group is uniform in a warp: descriptors then stay in uniform registers.
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
     if (threadIdx.x == 0) decode_produce<MP>(p, shared);
     __syncwarp();

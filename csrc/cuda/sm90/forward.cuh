@@ -1,12 +1,12 @@
 // y = x wᵀ + bias + s · h bᵀ, h = x̂ aᵀ, in one launch.
 //
-//   h tiles   h[128, RP] over all of K; x is masked in shared memory, c goes on the accumulators. h is stored unscaled
-//             where it is saved, and s · h, rounded once from fp32, beside it in scratch: s goes neither on b exactly
-//             nor on accumulators that already hold x wᵀ.
-//   y tiles   y[128, BN] over all of K, then ceil(R / 64) more stages of s · h and b into the same accumulators.
+//   h tiles   h[128, RP] over all of K. x is masked in shared memory, and the accumulators are multiplied by c. If h
+//             is saved it is stored unscaled. s · h, rounded once from fp32, goes to scratch: s · b would not be
+//             exact, and accumulators that already hold x wᵀ cannot be scaled by s.
+//   y tiles   y[128, BN] over all of K, then ceil(R / 64) more stages add (s · h) bᵀ to the same accumulators.
 #pragma once
 
-#include "tiles.cuh"
+#include "launch_pass.cuh"
 
 namespace lk::sm90 {
 
@@ -46,7 +46,8 @@ __device__ __forceinline__ void forward_produce(const ForwardParams& p, const S&
   }
 }
 
-// The bias of a [64, BN] tile's columns n.., two neighbours a word; zeros beyond `columns`, a multiple of 8.
+// Loads the bias of the columns of a [64, BN] tile from column n on, two neighbours in a word, and zeros beyond
+// `columns`, a multiple of 8.
 template <int BN>
 __device__ __forceinline__ void load_bias(uint32_t (&pairs)[BN / 8], const void* bias, int thread, int n, int columns) {
   const int first = n + fragment_col(thread, 0);
@@ -107,45 +108,21 @@ __device__ __forceinline__ void forward_consume(const ForwardParams& p, const S&
   if (c.thread == 0) tma_store_wait_all();
 }
 
-template <class T, int BN, int RP, int CLUSTER>
-__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ ForwardParams p) {
-  using G = Tile<BN, RP>;
-  extern __shared__ uint8_t raw[];
-  const Shared<G::kStages, G::kStageBytes, G::kStagingBytes, CLUSTER> shared(raw);
-  shared.init();
-  const int group =
-      __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // uniform: descriptors stay in uniform registers
-  if (group == 0) {
-    registers_give<40>();
-    if (threadIdx.x == 0) forward_produce<BN, RP>(p, shared);
-    __syncwarp();
-  } else {
-    registers_take<232>();
-    forward_consume<T, BN, RP>(p, shared, group - 1);
+struct ForwardPass {
+  using Params = ForwardParams;
+  template <int BN, int RP, class S>
+  static __device__ __forceinline__ void produce(const Params& p, const S& shared) {
+    forward_produce<BN, RP>(p, shared);
   }
-  finish(shared, p);
-}
-
-template <class T, int BN, int CLUSTER>
-cudaError_t launch_forward_tiling(const ForwardParams& p, int blocks, cudaStream_t stream) {
-  switch (padded_rank(p.R)) {
-    case 16:
-      return launch<CLUSTER>(forward_kernel<T, BN, 16, CLUSTER>, p, Tile<BN, 16>::kSharedBytes, blocks, stream);
-    case 32:
-      return launch<CLUSTER>(forward_kernel<T, BN, 32, CLUSTER>, p, Tile<BN, 32>::kSharedBytes, blocks, stream);
-    case 64:
-      return launch<CLUSTER>(forward_kernel<T, BN, 64, CLUSTER>, p, Tile<BN, 64>::kSharedBytes, blocks, stream);
-    default:
-      return launch<CLUSTER>(forward_kernel<T, BN, 128, CLUSTER>, p, Tile<BN, 128>::kSharedBytes, blocks, stream);
+  template <class T, int BN, int RP, class S>
+  static __device__ __forceinline__ void consume(const Params& p, const S& shared, int group) {
+    forward_consume<T, BN, RP>(p, shared, group);
   }
-}
+};
 
-// Every tiling that is_compiled.
 template <class T>
 cudaError_t launch_forward(const ForwardParams& p, Tiling tiling, int blocks, cudaStream_t stream) {
-  if (tiling.columns == 128) return launch_forward_tiling<T, 128, 1>(p, blocks, stream);
-  return tiling.cluster == 1 ? launch_forward_tiling<T, 256, 1>(p, blocks, stream)
-                             : launch_forward_tiling<T, 256, 2>(p, blocks, stream);
+  return launch_pass<ForwardPass, T>(p, tiling, blocks, stream);
 }
 
 }  // namespace lk::sm90

@@ -9,14 +9,14 @@
 namespace lk::sm90 {
 namespace {
 
-// ---- tensor maps. The driver's entry point is asked for at run time: nothing links against libcuda, and a machine
-// without it can import.
+// ---- tensor maps. The driver's entry point is looked up at run time, so that nothing links against libcuda and a
+// machine without it can import the module.
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 cudaError_t encode_tiled(EncodeTiled* to) {
-  static EncodeTiled found = nullptr;  // the same address every time: a race writes it twice
+  static EncodeTiled found = nullptr;  // a race is harmless: both threads write the same address
   if (found == nullptr) {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -30,13 +30,13 @@ cudaError_t encode_tiled(EncodeTiled* to) {
   return cudaSuccess;
 }
 
-// Encodes one map after the other and keeps the first failure.
+// Encodes tensor maps and keeps the first failure.
 class Maps {
  public:
   explicit Maps(bool bf16) : bf16_(bf16), status_(encode_tiled(&encode_)) {}
 
-  // Boxes of box_rows x box_columns of a row-major [rows, columns] of stride ld, swizzled by the bytes of a box's row.
-  // What lies outside the matrix is loaded as zeros and not stored.
+  // Encodes the map of a row-major matrix [rows, columns] with row stride ld, in boxes of box_rows x box_columns. The
+  // swizzle is that of the bytes in a row of a box. Elements outside the matrix load as zeros and are not stored.
   void add(CUtensorMap* map, const void* p, int rows, int columns, int64_t ld, int box_rows, int box_columns) {
     if (status_ != cudaSuccess) return;
     const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
@@ -77,16 +77,16 @@ class Scratch {
 };
 
 bool aligned(const void* p, int64_t ld) { return reinterpret_cast<uintptr_t>(p) % 16 == 0 && ld % 8 == 0; }
-// Rows that overlap (one row expanded, say) are none of a tensor map.
+// A tensor map cannot describe rows that overlap, such as one row expanded.
 bool apart(int rows, int columns, int64_t ld) { return rows == 1 || ld >= columns; }
 
-// A matrix that TMA reads: as it is, or a conversion of it in scratch.
+// A matrix that TMA reads: the operand itself, or its conversion in scratch.
 struct Matrix {
   const void* p;
   int64_t ld;
 };
 
-// Where TMA cannot read an operand, plans its conversion. Returns what TMA is to read.
+// Returns the matrix that TMA reads for an operand. Plans a conversion where TMA cannot read the operand itself.
 Matrix readable(const void* p, int rows, int columns, int64_t ld, bool fp32, Scratch& scratch, PrepJob& job,
                 int& chunks) {
   if (!fp32 && aligned(p, ld) && apart(rows, columns, ld)) return {p, ld};
@@ -97,8 +97,8 @@ Matrix readable(const void* p, int rows, int columns, int64_t ld, bool fp32, Scr
   return {job.to, pitch};
 }
 
-// Makes the device current, too: this module has a CUDA runtime of its own, which is not told of the one that torch
-// chose.
+// Makes the device current and sets `sms` to its number of multiprocessors. This module has a CUDA runtime of its own,
+// which does not know the device that torch chose.
 cudaError_t multiprocessors(int device, int* sms) {
   const cudaError_t status = cudaSetDevice(device);
   return status != cudaSuccess ? status : cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device);
@@ -127,11 +127,11 @@ void common(const Operands& o, Common& p) {
 
 bool is_decode(const ForwardArgs& o) { return o.M <= kDecodeRows && o.threshold == 0 && o.columns == 0; }
 
-// What was asked for, or else what the rule gives for y or dx of so many columns.
+// Returns the tiling that was asked for, or the one of the rule for a y or dx with so many columns.
 Tiling tiling_of(const Operands& o, int columns, int sms) {
   return o.columns == 0 ? tiling(o.M, columns, sms) : Tiling{o.columns, o.cluster};
 }
-// No more blocks than there are multiprocessors or items for, in whole clusters.
+// Returns the number of blocks, in whole clusters: no more than there are multiprocessors or items.
 int blocks_of(const Plan& plan, int sms) {
   return std::max(1, std::min(plan.items(), sms / plan.cluster)) * plan.cluster;
 }

@@ -12,7 +12,8 @@
 
 namespace lk::sm90 {
 
-// How many clusters of this launch can run at a time on the current device. Asked once for each kernel and device.
+// Sets `clusters` to how many clusters of this launch can run at a time on the current device. The driver is asked once
+// for each kernel and device.
 inline cudaError_t resident_clusters(const void* kernel, const cudaLaunchConfig_t& config, int* clusters) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, int> known;
@@ -26,8 +27,8 @@ inline cudaError_t resident_clusters(const void* kernel, const cudaLaunchConfig_
   return status != cudaSuccess || found > 0 ? status : cudaErrorInvalidClusterSize;
 }
 
-// Launches `kernel` with more than the default shared memory, in clusters of CLUSTER blocks. `blocks`, a multiple of
-// CLUSTER, is the most that are wanted: clusters that could not run beside the others are left out.
+// Launches `kernel` with more than the default shared memory, in clusters of CLUSTER blocks. At most `blocks` blocks
+// are launched, a multiple of CLUSTER. Clusters that could not run at the same time as the others are left out.
 template <int CLUSTER, class P>
 cudaError_t launch(void (*kernel)(P), const P& p, int shared_bytes, int blocks, cudaStream_t stream) {
   const void* const function = reinterpret_cast<const void*>(kernel);

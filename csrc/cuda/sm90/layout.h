@@ -24,21 +24,21 @@ constexpr int kMaxRank = 256;
 LK_CONSTEXPR int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 LK_CONSTEXPR int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// The rank as an h, g, da or db tile sees it: padded with zeros to 16, 32, 64 or 128. Above 128 there are two rank
-// tiles of 128.
+// The rank of an h, g, da or db tile: R padded with zeros to 16, 32, 64 or 128. Above 128 there are two rank tiles of
+// 128.
 LK_CONSTEXPR int padded_rank(int r) { return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : 128; }
 LK_CONSTEXPR int rank_tiles(int r) { return r <= 128 ? 1 : 2; }
-// M as the decode kernel sees it: x padded with rows of zeros.
+// The rows of x in the decode kernel: M padded with rows of zeros.
 constexpr int kDecodeRows = 64;
 LK_CONSTEXPR int decode_rows(int m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : kDecodeRows; }
 // Pipeline stages of the low-rank steps of a y or dx tile.
 LK_CONSTEXPR int rank_stages(int r) { return ceil_div(r, kTileK); }
 
-// A box of 16-bit elements, RP of them a row, lies in shared memory in columns of at most 64: that many bytes a row,
-// and so that swizzle.
+// Bytes in a row of a box of rank RP, which is also its swizzle: shared memory holds boxes of at most 64 columns of
+// 16-bit elements.
 LK_CONSTEXPR int rank_width(int rp) { return (rp < 64 ? rp : 64) * 2; }
 
-// Pipeline position. A barrier's phases alternate: `parity` is that of the phase to wait for.
+// A position in the pipeline. The phases of a barrier alternate; `parity` is that of the phase to wait for.
 template <int STAGES>
 struct Ring {
   int slot = 0;
@@ -52,8 +52,8 @@ struct Ring {
   }
 };
 constexpr uint32_t kFilled = 0;  // a consumer's first wait is for phase 0 of a "full" barrier
-constexpr uint32_t kVacant =
-    1;  // a producer's first wait passes: the phase before a fresh barrier's counts as complete
+// A producer's first wait passes: the phase before the first one of a fresh barrier counts as complete.
+constexpr uint32_t kVacant = 1;
 
 // Byte offset, in a box whose rows are `width` = 32, 64 or 128 bytes long, of byte `byte` of row `row`, under TMA's
 // swizzle of that width: address bits 4.. are xored with bits 7.. (1, 2 or 3 of them). The box starts at a multiple of
@@ -94,9 +94,9 @@ struct MnMajor {
 LK_CONSTEXPR int fragment_row(int thread, int reg) { return thread / 32 * 16 + thread % 32 / 4 + (reg & 2) * 4; }
 LK_CONSTEXPR int fragment_col(int thread, int reg) { return reg / 4 * 8 + thread % 4 * 2 + (reg & 1); }
 
-// Where lane `lane` of warp `warp` points stmatrix.x4 for the 16 columns `pair` of a 64 x 64 box. Its four 8x8 matrices
-// are the registers of accumulators 8 pair + {0,1}, {2,3}, {4,5}, {6,7}: rows 0-7 and 8-15 of the left 8 columns, then
-// of the right 8.
+// The offset that lane `lane` of warp `warp` gives stmatrix.x4 for the 16 columns `pair` of a 64 x 64 box. Its four 8x8
+// matrices are the registers of accumulators 8 pair + {0,1}, {2,3}, {4,5}, {6,7}: rows 0-7 and 8-15 of the left 8
+// columns, then of the right 8.
 LK_CONSTEXPR uint32_t stmatrix_offset(int warp, int lane, int pair) {
   return swizzled(warp * 16 + lane % 16, (pair * 2 + lane / 16) * 16, 128);
 }
@@ -126,19 +126,18 @@ LK_CONSTEXPR uint32_t keep_pair(uint32_t word, uint32_t threshold) {
   return ((word & 0xFFFFu) >= threshold ? 0xFFFFu : 0u) | ((word >> 16) >= threshold ? 0xFFFF0000u : 0u);
 }
 
-// The same pair as two bits.
+// The pair of keep_pair as two bits.
 LK_CONSTEXPR uint32_t keep_bits(uint32_t word, uint32_t threshold) {
   return ((word & 0xFFFFu) >= threshold ? 1u : 0u) | ((word >> 16) >= threshold ? 2u : 0u);
 }
 
-// Where the bit for accumulator `reg` of a 64 x N tile is: 32 accumulators a word, which are four parts: two rows
+// The place of the bit for accumulator `reg` of a 64 x N tile. A word holds 32 accumulators in four parts: two rows
 // (fragment_row of registers 0 and 2) of two times 32 columns.
 LK_CONSTEXPR int keep_word(int reg) { return reg / 32; }
 LK_CONSTEXPR int keep_bit(int reg) { return (reg / 16 % 2 * 2 + reg / 2 % 2) * 8 + reg / 4 % 4 * 2 + reg % 2; }
 LK_CONSTEXPR int keep_row(int part) { return part % 2 * 8; }
-LK_CONSTEXPR int keep_group(int word, int part) {
-  return word * 8 + part / 2 * 4;
-}  // the first of four groups of 8 columns
+// The first of the four groups of 8 columns of a part.
+LK_CONSTEXPR int keep_group(int word, int part) { return word * 8 + part / 2 * 4; }
 
 // Shared memory of the ticket kernels: STAGES x (A box | B box), the staging of stores, barriers.
 template <int BN, int RP>

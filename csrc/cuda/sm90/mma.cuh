@@ -1,4 +1,4 @@
-// A pipeline stage on the tensor cores, and the 16-bit types.
+// The products of a pipeline stage on the tensor cores, and conversions of the 16-bit types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,7 +8,8 @@
 
 namespace lk::sm90 {
 
-// A pipeline stage of STEPS times 16 of the contraction, as one group. `a` and `b` are shared-memory addresses.
+// Multiplies a pipeline stage, STEPS times 16 of the contraction, as one wgmma group. `a` and `b` are shared-memory
+// addresses.
 template <class T, class A, class B, int N, int STEPS>
 __device__ __forceinline__ void mma_stage(float (&d)[N / 2], uint32_t a, uint32_t b) {
   const uint64_t da = A::at(a), db = B::at(b);
@@ -19,7 +20,8 @@ __device__ __forceinline__ void mma_stage(float (&d)[N / 2], uint32_t a, uint32_
   wgmma_commit();
 }
 
-// The two 16-bit types: packed pairs (the first element in the low half) and single values, rounded to nearest even.
+// Values of the 16-bit types, rounded to nearest even: packed pairs, with the first element in the low half, and single
+// values.
 __device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
   const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(v);

@@ -1,4 +1,4 @@
-// What the kernels take, by value: tensor maps, pointers, sizes and the plan.
+// The parameters of the kernels, which they take by value: tensor maps, pointers, sizes and the plan.
 #pragma once
 
 #include <cuda.h>
@@ -10,8 +10,7 @@
 namespace lk::sm90 {
 
 // Conversion of an operand that TMA cannot read (fp32, or rows that are no multiple of 16 bytes) to 16 bits and a row
-// stride of `pitch`, a multiple of 8. Whatever lies between `cols` and `pitch` is never used: the tensor maps end at
-// `cols`.
+// stride of `pitch`, a multiple of 8. The columns from `cols` to `pitch` are never used: the tensor maps end at `cols`.
 struct PrepJob {
   const void* from;
   void* to;
@@ -34,8 +33,8 @@ struct Common {
 
 struct ForwardParams : Common {
   CUtensorMap x, w, a, b;
-  CUtensorMap
-      sh;  // s · h, rounded once from fp32: the factor of the low-rank steps, beside the unscaled h that is saved
+  // s · h, rounded once from fp32. The low-rank steps read it; the h that is saved is another one, unscaled.
+  CUtensorMap sh;
   CUtensorMap y;
   void* sh_pointer;
   void* h;           // or null
@@ -67,7 +66,7 @@ struct DecodeParams : Common {
   DecodePlan plan;
 };
 
-// One function for every element type and pass, so that they compile side by side.
+// Each pass and element type is instantiated in a file of its own, so that they compile in parallel.
 template <class T>
 cudaError_t launch_forward(const ForwardParams& p, Tiling tiling, int blocks, cudaStream_t stream);
 template <class T>

@@ -1,14 +1,15 @@
-// One block: a producer thread that claims tickets and issues TMA loads into a ring of stages, and two consumer
+// A block has a producer thread, which claims tickets and issues TMA loads into a ring of stages, and two consumer
 // warpgroups.
 //
 //   full[s]     1 arrival (the producer's, with the bytes to come) + those bytes: stage s may be read
 //   empty[s]    8 arrivals, one of every consumer warp: stage s may be overwritten
 //   claimed[i]  1 arrival: ticket i of a ring of two may be read;   read[i]  8 arrivals: it may be overwritten
 //
-// In a cluster of two, each producer loads its block's own first operand and half of the second into both blocks: the
-// bytes of a stage come from both, and stage s is empty once the consumers of both have released it (16 arrivals). The
-// producer of block 0 claims for both, and waits at its read[i] for all consumers and the other producer (17); the
-// ticket goes to the other block's shared memory, which expects its 4 bytes at claimed[i].
+// In a cluster of two, each producer loads its block's own first operand, and half of the second operand into both
+// blocks. So the bytes of a stage come from both producers, and stage s is empty once the consumers of both blocks have
+// released it (16 arrivals). The producer of block 0 claims for both blocks. Before it overwrites a ticket it waits at
+// its read[i] for all consumers and the other producer (17 arrivals). It sends the ticket to the other block's shared
+// memory, where claimed[i] expects 4 bytes.
 #pragma once
 
 #include "../../philox.h"
@@ -56,7 +57,7 @@ struct Shared {
     }
     sync();
   }
-  // All threads of the cluster.
+  // Synchronises all threads of the cluster.
   __device__ __forceinline__ void sync() const {
     if constexpr (CLUSTER == 1) {
       __syncthreads();
@@ -65,7 +66,7 @@ struct Shared {
       cluster_sync();
     }
   }
-  // For a barrier at which threads of another block arrive or complete bytes, and what they did before.
+  // Waits at a barrier where threads of another block arrive or complete bytes, and then sees what they did before.
   __device__ __forceinline__ void wait_for_all(uint32_t barrier, uint32_t parity) const {
     if constexpr (CLUSTER == 1)
       barrier_wait(barrier, parity);
@@ -82,7 +83,7 @@ struct Shared {
     else
       barrier_arrive_cluster_release(cluster_address(read(i), 0));
   }
-  // By a warp: stage s may be overwritten, as far as it goes.
+  // Called by a whole warp: as far as this warp is concerned, stage s may be overwritten.
   __device__ __forceinline__ void release_stage(int s, int lane) const {
     if constexpr (CLUSTER == 1) {
       if (lane == 0) barrier_arrive(empty(s));
@@ -92,12 +93,12 @@ struct Shared {
   }
 };
 
-// The producer thread's side.
+// The state of the producer thread.
 template <class S>
 struct Producer {
   const S& shared;
   Ring<S::kStages> ring{kVacant};
-  Ring<2> tickets;  // block 0 fills it, another one reads it
+  Ring<2> tickets;  // block 0 fills it, the other block reads it
   int prep_target;
 
   __device__ __forceinline__ Producer(const S& s, int prep)
@@ -122,23 +123,23 @@ struct Producer {
     tickets.next();
     return ticket;
   }
-  // Waits until the stage is free and announces `bytes`; loads to places in it follow, then next().
+  // Waits until the stage is free and announces `bytes`. The caller then issues the loads and calls next().
   __device__ __forceinline__ void open(int bytes) {
     barrier_wait(shared.empty(ring.slot), ring.parity);
     barrier_expect(shared.full(ring.slot), bytes);
   }
-  // A box for this block.
+  // Loads a box into this block.
   __device__ __forceinline__ void load(int place, const CUtensorMap& map, int column, int row) const {
     tma_load(shared.stage(ring.slot) + place, &map, shared.full(ring.slot), column, row);
   }
-  // A box for all blocks of the cluster.
+  // Loads a box into all blocks of the cluster.
   __device__ __forceinline__ void share(int place, const CUtensorMap& map, int column, int row) const {
     if constexpr (S::kCluster == 1)
       load(place, map, column, row);
     else
       tma_multicast(shared.stage(ring.slot) + place, &map, shared.full(ring.slot), column, row, (1 << S::kCluster) - 1);
   }
-  // This block's part of ROWS rows, `width` bytes each, for all blocks; the map's box is such a part.
+  // Loads this block's part of ROWS rows, `width` bytes each, into all blocks. The map's box is such a part.
   template <int ROWS>
   __device__ __forceinline__ void share_rows(int place, const CUtensorMap& map, int column, int row, int width) const {
     constexpr int kPart = ROWS / S::kCluster;
@@ -146,7 +147,7 @@ struct Producer {
     share(place + shared.rank * kPart * width, map, column, row + shared.rank * kPart);
   }
   __device__ __forceinline__ void next() { ring.next(); }
-  // What another block wrote with ordinary stores may be loaded by TMA afterwards.
+  // Waits for a flag. Afterwards TMA may load what another block wrote with ordinary stores before it.
   __device__ __forceinline__ void await(const int* flag, int target) {
     wait_for(flag, target);
     fence_proxy();
@@ -156,7 +157,7 @@ struct Producer {
   }
 };
 
-// A consumer warpgroup's side.
+// The state of a consumer warpgroup.
 template <class S>
 struct Consumer {
   const S& shared;
@@ -177,19 +178,21 @@ struct Consumer {
     tickets.next();
     return __shfl_sync(~0u, ticket, 0);
   }
-  __device__ __forceinline__ uint32_t wait() const { return wait(ring); }  // for the stage at hand; its address
+  // Waits for the current stage and returns its address.
+  __device__ __forceinline__ uint32_t wait() const { return wait(ring); }
   __device__ __forceinline__ uint32_t wait(const Ring<S::kStages>& at) const {
     barrier_wait(shared.full(at.slot), at.parity);
     return shared.stage(at.slot);
   }
-  // After a stage's wgmmas were committed: those of the stage before are done when at most one group is in flight.
+  // Called after the wgmmas of a stage were committed. When at most one group is in flight, those of the stage before
+  // are done, and that stage is released.
   __device__ __forceinline__ void advance() {
     wgmma_wait<1>();
     release();
     previous = ring.slot;
     ring.next();
   }
-  // After the last stage: d may be read.
+  // Called after the last stage. Afterwards d may be read.
   template <int N>
   __device__ __forceinline__ void drain(float (&d)[N]) {
     wgmma_wait<0>();
@@ -276,8 +279,8 @@ __device__ __forceinline__ void prep_item(const Common& p, int chunk) {
   if (consumer == 0) add_release(p.counters + kPrepDone, 1);
 }
 
-// The end of a launch, by all threads: the last block out zeroes the counters for the next one on this stream. No block
-// leaves while another of its cluster could still arrive at its barriers.
+// Ends a launch; all threads call it. The last block to exit zeroes the counters for the next launch on this stream. No
+// block leaves while another of its cluster could still arrive at its barriers.
 template <class S>
 __device__ __forceinline__ void finish(const S& shared, const Common& p) {
   shared.sync();

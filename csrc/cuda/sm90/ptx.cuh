@@ -1,6 +1,6 @@
-// The PTX that CUDA C++ has no word for: mbarriers, TMA, fences between the proxies, warpgroup synchronisation,
-// stmatrix. This file, wgmma.cuh and launch.cuh are guarded by name: tests/sm90_ptx.h and tests/sm90_wgmma.h stand in
-// for them on a host.
+// PTX instructions that CUDA C++ has no function for: mbarriers, TMA, fences between the proxies, warpgroup
+// synchronisation, stmatrix. This file, wgmma.cuh and launch.cuh have named include guards, because ptx.h and wgmma.h
+// of tests/support/sm90_machine replace them on a host.
 #ifndef LK_SM90_PTX
 #define LK_SM90_PTX
 
@@ -23,7 +23,7 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {  // arrives, too
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {  // also arrives
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
-// ---- clusters. The shared memory of another block, by the address that the same thing has in this one.
+// ---- clusters. cluster_address maps an address of this block to the same place in another block.
 __device__ __forceinline__ int cluster_rank() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -52,20 +52,20 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// For a stage: what must be over before it is by itself, wgmma's reads by wait_group. So it needs no order of its own
-// for the other block, and none is paid for with every stage.
+// Releases a stage. wait_group has already ended wgmma's reads of it, so the arrival needs no memory order towards the
+// other block, which would cost time at every stage.
 __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// After this thread's ordinary accesses of its block's shared memory, in the eyes of the other block, too. The fence is
-// what .release.cluster on the arrival means, for shared memory alone: that would wait for all of memory.
+// Arrives after this thread's ordinary accesses to its block's shared memory, also as the other block sees them. The
+// fence orders shared memory alone; .release.cluster on the arrival would wait for all of memory.
 __device__ __forceinline__ void barrier_arrive_cluster_release(uint32_t barrier) {
   asm volatile(
       "fence.release.sync_restrict::shared::cta.cluster;\n"
       "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
       : "memory");
 }
-// After what threads of another block did before they arrived, or sent.
+// Waits, and then sees what threads of another block did before they arrived or sent.
 __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{ .reg .pred p;\n"
@@ -74,7 +74,7 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
       "r"(parity)
       : "memory");
 }
-// Stores in another block's shared memory, and completes those 4 bytes at a barrier there.
+// Stores an int in another block's shared memory and completes its 4 bytes at a barrier there.
 __device__ __forceinline__ void send_int(uint32_t address, int v, uint32_t barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(v),
                "r"(barrier)
@@ -89,7 +89,8 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, ui
       "l"(map), "r"(barrier), "r"(column), "r"(row)
       : "memory");
 }
-// Into every block of the cluster whose bit is set, at the same address, on its barrier at the same address.
+// Loads into every block of the cluster whose bit is set, at the same address. Each block's barrier at the same address
+// counts the bytes.
 __device__ __forceinline__ void tma_multicast(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
                                               int row, uint16_t blocks) {
   asm volatile(
@@ -105,7 +106,7 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from,
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int PENDING>
-__device__ __forceinline__ void tma_store_wait_read() {  // their shared memory may be written again
+__device__ __forceinline__ void tma_store_wait_read() {  // afterwards their shared memory may be written again
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

@@ -1,9 +1,9 @@
-// Which work item a ticket is, and what a launch needs: counters and scratch memory. Arithmetic only, checked by a host
-// compiler (tests/test_cuda_schedule.py).
+// The work item of each ticket, and the counters and scratch memory that a launch needs. This is arithmetic only, which
+// tests/backends/cuda/test_sm90_schedule.py checks exhaustively on a host.
 //
 // Blocks claim tickets from one atomic counter and work through theirs in ascending order. An item waits only for items
-// with lower tickets; so the lowest ticket not yet finished is always running and waits for nothing: whatever is
-// resident, there is no deadlock.
+// with lower tickets. So the lowest unfinished ticket is always running and waits for nothing: there is no deadlock,
+// however many blocks are resident.
 //
 // The blocks of the ticket kernels may come in clusters of two, which run at the same time and claim together. A ticket
 // is then two items, one a block: the same work on neighbouring row blocks (of x, dy, h, g; for da and db: neighbouring
@@ -11,10 +11,10 @@
 // both. Where the number of row blocks, or of column tiles, is odd, it counts as one more: that item's loads give zeros
 // and its stores store nothing, but it has as many stages, publishes and waits like any other.
 //
-// So it is for pairs as for single blocks: the lowest ticket not yet finished belongs to a cluster of which both blocks
-// run. Nothing holds back its loads: all that it waits for is published; and stage i of it may be loaded once both
-// blocks have released the stage before it in the same place of the ring, which is of a lower ticket, finished in both,
-// or an earlier stage of this one, which by then has arrived in both.
+// Pairs cannot deadlock either. The lowest unfinished ticket belongs to a cluster whose blocks both run, and everything
+// that it waits for is published. Its stage i may be loaded once both blocks have released the previous stage in the
+// same place of the ring. That stage belongs to a lower ticket, which both blocks have finished, or to this ticket, and
+// then it has arrived in both blocks.
 //
 //   ticket kernels   prep | h or g tiles | y or dx tiles, most db and da tiles among them | the other db and da tiles
 //
@@ -35,10 +35,10 @@ struct Item {
 };
 
 struct Plan {
-  int cluster = 1;               // blocks that claim together: all numbers of blocks, tiles and chunks are multiples
-  int prep = 0;                  // chunks of adapters to convert
-  int rank_tiles = 1;            // 128 of the rank each
-  int blocks = 0;                // row blocks of 128 of h or g; 0 where neither is wanted
+  int cluster = 1;     // blocks that claim together; all numbers of blocks, tiles and chunks are multiples of it
+  int prep = 0;        // chunks of adapters to convert
+  int rank_tiles = 1;  // 128 of the rank each
+  int blocks = 0;      // row blocks of 128 of h or g; 0 where neither is wanted
   int tiles_m = 0, tiles_n = 0;  // of y or dx; tiles_n is 0 where it is not wanted
   int db_tiles = 0, db_splits = 1;
   int da_tiles = 0, da_splits = 1;
@@ -72,16 +72,16 @@ LK_CONSTEXPR Item gradient_item(const Plan& plan, Kind kind, int tiles, int i, i
   return {kind, 0, columns * plan.rank_tiles + j % plan.rank_tiles, i / tickets};
 }
 
-// What block `rank` of a cluster does for a ticket.
+// Returns the item of block `rank` of a cluster for a ticket.
 LK_CONSTEXPR Item item_of(const Plan& plan, int ticket, int rank) {
   int i = ticket;
   if (i < plan.preps()) return {Kind::kPrep, i * plan.cluster + rank, 0, 0};
   i -= plan.preps();
   if (i < plan.skinny()) return {Kind::kSkinny, i / plan.rank_tiles * plan.cluster + rank, i % plan.rank_tiles, 0};
   i -= plan.skinny();
-  // db and da tiles are memory-bound and dx tiles are not: one of those after every so many of these, so that the
-  // memory and the tensor cores are busy at the same time. A quarter of them comes last: small items fill what the
-  // large ones leave of the last round. db tiles first, as they need no g
+  // db and da tiles are memory-bound, dx tiles are not. Three quarters of the db and da tiles are spread evenly among
+  // the dx tiles, so that the memory and the tensor cores are busy at the same time. The last quarter comes at the end,
+  // because small items fill the last round better than large ones. db tiles come first, because they need no g.
   const int side = plan.db() + plan.da(), spread = side - side / 4, mixed = spread + plan.out();
   int before = spread + i - mixed;  // of db and da tiles
   if (i < mixed) {

@@ -1,11 +1,11 @@
-// What the kernels have in common: narrow tiles (h = x̂ aᵀ, g = s · dy b), output tiles on their way to memory, sums.
+// Parts that the kernels share: narrow tiles (h = x̂ aᵀ, g = s · dy b), stores of output tiles, sums of parts.
 #pragma once
 
 #include "pipeline.cuh"
 
 namespace lk::sm90 {
 
-// d[64, RP] = A[64, blocks * 64] B: A is this warpgroup's half of the A boxes. Where there is `dropout`, it masks A.
+// d[64, RP] = A[64, blocks * 64] B, where A is this warpgroup's half of the A boxes. `dropout`, if not null, masks A.
 template <class T, class B, int RP, class S>
 __device__ __forceinline__ void skinny_tile(Consumer<S>& c, float (&d)[RP / 2], int blocks, const Dropout* dropout,
                                             int m) {
@@ -21,9 +21,8 @@ __device__ __forceinline__ void skinny_tile(Consumer<S>& c, float (&d)[RP / 2], 
   c.drain(d);
 }
 
-// A narrow tile to memory, this warpgroup's rows of the block and `rank` onward of the columns: factor · d to `to` (row
-// stride `pitch`, even), and saved_factor · d to the contiguous `saved` [M,R] where there is one; then publishes the
-// row block.
+// Stores this warpgroup's rows of a narrow tile, whose first column is `rank`: factor · d to `to` (row stride `pitch`,
+// even) and, unless `saved` is null, saved_factor · d to the contiguous `saved` [M,R]. Then publishes the row block.
 template <class T, int RP, class S>
 __device__ __forceinline__ void store_skinny(const Consumer<S>& c, const Common& p, const float (&d)[RP / 2], int block,
                                              int rank, void* to, float factor, void* saved, float saved_factor) {
@@ -51,8 +50,8 @@ __device__ __forceinline__ void store_skinny(const Consumer<S>& c, const Common&
   if (c.thread == 0) add_release(p.counters + kReady + block, 1);
 }
 
-// Rounds a [64, BN] tile to T and stores it by TMA: columns n.., rows m.. of this warpgroup. Chunks of 64 columns go
-// through two staging boxes; a box is written again once the store before the last one has read it.
+// Rounds this warpgroup's [64, BN] tile to T and stores it by TMA from row m and column n on. Chunks of 64 columns
+// alternate between two staging boxes: a box is written again once the store that used it has read it.
 template <class T, int BN, class S>
 __device__ __forceinline__ void store_tile(const Consumer<S>& c, const CUtensorMap& map, const float (&d)[BN / 2],
                                            int m, int n) {
@@ -72,7 +71,7 @@ __device__ __forceinline__ void store_tile(const Consumer<S>& c, const CUtensorM
       }
       store_matrices(box + stmatrix_offset(c.warp(), c.lane(), pair), v);
     }
-    fence_proxy_shared();  // ordinary stores before TMA reads them, of every thread before the barrier
+    fence_proxy_shared();  // every thread fences its ordinary stores, before the barrier, so that TMA reads them
     group_sync(c.group);
     if (c.thread == 0) {
       tma_store(&map, box, n + chunk * 64, m);
@@ -81,8 +80,8 @@ __device__ __forceinline__ void store_tile(const Consumer<S>& c, const CUtensorM
   }
 }
 
-// Leaves the part in scratch and counts it. True in the warpgroup that is the last of its tile to arrive, with d the
-// sum of all parts.
+// Writes this part to scratch and counts it. Returns true in the warpgroup that is the last of its tile to arrive; d is
+// then the sum of all parts.
 template <int REGISTERS, class S>
 __device__ __forceinline__ bool sum_parts(const Consumer<S>& c, float (&d)[REGISTERS], float* partials, int* counter,
                                           int tile, int split, int splits) {

@@ -1,6 +1,6 @@
-// wgmma: D[64, N] += A[64, 16] B[16, N] from shared memory, fp32 accumulators in registers, N/2 a thread. They start
-// from zeros: were the first step told to overwrite, each accumulator would be live around the loop over work items,
-// and ptxas would spill.
+// wgmma: D[64, N] += A[64, 16] B[16, N] from shared memory, with fp32 accumulators in registers, N/2 per thread. The
+// accumulators are set to zero first. If the first step overwrote them instead, each would be live around the loop over
+// work items, and ptxas would spill.
 #ifndef LK_SM90_WGMMA
 #define LK_SM90_WGMMA
 
@@ -18,7 +18,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Keeps what the compiler does with accumulators on its side of wgmma_fence and wgmma_wait, which do not name them.
+// Keeps the compiler from moving uses of the accumulators across wgmma_fence and wgmma_wait, which do not name them.
 template <int N>
 __device__ __forceinline__ void wgmma_registers(float (&d)[N]) {
 #pragma unroll
@@ -28,8 +28,8 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[N]) {
 template <class T, int N>
 struct Wgmma;
 
-// One specialisation for every (T, N): the instruction names each accumulator register, so lists of up to 128 operands
-// are spelt by tens.
+// There is one specialisation for every (T, N). The instruction names each accumulator register, so these macros spell
+// lists of up to 128 operands by tens.
 #define LK_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
 #define LK_TEN0 LK_TEN()
 #define LK_NAMES_8 "%0,%1,%2,%3"

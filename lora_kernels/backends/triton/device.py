@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from lora_kernels.backends import workspace as memory
 from lora_kernels.plans.tiles import Gpu
 
 
@@ -66,31 +66,10 @@ def _query(device: torch.device) -> Target:
     )
 
 
-_workspaces: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
-
-
-def workspace(device: torch.device, target: Target, counters: int, floats: int) -> tuple[Tensor, Tensor]:
-    """(sync, part): `counters` int32 zeros, which a launch leaves zero, and room for `floats` fp32 partial sums.
-
-    One pair per device and stream, because launches on one stream do not overlap; it grows to the largest that was
-    asked for. A launch that is being captured gets its own, from the graph's memory pool, which lives as long as the
-    graph and is zeroed at every replay.
-    """
-    if target.capturing():
-        return _allocate(device, counters, floats)
-    key = (device, target.stream())
-    sync, part = _workspaces.get(key, (None, None))
-    if sync is None or part is None or sync.numel() < counters or part.numel() < floats:
-        held = (0, 0) if sync is None or part is None else (sync.numel(), part.numel())
-        sync, part = _workspaces[key] = _allocate(device, max(counters, held[0]), max(floats, held[1]))
-    return sync, part
-
-
-def _allocate(device: torch.device, counters: int, floats: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.zeros(1 << max(counters - 1, 1023).bit_length(), dtype=torch.int32, device=device),
-        torch.empty(floats, dtype=torch.float32, device=device),
-    )
+def workspace(device: torch.device, target: Target, counters: int, floats: int) -> memory.Workspace:
+    """Return the workspace of the current stream: `counters` int32 zeros, and room for `floats` fp32 partial sums."""
+    capture = memory.UNNUMBERED if target.capturing() else memory.NOT_CAPTURING
+    return memory.workspace(device, target.stream(), capture, counters, floats)
 
 
 def cdiv(n: int, d: int) -> int:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.backends import cuda
+from lora_kernels.backends.cuda import launch
+from lora_kernels.backends.cuda.launch import Gradients
+from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans import store
 from lora_kernels.plans.sm90 import BY_RULE, PLANS, Sm90Plan
 from lora_kernels.tools.tune.subject import Device, Job, Operands, Setting, Size, Trial
@@ -32,7 +34,7 @@ class CudaSubject:
 
     def left_behind(self) -> str | None:
         """Report counters that a launch left in the workspace, and zero them."""
-        workspace = cuda.workspace(self.on.device, torch.cuda.current_stream().cuda_stream, 1, 1)
+        workspace = launch.workspace(self.on.device, 1, 1)
         if not workspace.counters.any():
             return None
         workspace.counters.zero_()
@@ -46,14 +48,15 @@ class CudaSubject:
     @staticmethod
     def _forward(plan: Sm90Plan, operands: Operands, out: dict[str, Tensor]) -> None:
         q = operands.q
-        cuda.launch_forward(plan, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, out["y"], out["h"])
+        base, adapter = Base(q.w, q.bias), Adapter(q.a, q.b, q.scale, q.p, q.seed)
+        launch.launch_forward(plan, q.x, base, adapter, out["y"], out["h"])
 
     @staticmethod
     def _backward(plan: Sm90Plan, operands: Operands, out: dict[str, Tensor]) -> None:
         q = operands.q
-        cuda.launch_backward(
-            plan, q.dy, q.x, q.w, q.a, q.b, operands.h, q.scale, q.p, q.seed, out["dx"], out["da"], out["db"]
-        )
+        base, adapter = Base(q.w), Adapter(q.a, q.b, q.scale, q.p, q.seed)
+        gradients = Gradients(out["dx"], out["da"], out["db"])
+        launch.launch_backward(plan, q.dy, q.x, base, adapter, operands.h, gradients)
 
 
 def _describe(plan: Sm90Plan) -> str:

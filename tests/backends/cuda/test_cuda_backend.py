@@ -1,15 +1,17 @@
-"""What the `cuda` back-end refuses, on a machine without a GPU."""
+"""The calls that the `cuda` back-end refuses, checked on a machine without a GPU."""
 
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_kernels.backends import cuda
-from lora_kernels.core.operands import Call
-from lora_kernels.plans import sm90
+from lora_kernels.backends.cuda import launch
+from lora_kernels.core.operands import Adapter, Base, Call
+from lora_kernels.plans.sm90 import BY_RULE
 
 SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32, 100, 64, 72, 12, True)
 
@@ -18,7 +20,7 @@ SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32,
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(cuda, "_extension", lambda: None)
+    monkeypatch.setattr(launch, "extension", lambda: None)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -47,12 +49,12 @@ def test_every_refusal_says_why(change: dict, reason: str) -> None:
     assert reason in reasons[0]
 
 
-def test_other_architectures(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
+def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert cuda.why_not(SERVED) == ["serves Hopper (sm_90), not sm_100"]
 
 
-def test_all_reasons_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_reasons_are_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No driver and no extension are reasons among others, not exceptions."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "lora_kernels._cuda", None)
@@ -62,14 +64,15 @@ def test_all_reasons_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(any(part in reason for reason in reasons) for part in parts)
 
 
-def test_errors_are_named() -> None:
+def test_errors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch where there is no driver, or no device, raises with the name of the CUDA error."""
     extension = pytest.importorskip("lora_kernels._cuda")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     memory = torch.zeros(1024)
-    tensors = (torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "xwab")
-    operands = cuda._operands(8, *tensors, 1.0, 0.0, None, 0, sm90.BY_RULE)
+    x, w, a, b = (torch.zeros(8, 8, dtype=torch.bfloat16) for _ in "xwab")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    operands = launch.operands(BY_RULE, 8, x, Base(w), Adapter(a, b, 1.0))
     call = extension.Sm90Forward(**operands | {"device": 0})
     with pytest.raises(RuntimeError, match=r"cudaError(InsufficientDriver|NoDevice|StubLibrary)"):
         call.workspace()

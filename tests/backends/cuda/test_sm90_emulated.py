@@ -1,4 +1,4 @@
-"""The source of the sm_90a kernels, run whole on an emulated GPU (sm90_machine.h), in random order."""
+"""The source of the sm_90a kernels, run as a whole on an emulated GPU (tests/support/sm90_machine), in random order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from support import sm90
 
 from lora_kernels.backends import cuda
+from lora_kernels.backends.cuda import launch
 from lora_kernels.core import dropout as random
+from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans.sm90 import BY_RULE, PLANS, Sm90Plan
 from lora_kernels.testing import one_layer
 from lora_kernels.testing.judge import Problem, judge, problem
@@ -60,7 +62,7 @@ def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
         (1100, 72, 136, 160, 0.0, FP16, FP16, 8, 8),
     ],
 )
-def test_results(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> None:
+def test_results_are_right(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> None:
     q = problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p, seed=M)
     assert_right(results(sm90.Device(M, sms, resident, tiling), q), q)
 
@@ -127,7 +129,7 @@ def test_dropout_is_the_rule() -> None:
 
 @pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
-def test_only_what_is_asked(needs: tuple[int, int, int], tiling: tuple[int, int]) -> None:
+def test_only_the_wanted_gradients_are_computed(needs: tuple[int, int, int], tiling: tuple[int, int]) -> None:
     q = problem(150, 72, 136, 12, dtype=BF16, p=0.2)
     device = sm90.Device(5, tiling=tiling)
     _, h = device.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed)
@@ -148,7 +150,7 @@ def test_h_is_not_stored_unless_asked_for() -> None:
 
 
 @pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
-def test_row_strides(tiling: tuple[int, int]) -> None:
+def test_row_strides_do_not_change_the_results(tiling: tuple[int, int]) -> None:
     """Rows apart, and a and b at odd places or all rows in one: what TMA cannot read of them is converted in the
     launch."""
     q = problem(140, 72, 136, 24, dtype=BF16, p=0.3)
@@ -190,7 +192,7 @@ def test_infinite_rows_stay_alone() -> None:
         *({"columns": 64, "cluster": 1}, {"columns": 128, "cluster": 2}, {"columns": 256}, {"cluster": 2}),
     ],
 )
-def test_refusals(wrong: dict[str, int | None]) -> None:
+def test_operands_against_the_rules_are_refused(wrong: dict[str, int | None]) -> None:
     q = problem(16, 72, 72, 8, dtype=BF16)
     args = sm90.ForwardArgs()
     sm90.Device()._operands(args, 16, q.x, q.w, q.a, q.b, 1.0, 0.0, None)
@@ -210,19 +212,20 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> sm90.Extension:
 @pytest.mark.parametrize("tiling", PLANS)
 @pytest.mark.usefixtures("extension")
 def test_a_tiling_can_be_asked_for(tiling: Sm90Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reaches the kernels, and the results fill what they are given."""
+    """It reaches the kernels, and they fill the tensors that they are given."""
     asked = []
 
     def operands(*args: object) -> dict[str, object]:
         asked.append(given := make(*args))
         return given
 
-    make = cuda._operands
-    monkeypatch.setattr(cuda, "_operands", operands)
+    make = launch.operands
+    monkeypatch.setattr(launch, "operands", operands)
     q = problem(20, 72, 136, 12, dtype=BF16)
     y, h, dx, da, db = (torch.full_like(t, float("nan")) for t in (q.dy, q.x[:, :12], q.x, q.a, q.b))
-    cuda.launch_forward(tiling, q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, y, h)
-    cuda.launch_backward(tiling, q.dy, q.x, q.w, q.a, q.b, h, q.scale, 0.0, None, dx, da, db)
+    base, adapter = Base(q.w, q.bias), Adapter(q.a, q.b, q.scale)
+    launch.launch_forward(tiling, q.x, base, adapter, y, h)
+    launch.launch_backward(tiling, q.dy, q.x, base, adapter, h, launch.Gradients(dx, da, db))
     assert_right({"y": y, "dx": dx, "da": da, "db": db}, q)
     assert [(each["columns"], each["cluster"]) for each in asked] == [tiling, tiling]
 
@@ -230,7 +233,7 @@ def test_a_tiling_can_be_asked_for(tiling: Sm90Plan, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize(("M", "p"), [(1, 0.0), (20, 0.0), (150, 0.3), (0, 0.3)])
 @pytest.mark.usefixtures("extension", "poison")
-def test_backend(M: int, p: float, strided: bool) -> None:
+def test_the_backend_gives_right_results(M: int, p: float, strided: bool) -> None:
     q = problem(M, 72, 136, 12, dtype=BF16, adapter_dtype=FP32, p=p, strided=strided)
     y, h = one_layer.forward(cuda, q.x, q.w, q.a, q.b, q.bias, q.scale, q.p, q.seed, True)
     dx, da, db = one_layer.backward(cuda, q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed, True, True, True)
@@ -241,7 +244,7 @@ def test_backend(M: int, p: float, strided: bool) -> None:
 
 @pytest.mark.parametrize("at", [slice(1, 73), slice(0, 144, 2)])
 @pytest.mark.usefixtures("extension")
-def test_a_bias_that_cannot_be_read_in_pairs(at: slice) -> None:
+def test_a_bias_that_cannot_be_read_in_pairs_is_copied(at: slice) -> None:
     q = problem(150, 72, 136, 12, dtype=BF16)
     bias = torch.zeros(144, dtype=BF16)[at].copy_(q.bias)
     want, _ = one_layer.forward(cuda, q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None, False)
@@ -249,21 +252,13 @@ def test_a_bias_that_cannot_be_read_in_pairs(at: slice) -> None:
     assert torch.equal(got, want)
 
 
-def test_workspaces(extension: sm90.Extension) -> None:
-    """One a stream, which grows; another while the stream is captured, and another for the next capture."""
-    cpu = torch.device("cpu")
-    first = cuda.workspace(cpu, 5, 10, 100)
-    assert cuda.workspace(cpu, 5, 9, 90) == first
-    assert cuda.workspace(cpu, 6, 9, 90).scratch is not first.scratch
-    grown = cuda.workspace(cpu, 5, 2000, 300)
-    assert grown.counters.numel() >= 2000
-    assert grown.scratch.numel() == 300
-    assert not grown.counters.any()
-    extension.capture = 77
-    captured = cuda.workspace(cpu, 5, 10, 100)
-    assert captured.scratch is not grown.scratch
-    assert cuda.workspace(cpu, 5, 10, 100).scratch is captured.scratch
-    extension.capture = 78
-    assert cuda.workspace(cpu, 5, 10, 100).scratch is not captured.scratch
-    extension.capture = 0
-    assert cuda.workspace(cpu, 5, 10, 100).scratch is grown.scratch
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("seed", [0, 12345, 2**40 + 3, -7])
+@pytest.mark.parametrize(("M", "K", "p"), [(1, 8, 0.5), (37, 136, 0.1), (300, 72, 0.9), (5, 16, 0.0), (0, 8, 0.5)])
+@pytest.mark.usefixtures("extension", "poison")
+def test_the_mask_kernel_draws_the_rule(M: int, K: int, p: float, seed: int, dtype: torch.dtype) -> None:
+    x, given = torch.ones(K, M, dtype=dtype).t(), torch.tensor(seed)
+    mask = cuda.keep_mask(x, p, given)
+    assert mask.dtype == dtype
+    assert mask.is_contiguous()
+    assert torch.equal(mask, random.keep_mask(given, M, K, p).to(dtype))

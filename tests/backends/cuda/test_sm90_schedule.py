@@ -1,4 +1,4 @@
-"""The arithmetic of the sm_90a kernels: tickets, waits, counters, splits, layouts. Needs g++ and nothing of CUDA."""
+"""The arithmetic of the sm_90a kernels: tickets, waits, counters, splits, layouts. Needs g++ but no CUDA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DX, DA, DB = 1, 2, 4
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    sources = [sm90.ROOT / "tests" / f"sm90_{part}.cpp" for part in ("schedule", "layout")]
+    sources = [sm90.MACHINE / f"{part}.cpp" for part in ("schedule", "layout")]
     flags = ["-O2", "-Wall", "-Wextra", "-Werror"]
     return ctypes.CDLL(str(sm90.compiled(sources, [*sources, *sm90.SM90.glob("*.h")], flags)))
 

@@ -21,7 +21,7 @@ from lora_kernels.testing import one_layer
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 from support.interp import interpret
 
-from lora_kernels.backends import triton
+from lora_kernels.backends import triton, workspace
 from lora_kernels.backends.triton import device
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.core.operands import Adapter, Base, Call
@@ -56,10 +56,10 @@ def interpreted(plan: str, on: device.Target | None = None, tma: bool = False) -
         patch.setitem(device.TARGETS, CPU, on or target())
         for itemsize in (2, 4):
             patch.setitem(tiles.TABLES, ("interpreter", itemsize), table)
-        patch.setattr(device, "_workspaces", {})
+        patch.setattr(workspace, "_workspaces", {})
         choose.plan.cache_clear()
         yield triton
-        assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags or tickets behind"
+        assert all(not sync.any() for sync, _ in workspace._workspaces.values()), "a launch left flags or tickets"
 
 
 def results(q: judging.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
@@ -237,19 +237,19 @@ def test_the_workspace_is_kept_for_a_stream_and_grows() -> None:
     small, large = judging.problem(5, 7, 9, 2), judging.problem(40, 20, 40, 20)
     with interpreted("tickets") as backend:
         judging.backend_results(backend, small)
-        (first,) = device._workspaces.values()
+        (first,) = workspace._workspaces.values()
         judging.backend_results(backend, small)
-        assert next(iter(device._workspaces.values())) is first
+        assert next(iter(workspace._workspaces.values())) is first
         judging.backend_results(backend, large)
-        assert len(device._workspaces) == 1
-        assert next(iter(device._workspaces.values()))[1].numel() > first[1].numel()
+        assert len(workspace._workspaces) == 1
+        assert next(iter(workspace._workspaces.values()))[1].numel() > first[1].numel()
 
 
 def test_a_captured_launch_has_its_own_workspace() -> None:
     q = judging.problem(20, 33, 40, 3)
     with interpreted("tickets", on=target(capturing=True)) as backend:
         judging.check(judging.backend_results(backend, q), q)
-        assert not device._workspaces
+        assert not workspace._workspaces
 
 
 def call(**changes: object) -> Call:

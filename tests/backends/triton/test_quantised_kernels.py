@@ -21,7 +21,7 @@ from lora_kernels.testing.judge import judge, over_codes
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 from support.interp import interpret
 
-from lora_kernels.backends import triton
+from lora_kernels.backends import triton, workspace
 from lora_kernels.backends.triton import device
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton import quant as quantised
@@ -67,10 +67,10 @@ def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
             patch.setitem(quant_tiles.TABLES, ("interpreter", itemsize), WAYS[way])
         patch.setattr(quant_tiles, "ROWS", dict.fromkeys(quant_tiles.ROWS, 1000))
         patch.setattr(quantised, "WHOLE", WHOLE)
-        patch.setattr(device, "_workspaces", {})
+        patch.setattr(workspace, "_workspaces", {})
         choose.plan.cache_clear()
         yield triton
-        assert all(not sync.any() for sync, _ in device._workspaces.values()), "a launch left flags behind"
+        assert all(not sync.any() for sync, _ in workspace._workspaces.values()), "a launch left flags behind"
 
 
 def quantise(q: judging.Problem, kind: str) -> QuantizedWeight:
@@ -304,7 +304,7 @@ def test_a_captured_launch_keeps_no_workspace() -> None:
     for way in WAYS:
         with interpreted(way, capturing=True) as backend:
             check(judging.backend_results(backend, dataclasses.replace(q, w=w)), q, w)
-            assert not device._workspaces
+            assert not workspace._workspaces
 
 
 # --- the choice ---

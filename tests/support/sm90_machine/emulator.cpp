@@ -1,5 +1,5 @@
-// The sm_90a back-end, compiled for the host on the emulated GPU of sm90_machine.h, with the CUDA runtime calls that it
-// makes. Python loads it. The backward kernels are in sm90_emulator_backward.cpp, so that both compile at a time.
+// The sm_90a back-end compiled for the host, on the emulated GPU of machine.h, with the CUDA runtime calls that it
+// makes. Python loads it. The backward kernels are in emulator_backward.cpp, so that both files compile in parallel.
 #include "wgmma.h"
 
 #include "../../../csrc/cuda/sm90/decode.cu"
@@ -59,7 +59,7 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus*, uns
   return cudaErrorNotSupported;
 }
 
-// sms: multiprocessors that the plans count on, and blocks of a launch; resident: blocks that run at a time.
+// `sms` is the number of multiprocessors that the plans see. `resident` is how many blocks run at a time.
 void emulator_configure(unsigned seed, int sms, int resident) {
   emu::machine.random.seed(seed);
   emu::machine.resident = resident;

@@ -1,4 +1,4 @@
-// The other half of sm90_emulator.cpp.
+// The backward kernels for emulator.cpp.
 #include "wgmma.h"
 
 #include "../../../csrc/cuda/sm90/backward_bf16.cu"

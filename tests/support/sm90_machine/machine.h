@@ -1,14 +1,14 @@
-// A Hopper GPU, as far as csrc/cuda/sm90 uses one, in one host thread: blocks, clusters, threads, barriers, shared
-// memory and time. sm90_ptx.h and sm90_wgmma.h put its instructions on top, so that the kernels' own source runs here.
+// An emulated Hopper GPU in one host thread, as far as csrc/cuda/sm90 uses one: blocks, clusters, threads, barriers,
+// shared memory and time. ptx.h and wgmma.h add its instructions, so that the kernels' own source runs here.
 //
-// Every CUDA thread is a fiber; fibers are switched in random order wherever they can wait. What is asynchronous
-// happens at a random moment of what the instruction set allows: TMA loads until their mbarrier completes, wgmma
-// between issue and wait_group, TMA stores until wait_group. A wait that nothing can end is reported as a deadlock.
-// Reads of shared memory by the async proxy (TMA, wgmma) of what ordinary stores wrote without a proxy fence are
-// errors. Memory is otherwise sequentially consistent: missing release and acquire are not seen here.
+// Every CUDA thread is a fiber, and fibers are switched in random order wherever they can wait. Asynchronous work
+// happens at a random moment that the instruction set allows: a TMA load before its mbarrier completes, a wgmma between
+// its issue and wait_group, a TMA store before wait_group. A wait that nothing can end is reported as a deadlock. If the
+// async proxy (TMA, wgmma) reads shared memory that ordinary stores wrote without a proxy fence, that is an error.
+// Otherwise memory is sequentially consistent, so a missing release or acquire goes unnoticed here.
 //
-// The blocks of a cluster start together and end each when its own threads have: what still arrives there from another
-// is an error. A multicast arrives in each block at a moment of its own.
+// The blocks of a cluster start together. A block ends when its own threads have ended; anything that arrives later from
+// another block is an error. A multicast arrives in each block at a moment of its own.
 #pragma once
 
 #include <cuda.h>

@@ -1,4 +1,4 @@
-// csrc/cuda/sm90/{ptx,launch}.cuh and CUDA's own words on the machine of sm90_machine.h.
+// csrc/cuda/sm90/{ptx,launch}.cuh and CUDA's keywords and built-in functions, on the emulated GPU of machine.h.
 #pragma once
 
 #define LK_SM90_PTX
@@ -15,7 +15,7 @@
 #define __grid_constant__
 #define __shared__
 
-// ---- CUDA's own words
+// ---- CUDA's built-in variables and functions
 #define threadIdx (emu::machine.current->thread)
 #define blockIdx (emu::machine.current->index)
 #define gridDim (dim3(emu::machine.grid))

@@ -1,4 +1,4 @@
-// What a check found, in memory that outlives it: for Python to read.
+// The message of a check, in memory that outlives the call, so that Python can read it.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// csrc/cuda/sm90/wgmma.cuh on the machine of sm90_machine.h. Operands are read as the canonical layouts of the PTX ISA
+// csrc/cuda/sm90/wgmma.cuh on the emulated GPU of machine.h. Operands are read as the canonical layouts of the PTX ISA
 // say, from the descriptor's fields alone.
 #pragma once
 

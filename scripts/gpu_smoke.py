@@ -1,9 +1,9 @@
-"""A few small calls of one back-end and nothing else: what one kernel does, and what compute-sanitizer can watch.
+"""Call the kernels of one back-end a few times, and nothing else. compute-sanitizer can watch this process.
 
-    python scripts/gpu_small.py BACKEND [DEVICE] [CASE ...]
+    python scripts/gpu_smoke.py BACKEND [DEVICE] [CASE ...]
 
-Every line is printed before what it tells of is waited for: the last one names what hangs. Exit status 1 where a
-result is wrong, 2 where the back-end does not serve the device. No CASE: those of `WATCHED`.
+Every line is printed before the wait that it announces, so the last line names what hangs. The exit status is 1 if a
+result is wrong, and 2 if the back-end does not serve the device. Without CASE, the cases of `WATCHED` run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 class Case(NamedTuple):
-    """One forward and one backward. dtypes by name: this file is read without torch."""
+    """One forward and one backward. dtypes are names, because gpu_check.py reads this file without torch."""
 
     M: int
     N: int
@@ -28,12 +28,12 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     adapter_dtype: str = "bfloat16"
     quant: str = ""
-    """Of `triton`: the format of w."""
+    """The format of w, for `triton` only. Empty for a dense w."""
     tiling: tuple[int, int] = (0, 0)
-    """Of `cuda`: columns and cluster; (0, 0): by rule."""
+    """Columns and cluster, for `cuda` only. (0, 0) lets the rule choose."""
 
     def runs_on(self, backend: str) -> bool:
-        """Whether it is a case of that back-end."""
+        """Return whether the back-end has kernels for this case."""
         if backend == "cuda":
             return not self.quant and self.dtype != "float32"
         return not any(self.tiling) and (backend == "triton" or not self.quant)
@@ -89,8 +89,8 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
         if any(case.tiling):
             from lora_kernels.plans.sm90 import Sm90Plan
 
-            tiling = Sm90Plan(*case.tiling)
-            module._tiling = lambda *_, tiling=tiling: tiling
+            plan = Sm90Plan(*case.tiling)
+            module._plan = lambda *_, plan=plan: plan
         q = judge.problem(*sizes, dtype=dtype, adapter_dtype=adapter_dtype, p=case.p, device=device)
         w = quantize_weight(q.w, case.quant) if case.quant else q.w
         judged, plain = judge.over_codes(q, w) if case.quant else (q, None)
