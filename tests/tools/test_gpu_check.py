@@ -260,6 +260,7 @@ def _parses(kind: str, words: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_dry_run_on_the_cpu(tmp_path):
     """The shell script, with the sections that are quick on a CPU."""
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), str(tmp_path / "out"), "--device", "cpu"]

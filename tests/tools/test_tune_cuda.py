@@ -21,6 +21,7 @@ from lora_kernels.testing.judge import problem
 from lora_kernels.tools.tune import measure
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the emulated kernels with"),
     pytest.mark.skipif(sm90.cuda_include() is None, reason="the headers of the CUDA toolkit are not there"),
     pytest.mark.timeout(300),  # the first test compiles the kernels for the host

@@ -27,6 +27,7 @@ MOST = {"forward": 232, "backward": 232, "decode": REGISTERS // THREADS // 8 * 8
 """Registers a consumer thread may use: those that setmaxnreg takes, or the launch bound."""
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(NVCC is None, reason="there is no nvcc"),
     pytest.mark.timeout(600),  # the first test compiles every kernel
 ]

@@ -19,6 +19,7 @@ from lora_kernels.testing import one_layer
 from lora_kernels.testing.judge import Problem, judge, problem
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the emulated kernels with"),
     pytest.mark.skipif(sm90.cuda_include() is None, reason="the headers of the CUDA toolkit are not there"),
     pytest.mark.timeout(600),  # the first test compiles the kernels for the host

@@ -16,6 +16,8 @@ from support.compile_report import ONE_CODE, Report, Reports, compile_report, co
 
 from lora_kernels.plans import tiles
 
+pytestmark = pytest.mark.slow
+
 
 class Entry(NamedTuple):
     """One entry of the tables, in one of the variants that ask most of the compiler. It has dropout where the entry

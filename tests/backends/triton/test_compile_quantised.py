@@ -24,6 +24,8 @@ from lora_kernels.plans import quant_tiles, tiles
 from lora_kernels.quant.encode import FP8_BLOCK
 from lora_kernels.quant.weight import CODES, Nested, QuantizedWeight, quantize_weight
 
+pytestmark = pytest.mark.slow
+
 N = K = 4096
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 """The architectures that are compiled with every format. The others get the format that asks most of the compiler."""

@@ -37,6 +37,7 @@ def test_the_mask_is_the_rule_in_the_dtype_of_x(
         assert torch.equal(mask, dropout.keep_mask(torch.tensor(seed), M, K, p).to(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("arch", dict.fromkeys(arch for arch, _ in tiles.TABLES))
 def test_the_mask_compiles_for_every_architecture(arch: str, dtype: torch.dtype) -> None:
