@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora_kernels.core.version import __version__
-from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn import FusedLoRALinear, QuantizedLoRALinear
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import explain, lora_linear
 from lora_kernels.quant.weight import QuantizedWeight, dequantize_weight, quantize_weight
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
-    from lora_kernels.nn.quantized import QuantizedLoRALinear
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
 
@@ -54,7 +53,7 @@ __all__ = [
     "unfuse",
 ]
 
-_HOMES = {
+_LAZY = {
     "models.adapters": ("load_adapter", "load_loralib", "save_adapter"),
     "models.inject": (
         "adapter_parameters",
@@ -64,16 +63,15 @@ _HOMES = {
         "trainable_parameters",
     ),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
-    "nn.quantized": ("QuantizedLoRALinear",),
     "ops.group": ("lora_linear_group",),
     "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
 }
-"""The names that are imported when they are first asked for, by module: they need PEFT or are rarely used."""
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+"""The names that are imported when they are first asked for, by module. They need PEFT, or few programs use them."""
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `_HOMES` when it is first asked for."""
-    if name in _HOME_OF:
-        return getattr(importlib.import_module(f"lora_kernels.{_HOME_OF[name]}"), name)
+    """Return a name of `_LAZY`, importing its module when it is first asked for."""
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"lora_kernels.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'lora_kernels' has no attribute {name!r}")

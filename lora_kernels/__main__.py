@@ -1,4 +1,4 @@
-"""``python -m lora_kernels doctor | bench | tune``."""
+"""The command line of the package: ``python -m lora_kernels doctor | bench | tune``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lora_kernels.tools.tune import cli as tune
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show × then shows ?, and no traceback
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show × then gets a ?, not a traceback
             stream.reconfigure(errors="replace")
-    parser = argparse.ArgumentParser(prog="python -m lora_kernels", description="LoRA at the cost of the frozen layer.")
+    parser = argparse.ArgumentParser(prog="python -m lora_kernels", description="Fused LoRA layers for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     doctor.add_arguments(
         commands.add_parser("doctor", help="show what serves this machine, what is missing and how to get it")

@@ -1,10 +1,10 @@
-"""The equation in plain torch: the reference that every kernel is judged by. The call paths of the package never use
-it; the judge (testing/judge.py) and tests do.
+"""The equation in plain torch: the reference that every kernel is judged by. The judge (testing/judge.py) and the tests
+use it; no public function of the package calls it.
 
 h = x̂ Aᵀ        x̂ = dropout(x, p)
 y = x Wᵀ + bias + s · h Bᵀ
 
-DoRA, with d = m / ‖W + s·B A‖ by rows and the norm a constant:
+DoRA, where d = m / ‖W + s·B A‖ by rows and the norm is a constant for autograd:
 
 y = x Wᵀ + bias + (d - 1) ⊙ (x̂ Wᵀ) + d ⊙ (s · h Bᵀ)
 """
@@ -52,7 +52,7 @@ def dora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Return DoRA's y [..., N]. The operands are those of `lora_linear`, and magnitude [N]."""
+    """Return DoRA's y [..., N]. The operands are those of `lora_linear`, and the magnitude m [N]."""
     x_hat = _dropout(x, dropout_p, seed)
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     d = magnitude.to(x.dtype) / torch.linalg.vector_norm((weight + scale * (b @ a)).detach(), dim=1)

@@ -1,24 +1,40 @@
 """The back-ends: modules that define the same names. `dispatch` chooses between them.
 
+A back-end computes one layer, or several that read the same x. Each layer has a base and an adapter of its own:
+
+    h = x̂ Aᵀ,  x̂ = c · keep ⊙ x          y = x Wᵀ + bias + s · h Bᵀ
+    g = s · dy B                         dx = Σ over the layers (dy W + c · keep ⊙ (g A))
+    da = gᵀ x̂                            db = s · dyᵀ h
+
+c and keep are those of core/dropout.py.
+
 A back-end is a module ``lora_kernels.backends.<name>`` with
 
 * ``name``: the name by which ``backend="..."`` asks for it,
 * ``why_not(call) -> list[str]``: every reason why it cannot serve a `Call`, as sentences; empty where it can,
 * ``forward(x, bases, adapters, save_h) -> (ys, hs)``: y i and h i belong to base i and adapter i; h i is None unless
   ``save_h[i]``,
-* ``backward(dys, x, bases, adapters, hs, needs) -> (dx, das, dbs)``: dx is the sum over all bases; a gradient that
+* ``backward(dys, x, bases, adapters, hs, needs) -> (dx, das, dbs)``: dx is one sum over all layers; a gradient that
   `Needs` does not ask for is None,
-* ``keep_mask(x, p, seed)``: the dropout mask of x [M, K] as numbers 0 and 1, in x's dtype,
+* ``keep_mask(x, p, seed)``: keep for x [M, K], as numbers 0 and 1 in x's dtype,
 * ``base_gemm(x, w)``: x Wᵀ [M, N] for a dense w.
 
-A single layer is a list of one base and one adapter. A group of layers that read the same x is a list of several. One
-base with many adapters over segments of rows, and many bases over segments, will be the same two functions with one
-more argument that tells the rows.
+bases, adapters, save_h, dys and hs have one entry for each layer, and so have ``needs.da`` and ``needs.db``. A back-end
+whose kernels serve one layer at a time makes its two functions with ``each.py``.
 
-All tensors have two dimensions and any strides, but for ``bias``, which has one dimension, and ``seed``, an int64 of
-no dimensions, or None where p is 0. ``x`` is None where no da is needed, and ``hs[i]`` where db i is not. Results are
+x and every dy have two dimensions, [M, K] and [M, N]; M may be 0. Tensors have any strides. ``w`` is a tensor, or a
+`QuantizedWeight` where `why_not` has agreed to the call's ``w_format``. ``seed`` is an int64 tensor of one element, or
+None where p is 0. x, w, bias and dy have one dtype, and so have a and b: that of x, or fp32 beside an x in 16 bits. y,
+h and dx have x's dtype, da and db have a's. ``x`` may be None where no da is needed, and ``hs[i]`` where db i is not.
+The h that one back-end has made must serve another, because the backward is chosen by a call of its own. Results are
 new and contiguous; a back-end writes to nothing that it receives.
 
 A back-end for a GPU also has ``EVIDENCE``, the architectures ("sm_90") for which ``benchmarks/results/`` holds a run.
-The automatic choice passes over a GPU back-end without such a run; it can still be asked for by name.
+The automatic choice passes over a GPU back-end on other architectures; it can still be asked for by name.
+
+``dispatch.BACKENDS`` lists the names, and ``dispatch.AUTOMATIC`` the order of the automatic choice: a new back-end is
+added to both. Its import raises ImportError, with the way out, where something that it needs is not installed.
+
+Many adapters over segments of the rows of one x, and many bases, would be the same two functions with one more
+argument that gives the rows of each.
 """

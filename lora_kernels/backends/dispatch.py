@@ -1,4 +1,4 @@
-"""Choose the back-end that serves a call: a table by device type, and every refusal with its reasons."""
+"""The choice of the back-end that serves a call, by a table of device types, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def pick(call: Call, backend: str | None) -> ModuleType:
 
 @functools.lru_cache(maxsize=4096)
 def automatic(call: Call) -> str:
-    """Return the automatic choice: the first back-end in the order of the call's device type that can serve it, and on
-    a GPU has been run on one of this architecture."""
+    """Return the name of the automatic choice: the first back-end in the order of the call's device type that can serve
+    the call. On a GPU it must also have been run on a GPU of this architecture."""
     for name in _order(call):
         if not _passed_over(name, call):
             return name
@@ -66,7 +66,7 @@ def load(name: str) -> ModuleType:
 
 
 def refusals(name: str, call: Call) -> list[str]:
-    """Return every reason why a back-end cannot serve `call`, also that it could not be loaded."""
+    """Return every reason why a back-end cannot serve `call`. That it could not be loaded is such a reason too."""
     try:
         module = load(name)
     except ImportError as error:
@@ -79,7 +79,7 @@ class Explanation:
     """The answer of `lora_kernels.explain`. ``str()`` of it is a short table."""
 
     call: Call
-    """The forward that was asked about."""
+    """The description of the forward that was asked about."""
     forward: str
     """The back-end that runs the forward."""
     backward: str
@@ -88,7 +88,7 @@ class Explanation:
     """Every other back-end, with every reason why it is not the choice for the forward or the backward."""
 
     def __str__(self) -> str:
-        lines = [f"{_describe(self.call)}", f"  forward   {self.forward}", f"  backward  {self.backward}"]
+        lines = [_describe(self.call), f"  forward   {self.forward}", f"  backward  {self.backward}"]
         for name, reasons in self.passed_over.items():
             lines += [f"  {name if i == 0 else '':<9} not chosen: {reason}" for i, reason in enumerate(reasons)]
         return "\n".join(lines)
@@ -104,7 +104,7 @@ def explain(call: Call, backend: str | None) -> Explanation:
 
 
 def _why_not_chosen(name: str, calls: list[Call], chosen: str, backend: str | None) -> list[str]:
-    """Return the reasons for which a back-end serves none of `calls`, where `chosen` serves the first."""
+    """Return why a back-end was chosen for none of `calls`, a forward and its backward. `chosen` serves the forward."""
     if backend is not None:
         return [f"backend={backend!r} was asked for by name"]
     device = calls[0].device.type
@@ -119,8 +119,8 @@ def _order(call: Call) -> tuple[str, ...]:
 
 
 def _passed_over(name: str, call: Call) -> list[str]:
-    """Return why the automatic choice passes over a back-end: its refusals, or on a GPU that no run on this
-    architecture is recorded."""
+    """Return why the automatic choice passes over a back-end: its refusals, or, on a GPU, the lack of a recorded run on
+    this architecture."""
     reasons = refusals(name, call)
     if not reasons and call.device.type == "cuda" and name != "eager":
         arch = _arch(call.device)
@@ -137,7 +137,7 @@ def _way_out(call: Call) -> str:
     able = [f"backend={name!r}" for name in _order(call) if name != "eager" and not refusals(name, call)]
     if able:
         return f"Ask for {' or '.join(able)}, which has not yet run on such a GPU"
-    return "`python -m lora_kernels doctor` tells what is missing, lora_kernels.explain(...) what stands in the way"
+    return "`python -m lora_kernels doctor` tells what is missing, and lora_kernels.explain(...) why the kernels refuse"
 
 
 def _arch(device: torch.device) -> str:

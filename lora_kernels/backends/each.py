@@ -1,4 +1,7 @@
-"""The list contract for back-ends whose kernels serve one base and one adapter: they are called for each pair."""
+"""A back-end's forward and backward over lists of layers, from functions that compute one layer.
+
+They are for back-ends whose kernels serve one base and one adapter at a time.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,16 @@ Backward = Callable[
 def forward_each(
     one: Forward, x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]
 ) -> Results:
-    """Return the (ys, hs) of a back-end's ``forward``, from a function that computes one pair."""
-    pairs = [one(x, *each) for each in zip(bases, adapters, save_h, strict=True)]
-    return [y for y, _ in pairs], [h for _, h in pairs]
+    """Return the (ys, hs) of a back-end's ``forward``. `one` computes one layer."""
+    results = [one(x, *layer) for layer in zip(bases, adapters, save_h, strict=True)]
+    return [y for y, _ in results], [h for _, h in results]
 
 
 def backward_each(
     one: Backward, dys: Tensors, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter],
     hs: MaybeTensors, needs: Needs,
 ) -> Gradients:  # fmt: skip
-    """Return the (dx, das, dbs) of a back-end's ``backward``, from a function that computes one pair. dx is summed in
+    """Return the (dx, das, dbs) of a back-end's ``backward``. `one` computes one layer, and dx is summed in the layers'
     order."""
     dx: Tensor | None = None
     das, dbs = [], []

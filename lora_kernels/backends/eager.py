@@ -25,13 +25,14 @@ from lora_kernels.quant.weight import QuantizedWeight
 name = "eager"
 
 _ROWS = 1024
-"""Rows of x or dy that are converted to fp32 at a time, where the adapters are fp32 and x has 16 bits."""
+"""The number of rows of x or dy that are converted to fp32 at a time, where the adapters are fp32 and x has 16 bits."""
 
 _ELEMENTS = 1 << 22
-"""Elements of a quantised w that are dequantised at a time."""
+"""The number of elements of a quantised w that are dequantised at a time."""
 
 
 def why_not(call: Call) -> list[str]:
+    """Return no reasons: this back-end serves every call."""
     return []
 
 
@@ -46,7 +47,7 @@ def backward(
 
 
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
-    """Return (y, h) of one base and one adapter."""
+    """Return (y, h) of one layer."""
     w, bias = base
     y = F.linear(x, w, bias) if isinstance(w, Tensor) else _quantised(x, w, bias)
     h = _masked(x, adapter) @ adapter.a.to(x.dtype).t()
@@ -59,7 +60,7 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
 def _backward(
     dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (dx, da, db) of one base and one adapter."""
+    """Return (dx, da, db) of one layer."""
     w, (a, b, scale, p, _) = base.w, adapter
     need_dx, (need_da,), (need_db,) = needs
     dx = da = db = None
@@ -94,7 +95,7 @@ def base_gemm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _blocks(w: QuantizedWeight) -> list[tuple[int, int]]:
-    """Return the first and last rows of the parts of w that are dequantised one after another."""
+    """Return the parts of w that are dequantised one after another, as (first row, row after the last)."""
     N, K = w.shape
     step = max(1, _ELEMENTS // K)
     return [(n, min(N, n + step)) for n in range(0, N, step)]

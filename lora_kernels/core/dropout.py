@@ -25,8 +25,9 @@ _LOW = 0xFFFFFFFF
 _SIGNS = 0x8000_8000_8000_8000 - 2**64
 _SEED_LIMIT = 2**63 - 1
 _GROUPS = 2**16
+"""The number of groups of eight elements whose masks are drawn at a time on a CPU: they stay in a core's cache."""
 _GROUPS_GPU = 2**20
-"""Groups of eight elements that get their masks at a time: as many as stay in a core's cache, or keep a GPU busy."""
+"""The same number on a GPU: enough to keep it busy."""
 
 
 def threshold(p: float) -> int:
@@ -83,13 +84,13 @@ def masked(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def _blocks(M: int, K: int, cpu: bool) -> list[slice]:
-    """Return blocks of rows, so small that the words of one take a few megabytes whatever M is."""
+    """Return the rows 0 to M as blocks so small that the random words of one take a few megabytes, whatever M is."""
     rows = max(1, (_GROUPS if cpu else _GROUPS_GPU) // max(1, (K + 7) // 8))
     return [slice(m, min(M, m + rows)) for m in range(0, M, rows)]
 
 
 def _keep_rows(seed: Tensor, rows: slice, K: int, p: float) -> Tensor:
-    """Return `keep_mask` for these rows of x alone."""
+    """Return the part of `keep_mask` for these rows of x."""
     m = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=seed.device)[:, None]
     group = torch.arange((K + 7) // 8, dtype=torch.int64, device=seed.device)[None, :]
     w0, w1, w2, w3 = philox((group, m & _LOW, m >> 32, torch.zeros_like(group)), (seed & _LOW, seed >> 32))

@@ -1,8 +1,8 @@
-"""The operands of a call, as everything between the public functions and the kernels passes them on.
+"""The operands of a call, in the form in which they travel from the public functions to the kernels.
 
     y = x Wᵀ + bias + s · h Bᵀ,  h = x̂ Aᵀ,  x̂ = dropout(x, p)
 
-A call computes one or several such products that read one x: `Base` i and `Adapter` i give y i.
+A call computes one y, or several that read the same x: y i comes from `Base` i and `Adapter` i.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lora_kernels.quant.weight import QuantizedWeight
 
 
 class Layer(NamedTuple):
-    """One layer as the caller gives it: what `lora_linear` takes besides x. Nothing in it is checked yet."""
+    """The operands of one layer as the caller gives them, not checked yet: all that `lora_linear` takes besides x."""
 
     weight: Tensor | QuantizedWeight
-    """W [N, K]. `lora_linear_group` takes a dense one only."""
+    """W [N, K]. `lora_linear_group` takes a dense tensor only."""
     lora_a: Tensor
     """A [R, K]."""
     lora_b: Tensor
@@ -36,17 +36,21 @@ class Layer(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The frozen half of a layer: W [N, K], dense or quantised, and its bias [N]."""
+    """The frozen half of a layer."""
 
     w: Tensor | QuantizedWeight
+    """W [N, K], dense or quantised."""
     bias: Tensor | None = None
+    """[N]."""
 
 
 class Adapter(NamedTuple):
-    """The trained half of a layer: A [R, K], B [N, R] and what applies them."""
+    """The trained half of a layer."""
 
     a: Tensor
+    """A [R, K]."""
     b: Tensor
+    """B [N, R], in A's dtype."""
     scale: float
     """s."""
     p: float = 0.0
@@ -56,18 +60,19 @@ class Adapter(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward computes."""
+    """The gradients that a backward is asked for."""
 
     dx: bool
+    """Whether dx is wanted."""
     da: tuple[bool, ...]
-    """One for each adapter."""
+    """Whether da is wanted, for each adapter."""
     db: tuple[bool, ...]
-    """One for each adapter."""
+    """Whether db is wanted, for each adapter."""
 
 
 class Call(NamedTuple):
-    """What a back-end must know of a call to say whether it can serve it. It is hashable, so that the choice is made
-    once for each kind of call."""
+    """The facts about a call from which a back-end tells whether it can serve it. A `Call` is hashable, so that the
+    back-end is chosen once for each kind of call."""
 
     op: str
     """"forward" or "backward"."""
@@ -80,7 +85,9 @@ class Call(NamedTuple):
     N: int
     K: int
     R: int
+    """The sizes of x [M, K], W [N, K] and A [R, K]."""
     dropout: bool
+    """Whether p is above 0."""
     w_format: str = "dense"
     """"dense" for a tensor, or the format of a `QuantizedWeight`."""
 
@@ -93,10 +100,12 @@ def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter) -> Call:
     return Call(op, rows.device, rows.dtype, a.dtype, rows.shape[0], N, K, a.shape[0], adapter.p > 0, w_format)
 
 
-# The types that the back-ends' forward and backward share; backends/__init__.py describes the two functions.
+# The types in the signatures of every back-end's forward and backward, which backends/__init__.py describes.
 Tensors = Sequence[Tensor]
+"""One tensor for each layer."""
 MaybeTensors = Sequence[Tensor | None]
+"""One tensor or None for each layer."""
 Results = tuple[list[Tensor], list[Tensor | None]]
-"""(ys, hs)"""
+"""The (ys, hs) that a forward returns."""
 Gradients = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
-"""(dx, das, dbs)"""
+"""The (dx, das, dbs) that a backward returns."""

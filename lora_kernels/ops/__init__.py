@@ -1,10 +1,10 @@
-"""A call from its public function to the back-end that computes it.
+"""The way of a call from its public function to the back-end that computes it.
 
 linear.py, group.py, dora.py    the public functions and their autograd Functions
-prepare.py, check.py            what every call goes through first: autocast, checks, scale and seed
-watched.py                      whether something observes the operators of a call
-direct.py                       the call of a back-end, where nothing does
-registered.py                   the same calls through operators registered with torch, where something does
+prepare.py, check.py            the first step of every call: autocast, checks, scale and seed
+watched.py                      the test whether anything observes a call
+direct.py                       six functions that choose a back-end and call it, for calls that nothing observes
+registered.py                   the same six functions through operators that torch knows, for calls that are observed
 dora_norm.py                    the row norms of W + s·B A that DoRA divides by, and the cache of ‖W‖²
-autograd.py                     what the autograd Functions share
+autograd.py                     the contexts of a backward, and the refusal of second derivatives
 """

@@ -1,4 +1,4 @@
-"""What the autograd Functions of this package share: dtypes and modes in a backward, and no second derivative."""
+"""The parts that the autograd Functions share: the contexts of a backward, and the refusal of second derivatives."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def device_type(t: Tensor) -> str:
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``t.to(dtype)``, which takes a microsecond even where there is nothing to convert."""
+    """Return ``t.to(dtype)``. It is skipped where there is nothing to convert, since even then it takes a
+    microsecond."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
 def needs_plain_mode(dy: Tensor) -> bool:
-    """Return whether a backward has to leave grad mode or autocast. Mostly neither is on, and entering the contexts
-    below takes longer than asking."""
+    """Return whether a backward has to leave grad mode or autocast. Usually neither is on, and then asking takes less
+    time than entering the contexts below."""
     device = device_type(dy)
     return torch.is_grad_enabled() or (device != "meta" and torch.is_autocast_enabled(device))
 
@@ -42,11 +43,11 @@ def no_autocast(device: str) -> AbstractContextManager[object]:
 
 
 def refuse_double_backward(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Return the gradients that a backward returns, tied to an error where ``create_graph=True`` asks for their own
-    gradients.
+    """Return `grads`, the results of a backward. With ``create_graph=True`` they raise RuntimeError where they are
+    differentiated again.
 
-    PyTorch's once_differentiable does so only where dy itself requires a gradient. Otherwise it hands out gradients
-    that look constant: a gradient penalty on dx would silently lose its part in A and B.
+    PyTorch's once_differentiable raises only where dy itself requires a gradient. Otherwise its gradients look like
+    constants, and a gradient penalty on dx would silently give nothing to A and B.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _RefuseDoubleBackward.apply(torch.empty(0, device="cpu", requires_grad=True), name, *grads)

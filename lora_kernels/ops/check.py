@@ -17,7 +17,8 @@ def operands(x: Tensor, layer: Layer, any_w: bool) -> None:
     """Raise TypeError or ValueError where x and a layer's operands do not fit together, or p is no probability below 1.
     `any_w` allows W another dtype than x's.
 
-    All conditions stand in one expression, because a call that passes should not pay for the search for its fault.
+    All conditions stand in one expression, so that a call that is right takes little time. `_complain` finds out which
+    of them does not hold.
     """
     w, a, b, _, bias, p, _ = layer
     dtype, adapter_dtype = x.dtype, a.dtype
@@ -68,13 +69,13 @@ def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
     if b.shape[0] != w.shape[0] or (bias is not None and bias.shape != w.shape[:1]):
         raise ValueError(f"weight, lora_b and bias differ in N, their first dimension; got {shapes}")
     if a.shape[0] != b.shape[1]:
-        raise ValueError(f"the rank is lora_a's first and lora_b's last dimension, and they differ; got {shapes}")
+        raise ValueError(f"lora_a's first and lora_b's last dimension are the rank, but they differ; got {shapes}")
     if 0 in (*w.shape, a.shape[0]):
         raise ValueError(f"N, K and the rank must be at least 1; got {shapes}")
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {p}")
     raise ValueError(
-        "weight requires a gradient, and lora_linear has none for it: W is frozen. "
+        "weight requires a gradient, and lora_linear computes none for it, because W is frozen. "
         "Call weight.requires_grad_(False), or pass weight.detach()"
     )
 
@@ -97,11 +98,12 @@ def seed(given: Tensor | int, device: torch.device) -> Tensor:
 
 
 def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
-    """Return (s, B) with s a finite float. A tensor scale is multiplied into B, in B's dtype, and s is then 1: reading
-    its value would synchronise with the device, and the gradient must reach it.
+    """Return (s, B), where s is a finite float.
 
-    A float that changes from call to call becomes a symbol under torch.compile. An operator would fix its value in the
-    compiled code, which would be compiled again for every value, so a symbol is multiplied into B too.
+    A tensor scale is multiplied into B, in B's dtype, and s is then 1: reading its value would synchronise with the
+    device, and autograd would not give the tensor its gradient. A float that changes from call to call becomes a symbol
+    under torch.compile. An operator would fix the value in the compiled code, which would be compiled again for every
+    value, so a symbol is multiplied into B too.
 
     Raises ValueError for a scale that is not finite, or a tensor that is not floating or has several elements.
     """

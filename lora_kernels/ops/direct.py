@@ -1,7 +1,8 @@
-"""The call of the back-end that serves it, with nothing in between.
+"""Functions that choose the back-end for a call and call it.
 
-`registered` has the same functions, by the operators that torch knows. Each of those operators runs the function of the
-same name here.
+`registered` has functions of the same names and arguments, which call operators that torch knows. Such an operator runs
+the function of its own name here, so both ways end in the same code. A caller takes this way where `watched` says that
+nothing observes the call.
 """
 
 from __future__ import annotations
@@ -12,34 +13,36 @@ from types import ModuleType
 from torch import Tensor
 
 from lora_kernels.backends import dispatch
+from lora_kernels.backends.each import backward_each, forward_each
 from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors, call_of
 
 
 def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool) -> tuple[Tensor, Tensor | None]:
-    """Return (y [M, N], h [M, R]); h is None unless `save_h`."""
-    serving = dispatch.pick(call_of("forward", x, base, adapter), backend)
-    (y,), (h,) = serving.forward(x, [base], [adapter], [save_h])
+    """Return (y [M, N], h [M, R]) of one layer; h is None unless `save_h`."""
+    module = dispatch.pick(call_of("forward", x, base, adapter), backend)
+    (y,), (h,) = module.forward(x, [base], [adapter], [save_h])
     return y, h
 
 
 def backward(
     dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, needs: Needs, backend: str | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (dx [M, K], da [R, K], db [N, R]); None for what `needs` does not ask for."""
-    serving = dispatch.pick(call_of("backward", dy, base, adapter), backend)
-    dx, (da,), (db,) = serving.backward([dy], x, [base], [adapter], [h], needs)
+    """Return (dx [M, K], da [R, K], db [N, R]) of one layer; a gradient that `needs` does not ask for is None."""
+    module = dispatch.pick(call_of("backward", dy, base, adapter), backend)
+    dx, (da,), (db,) = module.backward([dy], x, [base], [adapter], [h], needs)
     return dx, da, db
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor, backend: str | None) -> Tensor:
-    """Return the dropout mask of x [M, K] as numbers 0 and 1 in x's dtype, by the back-end that would serve a layer
-    over x."""
+    """Return the dropout mask of x [M, K] as numbers 0 and 1 in x's dtype, from the back-end that would serve the
+    backward of a layer over x."""
+    # A mask does not depend on the sizes N and R of a layer. Every kernel takes 8 and 1.
     call = Call("backward", x.device, x.dtype, x.dtype, x.shape[0], 8, x.shape[1], 1, True)
     return dispatch.pick(call, backend).keep_mask(x, p, seed)
 
 
 def base_gemm(x: Tensor, w: Tensor, backend: str | None) -> Tensor:
-    """Return x Wᵀ [M, N], by the back-end that would serve a layer over W."""
+    """Return x Wᵀ [M, N], from the back-end that would serve a layer of rank 1 over W."""
     call = Call("forward", x.device, x.dtype, x.dtype, x.shape[0], w.shape[0], w.shape[1], 1, False)
     return dispatch.pick(call, backend).base_gemm(x, w)
 
@@ -47,39 +50,39 @@ def base_gemm(x: Tensor, w: Tensor, backend: str | None) -> Tensor:
 def forward_group(
     x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], backend: str | None, save_h: Sequence[bool]
 ) -> Results:
-    """Return (ys, hs) of layers that read one x. Where several back-ends serve them, each is called for its own."""
-    serving = _serving("forward", x, bases, adapters, backend)
-    if len(set(serving)) == 1:
-        return serving[0].forward(x, bases, adapters, save_h)
-    ys, hs = [], []
-    for module, base, adapter, save in zip(serving, bases, adapters, save_h, strict=True):
-        (y,), (h,) = module.forward(x, [base], [adapter], [save])
-        ys.append(y)
-        hs.append(h)
-    return ys, hs
+    """Return (ys, hs) of layers that read the same x, by one call where one back-end serves all of them."""
+    module = _serving_all("forward", x, bases, adapters, backend)
+    if module is not None:
+        return module.forward(x, bases, adapters, save_h)
+
+    def one(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
+        return forward(x, base, adapter, backend, save_h)
+
+    return forward_each(one, x, bases, adapters, save_h)
 
 
 def backward_group(
     dys: Tensors, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter], hs: MaybeTensors, needs: Needs,
     backend: str | None,
 ) -> Gradients:  # fmt: skip
-    """Return (dx, das, dbs) of layers that read one x; dx is the sum over all of them."""
-    serving = _serving("backward", dys[0], bases, adapters, backend)
-    if len(set(serving)) == 1:
-        return serving[0].backward(dys, x, bases, adapters, hs, needs)
-    dx, das, dbs = None, [], []
-    for module, dy, base, adapter, h, da, db in zip(serving, dys, bases, adapters, hs, needs.da, needs.db, strict=True):
-        part, *rest = module.backward([dy], x if da else None, [base], [adapter], [h], Needs(needs.dx, (da,), (db,)))
-        dx = part if dx is None else dx.add_(part)
-        das += rest[0]
-        dbs += rest[1]
-    return dx, das, dbs
+    """Return (dx, das, dbs) of layers that read the same x, by one call where one back-end serves all of them. dx is
+    the sum over the layers."""
+    module = _serving_all("backward", dys[0], bases, adapters, backend)
+    if module is not None:
+        return module.backward(dys, x, bases, adapters, hs, needs)
+
+    def one(
+        dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, needs: Needs
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return backward(dy, x, base, adapter, h, needs, backend)
+
+    return backward_each(one, dys, x, bases, adapters, hs, needs)
 
 
-def _serving(
+def _serving_all(
     op: str, rows: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], backend: str | None
-) -> list[ModuleType]:
-    """Return the back-end of each layer."""
-    return [
-        dispatch.pick(call_of(op, rows, base, adapter), backend) for base, adapter in zip(bases, adapters, strict=True)
-    ]
+) -> ModuleType | None:
+    """Return the back-end that serves every layer of a group, or None where several are needed."""
+    pairs = zip(bases, adapters, strict=True)
+    modules = {dispatch.pick(call_of(op, rows, base, adapter), backend) for base, adapter in pairs}
+    return modules.pop() if len(modules) == 1 else None

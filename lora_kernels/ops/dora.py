@@ -31,7 +31,8 @@ from lora_kernels.ops.watched import watched
 __all__ = ["WeightNorms", "dora_linear", "ratio", "weight_norm"]
 
 _BLOCK = {"cpu": 1 << 18}
-"""Elements of dy that are multiplied by z at a time, by device type: on a CPU as many as stay in its cache."""
+"""The number of elements of dy that are multiplied by z at a time, by device type: on a CPU they stay in its cache.
+Other devices take 2²⁴."""
 
 
 def dora_linear(
@@ -84,7 +85,7 @@ def dora_linear(
 def _apply(
     x: Tensor, base: Base, adapter: Adapter, magnitude: Tensor, weight_norm_sq: Tensor | None, backend: str | None
 ) -> Tensor:
-    """Return y, by the autograd Function where one may be needed."""
+    """Return y, through the autograd Function where one may be needed."""
     w: Any
     (w, bias), (a, b, scale, p, seed) = base, adapter
     d = ratio(magnitude, weight_norm(w, a, b, scale, magnitude, weight_norm_sq))
@@ -94,8 +95,8 @@ def _apply(
 
 
 class DoRALinearFunction(torch.autograd.Function):
-    """Saves x only if A needs a gradient, h [M, R] only if B does (with dropout: or d), z or u [M, N] only if d does,
-    the seed, and references to w, a, b and d. No mask and no x̂ are saved."""
+    """DoRA's autograd Function. It saves x only if A needs a gradient, h [M, R] only if B does (with dropout, also if d
+    does), z or u [M, N] only if d does, the seed, and references to w, a, b and d. No mask and no x̂ are saved."""
 
     @staticmethod
     def forward(
@@ -120,7 +121,7 @@ class DoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return dx, da, db, dd and dbias, and None for each that nobody needs."""
+        """Return dx, da, db, dd and dbias, and None for each that is not needed."""
         if needs_plain_mode(dy):
             with no_graph(), no_autocast(device_type(dy)):
                 grads = _gradients(ctx, dy)
@@ -133,9 +134,11 @@ class DoRALinearFunction(torch.autograd.Function):
 def _forward(
     x: Tensor, base: Base, adapter: Adapter, d: Tensor, backend: str | None, save_h: bool, save_z: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return (y, h, z or u). What is not to be saved is worked on in place, except under a compiler: where the result
-    of a Function was changed in place, the code that torch 2.11 makes gives gradients of zero. A compiler fuses the
-    sums anyway."""
+    """Return (y, h, z or u).
+
+    Results that are not to be saved are changed in place, except under a compiler. Where the result of a Function was
+    changed in place, the code that torch 2.11 makes gives gradients of zero. A compiler fuses the sums anyway.
+    """
     w: Any
     (w, bias), (a, b, scale, p, seed) = base, adapter
     if w.dtype != x.dtype:  # under autocast; converted here and again in the backward, so that no copy of it is saved
@@ -160,7 +163,7 @@ def _forward(
 
 
 class _Saved(NamedTuple):
-    """What the forward saves for the backward, as `ctx.saved_tensors` gives it back."""
+    """The tensors that the forward saves for the backward, as `ctx.saved_tensors` gives them back."""
 
     x: Tensor | None
     w: Tensor
@@ -174,7 +177,7 @@ class _Saved(NamedTuple):
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return (dx, None, da, db, dd, dbias), and None for each that nobody needs."""
+    """Return (dx, None, da, db, dd, dbias), and None for each that is not needed."""
     x, w, *rest = ctx.saved_tensors
     # torch 2.6 cannot trace NamedTuple._replace, so w is converted before the tuple is made.
     saved, (scale, p, backend) = _Saved(x, w if w.dtype == ctx.dtype else w.to(ctx.dtype), *rest), ctx.how
@@ -209,7 +212,8 @@ def _backward(
 def _backward_dropout(
     dy: Tensor, saved: _Saved, adapter: Adapter, needs: Needs, need_dd: bool, backend: str | None
 ) -> tuple[Tensor | None, ...]:
-    """Return (dx, da, db, dd) with dropout. The call is that of B' = d ⊙ B, and so is the db that it returns."""
+    """Return (dx, da, db, dd) with dropout. The back-end computes the layer of B' = d ⊙ B, and returns the gradient of
+    B'."""
     x, w, a, b, d, h, u, seed = saved
     scale, p = adapter.scale, adapter.p
     scaled = Adapter(a, _scaled_rows(b, d), scale, p, seed)
@@ -227,7 +231,7 @@ def _backward_dropout(
 
 
 def _way(dy: Tensor, w: Tensor, adapter: Adapter, x: Tensor | None) -> Any:
-    """Return the module whose functions compute a backward."""
+    """Return `direct`, or `registered` where something observes the backward."""
     return registered if watched(dy, w, adapter.a, adapter.b, x) else direct
 
 
@@ -257,7 +261,7 @@ def _column_dot(u: Tensor, v: Tensor | None) -> Tensor:
 
 
 def _check_magnitude(w: Tensor, a: Tensor, magnitude: Tensor, weight_norm_sq: Tensor | None) -> None:
-    """Raise ValueError for m or ‖W‖² of another shape or device than [N] beside W, TypeError for m of another dtype."""
+    """Raise ValueError where m or ‖W‖² is not [N] on W's device, and TypeError where m has a dtype that it may not."""
     for name, t in (("magnitude", magnitude), ("weight_norm_sq", weight_norm_sq)):
         if t is not None and (t.shape != w.shape[:1] or t.device != w.device):
             raise ValueError(

@@ -6,9 +6,9 @@ The norm is factored (arXiv:2603.22276), with nothing of W's size beside W:
 
     n² = ‖W‖² + rowsum((2s·W Aᵀ + s²·B (A Aᵀ)) ⊙ B)
 
-A row of W that B A cancels would need cancellation in this sum. n² is therefore kept at or above eps·‖W‖² (eps of the
-dtype it is summed in), so that d stays finite. Above that, n's relative error is about eps·‖W‖² / n²: all digits are
-right unless B A takes away most of a row of W.
+Where B A cancels a row of W, the terms of this sum cancel too, and rounding may leave 0 or less. n² is therefore kept
+at or above eps·‖W‖² (eps of the dtype it is summed in), so that d stays finite. Above that, n's relative error is about
+eps·‖W‖² / n²: all digits are right unless B A takes away most of a row of W.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_kernels.ops import registered
 from lora_kernels.ops.watched import watched
 
 _WEIGHT_ROWS = 512
-"""Rows of a 16-bit W that are converted to fp32 at a time. A W that needs no conversion is read whole."""
+"""The number of rows of a 16-bit W that are converted to fp32 at a time. A W in fp32 or fp64 is read as a whole."""
 
 
 def weight_norm(
@@ -47,6 +47,7 @@ def ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 def _run_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, weight_norm_sq: Tensor | None) -> Tensor:
+    """Return n [N] in the widest dtype of W, A and fp32."""
     wide = torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32)
     a, b = a.to(wide), b.to(wide)
     square = w.new_empty(w.shape[0], dtype=wide) if weight_norm_sq is None else weight_norm_sq.to(wide)
@@ -74,13 +75,13 @@ _norm_op = torch.ops.lora_kernels.dora_norm.default
 
 
 class WeightNorms:
-    """‖W‖² by rows, kept for as long as `weight` holds the same numbers.
+    """A cache of ‖W‖² by rows, valid for as long as the weight holds the same numbers.
 
-    They count as the same while the storage, its version (``Tensor._version``, which every in-place update raises), the
-    view of it and the dtype are the same. Loading, merging, ``.to()`` and in-place updates all change one of these. The
-    storage is held weakly: the cache keeps no old weight in memory, and a new one at the same address is told from it.
-    A write that PyTorch itself does not count, through ``weight.data`` or NumPy's view, does not show: `clear` is there
-    for it.
+    The numbers count as the same while the storage, its version (``Tensor._version``, which every in-place update
+    raises), the view of it and the dtype are the same. Loading, merging, ``.to()`` and in-place updates all change one
+    of these. The storage is held weakly, so that the cache keeps no old weight in memory and a new storage at the same
+    address is not taken for the old one. PyTorch does not count a write through ``weight.data`` or NumPy's view: call
+    `clear` after one.
 
     A copy and an unpickled cache start empty. Under ``torch.compile``, during the capture of a CUDA graph, and for
     inference tensors and tensor subclasses nothing is kept and `of` returns None: the norm is then computed each time.
@@ -90,13 +91,13 @@ class WeightNorms:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what is kept."""
+        """Empty the cache."""
         self._storage: Any = None
         self._key: object = None
         self._value: Tensor | None = None
 
     def of(self, weight: Tensor) -> Tensor | None:
-        """Return ‖W‖² by rows [N], in fp32 at least."""
+        """Return ‖W‖² by rows [N], in fp32 at least, or None where nothing can be kept."""
         if (
             torch.compiler.is_compiling()
             or type(weight) not in (Tensor, torch.nn.Parameter)
@@ -119,7 +120,7 @@ class WeightNorms:
 
 
 def _norm_sq(w: Tensor) -> Tensor:
-    """Return ‖W‖² by rows [N]."""
+    """Return ‖W‖² by rows [N], in fp32 at least."""
     wide = torch.promote_types(w.dtype, torch.float32)
     step = w.shape[0] if w.dtype == wide else _WEIGHT_ROWS
     norms = [torch.linalg.vector_norm(w[n : n + step].to(wide), dim=1) for n in range(0, w.shape[0], step)]

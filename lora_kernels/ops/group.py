@@ -2,8 +2,8 @@
 
     y_i = x W_iᵀ + bias_i + s_i · (dropout_i(x) A_iᵀ) B_iᵀ          dx = Σ_i dx_i
 
-One pass over x gives every h_i, and dx is accumulated in one buffer. Each layer's dropout mask is its own. A back-end
-that has no such call is called once for each layer.
+The CPU kernels compute every h_i in one pass over x and accumulate dx in one buffer. Back-ends whose kernels serve one
+layer at a time run them once for each layer. Each layer has a dropout mask of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_kernels.ops.prepare import prepare
 __all__ = ["Layer", "lora_linear_group"]
 
 _FIELDS = 7
-"""The arguments of the autograd Function that belong to one layer: w, bias, a, b, scale, p and seed."""
+"""The number of the autograd Function's arguments that belong to one layer: w, bias, a, b, scale, p and seed."""
 
 
 def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, backend: str | None = None) -> tuple[Tensor, ...]:
@@ -52,8 +52,8 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, backend: str | None
 
 
 class LoRALinearGroupFunction(torch.autograd.Function):
-    """Saves what `lora_linear` would save of each layer, and x once. A layer whose y nobody used costs nothing in the
-    backward."""
+    """The group's autograd Function. It saves what `lora_linear` would save of each layer, but x only once. A layer
+    whose y is not used takes no time in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, backend: str | None, *parts: Any) -> tuple[Tensor, ...]:
@@ -73,8 +73,8 @@ class LoRALinearGroupFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return one dx, and da, db and dbias of each layer; None for each that nobody needs."""
-        x, *saved = ctx.saved_tensors  # activation checkpointing allows this once in a backward
+        """Return one dx, and da, db and dbias of each layer; None for each that is not needed."""
+        x, *saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
         # _gradients is a function of its own: torch 2.14 cannot compile a loop within `with` under Python 3.13.
         if not needs_plain_mode(saved[0]):
             return _gradients(ctx, dys, x, saved)

@@ -2,7 +2,7 @@
 
     lora_linear → prepare (autocast, checks) → LoRALinearFunction → direct or registered → a back-end
 
-The Function is left out where no gradient is wanted, the registered operator where nothing observes it.
+A call that needs no gradient goes past the Function. A call that nothing observes goes past the registered operator.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def explain(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> dispatch.Explanation:
-    """Return which back-end `lora_linear` would run for these operands, and every reason why each other one was passed
-    over. Nothing is computed.
+    """Return which back-end `lora_linear` would run for these operands, and every reason why the others would not be
+    chosen. Nothing is computed.
 
-    Takes what `lora_linear` takes, but for scale and seed, and raises what it raises.
+    The arguments are those of `lora_linear` without scale and seed, and the same errors are raised.
     """
     layer = Layer(weight, lora_a, lora_b, 1.0, bias, dropout_p)
     check.operands(x, layer, isinstance(weight, QuantizedWeight))
@@ -106,7 +106,7 @@ def explain(
 
 
 def _apply(x: Tensor, base: Base, adapter: Adapter, backend: str | None) -> Tensor:
-    """Return y by the autograd Function, which takes tensors as arguments of their own."""
+    """Return y through the autograd Function. Every tensor is an argument of its own, so that autograd sees it."""
     (w, bias), (a, b, scale, p, seed) = base, adapter
     if isinstance(w, QuantizedWeight):
         how = scale, p, backend, w.format, w.blocksize
@@ -115,8 +115,8 @@ def _apply(x: Tensor, base: Base, adapter: Adapter, backend: str | None) -> Tens
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """Saves x only if A needs a gradient, h [M, R] only if B does, the seed, and references to w, a and b. No mask and
-    no x̂ are saved."""
+    """LoRA's autograd Function. It saves x only if A needs a gradient, h [M, R] only if B does, the seed, and
+    references to w, a and b. No mask and no x̂ are saved."""
 
     @staticmethod
     def forward(
@@ -130,8 +130,11 @@ class LoRALinearFunction(torch.autograd.Function):
         how: tuple[float, float, str | None, str, int],
         *w_scales: Tensor,
     ) -> Tensor:
-        """Return y. `how` is (scale, p, backend, w_format, w_blocksize), in one argument because torch's own work grows
-        with their number. A quantised weight is its codes `w` and `w_scales`."""
+        """Return y.
+
+        `how` is (scale, p, backend, w_format, w_blocksize). It is one argument, because torch takes time for each. A
+        quantised weight comes as its codes `w` and its other tensors `w_scales`.
+        """
         scale, p, backend, w_format, w_blocksize = how
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
         # Under autocast w comes in its own dtype and is converted here and again in the backward, so that no copy of it
@@ -145,7 +148,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return dx, da, db and dbias, and None for each that nobody needs."""
+        """Return dx, da, db and dbias, and None for each that is not needed."""
         if needs_plain_mode(dy):
             with no_graph(), no_autocast(device_type(dy)):
                 grads = _gradients(ctx, dy)
@@ -158,7 +161,8 @@ class LoRALinearFunction(torch.autograd.Function):
 def _forward(
     x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (y, h), through the registered operator where something observes it. h is of no use unless `save_h`."""
+    """Return (y, h), through the registered operator where something observes the call. Unless `save_h`, h is None or
+    has no elements."""
     w, bias = base
     codes = w.codes if isinstance(w, QuantizedWeight) else w
     way = registered if watched(x, codes, adapter.a, adapter.b, bias) else direct
@@ -166,7 +170,7 @@ def _forward(
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return (dx, None, da, db, dbias)."""
+    """Return (dx, None, da, db, dbias), and None for each that is not needed."""
     x, w, a, b, h, seed, *w_scales = ctx.saved_tensors
     need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
     (scale, p, backend, w_format, w_blocksize), dtype = ctx.how, ctx.dtype

@@ -1,4 +1,4 @@
-"""What every call goes through before its autograd Function: autocast, checks, scale and seed, in this order."""
+"""The first step of every call, before its autograd Function: autocast, checks, scale and seed, in this order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare(name: str, x: Tensor, layer: Layer, quantised: bool = False) -> Prep
     that differentiates.
     """
     compiling = torch.compiler.is_compiling()
-    device = "cpu" if not compiling and x.is_cpu else x.device.type  # device.type builds a new string on every call
+    device = "cpu" if not compiling and x.is_cpu else x.device.type  # `device_type`, without the time of a call
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     if autocast and x.dtype in _AUTOCAST:
         x, layer = _as_autocast_asks(x, layer, torch.get_autocast_dtype(device))
@@ -78,12 +78,12 @@ def _as_autocast_asks(x: Tensor, layer: Layer, dtype: torch.dtype) -> tuple[Tens
 
 
 def _refuse_transforms(name: str) -> None:
-    """Raise RuntimeError inside torch.func's transforms that differentiate. They would find nothing to differentiate in
-    an operator that is called directly, nor, while a compiler traces them, in an autograd Function: the gradients would
-    be zeros without a word."""
+    """Raise RuntimeError inside torch.func's transforms that differentiate. They find nothing to differentiate in an
+    operator that is called directly, nor, while a compiler traces them, in an autograd Function. The gradients would
+    silently be zeros."""
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         raise RuntimeError(
-            f"{name} does not go with torch.func's grad, vjp, jvp and what is made of them, nor with vmap while "
+            f"{name} does not go with torch.func's grad, vjp, jvp and what is built on them, nor with vmap while "
             "gradients are recorded (under torch.no_grad() it does). Take loss.backward() or torch.autograd.grad, or "
             "compute this layer in plain torch, x @ W.T + scale * (x @ A.T @ B.T)"
         )

@@ -1,11 +1,13 @@
-"""The operators that are registered with torch, and the functions that call them.
+"""The operators that are registered with torch, and the functions of `direct` made of calls to them.
 
-``torch.ops.lora_kernels.*`` are opaque to torch.compile, and are seen by modes, profilers and checkpointing policies.
-They take no part in autograd: the Functions of linear.py, group.py and dora.py do.
+torch.compile traces a call of ``torch.ops.lora_kernels.*`` without looking inside, and modes, profilers and
+checkpointing policies see it. The operators have no derivatives: the autograd Functions of linear.py, group.py and
+dora.py call them in their forward and backward.
 
-An operator takes tensors and numbers only, so here, and nowhere else, a layer is taken apart: `_run_*` puts the pieces
-of an operator's arguments together again and calls the function of the same name in `direct`. A quantised weight is
-passed as its codes in place of w, and its other parts in the last three arguments.
+The schema of an operator allows tensors, numbers and lists of them only, no `Base` and no `Adapter`. So `forward` takes
+a layer apart and calls the operator. The operator runs `_run_forward`, which puts the layer together again and calls
+``direct.forward``. The other operators do the same. A quantised weight is passed as its codes in place of w, and its
+other parts in the last three arguments.
 """
 
 from __future__ import annotations
@@ -44,11 +46,11 @@ library.define(
 )
 
 
-# --- the functions of `direct`, by the operators ---
+# --- the functions of `direct`, through the operators ---
 
 
 def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool) -> tuple[Tensor, Tensor | None]:
-    """Return (y [M, N], h [M, R]); h has no elements unless `save_h`."""
+    """Return (y [M, N], h [M, R]) of one layer; h has no elements unless `save_h`."""
     (w, bias), (a, b, scale, p, seed) = base, adapter
     w, *last = _parts(w)
     return _forward_op(x, w, a, b, bias, scale, p, seed, backend, save_h, *last)
@@ -57,7 +59,8 @@ def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h
 def backward(
     dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, needs: Needs, backend: str | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (dx [M, K], da [R, K], db [N, R]); what `needs` does not ask for has no elements."""
+    """Return (dx [M, K], da [R, K], db [N, R]) of one layer; a gradient that `needs` does not ask for has no
+    elements."""
     (a, b, scale, p, seed), (need_dx, (need_da,), (need_db,)) = adapter, needs
     w, *last = _parts(base.w)
     return _backward_op(dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *last)
@@ -76,7 +79,7 @@ def base_gemm(x: Tensor, w: Tensor, backend: str | None) -> Tensor:
 def forward_group(
     x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], backend: str | None, save_h: Sequence[bool]
 ) -> Results:
-    """Return (ys, hs) of layers that read one x; an h has no elements unless its `save_h`."""
+    """Return (ys, hs) of layers that read the same x; an h has no elements unless its `save_h`."""
     (w, bias), (a, b, scale, p, seed) = _columns(bases), _columns(adapters)
     out = _forward_group_op(x, w, a, b, bias, scale, p, seed, backend, save_h)
     return out[: len(w)], out[len(w) :]
@@ -86,14 +89,15 @@ def backward_group(
     dys: Tensors, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter], hs: Tensors, needs: Needs,
     backend: str | None,
 ) -> Gradients:  # fmt: skip
-    """Return (dx, das, dbs) of layers that read one x; what `needs` does not ask for has no elements."""
+    """Return (dx, das, dbs) of layers that read the same x; a gradient that `needs` does not ask for has no
+    elements."""
     (w, _), (a, b, scale, p, seed) = _columns(bases), _columns(adapters)
     need_da, need_db = list(needs.da), list(needs.db)
     dx, *rest = _backward_group_op(dys, x, w, a, b, hs, scale, p, seed, backend, needs.dx, need_da, need_db)
     return dx, rest[: len(w)], rest[len(w) :]
 
 
-# --- a layer's pieces ---
+# --- layers taken apart, and put together again ---
 
 
 def whole_weight(
@@ -106,23 +110,23 @@ def whole_weight(
 
 
 def _parts(w: Tensor | QuantizedWeight) -> tuple[Tensor] | tuple[Tensor, list[Tensor], str, int]:
-    """Return the arguments that stand for a weight: itself, or codes, scales, format and blocksize."""
+    """Return the arguments that stand for a weight: the tensor itself, or codes, scales, format and blocksize."""
     return (w.codes, list(w.tensors[1:]), w.format, w.blocksize) if isinstance(w, QuantizedWeight) else (w,)
 
 
 def _columns(rows: Sequence[Base] | Sequence[Adapter]) -> list[Any]:
-    """Return a list of each field's values."""
+    """Return one list for each field, with its value in each of `rows`."""
     return [list(column) for column in zip(*rows, strict=True)]
 
 
 def _layers(w, bias, a, b, scale, p, seed) -> tuple[list[Base], list[Adapter]]:  # type: ignore[no-untyped-def]
-    """Return the layers of a list of each field's values."""
+    """Return the bases and adapters that such lists stand for."""
     bases = [Base(*each) for each in zip(w, bias, strict=True)]
     return bases, [Adapter(*each) for each in zip(a, b, scale, p, seed, strict=True)]
 
 
 def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """Return a tensor of no elements for None: an operator has to return tensors."""
+    """Return `t`, or a tensor of no elements in place of None: an operator can return tensors only."""
     return like.new_empty(0) if t is None else t
 
 

@@ -1,12 +1,13 @@
-"""Whether a call must go through its registered operator, or may go past it to the back-end.
+"""The test whether anything observes the operators that a call runs.
 
-A call past the operator is faster: the dispatch of two operators took a fifth of a training step of a 128x128 layer. It
-is taken only where nobody can tell the difference, and that is told by private state of torch.
+A registered operator can be seen by tracers, modes and profilers. Where none is active, a call goes past the operator,
+straight to the back-end, because that is faster: the dispatch of two operators took a fifth of a training step of a
+128x128 layer. Only private state of torch tells whether something observes a call, so this file reads such state.
 
-Most of this state is read in one place, the dispatcher's thread-local set of keys. Every mode (TorchDispatchMode, fake
-tensors, make_fx, a checkpointing policy, a FLOP counter), every transform of torch.func, functionalization and
-torch.jit.trace put a key into it. Any set but the two ordinary ones counts as watched, also one with a key that a later
-torch invents. tests/support/observers.py lists the names that have been looked at for everything else.
+Most of it is in one place, the dispatcher's thread-local set of keys. Every mode (TorchDispatchMode, fake tensors,
+make_fx, a checkpointing policy, a FLOP counter), every transform of torch.func, functionalization and torch.jit.trace
+put a key into this set. Two sets are ordinary; every other set counts as watched, so a key that a later torch adds does
+too. For the rest of the state, tests/support/observers.py lists the names of torch that have been read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 """The types of tensor that have no ``__torch_function__`` or ``__torch_dispatch__`` of their own."""
 
 
-# The private functions of torch that are asked, once for each call.
+# The private functions of torch that every call asks.
 _included_keys = torch._C._dispatch_tls_local_include_set
 _function_modes = torch._C._len_torch_function_stack
 _profiler_enabled = torch._C._autograd._profiler_enabled
@@ -30,23 +31,25 @@ _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _key_set(*names: str) -> int:
-    """Return a set of the dispatcher's keys as the bits that `_included_keys` shows."""
+    """Return the set of the dispatcher's keys with these names, as the bits that ``raw_repr()`` gives."""
     keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
     return int(reduce(or_, keys).raw_repr())
 
 
 _ORDINARY = frozenset((_key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect")))
-"""The dispatcher's thread-local keys where nothing observes: outside inference mode, and in it."""
+"""The dispatcher's thread-local keys while nothing observes a call: outside inference mode, and in it."""
 
 
 def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) -> bool:
-    """Return whether a call on these tensors must be seen as the operator that it is. `x` is x in a forward and dy in a
-    backward, `other` the bias or x. That is so
+    """Return whether a call on these tensors must go through its registered operator. `x` is x in a forward and dy in a
+    backward; `other` is the bias in a forward and x in a backward, or None.
 
-    * while torch.compile or torch.export traces it,
-    * under a mode, a transform, a tracer (see above) or a TorchFunctionMode,
+    The answer is True
+
+    * while torch.compile or torch.export traces the call,
+    * under a mode, a transform or a tracer that puts a key into the set above, and under a TorchFunctionMode,
     * under the profiler, and in forward-mode AD,
-    * where a tensor is of a subclass, or on a device that is neither a CPU nor a GPU,
+    * where a tensor is of a subclass, or lies on a device that is neither a CPU nor a GPU,
     * where a tensor's memory does not hold its value: lazily negated tensors, the zeros without memory that torch.sgn
       gives as its gradient, and several gradients at once (is_grads_batched, a vectorised Jacobian).
     """
