@@ -1,1 +1,1 @@
-"""LoRA in whole models of plain PyTorch, and adapters on disk. The rules and the files are PEFT's."""
+"""LoRA in whole models of plain PyTorch, and adapters on disk, by PEFT's rules and in PEFT's files."""

@@ -1,4 +1,4 @@
-"""Errors for stored adapters and a model's layers that do not fit together. Each names the layers and the way out."""
+"""The checks that stored adapters and a model's layers fit together. Every error names the layers and the way out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lora_kernels.nn.linear import FusedLoRALinear
 
 
 def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
-    """Raise ValueError for layers with more to save or load than a whole lora_A, lora_B and magnitude beside an
-    unchanged base."""
+    """Raise ValueError where an adapter file cannot hold all of a layer: where it has further parameters, or sharded
+    ones, or a base weight that its initialisation has changed."""
     known = {"weight", "bias", "lora_A", "lora_B", f"lora_{MAGNITUDE}"}
     more = [
         f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters() if key not in known
@@ -25,8 +25,7 @@ def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
     if split:
         raise ValueError(
             f"the initialisation of these layers changed their base weights: {some(split)}; nothing was changed now. "
-            "An adapter file holds no base: save the state_dict of the whole model, or merge_and_unload() "
-            "it first"
+            "An adapter file holds no base: save the state_dict of the whole model, or merge_and_unload() it first"
         )
     sharded = [
         f"{name}.{key} (a {type(p).__name__})"
@@ -43,7 +42,7 @@ def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
 
 
 def check_kind(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> None:
-    """Raise ValueError where one of file and model is of DoRA and the other is not."""
+    """Raise ValueError where the file holds DoRA adapters and the model's layers are plain LoRA, or the reverse."""
     source, adapters = stored
     plain = [f"{n}.lora_{MAGNITUDE}" for n, layer in layers.items() if adapters[n].m is not None and not layer.use_dora]
     if plain:
@@ -60,7 +59,7 @@ def check_kind(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> No
 
 
 def check_names(stored: StoredAdapters, want: set[str], model: nn.Module) -> None:
-    """Raise ValueError where the file has not exactly the adapters of the layers `want`."""
+    """Raise ValueError where the file's adapters are not exactly those of the layers `want`."""
     have, modules = set(stored.layers), dict(model.named_modules())
     missing, surplus = sorted(want - have), sorted(have - want)
     problems = []
@@ -80,7 +79,7 @@ def check_names(stored: StoredAdapters, want: set[str], model: nn.Module) -> Non
 
 
 def check_shapes(stored: StoredAdapters, name: str, r: int, linear: nn.Linear) -> None:
-    """Raise ValueError where the adapter of `name` is not one of rank r beside `linear`."""
+    """Raise ValueError where the adapter of `name` does not have rank r or does not fit `linear`."""
     a, b, _ = stored.layers[name]  # adapters_of has checked that m has as many elements as B has rows
     want = (r, linear.in_features), (linear.out_features, r)
     if (tuple(a.shape), tuple(b.shape)) != want:

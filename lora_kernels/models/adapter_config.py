@@ -1,4 +1,4 @@
-"""PEFT's ``adapter_config.json``: read with every field checked, and written."""
+"""PEFT's ``adapter_config.json``: a reader that checks every field, and the fields to write."""
 
 from __future__ import annotations
 
@@ -36,26 +36,29 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
     "ensure_weight_tying": (False,),
 }
-"""The values of LoraConfig's fields that leave an adapter A and B (and m) beside an unchanged ``nn.Linear``."""
+"""The values of LoraConfig's fields that are supported: the adapter is A and B (and m) beside an unchanged
+``nn.Linear``."""
 
-_SETTINGS = {
+_USED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules",
     "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
 }  # fmt: skip
 """The fields that `read_config` uses."""
-_OF_NO_EFFECT = {
+_WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
-"""The fields that change nothing here: notes, and the settings of features that `_SUPPORTED` rules out."""
+"""The fields that change nothing here. They are notes, or settings of features that `_SUPPORTED` excludes."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A config that was read, as the arguments of `apply_lora`."""
+    """A config that was read, in the form that `apply_lora` passes on."""
 
     settings: LoRASettings
+    """The settings of every layer, but for the patterns in `rules`."""
     rules: Rules
+    """The rules that choose the layers, with rank_pattern and alpha_pattern."""
 
     def rank(self, name: str) -> int:
         """Return r of the layer `name`."""
@@ -69,12 +72,12 @@ class AdapterConfig:
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """Read and check a config.
+    """Return the config in the file `path`, checked. Warns of fields that it does not know.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is cut short or not JSON, is not of LoRA, or has a field that LoraConfig could not have, or one
-            that asks for something `FusedLoRALinear` does not compute.
+        ValueError: the file is cut short or not JSON; it is not a config of LoRA; a field has a value that LoraConfig
+            does not allow, or asks for something that `FusedLoRALinear` does not compute.
     """
     try:
         config = json.loads(path.read_bytes())
@@ -94,7 +97,7 @@ def read_config(path: Path) -> AdapterConfig:
         )
     _check_types(config, path)
     _check_patterns(config, path)
-    unknown = sorted(k for k, v in config.items() if v and k not in _SUPPORTED.keys() | _SETTINGS | _OF_NO_EFFECT)
+    unknown = sorted(k for k, v in config.items() if v and k not in _SUPPORTED.keys() | _USED | _WITHOUT_EFFECT)
     if unknown:
         warnings.warn(f"{path}: fields of a newer PEFT, not known here, are ignored: {some(unknown)}", stacklevel=3)
     return AdapterConfig(
@@ -132,6 +135,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _check_types(config: dict[str, Any], path: Path) -> None:
+    """Raise ValueError for a field whose value, or a value inside it, has another type than in LoraConfig."""
     for key, types in _TYPES.items():
         value = config.get(key, None if type(None) in types else types[0]())
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -141,6 +145,7 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
 
 
 def _check_patterns(config: dict[str, Any], path: Path) -> None:
+    """Raise ValueError for a string that should be a regular expression and is none."""
     for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"):
         value = config.get(key)
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
@@ -152,7 +157,7 @@ def _check_patterns(config: dict[str, Any], path: Path) -> None:
 
 def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str, Any]:
     """Return the fields of LoraConfig that a reader of these layers' adapters needs. The others keep PEFT's defaults.
-    Raises ValueError where layers differ in use_rslora or use_dora, of which the format has one for all."""
+    Raises ValueError where layers differ in use_rslora or use_dora, because a config has one value of each."""
     for setting in ("use_rslora", "use_dora"):
         having = [name for name, layer in layers.items() if getattr(layer, setting)]
         if having and len(having) < len(layers):
@@ -161,7 +166,8 @@ def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str,
     ranks = {name: layer.r for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha for name, layer in layers.items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    # PEFT takes a list's names as ends of names too, so a list is exact only if no other module's name ends like that.
+    # PEFT matches the names in a list with the ends of modules' names too. So a list is exact only if no other module's
+    # name ends in one of them.
     names = sorted(layers)
     exact = not any(name not in layers and matches(names, name) for name, _ in model.named_modules())
     target = names if exact else "|".join(map(re.escape, names))
@@ -189,9 +195,9 @@ def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str,
 
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """Return a rank_pattern or alpha_pattern: plain names where they mean each layer and no other, else regular
-    expressions of whole names."""
-    # The first key that matches counts, so the keys must be tried in the order of the file, which is sorted.
+    """Return a rank_pattern or alpha_pattern for `values` by layer. Its keys are plain names if these match the right
+    layers only, and otherwise regular expressions for whole names."""
+    # The first key that matches counts. The file's keys are sorted, so the test must try them in that order.
     plain = {name: value for name, value in sorted(values.items()) if value != default}
     literal = all(re.fullmatch(r"[\w.]+", name) for name in plain)
     if literal and all(by_pattern(plain, name, default) == value for name, value in values.items()):

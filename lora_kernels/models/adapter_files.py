@@ -1,6 +1,6 @@
-"""The tensors of an adapter on disk, in PEFT's and in loralib's keys: checked when read, and written all or none.
+"""The tensors of an adapter on disk, under PEFT's or loralib's keys.
 
-Nothing is unpickled.
+Tensors are checked when they are read. Of several files, all are replaced or none. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lora_kernels.models.adapter_config import CONFIG
 from lora_kernels.models.targets import some
 
 WEIGHTS = "adapter_model.safetensors"
-"""The name of PEFT's file."""
+"""The name of PEFT's file of tensors."""
 
 MAGNITUDE = "magnitude_vector"
 # The magnitude's key has no ".weight": it was a parameter in the first PEFT with DoRA, and became a module later.
@@ -43,11 +43,11 @@ class StoredAdapters(NamedTuple):
     source: str
     """The file, or another source, as errors name it."""
     layers: dict[str, Adapter]
-    """The adapters by the layer's name."""
+    """The adapters by layer name."""
 
 
 def safetensors_torch() -> Any:
-    """Return the module safetensors.torch. Raises ImportError, with the way to install it."""
+    """Return the module safetensors.torch. Raises ImportError, which says how to install it."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -70,7 +70,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def adapters_of(state: Mapping[str, Tensor], key: re.Pattern[str], dora: bool, source: str) -> StoredAdapters:
-    """Return A, B and with `dora` m of each layer, from tensors whose names `key` matches.
+    """Return A and B, and with `dora` m, of each layer, from tensors whose names the regular expression `key` matches.
 
     Raises ValueError for a name that `key` does not match, for a layer that lacks a part or has one too many, and for
     shapes or dtypes that an adapter cannot have.
@@ -116,7 +116,7 @@ def adapters_of(state: Mapping[str, Tensor], key: re.Pattern[str], dora: bool, s
 
 
 def write_all(files: dict[Path, bytes]) -> None:
-    """Replace all files, in this order, or on an error none."""
+    """Replace the files by these contents, in this order. On an error none is replaced."""
     suffix = f".{os.getpid()}.tmp"  # several processes may save at once
     new = {path: path.with_name(path.name + suffix) for path in files}
     old = {path: path.with_name(path.name + ".old" + suffix) for path in files if path.exists()}

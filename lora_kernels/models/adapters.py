@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's format is written and read, loralib's is read."""
+"""Adapters on disk: `save_adapter` and `load_adapter` in PEFT's format, and `load_loralib`."""
 
 from __future__ import annotations
 
@@ -88,9 +88,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyReport:
     """Load an adapter in PEFT's format, made by PEFT or by `save_adapter`, from `directory` into `model`.
 
-    A model with `FusedLoRALinear` layers must have them where the file has adapters, with the same ranks, and with
-    use_dora if the file is of DoRA. A, B and m are written into its parameters, rounded to their dtype. lora_alpha,
-    use_rslora and scaling become those of the config; lora_dropout and the choice of what is trained stay the model's.
+    A model with `FusedLoRALinear` layers must have them exactly where the file has adapters, with the same ranks, and
+    with use_dora if the file holds DoRA adapters. A, B and m are written into its parameters, rounded to their dtype.
+    lora_alpha, use_rslora and scaling become those of the config; lora_dropout and the choice of what is trained stay
+    the model's.
 
     A plain model gets LoRA first, as by `apply_lora` with the config's settings: the adapters train and everything else
     is frozen. A, B and m have the weight's dtype if the file has it too, and fp32 beside other fp16 and bf16 weights.
@@ -99,7 +100,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     with cannot be checked: the files tell the base's names and shapes only.
 
     Returns:
-        the layers that were loaded.
+        An `ApplyReport` of the layers that were loaded.
 
     Raises:
         FileNotFoundError: one of the two files is missing (``adapter_model.bin``, a pickle, is not read).
@@ -108,7 +109,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
             that `FusedLoRALinear` does not compute (lora_bias, modules_to_save, an initialisation that changes the
             base, ...); a merged layer, or a sharded one.
         ImportError: safetensors is not installed.
-        Whatever is raised, the model is as it was.
+        After any of these, the model is unchanged.
     """
     directory, model = Path(directory), _bare(model)
     config = read_config(directory / CONFIG)
@@ -207,7 +208,7 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _apply(model: nn.Module, selection: Selection, stored: StoredAdapters) -> ApplyReport:
-    """Give a plain model LoRA with the values of `stored`."""
+    """Put LoRA layers with the values of `stored` into a plain model, and return the report."""
     check_names(stored, {target.name for target in selection.targets}, model)
     targets = []
     for target in selection.targets:
@@ -221,7 +222,7 @@ def _apply(model: nn.Module, selection: Selection, stored: StoredAdapters) -> Ap
 
 
 def _with_dtype(target: Target, adapter: Adapter) -> Target:
-    """Return `target` with an fp32 adapter if its 16-bit weight meets an adapter of another dtype."""
+    """Return `target`, with an fp32 adapter if its weight has 16 bits and `adapter` has another dtype."""
     dtype = target.linear.weight.dtype
     other = any(tensor.dtype != dtype for tensor in adapter if tensor is not None)
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) and other else None

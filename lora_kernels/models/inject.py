@@ -1,7 +1,7 @@
 """LoRA in a plain PyTorch model: `apply_lora` puts `FusedLoRALinear` where PEFT would put its LoRA layers.
 
-`mark_only_lora_as_trainable`, `adapter_parameters` and `trainable_parameters` tell what trains, and `merge_and_unload`
-makes the model plain again.
+`mark_only_lora_as_trainable` chooses the parameters that are trained, `adapter_parameters` yields the adapters',
+`trainable_parameters` counts the trained ones, and `merge_and_unload` makes the model plain again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_kernels.nn.settings import LoRASettings
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer that got LoRA: one line of an `ApplyReport`."""
+    """A layer that got LoRA: one entry of an `ApplyReport`."""
 
     name: str
     r: int
@@ -34,7 +34,7 @@ class AdaptedLayer:
 
     @classmethod
     def of(cls, name: str, layer: FusedLoRALinear) -> AdaptedLayer:
-        """Return the line for `layer`."""
+        """Return the entry for `layer`."""
         quant = layer.format if isinstance(layer, QuantizedLoRALinear) else None
         return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora, quant)
 
@@ -45,11 +45,11 @@ class ApplyReport:
 
     layers: tuple[AdaptedLayer, ...]
     passed_over: dict[str, str]
-    """Every other linear layer, with the reason why it was left as it is."""
+    """The reason why a linear layer was left as it is, for each of these layers."""
     unused: tuple[str, ...]
     """Names and patterns that no layer matched. They are often typing errors, but PEFT accepts them too."""
     quantised: tuple[int, int] | None = None
-    """The bytes of these layers' weights before and after they were quantised; None where they were not."""
+    """The bytes of these layers' weights before and after quantisation; None where they were not quantised."""
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers] + [len("module")])
@@ -100,21 +100,23 @@ def apply_lora(
     double_quant: bool = False,
     init: str = "kaiming",
 ) -> ApplyReport:
-    """Replace the ``nn.Linear`` layers that match by `FusedLoRALinear` over the same weights, in place, and freeze
-    every other parameter. The rules and defaults are those of PEFT's ``LoraConfig``; PEFT itself is not needed.
+    """Replace every ``nn.Linear`` layer that matches, in place, by a `FusedLoRALinear` over the same weight, and freeze
+    every parameter outside the adapters. The rules and defaults are those of PEFT's ``LoraConfig``; PEFT itself is not
+    needed.
 
     Args:
-        model: any module. It is changed in place. A layer that stands at several places is known by its first name and
-            replaced at each; weights that are tied stay tied.
+        model: any module. It is changed in place. The rules see a layer that stands at several places by its first
+            name, and it is replaced at each place. Weights that are tied stay tied.
         r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend: as for `FusedLoRALinear`, but
             lora_alpha is 8 by default, as in PEFT. adapter_dtype None is the weight's dtype; PEFT would choose fp32
             beside fp16 and bf16.
-        target_modules: "all-linear" is every ``nn.Linear`` but the one that ``model.get_output_embeddings()`` returns,
-            if the model has that method. Another string is a regular expression that the whole dotted name must match.
-            Several names choose the layers whose dotted name is one of them, or ends in ``.`` and one of them.
+        target_modules: "all-linear" stands for every ``nn.Linear`` but the one that ``model.get_output_embeddings()``
+            returns, if the model has that method. Another string is a regular expression that the whole dotted name
+            must match. Several names choose the layers whose dotted name is one of them, or ends in ``.`` and one of
+            them.
         exclude_modules: a regular expression or names, in the same way. It wins over target_modules.
-        rank_pattern, alpha_pattern: r and lora_alpha by name. Each key is a regular expression for the end of the
-            dotted name, from a dot or the start on. The first key that matches counts.
+        rank_pattern, alpha_pattern: r and lora_alpha by name. Each key is a regular expression for the whole dotted
+            name, or for its end after a dot. The first key that matches counts.
         layers_to_transform: the numbers of the blocks whose layers get LoRA, where target_modules are ends of names.
         layers_pattern: the name (or names) of the list of blocks that these numbers count in; None is any list.
         quant: "nf4", "fp4", "int8" or "fp8" keeps the frozen weights in that format only (QLoRA): each layer becomes a
@@ -123,15 +125,15 @@ def apply_lora(
         blocksize, double_quant: for nf4 and fp4, as in `quantize_weight`.
         init: as for `FusedLoRALinear.from_linear`.
 
-    "all-linear" passes over every module that is not exactly an ``nn.Linear``, with a reason in the report: quantised
-    layers, GPT-2's Conv1D (whose checkpoints hold W transposed: for those PEFT and `fuse`), subclasses
-    (``nn.MultiheadAttention`` reads the weight of its out_proj itself, past any adapter), weights that are a subclass
-    of Parameter (sharded, quantised) and layers with hooks, which would be lost. Where a pattern or a name asks for
-    such a module, or for no linear layer at all, ValueError is raised.
+    "all-linear" leaves every module that is not exactly an ``nn.Linear`` as it is, and the report gives the reason.
+    These are quantised layers, GPT-2's Conv1D (its checkpoints hold W transposed; use PEFT and `fuse`), subclasses
+    (``nn.MultiheadAttention`` reads the weight of its out_proj without calling it, so an adapter would have no effect),
+    layers whose weight is a subclass of Parameter (sharded, quantised), and layers with hooks, which would be lost.
+    Where a pattern or a name matches such a module, or no linear layer at all, ValueError is raised.
 
-    ``nn.TransformerEncoderLayer`` has a path for inference that reads the weights of linear1 and linear2 itself, past
-    any adapter. It is switched off in the layers that get one (activation_relu_or_gelu 0; use_nested_tensor False in
-    the ``nn.TransformerEncoder`` around them) and stays off.
+    ``nn.TransformerEncoderLayer`` has a path for inference that reads the weights of linear1 and linear2 without
+    calling them. It is switched off in layers that get an adapter there (activation_relu_or_gelu is set to 0, and
+    use_nested_tensor to False in the ``nn.TransformerEncoder`` around them), and stays off.
 
     Raises:
         ValueError: nothing matches, or a match cannot be replaced; the model has LoRA layers already; a value that
@@ -140,7 +142,7 @@ def apply_lora(
         TypeError: an adapter_dtype that does not go with a weight's.
         ImportError: a backend that is not installed.
         re.error: a string that is no regular expression.
-        Whatever is raised, the model is as it was.
+        After any of these, the model is unchanged.
     """
     settings = LoRASettings(
         r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend, quant, blocksize, double_quant, init
@@ -153,8 +155,8 @@ def apply_lora(
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Put a plain ``nn.Linear`` with weight W + s·B·A, or with DoRA d ⊙ that (see `FusedLoRALinear.merge`), in the
-    place of every `FusedLoRALinear`. Returns `model`, or the new layer where `model` itself is replaced.
+    """Replace every `FusedLoRALinear` by a plain ``nn.Linear`` with weight W + s·B·A, or with DoRA d ⊙ that (see
+    `FusedLoRALinear.merge`). Returns `model`, or the new layer where `model` is a `FusedLoRALinear` itself.
 
     Every parameter is frozen afterwards, as PEFT leaves it: call ``requires_grad_()`` on those that are to train.
     Other modules whose weights were tied to a merged one keep W.
@@ -162,7 +164,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is no `FusedLoRALinear`, or merging one gives weights that are not finite.
         NotImplementedError: a layer is tensor parallel.
-        Whatever is raised, the model is as it was.
+        After any of these, the model is unchanged.
     """
     layers = lora_layers(model)
     if not layers:
@@ -184,8 +186,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the adapters' parameters of every `FusedLoRALinear` in `model`, frozen ones too: lora_A, lora_B and with
-    DoRA lora_magnitude_vector."""
+    """Yield the adapter's parameters of every `FusedLoRALinear` in `model`, also where they are frozen: lora_A, lora_B
+    and with DoRA lora_magnitude_vector."""
     for layer in lora_layers(model).values():
         for name, parameter in layer.named_parameters(recurse=False):
             if name.startswith("lora_"):
@@ -219,8 +221,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Literal["none", "all", "
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
-    """Return how many elements `model` trains and holds. Shared parameters count once, and a quantised weight counts as
-    the dense one would."""
+    """Return how many elements `model` trains, and how many it holds. Shared parameters count once, and a quantised
+    weight counts as many elements as the dense one."""
     packed = [layer for layer in lora_layers(model).values() if isinstance(layer, QuantizedLoRALinear)]
     elements = {id(layer.weight): layer.in_features * layer.out_features for layer in packed}
     sizes = [(p.requires_grad, elements.get(id(p), p.numel())) for p in model.parameters()]
@@ -228,7 +230,8 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 
 
 def replace(model: nn.Module, selection: Selection) -> ApplyReport:
-    """Put a `FusedLoRALinear` in the place of every target and freeze the rest, or raise with nothing changed."""
+    """Replace every target by a `FusedLoRALinear`, freeze the rest and return the report. On an error nothing is
+    changed."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         layers = [_adapted(target) for target in selection.targets]
@@ -274,7 +277,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _close_fast_paths(model: nn.Module) -> None:
-    """Switch off the inference paths of nn.TransformerEncoder that would read weights past their adapters."""
+    """Switch off the inference paths of nn.TransformerEncoder that read weights without calling their layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and lora_layers(module):
             module.activation_relu_or_gelu = 0

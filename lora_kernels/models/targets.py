@@ -1,4 +1,4 @@
-"""The layers of a model that get LoRA: PEFT's rules for names, and the reasons why a layer is left as it is."""
+"""The choice of the layers of a model that get LoRA, by PEFT's rules for names, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
 
 Names = str | Iterable[str]
-"""A regular expression for the whole dotted name; or several names, each the whole dotted name or its last parts."""
+"""A regular expression for a layer's whole dotted name, or several names of layers. A name stands for every layer whose
+dotted name is the same, or ends in a dot and this name."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The keywords of `apply_lora` that choose layers, and their ranks and alphas, by name. It documents them."""
+    """The keywords of `apply_lora` that choose layers by name, and their ranks and alphas. `apply_lora` documents
+    them."""
 
     target_modules: Names
     exclude_modules: Names | None = None
@@ -32,11 +34,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to replace, by its first name, and the settings of the layer that replaces it."""
+    """A layer to replace."""
 
     name: str
+    """Its first dotted name in the model."""
     linear: nn.Linear
+    """The layer itself."""
     settings: LoRASettings
+    """The settings of the layer that replaces it."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,14 @@ class Selection:
 
     targets: list[Target]
     passed_over: dict[str, str] = field(default_factory=dict)
-    """Every other layer that looks linear, with the reason why it is left as it is."""
+    """The reason why a layer that looks linear is left as it is, for each of these layers."""
     unused: tuple[str, ...] = ()
     """The names and patterns of the rules that no target matches."""
 
 
 def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
-    """Return the layers that `apply_lora` replaces; changes nothing. Each has `settings` with its own r and lora_alpha.
-    Raises as `apply_lora`."""
+    """Return the layers that `apply_lora` replaces, each with `settings` and its own r and lora_alpha. Nothing is
+    changed. Raises what `apply_lora` raises."""
     _refuse_adapted(model)
     wanted, excluded = _names(rules.target_modules), _names(rules.exclude_modules or ())
     lists = (rules.layers_pattern,) if isinstance(rules.layers_pattern, str) else tuple(rules.layers_pattern or ())
@@ -72,7 +77,7 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
         if every:
             matched = _looks_linear(module)
         else:
-            # A whole name counts in any block, as in PEFT.
+            # As in PEFT, layers_to_transform does not apply to a layer whose whole name is in target_modules.
             matched = matches(wanted, name) and (not blocks or name in wanted or _block(name, lists) in blocks)
         if matches(excluded, name):
             reason = "in exclude_modules"
@@ -108,20 +113,20 @@ def lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
 
 
 def matches(names: str | Sequence[str], name: str) -> bool:
-    """Return whether a dotted name matches a regular expression, or is, or ends in, one of several names."""
+    """Return whether a dotted name matches `names`, as `Names` describes it."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == n or name.endswith(f".{n}") for n in names)
 
 
 def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value of the first key that matches the end of `name`, from a dot or the start on, or `default`."""
+    """Return the value of the first key that matches `name`, or its end after a dot; else `default`."""
     key = _key(pattern or {}, name)
     return default if key is None or not pattern else pattern[key]
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """Return the first `most` names as text, with the number of those left out."""
+    """Return the first `most` names as text, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -165,7 +170,8 @@ def _block(name: str, lists: Sequence[str]) -> int | None:
 
 
 def _looks_linear(module: nn.Module) -> bool:
-    # The class's name counts too: quantised layers and transformers' Conv1D are no nn.Linear, but belong in the report.
+    # The name of the class counts too, since quantised layers and transformers' Conv1D, which need not be an nn.Linear,
+    # belong in the report.
     kind = type(module).__name__
     leaf = not any(True for _ in module.children())
     return isinstance(module, nn.Linear) or (leaf and ("Linear" in kind or kind == "Conv1D"))
@@ -196,6 +202,6 @@ def _nothing(model: nn.Module, wanted: str | Sequence[str], passed_over: dict[st
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
-    """Return the module that the model's get_output_embeddings returns, or None without such a method."""
+    """Return the module that ``model.get_output_embeddings()`` returns, or None where there is no such method."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None

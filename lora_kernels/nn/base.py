@@ -1,4 +1,4 @@
-"""`AdapterLinear`: the adapter of a fused layer, which dense and quantised layers share."""
+"""`AdapterLinear`: the adapter of a fused layer, for dense and quantised layers alike."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class AdapterLinear(nn.Linear):
     """
 
     quantized_kind: ClassVar[type[Any]]
-    """`QuantizedLoRALinear`. ``nn/quantized.py`` sets it, because `FusedLoRALinear` makes such layers and, as their
-    superclass, cannot import them."""
+    """`QuantizedLoRALinear`, set by ``nn/quantized.py``. `FusedLoRALinear` makes such layers, but cannot import their
+    class, which is its own subclass."""
 
     init = "kaiming"
-    """The scheme by which the adapter was initialised. All others than "kaiming" split W into a new base and an
-    adapter, so that the adapter is valid with this module's base only."""
+    """The scheme by which the adapter was initialised. Every scheme but "kaiming" splits W into a new base and an
+    adapter, and that adapter is valid with this module's base only."""
 
     r: int
     lora_alpha: float
@@ -49,7 +49,8 @@ class AdapterLinear(nn.Linear):
 
     @torch.no_grad()
     def _start(self, init: str, *ab: Tensor) -> None:
-        """Give the adapter the values A and B that the scheme `init` has made, where it has made any."""
+        """Give the adapter A and B, the values that the scheme `init` has made. "kaiming" makes none, and the adapter
+        then keeps its first values."""
         self.init = init
         if ab:
             self.lora_A.copy_(ab[0])
@@ -72,9 +73,9 @@ class AdapterLinear(nn.Linear):
     def _parts(self) -> tuple[Any, Any, Any, Any]:
         """Return weight, bias, lora_A and lora_B.
 
-        They come from the dictionary of parameters, since nn.Module's attribute look-up costs about a microsecond for
-        each in every call. In a replica of nn.DataParallel, and where a parameter is parametrised or pruned, some are
-        attributes of another kind.
+        They come from the dictionary of parameters, because nn.Module's attribute look-up takes about a microsecond for
+        each, in every call. In a replica of nn.DataParallel, and where a parameter is parametrised or pruned, some are
+        not in this dictionary.
         """
         p = self._parameters
         if "weight" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
@@ -82,7 +83,7 @@ class AdapterLinear(nn.Linear):
         return self.weight, self.bias, self.lora_A, self.lora_B
 
     def _warn_if_trained(self, lora_a: Tensor) -> None:
-        """Warn in the forward of a merged module where its adapter is meant to be trained."""
+        """Warn in the forward of a merged module if its adapter would be trained were it not merged."""
         if self.training and lora_a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(
                 f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
@@ -105,7 +106,7 @@ class AdapterLinear(nn.Linear):
         nn.init.zeros_(self.lora_B)
 
     def _check_rank(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Raise ValueError for the adapter of another rank in `state_dict`."""
+        """Raise ValueError where the adapter in `state_dict` has another rank than this module's."""
         for key, dim in ((prefix + "lora_A", 0), (prefix + "lora_B", 1)):
             if key in state_dict and state_dict[key].shape[dim] != self.r:
                 rank = state_dict[key].shape[dim]

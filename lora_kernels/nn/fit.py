@@ -1,4 +1,4 @@
-"""The conditions under which a fused LoRA layer may compute from a module's weight in place of the module."""
+"""The conditions under which a fused LoRA layer may take over the weight of another linear layer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import nn
 def why_not(module: nn.Module, in_place: bool) -> str:
     """Return why a fused layer cannot stand in for `module`, or "" where it can.
 
-    With `in_place` the new layer takes the module's place in a model. The model's own code and its checkpoints then
-    still expect an ``nn.Linear`` there, so only an ``nn.Linear`` itself fits, with a plain Parameter as its weight.
-    Without `in_place` the caller decides what to do with the new layer. Then any ``nn.Linear`` fits whose forward
-    computes x Wᵀ + bias. The layers of bitsandbytes fit too: whoever reads their weight finds out whether it serves.
+    With `in_place` the new layer takes the module's place in a model. The model's own code and its checkpoints still
+    expect an ``nn.Linear`` there, so the module must be exactly an ``nn.Linear``, with a plain Parameter as its weight.
+
+    Without `in_place` the caller decides where the new layer goes. Then every subclass of ``nn.Linear`` that inherits
+    its forward is accepted. So is every layer of bitsandbytes; the code that reads its weight raises if it cannot.
     """
     kind = type(module)
     if not in_place and kind.__module__.startswith("bitsandbytes."):
@@ -36,20 +37,21 @@ def has_hooks(module: nn.Module) -> bool:
 def _why_not_in_place(module: nn.Module) -> str:
     kind = type(module)
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        # Its weight is [in, out]. A FusedLoRALinear could compute with the transposed view, but not stand in its place:
-        # the model's state_dict would have another shape there. Where in = out, a checkpoint would load transposed
-        # without an error. The view would also be a Parameter of its own, no longer tied to other users of W.
-        return "a Conv1D, its weight [in, out]: it takes LoRA by PEFT's get_peft_model, then lora_kernels.fuse"
+        # A FusedLoRALinear could compute with the transposed view of its weight, but not take its place: the model's
+        # state_dict would have another shape there, and where in = out a checkpoint would load transposed without an
+        # error. The view would also be a Parameter of its own, no longer tied to other modules that share W.
+        return "a Conv1D, whose weight is [in, out]: use PEFT's get_peft_model, then lora_kernels.fuse"
     if not isinstance(module, nn.Linear):
         return f"a {kind.__name__}, not an nn.Linear"
     if kind.__module__.startswith("bitsandbytes."):
         return (
-            f"a {kind.__name__} of bitsandbytes: it takes LoRA by PEFT's get_peft_model, then lora_kernels.fuse, or by "
+            f"a {kind.__name__} of bitsandbytes: use PEFT's get_peft_model, then lora_kernels.fuse, or "
             "QuantizedLoRALinear.from_bnb"
         )
     if kind is not nn.Linear:
         return (
-            f"a {kind.__name__}: a subclass of nn.Linear, which may compute something else or be read past its forward"
+            f"a {kind.__name__}: a subclass of nn.Linear may compute something else, or have its weight read by other "
+            "code than its forward"
         )
     if type(module.weight) is not nn.Parameter:
         return f"its weight is a {type(module.weight).__name__}, not a plain Parameter"
@@ -59,14 +61,14 @@ def _why_not_in_place(module: nn.Module) -> str:
 def _why_not_on_its_own(module: nn.Module) -> str:
     kind = type(module)
     if hasattr(module, "lora_A"):
-        return f"this {kind.__name__} has an adapter, which would be lost: merge it first, as with to_linear()"
+        return f"this {kind.__name__} has an adapter, which would be lost: merge it first, with to_linear() for example"
     if getattr(kind, "forward", None) is not nn.Linear.forward:
-        return f"it must be an nn.Linear, and is a {kind.__name__} with a forward of its own"
+        return f"it must be an nn.Linear, but is a {kind.__name__} with a forward of its own"
     if not isinstance(module.weight, nn.Parameter):
         return (
             "the weight of this nn.Linear is parametrised or pruned: make it plain first, with "
             'torch.nn.utils.parametrize.remove_parametrizations(linear, "weight") or prune.remove(linear, "weight")'
         )
     if nn.parameter.is_lazy(module.weight):
-        return f"this {kind.__name__} does not know its size yet: call the model once before"
+        return f"this {kind.__name__} does not know its size yet: call the model once first"
     return ""

@@ -1,4 +1,4 @@
-"""Adapters that are initialised from W [N, K]: W is split into a frozen base and s·B A, with A [r, K] and B [N, r].
+"""Four ways to split W [N, K] into a frozen base and the first values of an adapter s·B A, with A [r, K] and B [N, r].
 
     pissa     W = W_res + s·B A, B A the principal r singular triplets
               (Meng, Wang and Zhang, "PiSSA", arXiv:2404.02948)
@@ -17,9 +17,9 @@ in fp32 with the exact SVD, three to five with the randomised one and in `olora`
 
 The SVD is exact unless `niter` is given. Then it is randomised, as in `torch.svd_lowrank(W, r, niter)`, with `niter`
 subspace iterations (Halko, Martinsson and Tropp, "Finding structure with randomness", arXiv:0909.4061). That is much
-faster for a large W and a small r. It is the same in every call, since it draws from a generator of its own with a
-fixed seed. The largest element of each row of Vᵀ is made positive: two runs give the same bits, and two machines the
-same signs.
+faster for a large W and a small r. Its random numbers come from a generator of its own with a fixed seed, so every call
+gives the same result. The largest element of each row of Vᵀ is made positive: two runs give the same bits, and two
+machines the same signs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def pissa(
     s is.
 
     Raises:
-        TypeError: W or `dtype` is of another dtype.
+        TypeError: the dtype of W, or `dtype`, is none of these.
         ValueError: W is not a matrix or not finite; r, scale or niter is out of range; a result overflows.
     """
     part = Part(r, scale, niter, dtype)
@@ -161,8 +161,8 @@ def lq_lora(
 
     Args:
         w, r, scale, niter, dtype, format, blocksize, double_quant, scaling: as in `loftq`.
-        iterations: the largest number of iterates, at least 1. The error may fall for dozens of them, but most of its
-            fall is in the first ten.
+        iterations: the largest number of iterates, at least 1. The error may fall for dozens of them, but it falls most
+            in the first ten.
         fisher: row [N] and column [K], positive: the means of √F over the rows and columns of the diagonal Fisher
             information F [N, K] of W, or the roots of the means of F. A common factor does not change Q, A and B.
 

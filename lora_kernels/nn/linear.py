@@ -30,19 +30,22 @@ class FusedLoRALinear(AdapterLinear):
         use_dora: weight-decomposed LoRA, y = d ⊙ (x Wᵀ + s·h Bᵀ) + bias with d = m / ‖W + s·B A‖ by rows (see
             `lora_kernels.dora_linear`). Dropout then acts on x in all that the adapter adds to the base. m starts as
             ‖W‖.
-        adapter_dtype: the dtype of A, B and m. None is the weight's; fp32 beside an fp16 or bf16 weight is the other
-            choice.
-        backend: the name of a back-end, which is then never replaced by another; None for the automatic choice.
+        adapter_dtype: the dtype of A, B and m. None is the weight's dtype; beside an fp16 or bf16 weight it may be
+            fp32.
+        backend: the name of a back-end, which then serves every call or raises; None for the automatic choice.
 
     Attributes:
-        weight [out, in], bias [out] or None: the base, requires_grad False.
-        lora_A [r, in], lora_B [out, r]: the adapter, parameters; with DoRA lora_magnitude_vector [out] too.
+        weight: [out, in], the frozen W, or the merged weight while `merged`.
+        bias: [out] or None, the frozen bias.
+        lora_A: [r, in], A, a parameter.
+        lora_B: [out, r], B, a parameter.
+        lora_magnitude_vector: [out], DoRA's m, a parameter. It exists only with use_dora.
         scaling: s, a float that may be changed at any time.
         merged: whether `weight` holds W + s·B·A (with DoRA: d ⊙ that) at present.
 
     ``state_dict`` always holds the base weight and the adapter, merged or not. The state_dict of an ``nn.Linear`` can
-    be loaded too. The adapter then keeps its values, but for a magnitude that equals ‖W + s·B A‖, as a new one does: it
-    follows the loaded W.
+    be loaded too. A and B then keep their values. So does m, unless it equals ‖W + s·B A‖, as a new m does: then it
+    becomes the norm with the loaded W.
 
     Raises:
         ValueError: r below 1, lora_dropout outside [0, 1), a lora_alpha that is not finite; loading an adapter of
@@ -90,41 +93,33 @@ class FusedLoRALinear(AdapterLinear):
         double_quant: bool = False,
         init: str = "kaiming",
     ) -> FusedLoRALinear:
-        """Return a module over `linear`'s own weight and bias. They are shared, not copied, and frozen from here on.
+        """Return a module over `linear`'s own weight and bias. They are shared, not copied, and are frozen.
 
         `quant` ("nf4", "fp4", "int8" or "fp8") asks for a `QuantizedLoRALinear` over the quantised weight (QLoRA,
-        Dettmers et al., 2023, arXiv:2305.14314), which keeps nothing of the dense one. blocksize and double_quant are
-        for nf4 and fp4 (`lora_kernels.quantize_weight` documents them and what is raised).
+        Dettmers et al., 2023, arXiv:2305.14314). It keeps no reference to the dense weight. blocksize and double_quant
+        are for nf4 and fp4; `lora_kernels.quantize_weight` documents them and its errors.
 
         An `init` other than "kaiming" splits W into a new base and an adapter that is not zero, so that a fresh module
-        computes what `linear` does. "pissa" and "olora" make a dense base. "loftq" and "lq_lora" make a quantised one,
-        which with its adapter comes nearer to W than the quantised W alone. See `lora_kernels.initialise`. Such an
+        computes what `linear` does. "pissa" and "olora" make a dense base. "loftq" and "lq_lora" make a quantised base,
+        and the base with its adapter is nearer to W than the quantised W alone. See `lora_kernels.initialise`. Such an
         adapter is valid with this base only.
 
         Raises:
             ValueError: as the constructor; use_dora with `quant`; double_quant without `quant`; an unknown `init`, or
-                one for the other kind of base; and what the scheme itself raises, such as for r above min(in, out).
+                one for the other kind of base; and what the scheme itself raises, for an r above min(in, out) for
+                example.
             TypeError: a weight that is quantised already; a module that is not an nn.Linear, or that has an adapter,
                 hooks, a forward or a parametrization of its own, which the new module would pass over.
         """
         settings = LoRASettings(
-            r,
-            lora_alpha,
-            lora_dropout,
-            use_rslora,
-            use_dora,
-            adapter_dtype,
-            backend,
-            quant,
-            blocksize,
-            double_quant,
+            r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend, quant, blocksize, double_quant,
             init,
-        )
+        )  # fmt: skip
         return cls.from_settings(linear, settings)
 
     @classmethod
     def from_settings(cls, linear: nn.Linear, settings: LoRASettings) -> FusedLoRALinear:
-        """Return `from_linear`'s module, with its keywords as one object."""
+        """Return what `from_linear` returns, for its keywords as one object."""
         settings.check()
         if reason := fit.why_not(linear, in_place=False):
             raise TypeError(reason)
@@ -161,8 +156,8 @@ class FusedLoRALinear(AdapterLinear):
         if self.use_dora:
             self.lora_magnitude_vector = nn.Parameter(torch.empty_like(self.lora_B[:, 0]))
         self._weight_norms = dora.WeightNorms()
-        # The base weight while merged. It is a buffer so that it moves with the module, and not persistent because
-        # state_dict gives it as `weight`.
+        # The base weight while merged. As a buffer it moves with the module. It is not persistent, because state_dict
+        # holds it as `weight`.
         self.register_buffer("_base", None, persistent=False)
         self.reset_adapter()
 
@@ -173,7 +168,7 @@ class FusedLoRALinear(AdapterLinear):
 
     @property
     def merged(self) -> bool:
-        """Whether `weight` holds W + s·B·A at present."""
+        """Whether `weight` holds W + s·B·A, or with DoRA d ⊙ that, at present."""
         return self._base is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,11 +212,11 @@ class FusedLoRALinear(AdapterLinear):
 
     @torch.no_grad()
     def merge(self, safe: bool = True) -> None:
-        """Make `weight` W + s·B·A, with DoRA d ⊙ that, computed in fp64 and rounded once. The base weight is kept for
-        `unmerge`, at the cost of its memory.
+        """Put W + s·B·A, or with DoRA d ⊙ that, into `weight`, computed in fp64 and rounded once. The base weight stays
+        in memory for `unmerge`.
 
-        With `safe` a result that is not finite raises ValueError and leaves the module as it was. Merging twice does
-        nothing.
+        With `safe` a result that is not finite raises ValueError and leaves the module as it was. Merging a merged
+        module does nothing.
         """
         if self.merged:
             return
@@ -231,7 +226,7 @@ class FusedLoRALinear(AdapterLinear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Make `weight` W, bit for bit what it was before `merge`. Does nothing where nothing is merged."""
+        """Put W back into `weight`, bit for bit as it was before `merge`. Does nothing where nothing is merged."""
         if self._base is not None:
             self.weight = nn.Parameter(self._base, requires_grad=False)
             self._base = None
@@ -271,7 +266,7 @@ class FusedLoRALinear(AdapterLinear):
         keys = [prefix + "lora_A", prefix + "lora_B"]
         if self.use_dora:
             keys.append(prefix + "lora_magnitude_vector")
-        plain = not any(key in state_dict for key in keys)  # as that of an nn.Linear: the adapter keeps its values
+        plain = not any(key in state_dict for key in keys)  # the state_dict of an nn.Linear, which has no adapter
         merged = self.merged
         self.unmerge()
         follows = self.use_dora and plain and not self.weight.is_meta

@@ -1,4 +1,4 @@
-"""The low-rank part s·B A of a matrix and the matrix without it: the steps that `lora_kernels.nn.init` combines."""
+"""The low-rank part s·B A of a matrix, and the matrix without it: steps that `lora_kernels.nn.init` combines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Weights = tuple[Tensor, Tensor]
 
 
 class Part(NamedTuple):
-    """The low-rank part s·B A that is asked for. `lora_kernels.nn.init.pissa` documents the fields."""
+    """The settings of a low-rank part s·B A. They are the arguments of `lora_kernels.nn.init.pissa`."""
 
     r: int
     scale: float
@@ -55,8 +55,8 @@ def _svd(e: Tensor, r: int, niter: int | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fast_svd(e: Tensor, r: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the randomised SVD of E with N ≥ K: U, S and Vᵀ of E projected on the column space that `niter` iterations
-    find."""
+    """Return the randomised SVD of E [N, K], for N ≥ K: U, S and Vᵀ of E projected on the column space that `niter`
+    iterations find."""
     generator = torch.Generator().manual_seed(_SEED)
     drawn = torch.randn(e.shape[1], r, generator=generator, dtype=torch.float32, device="cpu").to(e.device)
     with torch.autocast(e.device.type, enabled=False):

@@ -24,7 +24,7 @@ class MergeReport(NamedTuple):
 
 
 def row_blocks(N: int) -> list[slice]:
-    """Return the rows of a matrix [N, ·] as consecutive slices."""
+    """Return the rows of a matrix [N, ·] as consecutive slices of at most `_ROWS`."""
     return [slice(n, min(N, n + _ROWS)) for n in range(0, N, _ROWS)]
 
 
@@ -37,8 +37,8 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def updated_weight(
     rows: Callable[[slice], Tensor], a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, d: Tensor | None = None
 ) -> Tensor:
-    """Return d ⊙ (W + scale·B A) [N, K] in `dtype`, for A [r, K], B [N, r] and d [N], where None is a d of ones.
-    `rows` returns these rows of W."""
+    """Return d ⊙ (W + scale·B A) [N, K] in `dtype`, for A [r, K], B [N, r] and d [N]; a d of None stands for ones.
+    ``rows(block)`` returns the rows of W in the slice `block`."""
     wide = wide_dtype(a.device)
     a, b = a.detach().to(wide), b.detach().to(wide)
     made = torch.empty(b.shape[0], a.shape[1], dtype=dtype, device=a.device)

@@ -3,8 +3,9 @@
     column-wise   W, B and bias sharded on N, A whole      y_n = x W_nᵀ + bias_n + s · (dropout(x) Aᵀ) B_nᵀ
     row-wise      W and A sharded on K, B and bias whole   y = Σ_k [x_k W_kᵀ + s · (dropout(x_k) A_kᵀ) Bᵀ] + bias
 
-Each process makes one call on its own part. Row-wise, base and adapter are summed over the processes together, by one
-all-reduce in the forward, as without an adapter. The backward sums dx and dA column-wise, and dB row-wise.
+Each process makes one call on its own part. In a row-wise layer one all-reduce in the forward sums base and adapter
+together, so an adapter adds no communication there. The backward of a column-wise layer sums dx and dA over the
+processes, and that of a row-wise layer sums dB.
 
     plan = {"mlp.up": ColwiseLoRA(), "mlp.down": RowwiseLoRA()}
     parallelize_module(model, mesh, plan)
@@ -33,8 +34,8 @@ __all__ = ["ColwiseLoRA", "RowwiseLoRA"]
 class ColwiseLoRA(ColwiseParallel):
     """torch's ``ColwiseParallel`` for a `FusedLoRALinear`; it takes the same keywords.
 
-    With dropout, every process must draw the same mask of the whole x. Seed torch's generators alike within the group
-    (``torch.manual_seed``), and differently in processes that see other data.
+    With dropout, every process of the group must draw the same mask of the whole x. Give torch's generators the same
+    seed in all of them (``torch.manual_seed``), and another seed in processes that see other data.
 
     Raises:
         TypeError: the module is no FusedLoRALinear.
@@ -49,9 +50,9 @@ class ColwiseLoRA(ColwiseParallel):
 class RowwiseLoRA(RowwiseParallel):
     """torch's ``RowwiseParallel`` for a `FusedLoRALinear`; it takes the same keywords.
 
-    With dropout, seed torch's generators alike within the group, as for `ColwiseLoRA`. A mask depends on the column
-    numbers of the x that it is drawn for, so equal seeds would drop the same columns of every part. Each process
-    therefore combines its rank with the seed.
+    With dropout, give torch's generators the same seed in all processes of the group, as for `ColwiseLoRA`. Every
+    process numbers the columns of its part of x from 0, so equal masks would drop the same columns of every part. Each
+    process therefore combines its rank with the seed.
 
     Raises:
         TypeError: the module is no FusedLoRALinear.
@@ -64,14 +65,15 @@ class RowwiseLoRA(RowwiseParallel):
 
 
 def _shard(module: nn.Module, kind: type[FusedLoRALinear], mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
-    """Make each named parameter of `module` a DTensor with its placement, and `module` a `kind`."""
+    """Turn each parameter that `placements` names into a DTensor with that placement, and the class of `module` into
+    `kind`."""
     if not isinstance(module, FusedLoRALinear):
         raise TypeError(
             f"this plan is for FusedLoRALinear, and the module is a {type(module).__name__}: take torch's "
             "ColwiseParallel or RowwiseParallel, or FusedLoRALinear.from_linear first"
         )
     if module.use_dora:
-        raise ValueError("there is no tensor parallel DoRA here: its norms need whole rows of W + s·B·A")
+        raise ValueError("there is no tensor parallel DoRA here, because its norms need whole rows of W + s·B·A")
     if module.merged:
         raise ValueError("this FusedLoRALinear is merged: unmerge() it before parallelize_module")
     for name, placement in placements.items():

@@ -27,16 +27,20 @@ class QuantizedLoRALinear(FusedLoRALinear):
     """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ over a W in nf4, fp4, int8 or fp8. On a CPU the dequantised W is never
     in memory as a whole; on a GPU it is, during a call with many rows.
 
-    ``FusedLoRALinear.from_linear(linear, quant="nf4")``, `over` and `from_bnb` make one; there is no constructor of its
-    own. x may have any dtype of `lora_linear`. A and B have `weight_dtype` by default, the dtype of the weight that was
+    Make one with ``FusedLoRALinear.from_linear(linear, quant="nf4")``, `over` or `from_bnb`, not with the constructor.
+    x may have any dtype of `lora_linear`. A and B have `weight_dtype` by default, the dtype of the weight that was
     quantised.
 
     Attributes:
-        weight: the codes of the quantised W. The buffer weight_scales, and with double quantisation weight_table,
-            weight_absmax and weight_offset, hold the rest, as in `QuantizedWeight`. Conversions of dtype (``.half()``)
-            leave them alone.
+        weight: the codes of the quantised W, as in `QuantizedWeight`.
+        weight_scales: a buffer, the scales of the codes.
+        weight_table: a buffer, the table of double quantisation, or None.
+        weight_absmax: a buffer, the absmax of double quantisation, or None.
+        weight_offset: a buffer, the offset of double quantisation, or None.
         format: "nf4", "fp4", "int8" or "fp8".
         blocksize: the blocksize of nf4 and fp4; 0 for the other formats.
+
+    Conversions of dtype (``.half()``) change neither the codes nor these buffers.
 
     ``state_dict`` has one more key, weight_format: the format, the blocksize and whether there is double quantisation,
     as a tensor of letters. A dense weight [out, in], such as that of an ``nn.Linear``, is quantised in the same way
@@ -94,8 +98,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, settings: LoRASettings) -> QuantizedLoRALinear:
-        """Return the module over `linear`'s weight, quantised as `settings` say, and its bias. The caller has found
-        that `linear` fits; see `FusedLoRALinear.from_linear` for the rest that is raised."""
+        """Return a module over `linear`'s weight, quantised as `settings` say, and its bias. The caller has checked
+        that `linear` fits, with `fit.why_not`. `FusedLoRALinear.from_linear` documents the other errors."""
         format = settings.quant
         assert format is not None
         _refuse_dora(settings, format)
@@ -160,13 +164,13 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     @torch.no_grad()
     def merge(self, safe: bool = True, lossy: bool = False) -> MergeReport:  # type: ignore[override]
-        """Store W + s·B·A, quantised again, and return what that has cost. The old weight is kept for `unmerge`.
+        """Store W + s·B·A, quantised again, and return how much that loses. The old weight is kept for `unmerge`.
 
-        W + s·B·A is in memory as a whole, in fp32, until it is quantised. Merging twice does nothing, and returns the
-        first report again. `safe` has no effect here, since a result that is not finite can never be stored.
+        W + s·B·A is in memory as a whole, in fp32, until it is quantised. Merging a merged module does nothing and
+        returns the first report again. `safe` has no effect here, since a result that is not finite cannot be stored.
 
         Raises:
-            ValueError: without `lossy`, because quantising again loses part of the update, which `to_linear` does not;
+            ValueError: without `lossy`, because quantising again loses part of the update (`to_linear` loses nothing);
                 and for a result that is not finite. Nothing is changed.
         """
         if not lossy:
@@ -186,7 +190,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Store the weight of before `merge` again, bit for bit. Does nothing where nothing is merged."""
+        """Put the weight back that `merge` has replaced, bit for bit. Does nothing where nothing is merged."""
         if self._unmerged is not None:
             self._put(self._unmerged)
             self._unmerged = None
@@ -212,7 +216,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return merged
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLoRALinear:
-        """Move every tensor, and convert those that are no part of the quantised weight."""
+        """Move every tensor with `fn`, and convert the dtype only of those that are no part of the quantised weight."""
         own = {id(part) for part in (self.weight, *(self._buffers[name] for name in _PARTS))}
 
         def move(t: Tensor) -> Tensor:
@@ -251,8 +255,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
         unexpected_keys[:] = [name for name in unexpected_keys if name != prefix + "weight_format"]
 
     def _stored_state(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """Return `state_dict` with its weight in the stored format. Raises ValueError for anything in it that does not
-        fit this module: torch would cast other dtypes, and load the half that does fit."""
+        """Return `state_dict` with its weight in the stored format. Raises ValueError where anything in it does not fit
+        this module: torch itself would cast other dtypes, and would load the parts that fit without the rest."""
         names, key = ("weight", *_PARTS), prefix + "weight_format"
         weight, mine = state_dict.get(prefix + "weight"), self.quantized_weight()
         nothing = "nothing was loaded into it"

@@ -1,4 +1,4 @@
-"""`LoRASettings`: what a fused layer is asked to be, as one object that the modules and `apply_lora` pass on."""
+"""`LoRASettings`: the settings of a fused layer, as one object that the modules and `apply_lora` pass on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 class LoRASettings:
     """The keywords of `FusedLoRALinear.from_linear`, which documents them, with its defaults.
 
-    Making one checks nothing. `check` is called by the layer that is made from it, so that `apply_lora` can say which
-    layer a bad value was meant for.
+    Its constructor checks nothing. The layer that is made from it calls `check`, so that `apply_lora` can name the
+    layer in the error for a bad value.
     """
 
     r: int = 8
@@ -29,7 +29,7 @@ class LoRASettings:
     init: str = "kaiming"
 
     def check(self) -> None:
-        """Raise ValueError for a rank, an alpha or a dropout that no layer can have."""
+        """Raise ValueError where r, lora_alpha or lora_dropout has a value that no layer can have."""
         if not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r must be an integer of at least 1, got {self.r!r}")
         if not isinstance(self.lora_alpha, (int, float)) or not math.isfinite(self.lora_alpha):
@@ -39,11 +39,12 @@ class LoRASettings:
 
     @property
     def scaling(self) -> float:
-        """s of these settings: see `scaling_of`."""
+        """The s of these settings, as `scaling_of` gives it."""
         return scaling_of(self.lora_alpha, self.r, self.use_rslora)
 
     def dtype_beside(self, weight: torch.dtype) -> torch.dtype:
-        """Return the dtype of A and B beside a W of dtype `weight`. Raises TypeError where they do not go together."""
+        """Return the dtype of A and B beside a W of dtype `weight`. Raises TypeError where adapter_dtype does not go
+        with it."""
         dtype = self.adapter_dtype or weight
         if dtype != weight and not (dtype == torch.float32 and weight in (torch.float16, torch.bfloat16)):
             raise TypeError(f"adapter_dtype must be the weight's ({weight}), or fp32 beside fp16 or bf16; got {dtype}")

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on the fused path."""
+"""PEFT's LoRA layers, computed by the fused kernels."""
 
 from lora_kernels.peft.fusing import FusedLinear, FuseReport, disable, enable, fuse, unfuse
 

@@ -1,13 +1,13 @@
-"""PEFT's LoRA linears over bitsandbytes' weights of 4 and 8 bits on the fused path (QLoRA).
+"""PEFT's LoRA linears over bitsandbytes' weights of 4 and 8 bits, on the fused path (QLoRA).
 
-This module is imported only where PEFT has made such a layer, so that bitsandbytes is not needed elsewhere.
+This module is imported only where PEFT has made such a layer, so that other models do not need bitsandbytes.
 
     Linear4bit    y = to x's dtype(c Wᵀ + bias + s · (dropout(c) Aᵀ) Bᵀ), c = x in compute_dtype; W in nf4 or fp4
     Linear8bitLt  y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ, W in int8
 
 W is the tensor that bitsandbytes stores, shared and not copied. Merging, which quantises W + s·B·A again, stays PEFT's.
-For int8 bitsandbytes also rounds x to 8 bits, except for outliers (LLM.int8, arXiv:2208.07339) and except while
-training on the CPU. Here x stays as it is, which is nearer to the product of x and the stored W.
+With int8, bitsandbytes also rounds x to 8 bits, except for outliers (LLM.int8, arXiv:2208.07339) and except while
+training on the CPU. Here x is not rounded, so the result is nearer to the product of x and the stored W.
 
 Dettmers, Pagnoni, Holtzman and Zettlemoyer, "QLoRA", 2023 (arXiv:2305.14314).
 """
@@ -34,15 +34,16 @@ from lora_kernels.quant.weight import DTYPES, QuantizedWeight
 
 
 class _Stored:
-    """The weight of a bitsandbytes layer, read once for as long as bitsandbytes holds the same tensors.
+    """A cache of the weight of a bitsandbytes layer, valid for as long as bitsandbytes holds the same tensors.
 
-    Moving, merging, loading and re-packing replace one of the tensors, or put the weight at another address; then it is
-    read again. A copy and an unpickled object start empty.
+    Moving, merging, loading and re-packing replace one of the tensors, or put the weight at another address. The weight
+    is then read again. A copy and an unpickled object start empty.
     """
 
     def __init__(self) -> None:
         self.last: tuple[tuple[Any, ...], QuantizedWeight | str] | None = None
-        """What was read last, and from what. It is replaced as a whole: several threads may read one layer."""
+        """The source of the last reading and its result. Both are replaced at once, because several threads may read
+        the same layer."""
 
     def read(self, base: Any) -> QuantizedWeight | str:
         """Return the weight of `base`, a Linear4bit or Linear8bitLt, or why it cannot be read."""
@@ -54,10 +55,10 @@ class _Stored:
         elif (scales := getattr(weight, "SCB", None)) is None:  # a Linear8bitLt moves it there in its first forward
             scales = getattr(getattr(base, "state", None), "SCB", None)
         last = self.last
-        if torch.compiler.is_compiling():  # a compiler knows no addresses: the parameter itself must do
+        if torch.compiler.is_compiling():  # a compiler knows no addresses, so only the tensors are compared
             address = last[0][3] if last is not None else 0
         else:
-            with torch._C.DisableTorchFunctionSubclass():  # without it a Params4bit's takes microseconds
+            with torch._C.DisableTorchFunctionSubclass():  # otherwise data_ptr() of a Params4bit takes microseconds
                 address = weight.data_ptr()
         if last is not None:
             source, found = last
@@ -71,7 +72,7 @@ class _Stored:
         return found
 
     def clear(self) -> None:
-        """Forget what was read, and hold none of its tensors."""
+        """Empty the cache, so that it holds no tensors."""
         self.last = None
 
     def __deepcopy__(self, memo: object) -> _Stored:
@@ -90,8 +91,8 @@ class _FusedBnb(Fused):
 
     @classmethod
     def read_base(cls, layer: Any) -> tuple[QuantizedWeight, Tensor | None] | str:
-        """Return the quantised W and the bias, or why there are none. One reason is a base that bitsandbytes has not
-        quantised yet."""
+        """Return the quantised W and the bias, or why they cannot be used. One reason is a base that bitsandbytes has
+        not quantised yet."""
         base = layer._modules["base_layer"]
         if isinstance(base, BaseTunerLayer):
             return "its base is another tuner's layer"
@@ -111,18 +112,17 @@ class _FusedBnb(Fused):
 
     @staticmethod
     def variant_reason(layer: Any, name: str) -> str:
-        """Return why the variant is not served: over a quantised weight none is."""
+        """Return why the adapter's variant cannot be fused: over a quantised weight no variant can."""
         kind = type(layer.lora_variant[name])
         what = "DoRA over a quantised weight" if kind is DoraLinearVariant else f"a {kind.__name__}"
         return f"adapter {name!r} is {what}"
 
     def prepare(self) -> None:
-        """Read the quantised weight now, so that a first forward inside ``torch.compile`` finds it: there it could not
-        be read."""
+        """Read the quantised weight now, because a first forward inside ``torch.compile`` could not read it."""
         self.read_base(self)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Merge as PEFT does, and hold nothing of what merging has replaced."""
+        """Merge as PEFT does, and hold none of the tensors that merging has replaced."""
         self.plain.merge(self, *args, **kwargs)
         self._stored.clear()
 
@@ -142,7 +142,7 @@ class _FusedBnb(Fused):
         return found
 
     def _base_dtypes(self, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | str:
-        """Return the dtypes in which the base is computed and y returned, or why x has none."""
+        """Return the dtypes in which the base is computed and y is returned, or why x's dtype cannot be served."""
         raise NotImplementedError
 
     def _compute(self, x: Tensor, operands: Operands) -> Tensor:
@@ -159,15 +159,15 @@ class _FusedBnb(Fused):
             return quantized_linear(x.to(inner), w, bias, self._backend).to(outer)
 
     def _settle(self, x: Tensor) -> None:
-        """Do to the base what bitsandbytes' own forward would do to it before it computes."""
+        """Make the changes to the base that bitsandbytes' own forward makes before it computes."""
 
 
 class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
     """PEFT's LoRA linear over a ``Linear4bit``, nf4 or fp4, with double quantisation or without.
 
-    It serves a call where the conversion to compute_dtype loses nothing of x that PEFT's adapter would see: for an x of
-    that dtype, for one of 16 bits where compute_dtype is fp32, and for any x under an autocast to compute_dtype.
-    Otherwise PEFT computes the adapter from the unconverted x, and keeps the call.
+    The fused path converts x to compute_dtype for the base and the adapter. PEFT converts it for the base only. So a
+    call is fused only where this makes no difference to the adapter: for an x in compute_dtype, for a 16-bit x where
+    compute_dtype is fp32, and for any x under an autocast to compute_dtype. PEFT serves the other calls.
     """
 
     plain = peft_layers.Linear4bit
@@ -210,15 +210,15 @@ class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
 
     @classmethod
     def read_base(cls, layer: Any) -> tuple[QuantizedWeight, Tensor | None] | str:
-        """Return the quantised W and the bias, or why there are none. One reason is a base that is quantised again in
-        every call."""
+        """Return the quantised W and the bias, or why they cannot be used. One reason is a base that is quantised again
+        in every call."""
         if getattr(getattr(layer._modules["base_layer"], "state", None), "has_fp16_weights", False):
             return "its base has has_fp16_weights, and quantises its weight anew in every call"
         return super().read_base(layer)
 
     @staticmethod
     def base_note(layer: Any) -> str:
-        """Return the weight's format, and the difference from bitsandbytes."""
+        """Return the weight's format, and the difference from bitsandbytes' own forward."""
         return ", int8 (x is not quantised)"
 
     def _base_dtypes(self, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | str:
@@ -232,4 +232,4 @@ class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
 
 
 KINDS: dict[type, type[Fused]] = {kind.plain: kind for kind in (FusedLinear4bit, FusedLinear8bitLt)}
-"""PEFT's class → the fused class that takes its place."""
+"""The fused class for each of PEFT's classes."""

@@ -1,8 +1,8 @@
-"""PEFT's LoRA linears on the fused path: `fuse` a model, or `enable` fusing for every model that PEFT builds.
+"""`fuse` puts the LoRA linears of a PEFT model on the fused path; `enable` does so for every model that PEFT builds.
 
-This takes in PEFT's linears over dense weights (`lora_kernels.peft.linear`) and over bitsandbytes' weights of 4 and 8
-bits (`lora_kernels.peft.bnb`). What the kernels cannot serve goes to PEFT's own forward: a whole layer, as `FuseReport`
-tells, or a single call, as the layer's ``passed_over`` tells.
+PEFT's linears over dense weights (`lora_kernels.peft.linear`) and over bitsandbytes' weights of 4 and 8 bits
+(`lora_kernels.peft.bnb`) are fused. PEFT's own forward serves what the kernels cannot: whole layers, which `FuseReport`
+lists, and single calls, which a layer counts in ``passed_over``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = ["FuseReport", "FusedLinear", "disable", "enable", "fuse", "unfuse"]
 
 
 def _fused_kind(kind: type) -> type[Fused] | None:
-    """Return the fused class that takes the place of PEFT's class `kind`, or `kind` where it is one; None where there
-    is none for it."""
+    """Return the fused class that replaces PEFT's class `kind`, or None where there is none. A fused `kind` is returned
+    itself."""
     if issubclass(kind, Fused):
         return kind
     if kind.__module__ == "peft.tuners.lora.bnb":  # PEFT has it only beside bitsandbytes
@@ -44,14 +44,14 @@ def _fused_kind(kind: type) -> type[Fused] | None:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """A report of what `fuse` did. It prints as a table."""
+    """The result of `fuse`. ``str()`` of it is a table."""
 
     fused: dict[str, str]
-    """The modules whose adapters are all on the fused path: name → size and adapters."""
+    """The modules of which every adapter is on the fused path: name → size and adapters."""
     not_fused: dict[str, str]
-    """The modules that PEFT's own forward serves, for all of their adapters or some: name → why."""
+    """The modules of which PEFT's own forward serves at least one adapter: name → reason."""
     groups: dict[str, SharedInput] = field(default_factory=dict)
-    """With ``group``: name of a module → its children that are computed by one call."""
+    """The groups that ``fuse(group=...)`` has made: name of a module → its children that one call computes."""
 
     def __str__(self) -> str:
         rows = [(name, "fused", what) for name, what in self.fused.items()]
@@ -73,16 +73,16 @@ def fuse(
 ) -> FuseReport:
     """Put every LoRA linear of a PEFT model on the fused path, and return a report.
 
-    Call it after ``get_peft_model`` or ``from_pretrained``, and before wrapping or compiling the model. Calling it
-    again takes in layers that were added since.
+    Call it after ``get_peft_model`` or ``from_pretrained``, and before wrapping or compiling the model. A second call
+    also fuses layers that were added since the first.
 
     Args:
         model: a PeftModel, or any module with PEFT's LoRA layers inside.
-        strict: raise, and change nothing, where a layer or an adapter cannot be fused.
-        backend: the name of a back-end, which then serves all layers or raises; None for a choice in every call.
-        group: compute layers that read the same x by one call, each with its own dropout mask. True stands for the
-            names in `lora_kernels.peft.groups.FAMILIES` (q/k/v and gate/up of Llama, Qwen, Mistral, Gemma;
-            query/key/value of BERT and ViT). Other models take names, as in ``[("wq", "wk", "wv")]``. A group ends
+        strict: whether to raise, with nothing changed, where a layer or an adapter cannot be fused.
+        backend: the name of a back-end, which then serves every call or raises; None for the automatic choice.
+        group: the layers that read the same x and are computed by one call, each with its own dropout mask. True stands
+            for the names in `lora_kernels.peft.groups.FAMILIES` (q/k/v and gate/up of Llama, Qwen, Mistral, Gemma;
+            query/key/value of BERT and ViT). Other models need names, such as ``[("wq", "wk", "wv")]``. A group ends
             when its layers are called with different inputs (see its ``dissolved``). Layers over bitsandbytes' weights
             are not grouped.
 
@@ -91,7 +91,7 @@ def fuse(
         calls that it cannot serve (see `FusedLinear.passed_over`).
 
     Raises:
-        RuntimeError: with `strict`; its text has the report.
+        RuntimeError: with `strict`, where a layer or an adapter cannot be fused. The text holds the report.
         ValueError: for an unknown back-end, or names in `group` that the model does not have; nothing is changed.
     """
     if backend is not None and backend not in dispatch.BACKENDS:
@@ -159,7 +159,8 @@ _create = LoraModel.__dict__["_create_new_module"]
 
 def _create_fused(*args: Any, **kwargs: Any) -> Any:
     module = _create.__func__(*args, **kwargs)
-    if kind := _fused_kind(type(module)):  # base and adapter may still change: every call asks whether they fit
+    # Base and adapter are not checked here. They may still change, and every forward checks them.
+    if kind := _fused_kind(type(module)):
         _swap(module, kind, None)
     return module
 
@@ -173,5 +174,5 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """End what `enable` began. Layers that are fused stay fused (see `unfuse`)."""
+    """Undo `enable`: layers that PEFT makes from now on are not fused. Fused layers stay fused until `unfuse`."""
     LoraModel._create_new_module = _create  # type: ignore[method-assign]

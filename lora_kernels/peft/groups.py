@@ -1,8 +1,8 @@
 """Shared-input groups of a fused PEFT model: q, k and v, or gate and up, in one call of `lora_linear_group`.
 
-The layers stay where they are, and the model's code calls them one by one. Inside a forward of their parent the first
-layer that is called computes the y of all. The others hand out what is already computed, where they are called with the
-very same x. A layer that is called with another x, as in cross-attention, computes for itself and ends the group.
+The layers stay where they are, and the model's code calls them one by one. In a forward of their parent, the first
+layer that is called computes the y of every layer. Each other layer then returns its y, if it is called with the very
+same x. A layer that is called with another x, as in cross-attention, computes its own y and ends the group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj"),
     ("query", "key", "value"),  # BERT, ViT
 )
-"""Names of children of one module that read the same x. GPT-NeoX has one linear for q, k and v, so nothing to group."""
+"""Names of children of one module that read the same x. GPT-NeoX has one linear for q, k and v, and needs no group."""
 
 
 class SharedInput:
@@ -30,9 +30,9 @@ class SharedInput:
 
     Attributes:
         names: the names of the layers in their parent.
-        calls: how many calls computed all layers.
-        passed_over: why other calls did not: reason → how many.
-        dissolved: why the group has ended, or None while it stands.
+        calls: the number of calls that computed all layers.
+        passed_over: the number of calls that did not, by reason.
+        dissolved: the reason why the group has ended, or None while it exists.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ class SharedInput:
         return f"{', '.join(self.names)}: {state or f'one call for all, {self.calls} so far'}"
 
     def dissolve(self, reason: str) -> None:
-        """End the group: each layer computes for itself from now on."""
+        """End the group: each layer computes its own y from now on."""
         self.dissolved = reason
         for hook in self._hooks:
             hook.remove()
@@ -68,7 +68,7 @@ class SharedInput:
     def take(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return the y of `layer` for x; None where the group does not serve the call."""
         place = next((i for i, member in enumerate(self.layers) if member is layer), None)
-        if not self._open or place is None:  # called past its parent; or a replica of a member
+        if not self._open or place is None:  # not called by its parent; or a replica of a member
             return None
         if place in self._ys:
             if self._x is not None and self._x[0] is x and self._x[1] == _version(x):
@@ -90,7 +90,7 @@ class SharedInput:
         return self._ys.pop(place)
 
     def _read(self, x: Tensor) -> list[Operands] | str:
-        """Return what each layer computes with, or why this call is not one for all."""
+        """Return the operands of each layer, or why one call cannot compute all layers."""
         members = []
         for name, member in zip(self.names, self.layers, strict=True):
             operands = member.read(x)
@@ -116,11 +116,8 @@ class SharedInput:
 
 
 def check_families(model: nn.Module, families: Sequence[Sequence[str]]) -> None:
-    """Check families that the caller has named.
-
-    Raises:
-        ValueError: for a family of fewer than two names, or one of which no module of the model has two.
-    """
+    """Raise ValueError where a family has fewer than two names, or where no module of the model has two children of
+    these names."""
     for family in families:
         if isinstance(families, str) or isinstance(family, str) or len(family) < 2:
             raise ValueError(
@@ -153,9 +150,9 @@ def group(model: nn.Module, kind: type[nn.Module], families: Sequence[Sequence[s
 
 
 def _version(x: Tensor) -> int | None:
-    """Return x's version counter, by which a write into x between two calls is noticed.
+    """Return x's version counter, which tells whether x was written to between two calls.
 
-    It is None for tensors of inference mode, which have no counter, and while a compiler traces. There a write goes
-    unnoticed; no model of the families writes into x.
+    It is None for tensors of inference mode, which have no counter, and while a compiler traces. A write is not noticed
+    then; no model of `FAMILIES` writes into x.
     """
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -1,9 +1,10 @@
 """The fused path of PEFT's LoRA linears: `Fused`, which every kind shares, and `FusedLinear` over a dense base.
 
 A layer's class is changed to a subclass that overrides ``forward`` alone, so that merging, saving, loading, swapping,
-switching and deleting adapters stay PEFT's. What the kernels cannot serve goes to PEFT's own forward, with a reason.
+switching and deleting adapters stay PEFT's. A call that the kernels cannot serve goes to PEFT's own forward, and its
+reason is counted. The result, for plain LoRA and for DoRA, is the one that PEFT defines. For plain LoRA it is
 
-    result = base(x) + Σ over active adapters of scaling · lora_B(lora_A(dropout(x)))      as PEFT defines it, and DoRA
+    result = base(x) + Σ over active adapters of scaling · lora_B(lora_A(dropout(x)))
 """
 
 from __future__ import annotations
@@ -35,24 +36,25 @@ from lora_kernels.peft.reading import (
 from lora_kernels.quant.weight import QuantizedWeight
 
 _IGNORED = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
-"""Keywords of PEFT's variants, which its plain LoRA takes and drops."""
+"""Keywords of PEFT's variants of LoRA. Plain LoRA accepts and ignores them."""
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Fused:
-    """What a LoRA linear of PEFT becomes. It stands before PEFT's class, `plain`, among a subclass's bases.
+    """The fused forward of PEFT's LoRA linears. A subclass inherits from this class and then from PEFT's, `plain`.
 
-    A forward reads the layer once (`read`), and then computes (`_compute`), or leaves the call to PEFT's own forward.
-    Subclasses say how the base is read (`read_base`), which variants of LoRA they serve (`variant_reason`) and in which
-    dtypes a call is computed (`_dtypes`).
+    A forward reads the layer once (`read`). Then it computes (`_compute`), or leaves the call to PEFT's own forward.
+    Subclasses define how the base is read (`read_base`), which variants of LoRA they serve (`variant_reason`) and in
+    which dtypes a call is computed (`_dtypes`).
 
     Attributes:
-        fused_calls: how many forwards took the fused path (not counted inside ``torch.compile``).
-        passed_over: why others went to PEFT's own forward: reason → how many.
+        fused_calls: the number of forwards on the fused path (not counted inside ``torch.compile``).
+        passed_over: the number of forwards that were left to PEFT, by reason.
     """
 
     plain: ClassVar[type[Any]]
+    """PEFT's class."""
     stored: ClassVar[bool] = False
     """Whether the base weight is stored in 4 or 8 bits."""
     own: ClassVar[dict[str, Callable[[], Any]]] = {
@@ -61,7 +63,7 @@ class Fused:
         "_backend": lambda: None,
         "_group": lambda: None,
     }
-    """The attributes that a fused layer has beside PEFT's, and what makes their first values."""
+    """The attributes that a fused layer has beside PEFT's, and the functions that make their first values."""
 
     fused_calls: int
     passed_over: Counter[str]
@@ -77,8 +79,8 @@ class Fused:
     disable_adapters: Any
     merged: Any
     base_layer: Any
-    """The layer that PEFT wraps. It is never another tuner's layer, which `read_base` refuses, so that get_base_layer()
-    is not needed: its search takes microseconds."""
+    """The layer that PEFT wraps. `read_base` refuses another tuner's layer there. So get_base_layer(), whose search
+    takes microseconds, is not needed."""
     cast_input_dtype_enabled: Any
     _cast_input_dtype: Any
     _check_forward_args: Any
@@ -115,9 +117,9 @@ class Fused:
     def read(
         self, x: Tensor, args: Any = (), kwargs: Mapping[str, Any] = _NOTHING, names: list[str] | None = None
     ) -> Operands | str:
-        """Return what a forward with these arguments computes with, or why PEFT's own forward serves it; that is ""
-        where no adapter is to be computed."""
-        # Every forward runs this. It goes through the layer once, and past nn.Module's attribute look-up.
+        """Return the operands of a forward with these arguments, or why PEFT's own forward serves it: "" where no
+        adapter is to be computed."""
+        # Every forward runs this. It reads the layer once, and avoids nn.Module's slow attribute look-up.
         if self.disable_adapters or self.merged:
             return "" if names is None else "adapter_names beside disabled or merged adapters"
         if args or (kwargs and any(key != "adapter_names" and key not in _IGNORED for key in kwargs)):
@@ -203,24 +205,24 @@ class Fused:
 
     @staticmethod
     def base_note(layer: Any) -> str:
-        """Return what a report says of the base beside its size."""
+        """Return the text that follows the size of the base in a report."""
         return ""
 
     def prepare(self) -> None:
-        """Do what a layer needs once, before its first fused forward."""
+        """Do the work that a layer needs once, before its first fused forward."""
 
     def _dtypes(
         self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
     ) -> tuple[torch.dtype, torch.dtype] | str:
-        """Return the dtypes in which the call is computed and returned (`Operands.inner`, `Operands.outer`), or why
-        they cannot be served together. `autocast` is `autocast_of(x)`."""
+        """Return the dtypes in which the call is computed and returned (`Operands.inner`, `Operands.outer`), or why the
+        dtypes of x, W and the adapters cannot be served together. `autocast` is `autocast_of(x)`."""
         raise NotImplementedError
 
     def _compute(self, x: Tensor, operands: Operands) -> Tensor:
         """Return y of the base with every adapter of `operands`."""
         adapters = operands.adapters
         adapter = next(iter(adapters.values()))
-        if adapter.magnitude is not None:  # the only one: `read` leaves DoRA beside others to PEFT
+        if adapter.magnitude is not None:  # it is the only one: `read` leaves DoRA beside other adapters to PEFT
             return self._compute_dora(x, operands, adapter)
         later: list[str] = []
         if len(adapters) > 1 and any(each.p for each in adapters.values()):
@@ -231,21 +233,21 @@ class Fused:
         if not later:
             return y
         dtype = y.dtype
-        for name in later:  # each with a mask of its own
+        for name in later:  # every adapter has a dropout mask of its own
             low = self._cast_input_dtype(x, adapters[name].a.dtype)
             y = y + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](low))) * self.scaling[name]
         return y.to(dtype)
 
     def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
-        """Return y of the base with a DoRA adapter."""
+        """Return y of the base with the DoRA adapter `adapter`."""
         raise NotImplementedError
 
     def _compute_base(self, x: Tensor, operands: Operands) -> Tensor:
-        """Return the base's own result."""
+        """Return the result of the base without an adapter."""
         return self.base_layer(x)
 
     def _compute_by_sample(self, x: Tensor, operands: Operands, names: list[str]) -> Tensor:
-        """Return y of the samples of x, each with the adapter that it names, by one call per adapter."""
+        """Return y, where sample i of x is computed with the adapter ``names[i]``, by one call for each adapter."""
         order: list[int] = []
         parts = []
         for name in dict.fromkeys(names):
@@ -260,26 +262,27 @@ class Fused:
         return torch.cat(parts)[torch.tensor(back, device=x.device)]
 
     def _get_name(self) -> str:
-        return self.plain.__name__  # PEFT's repr, which begins with lora.Linear
+        return self.plain.__name__  # so that repr() begins with PEFT's name, lora.Linear
 
     def extra_repr(self) -> str:
-        """Return what tells a fused layer from PEFT's own."""
+        """Return the note that ``repr`` shows for a fused layer."""
         return "fused by lora_kernels"
 
 
 class FusedLinear(Fused, peft_layer.Linear):
-    """PEFT's LoRA linear over an ``nn.Linear`` or a Conv1D, computed by `lora_kernels.lora_linear` where that serves
-    the call."""
+    """PEFT's LoRA linear over an ``nn.Linear`` or a Conv1D. `lora_kernels.lora_linear` or `dora_linear` computes every
+    call that it can serve."""
 
     plain = peft_layer.Linear
     lora_magnitude_vector: Any
 
     @staticmethod
     def read_base(layer: Any) -> tuple[Tensor, Tensor | None] | str:
-        """Return W and bias of a frozen nn.Linear or Conv1D, whose weight is transposed."""
+        """Return W [N, K] and bias of a frozen nn.Linear or Conv1D, or why they cannot be used. A Conv1D stores Wᵀ."""
         base = layer._modules["base_layer"]
         kind = type(base)
-        if kind is not nn.Linear and isinstance(base, BaseTunerLayer):  # an abstract class: asking takes microseconds
+        # BaseTunerLayer is an abstract class, for which isinstance takes microseconds.
+        if kind is not nn.Linear and isinstance(base, BaseTunerLayer):
             return "its base is another tuner's layer"
         transposed = layer.fan_in_fan_out
         if kind.forward is nn.Linear.forward:
@@ -298,7 +301,7 @@ class FusedLinear(Fused, peft_layer.Linear):
 
     @staticmethod
     def variant_reason(layer: Any, name: str) -> str | None:
-        """Return why the variant is not a DoRA that can be fused."""
+        """Return why the adapter's variant is not a DoRA that can be fused; None where it is."""
         kind = type(layer.lora_variant[name])
         if kind is not DoraLinearVariant:
             return f"adapter {name!r} is a {kind.__name__}"
@@ -328,7 +331,7 @@ class FusedLinear(Fused, peft_layer.Linear):
         w: Any = operands.w
         a, b, _, scale, p, magnitude = adapter
         assert magnitude is not None
-        # weight_norm_sq=None: ‖W‖² is computed in every call, because PEFT writes W through .data, which no cache sees
+        # ‖W‖² is computed in every call, because PEFT writes W through .data, which `WeightNorms` cannot notice.
         return dora_linear(
             x,
             w,

@@ -1,8 +1,8 @@
-"""What a fused layer reads from PEFT's modules in one pass per forward, and the operands that it makes of them.
+"""The operands of a fused PEFT layer, which are read from PEFT's modules in every forward.
 
-A reading belongs to one call and is not kept. PEFT's users may change everything in it between two calls: adapters,
-scaling, dropout, hooks, dtypes, the base weight and whether it is merged. Reading all of it again costs about as much
-as a cache key that would notice every such change.
+They are not kept between calls, because a user may change any of them: adapters, scaling, dropout, hooks, dtypes, the
+base weight and whether it is merged. Reading all of them again takes about as much time as a cache key that would
+notice every such change.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class PeftAdapter(NamedTuple):
     b_bias: Tensor | None
     """The bias of ``lora_B``, [N], which the adapter has with ``lora_bias=True``."""
     scale: float | Tensor
+    """PEFT's ``scaling`` of the adapter."""
     p: float
     """The dropout probability in this call: 0 while the dropout module is not in training mode."""
     magnitude: Tensor | None = None
@@ -35,14 +36,14 @@ class PeftAdapter(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What one forward computes with."""
+    """The operands of one forward."""
 
     w: Tensor | QuantizedWeight
     """W [N, K] of the base."""
     bias: Tensor | None
     """The base's own bias, [N]."""
     adapters: dict[str, PeftAdapter]
-    """The active adapters, by name; with ``adapter_names`` those that are named. There is at least one."""
+    """The active adapters by name, or with ``adapter_names`` those that it names. There is at least one."""
     inner: torch.dtype
     """The dtype in which base and adapters are computed."""
     outer: torch.dtype
@@ -52,8 +53,9 @@ class Operands(NamedTuple):
 def as_one_adapter(
     operands: Operands, bias_dtype: torch.dtype
 ) -> tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]:
-    """Return (w, a, b, scale, bias, p) that `lora_linear` takes. Several adapters become one of the sum of their ranks,
-    which is possible without dropout only. Their own biases are added to the base's, in `bias_dtype`."""
+    """Return (w, a, b, scale, bias, p) for `lora_linear`. Several adapters become one, whose rank is the sum of theirs;
+    the caller makes sure that they have no dropout. The adapters' own biases are added to the base's, in
+    `bias_dtype`."""
     w, bias, adapters, inner, _ = operands
     for adapter in adapters.values():
         if adapter.b_bias is not None:
@@ -61,20 +63,22 @@ def as_one_adapter(
             bias = term if bias is None else bias + term
     if bias is not None and bias.dtype != bias_dtype:
         bias = bias.to(bias_dtype)
-    a, b, _, scale, p, _ = adapter
+    a, b, _, scale, p, _ = adapter  # the only adapter, or the last of several: these replace a, b and scale
     if len(adapters) > 1:
         a = torch.cat([each.a for each in adapters.values()])
         b = torch.cat([each.b * each.scale for each in adapters.values()], 1)
         scale = 1.0
-    if inner == torch.float32 and not a.dtype == b.dtype == inner:  # 16 bits, beside a bitsandbytes base in fp32
+    # Adapters in 16 bits may stand beside a bitsandbytes base that computes in fp32.
+    if inner == torch.float32 and not a.dtype == b.dtype == inner:
         a, b = a.to(inner), b.to(inner)
     return w, a, b, scale, bias, p
 
 
 def weight_and_bias(module: Any) -> tuple[Any, Any]:
-    """Return ``(module.weight, module.bias)``, past nn.Module's attribute look-up, which takes a microsecond for each.
+    """Return ``(module.weight, module.bias)``, from the dictionary of parameters where they are in it: nn.Module's
+    attribute look-up takes a microsecond for each.
 
-    They are attributes of another kind where the module is a replica of DataParallel or parametrised.
+    In a replica of DataParallel, and where a parameter is parametrised, they are not in the dictionary.
     """
     parameters = module._parameters
     try:
@@ -84,7 +88,8 @@ def weight_and_bias(module: Any) -> tuple[Any, Any]:
 
 
 def autocast_of(x: Tensor) -> torch.dtype | None:
-    """Return the dtype to which autocast converts x; None where it is off, and for fp64, which it leaves as it is."""
+    """Return the dtype to which autocast converts x. None where autocast is off, and for an fp64 x, which it leaves as
+    it is."""
     device = device_type(x)
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
@@ -99,7 +104,7 @@ def only_eager(
     dropout: bool,
     w_format: str,
 ) -> bool:
-    """Return whether the automatic choice has no kernel for the forward or the backward of such calls, whatever their
-    number of rows: it is then `eager`. `dtypes` are those of x and the adapter, `shape` is (N, K, R)."""
+    """Return whether the automatic choice is `eager`, which has no kernel, for the forward or the backward of such
+    calls with any number of rows. `dtypes` are those of x and the adapter, and `shape` is (N, K, R)."""
     call = Call("forward", device, *dtypes, 1, *shape, dropout, w_format)
     return dispatch.automatic(call) == "eager" or dispatch.automatic(Call("backward", *call[1:])) == "eager"

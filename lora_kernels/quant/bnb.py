@@ -1,4 +1,7 @@
-"""`from_bnb`: the weight of a layer that bitsandbytes has quantised, as a `QuantizedWeight`. Needs no bitsandbytes."""
+"""`from_bnb`: the weight of a layer that bitsandbytes has quantised, as a `QuantizedWeight`.
+
+bitsandbytes itself is not imported.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,18 @@ from lora_kernels.quant.weight import ODD_K, Nested, QuantizedWeight
 def from_bnb(source: Any, dtype: torch.dtype | None = None) -> QuantizedWeight:
     """Return the weight of a Linear4bit or Linear8bitLt of bitsandbytes, or its Params4bit or Int8Params.
 
-    Nothing is copied: a later change of bitsandbytes' tensors changes the weight here too. There is one exception. In
-    its first forward in eval mode, on a CPU with AVX512-BF16, bitsandbytes re-packs its weight for inference. The codes
-    of such a weight are put back in order in a copy, and its absmax stay rounded to bf16, as bitsandbytes left them.
-    Call `from_bnb` before that forward to have them unrounded.
+    The tensors are shared, so a later change of bitsandbytes' tensors changes the weight here too. There is one
+    exception. On a CPU with AVX512-BF16, the first forward in eval mode makes bitsandbytes re-pack the weight for
+    inference. `from_bnb` copies the codes of such a weight back into order. Its absmax stay rounded to bf16, as
+    bitsandbytes left them; call `from_bnb` before that forward to have them unrounded.
 
     Args:
         source: the layer or its weight.
-        dtype: what `dequantize` gives by default. None is the dtype of the weight that was quantised, and fp16 for
-            int8, which bitsandbytes always quantises from.
+        dtype: the dtype that `dequantize` gives by default. None is the dtype of the weight that was quantised; for
+            int8 it is fp16, which bitsandbytes converts every weight to before it quantises it.
 
     Raises:
-        TypeError: `source` is none of these.
+        TypeError: `source` is no such layer or weight.
         ValueError: the weight is not quantised yet, or the formats here cannot hold its state.
     """
     owner = source if isinstance(source, torch.nn.Linear) else None

@@ -13,10 +13,13 @@ from torch.nn.functional import pad
 from lora_kernels.quant import tables
 
 SLICE = 2**20
-"""How many elements are worked on at a time: a multiple of every blocksize."""
+"""The number of elements of W that are worked on at a time: a multiple of every blocksize."""
 NESTED_BLOCKSIZE = 256
+"""The number of absmax that share one scale in double quantisation."""
 FP8_BLOCK = 128
+"""The number of rows, and of columns, of a block of W that shares one fp8 scale."""
 FP8_MAX = 448.0
+"""The largest number of e4m3."""
 
 
 def four_bit(w: Tensor, format: str, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@ nf4      the 16 levels of NormalFloat4: quantiles of the normal distribution, wi
          (Dettmers, Pagnoni, Holtzman and Zettlemoyer, "QLoRA", arXiv:2305.14314, section 3 and appendix E)
 fp4      a sign, two bits of exponent, one of mantissa, scaled so that the largest is 1: 0, 1/192, 1/6, 1/4, 1/3, 1/2,
          2/3, 1, in the order of their bit patterns, which is not that of their values
-dynamic  the 256 levels that double quantisation stores absmax in: 2^i fractions of [0.1, 1] at the decade 10^(i - 6)
-         for i = 0 ... 6, with both signs, and 0 and 1 (Dettmers, "8-Bit Approximations for Parallelism in Deep
-         Learning", arXiv:1511.04561)
+dynamic  the 256 levels in which double quantisation stores absmax: for i = 0 ... 6 the midpoints of 2^i equal parts of
+         [0.1, 1], times 10^(i - 6), with both signs, and 0 and 1 (Dettmers, "8-Bit Approximations for Parallelism in
+         Deep Learning", arXiv:1511.04561)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _made: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def _kept(name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """Return `make()` on `device`, which is made once for each name and device."""
+    """Return `make()` on `device`. It is called once for each name and device, and the result is kept."""
     table = _made.get((name, device))
     if table is None or torch.compiler.is_compiling():
         with torch.inference_mode(False):

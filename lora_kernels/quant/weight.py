@@ -69,7 +69,7 @@ class QuantizedWeight:
     nested: Nested | None = None
     """The second level, where the scales of nf4 or fp4 are quantised themselves."""
     checked: bool = field(default=False, repr=False)
-    """Whether `check` has found that the parts fit together."""
+    """Whether the parts are known to fit together: `check` has passed, or they come from a weight that it passed."""
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +78,7 @@ class QuantizedWeight:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether the tensors lie in the memory of the CPU, as ``Tensor.is_cpu`` tells."""
+        """Whether the tensors lie in the memory of the CPU."""
         return self.codes.is_cpu
 
     @property
@@ -102,7 +102,7 @@ class QuantizedWeight:
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), nested=nested)
 
     def absmax(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Return absmax of the blocks first to last of nf4 or fp4 in fp32, dequantised where they are `nested`."""
+        """Return the fp32 absmax of the blocks ``first:last`` of nf4 or fp4, dequantised where they are `nested`."""
         scales = self.scales[first:last]
         if self.nested is None:
             return scales
@@ -111,7 +111,7 @@ class QuantizedWeight:
         return table[scales.int()] * absmax[block] + offset
 
     def rows(self, n0: int, n1: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the rows n0 to n1 of W, dequantised, [n1 - n0, K] in `dtype`, by default the dtype of the weight that
+        """Return the rows ``n0:n1`` of W, dequantised: [n1 - n0, K] in `dtype`, by default the dtype of the weight that
         was quantised. No temporary is larger than these rows in fp32. Raises ValueError for rows outside W."""
         if not 0 <= n0 <= n1 <= self.shape[0]:
             raise ValueError(f"rows {n0} to {n1} of a weight of {self.shape[0]} rows: 0 <= n0 <= n1 <= N must hold")
@@ -119,12 +119,12 @@ class QuantizedWeight:
         return make(self, n0, n1).to(dtype or self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return W as ``dequantize_weight(self, dtype)`` does."""
+        """Return ``dequantize_weight(self, dtype)``."""
         return dequantize_weight(self, dtype)
 
     def check(self) -> QuantizedWeight:
-        """Return this weight, if its parts fit together. Raises TypeError for a part of another dtype, and ValueError
-        for every other fault."""
+        """Return this weight, after a check that its parts fit together. Raises TypeError for a part of another dtype,
+        and ValueError for every other fault."""
         _check(self)
         object.__setattr__(self, "checked", True)
         return self
@@ -143,7 +143,7 @@ def assemble(
 def quantize_weight(
     w: Tensor, format: str = "nf4", *, blocksize: int = 64, double_quant: bool = False, scaling: str = "row"
 ) -> QuantizedWeight:
-    """Return W [N, K] in 4 or 8 bits, on its device. The working memory does not grow with W.
+    """Return W [N, K] in 4 or 8 bits, on W's device. The working memory does not grow with W.
 
         nf4, fp4   v = w · (1 / absmax of the block) goes to the nearest level
         int8       code = round(w · (127 / absmax of the row)), half to even
@@ -153,8 +153,8 @@ def quantize_weight(
         w: W in fp32, bf16 or fp16. bitsandbytes' int8 modules round W to fp16 first: give w.half() for their bits.
         format: "nf4", "fp4", "int8" or "fp8".
         blocksize: the number of elements that share one absmax in nf4 and fp4.
-        double_quant: for nf4 and fp4, store absmax minus its mean in the 8-bit dynamic map, in blocks of 256.
-        scaling: for fp8, what shares one scale: the "tensor", a "row", or a "block" of 128 x 128.
+        double_quant: whether nf4 and fp4 store absmax minus its mean in the 8-bit dynamic map, in blocks of 256.
+        scaling: the part of W that shares one scale in fp8: the whole "tensor", a "row", or a "block" of 128 x 128.
 
     Raises:
         TypeError: W has another dtype.

@@ -11,8 +11,8 @@ plain torch rounds them, and subnormals count as zero as in torch's own GEMM. Th
 pass over x; no mask and no x̂ exist. Where x has few rows, x wᵀ is part of the same launch. Nothing of size M×N or M×K
 is allocated beyond the results.
 
-The kernels address operands by row stride. One whose last stride is not 1 (a transposed view of x, dy, a, b or h) is
-copied first; w may have any strides.
+The kernels read operands with a stride between rows. An x, dy, a, b or h whose last stride is not 1 (a transposed view)
+is copied first; w may have any strides.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ try:
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
 except ImportError as error:
     raise ImportError(
-        f"the native CPU kernels are not there ({error}): they are built when lora_kernels is installed, which takes a "
+        f"the native CPU kernels are missing ({error}): they are built when lora_kernels is installed, which needs a "
         "C++17 compiler and Python's headers (Debian: apt install g++ python3-dev), then: "
         "pip install --force-reinstall --no-deps lora_kernels"
     ) from error
@@ -58,7 +58,7 @@ def why_not(call: Call) -> list[str]:
 def forward(
     x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return (ys, hs), from one pass over x for every h."""
+    """Return (ys, hs). One pass over x computes every h."""
     if x.stride()[1] != 1:  # the base GEMM and the kernel share one copy
         x = x.contiguous()
     hs: list[Tensor | None] = []
@@ -81,7 +81,7 @@ def backward(
     hs: Sequence[Tensor | None],
     needs: Needs,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Return (dx, das, dbs). Every base GEMM adds to one dx, and the rest is one pass over x and dx."""
+    """Return (dx, das, dbs). Every base GEMM adds to the same dx, and one pass over x and dx does the rest."""
     das: list[Tensor | None] = []
     dbs: list[Tensor | None] = []
     for (a, b, *_), need_da, need_db in zip(adapters, needs.da, needs.db, strict=True):

@@ -1,14 +1,15 @@
 """The base GEMM on a CPU: torch's (MKL in fp32, oneDNN in bf16) or our own, whichever is faster for such a call.
 
-Our own takes fp32, bf16 where the processor multiplies it (AVX512_BF16), and few rows of x in any dtype. Which of the
-two is faster depends on the processor and the shape. So the first call of each class times both on its own operands. A
-class is the dtype, the number of threads, whether w is a transposed view (dx = dy w), and the powers of four that M and
-the size of w lie between. The choice holds for the life of the process, so results do not change from call to call.
-Under ``torch.use_deterministic_algorithms`` nothing is timed and ours is taken. Then results do not change from process
-to process either, nor with the number of threads.
+Our own serves fp32, bf16 where the processor multiplies it (AVX512_BF16), and few rows of x in any dtype. Which of the
+two is faster depends on the processor and the shape, so the first call of each class times both on its own operands.
+Calls of one class have the same dtype and number of threads, a w that is a transposed view in all (dx = dy w) or none,
+and an M and a size of w that lie between the same powers of four. The choice holds for the life of the process, so
+results do not change from call to call. Under ``torch.use_deterministic_algorithms`` nothing is timed and our own is
+taken. Then results change neither from process to process nor with the number of threads.
 
-oneDNN's fp32 GEMM beats MKL on AMD, but is not used here. It sums in one chain what MKL and ours sum in parts, and its
-error is up to 2.2 times as large (K = 4096), more than this project lets any back-end add to plain torch's.
+oneDNN's fp32 GEMM is faster than MKL on AMD, but is not used here. It adds up in one chain what MKL and ours add up in
+parts, and its error is up to 2.2 times as large (K = 4096), more than this project lets any back-end add to plain
+torch's.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ class Race(NamedTuple):
     torch: Callable[..., Any]
     own: Callable[..., Any]
     margin: float
-    """Ours is taken where its time is below this part of torch's in each round. Noise should not decide."""
+    """Our own is taken where its time is below this multiple of torch's in every round, so that noise does not
+    decide."""
 
 
 _choices: dict[tuple[str, int, bool, int, int], str] = {}
-"""The choice for each class of calls that this process has met."""
+"""The choices of this process, "torch" or "own", by class of calls."""
 
 
 def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return x wᵀ [M, N], fresh and contiguous, or `out` after it was added to it.
+    """Return x wᵀ [M, N], new and contiguous; or with `out` add it to `out`, and return that.
 
-    x [M, K] has unit last stride; w [N, K] has any strides.
+    The last stride of x [M, K] is 1; w [N, K] has any strides.
     """
     M, size, transposed = x.shape[0], w.numel(), w.stride()[1] != 1
     few = out is None and M <= _C.FEW_ROWS and not transposed
@@ -55,8 +57,8 @@ def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def start(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
-    """Return (x wᵀ, False), or, where x has few rows and ours is the faster, (memory for it, True): then `_C.forward`
-    computes it in the launch that does the rest."""
+    """Return (x wᵀ, False); or, where x has few rows and our own GEMM is chosen, (memory for it, True), and then
+    `_C.forward` computes it together with the rest."""
     M, size, transposed = x.shape[0], w.numel(), w.stride()[1] != 1
     few = M <= _C.FEW_ROWS and not transposed
     served = M and size and (few or _C.has_gemm(x.dtype))
@@ -83,10 +85,10 @@ _RACE = Race(_torch, own, 0.95)
 
 
 def chosen(race: Race, kind: str, M: int, weights: int, transposed: bool, *operands: Any) -> str:
-    """Return the name of the GEMM, "torch" or "own", that serves the class of calls which these operands belong to.
+    """Return the name of the GEMM, "torch" or "own", for the class of calls that these operands belong to.
 
-    The first call of a class times both on its operands. "own" wins where it takes less than the margin of the other's
-    time, and where the clock must not decide.
+    The first call of a class times both on its operands, and "own" wins where its time is within the margin. Under
+    ``torch.use_deterministic_algorithms`` it wins without timing.
     """
     if torch.are_deterministic_algorithms_enabled():
         return "own"
@@ -98,7 +100,7 @@ def chosen(race: Race, kind: str, M: int, weights: int, transposed: bool, *opera
 
 
 def base_gemm_choices() -> dict[str, str]:
-    """Return what this process has chosen so far: a description of each class of calls, and "torch" or "own"."""
+    """Return the choices of this process so far: "torch" or "own", by a description of the class of calls."""
     return {
         f"{kind}, {threads} threads, {'w transposed' if transposed else 'w as stored'}, "
         f"M {4**m // 2 or 1}..{2 * 4**m - 1}, {4**n // 2 or 1}..{2 * 4**n - 1} weights": choice
@@ -107,10 +109,10 @@ def base_gemm_choices() -> dict[str, str]:
 
 
 def _faster(race: Race, *operands: Any) -> str:
-    """Return "own" if it takes less than the margin of the other's time in every round.
+    """Return "own" if its time is within the margin in every round, else "torch".
 
-    The times of two GEMMs that are near each other vary by more than they differ. Then the answer is "torch", which is
-    what a frozen layer takes.
+    Two GEMMs that are about equally fast differ by less than their times vary. The answer is then "torch", which a
+    frozen layer uses too.
     """
     ratios = []
     for _ in range(_ROUNDS + 1):

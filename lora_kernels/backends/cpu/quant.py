@@ -1,10 +1,10 @@
 """The base GEMM with a quantised weight on a CPU, from the codes as they are stored.
 
 Few rows of x are multiplied by the codes in registers. For many rows there are two ways. Our own GEMM packs its panels
-from the codes, in fp32, and in bf16 where the processor multiplies it. Or torch's GEMM computes a few columns of y at a
-time, after their part of W was dequantised into x's dtype. Where both can, ours is taken unless the other is clearly
-faster, as on a processor with matrix registers (AMX), because ours needs no memory for W. Sums are complete within one
-GEMM, and never more than `_BLOCK_BYTES` of W exist dequantised.
+from the codes, in fp32, and in bf16 where the processor multiplies it. The other way dequantises a part of W into x's
+dtype at a time, and torch's GEMM computes its columns of y. Where both serve, ours is taken unless the other is clearly
+faster, as on a processor with matrix registers (AMX), because ours needs no memory for W. Every element of y comes from
+one GEMM, so no partial sums are rounded, and at most `_BLOCK_BYTES` of W exist dequantised.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from lora_kernels.quant import tables as quant_tables
 from lora_kernels.quant.weight import QuantizedWeight
 
 _BLOCK_BYTES = 8 << 20
+"""The size of the part of W that is dequantised at a time."""
 
 for _format, _levels in quant_tables.LEVELS.items():
     _C.set_levels(_format, _levels)
 
 
 def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> Tensor:
-    """Return x Wᵀ [M, N], or x W [M, K] where `transposed`, fresh and contiguous.
+    """Return x Wᵀ [M, N], or x W [M, K] where `transposed`, new and contiguous.
 
-    x [M, .] is fp32, bf16 or fp16 and has unit last stride.
+    x [M, .] is fp32, bf16 or fp16, and its last stride is 1.
     """
     M, (N, K) = x.shape[0], w.shape
     if not M * N * K:
@@ -45,8 +46,8 @@ def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> T
 
 
 def start(x: Tensor, w: QuantizedWeight) -> tuple[Tensor, bool]:
-    """Return (x Wᵀ, False), or, where x has few rows, (memory for it, True): then `_C.forward` computes it in the
-    launch that does the rest."""
+    """Return (x Wᵀ, False); or, where x has few rows, (memory for it, True), and then `_C.forward` computes it together
+    with the rest."""
     M, (N, K) = x.shape[0], w.shape
     if M * N * K and M <= _C.FEW_ROWS:
         return x.new_empty(M, N), True
@@ -54,7 +55,7 @@ def start(x: Tensor, w: QuantizedWeight) -> tuple[Tensor, bool]:
 
 
 def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tensor) -> Tensor:
-    """Return W[n0:n1, k0:k1] in the dtype of `out`, as a view of the beginning of `out`; k0 and k1 are even."""
+    """Return W[n0:n1, k0:k1] in the dtype of `out`, written to the beginning of `out`; k0 and k1 are even."""
     rows, cols = n1 - n0, k1 - k0
     block = out[: rows * cols].view(rows, cols)
     _C.dequantize(torch.get_num_threads(), w, n0, k0, block)
@@ -62,12 +63,12 @@ def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tens
 
 
 def _own(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> None:
-    """Write the product to y by csrc/cpu/quant.cpp. x has a dtype of `_C.has_gemm`, or few rows of any."""
+    """Write the product to y, with csrc/cpu/quant.cpp. x has a dtype of `_C.has_gemm`, or few rows of any dtype."""
     _C.quantized_gemm(torch.get_num_threads(), x, w, transposed, y)
 
 
 def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> None:
-    """Write the product to y by torch's GEMM, a part of y's columns at a time."""
+    """Write the product to y, a few columns at a time, with torch's GEMM."""
     N, K = w.shape
     inner, outer = (N, K) if transposed else (K, N)
     step = min(outer, max(16, _BLOCK_BYTES // (inner * x.element_size()) // 16 * 16))
@@ -86,7 +87,8 @@ _kept = threading.local()
 
 
 def _room(count: int, dtype: torch.dtype) -> Tensor:
-    """Return memory for a block. It stays with the calling thread, because fresh pages cost as much as filling them."""
+    """Return memory for `count` elements. It is kept for the next call of the same thread, because new pages take as
+    much time as filling them."""
     nbytes = count * dtype.itemsize
     kept: Tensor | None = getattr(_kept, "room", None)
     if kept is None or kept.nbytes < nbytes:
