@@ -1,4 +1,4 @@
-"""The modules: fused LoRA layers, the ways to start their adapters, and their tensor-parallel plans.
+"""The modules: fused LoRA layers, the first values of their adapters, and the plans for tensor parallelism.
 
 Both kinds of layer are imported here, so that `FusedLoRALinear` finds `QuantizedLoRALinear` whichever of their files is
 imported first.

@@ -63,7 +63,7 @@ def _why_not_on_its_own(module: nn.Module) -> str:
     if hasattr(module, "lora_A"):
         return f"this {kind.__name__} has an adapter, which would be lost: merge it first, with to_linear() for example"
     if getattr(kind, "forward", None) is not nn.Linear.forward:
-        return f"it must be an nn.Linear, but is a {kind.__name__} with a forward of its own"
+        return f"it must be an nn.Linear, and is a {kind.__name__} with a forward of its own"
     if not isinstance(module.weight, nn.Parameter):
         return (
             "the weight of this nn.Linear is parametrised or pruned: make it plain first, with "

@@ -49,7 +49,7 @@ class QuantizedWeight:
     """A quantised W [N, K], accepted wherever a frozen dense weight is.
 
     The constructor checks nothing, because a module makes one of these in every forward. `from_bnb` checks its result,
-    `quantize_weight` makes parts that fit, and `lora_linear` checks a weight that nobody has checked yet.
+    `quantize_weight` makes parts that fit, and `lora_linear` checks a weight whose `checked` is False.
     """
 
     format: str
