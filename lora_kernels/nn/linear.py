@@ -12,7 +12,8 @@ from lora_kernels.nn import fit, merging
 from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.init import split_named
 from lora_kernels.nn.settings import LoRASettings
-from lora_kernels.ops import dora
+from lora_kernels.ops.dora import dora_linear
+from lora_kernels.ops.dora_norm import WeightNorms, ratio, weight_norm
 from lora_kernels.ops.linear import lora_linear
 
 
@@ -155,7 +156,7 @@ class FusedLoRALinear(AdapterLinear):
         super()._add_adapter(settings)
         if self.use_dora:
             self.lora_magnitude_vector = nn.Parameter(torch.empty_like(self.lora_B[:, 0]))
-        self._weight_norms = dora.WeightNorms()
+        self._weight_norms = WeightNorms()
         # The base weight while merged. As a buffer it moves with the module. It is not persistent, because state_dict
         # holds it as `weight`.
         self.register_buffer("_base", None, persistent=False)
@@ -180,7 +181,7 @@ class FusedLoRALinear(AdapterLinear):
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
             m = self._parameters.get("lora_magnitude_vector")
-            return dora.dora_linear(
+            return dora_linear(
                 x,
                 weight,
                 a,
@@ -208,7 +209,7 @@ class FusedLoRALinear(AdapterLinear):
     def _weight_norm(self) -> Tensor:
         """Return ‖W + s·B A‖, the magnitude with which d = 1."""
         self._weight_norms.clear()
-        return dora.weight_norm(self.weight, self.lora_A, self.lora_B, float(self.scaling), self.lora_magnitude_vector)
+        return weight_norm(self.weight, self.lora_A, self.lora_B, float(self.scaling), self.lora_magnitude_vector)
 
     @torch.no_grad()
     def merge(self, safe: bool = True) -> None:
@@ -247,7 +248,7 @@ class FusedLoRALinear(AdapterLinear):
     def _merged_weight(self, safe: bool) -> Tensor:
         d = None
         if self.use_dora:  # computed by the same functions as the forward's d
-            d = dora.ratio(self.lora_magnitude_vector.detach(), self._weight_norm())
+            d = ratio(self.lora_magnitude_vector.detach(), self._weight_norm())
         merged = merging.updated_weight(
             self.weight.__getitem__, self.lora_A, self.lora_B, float(self.scaling), self.weight.dtype, d
         )

@@ -24,11 +24,9 @@ from lora_kernels.core import dropout as random
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs
 from lora_kernels.ops import check, direct, registered
 from lora_kernels.ops.autograd import device_type, needs_plain_mode, no_autocast, no_graph, refuse_double_backward
-from lora_kernels.ops.dora_norm import WeightNorms, ratio, weight_norm
+from lora_kernels.ops.dora_norm import ratio, weight_norm
 from lora_kernels.ops.prepare import prepare
 from lora_kernels.ops.watched import watched
-
-__all__ = ["WeightNorms", "dora_linear", "ratio", "weight_norm"]
 
 _BLOCK = {"cpu": 1 << 18}
 """The number of elements of dy that are multiplied by z at a time, by device type: on a CPU they stay in its cache.

@@ -1,13 +1,13 @@
-"""The operators that are registered with torch, and the functions of `direct` made of calls to them.
+"""The operators that are registered with torch, and the functions that call them: the same six as in `direct`.
 
 torch.compile traces a call of ``torch.ops.lora_kernels.*`` without looking inside, and modes, profilers and
 checkpointing policies see it. The operators have no derivatives: the autograd Functions of linear.py, group.py and
 dora.py call them in their forward and backward.
 
-The schema of an operator allows tensors, numbers and lists of them only, no `Base` and no `Adapter`. So `forward` takes
-a layer apart and calls the operator. The operator runs `_run_forward`, which puts the layer together again and calls
-``direct.forward``. The other operators do the same. A quantised weight is passed as its codes in place of w, and its
-other parts in the last three arguments.
+The schema of an operator allows tensors, numbers, strings and lists of these, but no `Base` and no `Adapter`. So
+`forward` takes a layer apart and calls the operator. The operator runs `_run_forward`, which puts the layer together
+again and calls ``direct.forward``. The other operators do the same. A quantised weight is passed as its codes in place
+of w, and its other parts in the last three arguments.
 """
 
 from __future__ import annotations
