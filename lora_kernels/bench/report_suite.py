@@ -27,7 +27,7 @@ _ROWS: tuple[tuple[str, str | None, str | None, str, float, str, dict[int, float
 
 
 def tables(document: Document) -> Iterator[Table]:
-    """A table for each of our back-ends and one for decoding, if the document is a run of this suite."""
+    """Yield a table for each of our back-ends and one for decoding, if the document is a run of this suite."""
     if document.get("suite") != "hopper":
         return
     for name in dict.fromkeys(e["variant"] for e in document["timings"] if e["backend"]):
@@ -52,7 +52,7 @@ def tables(document: Document) -> Iterator[Table]:
 def _cells(
     document: Document, rank: int, which: str, p: float, what: str, over: str, sign: str, target: float | None
 ) -> list[str]:
-    """The cells of a mean: the mean, the number of shapes in it, its target and whether it is met."""
+    """Return the cells of a mean: the mean, the number of shapes in it, its target and whether it is met."""
     shapes = {name for name, each in document["shapes"].items() if each["R"] == rank and name.startswith("llama-")}
     times: dict[tuple[str, str], float] = {
         (e["shape"], e["variant"]): e["seconds"][1]

@@ -51,7 +51,8 @@ class Watch:
 
 
 def answers(device: torch.device) -> bool:
-    """Whether the device still computes. After an illegal memory access a process can do nothing more with a GPU."""
+    """Return whether the device still computes. After an illegal memory access a process can do nothing more with a
+    GPU."""
     try:
         return torch.ones(1, device=device).item() == 1
     except RuntimeError:
@@ -59,5 +60,5 @@ def answers(device: torch.device) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or ["no message"])[0]
