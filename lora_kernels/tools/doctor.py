@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Return the whole report as plain data, without absolute paths."""
+    """Return the report as plain data, without absolute paths."""
     devices = _devices()
     report = {
         "versions": machine.versions("torch", "triton"),
