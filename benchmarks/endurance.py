@@ -1,4 +1,4 @@
-"""Thousands of random calls, each of them judged. From the checkout:
+"""Thousands of random calls, each of them judged. Run it from the checkout:
 
     python -m benchmarks.endurance [--device cpu|cuda] [--backend NAME] [--calls N] [--seconds S] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""Tokens per second of transformers' ``generate`` over nf4 weights, on the CPU. From the checkout:
+"""Tokens per second of transformers' ``generate`` over nf4 weights, on the CPU. Run it from the checkout:
 
     python -m benchmarks.generation [--dtype bf16|fp32] [--rounds N] [--json benchmarks/results/generation/FILE.json]
 
@@ -8,7 +8,7 @@ model with the same adapters is measured as
     PEFT + bitsandbytes          from ``from_pretrained(quantization_config=BitsAndBytesConfig(...))`` and PEFT
     PEFT + bitsandbytes, fused   the same after ``lora_kernels.fuse(model)``
     apply_lora(quant="nf4")      a plain model, without PEFT and bitsandbytes
-    PEFT, dense                  with the values of the nf4 weights in bf16 and in fp32, read from memory whole
+    PEFT, dense                  over dense weights with the values of the nf4 weights, in bf16 and in fp32
 
 Before anything is timed, the logits of each model are compared with fp64, for the prompt and for each token after it.
 """

@@ -1,4 +1,4 @@
-"""Times of a layer over a quantised base, in decoding one token and in training, on the CPU. From the checkout:
+"""Times of a layer over a quantised base, in decoding one token and in training, on the CPU. Run it from the checkout:
 
     python -m benchmarks.quantised [--rounds N] [--out benchmarks/results/quantised/DATE-MACHINE.json]
 

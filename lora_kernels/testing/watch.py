@@ -1,4 +1,4 @@
-"""A watch that ends a process that hangs: a kernel that waits for ever cannot be stopped, only its process can."""
+"""A watch over a process. It ends the process if a step hangs, because a kernel that hangs cannot be stopped alone."""
 
 from __future__ import annotations
 
