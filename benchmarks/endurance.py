@@ -1,4 +1,4 @@
-"""Thousands of random calls, each of them judged. From the checkout:
+"""Thousands of random calls, each of them judged. Run it from the checkout:
 
     python -m benchmarks.endurance [--device cpu|cuda] [--backend NAME] [--calls N] [--seconds S] [--out FILE]
 
@@ -65,14 +65,14 @@ class Record:
 
 
 def run(module: ModuleType, q: Problem) -> Results:
-    """y, h and every gradient, from a back-end that is called as the operators call it."""
+    """Return y, h and every gradient, from a back-end that is called as `lora_kernels.ops` calls it."""
     y, h = one_layer.forward_of(module, q)
     dx, da, db = one_layer.backward_of(module, q, h)
     return {"y": y, "h": h, "dx": dx, "da": da, "db": db}
 
 
 def differences(got: Results, want: Results) -> list[str]:
-    """The names of results that differ in any bit."""
+    """Return the names of results that differ in any bit."""
     return [name for name, value in got.items() if not torch.equal(_bits(value), _bits(want[name]))]
 
 
@@ -94,7 +94,7 @@ class Endurance:
             self.streams += [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def drawn(self, k: int) -> Case:
-        """Case k of this back-end."""
+        """Return case k of this back-end."""
         return draw(self.seed, k, self.kinds, self.device.type)
 
     def case(self, k: int) -> None:
@@ -231,7 +231,7 @@ def endure(args: argparse.Namespace, name: str, device: torch.device, seconds: f
 
 
 def serves(name: str, device: torch.device) -> str:
-    """Why a back-end cannot be called on `device`; empty if it can."""
+    """Return why a back-end cannot be called on `device`; empty if it can."""
     try:
         module = importlib.import_module(f"lora_kernels.backends.{name}")
     except ImportError as error:
@@ -241,7 +241,7 @@ def serves(name: str, device: torch.device) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Return the options of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.endurance",
         description=__doc__,

@@ -40,7 +40,7 @@ class Case:
         )
 
     def problem(self, seed: int, device: torch.device) -> Problem:
-        """The operands of the call."""
+        """Return the operands of the call."""
         return problem(
             self.M,
             self.N,
@@ -57,7 +57,8 @@ class Case:
 
 
 def draw(seed: int, k: int, kinds: int, device: str) -> Case:
-    """Case k. Its kind, k % kinds, draws dtypes, p, strides, bias and ranges of rank and rows; k draws the sizes."""
+    """Return case k. Its kind, k % kinds, draws dtypes, p, strides, bias and ranges of rank and rows; k draws the
+    sizes."""
     kind, size = random.Random(f"{seed} kind {k % kinds}"), random.Random(f"{seed} case {k}")
     dtype, adapter_dtype = kind.choice(DTYPES)
     multiple = kind.choice((64, 16, 8, 1))

@@ -3,9 +3,9 @@
 A small layer spends most of its time in Python. Its time changes from run to run; the number of Python functions that
 a call enters does not, so it can be compared between two versions of the code and held by a test.
 
-    python benchmarks/frames.py
-    python benchmarks/frames.py --json
-    python benchmarks/frames.py --trace "LoRA forward"      every frame of one call, in order
+    python -m benchmarks.frames
+    python -m benchmarks.frames --json
+    python -m benchmarks.frames --trace "LoRA forward"      every frame of one call, in order
 
 Each call is made on one 64x64 layer of rank 8 with x [8, 64] in fp32 on the CPU, after two calls that warm it up.
 """

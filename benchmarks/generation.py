@@ -1,4 +1,4 @@
-"""Tokens per second of transformers' ``generate`` over nf4 weights, on the CPU. From the checkout:
+"""Tokens per second of transformers' ``generate`` over nf4 weights, on the CPU. Run it from the checkout:
 
     python -m benchmarks.generation [--dtype bf16|fp32] [--rounds N] [--json benchmarks/results/generation/FILE.json]
 
@@ -8,7 +8,7 @@ model with the same adapters is measured as
     PEFT + bitsandbytes          from ``from_pretrained(quantization_config=BitsAndBytesConfig(...))`` and PEFT
     PEFT + bitsandbytes, fused   the same after ``lora_kernels.fuse(model)``
     apply_lora(quant="nf4")      a plain model, without PEFT and bitsandbytes
-    PEFT, dense                  with the values of the nf4 weights in bf16 and in fp32, read from memory whole
+    PEFT, dense                  over dense weights with the values of the nf4 weights, in bf16 and in fp32
 
 Before anything is timed, the logits of each model are compared with fp64, for the prompt and for each token after it.
 """
@@ -53,7 +53,7 @@ class Row:
 def measure(
     size: Size, dtype: torch.dtype, rounds: int, show: Terminal, *, double_quant: bool = False, dense: bool = True
 ) -> dict[str, Any]:
-    """The document: what the judge found, then a row for each model, timed interleaved.
+    """Return the document: what the judge found, then a row for each model, timed interleaved.
 
     It needs transformers and PEFT, and bitsandbytes and accelerate for the rows of bitsandbytes. Without `dense` the
     dense model in the other dtype, which is there for comparison only, is left out.
@@ -104,7 +104,8 @@ def measure(
 
 
 def generate(model: Any, prompt: Tensor, new: int) -> Tensor:
-    """`prompt` [1, tokens] and `new` tokens after it, chosen greedily. Raises RuntimeError if there are fewer."""
+    """Return `prompt` [1, tokens] and `new` tokens after it, chosen greedily. Raises RuntimeError if there are
+    fewer."""
     with torch.no_grad():
         settings = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
         tokens = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
@@ -115,7 +116,8 @@ def generate(model: Any, prompt: Tensor, new: int) -> Tensor:
 
 @torch.no_grad()
 def logits(model: Any, tokens: Tensor, prompt: int) -> dict[str, Tensor]:
-    """The logits of `tokens` [1, T], as ``generate`` computes them: the first `prompt` at once, the others singly."""
+    """Return the logits of `tokens` [1, T], as ``generate`` computes them: the first `prompt` at once, the others
+    singly."""
     out = model(input_ids=tokens[:, :prompt], use_cache=True)
     found = {"prompt": out.logits[0]}
     single = []
@@ -128,8 +130,8 @@ def logits(model: Any, tokens: Tensor, prompt: int) -> dict[str, Tensor]:
 def _judge(
     variants: list[Variant], dtype: torch.dtype, tokens: Tensor, prompt: int, exact: nn.Module
 ) -> list[dict[str, Any]]:
-    """The entries under "gate". By the rule of `judge`, ours must be as good as the dense model in the same dtype and
-    as bitsandbytes. Theirs must be the same function up to rounding."""
+    """Return the entries under "gate". By the rule of `judge`, ours must be as good as the dense model in the same
+    dtype and as bitsandbytes. Theirs must be the same function up to rounding."""
     want = logits(exact, tokens, prompt)
     got = {v.name: logits(v.model, tokens, prompt) for v in variants}
     others = [v.name for v in variants if not v.ours and v.dtype == dtype]
@@ -148,19 +150,19 @@ def _judge(
 
 
 def peer_faults(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
-    """Why a model is no comparison: logits further than 10% (RMS) from fp64."""
+    """Return why a model cannot be compared with: logits further than 10% (RMS) from fp64."""
     return [
         f"{part}: {100 * error:.3g}% (RMS) from fp64" for part, error in _errors(got, want).items() if not error <= 0.1
     ]
 
 
 def _errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
-    """RMS errors, relative to the RMS of the truth."""
+    """Return RMS errors, relative to the RMS of the truth."""
     return {part: ((got[part].double() - t).norm() / t.norm()).item() for part, t in want.items()}
 
 
 def _passed_over(model: nn.Module) -> list[str]:
-    """The reasons why fused layers have left calls to PEFT."""
+    """Return the reasons why fused layers have left calls to PEFT."""
     return sorted({str(why) for layer in model.modules() for why in getattr(layer, "passed_over", ())})
 
 
@@ -179,7 +181,7 @@ def _row(v: Variant, taken: timing.Rounds, size: Size, dtype: torch.dtype) -> Ro
 
 
 def table(document: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    """The table of a document: (title, header, rows)."""
+    """Return the table of a document: (title, header, rows)."""
     size = document["size"]
     title = (
         f"generate, {size['new']} tokens after {size['prompt']}: Llama, {size['layers']} layers, {size['hidden']} → "

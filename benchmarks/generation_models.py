@@ -56,7 +56,7 @@ class Models:
         _save_model(size, path)
 
     def apply(self, dtype: torch.dtype) -> Variant:
-        """A plain model after `lora_kernels.apply_lora`."""
+        """Return a plain model after `lora_kernels.apply_lora`."""
         model, total, generator = self._load(dtype), 0, seeded()
         # PEFT's adapters are fp32 too.
         settings: dict[str, Any] = {"r": self.size.r, "lora_alpha": SCALE * self.size.r, "adapter_dtype": torch.float32}
@@ -69,7 +69,7 @@ class Models:
         return Variant(f"{OURS} {SHORT[dtype]}", model.eval(), total, True, dtype)
 
     def dense(self, dtype: torch.dtype) -> Variant:
-        """PEFT over dense weights that have the values of the nf4 weights."""
+        """Return PEFT over dense weights that have the values of the nf4 weights."""
         model, total = self._load(dtype), 0
         with torch.no_grad():
             for name, (w, _, _) in self.weights.items():
@@ -79,8 +79,8 @@ class Models:
         return Variant(f"{DENSE} {SHORT[dtype]}", self._adapted(model), total, False, dtype)
 
     def over_bnb(self, dtype: torch.dtype, fused: bool) -> Variant:
-        """PEFT over bitsandbytes. Each variant loads its own model: on some processors the first call re-packs the
-        weights."""
+        """Return PEFT over bitsandbytes. Each variant loads its own model: on some processors the first call re-packs
+        the weights."""
         from transformers import BitsAndBytesConfig
 
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
@@ -94,7 +94,8 @@ class Models:
 
     @torch.no_grad()
     def exact(self) -> nn.Module:
-        """The model in fp64 with W + s·B·A in place of W. (transformers computes its norms in fp32 nevertheless.)"""
+        """Return the model in fp64 with W + s·B·A in place of W. (transformers computes its norms in fp32
+        nevertheless.)"""
         model: nn.Module = self._load(torch.float64)
         for name, (w, a, b) in self.weights.items():
             dense: Any = model.get_submodule(name).weight
@@ -107,7 +108,7 @@ class Models:
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, **more).eval()
 
     def _adapted(self, base: Any) -> nn.Module:
-        """The model with PEFT's LoRA."""
+        """Return the model with PEFT's LoRA."""
         from peft import LoraConfig, get_peft_model
 
         alpha: Any = SCALE * self.size.r  # its type is int there, but it is used as a float
@@ -120,12 +121,12 @@ class Models:
 
 
 def seeded() -> torch.Generator:
-    """A generator whose numbers are the same in every run."""
+    """Return a generator whose numbers are the same in every run."""
     return torch.Generator().manual_seed(0)
 
 
 def _draw(layer: QuantizedLoRALinear, R: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """W of `layer` in fp32, and an A and a B such that s·B·A is about half as large as W."""
+    """Return W of `layer` in fp32, and an A and a B such that s·B·A is about half as large as W."""
     w = layer.quantized_weight().dequantize(torch.float32)
     N, K = w.shape
     a = torch.randn(R, K, generator=generator) / math.sqrt(K)

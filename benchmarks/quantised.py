@@ -1,4 +1,4 @@
-"""Times of a layer over a quantised base, in decoding one token and in training, on the CPU. From the checkout:
+"""Times of a layer over a quantised base, in decoding one token and in training, on the CPU. Run it from the checkout:
 
     python -m benchmarks.quantised [--rounds N] [--out benchmarks/results/quantised/DATE-MACHINE.json]
 
@@ -67,8 +67,8 @@ class Row:
 
 
 def measure(size: tuple[int, int, int], rows: tuple[int, ...], rounds: int, show: Any) -> dict[str, Any]:
-    """The document for layers of `size` (N, K, R) and each number of `rows` of x. The judge comes first; a variant of
-    ours with a fault leaves its M without numbers."""
+    """Return the document for layers of `size` (N, K, R) and each number of `rows` of x. The judge comes first; a
+    variant of ours with a fault leaves its M without numbers."""
     document: dict[str, Any] = documents.begin(torch.device("cpu"), ("torch", "peft", "bitsandbytes")) | {
         "size": dict(zip("NKR", size, strict=True)),
         "sets": SETS,
@@ -105,7 +105,8 @@ def measure(size: tuple[int, int, int], rows: tuple[int, ...], rounds: int, show
 
 
 def _variants(M: int, N: int, K: int, R: int) -> tuple[dict[str, list[Callable[[], object]]], list[dict[str, Any]]]:
-    """A step for each set of weights, by variant; and what the judge says of our variants over quantised weights."""
+    """Return the steps of each variant, one for each set of weights, and the judge's entries on our variants over
+    quantised weights."""
     training = M != DECODE
     which = BACKWARD if training else FORWARD
     steps: dict[str, list[Callable[[], object]]] = {}
@@ -136,7 +137,7 @@ def _ours(w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, scale: float) -> Ta
 
 
 def _judge(M: int, name: str, w: QuantizedWeight, p: judge.Problem, short: str) -> dict[str, Any]:
-    """The entry of one of our variants under "gate". `p` has the weight before it was quantised to `w`."""
+    """Return the entry of one of our variants under "gate". `p` has the weight before it was quantised to `w`."""
     exact, plain = judge.over_codes(p, w)
     got = judge.evaluate(p, lambda x, _, a, b, **more: lora_linear(x, w, a, b, **more))
     verdicts = judge.judge(got, exact, judge.truth(exact), plain)
@@ -148,7 +149,7 @@ def _peer() -> bool:
 
 
 def _peer_layer(w: Tensor, p: judge.Problem, training: bool) -> nn.Module:
-    """PEFT's LoRA over Linear4bit, with the adapters of `p`, built as users build it."""
+    """Return PEFT's LoRA over Linear4bit, with the adapters of `p`, built as users build it."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from peft import LoraConfig, get_peft_model
 
@@ -175,7 +176,7 @@ def _row(M: int, name: str, taken: timing.Rounds) -> Row:
 
 
 def tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """A table (title, header, rows) for each M."""
+    """Return a table (title, header, rows) for each M."""
     size = document["size"]
     found = []
     for M in dict.fromkeys(row["M"] for row in document["rows"]):
@@ -190,7 +191,7 @@ def tables(document: dict[str, Any]) -> list[tuple[str, list[str], list[list[str
 
 
 def met_or_missed(row: dict[str, Any]) -> str:
-    """Whether each target of a row is met, in words."""
+    """Return each target of a row with "met" or "missed"."""
     words = []
     for other, most in row["targets"].items():
         words.append(f"≤ {most:.2f} of {other} {report.met_or_missed(row['ratios'][other][1], most)}")

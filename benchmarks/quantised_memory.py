@@ -24,7 +24,7 @@ MOST = 16.0
 
 
 def measure(dtype: str, M: int, N: int, K: int) -> float:
-    """The peak in MB, measured in a new process. Raises RuntimeError with its output if that process fails."""
+    """Return the peak in MB, measured in a new process. Raises RuntimeError with its output if that process fails."""
     command = [sys.executable, "-m", __name__, dtype, str(M), str(N), str(K)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -33,7 +33,7 @@ def measure(dtype: str, M: int, N: int, K: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the peak."""
+    """Print the peak in MB. Return 0."""
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("dtype", choices=("float32", "bfloat16", "float16"))
     for name in "MNK":

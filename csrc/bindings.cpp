@@ -1,5 +1,5 @@
-// lora_kernels._C: the CPU kernels for Python. Every function reads its operands (operands.h), then releases the GIL
-// and runs. The callers in backends/cpu have checked that dtypes and shapes fit together.
+// lora_kernels._C: the CPU kernels for Python. The functions that run kernels read their operands (operands.h), release
+// the GIL, and run. The caller has checked that dtypes and shapes fit together.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -159,7 +159,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(). ValueError if this machine cannot run it.");
   m.def("forward", &forward,
         "Compute, for each base and adapter: h = c keep(x) a^T, then y += s h b^T + bias. Where products[i] is True, "
-        "y i is x w^T before that. Where x is None, h is read; a y or h that is None is not written.");
+        "y[i] is first written as x w^T. Where x is None, h is read. A y or h that is None is not written.");
   m.def("backward", &backward,
         "Compute, for each adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). A dx, da or db "
         "that is None is not written.");
@@ -172,11 +172,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantized_gemm", &quantized_gemm,
         "Write y = x w^T, or, transposed, y = x w. x has a dtype of has_gemm, or, not transposed, at most FEW_ROWS "
         "rows.");
-  m.def("dequantize", &dequantize, "Write to out the part of w of out's shape that begins at row n0 and column k0.");
-  m.def("set_levels", &set_levels, "Tell the 16 numbers that the codes of nf4 or fp4 stand for.");
+  m.def("dequantize", &dequantize,
+        "Write to out, dequantised, as many rows and columns of w as out has, from row n0 and column k0 on.");
+  m.def("set_levels", &set_levels, "Set the 16 numbers that the codes of nf4 or fp4 stand for.");
   m.def("keep_mask", &keep_mask, "Write 1 to out where dropout keeps an element, else 0.");
   m.def("dropout_rule", &dropout_rule, "Return (threshold, rescale) for the probability p of dropout.");
   m.def("philox", &philox, "Return Philox4x32-10 of one counter and key.");
   m.def("keep_bits", &keep_bits,
-        "Return the dropout bits of rows m0.., packed eight columns to a byte, each row padded to 8 bytes.");
+        "Return the dropout bits of rows m0 to m0 + rows - 1, eight columns to a byte, each row padded to 8 bytes.");
 }

@@ -32,7 +32,7 @@ ISA_FLAGS = {
     "avx512": ["-DLK_ISA_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
 ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
-# gcc 12 warns of uninitialised variables in its own <avx512fintrin.h> (GCC bug 105593).
+# gcc 12 warns about uninitialised variables in its own <avx512fintrin.h> (GCC bug 105593).
 for _flags in (ISA_FLAGS["avx512"], ISA_FLAGS["avx512_bf16"]):
     _flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -52,15 +52,14 @@ def _compiles(command: list[str], source: str) -> str:
 
 def find_cxx() -> tuple[list[str], str]:
     """Return (compiler command, ''), or ([], the reason why no compiler can build a Python extension)."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    commands = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     probe = "#include <Python.h>\n#include <vector>\nint main() { return 0; }\n"
     reasons = []
-    for candidate in candidates:
-        command = candidate.split()
-        said = _compiles([*command, "-std=c++17", f"-I{sysconfig.get_path('include')}"], probe)
+    for command in commands:
+        said = _compiles([*command.split(), "-std=c++17", f"-I{sysconfig.get_path('include')}"], probe)
         if not said:
-            return command, ""
-        reasons.append(f"{candidate}: {said.splitlines()[0]}")
+            return command.split(), ""
+        reasons.append(f"{command}: {said.splitlines()[0]}")
     return [], "; ".join(reasons)
 
 
@@ -172,7 +171,7 @@ class BuildNative(build_ext):
         return ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 
     def _cpu(self, ninja: Ninja, target: str, cxx: list[str]) -> None:
-        """Add the steps of `_C`: tables of kernels with the flags of their instruction sets, all else with none."""
+        """Add the steps of `_C`. Tables of kernels get the flags of their instruction sets; other files get none."""
         common = [*CXX_FLAGS, *self._includes(), *(["-DLK_X86"] if IS_X86 else [])]
         openmp = [] if _compiles([*cxx, "-fopenmp"], "#include <omp.h>\nint main() { return 0; }\n") else ["-fopenmp"]
         cpu = ROOT / "csrc" / "cpu"

@@ -21,7 +21,7 @@ using cpu::DType;
 using cpu::i64;
 using cpu::Tile;
 
-// The names and types that reading compares with and looks up. They are made once, when the module is imported.
+// The Python objects that reading an operand compares with or looks up. They are made once, at import.
 struct Names {
   PyTypeObject* tensor;                                    // torch.Tensor
   std::array<PyObject*, 3> dtypes;                         // in the order of DType
@@ -106,7 +106,7 @@ struct Operand {
   Tile tile{};
 };
 
-// A tensor that is read. One whose last stride is not 1 is copied, and the copy lives as long as the Operand.
+// A tensor for reading. If its last stride is not 1 it is copied, and the copy lives as long as the Operand.
 inline Operand input(py::handle tensor) {
   if (tensor.is_none()) return {};
   Operand o{py::reinterpret_borrow<py::object>(tensor)};
@@ -124,7 +124,7 @@ inline Operand input(py::handle tensor) {
   return o;
 }
 
-// A tensor that is written: its last stride must be 1.
+// A tensor for writing. Its last stride must be 1.
 inline Tile output(py::handle tensor) {
   if (tensor.is_none()) return {};
   const Two s = two(call(tensor, names.stride), 1);
@@ -132,7 +132,7 @@ inline Tile output(py::handle tensor) {
   return {address(tensor), s.first, dtype(get(tensor, names.dtype))};
 }
 
-// A list or tuple.
+// A Python list or tuple of operands.
 class Items {
  public:
   explicit Items(py::handle sequence) : items_(checked(PySequence_Fast(sequence.ptr(), "expected a sequence"))) {}
@@ -154,7 +154,8 @@ inline cpu::Dropout dropout(double p, py::handle seed) {
   return d;
 }
 
-// An Adapter as a Branch that has a, b and what belongs to them. `owners` receives the objects that own a and b.
+// An Adapter as a Branch with a, b, their sizes, the scale and the dropout. It writes the columns of a to K, and adds
+// the objects that own the memory of a and b to `owners`.
 inline cpu::Branch branch(py::handle adapter, i64& K, std::vector<py::object>& owners) {
   cpu::Branch p{};
   py::object a = get(adapter, names.a), b = get(adapter, names.b);

@@ -28,7 +28,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Point such links at the copies."""
+    """Return the page with its links to files outside docs/ pointed at the copies."""
 
     def repoint(link: re.Match[str]) -> str:
         path = _outside(page.file.src_uri, link[1])
@@ -40,11 +40,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def _outside(page: str, link: str) -> str | None:
-    """The path from the repository's root that `link` on `page` names, or None if it stays inside docs/."""
+    """Return the path, from the root of the repository, that `link` on `page` names, or None if it is inside docs/."""
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
     return None if path.startswith("docs/") else path
 
 
 def _copy(path: str) -> str:
-    """Where the site keeps its copy of `path`."""
+    """Return the place of the site's copy of `path`."""
     return f"repository/{path}.txt" if path.endswith(".md") else f"repository/{path}"

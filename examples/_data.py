@@ -26,7 +26,7 @@ class Digits:
 
 
 def load_data() -> tuple[Digits, Digits]:
-    """1,437 training and 360 test images, the same in every run."""
+    """Return 1,437 training and 360 test images, the same in every run."""
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).view(-1, 8, 8)
     images, labels = (images / 16 - BACKGROUND) / SPREAD, torch.tensor(labels)
@@ -35,7 +35,7 @@ def load_data() -> tuple[Digits, Digits]:
 
 
 def shift(images: Tensor) -> Tensor:
-    """Augmented images: half of them move by up to a pixel in each direction."""
+    """Return augmented images: half of them move by up to a pixel in each direction."""
     n = len(images)
     windows = F.pad(images, (1, 1, 1, 1), value=-BACKGROUND / SPREAD).unfold(1, 8, 1).unfold(2, 8, 1)  # [n, 3, 3, 8, 8]
     row, column = torch.where(torch.rand(2, n) < 0.5, torch.randint(3, (2, n)), 1)

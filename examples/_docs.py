@@ -20,7 +20,7 @@ class Split:
 
 
 def gather() -> dict[str, list[str]]:
-    """Two kinds of text: "prose", and "examples" for text with interactive examples (``>>>``)."""
+    """Return two kinds of text: "prose", and "examples" for text with interactive examples (``>>>``)."""
     prose, examples = set(), set()
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if not any(part in SKIPPED for part in path.parts):
@@ -30,7 +30,8 @@ def gather() -> dict[str, list[str]]:
 
 
 def docstrings(path: Path) -> list[str]:
-    """The documentation strings of a module, its classes and functions, read from the source without importing it."""
+    """Return the documentation strings of a module, its classes and functions, read from the source without importing
+    it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about escapes in old strings
@@ -43,7 +44,7 @@ def docstrings(path: Path) -> list[str]:
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """`tree` and every statement in it. Expressions, most of a tree, hold no documentation strings."""
+    """Yield `tree` and every statement in it. Expressions, most of a tree, hold no documentation strings."""
     found = [tree]
     for node in found:
         yield node
@@ -53,7 +54,7 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def split(texts: list[str], most: int = 10_000, fraction: float = 0.15) -> Split:
-    """At most `most` of the texts, of which a fraction is held out. The split is the same in every run."""
+    """Return at most `most` of the texts, of which a fraction is held out. The split is the same in every run."""
     texts = random.Random(0).sample(texts, min(len(texts), most))
     count = round(len(texts) * fraction)
     return Split(texts[count:], texts[:count])

@@ -38,7 +38,7 @@ class Sequences(Dataset):
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-pair tokenizer, trained on `texts`."""
+    """Return a byte-pair tokenizer, trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -53,7 +53,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model() -> LlamaForCausalLM:
-    """A random model with four layers and 2.2 million parameters."""
+    """Return a random model with four layers and 2.2 million parameters."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -89,7 +89,7 @@ def train(model: nn.Module, data: Sequences, *, steps: int, batch: int, lr: floa
 
 @torch.no_grad()
 def log_likelihood(model: nn.Module, rows: Tensor) -> tuple[float, int]:
-    """The sum over all tokens of log p(token | tokens before it), and the number of tokens."""
+    """Return the sum over all tokens of log p(token | tokens before it), and the number of tokens."""
     model.eval()
     total, count = 0.0, rows.shape[0] * (rows.shape[1] - 1)
     for part in rows.split(32):
@@ -99,7 +99,7 @@ def log_likelihood(model: nn.Module, rows: Tensor) -> tuple[float, int]:
 
 
 def perplexity(model: nn.Module, data: Sequences) -> float:
-    """exp of the mean negative log-likelihood of a token, over the first 128 sequences."""
+    """Return exp of the mean negative log-likelihood of a token, over the first 128 sequences."""
     device = next(model.parameters()).device
     total, count = log_likelihood(model, data.rows[:128].to(device))
     return math.exp(-total / count)

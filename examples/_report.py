@@ -111,5 +111,5 @@ def _name_phase(axes: Axes, middle: float, text: str) -> None:
 
 
 def _smooth(values: list[float], reach: int = 8) -> list[float]:
-    """The mean of each value and up to `reach` neighbours on either side."""
+    """Return the mean of each value and up to `reach` neighbours on either side."""
     return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

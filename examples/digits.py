@@ -54,7 +54,7 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def accuracies(model: nn.Module, test: Digits) -> tuple[float, float]:
-    """The fractions of the upright and of the rotated test images that are predicted right."""
+    """Return the fractions of the upright and of the rotated test images that are predicted right."""
     upright, rotated = (
         (logits(model, images).argmax(1) == test.labels).float().mean().item() for images in (test.images, test.rotated)
     )
@@ -87,7 +87,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, test: Digits, epochs
 
 
 def with_adapters(model: ViT) -> ViT:
-    """A frozen copy of the model with a LoRA adapter on every linear of every block. That is all it takes."""
+    """Return a frozen copy of the model with a LoRA adapter on every linear of every block. That is all it takes."""
     model = copy.deepcopy(model).requires_grad_(False)
     for block in model.blocks:
         for name in TARGETS:
@@ -170,7 +170,7 @@ def count(tensors: dict[str, Tensor]) -> int:
 
 
 def contenders(pretrained: ViT) -> dict[str, nn.Module]:
-    """The models whose training steps are timed against each other."""
+    """Return the models whose training steps are timed against each other."""
     # The floor has no adapter, but gradients must reach q, k and v of the first block as with LoRA: train their biases.
     floor = copy.deepcopy(pretrained).requires_grad_(False)
     for name in ("q", "k", "v"):
@@ -187,7 +187,8 @@ def contenders(pretrained: ViT) -> dict[str, nn.Module]:
 
 
 def time_steps(models: dict[str, nn.Module], images: Tensor, labels: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds per training step on one batch. The models take turns, so that other load slows all of them alike."""
+    """Return seconds per training step on one batch. The models take turns, so that other load slows all of them
+    alike."""
     optimizers = {
         name: torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], 1e-4, fused=True)
         for name, model in models.items()

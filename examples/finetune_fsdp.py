@@ -58,7 +58,7 @@ class Progress:
 
 
 def base_model(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
-    """The pretrained model. The first process makes it if it is not there yet, and all read it."""
+    """Return the pretrained model. The first process makes it if it is not there yet, and all read it."""
     path = out / "pretrained.pt"
     if dist.get_rank() == 0 and not path.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,8 @@ def base_model(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
 
 
 def pretrain_alone(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
-    """A model trained in plain PyTorch by this process alone. The Trainer would ask all processes to take part."""
+    """Return a model trained in plain PyTorch by this process alone. The Trainer would ask all processes to take
+    part."""
     model = make_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for step in tqdm(range(lengths.pretrain_steps), desc="pretrain on prose", unit="step"):
@@ -83,23 +84,24 @@ def pretrain_alone(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
 
 
 def batch_of(data: Sequences, step: int, count: int) -> torch.Tensor:
-    """The rows of a step, the same in every process."""
+    """Return the rows of a step, the same in every process."""
     generator = torch.Generator().manual_seed(step)
     return data.rows[torch.randperm(len(data), generator=generator)[:count]]
 
 
 def mine(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The part of `rows` that this process computes on."""
+    """Return the part of `rows` that this process computes on."""
     return rows.tensor_split(dist.get_world_size())[dist.get_rank()].to(device)
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The complete checkpoints, by step. A checkpoint without metadata, which is written last, is not complete."""
+    """Return the complete checkpoints, by step. A checkpoint without metadata, which is written last, is not
+    complete."""
     return [path.parent for path in sorted(out.glob("checkpoint-*/.metadata"))]
 
 
 def perplexity(model: nn.Module, data: Sequences, device: torch.device) -> float:
-    """The perplexity of the first 128 sequences; each process computes its part."""
+    """Return the perplexity of the first 128 sequences; each process computes its part."""
     found = torch.tensor(log_likelihood(model, mine(data.rows[:128], device)), dtype=torch.float64, device=device)
     dist.all_reduce(found)
     return math.exp(-found[0] / found[1])

@@ -75,7 +75,7 @@ def pretrained(data: Data, lengths: Lengths, out: Path) -> LlamaForCausalLM:
 
 
 def time_steps(model: PeftModel, data: Data, rounds: int) -> dict[str, float]:
-    """Median seconds of forward and backward, not fused and fused, in turns: other load slows both alike."""
+    """Return median seconds of forward and backward, not fused and fused, in turns: other load slows both alike."""
     model.train()
     rows = data.examples.rows[:BATCH].to(model.device)
     times: dict[str, list[float]] = {"PEFT": [], "fused": []}
@@ -97,7 +97,7 @@ def perplexities(model: nn.Module, data: Data) -> tuple[float, float]:
 
 
 def run(out: Path, lengths: Lengths) -> dict[str, tuple[float, float]]:
-    """Perplexities of held-out prose and of held-out text with examples, by state of the model."""
+    """Return perplexities of held-out prose and of held-out text with examples, by state of the model."""
     data = load_data(lengths)
     base = pretrained(data, lengths, out)
     found = {"pretrained": perplexities(base, data)}

@@ -49,14 +49,14 @@ SHORT = Lengths(pretrain_steps=6, adapt_steps=6, new_tokens=12, timed_rounds=2, 
 
 
 def in_4_bits(path: Path) -> PeftModel:
-    """The model saved at `path`, loaded in NF4, with adapters that do nothing yet."""
+    """Return the model saved at `path`, loaded in NF4, with adapters that do nothing yet."""
     base = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4, device_map={"": "cpu"})
     torch.manual_seed(0)  # for the adapters
     return get_peft_model(base, LORA)
 
 
 def generate(model: nn.Module, prompt: Tensor, new_tokens: int, **more: int) -> Tensor:
-    """The prompt [1, tokens] and `new_tokens` after it, chosen greedily."""
+    """Return the prompt [1, tokens] and `new_tokens` after it, chosen greedily."""
     with torch.no_grad():
         return model.generate(
             input_ids=prompt,
@@ -96,7 +96,7 @@ def compare(fused: PeftModel, plain: PeftModel, prompt: Tensor, lengths: Lengths
 
 
 def weight_bytes(model: PeftModel) -> tuple[int, int]:
-    """The bytes of the frozen weights of layers with adapters: in their dense dtype, and as stored in NF4."""
+    """Return the bytes of the frozen weights of layers with adapters: in their dense dtype, and as stored in NF4."""
     layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]
     stored = [from_bnb(layer) for layer in layers]
     dense = sum(w.shape[0] * w.shape[1] * w.dtype.itemsize for w in stored)

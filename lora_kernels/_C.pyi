@@ -1,6 +1,6 @@
-"""The native CPU kernels (csrc/). Tensors are read where they lie; one whose last stride is not 1 is copied first, but
-the `w` of `gemm` may have any strides. Results are written to tensors that the caller has allocated, and whose last
-stride is 1. Dtypes are float32, bfloat16 and float16; the caller has checked that dtypes and shapes fit together."""
+"""The native CPU kernels (csrc/). Tensors are read in place. One whose last stride is not 1 is copied first, except the
+`w` of `gemm`, which may have any strides. Results are written to tensors that the caller has allocated, whose last
+stride is 1. Dtypes are float32, bfloat16 and float16. The caller has checked that dtypes and shapes fit together."""
 
 from collections.abc import Sequence
 

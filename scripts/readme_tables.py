@@ -27,7 +27,8 @@ class Run:
         return cls(json.loads(path.read_text(encoding="utf-8")), path, page, root)
 
     def link(self, path: Path | None = None) -> str:
-        """The path of the document or another file, from the page; only its name if it is outside the checkout."""
+        """Return the path of the document or another file, from the page; only its name if it is outside the
+        checkout."""
         target = (path or self.path).resolve()
         if not target.is_relative_to(self.root.resolve()):
             return target.name
@@ -45,7 +46,7 @@ Runs = dict[str, list[Run]]
 
 
 def chosen(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The entry of the automatic choice, or of another of our back-ends if that was not measured."""
+    """Return the entry of the automatic choice, or of another of our back-ends if that was not measured."""
     own = [e for e in entries if e["backend"]]
     return next((e for e in own if e["automatic"]), own[0] if own else None)
 
@@ -167,7 +168,7 @@ def quantised(runs: Runs) -> str:
 
 
 def _quantised(run: Run) -> str:
-    """A table for each M: time, and the ratio to each of the others in the same round."""
+    """Return a table for each M: time, and the ratio to each of the others in the same round."""
     document = run.document
     device, versions, size = document["device"], document["versions"], document["size"]
     packages = f"torch {versions['torch']}, PEFT {versions['peft']}, bitsandbytes {versions['bitsandbytes']}"
@@ -208,7 +209,7 @@ def generation(runs: Runs) -> str:
 
 
 def _generation(run: Run) -> str:
-    """Tokens per second of each model, and the speed beside PEFT over bitsandbytes in the same round."""
+    """Return tokens per second of each model, and the speed beside PEFT over bitsandbytes in the same round."""
     document = run.document
     device, versions, size = document["device"], document["versions"], document["size"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))

@@ -1,10 +1,10 @@
-"""Write the measured tables, numbers and the chart of README.md and docs/measuring.md from benchmarks/results.
+"""Write the measured tables, sentences and the chart of README.md and docs/measuring.md from benchmarks/results.
 
     python scripts/update_readme.py [--check] [RESULT.json ...]
 
-Each table stands between two markers, such as <!-- bench:begin --> and <!-- bench:end -->. Without names the newest run
-of each device type (CPU, CUDA) is taken, and the newest run of quantised layers and of generation from folders of their
-own. ``--check`` changes nothing: its exit status is 1 if a file is stale.
+Each of them stands between two markers, such as <!-- bench:begin --> and <!-- bench:end -->. Without names the newest
+run of each device type (CPU, CUDA) is taken, and the newest runs of quantised layers and of generation, which have
+folders of their own. ``--check`` changes nothing: its exit status is 1 if a file is stale.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from readme_tables import BACKWARD, NO_RUN, Run, Runs, bench, chosen, generation, quantised, ratio
 
@@ -58,7 +59,7 @@ def end(marker: str) -> str:
 
 
 def between(text: str, marker: str, fresh: str) -> str | None:
-    """`text` with `fresh` between the two markers, or None if they are not there once each, in this order."""
+    """Return `text` with `fresh` between the two markers, or None if they are not there once each, in this order."""
     first, last = begin(marker), end(marker)
     if text.count(first) != 1 or text.count(last) != 1 or text.index(first) > text.index(last):
         return None
@@ -67,7 +68,7 @@ def between(text: str, marker: str, fresh: str) -> str | None:
 
 
 def newest(folder: Path) -> list[Path]:
-    """The run of each device type with the latest date in its document."""
+    """Return the newest run of each device type, by the date in its document."""
     best: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -76,8 +77,44 @@ def newest(folder: Path) -> list[Path]:
     return [best[kind][1] for kind in sorted(best)]
 
 
+def span(runs: Runs) -> str:
+    """Return a sentence for each run: the lowest and the highest ratio to the frozen layer, ours and PEFT's."""
+    lines = []
+    for run in runs["bench"]:
+        cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for entry in run.document["timings"]:
+            if entry["pass"] == BACKWARD:
+                cells.setdefault((entry["shape"], entry["p"]), []).append(entry)
+        ours = [entry["ratio"][1] for cell in cells.values() if (entry := chosen(cell))]
+        theirs = [entry["ratio"][1] for cell in cells.values() for entry in cell if entry["variant"] == "PEFT"]
+        if ours and theirs:
+            lines.append(
+                f"Forward + backward takes {min(ours):.2f} to {max(ours):.2f} times the frozen layer's time, and with "
+                f"PEFT's layers {min(theirs):.2f} to {max(theirs):.2f} times: {len(ours)} cases of layer, dtype and "
+                f"dropout, on {run.machine()}, {run.document['date'][:10]}."
+            )
+    return "\n".join(lines) or NO_RUN
+
+
+def small(runs: Runs) -> str:
+    """Return a sentence for each run: a fused PEFT layer so small that Python takes most of the time, in fp32."""
+    lines = []
+    for run in runs["bench"]:
+        calls = [call for call in run.document.get("layer_calls", []) if call["over_peft"]]
+        calls = [call for call in calls if (call["layer"], call["dtype"]) == ("PEFT's, fused", "fp32")]
+        if calls:
+            told = ", ".join(f"{call['over_peft'][1]:.2f} ({call['which']}, M = {call['M']})" for call in calls)
+            lines.append(
+                "- `fuse` gains least for small layers, where Python takes most of the time. A fused 128×128 layer in "
+                f"fp32 takes this many times the time of PEFT's own: {told}; {run.machine()}, "
+                f"{run.document['date'][:10]}."
+            )
+    return "\n".join(lines) or NO_RUN
+
+
 def numbers(runs: Runs) -> str:
-    """Three numbers beside PEFT's, each with its machine: a training step, the bytes it saves, a decoding step."""
+    """Return a table of three numbers beside PEFT's, each with its machine: the time of a training step, the bytes that
+    it saves, the time of a decoding step."""
     rows = []
     for run in runs["bench"]:
         rows += [_step_number(run), _bytes_number(run)]
@@ -89,7 +126,7 @@ def numbers(runs: Runs) -> str:
 
 
 SHAPE, P = "gpt2-mlp-up", 0.1
-"""The layer and the dropout of the first two numbers."""
+"""The layer and the dropout of the first two numbers of `numbers`."""
 
 
 def _step_number(run: Run) -> str:
@@ -129,7 +166,7 @@ def _number_row(run: Run, what: str, ours: str, theirs: str) -> str:
 
 
 def chart(runs: Runs) -> str:
-    """The chart of the newest bench: forward + backward over the frozen layer."""
+    """Return the image of the newest bench that has one: forward + backward over the frozen layer."""
     drawn = [run for run in runs["bench"] if run.path.with_suffix(".png").exists()]
     if not drawn:
         return NO_RUN
@@ -140,10 +177,10 @@ def chart(runs: Runs) -> str:
 
 Render = Callable[[Runs], str]
 PAGES: dict[str, dict[str, Render]] = {
-    "README.md": {"numbers": numbers, "chart": chart},
+    "README.md": {"range": span, "numbers": numbers, "chart": chart, "small": small},
     "docs/measuring.md": {"bench": bench, "quantised": quantised, "generation": generation},
 }
-"""For each page its markers, and what is written between them."""
+"""The markers of each page, and the function that returns the text between them."""
 
 if __name__ == "__main__":
     sys.exit(main())

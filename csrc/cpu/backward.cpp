@@ -58,7 +58,7 @@ struct Work {
         g_parts(one_pass ? over_n.C : 1) {}
 };
 
-// The panels of a and b and the rows of h, in the packing that the products take.
+// Pack a, b and h for the products.
 void pack_operands(const Branch& p, const Work& w, i64 ldk) {
   if (w.a_packed) {
 #pragma omp for schedule(static) nowait
@@ -110,7 +110,7 @@ void pass_over_dy(const Branch& p, const Work& w, i64 M) {
   }
 }
 
-// Sum the parts: g in the packings that the products of dx and da take, and db.
+// Sum the parts of g, and pack it for the products of dx and da. Sum the parts of db, and write it.
 void sum_over_dy(const Branch& p, const Work& w, i64 M, bool dx) {
   if (w.need_g) {
 #pragma omp for schedule(static) nowait
@@ -135,7 +135,7 @@ void sum_over_dy(const Branch& p, const Work& w, i64 M, bool dx) {
   }
 }
 
-// Sum the parts of da, one for each of `slabs` slabs of rows.
+// Sum the parts of da, one for each of `slabs` slabs of rows, and write it.
 void sum_da(const Branch& p, const Work& w, i64 K, i64 ldk, i64 slabs) {
   if (!p.da) return;
 #pragma omp for schedule(static) nowait

@@ -10,9 +10,10 @@ constexpr i64 kDepth = 1024;  // columns of x (and of a's panel) per pass: 8 row
 constexpr i64 kRows = 48;     // rows of x or y per task
 constexpr i64 kWidth = 4096;  // columns of y per task
 
-// Up to so many rows b is read as it is; for more, it pays to transpose b first.
+// Up to this many rows of x, b is read in place. For more rows it pays to transpose b first.
 constexpr i64 kRowsInPlace = 4;
-// For so few rows, tasks are cut along R and N. Memory takes the time there, so a product counts as 16 operations.
+// For so few rows, the tasks are cut along R and N. Reading a, b and w takes the time there, so each of their elements
+// counts as 16 products when the number of threads is chosen.
 constexpr i64 kFewRanks = 8;     // rows of a per task
 constexpr i64 kFewWidth = 1024;  // columns of y per task
 constexpr i64 kFewWeight = 16;
@@ -42,7 +43,7 @@ struct Work {
   }
 };
 
-// Bring the operands of the products to the form that these take. Where x is absent, `rows` are the tasks that scale h.
+// Pack the operands of the products. Where x is absent (`down` is false) h is given, and is packed in the tasks `rows`.
 void pack_operands(const Branch& p, const Work& w, bool down, const Grid& rows) {
   if (p.base) {
 #pragma omp single nowait
@@ -73,7 +74,7 @@ void pack_operands(const Branch& p, const Work& w, bool down, const Grid& rows) 
   }
 }
 
-// A part of x and of a: where it begins, and its sizes.
+// A part of x and of a: its first row and column of x, its first row of a, and its sizes.
 struct Part {
   i64 m0, k0, r0;
   Extent size;
@@ -87,7 +88,7 @@ void dot_x(const Branch& p, const Work& w, Tile x, Part t, uint8_t* bits) {
           w.h(p).at(t.m0, t.r0), t.k0 > 0);
 }
 
-// Write h where it is saved, and turn it into what the product with b takes.
+// Write h to its output, if it has one, and pack it for the product with b.
 void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
   const Sums h = w.h(p).at(m0, 0);
   const float c = p.dropout.rescale();

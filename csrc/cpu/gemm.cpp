@@ -9,7 +9,7 @@ namespace lk::cpu {
 namespace {
 
 constexpr i64 kStrip = 96;    // rows of w per task
-constexpr i64 kDepth = 1024;  // terms per pass, so that the strip and x are still in a cache for the next rows of x
+constexpr i64 kDepth = 1024;  // columns per pass, so that x and the strip stay in a cache until all products are done
 
 class Dense : public FewRows {
  public:

@@ -14,7 +14,7 @@ constexpr i64 kGemmRowsLeast = 96;   // rows of y per task: with fewer, packing 
 constexpr i64 kGemmRowsMost = 1024;  // rows of y per task where their sums need memory beside y, 1.5 MB a thread
 
 // y [M, N] = x [M, K] w^T, or y += x w^T. pack(n0, cols, k0, depth, D, P) writes the panels of w[n0.., k0..] to P; D is
-// `spare` floats of memory for it. k0 is a multiple of kGemmRun.
+// memory of `spare` floats that it may use. k0 is a multiple of kGemmRun.
 template <class Pack>
 void gemm_by_panels(int threads, i64 M, i64 N, i64 K, Tile x, Tile y, bool add, i64 spare, const Pack& pack) {
   if (!kernels().gemm(x.dtype)) throw std::invalid_argument("no GEMM of this dtype: see gemm_of");

@@ -1,5 +1,5 @@
-// The tile of the GEMM, for operands that a class Terms describes. kernels.cpp compiles it once per instruction set
-// with Fp32Terms, and gemm_bf16.cpp with pairs of bf16.
+// The tile of the GEMM. A class Terms describes its operands: kernels.cpp compiles it with Fp32Terms once per
+// instruction set, and gemm_bf16.cpp with pairs of bf16.
 #pragma once
 
 #include "tile.h"
@@ -13,7 +13,7 @@ constexpr int kGemmWidth = V::GEMM_NV * W;
 struct Fp32Terms {
   using T = float;
   static constexpr i64 pair = 1;
-  // A chain of sums is half the depth long. That keeps the error no larger than MKL's.
+  // Each accumulator sums half the depth, which keeps the error no larger than MKL's.
   static constexpr i64 depth = 256, group = 384;
   static reg fma(reg x, reg p, reg sum) { return V::fma(x, p, sum); }
   // The floats of row k of a panel for n neighbouring columns of w, whose memory runs along n
@@ -22,7 +22,8 @@ struct Fp32Terms {
   static float one(const T* w, i64 stride_k, i64 k, i64) { return w[k * stride_k]; }
 };
 
-// Floats from one row of the copy of x to the next: rows must not all map to the same places of L1.
+// Floats from one row of the copy of x to the next. The 16 more than the depth keep the rows from mapping to the same
+// sets of L1.
 template <class Terms>
 constexpr i64 kGemmRow = Terms::depth + 16;
 

@@ -1,4 +1,4 @@
-// How work is cut into tasks. Where a cut decides the order of a sum, it depends on the shape alone. So results depend
+// How work is cut into tasks. A cut that decides the order of a sum depends on the shape alone. So results depend
 // neither on the number of threads nor on which thread took which task.
 #pragma once
 
@@ -36,9 +36,9 @@ inline Grid make_grid(i64 M, i64 cols, i64 slab, i64 chunk) {
   return {M, cols, std::max<i64>(1, ceil_div(M, slab)), slab, std::max<i64>(1, ceil_div(cols, chunk)), chunk};
 }
 
-// The number of threads for work of so many operations. Forking a team costs microseconds, so tiny work stays on the
-// caller. The answer is one thread or all of torch's, and nothing between: libgomp ends the threads that a smaller team
-// does not use, and has to start them again later.
+// The number of threads for work of this many operations: one, or all of torch's. Forking a team costs microseconds, so
+// little work stays on the calling thread. A smaller team is not used, because libgomp then ends the threads that it
+// leaves out, and has to start them again later.
 inline int team(int threads, double flops) { return flops < 2e6 ? 1 : std::max(threads, 1); }
 
 inline int worker() {

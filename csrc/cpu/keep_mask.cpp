@@ -11,7 +11,8 @@ namespace {
 constexpr i64 kRows = 16;    // rows per task
 constexpr i64 kCols = 4096;  // columns per task, a multiple of 64
 
-// The numbers for every byte of keep bits, as integers: `one` has the bits of 1.0, and 0.0 is 0 in every dtype.
+// For every byte of keep bits, the 8 numbers that it stands for, as the bits of the dtype: `one` has the bits of 1.0,
+// and 0.0 is all zeros in every dtype.
 template <class T, T one>
 struct Numbers {
   T of[256][8] = {};

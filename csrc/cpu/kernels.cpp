@@ -1,5 +1,5 @@
-// The table of tile kernels. This file is compiled once per instruction set, and defines that table alone for others to
-// link to.
+// The table of the tile kernels of one instruction set. This file is compiled once per instruction set, and only the
+// function that returns the table has external linkage.
 #include "convert.h"
 #include "gemm_tile.h"
 #include "low_rank.h"

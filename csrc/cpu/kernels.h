@@ -1,7 +1,7 @@
 // The tile kernels of one instruction set, and the table through which the drivers call those of the set in use.
 //
-// All sums are fp32. A tile of x (or dy, y, dx) is addressed in place. Adapters come as panels P [R, cols] of floats,
-// with the lanes of a register along the columns. `keep` zeroes what dropout drops.
+// All sums are fp32. A tile of x, dy, y or dx is addressed in place. A and B come as panels P [R, cols] of floats, with
+// the lanes of a register along the columns. keep(x) is x with zeros where dropout drops an element.
 #pragma once
 
 #include <cstdint>
@@ -41,8 +41,8 @@ struct Rows {
   LK_INLINE operator Rows<const T>() const { return {data, ld}; }
 };
 
-using Panel = Rows<const float>;  // is read
-using Sums = Rows<float>;         // is written
+using Panel = Rows<const float>;  // floats that a kernel reads
+using Sums = Rows<float>;         // floats that a kernel writes
 
 // The dropout mask of a tile, one bit per element: bit j of byte i of a row belongs to column 8 i + j. Without `bits`
 // every element is kept.
@@ -67,8 +67,8 @@ enum class Format : int { nf4 = 0, fp4 = 1, int8 = 2, fp8 = 3 };
 constexpr float quant_factor(Format f) { return f == Format::fp8 ? 256.0f : f == Format::int8 ? 1.0f / 127.0f : 1.0f; }
 
 constexpr i64 kQuantRows = 4;   // rows of codes that quant_dot takes at a time
-constexpr i64 kQuantPad = 128;  // rows of X are padded to a multiple of so many floats
-constexpr i64 kNested = 256;    // scales that share one absmax of double quantisation
+constexpr i64 kQuantPad = 128;  // rows of X are padded to a multiple of this many floats
+constexpr i64 kNested = 256;    // the number of scales that share one absmax in double quantisation
 
 // Rows of a quantised weight. Every `segment` columns have a scale, which for int8 and fp8 lacks quant_factor.
 struct QuantRows {
@@ -85,8 +85,8 @@ struct QuantRows {
   }
 };
 
-// The three products of the low-rank half, and the packing of their operands. Buffers consist of floats in every
-// packing.
+// The three products of the low-rank half, and the packing of their operands. A packed operand lies in a buffer of
+// floats, also where it consists of pairs of bf16.
 struct LowRank {
   bool pairs;  // true: operands are packed as pairs of bf16, for instructions that add two products at a time
 
@@ -105,8 +105,8 @@ struct LowRank {
   void (*expand_panel)(Tile src, i64 R, i64 cols, Sums P);
   void (*expand_panel_t)(Tile src, i64 cols, i64 R, Sums P);
 
-  // factor * src [rows, R] as G or H, whose rows are R floats apart. In place is allowed. Row m of G or H is at m R for
-  // even m.
+  // factor * src [rows, R] as G or H, whose rows are R floats apart; src and the result may be the same memory. A part
+  // that begins at an even row m begins at G + m R or H + m R.
   void (*outer_rows)(Tile src, i64 rows, i64 R, float factor, float* G);
   void (*expand_rows)(Tile src, i64 rows, i64 R, float factor, float* H);
 
@@ -138,8 +138,8 @@ struct GemmOut {
 // The GEMM of operands of one type: fp32, or pairs of bf16. T below is the type of an element.
 struct Gemm {
   i64 width;  // columns of a panel
-  i64 pair;   // terms to a float of a panel: 1 or 2
-  i64 depth;  // the most floats in a column of a panel, which is what one pass over K adds up
+  i64 pair;   // terms of the sum in a float of a panel: 1 (fp32) or 2 (bf16)
+  i64 depth;  // the most floats in a column of a panel; one pass over K adds up that many
   i64 group;  // the most columns of y whose panels stay in L2 together
 
   // Panels of w, the n side: P[n / width][k / pair][n % width] = w[n, k] (and w[n, k + 1]). Zeros fill the last panel

@@ -24,7 +24,8 @@ struct Dropout {
   float rescale() const { return 65536.0f / static_cast<float>(65536 - static_cast<int>(threshold)); }
 };
 
-// One of the layers that read the same x [M, K]. A tile without data is absent: it is not computed, or not used.
+// The operands of one of the layers that read the same x [M, K]. A tile without data stands for an operand that is not
+// there: it is neither read nor computed.
 struct Branch {
   i64 N, R;
   float scale;

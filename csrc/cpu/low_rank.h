@@ -155,7 +155,7 @@ void expand_block(Rows<T> y, Keep keep, const float* bias, Panel H, Panel P, i64
   }
 }
 
-// It takes a few whole rows at a time. A walk down a strip of columns would meet a new page at every row.
+// A few whole rows at a time: going down a strip of columns would touch a new page at every row.
 template <class T, bool KEEP, int MR>
 void expand_rows(Rows<T> y, Keep keep, const float* bias, Panel H, Panel P, Extent e) {
   constexpr int NV = V::EXPAND_NV;

@@ -11,7 +11,7 @@ namespace {
 
 constexpr i64 kStrip = 128;  // rows of w per task of few rows of x; a divisor of kFp8Block
 constexpr i64 kFp8Block = 128;
-constexpr i64 kDepth = 1024;
+constexpr i64 kDepth = 1024;     // columns of decoded rows per product
 constexpr i64 kDecodeRows = 32;  // rows that are decoded together: a divisor of kFp8Block, a multiple of Gemm::width
 
 float scale_of(const Quantized& w, i64 i) {
@@ -30,10 +30,12 @@ struct Strip {
   i64 lds, segment;
 };
 
+// Whether every row of w consists of whole blocks, or every block of whole rows.
 bool has_segments(const Quantized& w) {
   return !w.four_bits() || w.K % w.blocksize == 0 || (w.K && w.blocksize % w.K == 0);
 }
 
+// The number of scales that strip_of may write for a row.
 i64 segments(const Quantized& w) { return w.four_bits() && w.K % w.blocksize == 0 ? w.K / w.blocksize : 1; }
 
 // The scales of n rows of a w that has segments. `room` holds n * segments(w) floats. Rows of fp8 lie in one block.
@@ -101,15 +103,15 @@ class Codes : public FewRows {
     const Sums out{parts_ + worker() * kStrip * M_, M_};
     float* const room = rooms_ + worker() * room_;
     if (direct_)
-      meet_codes(n0, n, room, out);
+      dot_codes(n0, n, room, out);
     else
-      meet_decoded(n0, n, room, out);
+      dot_decoded(n0, n, room, out);
     kernels().write_t(out, n, M_, direct_ ? quant_factor(w_.format) : 1.0f, y_.at(0, n0));
   }
 
  private:
-  // out[i, m] from the codes in registers
-  void meet_codes(i64 n0, i64 n, float* room, Sums out) const {
+  // out[i, m], from the codes in registers
+  void dot_codes(i64 n0, i64 n, float* room, Sums out) const {
     const auto dot = pairs_ ? pairs_->dot : kernels().quant_dot;
     const Strip strip = strip_of(w_, n0, n, room);
     const QuantRows rows = part(w_, strip, n0, n);
@@ -119,8 +121,8 @@ class Codes : public FewRows {
       dot(rows.part(i, kQuantRows), {X_, ldx_}, M_, out.at(i, 0));
     }
   }
-  // out[i, m] from a few decoded rows of w at a time, where blocks straddle rows
-  void meet_decoded(i64 n0, i64 n, float* room, Sums out) const {
+  // out[i, m], from a few rows of w that are decoded at a time, where blocks straddle rows
+  void dot_decoded(i64 n0, i64 n, float* room, Sums out) const {
     for (i64 i = 0; i < n; i += kQuantRows) {
       const i64 some = std::min(kQuantRows, n - i);
       decode_rows(*kernels().gemm_fp32, w_, n0 + i, some, 0, w_.K, nullptr, room);

@@ -9,10 +9,10 @@ struct Quantized {
   Format format;
   i64 N, K;
   const uint8_t* codes;
-  const float* levels;          // 4 bits: the 16 values of a code
+  const float* levels;          // 4 bits: the values of the 16 codes
   const void* scales;           // fp32; with double quantisation uint8
   i64 scale_rows, scale_cols;   // fp8: [1, 1], [N, 1] or [N / 128, K / 128], rounded up
-  i64 blocksize;                // 4 bits: elements of row-major w to a scale
+  i64 blocksize;                // 4 bits: the elements of row-major w that share a scale
   const float *table, *absmax;  // double quantisation: scale i is table[scales[i]] absmax[i / 256] + offset; else null
   float offset;
 

@@ -29,8 +29,8 @@ class Task:
 
 
 def step(task: Task, q: Problem, which: str) -> Callable[[], object]:
-    """A function that runs one forward without gradients, or one forward + backward with the gradients of x and of
-    everything trained."""
+    """Return a function that runs one forward without gradients, or one forward + backward with the gradients of x and
+    of everything trained."""
     layer = task.layer
     if which != BACKWARD:
 
@@ -45,7 +45,7 @@ def step(task: Task, q: Problem, which: str) -> Callable[[], object]:
 
 
 def results(task: Task, q: Problem) -> dict[str, Tensor | None]:
-    """y, dx, da and db of a layer. A gradient is None if autograd does not reach its tensor."""
+    """Return y, dx, da and db of a layer. A gradient is None if autograd does not reach its tensor."""
     x = q.x.detach().requires_grad_()
     y = task.layer(x)
     gradients = torch.autograd.grad(y, (x, *task.trained), q.dy, allow_unused=True)
@@ -53,12 +53,12 @@ def results(task: Task, q: Problem) -> dict[str, Tensor | None]:
 
 
 def frozen(q: Problem) -> Task:
-    """The frozen layer F.linear(x, w, bias); its backward goes to x only."""
+    """Return the frozen layer F.linear(x, w, bias); its backward goes to x only."""
     return Task(lambda x: F.linear(x, q.w, q.bias), (), _frozen(q))
 
 
 def fused(backend: str | None) -> Callable[[Problem], Task]:
-    """A builder of this package's layer with a back-end, or with the automatic choice for None."""
+    """Return a function that builds this package's layer with a back-end; None stands for the automatic choice."""
 
     def build(q: Problem) -> Task:
         rank = q.a.shape[0]
@@ -79,7 +79,8 @@ def fused(backend: str | None) -> Callable[[Problem], Task]:
 
 
 def peft(q: Problem, adapter_dtype: torch.dtype | None = None) -> Task:
-    """PEFT's lora.Linear over nn.Linear. Its adapters have the dtype of the problem's where `adapter_dtype` is None."""
+    """Return PEFT's lora.Linear over nn.Linear. Its adapters have the dtype of the problem's where `adapter_dtype` is
+    None."""
     from peft import LoraConfig, inject_adapter_in_model
 
     rank = q.a.shape[0]
@@ -94,7 +95,7 @@ def peft(q: Problem, adapter_dtype: torch.dtype | None = None) -> Task:
 
 
 def peft_fused(q: Problem) -> Task:
-    """PEFT's layer after `lora_kernels.fuse`."""
+    """Return PEFT's layer after `lora_kernels.fuse`."""
     from lora_kernels.peft.fusing import fuse
 
     task = peft(q)
@@ -103,14 +104,14 @@ def peft_fused(q: Problem) -> Task:
 
 
 def peft_compiled(q: Problem) -> Task:
-    """PEFT's layer under torch.compile."""
+    """Return PEFT's layer under torch.compile."""
     torch.compiler.reset()  # torch stops compiling after some shapes otherwise
     task = peft(q)
     return Task(torch.compile(task.layer, dynamic=False), task.trained, task.frozen)
 
 
 def of_peer(lora_linear: LoRALinear) -> Callable[[Problem], Task]:
-    """A builder of another project's layer."""
+    """Return a function that builds another project's layer."""
 
     def build(q: Problem) -> Task:
         a, b = _leaves(q)
@@ -120,14 +121,15 @@ def of_peer(lora_linear: LoRALinear) -> Callable[[Problem], Task]:
 
 
 def addmm(q: Problem) -> Task:
-    """The strongest composite of torch operations that we know: see `_Addmm`."""
+    """Return the layer of `_Addmm`, the strongest composite of torch operations that we know."""
     a, b = _leaves(q)
     apply: Any = _Addmm.apply
     return Task(lambda x: apply(x, q.w, a, b, q.bias, q.scale, q.p), (a, b), _frozen(q))
 
 
 def merge(q: Problem) -> Task:
-    """F.linear(x, w + s·b a, bias): the merged weight is formed in every step, and autograd goes through it."""
+    """Return the layer F.linear(x, w + s·b a, bias). The merged weight is formed in every step, and autograd goes
+    through it."""
     a, b = _leaves(q)
     return Task(lambda x: F.linear(x, q.w + (q.scale * (b @ a)).to(q.w.dtype), q.bias), (a, b), _frozen(q))
 
@@ -164,7 +166,7 @@ class _Addmm(torch.autograd.Function):
 
 
 def _linear(q: Problem) -> nn.Linear:
-    """An nn.Linear over the problem's own w and bias."""
+    """Return an nn.Linear over the problem's own w and bias."""
     linear = nn.Linear(q.w.shape[1], q.w.shape[0], q.bias is not None, device="meta", dtype=q.w.dtype)
     linear.weight = nn.Parameter(q.w, requires_grad=False)
     if q.bias is not None:

@@ -32,11 +32,11 @@ class Bench:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The document that is filled."""
+        """The document of the run."""
         return self.record.document
 
     def steps(self, shapes: list[Shape]) -> int:
-        """The number of steps that `measure` will report for all of `shapes`."""
+        """Return the number of steps that `measure` will report for all of `shapes`."""
         return self.setting.rounds * sum(len(self._cells(shape)) for shape in shapes)
 
     def measure_rates(self, shapes: list[Shape]) -> None:
@@ -63,14 +63,14 @@ class Bench:
         }
         for p in dict.fromkeys(cell.p for cell in shape.cells):
             advance(f"{shape.name} p={p:g}: checking the numbers", 0)
-            candidates = [FLOOR, *self._comparable(Cell(shape, p, "check"), variants)]
+            timed = [FLOOR, *self._comparable(Cell(shape, p, "check"), variants)]
             for cell in self._cells(shape):
                 if cell.p == p:
-                    self._time(cell, candidates, advance)
+                    self._time(cell, timed, advance)
             if shape.training:
                 cell = Cell(shape, p, "bytes")
                 self.record.tell(cell, FLOOR.name)
-                self._count_bytes(cell, [v for v in candidates if v is not FLOOR and v.counted])
+                self._count_bytes(cell, [v for v in timed if v is not FLOOR and v.counted])
 
     def measure_calls(self, imports: int) -> None:
         """Measure what calls and the import cost beside the kernels; the import in `imports` fresh interpreters."""
@@ -87,7 +87,8 @@ class Bench:
         return [*shape.cells, *graph]
 
     def _comparable(self, check: Cell, variants: list[Variant]) -> list[Variant]:
-        """The baselines that run, and those of our `variants` that are judged right. Every verdict goes on record."""
+        """Return the baselines that run, and those of our `variants` that are judged right. Every verdict goes on
+        record."""
         shape, p, _ = check
         found = [v for v in self.setting.baselines if (v.dropout or p == 0) and v.wanted(shape)]
         found = [v for v in found if not self.record.struck(shape, v)]
@@ -153,7 +154,7 @@ class Bench:
         self.document["timings"] += [self._timing(cell, v, rounds) for v in variants if v.name in steps]
 
     def _timing(self, cell: Cell, variant: Variant, rounds: timing.Rounds) -> dict[str, Any]:
-        """The entry of one variant in a cell."""
+        """Return the entry of one variant in a cell."""
         target = cell.shape.targets.get(cell.p) if variant.automatic and cell.which == BACKWARD else None
         beside_peft = variant.backend and PEFT.name in rounds.repeats
         return cell.entry() | {
@@ -191,8 +192,8 @@ class Bench:
 
 
 def _faults(variant: Variant, judge: Judge) -> str:
-    """Why a doubted variant cannot be compared with; empty if it can. With dropout its mask is its own, so that it only
-    has to run."""
+    """Return why a doubted variant cannot be compared with, or an empty string if it can. With dropout it draws a mask
+    of its own, so its numbers are not judged: it only has to run."""
     q = judge.q
     try:
         got = layers.results(variant.build(q), q)

@@ -16,8 +16,8 @@ from lora_kernels.testing.judge import Problem
 
 
 def saved_bytes(task: Task, q: Problem) -> int:
-    """The bytes of all storages that autograd holds after a forward, each counted once, x included. Parameters are not
-    counted."""
+    """Return the bytes of all storages that autograd holds after a forward, each counted once, x included. Parameters
+    are not counted."""
     parameters = {t.untyped_storage().data_ptr() for t in (*task.trained, *task.frozen)}
     kept: dict[int, Tensor] = {}  # the tensors are kept, so that no address is used again
 
@@ -33,7 +33,8 @@ def saved_bytes(task: Task, q: Problem) -> int:
 
 
 def peak_bytes(task: Task, q: Problem) -> int | None:
-    """The most bytes that one forward + backward has allocated at a time through torch's allocator, with its outputs.
+    """Return the most bytes that one forward + backward has allocated at a time through torch's allocator, with its
+    outputs.
 
     None if torch does not tell. Scratch that native code takes from the system (oneDNN, MKL, the CPU kernels of this
     package) is not counted, for any variant.

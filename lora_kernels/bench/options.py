@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fault(args: argparse.Namespace) -> str | None:
-    """What is wrong with the options, or None."""
+    """Return what is wrong with the options, or None."""
     if args.rounds is not None and args.rounds < 1:
         return f"--rounds must be at least 1, got {args.rounds}"
     if args.threads is not None and args.threads < 1:
@@ -91,18 +91,19 @@ def fault(args: argparse.Namespace) -> str | None:
 
 
 def device(args: argparse.Namespace) -> torch.device:
-    """The device to measure on: the one named, else a GPU if there is one."""
+    """Return the device to measure on: the one named, else a GPU if there is one."""
     return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def is_partial(args: argparse.Namespace) -> bool:
-    """Whether the run measures less than everything, or something else. Only a whole run is written without --out."""
+    """Return whether the run measures only a part of everything, or another set of shapes. A partial run is written
+    only if --out names a file."""
     narrowed = (args.quick, args.shapes, args.suite, args.rounds, args.backend, args.without, args.seconds, args.peer)
     return any(narrowed)
 
 
 def setting(args: argparse.Namespace) -> tuple[Setting, list[str]]:
-    """What the options ask for, and notes on variants that cannot be measured."""
+    """Return the setting that the options ask for, and notes on variants that cannot be measured."""
     found, notes = baselines()
     sources = [(name, Path(path)) for name, _, path in (text.partition("=") for text in args.peer)]
     more, more_notes = more_baselines(sources)
@@ -115,7 +116,7 @@ def setting(args: argparse.Namespace) -> tuple[Setting, list[str]]:
 
 
 def shapes(args: argparse.Namespace) -> list[Shape]:
-    """The shapes to measure."""
+    """Return the shapes to measure."""
     kind = device(args).type
     if args.shapes:
         return [NAMED[name] for name in args.shapes]
@@ -125,7 +126,7 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command, without the paths that it reads or writes."""
+    """Return the command, without the paths that it reads or writes."""
     words = ["python -m lora_kernels bench"]
     for name in ("device", "suite", "shapes", "backend", "without", "peers", "quick", "rounds", "seconds", "threads"):
         value = getattr(args, name)

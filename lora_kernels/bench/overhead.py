@@ -45,7 +45,8 @@ class Overhead:
 
 
 def measure_overhead(device: torch.device, backend: str, rounds: int) -> list[Overhead]:
-    """The overhead on a problem so small that kernels take next to nothing, by p, with and without gradients."""
+    """Return the overhead for each p, with and without gradients, on a problem so small that kernels take next to no
+    time."""
     module, timer = dispatch.load(backend), timing.timer_for(device)
     results = []
     for p in (0.0, 0.1):
@@ -90,7 +91,8 @@ class LayerCall:
 
 
 def measure_layers(device: torch.device, rounds: int) -> list[LayerCall]:
-    """Calls of layers of 128x128 and rank 8: one row of x forward, eight rows forward + backward. Needs PEFT."""
+    """Return the times of small layers, 128x128 of rank 8: a forward with one row of x, and a forward + backward with
+    eight. Needs PEFT."""
     results = []
     for which, M in ((FORWARD, 1), (BACKWARD, 8)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -128,7 +130,7 @@ class ImportCost:
 
 
 def measure_import(times: int) -> ImportCost:
-    """The cost of the import, measured in `times` interpreters."""
+    """Return the cost of the import, measured in `times` interpreters."""
     code = (
         "import sys, time, torch; before = 'triton' in sys.modules; start = time.perf_counter(); import lora_kernels; "
         "print(time.perf_counter() - start, 'triton' in sys.modules and not before)"

@@ -37,7 +37,7 @@ class Peer(NamedTuple):
 
 
 def load(name: str, path: Path) -> Peer:
-    """The layer of project `name` from `path`. Raises whatever its import raises."""
+    """Return the layer of project `name` from `path`. Raises whatever its import raises."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     return {"lorafusion": _lorafusion, "unsloth": _unsloth}.get(name, _file)(path)
@@ -53,9 +53,9 @@ def _file(path: Path) -> Peer:
 
 
 def _lorafusion(path: Path) -> Peer:
-    """LoRAFusion's layer. It has Triton configurations for three GPUs by name; any other GPU is given that of the H100.
-    If this Triton lacks the descriptor functions that its TMA kernels call, its pointer kernels run, as they do on its
-    other GPUs."""
+    """Return LoRAFusion's layer. It has Triton configurations for three GPUs by name; any other GPU is given that of
+    the H100. If this Triton lacks the descriptor functions that its TMA kernels call, its pointer kernels run, as they
+    do on its other GPUs."""
     import triton.language as tl
 
     notes = []
@@ -85,8 +85,8 @@ def _lorafusion(path: Path) -> Peer:
 
 
 def _unsloth(path: Path) -> Peer:
-    """Unsloth's layer, from its folder of kernels alone: importing the package patches transformers and needs a dozen
-    packages."""
+    """Return Unsloth's layer, from its folder of kernels alone: importing the package patches transformers and needs a
+    dozen packages."""
     package = path if (path / "kernels").is_dir() else path / "unsloth"
     for name, folder in (("unsloth", package), ("unsloth.kernels", package / "kernels")):
         _insert(name, __path__=[str(folder)])
@@ -180,8 +180,8 @@ _NOTHING = _Nothing()
 
 
 def faults(got: Mapping[str, Tensor | None], want: dict[str, Tensor]) -> list[str]:
-    """Why a peer is no comparison: results further than 3% (RMS) from the equation in fp64. How a peer rounds is its
-    own matter, but it must compute the same function."""
+    """Return why a peer cannot be compared with: its results that are missing, or further than 3% (RMS) from the
+    equation in fp64. A peer may round as it likes, but it must compute the same function."""
     found = []
     for name, value in got.items():
         if value is None:

@@ -15,8 +15,8 @@ _OURS = "#2a6f97"
 def draw_all(document: dict[str, Any], path: Path) -> list[Path]:
     """Draw every picture that a document has, and return their paths.
 
-    `draw` writes to `path` if there is a training shape. `draw_roofline` writes <name>-roofline.png beside it if there
-    are shapes that differ only in M or only in R. Raises ImportError if matplotlib is not installed.
+    A document with a training shape has the picture of `draw`, at `path`. One with `sweeps` has that of
+    `draw_roofline`, in <name>-roofline.png beside it. Raises ImportError if matplotlib is not installed.
     """
     drawn = []
     if any(e["pass"] == BACKWARD for e in document["timings"]):
@@ -61,7 +61,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def ours(document: dict[str, Any]) -> set[str]:
-    """The variants that stand for this package in a picture: the automatic choice, or our first back-end if the
+    """Return the variants that stand for this package in a picture: the automatic choice, or our first back-end if the
     automatic choice was not measured."""
     names = [e["variant"] for e in document["timings"] if e["backend"]]
     return {e["variant"] for e in document["timings"] if e["automatic"]} or set(names[:1])
@@ -95,8 +95,11 @@ def _panel(axes: Any, timings: list[dict[str, Any]], shapes: list[str], describe
 
 
 def sweeps(document: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """("M" or "R", shapes) for each of the two that has at least three shapes which differ in nothing else: the largest
-    such set."""
+    """Return the sweeps to draw, as ("M" or "R", names of shapes).
+
+    A sweep is the largest set of shapes that differ only in M, or only in R. It needs three values at least, and a run
+    that has measured the roofline.
+    """
     found = []
     for axis in ("M", "R"):
         groups: dict[tuple[Any, ...], list[str]] = {}

@@ -1,4 +1,4 @@
-"""The document of a run: what is measured in it, what failed, and what another process may go on with."""
+"""The document of a run: its measurements, its failures, and what another process needs to resume it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STRIKES = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """What a whole run has in common."""
+    """The choices that hold for a whole run."""
 
     device: torch.device
     rounds: int
@@ -40,11 +40,11 @@ class Setting:
 
 
 class Record:
-    """The document that becomes the JSON, and the step that runs now."""
+    """The document that is written as JSON, and the step that runs now."""
 
     def __init__(self, setting: Setting, notes: Sequence[str]) -> None:
         self.doing: Callable[[str], None] = lambda what: None
-        """Is called with the name of each step before it runs."""
+        """The function that is called with the name of each step before it runs."""
         self.now: dict[str, Any] = {}
         """The step that runs now, as it enters the document if it fails: shape, p, pass, variant."""
         packages = ("torch", "triton", "peft")
@@ -93,12 +93,13 @@ class Record:
         self._forget(self.now["shape"])
 
     def left_out(self, shape: Shape) -> bool:
-        """Whether a shape is measured already, or cannot be because the frozen layer or an unknown variant failed."""
+        """Return whether a shape is measured already, or cannot be because the frozen layer or an unknown variant
+        failed."""
         failures = [failure["variant"] for failure in self.document["failed"] if failure["shape"] == shape.name]
         return shape.name in self.document["shapes"] or None in failures or FLOOR.name in failures
 
     def struck(self, shape: Shape, variant: Variant) -> bool:
-        """Whether a variant failed on this shape, or on `STRIKES` shapes."""
+        """Return whether a variant failed on this shape, or on `STRIKES` shapes."""
         failures = [each["shape"] for each in self.document["failed"] if each["variant"] == variant.name]
         return shape.name in failures or len(failures) >= STRIKES
 

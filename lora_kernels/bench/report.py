@@ -19,7 +19,7 @@ _COLUMNS = ((FORWARD, "forward"), (GRAPH, "in a graph"), (BACKWARD, "fwd + bwd")
 
 
 def where(document: Document) -> str:
-    """The machine, the versions and the number of rounds, in a line."""
+    """Return the machine, the versions and the number of rounds, in a line."""
     device, versions = document["device"], document["versions"]
     if device["type"] == "cuda":
         name = f"{device['name']} ({device['arch']}, driver {device['driver']})"
@@ -30,14 +30,14 @@ def where(document: Document) -> str:
 
 
 def rates(document: Document) -> str:
-    """The rates from which floors are computed, in a line."""
+    """Return the rates from which floors are computed, in a line."""
     measured = document["roofline"]
     gemm = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in measured["gemm"].items())
     return f"Roofline, measured now: GEMM {gemm}; copy {measured['copy'] / 1e9:.4g} GB/s. % is floor / time."
 
 
 def shape_table(document: Document, shape: str) -> Table:
-    """The table of a shape: a row for each variant, a column for each pass and p.
+    """Return the table of a shape: a row for each variant, a column for each pass and p.
 
     A cell holds the time, its ratio to the frozen layer, half the ratio's interquartile range, and the fraction of the
     roofline reached. The last row holds the roofline's floor. "red" stands for results that are judged wrong.
@@ -74,20 +74,20 @@ def _cell(entry: dict[str, Any]) -> str:
 
 
 def _roof(entries: list[dict[str, Any]]) -> str:
-    """The floor of a column, for the layer with its adapter; empty if there is none."""
+    """Return the floor of a column, for the layer with its adapter; empty if there is none."""
     floors = [e["floor"] for e in entries if e.get("floor") and e["variant"] != "F.linear"]
     return f"{duration(floors[0]['seconds'])} ({floors[0]['bound']})" if floors else ""
 
 
 def faults(document: Document, shape: str) -> Iterator[str]:
-    """A line for each row of a shape's table that has no numbers because the judge found faults."""
+    """Yield a line for each row of a shape's table that has no numbers because the judge found faults."""
     for check in document["gate"]:
         if check["shape"] == shape and not check["green"]:
             yield f"✗ {check['backend']} p={check['p']:g}: judged wrong, no numbers: {'; '.join(check['faults'])}"
 
 
 def summary(document: Document) -> Iterator[Table]:
-    """Tables of targets, bytes and call overhead; a table with no rows is left out."""
+    """Yield the tables of targets, bytes and call overhead, without those that have no rows."""
     if any(e["target"] is not None for e in document["timings"]):
         yield _targets_table(document)
     if document["memory"]:
@@ -99,7 +99,7 @@ def summary(document: Document) -> Iterator[Table]:
 
 
 def met_or_missed(ratio: float, target: float) -> str:
-    """Whether a ratio is "met" or "missed", to the two decimals that are shown."""
+    """Return "met" if a ratio, rounded to the two decimals that are shown, is at most the target, else "missed"."""
     return "met" if round(ratio, 2) <= target else "missed"
 
 
@@ -172,7 +172,7 @@ def _memory_table(document: Document) -> Table:
 
 
 def closing(document: Document) -> Iterator[str]:
-    """The lines after the tables: cells slower than PEFT, the import, noise, what is not measured, notes."""
+    """Yield the lines after the tables: cells slower than PEFT, the import, noise, variants not measured, notes."""
     compared = [e for e in document["timings"] if e["automatic"] and e["over_peft"]]
     slower = [e for e in compared if e["over_peft"][1] > 1]
     if compared:
@@ -208,11 +208,11 @@ def _spread(values: tuple[float, float, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in µs or ms, with three digits."""
+    """Return a time in µs or ms, with three digits."""
     value, unit = (seconds * 1e3, "ms") if seconds >= 1e-3 else (seconds * 1e6, "µs")
     return f"{value:.{max(0, 2 - int(math.log10(value)))}f} {unit}" if value >= 1 else f"{value:.2f} {unit}"
 
 
 def mib(count: int | None) -> str:
-    """A number of bytes in MiB, or "-" for None."""
+    """Return a number of bytes in MiB, or "-" for None."""
     return "-" if count is None else f"{count / 2**20:.2f}"

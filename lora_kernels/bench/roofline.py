@@ -33,8 +33,11 @@ class Floor(NamedTuple):
 
 
 def measure_rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
-    """{"gemm": {"bf16": FLOP/s, ...}, "copy": bytes/s (read and written)} on random data: the best of five samples, of
-    torch's GEMM and, where the CPU back-end has one of its own, of that."""
+    """Return {"gemm": {"bf16": FLOP/s, ...}, "copy": bytes/s}; the bytes are those read and those written.
+
+    Each rate is the best of five samples on random data. The GEMM is torch's or, in fp32 on a CPU, our own if that is
+    faster.
+    """
     timer = timer_for(device)
     size, repeats, count = (8192, 10, 1 << 29) if device.type == "cuda" else (1024, 2, 1 << 25)
 
@@ -56,15 +59,16 @@ def _gemms(device: torch.device, dtype: torch.dtype) -> list[Callable[[torch.Ten
     if device.type == "cpu" and dtype == torch.float32:
         try:
             from lora_kernels.backends.cpu.gemm import own
-        except ImportError:  # not built
-            pass
-        else:
+
             return [torch.nn.functional.linear, own]
+        except ImportError:  # the native kernels are not built
+            pass
     return [torch.nn.functional.linear]
 
 
 def floor(cell: Cell, rates: dict[str, Any], frozen: bool = False) -> Floor:
-    """The floor of a cell's pass over the layer, or over the frozen layer. `rates` are those of `measure_rates`."""
+    """Return the floor of a cell's pass over the layer, or over the frozen layer. `rates` are those of
+    `measure_rates`."""
     shape = cell.shape
     M, K, N, R, e = shape.M, shape.K, shape.N, 0 if frozen else shape.R, shape.dtype.itemsize
     reuse = 1 if frozen else 2

@@ -23,8 +23,8 @@ add_arguments = options.add_arguments
 
 
 def main(args: argparse.Namespace) -> int:
-    """Return the exit status: 0; 1 if the judge found a fault or a variant failed; 2 if the options cannot be served; 3
-    if this process can measure nothing more but another one could."""
+    """Return the exit status: 0 if all is well; 1 if the judge found a fault or a variant failed; 2 if the options
+    cannot be served; 3 if this process can measure nothing more but another one could."""
     show = terminal()
     if fault := options.fault(args):
         show.line(f"bench: {fault}")
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _conclude(document: dict[str, Any], show: Terminal) -> int:
-    """The exit status, after a last line that says what the judge found."""
+    """Print a last line that says what the judge found. Return the exit status."""
     right = [*(entry["green"] for entry in document["gate"]), *(not call["faults"] for call in document["layer_calls"])]
     if document["failed"]:
         show.line(f"✗ {len(document['failed'])} times something could not be measured: see the notes")
@@ -71,7 +71,7 @@ def _conclude(document: dict[str, Any], show: Terminal) -> int:
 
 
 def _measure(bench: Bench, args: argparse.Namespace, show: Terminal, imports: int) -> bool:
-    """Measure everything. False if the device no longer answers."""
+    """Measure everything. Return False if the device no longer answers."""
     shapes, record, document = options.shapes(args), bench.record, bench.document
     start = datetime.datetime.fromisoformat(document["date"])  # of the first process, if this one resumes a run
 
@@ -99,7 +99,7 @@ def _measure(bench: Bench, args: argparse.Namespace, show: Terminal, imports: in
                 left = ", ".join(each.name for each in shapes[i:])
                 document["notes"].append(f"Not measured, {args.seconds:g} s being spent: {left}")
                 break
-            while not record.left_out(shape):  # again without what failed, if anything does
+            while not record.left_out(shape):  # after a failure it is measured again, without the variant that failed
                 if not _measure_one(bench, shape, advance, show, keep):
                     return False
             watch("")
@@ -110,13 +110,13 @@ def _measure(bench: Bench, args: argparse.Namespace, show: Terminal, imports: in
         advance("calls and imports", 0)
         try:
             bench.measure_calls(imports)
-        except RuntimeError as error:  # it does not cost what was measured before
+        except RuntimeError as error:  # what was measured before is kept
             document["notes"].append(f"Calls and imports are not measured: {first_line(error)}")
     return True
 
 
 def _measure_one(bench: Bench, shape: Shape, advance: Advance, show: Terminal, keep: Callable[[], None]) -> bool:
-    """Measure a shape, or put on record what failed. False if the device no longer answers."""
+    """Measure a shape, or put on record what failed. Return False if the device no longer answers."""
     bench.document["measuring"] = shape.name
     keep()
     try:

@@ -56,7 +56,7 @@ class Shape:
         return [Cell(self, p, which) for p in dict.fromkeys((0.0, self.dropout)) for which in (FORWARD, BACKWARD)]
 
     def problem(self, p: float, device: torch.device, seed: int = 0) -> Problem:
-        """Random operands of this shape."""
+        """Return random operands of this shape."""
         return problem(
             self.M,
             self.N,
@@ -85,7 +85,7 @@ class Cell(NamedTuple):
     """The pass: `FORWARD`, `BACKWARD` or `GRAPH`."""
 
     def entry(self) -> dict[str, Any]:
-        """The keys that name the cell in a document."""
+        """Return the keys that name the cell in a document."""
         return {"shape": self.shape.name, "p": self.p, "pass": self.which}
 
 
@@ -135,7 +135,7 @@ _TINY = Shape("tiny", 40, 64, 48, 4)
 
 
 def _sweep(prefix: str, sizes: list[tuple[int, int]], width: int, dtype: torch.dtype) -> tuple[Shape, ...]:
-    """Square layers without bias and dropout, one for each (M, R)."""
+    """Return square layers without bias and dropout, one for each (M, R)."""
     return tuple(
         Shape(f"{prefix}-{M}x{width}-r{R}", M, width, width, R, dtype=dtype, bias=False, training=M > 16, dropout=0.0)
         for M, R in sizes

@@ -57,7 +57,7 @@ LAYERS = (Variant("PEFT's, fused", layers.peft_fused), Variant("FusedLoRALinear"
 
 
 def baselines() -> tuple[list[Variant], list[str]]:
-    """The variants that this package is always compared with, and notes on those that cannot be measured."""
+    """Return the variants that this package is always compared with, and notes on those that cannot be measured."""
     found = [Variant("addmm_", layers.addmm), Variant("merge", layers.merge, dropout=False)]
     if importlib.util.find_spec("peft") is None:
         return found, ["PEFT is not measured: it is not installed (pip install peft)"]
@@ -65,7 +65,8 @@ def baselines() -> tuple[list[Variant], list[str]]:
 
 
 def more_baselines(sources: Sequence[tuple[str, Path]]) -> tuple[list[Variant], list[str]]:
-    """The further variants, with those from `sources` (name, path), and notes on those that cannot be measured."""
+    """Return the further variants, with those from `sources` (name, path), and notes on those that cannot be
+    measured."""
     found, notes = [], []
     if importlib.util.find_spec("peft") is not None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -92,19 +93,19 @@ def more_baselines(sources: Sequence[tuple[str, Path]]) -> tuple[list[Variant], 
 
 
 def _is_other(dtype: torch.dtype, shape: Shape) -> bool:
-    """Whether the adapters of a 16-bit shape could have `dtype`, but have another."""
+    """Return whether the adapters of a 16-bit shape could have `dtype`, but have another."""
     return shape.dtype != torch.float32 and shape.adapters != dtype and dtype in (torch.float32, shape.dtype)
 
 
 def ours(
     shape: Shape, device: torch.device, named: str | None, without: Sequence[str] = ()
 ) -> tuple[list[Variant], dict[str, list[str]]]:
-    """A variant for each back-end that serves `shape`, and by name the reasons why the others do not.
+    """Return a variant for each back-end that serves `shape`, and by name the reasons why the others do not.
 
     With `named` only that back-end is asked; those in `without` are left out.
     """
-    q = shape
-    calls = [Call(op, device, q.dtype, q.adapters, q.M, q.N, q.K, q.R, True) for op in ("forward", "backward")]
+    sizes = shape.M, shape.N, shape.K, shape.R
+    calls = [Call(op, device, shape.dtype, shape.adapters, *sizes, True) for op in ("forward", "backward")]
     found, passed_over = [], {}
     automatic = dispatch.pick(calls[0], None).name
     for name in dispatch.BACKENDS if named is None else (named,):

@@ -17,7 +17,8 @@ SCHEMA = 1
 
 
 def begin(device: torch.device, packages: Sequence[str], command: str | None = None) -> dict[str, Any]:
-    """A document that holds the date, the commit, the versions of `packages` and the device, and `command` if given."""
+    """Return a document that holds the date, the commit, the versions of `packages` and the device, and `command` if
+    given."""
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

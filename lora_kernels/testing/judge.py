@@ -55,13 +55,14 @@ class Problem:
         return Adapter(self.a, self.b, self.scale, self.p, self.seed)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same numbers in another dtype."""
+        """Return the same numbers in another dtype."""
         x, w, a, b, dy = (t.detach().to(dtype) for t in (self.x, self.w, self.a, self.b, self.dy))
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         return replace(self, x=x, w=w, a=a, b=b, bias=bias, dy=dy)
 
     def absolute(self) -> Problem:
-        """The problem with the absolute value of every number. Its results are the sums of the terms' magnitudes."""
+        """Return the problem with the absolute value of every number. Its results are the sums of the terms'
+        magnitudes."""
         x, w, a, b, dy = (t.detach().abs() for t in (self.x, self.w, self.a, self.b, self.dy))
         bias = None if self.bias is None else self.bias.detach().abs()
         return replace(self, x=x, w=w, a=a, b=b, bias=bias, dy=dy, scale=abs(self.scale))
@@ -82,8 +83,9 @@ def problem(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Problem:
-    """Random operands, scaled such that every term of y has about the same size. The adapters have x's dtype where
-    `adapter_dtype` is None. With `strided` every matrix is a transposed view with gaps between rows and columns."""
+    """Return random operands, scaled such that every term of y has about the same size. The adapters have x's dtype
+    where `adapter_dtype` is None. With `strided` every matrix is a transposed view with gaps between rows and
+    columns."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(rows: int, cols: int, std: float, dtype: torch.dtype) -> Tensor:
@@ -107,7 +109,8 @@ def problem(
 
 
 def evaluate(q: Problem, function: Callable[..., Tensor] = reference.lora_linear, **kwargs: Any) -> dict[str, Tensor]:
-    """y and every gradient by name (see `NAMES`), from `function` and autograd. `kwargs` are passed to `function`."""
+    """Return y and every gradient by name (see `NAMES`), from `function` and autograd. `kwargs` are passed to
+    `function`."""
     leaves = {
         name: t.detach().requires_grad_() for name in ("x", "a", "b", "bias") if (t := getattr(q, name)) is not None
     }
@@ -120,12 +123,12 @@ def evaluate(q: Problem, function: Callable[..., Tensor] = reference.lora_linear
 
 
 def truth(q: Problem) -> dict[str, Tensor]:
-    """y and every gradient of the equation in fp64, from the operands as they are stored."""
+    """Return y and every gradient of the equation in fp64, from the operands as they are stored."""
     return evaluate(q.to(torch.float64))
 
 
 def over_codes(q: Problem, w: QuantizedWeight) -> tuple[Problem, dict[str, Tensor]]:
-    """The `q` and `plain` with which `judge` judges results over a quantised w.
+    """Return `q` and `plain` for `judge`, to judge results over a quantised w.
 
     The truth dequantises w without rounding to x's dtype. Plain torch has w dequantised in x's dtype.
     """
@@ -149,7 +152,7 @@ class Verdict:
 def judge(
     got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = None, plain: dict[str, Tensor] | None = None
 ) -> list[Verdict]:
-    """A verdict on every result in `got`; results that are None are left out.
+    """Return a verdict on every result in `got`; results that are None are left out.
 
     A result must be as good as that of plain torch in the same dtype: its RMS error at most 1.25 × plain torch's, its
     largest error at most 2 × plain torch's largest + eps × the largest value. A result of fewer than `_ENOUGH`
@@ -195,7 +198,7 @@ def _against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, eps: 
 
 
 def _bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
-    """The largest error that rounding can cause in each element.
+    """Return the largest error that rounding can cause in each element.
 
     With u = eps / 2 it is the sum of: n·u of fp32 for a sum of n terms, and u of x's dtype for each of at most four
     intermediate roundings (h or g, two scalings and a product; none for dbias), both times the sum of the terms'
@@ -235,7 +238,8 @@ class Judge:
         self.q, self.want, self.plain = q, truth(q), evaluate(q)
 
     def faults(self, backend: str) -> tuple[list[Verdict], list[str]]:
-        """The verdicts, and every fault: those of the verdicts, missing gradients, or the exception that was raised."""
+        """Return the verdicts, and every fault: those of the verdicts, missing gradients, or the exception that was
+        raised."""
         try:
             got = evaluate(self.q, lora_linear, backend=backend)
         except Exception as error:  # a back-end that is judged may fail in any way, and each way is a fault

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Name, cores, threads and instruction set of the CPU, or name, architecture, memory and driver of a GPU."""
+    """Return name, cores, threads and instruction set of the CPU, or name, architecture, memory and driver of a GPU."""
     cpu = {
         "name": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -44,7 +44,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The model name that the CPU reports."""
+    """Return the model name that the CPU reports."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
@@ -54,7 +54,7 @@ def cpu_name() -> str:
 
 
 def cpu_isa() -> str:
-    """The instruction set that torch uses here, and the bf16 instructions that the CPU has beside it."""
+    """Return the instruction set that torch uses here, and the bf16 instructions that the CPU has beside it."""
     isa = torch.backends.cpu.get_cpu_capability()
     info = Path("/proc/cpuinfo")
     flags = info.read_text() if info.exists() else ""
@@ -62,14 +62,14 @@ def cpu_isa() -> str:
 
 
 def kind(device: dict[str, Any]) -> str:
-    """The name of a device for a file of results, from what `describe_device` returns."""
+    """Return the name of a device for a file of results, from what `describe_device` returns."""
     words = re.sub(r"\(r\)|\(tm\)|\bcpu\b|@.*", " ", device["name"].lower())
     suffix = f"-{device['threads']}-threads" if device["type"] == "cpu" else ""
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-") + suffix
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """The versions of Python, of this package and of `packages`; None for a package that is not installed."""
+    """Return the versions of Python, of this package and of `packages`; None for a package that is not installed."""
     return {"python": platform.python_version(), "lora_kernels": __version__} | {
         name: _version(name) for name in packages
     }
@@ -83,7 +83,7 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> dict[str, Any] | None:
-    """{"id", "dirty"} of the checkout, or None if the package does not run from one."""
+    """Return {"id", "dirty"} of the checkout, or None if the package does not run from one."""
     if not (ROOT / ".git").exists():
         return None
     git = ("git", "--no-optional-locks", "-C", str(ROOT))
@@ -92,7 +92,7 @@ def commit() -> dict[str, Any] | None:
 
 
 def _output(*command: str) -> str | None:
-    """The output of a command, or None if there is no such command or it fails."""
+    """Return the output of a command, or None if there is no such command or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -15,7 +15,7 @@ ALL = Needs(True, (True,), (True,))
 
 
 def forward_of(module: ModuleType | Any, q: Problem, save_h: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(y, h) of a problem; h is None unless `save_h`."""
+    """Return (y, h) of a problem; h is None unless `save_h`."""
     (y,), (h,) = module.forward(q.x, [q.base], [q.adapter], [save_h])
     return y, h
 
@@ -23,7 +23,8 @@ def forward_of(module: ModuleType | Any, q: Problem, save_h: bool = True) -> tup
 def backward_of(
     module: ModuleType | Any, q: Problem, h: Tensor | None, needs: Needs = ALL
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, da, db) of a problem; None for each that is not needed. x is passed where da is needed, h where db is."""
+    """Return (dx, da, db) of a problem; None for each that is not needed. x is passed where da is needed, h where db
+    is."""
     x, h = q.x if needs.da[0] else None, h if needs.db[0] else None
     dx, (da,), (db,) = module.backward([q.dy], x, [Base(q.w)], [q.adapter], [h], needs)
     return dx, da, db
@@ -33,7 +34,7 @@ def forward(
     module: ModuleType | Any, x: Tensor, w: Any, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, p: float,
     seed: Tensor | None, save_h: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(y, h) of operands that are no `Problem`."""
+    """Return (y, h) of single operands: those of a `Problem`, or others beside a quantised w."""
     (y,), (h,) = module.forward(x, [Base(w, bias)], [Adapter(a, b, scale, p, seed)], [save_h])
     return y, h
 
@@ -42,7 +43,7 @@ def backward(
     module: ModuleType | Any, dy: Tensor, x: Tensor | None, w: Any, a: Tensor, b: Tensor, h: Tensor | None,
     scale: float, p: float, seed: Tensor | None, need_dx: bool = True, need_da: bool = True, need_db: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dx, da, db) of operands that are no `Problem`."""
+    """Return (dx, da, db) of single operands, as `forward` takes them."""
     needs = Needs(need_dx, (need_da,), (need_db,))
     dx, (da,), (db,) = module.backward([dy], x, [Base(w)], [Adapter(a, b, scale, p, seed)], [h], needs)
     return dx, da, db

@@ -119,5 +119,5 @@ class RichTerminal(Terminal):
 
 
 def terminal() -> Terminal:
-    """The best terminal that is installed."""
+    """Return the best terminal that is installed."""
     return RichTerminal() if importlib.util.find_spec("rich") else Terminal()

@@ -80,7 +80,7 @@ class GraphTimer(CudaTimer):
         """Capture calls of `steps` in turn. Raises what torch raises if a step cannot be captured."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # first calls choose, compile and allocate, which must not be captured
+        with torch.cuda.stream(stream):  # first calls choose, compile and allocate; these must not be captured
             for _ in range(2):
                 for step in steps:
                     step()
@@ -101,12 +101,12 @@ class GraphTimer(CudaTimer):
 
 
 def timer_for(device: torch.device) -> Timer:
-    """The timer for a type of device."""
+    """Return the timer for a type of device."""
     return CudaTimer() if device.type == "cuda" else CpuTimer()
 
 
 def operand_sets(device: torch.device, bytes_per_set: int) -> int:
-    """The number of sets of operands to go through in turn so that a GPU finds none of them in its L2 cache.
+    """Return the number of sets of operands to go through in turn so that a GPU finds none of them in its L2 cache.
 
     It is 1 on a CPU: the last-level cache is shared, and the floor finds its operands there as the variants do.
     """
@@ -127,7 +127,7 @@ class Rounds:
     """The number of calls in a sample, by variant."""
 
     def seconds(self, name: str) -> list[float]:
-        """Seconds per call of a variant, one for each round."""
+        """Return seconds per call of a variant, one for each round."""
         return [statistics.fmean(taken[name]) for taken in self.samples if taken[name]]
 
     def ratios(self, name: str, to: str) -> list[float]:
@@ -136,7 +136,7 @@ class Rounds:
         return [statistics.fmean(taken[name]) / statistics.fmean(taken[to]) for taken in common]
 
     def noise(self) -> list[float]:
-        """The second time of the floor / its first, one for each round: how far noise moves a ratio of 1."""
+        """Return the second time of the floor / its first, one for each round: how far noise moves a ratio of 1."""
         return [second / first for first, second in (taken[self.floor] for taken in self.samples)]
 
 
@@ -173,7 +173,7 @@ def interleave(
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """(lower quartile, median, upper quartile)."""
+    """Return (lower quartile, median, upper quartile)."""
     if len(values) == 1:
         return (values[0],) * 3
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -181,7 +181,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def turned(order: Sequence[str], index: int) -> list[str]:
-    """The order of round `index`: `order` turned by `index` places, and backwards in odd rounds."""
+    """Return the order of round `index`: `order` turned by `index` places, and backwards in odd rounds."""
     place = index % len(order)
     result = [*order[place:], *order[:place]]
     return result[::-1] if index % 2 else result

@@ -1,4 +1,4 @@
-"""A watch that ends a process that hangs: a kernel that waits for ever cannot be stopped, only its process can."""
+"""A watch over a process. It ends the process if a step hangs, because a kernel that hangs cannot be stopped alone."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Watch:
 
 
 def answers(device: torch.device) -> bool:
-    """Whether the device still computes. After an illegal memory access a process can do nothing more with a GPU."""
+    """Return whether the device still computes. After an illegal memory access a process can do nothing more with a
+    GPU."""
     try:
         return torch.ones(1, device=device).item() == 1
     except RuntimeError:
@@ -59,5 +60,5 @@ def answers(device: torch.device) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or ["no message"])[0]

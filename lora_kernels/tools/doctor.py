@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """The whole report as plain data, without absolute paths."""
+    """Return the report as plain data, without absolute paths."""
     devices = _devices()
     report = {
         "versions": machine.versions("torch", "triton"),
@@ -81,7 +81,7 @@ def _native_cuda() -> dict[str, Any]:
 
 
 def _extension(name: str) -> ModuleType | str:
-    """A native module, or the reason why it cannot be imported."""
+    """Return a native module, or the reason why it cannot be imported."""
     try:
         return importlib.import_module(f"lora_kernels.{name}")
     except ImportError as error:
@@ -89,7 +89,7 @@ def _extension(name: str) -> ModuleType | str:
 
 
 def _backend(name: str, devices: list[torch.device]) -> dict[str, Any]:
-    """The dtypes that a back-end serves on each device, or every reason if it serves none."""
+    """Return the dtypes that a back-end serves on each device, or every reason if it serves none."""
     serves: dict[str, list[str]] = {}
     automatic, reasons = [], []
     for device in devices:
@@ -113,7 +113,7 @@ def _backend(name: str, devices: list[torch.device]) -> dict[str, Any]:
 
 
 def _evidence(name: str) -> list[str] | None:
-    """The GPU architectures on which a back-end has run; None if it is not for GPUs only or cannot be loaded."""
+    """Return the GPU architectures on which a back-end has run; None if it is not for GPUs only or cannot be loaded."""
     try:
         evidence = getattr(dispatch.load(name), "EVIDENCE", None)
     except ImportError:
@@ -122,7 +122,7 @@ def _evidence(name: str) -> list[str] | None:
 
 
 def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
-    """The parts that are not there, and how to get each."""
+    """Return the parts that are not there, and how to get each."""
     missing = []
     if not report["native"]["built"]:
         missing.append(("CPU kernels", _COMPILER))
@@ -142,7 +142,7 @@ def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _without_paths(text: str) -> str:
-    """`text` with every absolute path cut to its last part."""
+    """Return `text` with every absolute path cut to its last part."""
     return re.sub(r"(?<![\w/:.])/(?:[^\s/:'\"]+/)+([^\s/:'\"]+)", r"\1", text)
 
 
