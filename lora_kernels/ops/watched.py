@@ -6,7 +6,7 @@ is taken only where nobody can tell the difference, and that is told by private 
 Most of this state is read in one place, the dispatcher's thread-local set of keys. Every mode (TorchDispatchMode, fake
 tensors, make_fx, a checkpointing policy, a FLOP counter), every transform of torch.func, functionalization and
 torch.jit.trace put a key into it. Any set but the two ordinary ones counts as watched, also one with a key that a later
-torch invents. tests/support/observers.py lists the names that have been looked at for everything else.
+torch invents. tests/helpers/support/observers.py lists the names that have been looked at for everything else.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import measured_pages
 from support.paths import ROOT
 
 from lora_kernels.__main__ import main
@@ -141,6 +142,15 @@ def test_the_document_has_every_cell_and_no_paths(document):
     assert all(m["saved_bytes"] <= m["saved_limit"] for m in document["memory"] if m["backend"])
     assert len(document["gate"]) == 2 * len(served) and all(entry["green"] for entry in document["gate"])
     assert {o["p"] for o in document["overhead"]} == {0.0, 0.1}
+
+
+def test_the_page_of_measurements_shows_the_document(document, tmp_path):
+    root = measured_pages.checkout(tmp_path)
+    measured_pages.put(root, "a.json", document)
+    text = measured_pages.page_of_measurements(root)
+    assert "tiny: fp32 40×64→48 r4" in text and "(../benchmarks/results/a.json)" in text
+    mine = next(e for e in document["timings"] if e["automatic"] and e["pass"] == BACKWARD and e["p"] == 0)
+    assert f"**×{mine['ratio'][1]:.2f}** (`{mine['backend']}`)" in text
 
 
 def test_a_partial_run_is_not_written_unasked(document, tmp_path, monkeypatch, capsys):

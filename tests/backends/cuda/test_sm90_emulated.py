@@ -1,4 +1,5 @@
-"""The source of the sm_90a kernels, run as a whole on an emulated GPU (tests/support/sm90_machine), in random order."""
+"""The source of the sm_90a kernels, run as a whole and in random order on the emulated GPU of
+tests/helpers/support/sm90_machine."""
 
 from __future__ import annotations
 
