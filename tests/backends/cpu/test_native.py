@@ -112,9 +112,8 @@ def test_philox_gives_its_published_vectors(counter: tuple[int, ...], key: tuple
 @pytest.mark.parametrize("seed", [0, 1, SEED, 2**63 - 1])
 def test_keep_bits_are_those_of_the_rule(isa: str, seed: int, p: float) -> None:
     M, K = 9, 203
-    words = torch.frombuffer(bytearray(_C.keep_bits(seed, dropout.threshold(p), 0, M, K)), dtype=torch.uint8).view(
-        M, -1
-    )
+    packed = bytearray(_C.keep_bits(seed, dropout.threshold(p), 0, M, K))
+    words = torch.frombuffer(packed, dtype=torch.uint8).view(M, -1)
     bits = (words[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)[:, :K].bool()
     assert torch.equal(bits, dropout.keep_mask(torch.tensor(seed), M, K, p))
 
