@@ -13,7 +13,7 @@ from support import judging
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, fuse
+from lora_kernels import FusedLoRALinear
 from lora_kernels.core.dropout import draw_seed
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -85,6 +85,8 @@ def fused_layer_of(q: judging.Problem) -> nn.Module:
     """Return the fused layer. In fp64 it names `eager`: no kernel serves fp64, and without the name dropout would be
     left to PEFT."""
     layer = peft_layer_of(q)
+    from lora_kernels import fuse  # this import needs PEFT
+
     assert fuse(nn.Sequential(layer), strict=True, backend="eager" if q.w.dtype == F64 else None).fused
     return layer
 

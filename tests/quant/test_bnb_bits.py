@@ -16,7 +16,7 @@ from lora_kernels.quant.weight import BLOCKSIZES, DTYPES, quantize_weight
 
 @pytest.fixture
 def bnb():
-    # Bitsandbytes uses torch.compile for functions that lack native code.
+    # Where bitsandbytes lacks native code, it uses torch.compile.
     with torch.compiler.set_stance("force_eager"):
         yield pytest.importorskip("bitsandbytes")
 
