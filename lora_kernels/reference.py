@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 
 
 def lora_linear(
@@ -65,4 +65,4 @@ def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0:
         return x
     assert seed is not None, "dropout needs a seed"
-    return random.dropout(x.reshape(-1, x.shape[-1]), p, seed).reshape(x.shape)
+    return dropout.dropout(x.reshape(-1, x.shape[-1]), p, seed).reshape(x.shape)

@@ -63,7 +63,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that the native kernels can use on this machine, which they use during the test."""
+    """Each instruction set that the native kernels can use on this machine. They use it during the test."""
     from lora_kernels import _C
 
     best = _C.cpu_isa()

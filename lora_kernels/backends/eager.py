@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.backends.each import backward_each, forward_each
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors
 from lora_kernels.quant.weight import QuantizedWeight
 
@@ -52,7 +52,7 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
     y = F.linear(x, w, bias) if isinstance(w, Tensor) else _quantised(x, w, bias)
     h = _masked(x, adapter) @ adapter.a.to(x.dtype).t()
     if adapter.p > 0:
-        h *= random.rescale(adapter.p)
+        h *= dropout.rescale(adapter.p)
     y.addmm_(h, adapter.b.to(x.dtype).t(), alpha=adapter.scale)
     return y, h if save_h else None
 
@@ -70,7 +70,7 @@ def _backward(
     if need_dx:
         dx = dy @ w if isinstance(w, Tensor) else _quantised_transposed(dy, w)
         if p > 0:
-            low = (g @ a.to(dy.dtype)).mul_(random.rescale(p))
+            low = (g @ a.to(dy.dtype)).mul_(dropout.rescale(p))
             dx += _masked(low, adapter)
         else:
             dx.addmm_(g, a.to(dy.dtype))
@@ -78,7 +78,7 @@ def _backward(
         assert x is not None
         da = _transposed_product(g, _masked(x, adapter), a.dtype)
         if p > 0:
-            da *= random.rescale(p)
+            da *= dropout.rescale(p)
     if need_db:
         assert h is not None
         db = _transposed_product(dy, h, b.dtype)
@@ -87,7 +87,7 @@ def _backward(
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    return random.keep_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
+    return dropout.keep_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
 
 
 def base_gemm(x: Tensor, w: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _masked(x: Tensor, adapter: Adapter) -> Tensor:
     if adapter.p == 0:
         return x
     assert adapter.seed is not None
-    return random.masked(x, adapter.p, adapter.seed)
+    return dropout.masked(x, adapter.p, adapter.seed)
 
 
 def _transposed_product(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs
 from lora_kernels.ops import check, direct, registered
 from lora_kernels.ops.autograd import device_type, needs_plain_mode, no_autocast, no_graph, refuse_double_backward
@@ -219,7 +219,7 @@ def _backward_dropout(
     dx, da, low = way.backward(dy, x, Base(w), scaled, h, Needs(needs.dx, needs.da, (need_db or need_dd,)), backend)
     db = dd = None
     if need_dd:  # Σₘ dy ⊙ (c·u + s·h Bᵀ), where s·dyᵀ h is `low`
-        dd = torch.add((low * b).sum(1, dtype=d.dtype), _column_dot(dy, u), alpha=random.rescale(p)).to(d.dtype)
+        dd = torch.add((low * b).sum(1, dtype=d.dtype), _column_dot(dy, u), alpha=dropout.rescale(p)).to(d.dtype)
     if need_db:
         db = _scaled_rows(low, d)
     if needs.dx:
@@ -240,7 +240,7 @@ def _scaled_rows(b: Tensor, d: Tensor) -> Tensor:
 
 def _excess(d: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """Return c·(d - 1) [N]. The difference is formed before it is rounded to 16 bits."""
-    return ((d - 1) * random.rescale(p)).to(dtype)
+    return ((d - 1) * dropout.rescale(p)).to(dtype)
 
 
 def _column_dot(u: Tensor, v: Tensor | None) -> Tensor:

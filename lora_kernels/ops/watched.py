@@ -7,7 +7,7 @@ straight to the back-end, because that is faster: the dispatch of two operators 
 Most of it is in one place, the dispatcher's thread-local set of keys. Every mode (TorchDispatchMode, fake tensors,
 make_fx, a checkpointing policy, a FLOP counter), every transform of torch.func, functionalization and torch.jit.trace
 put a key into this set. Two sets are ordinary; every other set counts as watched, so a key that a later torch adds does
-too. For the rest of the state, tests/support/observers.py lists the names of torch that have been read.
+too. For the rest of the state, tests/helpers/support/observers.py lists the names of torch that have been read.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 
 
 def test_unsloths_layer_is_called_by_its_own_rules(tmp_path, monkeypatch):
-    """A layer of ours stands in Unsloth's layout of files: importing the package would fail, other packages are not
-    installed, and x has three dimensions."""
+    """The folder holds a layer of ours in Unsloth's layout of files. Importing the package would fail, other packages
+    are not installed, and x has three dimensions."""
     kernels = tmp_path / "unsloth" / "kernels"
     kernels.mkdir(parents=True)
     (tmp_path / "unsloth" / "__init__.py").write_text("raise RuntimeError('must not run')")
@@ -93,7 +93,8 @@ def test_unsloths_layer_is_called_by_its_own_rules(tmp_path, monkeypatch):
 
 
 def test_lorafusions_layer_is_called_by_its_own_rules(tmp_path, monkeypatch):
-    """A layer of ours stands in LoRAFusion's layout of files. A GPU that its table lacks gets the H100's entry."""
+    """The folder holds a layer of ours in LoRAFusion's layout of files. A GPU that its table lacks gets the H100's
+    entry."""
     ops = tmp_path / "lorafusion" / "ops" / "triton_ops"
     ops.mkdir(parents=True)
     (tmp_path / "lorafusion" / "utils").mkdir()

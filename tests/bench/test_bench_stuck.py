@@ -38,7 +38,7 @@ FAKE = """
     sys.modules["peft"] = sys.modules["triton"] = None  # their imports take long, and nothing here needs them
     """
 STUCK_SECONDS = 4
-"""More than any step takes that does not hang, on a busy machine too."""
+"""Longer than any step takes that does not hang, even on a busy machine."""
 
 
 def in_a_process(code: str, hang: str, shape: str = "(40, 64)") -> subprocess.CompletedProcess[str]:
@@ -120,13 +120,12 @@ def fake(monkeypatch):
 
 
 def test_a_variant_that_fails_while_timed_leaves_the_others(fake, monkeypatch, tmp_path, capsys):
-    """A variant that runs out of memory after it was judged, in the middle of a cell."""
-
+    """The variant runs out of memory after it was judged, while it is timed."""
     calls = []
 
     def forward(x, *rest):
         calls.append(1)
-        if len(calls) == 2:  # the first is the judge's
+        if len(calls) == 2:  # the judge made the first call
             raise torch.OutOfMemoryError("none left")
         return eager.forward(x, *rest)
 

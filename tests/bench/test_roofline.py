@@ -115,7 +115,7 @@ class FakeEvent:
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """The parts of torch.cuda that a graph needs. They record in a log what is asked of them."""
+    """Stand-ins for the parts of torch.cuda that a graph needs. They record their calls in a log."""
     from contextlib import contextmanager
 
     @contextmanager
@@ -145,7 +145,7 @@ def test_a_graph_holds_many_calls_and_is_captured_once(fake_cuda):
     timer = timing.GraphTimer()
     seconds = timer.sample(steps, 50)
     held = math.ceil(timing.GraphTimer.CALLS / 3) * 3
-    assert calls[6:] == [i % 3 for i in range(held)], "two warm-ups of each, then every set in turn"
+    assert calls[6:] == [i % 3 for i in range(held)], "each step is called twice to warm up, then all steps in turn"
     assert fake_cuda.index("warm-up ends") < fake_cuda.index("capture begins")
     assert fake_cuda.count("replay") == math.ceil(50 / held)
     assert seconds == pytest.approx(0.64 / math.ceil(50 / held) / held)
@@ -167,7 +167,7 @@ def test_a_sweep_is_measured_and_drawn(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "Roofline, measured now" in text and "roofline" in text and "%" in text
     assert "sweep-roofline.png" in text
-    assert main([*words, "--seconds", "0.000001"]) == 1, "nothing measured is no success"
+    assert main([*words, "--seconds", "0.000001"]) == 1, "a run that measured nothing does not succeed"
     assert "Not measured, 1e-06 s being spent: small-4, small-16, small-32" in capsys.readouterr().out
 
 
@@ -197,7 +197,7 @@ def test_options_that_cannot_be_served_are_refused(words, said, capsys):
 
 
 def test_a_document_without_a_roofline_still_has_its_table():
-    """Older runs have none."""
+    """Runs of earlier versions have none."""
     entry = {"shape": "a", "p": 0.0, "pass": FORWARD, "variant": "ours: cpu", "automatic": True, "seconds": [1, 2, 3]}
     document = {"timings": [entry | {"ratio": [1, 1, 1]}], "gate": [], "shapes": {"a": {"size": "s"}}}
     assert report.shape_table(document, "a")[2] == [["ours: cpu (automatic)", "2000 ms ×1.00 ±0.00"]]

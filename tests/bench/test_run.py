@@ -1,4 +1,4 @@
-"""The bench may be believed: it shows no number of a wrong kernel, its arithmetic is right, its files are whole."""
+"""The bench shows no number of a wrong kernel, its arithmetic is right, and its files are complete."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import measured_pages
 from support.paths import ROOT
 
 from lora_kernels.__main__ import main
@@ -21,7 +22,7 @@ from lora_kernels.testing.judge import Judge, evaluate, problem
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
-    """Leave out what is slow and not tested here: PEFT's import, hundreds of calls, and timing the import."""
+    """Leave out three slow things that are not tested here: PEFT's import, hundreds of calls, and timing the import."""
     patch.setitem(sys.modules, "peft", None)
     patch.setattr(overhead, "_CALLS", 10)
     patch.setattr(overhead, "measure_import", lambda times: overhead.ImportCost(1.0, False))
@@ -98,7 +99,8 @@ def test_the_judge_judges_every_gradient():
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_every_variant_computes_the_layer(p):
-    """All variants compute the same function: to the last few bits at p=0, and in the mean over masks with dropout."""
+    """All variants compute the same function. At p = 0 the results agree to the last few bits, and with dropout their
+    means over many masks agree."""
     q = problem(12, 10, 16, 4, dtype=torch.float64, p=0.0)
     want = evaluate(q)
     found, notes = variants.baselines()
@@ -141,6 +143,15 @@ def test_the_document_has_every_cell_and_no_paths(document):
     assert all(m["saved_bytes"] <= m["saved_limit"] for m in document["memory"] if m["backend"])
     assert len(document["gate"]) == 2 * len(served) and all(entry["green"] for entry in document["gate"])
     assert {o["p"] for o in document["overhead"]} == {0.0, 0.1}
+
+
+def test_the_page_of_measurements_shows_the_document(document, tmp_path):
+    root = measured_pages.checkout(tmp_path)
+    measured_pages.put(root, "a.json", document)
+    text = measured_pages.page_of_measurements(root)
+    assert "tiny: fp32 40×64→48 r4" in text and "(../benchmarks/results/a.json)" in text
+    mine = next(e for e in document["timings"] if e["automatic"] and e["pass"] == BACKWARD and e["p"] == 0)
+    assert f"**×{mine['ratio'][1]:.2f}** (`{mine['backend']}`)" in text
 
 
 def test_a_partial_run_is_not_written_unasked(document, tmp_path, monkeypatch, capsys):
@@ -201,10 +212,10 @@ class Script:
         return {"floor": 1e-3, "a": 2e-3, "b": 3e-3, "slow": 1.0}[steps[0]]
 
 
-def test_rounds_are_interleaved_and_turned():
+def test_rounds_are_interleaved_and_differ_in_their_order():
     timer = Script()
     rounds = timing.interleave("floor", {name: [name] for name in ("floor", "a", "b", "slow")}, 5, timer)
-    asked = timer.asked[8:]  # two calls of each warm up
+    asked = timer.asked[8:]  # the first two calls of each variant are warm-ups
     first, second = asked[:5], asked[5:10]
     assert sorted(first) == sorted(second) == ["a", "b", "floor", "floor", "slow"] and first != second
     assert abs(first.index("floor") - (len(first) - 1 - first[::-1].index("floor"))) >= 2

@@ -112,7 +112,8 @@ run = endurance.run
 
 @pytest.mark.parametrize("off", [0, 51])
 def test_streams_and_replays_are_compared_on_a_fake_gpu(monkeypatch, off):
-    """With CPU tensors and a fake torch.cuda: inputs change, results are compared, and a stale replay is found."""
+    """The test has CPU tensors and a fake torch.cuda. Inputs change between replays, results are compared, and a stale
+    replay is found."""
     graph = FakeGraph(off)
 
     @contextlib.contextmanager
@@ -161,7 +162,7 @@ def test_limits_of_time_and_refusals_are_respected(monkeypatch, capsys, tmp_path
         record["refused"] == sum(draw(0, k, 1000, "cpu").R % 2 for k in range(10))
         and record["calls"] + record["refused"] == 10
     )
-    assert endure(*words, "--seconds", "-1") == 1, "no time, no calls, no success"
+    assert endure(*words, "--seconds", "-1") == 1, "a run without calls does not succeed"
     monkeypatch.setattr(sys.modules["lora_kernels.backends.fake"], "why_not", lambda call: ["not here"])
     assert endure(*words) == 1
     assert "fake is not called: not here" in capsys.readouterr().out

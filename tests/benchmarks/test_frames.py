@@ -1,4 +1,4 @@
-"""A call of a fused layer enters few Python frames, and frames.py counts them right."""
+"""A call of a fused layer enters few Python frames, and benchmarks/frames.py counts them correctly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LIMITS = {
     "DoRA forward": 34,
     "PEFT, fused, forward": 33,
 }
-"""Own frames on Python 3.10 and 3.11; later Pythons inline comprehensions and enter fewer. A call that needs more has
-grown by a helper, a property or a comprehension that it did without."""
+"""The most frames of the package that a call may enter on Python 3.10 and 3.11. Later versions inline comprehensions
+and enter fewer. A call that needs more has gained a helper, a property or a comprehension."""
 
 
 @pytest.mark.parametrize("call", frames.CALLS)

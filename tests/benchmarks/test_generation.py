@@ -60,8 +60,9 @@ def test_every_model_is_judged_and_timed(dtype, double_quant, tmp_path, capsys):
         numbers = [*row["tokens_per_second"], *row["seconds"], *(v for each in row["ratios"].values() for v in each)]
         assert all(math.isfinite(value) and value > 0 for value in numbers)
         assert set(row["ratios"]) == {f"{PEER} {dtype}", f"{DENSE} bf16", f"{DENSE} fp32"} - {name}
-        assert row["tokens_per_second"][1] * row["seconds"][1] == pytest.approx(TINY.new)  # medians of three
-    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # elements of the linears with adapters
+        # Both are medians of three rounds.
+        assert row["tokens_per_second"][1] * row["seconds"][1] == pytest.approx(TINY.new)
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)  # the number of elements in the linears that have adapters
     assert rows[f"{DENSE} fp32"]["weight_bytes"] == 2 * rows[f"{DENSE} bf16"]["weight_bytes"] == 4 * weights
     scales = weights // 64 * (1 if double_quant else 4)
     stored = rows[f"{OURS} {dtype}"]["weight_bytes"]

@@ -1,4 +1,4 @@
-"""The benchmark of quantised layers: every number is there, a wrong kernel gets none, and tables are written of it."""
+"""The benchmark of quantised layers: it has every number, a wrong kernel gets none, and the documentation shows it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from contextlib import contextmanager
 
 import pytest
+from support import measured_pages
 
 from benchmarks import quantised, quantised_memory
 
@@ -27,7 +28,8 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def document():
-    """The document of one run. Its measurement of memory is faked; test_cpu_quant.py tests the real one."""
+    """The document of one run. Its measurement of memory is faked; tests/backends/cpu/test_cpu_quant.py tests the real
+    one."""
     show = Silent()
     with pytest.MonkeyPatch.context() as patch:
         peaks = {"float32": 2.5, "bfloat16": 1.5}
@@ -69,3 +71,11 @@ def test_a_target_is_met_or_missed():
     assert quantised.met_or_missed(row) == "≤ 0.22 of F.linear fp32 met"
     row["ratios"]["F.linear fp32"] = (0.2, 0.226, 0.3)
     assert quantised.met_or_missed(row) == "≤ 0.22 of F.linear fp32 missed"
+
+
+def test_the_page_of_measurements_shows_the_document(document, tmp_path):
+    root = measured_pages.checkout(tmp_path)
+    measured_pages.put(root, "quantised/a.json", document)
+    text = measured_pages.page_of_measurements(root)
+    assert "(nf4 bf16, M = 160; ≤ 16" in text
+    assert "**nf4 fp32**" in text and "(../benchmarks/results/quantised/a.json)" in text

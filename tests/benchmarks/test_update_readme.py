@@ -3,48 +3,32 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support import measured_pages
+from support.measured_pages import page_of_measurements, put
 from support.paths import ROOT
-
-from lora_kernels.testing.documents import write
 
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("update_readme")
+def script() -> ModuleType:
+    return measured_pages.load_script()
 
 
 @pytest.fixture
-def root(script: ModuleType, tmp_path: Path) -> Path:
-    """A checkout with pages whose markers have old text between them, and without results."""
-    for name, blocks in script.PAGES.items():
-        page = tmp_path / "checkout" / name
-        page.parent.mkdir(parents=True, exist_ok=True)
-        marked = "".join(f"{script.begin(marker)}\nold\n{script.end(marker)}\n" for marker in blocks)
-        page.write_text(f"# before\n{marked}after\n")
-    return tmp_path / "checkout"
+def root(tmp_path: Path) -> Path:
+    return measured_pages.checkout(tmp_path / "checkout")
 
 
 def document(kind: str = ".") -> dict:
     """The newest run on record of a kind, on a CPU."""
     documents = [json.loads(path.read_text()) for path in (RESULTS / kind).glob("*.json")]
     return max((each for each in documents if each["device"]["type"] == "cpu"), key=lambda each: each["date"])
-
-
-def put(root: Path, name: str, content: dict, png: bool = False) -> Path:
-    path = root / "benchmarks" / "results" / name
-    write(content, path)
-    if png:
-        path.with_suffix(".png").touch()
-    return path
 
 
 def test_both_pages_are_written_and_checked(script, root, capsys):
@@ -93,12 +77,11 @@ def test_the_numbers_of_readme_are_those_of_the_documents(script, root):
     assert all(f"{run['device']['name']}, {run['device']['threads']} threads" in row[3] for row in rows)
 
 
-def test_tables_of_quantised_layers_and_generation(script, root):
+def test_quantised_layers_and_generation_have_their_tables(root):
     quantised = document("quantised")
     put(root, "quantised/a.json", quantised)
     put(root, "generation/a.json", document("generation"))
-    assert script.main(["--root", str(root)]) == 0
-    text = (root / "docs" / "measuring.md").read_text()
+    text = page_of_measurements(root)
     entry = quantised["memory"][-1]
     assert f"({entry['name']}, M = {entry['M']}; ≤ {entry['most']:.0f}" in text
     assert "**nf4 fp32**" in text and "(../benchmarks/results/quantised/a.json)" in text

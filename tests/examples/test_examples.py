@@ -22,15 +22,17 @@ EXAMPLES = ROOT / "examples"
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen[str]:
-    """A command that has been started. It computes on one thread: more wait for each other on a busy machine."""
-    paths = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))  # built in place
+    """Start a Python command and return its process. It computes on one thread, because several threads wait for each
+    other on a busy machine."""
+    # The package need not be installed: it may be built in its folder.
+    paths = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *words], text=True, env=os.environ | environment, **pipes)
 
 
 def output(process: subprocess.Popen[str]) -> str:
-    """What a command prints; it must succeed."""
+    """Wait for a process, which must succeed, and return what it printed."""
     said, errors = process.communicate()
     assert process.returncode == 0, said + errors
     return said
@@ -38,7 +40,8 @@ def output(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[str], Path]]]:
-    """The examples of one process, by name, with their folders. They run at once, since each takes one thread."""
+    """Return the process and the folder of each example that needs one process, by its name. They run at the same time,
+    since each takes one thread."""
     names = ["finetune_lm", *(["generate_qlora"] if importlib.util.find_spec("bitsandbytes") else [])]
     folders = {name: tmp_path_factory.mktemp(name) for name in names}
     found = {

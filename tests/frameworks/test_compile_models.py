@@ -87,7 +87,8 @@ def test_a_llama_is_one_graph_with_eagers_numbers(p):
     same(step(model, compiled, ids), want)
     assert graphs.forward == graphs.backward == [14] == [len(calls)]
     assert calls == [1] * 14 == [layer.fused_calls for layer in fused_layers(model)], "compiled calls are not counted"
-    with torch.compiler.set_stance("fail_on_recompile"):  # what eager counted since is guarded by nothing
+    # The eager call changes counters, and no guard depends on them.
+    with torch.compiler.set_stance("fail_on_recompile"):
         model(ids)
         same(step(model, compiled, ids), want)
 
@@ -97,7 +98,7 @@ def test_scaling_adapter_and_batch_compile_once_at_most():
     """A float that changes is a symbol from its second value on; an adapter is compiled at its first use."""
     model, graphs = lora_llama(1, random=True, target_modules=FEW), Graphs()
     model.add_adapter("second", lora(r=4, lora_alpha=3.5, target_modules=FEW))
-    model.set_adapter("default")  # PEFT shares the list of active adapters among layers from here on, and dynamo looks
+    model.set_adapter("default")  # from here on PEFT shares the list of active adapters among layers, and dynamo checks
     randomise(model, 0.1)
     lora_kernels.fuse(model, strict=True)
     compiled = torch.compile(model, fullgraph=True, backend=graphs.backend)
@@ -149,7 +150,8 @@ def test_dynamic_compiles_once_for_every_scaling_and_batch():
 @compiles_whole_models
 def test_regional_compilation_shares_one_graph_among_the_layers():
     model, graphs, ids = lora_llama(3, random=True), Graphs(), tokens()
-    model.enable_input_require_grads()  # else the first layer, whose input needs no gradient, has a graph of its own
+    # Otherwise the first layer has a graph of its own, since its input needs no gradient.
+    model.enable_input_require_grads()
     lora_kernels.fuse(model, strict=True)
     want = step(model, model, ids)
     for layer in model.get_base_model().model.layers:
@@ -160,7 +162,7 @@ def test_regional_compilation_shares_one_graph_among_the_layers():
 
 @compiles_whole_models
 def test_inductor_gives_eagers_numbers():
-    """A Llama's MLP is enough, with a group and a layer: the rest that inductor would compile is the model's own."""
+    """A Llama's MLP is enough, since it has a group and a single layer. The rest of the model has no code of ours."""
     model = get_peft_model(llama(1).model.layers[0].mlp, lora(target_modules="all-linear", task_type=None))
     randomise(model)
     assert lora_kernels.fuse(model, strict=True, group=True).groups
@@ -173,7 +175,7 @@ def test_inductor_gives_eagers_numbers():
 @compiles_whole_models
 @pytest.mark.gpu
 def test_cuda_graphs_give_eagers_numbers():
-    """reduce-overhead records CUDA graphs, with outputs that the next step may overwrite."""
+    """The mode reduce-overhead records CUDA graphs, whose outputs the next step may overwrite."""
     model, ids = lora_llama(1, random=True).cuda(), tokens().cuda()
     lora_kernels.fuse(model, strict=True, group=True)
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")

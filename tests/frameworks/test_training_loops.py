@@ -27,13 +27,13 @@ class Setting:
     """The settings of a loop; every loop also accumulates gradients."""
 
     checkpoint: bool | None = None
-    """use_reentrant of gradient checkpointing; None for none."""
+    """The use_reentrant of gradient checkpointing, or None without checkpointing."""
     bf16: bool = False
     p: float = 0.0
 
     @property
     def forwards(self) -> int:
-        """The forwards of a layer in a whole run: checkpointing runs each twice."""
+        """The number of forwards of a layer in a whole run. Checkpointing runs each forward twice."""
         return STEPS * ACCUMULATE * (1 if self.checkpoint is None else 2)
 
     def trainer(self, out: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Setting:
     def model(self, fused: bool) -> nn.Module:
         model = lora_llama(lora_dropout=self.p)
         if self.checkpoint is not None:
-            model.enable_input_require_grads()  # a frozen embedding gives checkpointing nothing to differentiate
+            model.enable_input_require_grads()  # reentrant checkpointing needs an input that requires a gradient
             model.gradient_checkpointing_enable({"use_reentrant": self.checkpoint})
         if fused:
             lora_kernels.fuse(model, strict=True)
@@ -176,10 +176,10 @@ def _nothing_is_left_behind(monkeypatch) -> Iterator[None]:
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for models of this size more only wait for each other
+    torch.set_num_threads(1)  # in models of this size several threads only wait for each other
     forget()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the trainers' own
+        warnings.simplefilter("ignore")  # the trainers warn of matters of their own
         yield
     forget()
     torch.set_num_threads(threads)
@@ -214,7 +214,7 @@ def test_the_run_is_that_of_the_unfused_model(loop, setting, tmp_path):
     all_fused(model, setting.forwards)
     assert len(got) == len(want) >= STEPS and want[-1] < want[0]
     assert got == pytest.approx(want, rel=3e-3 if setting.bf16 else 1e-5)
-    if not setting.bf16:  # in bf16 Adam makes whole steps of gradients that are nothing but rounding
+    if not setting.bf16:  # in bf16 some gradients are only rounding errors, and Adam makes full steps of them
         same_adapters(model, plain)
 
 

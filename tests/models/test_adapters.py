@@ -29,7 +29,7 @@ RULES = [
     {"target_modules": "all-linear"},
     {"target_modules": ["head"], "r": 3, "lora_alpha": 7, "use_rslora": True, "lora_dropout": 0.25},
     {"target_modules": r"inner\.fc", "r": 2},
-    # the top-level fc only, in a model where another name ends in fc
+    # "^fc" means the top-level fc only, in a model where another name ends in fc too
     {"target_modules": "fc|head", "rank_pattern": {"^fc": 2}, "alpha_pattern": {"^fc": 3.5}},
     {"rank_pattern": {"^fc": 2, "out": 5}, "alpha_pattern": {"head": 1, "fc": 32}, "lora_dropout": 0.5},
     {"rank_pattern": {"inner.fc": 3}, "use_rslora": True},
@@ -43,7 +43,7 @@ def test_peft_loads_the_adapters_that_are_saved_here(tmp_path, rules, dtype):
     ours = adapted(copy.deepcopy(base), **rules, adapter_dtype=torch.float32)
     save_adapter(ours, tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # missing or surplus keys are a warning in PEFT
+        warnings.simplefilter("error")  # PEFT warns of missing and of surplus keys
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     layers = {n.removeprefix("base_model.model."): m for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
     own = {n: m for n, m in ours.named_modules() if isinstance(m, FusedLoRALinear)}
@@ -109,7 +109,7 @@ NAMES = hs.lists(hs.sampled_from(["a", "b", "ab", "a_b", "a+b", "0"]), min_size=
 
 
 @settings(deadline=None, max_examples=40)
-@example(chosen={("a",): (True, 1, 1), ("0",): (True, 2, 1), ("a", "0"): (True, 3, 1)})  # 0.fc sorts before a.0.fc
+@example(chosen={("a",): (True, 1, 1), ("0",): (True, 2, 1), ("a", "0"): (True, 3, 1)})  # "0.fc" sorts before "a.0.fc"
 @given(
     chosen=hs.dictionaries(
         NAMES, hs.tuples(hs.booleans(), hs.integers(1, 3), hs.integers(1, 3)), min_size=2, max_size=5

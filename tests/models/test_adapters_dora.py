@@ -41,7 +41,7 @@ def test_peft_loads_the_adapters_that_are_saved_here(tmp_path, rules, dtype):
     ours = adapted(copy.deepcopy(base), **rules, use_dora=True, adapter_dtype=torch.float32)
     save_adapter(ours, tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # missing or surplus keys are a warning in PEFT
+        warnings.simplefilter("error")  # PEFT warns of missing and of surplus keys
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert theirs.peft_config["default"].use_dora
     for name, layer in ours.named_modules():

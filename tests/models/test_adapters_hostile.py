@@ -1,4 +1,4 @@
-"""Malicious adapter files: the fault is named, and the model is as it was."""
+"""Malicious adapter files raise errors that name the fault, and leave the model as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file that does not fit is named, and changes nothing."""
+"""An adapter file that does not fit the model raises an error that names the fault, and changes nothing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,6 @@ from lora_kernels.models.adapters import load_adapter, save_adapter
 peft = pytest.importorskip("peft")
 pytest.importorskip("safetensors.torch")
 
-# --- what does not fit ---
-
-
 KEY = "base_model.model.head.lora_A.weight"
 OUT = "base_model.model.inner.out.lora_{}.weight"
 
@@ -37,7 +34,7 @@ def rename_out(tensors) -> None:
 
 
 def more(**shapes):
-    """Return a function that adds or replaces tensors in the file."""
+    """Return a function that adds tensors of ones to the file in a directory, or replaces its tensors by them."""
     return lambda d: edit_weights(d, lambda t: t.update({key: torch.ones(shape) for key, shape in shapes.items()}))
 
 

@@ -1,4 +1,4 @@
-"""The modules that `apply_lora` leaves, with the reason, and errors that leave the model as it was."""
+"""`apply_lora` gives a reason for each module that it leaves alone, and its errors leave the model as it was."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_conv1d_is_refused_with_the_way_out(wanted, words):
     assert all(a is b for a, b in zip(before, [*model.modules(), *model.parameters()], strict=True))
     assert all(p.requires_grad for p in model.parameters())
     config = peft.LoraConfig(target_modules=wanted, fan_in_fan_out=True)
-    report = fuse(peft.get_peft_model(model, config), strict=True)  # the way out
+    report = fuse(peft.get_peft_model(model, config), strict=True)  # the error names this way out
     assert any("c_attn" in name for name in report.fused)
 
 

@@ -1,4 +1,4 @@
-"""After `apply_lora`: the parameters that train, their number, and the way back to a plain model."""
+"""After `apply_lora` the right parameters train, their number is right, and the model can become plain again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes of the first half hour: the message names the values and the way out."""
+"""Newcomers' mistakes raise errors that name the values at fault and the way out."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ QUANTS = [None, "nf4", "fp4", "int8", "fp8"]
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Forget the tables and the working memory, which are made at their first use, as in a new process."""
+    """The state of a new process: the tables and the working memory, which are made at their first use, do not
+    exist."""
     monkeypatch.setattr(tables, "_made", {})
     cpu_quant._kept.__dict__.pop("room", None)
     yield

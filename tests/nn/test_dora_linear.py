@@ -1,4 +1,4 @@
-"""DoRA under torch.compile, checkpointing and autocast, its errors, and the module with ``use_dora=True``."""
+"""DoRA works under torch.compile, checkpointing and autocast, names bad input, and is a setting of the module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch._inductor.config
 from support import judging
-from support.dora_problems import grads, magnitude, trained
+from support.dora_problems import magnitude, trained
+from support.judging import layer_results
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,21 +27,21 @@ from lora_kernels.ops.dora import dora_linear
 def test_a_compiled_layer_is_one_graph_and_follows_the_weight(p, compiler):
     layer, x = trained(16, 24, r=4, lora_dropout=p), torch.randn(6, 16)
     compiled = torch.compile(layer, fullgraph=True, backend=compiler, dynamic=True)
-    plain = grads(layer, x)
+    plain = layer_results(layer, x)
     assert len(plain) == 5
-    torch.testing.assert_close(grads(layer, x, compiled), plain)
+    torch.testing.assert_close(layer_results(layer, x, compiled), plain)
     with torch.no_grad():  # the compiled layer follows the weight too
         layer.weight.mul_(2)
     if compiler == "aot_eager":
         x = torch.randn(9, 16)
-        torch.testing.assert_close(grads(layer, x, compiled), grads(layer, x))
+        torch.testing.assert_close(layer_results(layer, x, compiled), layer_results(layer, x))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_replays_the_mask(use_reentrant):
     layer, x = trained(32, 24, r=4, lora_dropout=0.5), torch.randn(16, 32)
-    plain = grads(layer, x)
-    replayed = grads(layer, x, lambda t: checkpoint(layer, t, use_reentrant=use_reentrant))
+    plain = layer_results(layer, x)
+    replayed = layer_results(layer, x, lambda t: checkpoint(layer, t, use_reentrant=use_reentrant))
     assert len(plain) == 5 and all(torch.equal(u, v) for u, v in zip(plain, replayed, strict=True))
 
 

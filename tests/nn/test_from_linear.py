@@ -1,4 +1,5 @@
-"""`from_linear` refuses layers that are more than weight and bias; parametrised and pruned modules compute rightly."""
+"""`from_linear` refuses layers that are more than weight and bias. Parametrised and pruned modules compute right
+values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA beside the papers' definitions in fp64 and PEFT's results, and properties of all four schemes."""
+"""PiSSA and OLoRA agree with the papers' definitions in fp64 and with PEFT. All four schemes are reproducible."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_parts_sum_to_the_weight(name, shape, scale):
         rest, a, b = DENSE[name](w, r, scale)
         assert a.shape == (r, shape[1]) and b.shape == (shape[0], r) and a.dtype == b.dtype == torch.float32
         assert all(t.is_contiguous() and not t.requires_grad for t in (rest, a, b))
-        # the rounding of both sums in fp64, the module's and this test's
+        # Two sums in fp64 are rounded: that of the scheme, and that of this test.
         sums = 2 * (r + 2) * 2.0**-53 * (w.double().abs() + product(a.abs(), b.abs(), scale))
         rounding = EPS / 2 * rest.double().abs() + sums
         assert ((rest.double() + product(a, b, scale) - w.double()).abs() <= rounding).all()
@@ -33,20 +33,23 @@ def test_the_parts_sum_to_the_weight(name, shape, scale):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", DENSE)
 def test_the_parts_sum_to_a_weight_of_16_bits_with_one_rounding(name, dtype):
-    """W_res is rounded once, to W's dtype, whatever the dtype of A and B is: it contains the rounding of A and B."""
+    """W_res = W - s·B A is computed from A and B as they are rounded, whatever their dtype is. Then it is rounded once,
+    to W's dtype."""
     w = gaussian(96, 160).to(dtype)
     for adapter in (torch.float32, dtype):
         rest, a, b = DENSE[name](w, 8, 2.0, dtype=adapter)
         assert rest.dtype == dtype and a.dtype == b.dtype == adapter
         exact = w.double() - product(a, b, 2.0)
         assert ((rest.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 2.0**-24).all()
-    assert (rest.float() - DENSE[name](w, 8, 2.0)[0].float()).abs().max() > 0  # the rounding is seen
+    # W_res depends on how A and B are rounded.
+    assert (rest.float() - DENSE[name](w, 8, 2.0)[0].float()).abs().max() > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("make", WEIGHTS)
 def test_pissa_is_the_best_approximation(make, shape):
-    """By Eckart and Young, W - s·B A has the norm of the remaining singular values, and their largest as its own."""
+    """By Eckart and Young, the Frobenius norm of W - s·B A is the norm of the remaining singular values, and its
+    largest singular value is the largest of them."""
     w = make(*shape)
     s = torch.linalg.svdvals(w.double())
     for r in (1, 8, min(shape) - 1):
@@ -98,7 +101,7 @@ def test_olora_is_the_qr_decomposition(shape):
 def test_base_and_adapter_are_those_of_peft(name, shape, monkeypatch):
     peft = pytest.importorskip("peft")
 
-    def seeded(*args, **kwargs):  # draws from the seed of `pissa`, whatever the global seed is
+    def seeded(*args, **kwargs):  # it draws with the seed that `pissa` uses, whatever the global seed is
         torch.manual_seed(0)
         return torch.svd_lowrank(*args, **kwargs)
 

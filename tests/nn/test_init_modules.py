@@ -1,4 +1,4 @@
-"""``init=`` of the modules: W is split into a new base and an adapter, which is not saved without its base."""
+"""With ``init=`` a module splits W into a new base and an adapter. The adapter is not saved without its base."""
 
 from __future__ import annotations
 

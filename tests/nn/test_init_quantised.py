@@ -1,4 +1,4 @@
-"""LoftQ and LQ-LoRA beside the papers' definitions in fp64 and PEFT's results, and what they guarantee."""
+"""LoftQ and LQ-LoRA agree with the papers' definitions in fp64 and with PEFT, and lower the error of quantising."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMATS = ("nf4", "fp4", "int8", "fp8")
 
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_base_and_adapter_of_loftq_are_those_of_peft(iterations, monkeypatch):
-    """PEFT's LoftQ runs on the CPU if it finds no 4 bits in bitsandbytes. It has no scale, so that s = 1 here."""
+    """PEFT's LoftQ runs on the CPU if bitsandbytes seems to have no 4-bit layers. It has no scale, so s is 1 here."""
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("scipy")
@@ -42,7 +42,7 @@ def test_base_and_adapter_of_loftq_are_those_of_peft(iterations, monkeypatch):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("make", WEIGHTS)
 def test_loftq_is_algorithm_1(make, format):
-    """Every iterate is the paper's step, computed in fp64, from the iterate before it."""
+    """Every iterate follows from the iterate before it by the paper's step, which the test computes in fp64."""
     w, r, scale = make(96, 128), 4, 2.0
     a, b, left = torch.zeros(r, 128), torch.zeros(96, r), []
     for t in range(1, 5):
@@ -75,7 +75,7 @@ def test_lq_lora_is_the_papers_algorithm(make, format):
 
 @pytest.mark.parametrize("make", WEIGHTS)
 def test_fisher_weights_make_the_weighted_error_the_least(make):
-    """Each low-rank part is the best one in the weighted norm. The unweighted low-rank part is not."""
+    """Each low-rank part is the best one in the weighted norm, and the low-rank part of plain LQ-LoRA is not."""
     w, r, scale = make(96, 128), 4, 2.0
     row, column = torch.rand(96) * 1e-9 + 1e-10, torch.randn(128).exp() * 1e-9
     dense = lambda e: row.double()[:, None] * e.double() * column.double()  # noqa: E731
@@ -147,7 +147,7 @@ def test_the_iterate_of_the_smallest_norm_is_returned():
     niter=st.sampled_from([None, 0, 3]),
 )
 def test_the_result_has_the_least_error_of_its_list(N, K, share, scale, format, magnitude, seed, niter):
-    """LoftQ's error is no larger than that of quantising alone, either."""
+    """LoftQ's error is also no larger than that of quantising alone."""
     w = torch.randn(N, K, generator=torch.Generator().manual_seed(seed)) * magnitude
     r = 1 + round(share * (min(N, K) - 1))
     allowed = 50 * EPS * norm(w)

@@ -1,4 +1,4 @@
-"""`FusedLoRALinear` as a drop-in for nn.Linear."""
+"""`FusedLoRALinear` takes the place of nn.Linear: values, merging, state_dict, copies and conversions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_fresh_module_computes_its_base():
     layer, x = FusedLoRALinear(8, 5, r=3), torch.randn(4, 8)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
     assert layer.lora_B.count_nonzero() == 0
-    bound = 1 / math.sqrt(8)  # of Kaiming-uniform(√5) with a fan-in of 8
+    bound = 1 / math.sqrt(8)  # the bound of Kaiming-uniform(√5) for a fan-in of 8
     assert 0 < layer.lora_A.abs().max() <= bound
 
 
@@ -82,7 +82,7 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(dtype):
     assert layer.merged and torch.equal(layer.weight, exact.to(dtype))
     y_merged = layer(x)
     torch.testing.assert_close(y_merged, y, rtol=0.05, atol=0.5 if dtype != torch.float32 else 1e-3)
-    layer.merge()  # does nothing the second time
+    layer.merge()  # the second call does nothing
     assert torch.equal(layer.weight, exact.to(dtype))
     layer.unmerge()
     assert not layer.merged and torch.equal(layer.weight, before) and torch.equal(layer(x), y)
@@ -125,7 +125,7 @@ def test_reset_adapter_unmerges_and_makes_b_zero():
 def test_a_linears_state_dict_is_loaded_and_the_adapter_stays():
     base, model = nn.Linear(6, 5), nn.Sequential(trained(6, 5, r=2))
     adapter = model[0].lora_B.clone()
-    model.load_state_dict({f"0.{key}": value for key, value in base.state_dict().items()})  # strict
+    model.load_state_dict({f"0.{key}": value for key, value in base.state_dict().items()})  # the load is strict
     assert torch.equal(model[0].weight, base.weight) and torch.equal(model[0].lora_B, adapter)
 
 

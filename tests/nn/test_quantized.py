@@ -1,4 +1,5 @@
-"""`QuantizedLoRALinear`, and `apply_lora(quant=...)`: QLoRA for plain PyTorch models."""
+"""`QuantizedLoRALinear` and `apply_lora(quant=...)`, which are QLoRA for plain PyTorch models, train, merge and
+load."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def settings(request) -> dict:
 
 
 def trained(base: nn.Linear | None = None, **kwargs) -> QuantizedLoRALinear:
-    """Return a layer over 72 → 40, or `base`, whose adapter is not zero."""
+    """Return a layer whose adapter is not zero, over `base` or a linear from 72 to 40."""
     layer = FusedLoRALinear.from_linear(base or nn.Linear(72, 40), **({"r": 4} | kwargs))
     assert type(layer) is QuantizedLoRALinear
     nn.init.normal_(layer.lora_B, std=0.3)

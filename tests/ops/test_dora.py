@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import FusedLoRALinear, reference
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 from lora_kernels.ops import dora_norm, registered
 from lora_kernels.ops.dora import DoRALinearFunction, dora_linear
 from lora_kernels.ops.dora_norm import WeightNorms
@@ -71,7 +71,7 @@ def test_dropout_acts_where_peft_has_it():
 
     class OurMask(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return random.dropout(x, 0.3, torch.tensor(11))
+            return dropout.dropout(x, 0.3, torch.tensor(11))
 
     layer.lora_dropout["default"] = OurMask()
     adapter = [layer.lora_A.default.weight, layer.lora_B.default.weight, m]
@@ -109,14 +109,15 @@ def test_values_and_gradients_hold_for_every_shape(shape, strided, p, backend, p
         assert got[name].shape == want[name].shape
         if want[name].numel():
             worst = (got[name].double() - want[name]).abs().max().item()
-            # 16 eps of fp32, relative to the largest: a wrong term is far above it, plain torch reaches a quarter
+            # 2⁻¹⁹ is 16 eps of fp32. A wrong term is far above it, and plain torch reaches a quarter of it.
             assert worst <= 2**-19 * max(want[name].abs().max().item(), 1.0), (name, worst)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_pass_gradcheck(bias, p):
-    """The Function is checked, which has d for an operand: the norm is a constant by definition."""
+    """The test checks the autograd Function, which takes d as an operand, because DoRA treats the norm as a
+    constant."""
     q = judging.problem(5, 4, 9, 2, dtype=torch.float64, p=p, bias=bias)
     d = torch.rand(4, dtype=torch.float64) + 0.5
     leaves = [None if t is None else t.requires_grad_() for t in (q.x, q.a, q.b, d, q.bias)]
@@ -177,7 +178,7 @@ def test_the_factored_norm_is_exact_to_a_few_eps(dtypes):
 
 
 def test_d_is_finite_where_the_adapter_cancels_a_row():
-    """W + s·B A is 0 in every row, and W and B are 0 in the first: d stays finite, and m = 0 gives 0."""
+    """W + s·B A is 0 in every row, and W and B are 0 in the first row. d stays finite, and m = 0 gives y = 0."""
     a, b = torch.randn(3, 16), torch.randn(6, 3)
     w = -0.5 * b @ a
     w[0] = b[0] = 0
@@ -214,14 +215,15 @@ class _Storages(TorchDispatchMode):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
 def test_nothing_of_the_weights_size_is_allocated(dtypes, p, backend):
-    """Neither N×K nor K×K, in forward and backward, in the first step (which fills the cache) and in later ones."""
+    """No tensor of N×K or K×K elements is allocated in forward or backward, neither in the first step, which fills the
+    cache, nor in later ones."""
     M, N, K = 2, 1536, 640
     layer = trained(K, N, r=2, lora_dropout=p, dtype=dtypes[0], adapter_dtype=dtypes[1], backend=backend)
     x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
     with _Storages([*layer.parameters()]) as seen:
         for _ in range(2):
             layer(x).sum().backward()
-    # 512 rows of a 16-bit W are converted at a time, nothing of an fp32 one
+    # A 16-bit W is converted 512 rows at a time, and an fp32 W is not converted.
     allowed = max(2 * N, 8 * K) if dtypes[0] == torch.float32 else 512 * K
     assert len(seen.sizes) > 20 and max(seen.sizes) <= allowed < K * K
 
@@ -230,7 +232,7 @@ def test_nothing_of_the_weights_size_is_allocated(dtypes, p, backend):
 def test_no_more_than_x_h_and_z_is_saved(p):
     M, N, K, R = 64, 96, 80, 8
     layer, x = trained(K, N, r=R, lora_dropout=p), torch.randn(M, K, requires_grad=True)
-    rows = 4 * 4 * N + 64  # m, n, d and their likes
+    rows = 4 * 4 * N + 64  # m, the norm, d and other vectors of N elements
     assert judging.saved_bytes(lambda: layer(x)) <= 4 * (M * K + M * R + M * N) + rows
     layer.lora_magnitude_vector.requires_grad_(False)
     assert judging.saved_bytes(lambda: layer(x)) <= 4 * (M * K + M * R) + rows
@@ -250,20 +252,20 @@ def test_the_cache_sees_every_change_that_torch_counts():
     with torch.no_grad():
         w.mul_(2)  # in place
     torch.testing.assert_close(norms.of(w), 4 * first)
-    w.detach()[0].zero_()  # through a view
+    w.detach()[0].zero_()  # in place, through a view
     assert norms.of(w)[0] == 0 and norms.of(w)[1] > 0
     version = w._version
-    w.data = torch.ones(6, 5)  # another storage, and the version may be the same
+    w.data = torch.ones(6, 5)  # the storage is another one, and the version is the same
     assert w._version == version
     torch.testing.assert_close(norms.of(w), torch.full((6,), 5.0))
-    for value in range(2, 8):  # the freed address is soon used again
+    for value in range(2, 8):  # the address of a freed storage is soon used again
         w.data = torch.full((6, 5), float(value))
         torch.testing.assert_close(norms.of(w), torch.full((6,), 5.0 * value**2))
     w.data = w.data.to(torch.bfloat16)
     assert norms.of(w).dtype == torch.float32
     norms.clear()
     kept = norms.of(w)
-    w.data.zero_()  # what PyTorch does not count
+    w.data.zero_()  # PyTorch does not count a change through .data
     assert norms.of(w) is kept
     norms.clear()
     assert norms.of(w).count_nonzero() == 0

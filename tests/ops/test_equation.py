@@ -113,7 +113,7 @@ def test_nothing_received_or_saved_is_written_to(backend):
 
 
 def test_the_low_rank_term_is_not_rounded_before_it_meets_the_base():
-    """Two servers round s·h·bᵀ to bf16 before they add the base. The CPU kernels keep what they can in fp32, and their
+    """vLLM and SGLang round s·h·bᵀ to bf16 before they add the base product. The CPU kernels add it in fp32, and their
     error is smaller."""
     try:
         dispatch.load("cpu")

@@ -83,7 +83,7 @@ def test_bad_settings_of_the_module_are_named_and_change_nothing(settings, messa
     base = torch.nn.Linear(4, 4)
     with pytest.raises(ValueError, match=message):
         FusedLoRALinear.from_linear(base, **settings)
-    assert base.weight.requires_grad  # untouched
+    assert base.weight.requires_grad  # the base is not frozen
 
 
 def test_a_bad_adapter_dtype_is_named_and_changes_nothing():

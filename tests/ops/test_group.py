@@ -1,4 +1,4 @@
-"""`lora_linear_group`: every layer's values and gradients are those of a call of its own, and dx is their sum."""
+"""`lora_linear_group` gives every layer the values and gradients of a call of its own, and dx is the sum of theirs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = [  # M, K, then N and R of each layer
     (33, 130, (129, 17), (31, 3), (64, 70)),
     (211, 187, (193, 8), (97, 8), (64, 16)),
 ]
-"""The last is large enough for statistics. Some ranks are above those that the CPU kernels take in one pass."""
+"""The last size is large enough for statistics. Some ranks are too large for the CPU kernels to take in one pass."""
 
 
 def problems(size, *, dtype=torch.float32, adapter_dtype=None, p=0.0, strided=False) -> list[judge.Problem]:
@@ -34,7 +34,7 @@ def problems(size, *, dtype=torch.float32, adapter_dtype=None, p=0.0, strided=Fa
 
 
 def run(qs: list[judge.Problem], used: list[int] | None = None, **kwargs) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Return dx, and y, da, db and dbias of each layer."""
+    """Return dx, and for each layer y, da, db and dbias. Only the layers in `used` take part in the backward."""
     x = qs[0].x.detach().requires_grad_()
     leaves = [
         {name: t.detach().requires_grad_() for name in ("a", "b", "bias") if (t := getattr(q, name)) is not None}
@@ -51,7 +51,7 @@ def run(qs: list[judge.Problem], used: list[int] | None = None, **kwargs) -> tup
 
 
 def judge_dx(dx: Tensor, qs: list[judge.Problem]) -> None:
-    """Compare dx with the sum of the layers' dx in fp64; plain torch adds up rounded ones."""
+    """Judge dx by the sum of the layers' dx in fp64. Plain torch, the comparison, adds up rounded terms."""
     want = [judge.truth(q)["dx"] for q in qs]
     exact, eps = sum(want), torch.finfo(dx.dtype).eps
     if min(q.x.shape[0] * q.a.shape[0] * (1 - q.p) for q in qs) >= 1024:
@@ -87,7 +87,8 @@ def test_strided_operands_and_fp64_are_served():
 
 
 def test_each_layer_has_the_mask_of_its_seed_and_gradients_repeat(backend):
-    """One peer shares one mask among q, k and v. With equal ranks every sum has the order that a single call has."""
+    """Axolotl shares one mask among q, k and v. The bits can be equal because with equal ranks every sum has the order
+    that a single call has."""
     qs = problems((211, 187, (193, 8), (97, 8)), p=0.2)
     dx, results = run(qs, backend=backend)
     for q, got in zip(qs, results, strict=True):
@@ -131,7 +132,7 @@ def test_only_what_needs_a_gradient_is_saved_and_computed(monkeypatch):
     sum(
         y.sum() for y in lora_linear_group(x, [layer._replace(lora_a=q.a) for layer, q in zip(layers, qs, strict=True)])
     ).backward()
-    assert asked[1][1] is None and asked[1][5].dx is True  # no x saved, dx asked
+    assert asked[1][1] is None and asked[1][5].dx is True  # x is not saved, and dx is wanted
 
 
 def test_leading_dimensions_autocast_and_tensor_scales_are_served():

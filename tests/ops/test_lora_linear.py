@@ -1,4 +1,4 @@
-"""`lora_linear` under torch.compile, checkpointing and autocast, what it saves, and what its operators hold to."""
+"""`lora_linear` works under torch.compile, checkpointing and autocast, saves little, and its operators pass opcheck."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_more_than_x_and_h_is_saved(dtypes, p):
     x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
     item = x.element_size()
     assert M * K * item < judging.saved_bytes(lambda: layer(x)) <= (M * K + M * R) * item + 64
-    layer.lora_A.requires_grad_(False)  # LoRA-FA: M×r numbers
+    layer.lora_A.requires_grad_(False)  # as in LoRA-FA: only h is saved, M×r numbers
     assert judging.saved_bytes(lambda: layer(x)) <= M * R * item + 64
     layer.lora_B.requires_grad_(False)
     assert judging.saved_bytes(lambda: layer(x)) <= 64
@@ -71,7 +71,7 @@ def test_double_backward_is_refused(dy_requires_grad):
 
 
 def test_a_dy_of_another_dtype_is_converted():
-    """A mixed-precision wrapper may hand an fp32 dy to a bf16 layer; one peer's fused backward crashed on it."""
+    """A mixed-precision wrapper may hand an fp32 dy to a bf16 layer. Automodel's fused backward crashed on it."""
     q = judging.problem(6, 5, 8, 2, dtype=torch.bfloat16)
     leaves = [q.x.requires_grad_(), q.a.requires_grad_(), q.b.requires_grad_()]
     y = lora_linear(leaves[0], q.w, leaves[1], leaves[2], scale=1.0)
@@ -109,7 +109,7 @@ def test_a_seed_gives_its_mask_and_none_draws_a_new_one():
     assert not torch.equal(call(seed=5), call(seed=6))
     torch.manual_seed(3)
     first, second = call(), call()
-    assert not torch.equal(first, second)  # each call draws its own
+    assert not torch.equal(first, second)  # each call draws a seed
     torch.manual_seed(3)
     assert torch.equal(first, call())
 
@@ -117,21 +117,12 @@ def test_a_seed_gives_its_mask_and_none_draws_a_new_one():
 # --- checkpointing, functional_call, autocast ---
 
 
-def _grads(layer: nn.Module, x: torch.Tensor, forward) -> list[torch.Tensor]:
-    layer.zero_grad()
-    leaf = x.clone().requires_grad_()
-    torch.manual_seed(5)
-    y = forward(leaf)
-    y.square().sum().backward()
-    return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_replays_the_mask(use_reentrant):
     layer, x = FusedLoRALinear(32, 24, r=4, lora_dropout=0.5), torch.randn(16, 32)
     nn.init.normal_(layer.lora_B)
-    plain = _grads(layer, x, layer)
-    replayed = _grads(layer, x, lambda t: checkpoint(layer, t, use_reentrant=use_reentrant))
+    plain = judging.layer_results(layer, x)
+    replayed = judging.layer_results(layer, x, lambda t: checkpoint(layer, t, use_reentrant=use_reentrant))
     assert len(plain) == 4
     assert all(torch.equal(p, r) for p, r in zip(plain, replayed, strict=True))
 
@@ -147,13 +138,13 @@ def test_functional_call_replaces_parameters():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(dtype):
+def test_autocast_computes_in_its_dtype_and_gives_gradients_of_the_parameters_dtype(dtype):
     layer, x = FusedLoRALinear(32, 24, r=4), torch.randn(16, 32, requires_grad=True)
     nn.init.normal_(layer.lora_B)
     with torch.autocast("cpu", dtype=dtype):
         y = layer(x)
     assert y.dtype == dtype
-    y.sum().backward()  # outside, as everyone does
+    y.sum().backward()  # outside the autocast context, as usual
     assert x.grad.dtype == layer.lora_A.grad.dtype == torch.float32
     inside = x.grad.clone()
     x.grad = None
@@ -193,7 +184,7 @@ def test_forward_and_backward_compile_without_a_break(p):
         nn.init.normal_(layer.lora_B)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(6, 16)
-    plain, traced = _grads(model, x, model), _grads(model, x, compiled)
+    plain, traced = judging.layer_results(model, x), judging.layer_results(model, x, compiled)
     assert len(plain) == 6
     for want, got in zip(plain, traced, strict=True):
         torch.testing.assert_close(got, want)
@@ -205,7 +196,8 @@ def test_inductor_compiles_a_dynamic_number_of_rows():
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for M in (3, 5, 8):
         x = torch.randn(M, 16)
-        for want, got in zip(_grads(layer, x, layer), _grads(layer, x, compiled), strict=True):
+        plain, traced = judging.layer_results(layer, x), judging.layer_results(layer, x, compiled)
+        for want, got in zip(plain, traced, strict=True):
             torch.testing.assert_close(got, want)
 
 

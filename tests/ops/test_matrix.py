@@ -13,7 +13,7 @@ from support import judging
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, fuse
+from lora_kernels import FusedLoRALinear
 from lora_kernels.core.dropout import draw_seed
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -31,7 +31,7 @@ class Case:
     """Whether the forward, but not the backward, runs under autocast to bf16."""
 
     def served(self) -> tuple[torch.dtype, torch.dtype] | None:
-        """Return the dtypes that x and W, and that A and B, are computed in; None where the call is refused."""
+        """Return the dtype that x and W are computed in and that of A and B, or None where the call is refused."""
         x, w, a = self.x, self.w, self.a
         if self.autocast and x != F64:
             x = w = BF16
@@ -53,7 +53,8 @@ COMPILED = [case for case in SERVED if not case.autocast] + [
 
 def operands(case: Case, p: float) -> judging.Problem:
     """Return operands in the case's dtypes, with the seed that a call after ``torch.manual_seed(7)`` draws."""
-    q = judging.problem(M, N, K, R, dtype=F16, p=p)  # numbers that fp16 holds, and bf16 is rounded to where it is asked
+    # fp16, fp32 and fp64 hold the drawn numbers exactly. bf16 rounds x, W and bias; A and B are rounded to it first.
+    q = judging.problem(M, N, K, R, dtype=F16, p=p)
     torch.manual_seed(7)
     seed = draw_seed(torch.device("cpu")) if p else None
     a, b = q.a.to(BF16).to(case.a), q.b.to(BF16).to(case.a)
@@ -81,8 +82,11 @@ def peft_layer_of(q: judging.Problem) -> nn.Module:
 
 
 def fused_layer_of(q: judging.Problem) -> nn.Module:
-    """Return the fused layer. fp64 asks for `eager` by name: no kernel serves it, so dropout would stay PEFT's."""
+    """Return the fused layer. In fp64 it names `eager`: no kernel serves fp64, and without the name dropout would be
+    left to PEFT."""
     layer = peft_layer_of(q)
+    from lora_kernels import fuse  # this import needs PEFT
+
     assert fuse(nn.Sequential(layer), strict=True, backend="eager" if q.w.dtype == F64 else None).fused
     return layer
 
@@ -95,7 +99,7 @@ def run(
     reentrant: bool | None = None,
     dy: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return y and every gradient. `dy` is the dtype of the incoming gradient, y's own where None."""
+    """Return y and every gradient. `dy` is the dtype of the incoming gradient, by default that of y."""
     layer.zero_grad(set_to_none=True)
     x = q.x.detach().requires_grad_()
     torch.manual_seed(7)
@@ -107,7 +111,7 @@ def run(
 
 
 def judge(got: dict[str, torch.Tensor], case: Case, q: judging.Problem) -> None:
-    """Judge the results in fp64, for operands rounded to the dtypes that they were computed in."""
+    """Judge the results in fp64. The operands are rounded to the dtypes that the call computes in."""
     x, a = case.served()
     assert [got[name].dtype for name in ("y", "dx", "da", "db")] == [x, case.x, case.a, case.a]
     base = {name: getattr(q, name).to(x) for name in ("x", "w", "bias")}
@@ -144,8 +148,8 @@ def _fresh_compiler():
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_combination_is_right(make, case):
-    """Compiling takes long, so p = 0 and reentrant checkpointing, which adds a graph without gradients, are tried in
-    fp32 alone."""
+    """Compiling takes long. So only fp32 is tried with p = 0 and with reentrant checkpointing, which adds a graph
+    without gradients."""
     for p in RATES if case.x == F32 else RATES[1:]:
         q = operands(case, p)
         layer = make(q)
@@ -165,7 +169,7 @@ def test_a_refused_combination_is_named(case):
 
 @pytest.mark.parametrize("case", REFUSED, ids=str)
 def test_a_refused_combination_runs_pefts_own_forward(case):
-    """The results are PEFT's own numbers, or its own error where it has none."""
+    """The results are PEFT's own numbers. Where PEFT raises an error, so does the fused layer."""
     for p in RATES:
         q = operands(case, p)
         plain, layer = peft_layer_of(q), fused_layer_of(q)

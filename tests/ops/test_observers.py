@@ -1,4 +1,4 @@
-"""Everything known to observe an operator sees ours, and a torch with observers that nobody has looked at is told."""
+"""Everything that is known to observe operators sees ours, and a torch that has further observers fails a test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def q() -> Problem:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """The calls of the registered forward."""
+    """A list that gets an entry for each call of the registered forward."""
     made: list[str] = []
     run = registered._forward_op
     monkeypatch.setattr(registered, "_forward_op", lambda *args: made.append("forward") or run(*args))
@@ -38,7 +38,7 @@ def calls(monkeypatch) -> list[str]:
 
 
 def test_torch_has_no_observer_that_nobody_has_looked_at():
-    """`support.observers` says what to do when this fails."""
+    """The docstring of `support.observers` says what to do when this fails."""
     names = found()
     assert names.keys() == KNOWN.keys()
     new = {place: sorted(names[place] - set(KNOWN[place].split())) for place in KNOWN}
@@ -51,7 +51,7 @@ def test_torch_has_no_observer_that_nobody_has_looked_at():
      "PythonDispatcher", "PreDispatch", "AutocastCPU", "Negative"],
 )  # fmt: skip
 def test_any_key_that_the_dispatcher_includes_is_a_watcher(q, key):
-    """A mode that a later torch invents would include a key of its own, as these do."""
+    """A mode that a later torch adds would include a dispatch key of its own, as these modes do."""
     assert not watched(q.x, q.w, q.a, q.b, None)
     with torch._C._IncludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key)):
         assert watched(q.x, q.w, q.a, q.b, None)
@@ -121,7 +121,7 @@ def test_exported_programs_hold_the_operator(q, strict):
 
 
 def test_saved_tensor_hooks_see_what_is_saved_without_the_operator(q, calls):
-    """The Function saves through ``save_for_backward``, whatever computes its result."""
+    """The autograd Function saves through ``save_for_backward``, whether or not the operator computes its result."""
     packed: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(tuple(t.shape)) or t, lambda t: t):
         lora_linear(q.x, q.w, q.a.requires_grad_(), q.b.requires_grad_(), scale=0.5)

@@ -1,4 +1,4 @@
-"""A call goes past its registered operator only where nothing observes it, and past its autograd Function only where no
+"""A call leaves out its registered operator only where nothing observes it, and its autograd Function only where no
 gradient is wanted."""
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def step(x: Tensor, w, a: Tensor, b: Tensor) -> Tensor:
 
 @pytest.fixture
 def operators(monkeypatch):
-    """The calls of the registered forward and backward, by name."""
+    """A list that gets the name of the registered forward or backward at each of their calls."""
     calls: list[str] = []
     for name in ("_forward_op", "_backward_op"):
         run = getattr(registered, name)
@@ -81,7 +81,7 @@ def test_without_a_watcher_no_operator_is_called(operators, operands):
 def test_modes_see_the_operators(mode, operands):
     with mode() as seen:
         y = step(*operands)
-    # a function mode sees ``y.backward()``, and is off in all that this calls
+    # A function mode sees the call ``y.backward()``, and is switched off inside it.
     assert seen.ours == ([FORWARD, BACKWARD] if mode is Seen else [FORWARD])
     with mode() as seen, torch.no_grad():
         assert torch.equal(lora_linear(*operands, scale=0.5), y)
@@ -167,7 +167,7 @@ def test_subclasses_of_tensor_see_the_operator():
 
 @pytest.mark.parametrize("which", ["x", "w", "a", "b", "bias"])
 def test_a_lazily_negated_operand_is_taken_at_its_value(which):
-    """The memory of such a tensor holds the other sign; torch's dispatcher resolves that."""
+    """The memory of such a tensor holds the other sign. torch's dispatcher negates it before an operator reads it."""
     q = problem(5, 24, 16, 4)
     given = {"x": q.x, "w": q.w, "a": q.a, "b": q.b, "bias": q.bias}
     negative = given | {which: -given[which]}
@@ -180,7 +180,7 @@ def test_a_lazily_negated_operand_is_taken_at_its_value(which):
         assert torch.equal(run(**given), run(**negative))
 
 
-def test_functorch_and_forward_mode_are_not_passed_by():
+def test_functorch_and_forward_mode_see_the_operator():
     q = problem(5, 24, 16, 4)
 
     def run(x):

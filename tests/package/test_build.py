@@ -1,4 +1,4 @@
-"""The build of the native modules: the environment variables it reads, a machine without a compiler, the sdist."""
+"""The build of the native modules follows its environment variables, does without a compiler, and fills the sdist."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""The import is quick. It loads no Triton, asks nothing of CUDA or the environment, and warns of nothing."""
+"""Importing the package is quick. It loads no Triton, asks nothing of CUDA or the environment, and warns of nothing."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 SCRIPT = """
 import os, sys, time, warnings
@@ -39,3 +41,9 @@ def test_import_is_quick_and_does_nothing():
         if float(run.stdout) <= 0.05:
             return
     pytest.fail(f"the import took {float(run.stdout):.3f} s, three times more than 0.05 s")
+
+
+def test_no_folder_of_tests_can_be_imported_as_a_library():
+    """Where PEFT is not installed, `import peft` would otherwise find the folder tests/peft and no test would be
+    skipped."""
+    assert ROOT / "tests" not in [Path(entry).resolve() for entry in sys.path]

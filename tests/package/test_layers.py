@@ -1,6 +1,7 @@
-"""Imports inside the package point downwards: no folder imports one above it, no files import each other in circles.
+"""Imports inside the package point downwards: no folder imports one above it, and no files import each other in
+circles.
 
-Every import statement counts, also inside a function and under TYPE_CHECKING.
+Every import statement counts, also those inside functions and under TYPE_CHECKING.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ ORDER: list[set[str]] = [
     {"tools"},
     {"__main__"},
 ]
-"""The folders and files of the package, from the lowest to the highest. What stands in one set may not import each
+"""The folders and files of the package, from the lowest to the highest. Those in one set may not import each
 other."""
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 BACKENDS = {"cpu", "cuda", "triton", "eager"}
 
 
 def module_of(path: Path) -> str:
-    """Return "ops.linear" for lora_kernels/ops/linear.py, "ops" for lora_kernels/ops/__init__.py."""
+    """Return "ops.linear" for lora_kernels/ops/linear.py, and "ops" for lora_kernels/ops/__init__.py."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
@@ -57,7 +58,7 @@ def imports_of(path: Path) -> set[str]:
         for name in names:
             head, _, name = name.partition(".")
             if head == "lora_kernels":
-                while name and name not in FILES:  # a name defined in a module
+                while name and name not in FILES:  # the name is defined in a module
                     name = name.rpartition(".")[0]
                 found.add(name or "__init__")
     return found

@@ -1,4 +1,4 @@
-"""Fused layers over bitsandbytes' 4 and 8 bits give what PEFT gives, or what is nearer to the truth."""
+"""Fused layers over bitsandbytes' 4-bit and 8-bit weights give PEFT's results, or results nearer to those in fp64."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_settings_of_peft_are_honoured(kwargs):
 
 
 def test_eight_bits_while_training_are_pefts():
-    """While training on the CPU bitsandbytes does not round x."""
+    """In training mode on the CPU, bitsandbytes does not round x."""
     fused_equals_peft(make(Net8()), torch.randn(6, 64))
 
 
 def problem_of(layer, x: torch.Tensor, dy: torch.Tensor) -> Problem:
-    """Return the problem that one PEFT layer computes."""
+    """Return the operands of one PEFT layer as a problem for the judge."""
     a, b = (getattr(layer, f"lora_{name}")["default"].weight.detach() for name in "AB")
     w = from_bnb(layer.base_layer).dequantize(FP32)
     return Problem(x, w, a, b, layer.base_layer.bias.detach(), dy, layer.scaling["default"], 0.0, None)
@@ -81,9 +81,9 @@ def rms(t: torch.Tensor) -> float:
 
 
 def as_near_as_peft(model: PeftModel, x: torch.Tensor, inner: torch.dtype, autocast: torch.dtype | None = None) -> None:
-    """Assert that the results have PEFT's dtypes and an RMS error of at most 1.25 times the larger of two: PEFT's
-    error, and that of plain torch in the dtype of the computation. That dtype is narrower than PEFT's beside fp32
-    adapters."""
+    """Assert that the results have PEFT's dtypes and an RMS error of at most 1.25 times the larger of two errors:
+    PEFT's, and that of plain torch in the dtype of the computation. With fp32 adapters that dtype is narrower than
+    PEFT's."""
     dy = torch.randn(*x.shape[:-1], 128).to(x.dtype)
     plain = copy.deepcopy(model).base_model.model.up
     q = problem_of(plain, x, dy)
@@ -137,7 +137,7 @@ def test_eight_bits_in_eval_mode_are_nearer_to_the_truth(threshold):
 
 
 def test_compute_dtype_is_that_of_the_first_x():
-    """bitsandbytes sets it so where none was given."""
+    """bitsandbytes sets it from the first x if none was given."""
     model = make(Net(compute_dtype=None))
     lora_kernels.fuse(model, strict=True)
     model(torch.randn(3, 64, dtype=BF16))
@@ -175,10 +175,10 @@ def test_adapters_by_sample_leave_the_weight_as_it_is(net):
     bases = [model.base_model.model.up.base_layer, model.base_model.model.down.base_layer]
     model.eval()
     for base in bases:
-        base.train()  # so that PEFT's own call, the reference, does not re-pack
+        base.train()  # so that PEFT's own call, with which results are compared, does not re-pack the weight
     names = ["second", "__base__", "default", "second", "__base__"]
     x = torch.randn(5, 3, 64)
-    with torch.no_grad():  # PEFT's has no backward over these layers
+    with torch.no_grad():  # PEFT's own call has no backward over these layers
         want = model(x, adapter_names=names)
     lora_kernels.fuse(model, strict=True)
     torch.testing.assert_close(model(x, adapter_names=names), want)
@@ -198,9 +198,9 @@ def test_eval_mode_does_not_re_pack_and_reads_what_is_re_packed():
     with torch.no_grad(), model.disable_adapter():
         base = model(x)
     assert not torch.allclose(base, y)
-    tolerance = 0.02 if any(packed(model)) else 1e-6  # re-packed: absmax rounded to bf16
+    tolerance = 0.02 if any(packed(model)) else 1e-6  # re-packing rounds absmax to bf16
     torch.testing.assert_close(model(x), y, rtol=0, atol=tolerance * y.abs().max().item())
-    model.state_dict()  # packs back
+    model.state_dict()  # bitsandbytes puts the codes back in their order
     torch.testing.assert_close(model(x), y, rtol=0, atol=2 * tolerance * y.abs().max().item())
     assert all(layer.fused_calls == 3 and not layer.passed_over for layer in fused_layers(model))
 
@@ -216,7 +216,7 @@ def test_merging_is_pefts_and_the_weight_is_read_again(net):
     for other in (model, plain):
         other.merge_adapter()
     torch.testing.assert_close(model(x), plain(x))
-    assert all(layer._stored.last is None for layer in fused_layers(model)), "what was replaced is not held"
+    assert all(layer._stored.last is None for layer in fused_layers(model)), "the weight that was replaced is not kept"
     for other in (model, plain):
         other.unmerge_adapter()
     torch.testing.assert_close(model(x), plain(x))
@@ -247,7 +247,7 @@ def test_copies_and_pickles_are_fused_and_unfuse_gives_back_what_was(net):
     keys = list(model.state_dict())
     lora_kernels.fuse(model)
     y = model(x)
-    assert list(model.state_dict()) == keys or net is Net8  # whose first forward moves SCB
+    assert list(model.state_dict()) == keys or net is Net8  # the first forward of a Linear8bitLt moves SCB
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), y) and [layer.fused_calls for layer in fused_layers(other)] == [2, 2]
     lora_kernels.fuse(model)
@@ -303,7 +303,7 @@ def test_what_is_not_served_says_why():
         model(torch.randn(4, 64))
 
 
-def test_enable_fuses_what_peft_makes():
+def test_enable_fuses_every_model_that_peft_makes():
     lora_kernels.enable()
     try:
         model = make()

@@ -1,4 +1,4 @@
-"""Fused layers stay PEFT's: switching, copying, unfusing, and reports of what is left to PEFT."""
+"""Fused layers can be switched, copied and unfused as PEFT's layers, and reports name what is left to PEFT."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`fuse(model, group=...)` computes layers that read one x in one call: the numbers are those of single calls, and no
-layer hands out a result of another x."""
+"""`fuse(model, group=...)` computes layers that read the same x in one call. The numbers are those of single calls, and
+no layer returns a result of another x."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IDS = torch.tensor(tiny_llama.sequences(4))
 
 
 def pair(**kwargs) -> tuple[nn.Module, nn.Module, lora_kernels.FuseReport]:
-    """Return a fused model, its grouped twin and the report of that."""
+    """Return a fused model, a copy of it that is fused in groups, and the report of the copy."""
     single = tiny_llama.lora_llama(random=True, **kwargs)
     grouped = copy.deepcopy(single)
     lora_kernels.fuse(single)
@@ -203,7 +203,7 @@ def test_named_layers_are_grouped_where_they_are_equally_wide():
 
     model = get_peft_model(Mine(), LoraConfig(r=2, target_modules=["wq", "wk", "wide"]))
     assert not lora_kernels.fuse(model, group=True).groups
-    assert not lora_kernels.fuse(model, group=[("wq", "wide")]).groups  # not equally wide
+    assert not lora_kernels.fuse(model, group=[("wq", "wide")]).groups  # they read inputs of different widths
     (group,) = lora_kernels.fuse(model, group=[("wq", "wk")]).groups.values()
     model(torch.randn(3, 8))
     assert group.names == ("wq", "wk") and group.calls == 1

@@ -37,7 +37,7 @@ def test_dropout_is_left_to_peft(no_kernel):
     want = run(model, x)
     lora_kernels.fuse(model, strict=True)
     torch.manual_seed(5)
-    same(run(model, x), want, rtol=0)  # bit for bit: PEFT's own masks
+    same(run(model, x), want, rtol=0)  # equal bits, since the masks are PEFT's own
     for layer in fused_layers(model):
         assert layer.fused_calls == 0 and layer.passed_over == Counter({DROPOUT: 1})
 

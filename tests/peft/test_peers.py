@@ -20,14 +20,15 @@ def leaves(q: judging.Problem) -> list[torch.Tensor]:
 
 
 def test_backward_uses_the_forwards_mask(backend):
-    """mLoRA: dA from an undropped x, dX unmasked and over-scaled. With W = 0 a dropped x gets no gradient at all."""
+    """mLoRA computed dA from an undropped x, and a dX without mask and with too large a scale. With W = 0 a dropped x
+    gets no gradient at all."""
     q = judging.problem(40, 24, 64, 4, p=0.5, bias=False)
     x, a, b = leaves(q)
     y = lora_linear(x, torch.zeros_like(q.w), a, b, scale=1.0, dropout_p=0.5, seed=q.seed, backend=backend)
     y.backward(q.dy)
     dropped = ~keep_mask(q.seed, 40, 64, 0.5)
     assert x.grad[dropped].count_nonzero() == 0 and x.grad[~dropped].count_nonzero() == (~dropped).sum()
-    changed = torch.where(dropped, 1e3, q.x).requires_grad_()  # what was dropped reaches no gradient
+    changed = torch.where(dropped, 1e3, q.x).requires_grad_()  # dropped values reach no gradient
     b2, a2 = b.detach().clone().requires_grad_(), a.detach().clone().requires_grad_()
     y2 = lora_linear(changed, torch.zeros_like(q.w), a2, b2, scale=1.0, dropout_p=0.5, seed=q.seed, backend=backend)
     y2.backward(q.dy)
@@ -35,7 +36,7 @@ def test_backward_uses_the_forwards_mask(backend):
 
 
 def test_base_branch_sees_the_undropped_x(backend):
-    """LoRAFusion's multi-adapter path: h from an undropped x, the base GEMM from the dropped one."""
+    """LoRAFusion's multi-adapter path computed h from the undropped x, and the base GEMM from the dropped one."""
     q = judging.problem(16, 24, 64, 4, p=0.9)
     y = lora_linear(
         q.x, q.w, q.a, torch.zeros_like(q.b), scale=1.0, bias=q.bias, dropout_p=0.9, seed=q.seed, backend=backend
@@ -44,7 +45,7 @@ def test_base_branch_sees_the_undropped_x(backend):
 
 
 def test_dropout_zero_runs_the_default_backward(backend):
-    """LoRAFusion: dropout 0 crashes its default backward."""
+    """LoRAFusion's default backward crashes with dropout 0."""
     q = judging.problem(16, 24, 64, 4, p=0.0)
     judging.check(judging.evaluate(q, lora_linear, backend=backend), q)
 
@@ -72,11 +73,11 @@ def test_layers_over_one_input_draw_independent_masks():
         nn.init.eye_(layer.lora_B)
     x = torch.ones(64, 64)
     both = ((q(x) != 0) & (k(x) != 0)).double().mean().item()
-    assert 0.2 < both < 0.3  # 1/4 where independent, 1/2 where shared
+    assert 0.2 < both < 0.3  # 1/4 if the masks are independent, 1/2 if they are shared
 
 
 def test_the_saved_x_survives_the_backward(backend):
-    """unsloth writes dX over the saved x: a second use of x breaks."""
+    """unsloth writes dX over the saved x, so that a second use of x gives wrong numbers."""
     q = judging.problem(16, 24, 64, 4, p=0.2)
     x, a, b = leaves(q)
     before = x.detach().clone()
@@ -91,15 +92,15 @@ def test_the_saved_x_survives_the_backward(backend):
 
 
 @pytest.mark.parametrize("r", [3, 6, 12, 24, 100])
-def test_ranks_that_are_no_power_of_two(backend, r):
-    """LoRAFusion needs r a power of two."""
+def test_ranks_that_are_no_power_of_two_are_served(backend, r):
+    """LoRAFusion takes no r but powers of two."""
     q = judging.problem(20, 24, 40, r, p=0.1)
     judging.check(judging.evaluate(q, lora_linear, backend=backend), q)
 
 
 def test_gradients_do_not_use_atomics(backend):
-    """fp32 atomics make nunchaku's and vLLM's results differ from run to run: many rows, the same bits (see also
-    test_equation)."""
+    """fp32 atomics make nunchaku's and vLLM's results differ from run to run. Ours have the same bits, also with many
+    rows (see also tests/ops/test_equation.py)."""
     q = judging.problem(2000, 64, 64, 8, p=0.1)
     first = judging.evaluate(q, lora_linear, backend=backend)
     for _ in range(5):
@@ -107,7 +108,8 @@ def test_gradients_do_not_use_atomics(backend):
 
 
 def test_x_is_never_copied_to_fp32_under_fp32_adapters():
-    """PEFT copies x to fp32 under its default fp32 adapters: 20 % of peak memory. tests/ops tests what is saved."""
+    """PEFT copies x to fp32 with its default fp32 adapters, which takes 20 % of peak memory.
+    tests/ops/test_lora_linear.py tests what is saved."""
     layer = FusedLoRALinear(256, 256, r=8, dtype=torch.bfloat16, adapter_dtype=torch.float32, lora_dropout=0.1)
     x = torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True)
     copies = []

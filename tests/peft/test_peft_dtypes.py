@@ -1,4 +1,4 @@
-"""In every pairing of dtypes, with autocast and without, fused layers give what PEFT gives."""
+"""For every combination of dtypes, with autocast and without, fused layers give PEFT's results or its errors."""
 
 from __future__ import annotations
 

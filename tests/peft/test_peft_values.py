@@ -92,7 +92,7 @@ def test_scaling_may_be_a_tensor_or_change():
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_several_active_adapters_give_pefts_sum(p, monkeypatch):
-    """Without dropout they run as one adapter; with it each has a mask of its own."""
+    """Without dropout they run as one adapter. With dropout each has a mask of its own."""
     model = make(lora_bias=True, target_modules=["up"], lora_dropout=p)
     model.add_adapter("second", config(r=7, target_modules=["up"], lora_dropout=p))
     randomise(model)
@@ -134,7 +134,7 @@ def test_a_conv1d_gives_pefts_values():
 
 
 def test_autocast_gives_pefts_values_in_16_bits():
-    """Under autocast both run base and adapter in 16 bits, and fp32 adapters stay fp32."""
+    """Under autocast, PEFT and the fused layer compute base and adapter in 16 bits. fp32 adapters stay fp32."""
     model, x = make().train(), torch.randn(8, 24)
     with torch.autocast("cpu", torch.bfloat16):
         want = run(model, x)

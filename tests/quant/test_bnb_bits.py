@@ -7,26 +7,17 @@ import math
 
 import pytest
 import torch
+from support.weight_bits import FOUR_BIT, TINY, bits, gaussian
 
 from lora_kernels.quant import encode, tables
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import BLOCKSIZES, DTYPES, quantize_weight
 
-FOUR_BIT = ("nf4", "fp4")
-TINY = torch.finfo(torch.float32).tiny
-
-
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
-
-
-def gaussian(N, K, dtype=torch.float32, magnitude=1.0):
-    return (torch.randn(N, K) * magnitude).to(dtype)
-
 
 @pytest.fixture
 def bnb():
-    with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles functions without native code
+    # Where bitsandbytes lacks native code, it uses torch.compile.
+    with torch.compiler.set_stance("force_eager"):
         yield pytest.importorskip("bitsandbytes")
 
 
@@ -43,11 +34,11 @@ def agree(w, format, bnb, blocksize=64, double_quant=False):
         for mine, other in zip(q.nested, (state.state2.code, state.state2.absmax, state.offset), strict=True):
             assert torch.equal(bits(mine), bits(other))
     if blocksize > K:
-        state.shape = (1, N * K)  # its AVX512 code reads the wrong absmax where several rows share one
+        state.shape = (1, N * K)  # the AVX512 code of bitsandbytes reads the wrong absmax where several rows share one
     for dtype in DTYPES:
         state.dtype = dtype
         w_hat, expected = q.dequantize(dtype), bnb.functional.dequantize_4bit(theirs, state).view(N, K)
-        if dtype == torch.bfloat16:  # its AVX512 code makes denormal bf16 zero, and the code here does not
+        if dtype == torch.bfloat16:  # the AVX512 code of bitsandbytes makes denormal bf16 zero, and ours does not
             w_hat, expected = (torch.where(t.abs() < TINY, 0, t) for t in (w_hat, expected))
         assert w_hat.dtype == dtype and torch.equal(bits(w_hat + 0.0), bits(expected + 0.0))  # -0 is 0
     return q
@@ -107,7 +98,8 @@ def test_a_short_last_block_of_zeros_gives_its_bits(format, bnb):
 
 
 def test_double_quantisation_gives_its_bits_at_the_midpoints_of_its_table(bnb):
-    """absmax lies at, and next to, the points where the code changes, in bitsandbytes' look-up and in the table."""
+    """Values of absmax lie at and next to the points where the code changes, by bitsandbytes' look-up and by the
+    table."""
     table = tables.dynamic(torch.device("cpu"))
     middle = (table[1:] + table[:-1]) / 2
     codes = torch.bucketize(torch.arange(65536) * 2 / 65535 - 1, middle)
@@ -120,7 +112,7 @@ def test_double_quantisation_gives_its_bits_at_the_midpoints_of_its_table(bnb):
     v = torch.cat([torch.cat([part, torch.ones(1)]) for part in v.split(255)])
     v = torch.cat([v, torch.zeros(-len(v) % 256), torch.zeros(256), torch.full((256,), 1e-45), torch.randn(1000)])
     absmax = v.clone()
-    absmax -= absmax.mean()  # so that the mean which is subtracted is nearly zero
+    absmax -= absmax.mean()  # so that the mean, which the function subtracts, is nearly zero
     mine, _, most, offset = encode.absmax8(absmax)
     codes, state = bnb.functional.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
     assert torch.equal(mine, codes) and torch.equal(most, state.absmax) and torch.equal(offset, absmax.mean())
@@ -214,7 +206,7 @@ def test_a_weight_without_its_state_is_read_with_the_modules(bnb):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("format", FOUR_BIT)
 def test_the_codes_of_a_weight_repacked_for_inference_are_put_back_in_order(format, double_quant, bnb):
-    """The absmax stay rounded to bf16, as bitsandbytes has left them."""
+    """absmax stays rounded to bf16, since bitsandbytes has kept no other."""
     repack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
     if repack is None:
         pytest.skip("this bitsandbytes does not re-pack")

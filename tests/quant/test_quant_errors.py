@@ -1,4 +1,4 @@
-"""Errors of quantised layers: each names the fault with its values and the way out, and nothing is changed."""
+"""Each error of quantised layers names the fault, its values and the way out, and changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Quantised weights against the published tables and torch's own fp8 cast, round trips, and bad input."""
+"""Quantised weights agree with the published tables and torch's own fp8 cast, survive round trips, and refuse bad
+input."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.weight_bits import FOUR_BIT, TINY, bits, gaussian
 
 from lora_kernels.quant import encode, tables
 from lora_kernels.quant.weight import (
@@ -22,17 +24,7 @@ from lora_kernels.quant.weight import (
     quantize_weight,
 )
 
-FOUR_BIT = ("nf4", "fp4")
 EVERY = [*((format, {}) for format in (*FOUR_BIT, "int8")), *(("fp8", {"scaling": scaling}) for scaling in SCALINGS)]
-TINY = torch.finfo(torch.float32).tiny
-
-
-def bits(t: torch.Tensor) -> torch.Tensor:
-    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
-
-
-def gaussian(N, K, dtype=torch.float32, magnitude=1.0):
-    return (torch.randn(N, K) * magnitude).to(dtype)
 
 
 # --- the tables by their definitions ---
@@ -51,7 +43,7 @@ def test_nf4_is_the_quantiles_of_appendix_e():
 def test_fp4_is_a_float_of_two_exponent_bits_and_one_of_mantissa():
     def value(code: int) -> float:
         sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
-        # The exponents 0 ... 3 stand for subnormal, 4, 3 and 2 binary places up from the largest.
+        # Exponent 0 holds the subnormal numbers 0 and 1/16. Exponents 1, 2 and 3 stand for the factors 8, 4 and 2.
         magnitude = mantissa / 16 if exponent == 0 else 2.0 ** (4 - exponent) * (1 + mantissa / 2)
         return (-1) ** sign * magnitude
 

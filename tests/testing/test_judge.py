@@ -1,4 +1,4 @@
-"""The judge rejects results that are slightly wrong, in every dtype. Without that the suite proves nothing."""
+"""The judge rejects results that are slightly wrong, in every dtype. The other tests rely on it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ SMALL, LARGE = (48, 40, 56, 8), (211, 193, 187, 8)
     ids=str,
 )
 def test_a_wrong_result_is_rejected(shape, wrong, name, dtypes):
-    """Large results are judged by statistics, small ones by the bound. The bound passes three roundings in a sum of 60,
-    and one per cent in 16 bits."""
+    """Large results are judged by statistics, small ones by a bound on rounding. The bound accepts three more roundings
+    in a sum of 60 terms, and an error of one per cent in 16 bits, so these two are tried on large results only."""
     q = judging.problem(*shape, dtype=dtypes[0], adapter_dtype=dtypes[1], p=0.3)
     results = judging.evaluate(q)
     judging.check(results, q)

@@ -1,4 +1,4 @@
-"""The doctor reports what is there, what is missing and how to get it, and nothing about whose machine it is."""
+"""The doctor reports what is installed, what is missing and how to get it, and nothing personal such as paths."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 // PTX instructions that CUDA C++ has no function for: mbarriers, TMA, fences between the proxies, warpgroup
 // synchronisation, stmatrix. This file, wgmma.cuh and launch.cuh have named include guards, because ptx.h and wgmma.h
-// of tests/support/sm90_machine replace them on a host.
+// of tests/helpers/support/sm90_machine replace them on a host.
 #ifndef LK_SM90_PTX
 #define LK_SM90_PTX
 

@@ -1,4 +1,5 @@
-"""The boundary between Python and the native CPU kernels: how tensors and adapters are read, and what a call costs."""
+"""The boundary between Python and the native CPU kernels: how tensors and adapters are read, what is refused, and how
+many Python functions a call enters."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base, Needs
 from lora_kernels.quant.weight import quantize_weight
 
@@ -23,9 +24,9 @@ from lora_kernels.backends import cpu  # noqa: E402
     "p", [0.0, 1e-6, 1e-5, 0.5, 0.99999, 1.0, *(i / 131072 for i in range(1, 200, 2)), *(i / 97 for i in range(97))]
 )
 def test_the_dropout_rule_is_the_same_in_python_and_in_the_kernels(p: float) -> None:
-    """The odd multiples of 2⁻¹⁷ lie half-way between two thresholds."""
+    """The thresholds are multiples of 2⁻¹⁶. Odd multiples of 2⁻¹⁷ lie half-way between two of them."""
     threshold, rescale = _C.dropout_rule(p)
-    assert threshold == random.threshold(p) and rescale == torch.tensor(random.rescale(p), dtype=torch.float32).item()
+    assert threshold == dropout.threshold(p) and rescale == torch.tensor(dropout.rescale(p), dtype=torch.float32).item()
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.99999])
@@ -36,7 +37,7 @@ def test_the_mask_is_that_of_the_rule(isa: str, dtype: torch.dtype, p: float) ->
         x = torch.randn(M, K).to(dtype)
         mask = cpu.keep_mask(x, p, seed)
         assert mask.dtype == dtype and mask.is_contiguous()
-        assert torch.equal(mask, random.keep_mask(seed, M, K, p).to(dtype))
+        assert torch.equal(mask, dropout.keep_mask(seed, M, K, p).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", X_DTYPES)
@@ -78,7 +79,8 @@ def test_the_boundary_refuses_what_the_kernels_cannot_address() -> None:
 
 @pytest.mark.parametrize("quantised", [False, True])
 def test_a_call_enters_at_most_four_python_functions_of_the_package(quantised: bool) -> None:
-    """The call itself, the choice of the base GEMM, and that GEMM. Each further one would cost a small layer 1%."""
+    """They are the call itself, the choice of the base GEMM, and that GEMM. Each further function would cost a small
+    layer 1%."""
     x, w, dy = torch.randn(8, 64), torch.randn(64, 64), torch.randn(8, 64)
     bases = [Base(quantize_weight(w, "nf4") if quantised else w)]
     adapters = [Adapter(torch.randn(8, 64), torch.randn(64, 8), 0.5, 0.1, torch.tensor(SEED))]

@@ -127,11 +127,11 @@ def test_a_product_of_no_rows_is_empty():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.skipif(TORCH < (2, 7), reason="a step with torch 2.6 takes 17 to 21 MB, the cause not found")
+@pytest.mark.skipif(TORCH < (2, 7), reason="a step with torch 2.6 takes 17 to 21 MB, for an unknown reason")
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [("float32", (512, 4096, 4096)), ("bfloat16", (512, 4096, 4096)), ("float32", (64, 8192, 8192))],
 )
 def test_the_dequantised_weight_is_never_in_memory_whole(dtype, size):
-    """This includes the timing of both GEMMs. The dequantised weights would take 64, 32 and 256 MB."""
+    """The dequantised weights would take 64, 32 and 256 MB. The measured step includes the timing of both GEMMs."""
     assert quantised_memory.measure(dtype, *size) <= quantised_memory.MOST

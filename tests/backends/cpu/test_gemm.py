@@ -20,7 +20,8 @@ GEMM_DTYPES = [dtype for dtype in X_DTYPES if _C.has_gemm(dtype)]
 @pytest.mark.parametrize("w_is", ["along k", "along n", "strided"])
 @pytest.mark.parametrize("dtype", X_DTYPES)
 def test_gemm_is_within_the_bound_of_an_fp32_sum(isa: str, dtype: torch.dtype, w_is: str) -> None:
-    """y = x wᵀ: fp32, and bf16 with AVX512_BF16, take every M and w; other 16-bit calls take few rows of x."""
+    """y = x wᵀ. There is a GEMM for every M and every layout of w in fp32, and in bf16 with AVX512_BF16. In the other
+    16-bit cases there is one for few rows of x."""
     served = 0
     for M, N, K in [*GEMM_SHAPES, (2100, 40, 1100)]:
         x, w, y = gemm_operands(M, N, K, dtype, w_is)
@@ -30,7 +31,7 @@ def test_gemm_is_within_the_bound_of_an_fp32_sum(isa: str, dtype: torch.dtype, w
         exact, size = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
         close(gemm(x, w, y), (exact, size, K))
     every = dtype == torch.float32 or (dtype == torch.bfloat16 and isa == "avx512_bf16")
-    few = {"along k": 3, "along n": 1, "strided": 0}[w_is]  # a w of one element lies along both
+    few = {"along k": 3, "along n": 1, "strided": 0}[w_is]  # a w of one element counts as both "along k" and "along n"
     assert served == (len(GEMM_SHAPES) + 1 if every else few)
 
 
@@ -43,7 +44,8 @@ def test_gemm_refuses_a_dtype_that_it_does_not_have() -> None:
 @pytest.mark.parametrize("M", [1, 3, 5, 16])
 @pytest.mark.parametrize("dtype", X_DTYPES)
 def test_a_launch_with_the_base_product_of_few_rows_gives_the_same_bits(isa: str, dtype: torch.dtype, M: int) -> None:
-    """The same as from the GEMM and then the low-rank half: two layers at once, the second without a base product."""
+    """The bits are those of the GEMM followed by the low-rank half. The launch serves two layers, and computes the base
+    product of the first one only."""
     K, R, N = 1030, 20, (300, 97)
     x = torch.randn(M, K).to(dtype)
     ws, as_, bs = ([torch.randn(*shape).to(dtype) for shape in shapes] for shapes in (
@@ -88,7 +90,8 @@ def test_gemm_has_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, w_
 @pytest.mark.parametrize(("M", "K"), [(48, 200), (48, 768), (16, 4096), (48, 4096)])
 @pytest.mark.parametrize("dtype", GEMM_DTYPES)
 def test_gemm_is_as_exact_as_torch(dtype: torch.dtype, M: int, K: int) -> None:
-    """No chain of sums is longer than MKL's. oneDNN's chain over all of K has up to 2.2 times this error in fp32."""
+    """No sum has a longer chain of additions than MKL's. oneDNN adds up all of K in one chain, which has up to 2.2
+    times this error in fp32."""
     x, w, y = gemm_operands(M, 512, K, dtype, "along k")
     exact = x.double() @ w.double().t()
     error, plain = ((t.double() - exact).square().mean().sqrt() for t in (gemm(x, w, y), x @ w.t()))

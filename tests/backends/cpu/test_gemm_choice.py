@@ -1,4 +1,4 @@
-"""The choice of the CPU's base GEMM, torch's or our own: it must not make results differ between calls."""
+"""The choice between torch's and our own base GEMM on the CPU does not make results differ between calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def no_choices(monkeypatch):
 
 @pytest.mark.parametrize("quantised", [False, True])
 def test_deterministic_algorithms_leave_nothing_to_the_clock(no_choices, monkeypatch, quantised):
-    """A process in which torch's GEMM would be the faster and one in which ours would be give the same bits."""
+    """The bits are the same where torch's GEMM would be the faster and where ours would be."""
     x, w, dy = torch.randn(40, 300), torch.randn(200, 300), torch.randn(40, 200)
     weight = quantize_weight(w, "nf4") if quantised else w
     a, b = torch.randn(4, 300), torch.randn(200, 4)
@@ -70,9 +70,9 @@ def test_one_of_several_threads_decides_for_all(no_choices, monkeypatch):
     ("own", "theirs", "winner"),
     [
         ([9, 5, 5, 5], [9, 6, 6, 6], "own"),
-        ([9, 5, 5, 5], [9, 6, 5, 6], "torch"),  # the two are near each other
-        ([9, 50, 5, 5], [9, 100, 6, 6], "own"),  # the machine was once busy with something else
-        ([1, 5, 5, 5], [9, 5, 5, 5], "torch"),  # the first round warms up; as fast is not faster
+        ([9, 5, 5, 5], [9, 6, 5, 6], "torch"),  # ours is not faster in every round
+        ([9, 50, 5, 5], [9, 100, 6, 6], "own"),  # the machine was busy with something else in one round
+        ([1, 5, 5, 5], [9, 5, 5, 5], "torch"),  # the first round is a warm-up, and equal times are not faster
     ],
 )
 def test_ours_is_taken_where_it_is_faster_in_every_round(monkeypatch, own, theirs, winner):

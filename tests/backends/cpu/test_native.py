@@ -1,5 +1,4 @@
-"""The native CPU kernels, one by one and with every instruction set that this machine can run, against the formula in
-fp64."""
+"""Each native CPU kernel, with every instruction set that this machine can run, against the formula in fp64."""
 
 from __future__ import annotations
 
@@ -12,9 +11,10 @@ import sys
 import pytest
 import torch
 from support.judging import DTYPES
+from support.philox_vectors import KNOWN_ANSWERS
 from torch import Tensor
 
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 
 _C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
 from support.native_problems import (  # noqa: E402
@@ -50,8 +50,8 @@ P = [0.0, 0.1, 0.9]
 def test_forward_is_within_the_bound_of_an_fp32_sum(
     isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
 ) -> None:
-    """h = x̂ aᵀ alone, y += s h bᵀ alone, and both in one call. There y sees h before it is rounded, unless h is
-    multiplied as bf16."""
+    """The kernel computes h = x̂ aᵀ alone, y += s h bᵀ alone, or both in one call. In one call y is computed from h
+    before h is rounded, unless h is multiplied as bf16."""
     pairs = isa == "avx512_bf16" and dtype == adapter_dtype == torch.bfloat16
     for shape in SHAPES:
         q, want = problem(shape, dtype, adapter_dtype, p)
@@ -103,35 +103,23 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
             assert torch.equal(value, grads[name]), f"{name} at {threads} threads"
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "want"),
-    [
-        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            [0xA4093822, 0x299F31D0],
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
-    ],
-    ids=["zeros", "ones", "pi"],
-)
-def test_philox_known_answers(counter: list[int], key: list[int], want: list[int]) -> None:
-    """The vectors are those of philox4x32-10 in Random123's kat_vectors (Salmon et al.)."""
-    assert _C.philox(counter, key) == want
+@pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS, ids=["zeros", "ones", "pi"])
+def test_philox_gives_its_published_vectors(counter: tuple[int, ...], key: tuple[int, ...], output: tuple) -> None:
+    assert _C.philox(list(counter), list(key)) == list(output)
 
 
 @pytest.mark.parametrize("p", [1e-5, 0.1, 0.5, 0.9, 0.99999])
 @pytest.mark.parametrize("seed", [0, 1, SEED, 2**63 - 1])
 def test_keep_bits_are_those_of_the_rule(isa: str, seed: int, p: float) -> None:
     M, K = 9, 203
-    words = torch.frombuffer(bytearray(_C.keep_bits(seed, random.threshold(p), 0, M, K)), dtype=torch.uint8).view(M, -1)
+    packed = bytearray(_C.keep_bits(seed, dropout.threshold(p), 0, M, K))
+    words = torch.frombuffer(packed, dtype=torch.uint8).view(M, -1)
     bits = (words[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)[:, :K].bool()
-    assert torch.equal(bits, random.keep_mask(torch.tensor(seed), M, K, p))
+    assert torch.equal(bits, dropout.keep_mask(torch.tensor(seed), M, K, p))
 
 
 def test_rows_beyond_32_bits_have_their_own_bits(isa: str) -> None:
-    """The row m enters the counter with 64 bits."""
+    """The counter of Philox holds all 64 bits of the row number m."""
     assert _C.keep_bits(SEED, 30000, 5, 1, 64) != _C.keep_bits(SEED, 30000, 5 + 2**32, 1, 64)
     group, row = 3, 5 + 2**32
     words = _C.philox([group, row & 0xFFFFFFFF, row >> 32, 0], [SEED & 0xFFFFFFFF, SEED >> 32])
@@ -141,7 +129,9 @@ def test_rows_beyond_32_bits_have_their_own_bits(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", X_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 13, 21, 5), (7, 33, 47, 8), (66, 70, 65, 3)])
-def test_reads_and_writes_stay_inside(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_reads_and_writes_stay_inside_the_operands(
+    isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
     """Every operand ends at the last byte before a page that must not be touched."""
     q = Operands(*shape, dtype, dtype, 0.1)
     pages = []
@@ -198,7 +188,8 @@ def test_an_isa_that_the_machine_cannot_run_is_refused() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 @pytest.mark.skipif(not _C.openmp, reason="built without OpenMP")
 def test_one_openmp_runtime_in_the_process() -> None:
-    """torch's own libgomp serves the module too. Two runtimes would mean two pools of threads on the same cores."""
+    """The module uses the libgomp that torch has loaded. Two runtimes would mean two pools of threads on the same
+    cores."""
     code = (
         "import torch, lora_kernels._C\n"
         "files = {line.split()[-1] for line in open('/proc/self/maps') if '/' in line}\n"

@@ -1,4 +1,5 @@
-"""The source of the sm_90a kernels, run as a whole on an emulated GPU (tests/support/sm90_machine), in random order."""
+"""The source of the sm_90a kernels, run as a whole and in random order on the emulated GPU of
+tests/helpers/support/sm90_machine."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from support import sm90
 
 from lora_kernels.backends import cuda
 from lora_kernels.backends.cuda import launch
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans.sm90 import BY_RULE, PLANS, Sm90Plan
 from lora_kernels.testing import one_layer
@@ -125,7 +126,7 @@ def test_dropout_is_the_rule() -> None:
     q = problem(M, 8, K, K, dtype=FP16, p=0.37)
     x, a = torch.ones(M, K, dtype=FP16), torch.eye(K, dtype=FP16)
     _, h = sm90.Device().forward(x, q.w, a, q.b, None, 1.0, q.p, q.seed)
-    assert torch.equal(h != 0, random.keep_mask(q.seed, M, K, q.p))
+    assert torch.equal(h != 0, dropout.keep_mask(q.seed, M, K, q.p))
 
 
 @pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
@@ -262,4 +263,4 @@ def test_the_mask_kernel_draws_the_rule(M: int, K: int, p: float, seed: int, dty
     mask = cuda.keep_mask(x, p, given)
     assert mask.dtype == dtype
     assert mask.is_contiguous()
-    assert torch.equal(mask, random.keep_mask(given, M, K, p).to(dtype))
+    assert torch.equal(mask, dropout.keep_mask(given, M, K, p).to(dtype))

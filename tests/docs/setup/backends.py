@@ -1,4 +1,4 @@
-"""The names that this page takes for granted."""
+"""The names that docs/backends.md takes for granted."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The names that this page takes for granted."""
+"""The names that docs/qlora.md takes for granted."""
 
 import bitsandbytes
 import peft

@@ -18,6 +18,7 @@ __all__ = [
     "backend_results",
     "check",
     "evaluate",
+    "layer_results",
     "problem",
     "saved_bytes",
     "truth",
@@ -25,14 +26,24 @@ __all__ = [
 
 
 def backend_results(module, q: Problem) -> dict[str, Tensor]:
-    """y, dx, da and db of a back-end that is called directly, as the operators call it."""
+    """Return y, dx, da and db of a back-end that is called directly, as the operators call it."""
     y, h = one_layer.forward_of(module, q)
     dx, da, db = one_layer.backward_of(module, q, h)
     return {"y": y, "dx": dx, "da": da, "db": db}
 
 
+def layer_results(layer: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    """Return y, dx and the gradients of the layer's parameters, with the seed that follows ``torch.manual_seed(5)``."""
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    y = (layer if forward is None else forward)(leaf)
+    y.square().sum().backward()
+    return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+
+
 def saved_bytes(function: Callable[[], object]) -> int:
-    """The bytes of all storages saved for the backward, each counted once. Parameters are not counted."""
+    """Return the bytes of all storages saved for the backward, each counted once. Parameters are not counted."""
     storages = {}
 
     def pack(t):
@@ -68,4 +79,4 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 ]
-"""(dtype, adapter_dtype): every combination that is served, without fp64."""
+"""Every pair (dtype, adapter_dtype) that is served, except those with fp64."""

@@ -1,4 +1,4 @@
-"""Small models over bitsandbytes' 4 and 8 bits, and PEFT's adapters on them."""
+"""Small models of bitsandbytes' 4-bit and 8-bit linears, with PEFT's adapters on them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import nn
 class Net(nn.Module):
     """A net that is quantised on the CPU.
 
-    Every K is a multiple of the blocksize: with another K bitsandbytes on AVX512 does not compute what its own
-    dequantisation says. Every N is a multiple of 32, which its forward in eval mode needs there."""
+    Every K is a multiple of the blocksize, because with another K the AVX512 code of bitsandbytes does not compute what
+    its own dequantisation says. Every N is a multiple of 32, as that code needs in eval mode.
+    """
 
     def __init__(self, **kwargs) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Data parallel checks: DDP and FSDP2 against one process, and sharded checkpoints."""
+"""Data parallel checks: DDP and FSDP2 compute what one process computes, and sharded checkpoints can be resumed."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def ddp_draws_a_mask_per_process(folder: Path) -> None:
     layer = FusedLoRALinear(32, 8, r=R, lora_dropout=0.5)
     nn.init.normal_(layer.lora_B)
     model = DistributedDataParallel(layer)
-    for seed, alike in ((dist.get_rank(), False), (7, True)):  # alike: why each process needs a seed of its own
+    for seed, alike in ((dist.get_rank(), False), (7, True)):  # equal seeds give equal masks
         torch.manual_seed(seed)
         y = model(x).detach()
         everyone = [torch.empty_like(y) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, y)
         for i in range(1, len(everyone)):
-            # not to the last bit: each process has timed for itself which GEMM is the faster
+            # The bits may differ, because each process times for itself which GEMM is the faster.
             assert torch.allclose(everyone[0], everyone[i], rtol=1e-4, atol=1e-4) == alike
 
 
 @check(*KINDS, why_not=NO_FSDP)
 def fsdp(folder: Path, kind: str) -> None:
-    """Base, adapters and head sharded, frozen and trained in one group."""
+    """Base, adapters and head are sharded. Frozen and trained parameters are in one group."""
     model = shard(make(kind))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     equal(step(model, mine(batch())), single(kind))
@@ -88,7 +88,7 @@ def fsdp_with_replicated_adapters(folder: Path, kind: str) -> None:
 
 @check("module sharded", "module replicated", "peft sharded", "peft replicated", why_not=NO_FSDP)
 def fsdp_in_bf16(folder: Path, kind: str) -> None:
-    """Mixed precision: sharded adapters are bf16 in the kernel, replicated ones fp32 beside a bf16 base."""
+    """In mixed precision the kernel sees sharded adapters in bf16, and replicated ones in fp32 beside a bf16 base."""
     kind, adapter = kind.split()
     model = make(kind)
     ignored = adapters(model) if adapter == "replicated" else []
@@ -100,7 +100,7 @@ def fsdp_in_bf16(folder: Path, kind: str) -> None:
     got = {"y": y.detach()} | {name: whole(p.grad) for name, p in trained(model).items()}
     fused_path_ran(model, kind)
 
-    # One process, part by part, with the parameters rounded as the policy rounds them.
+    # One process computes the parts in turn, with parameters that are rounded as the policy rounds them.
     plain = make(kind)
     for p in plain.parameters():
         if adapter == "sharded" or not any(p is q for q in adapters(plain)):
@@ -140,7 +140,7 @@ def fsdp_of_a_bf16_base_with_fp32_adapters(folder: Path, kind: str) -> None:
 
 @check(*KINDS, why_not=NO_FSDP)
 def fsdp_with_checkpointing_and_dropout(folder: Path, kind: str) -> None:
-    """Each process's masks are its own, and the recomputation draws them again."""
+    """Each process has masks of its own, and the recomputation draws the same masks again."""
     model, plain = make(kind, 0.3), make(kind, 0.3)
     for block in blocks(model):
         block.checkpointed = True
@@ -180,7 +180,7 @@ def train(model: nn.Module, optimise: torch.optim.Optimizer, steps: int) -> Tens
 
 @check(*KINDS, sizes=(2,), why_not=NO_FSDP)
 def save_sharded(folder: Path, kind: str) -> None:
-    """Save the trained parameters, and all parameters with the optimizer, for the groups that follow."""
+    """Save the trained parameters alone, and all parameters with the optimizer, for the groups that run later."""
     model = shard(make(kind))
     optimise = optimizer(model)
     y = {"saved": train(model, optimise, 2)}

@@ -82,7 +82,7 @@ def fused_equals_peft(model: nn.Module, x: torch.Tensor, rtol: float | None = No
 
 
 class MaskOfSeed(nn.Module):
-    """A dropout with the mask that this package makes of a seed."""
+    """A dropout with the mask that this package draws from a seed."""
 
     def __init__(self, p: float, seed: torch.Tensor) -> None:
         super().__init__()
@@ -95,8 +95,8 @@ class MaskOfSeed(nn.Module):
 def with_our_masks(
     model: PeftModel, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[PeftModel, Iterator[torch.Tensor]]:
-    """Return a copy of `model` in which PEFT drops what the fused layers will drop in one forward, and the iterator of
-    seeds that the fused layers draw from."""
+    """Return a copy of `model` whose PEFT layers drop the same elements as the fused layers in one forward, and the
+    iterator from which the fused layers take their seeds."""
     seeds, mine = (map(torch.tensor, itertools.count(100)) for _ in range(2))
     monkeypatch.setattr("lora_kernels.ops.prepare.draw_seed", lambda device: next(seeds))
     plain = copy.deepcopy(model)

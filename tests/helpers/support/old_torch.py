@@ -1,4 +1,4 @@
-"""Marks for tests that older releases of torch cannot run, with or without our layers in the model."""
+"""A mark for tests that torch 2.6 cannot run, whether or not a model has our layers."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_kernels.backends import cuda, workspace
 from lora_kernels.backends.cuda import launch
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 
 SM90 = ROOT / "csrc" / "cuda" / "sm90"
 MACHINE = SUPPORT / "sm90_machine"
@@ -134,7 +134,7 @@ class Device:
         args.bf16, args.adapters_fp32 = w.dtype == torch.bfloat16, a.dtype == torch.float32
         args.x, args.w, args.a, args.b = map(_ptr, (x, w, a, b))
         args.ldx, args.ldw, args.lda, args.ldb = (0 if t is None else t.stride(0) for t in (x, w, a, b))
-        args.scale, args.threshold, args.rescale = scale, random.threshold(p), random.rescale(p)
+        args.scale, args.threshold, args.rescale = scale, dropout.threshold(p), dropout.rescale(p)
         args.seed = _ptr(seed)
         args.columns, args.cluster = self.tiling
 

@@ -1,4 +1,4 @@
-"""Small models, one step of training and the list of checks, which the checks of several processes share."""
+"""Small models, a step of training and the list of checks, for the checks that run in several processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lora_kernels.peft.fusing import FusedLinear
 K, N, R, ROWS = 24, 40, 4, 8
 KINDS = ("module", "peft")
 CHECKS: dict[str, tuple[tuple[int, ...], Callable[..., None]]] = {}
-"""Name → the sizes of group it runs in, and the check: (folder) → None."""
+"""For the name of each check, the sizes of the groups that it runs in, and a function of the folder."""
 SKIPPED: dict[str, str] = {}
-"""Name → why the check cannot run here."""
+"""For the name of each check that cannot run here, the reason."""
 NO_FSDP = (
     ""
     if hasattr(torch.cpu.Stream, "record_event") and "ignored_params" in inspect.signature(fully_shard).parameters
@@ -62,8 +62,8 @@ class Net(nn.Module):
 def check(
     *kinds: str, sizes: tuple[int, ...] = (2, 4), why_not: str = ""
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a check, once per kind where there are any: it then takes the kind beside the folder. `why_not`: it is
-    skipped, and this is the reason."""
+    """Register a function of the folder as a check. With kinds, it is registered once for each kind, which it takes as
+    a second argument. `why_not`, if not empty, is the reason why the check is skipped."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         named = {f"{function.__name__}[{kind}]": (lambda folder, kind=kind: function(folder, kind)) for kind in kinds}
@@ -77,7 +77,8 @@ def check(
 
 
 def make(kind: str, p: float = 0.0, *, fused: bool = True) -> nn.Module:
-    """Return the same model in every process: of FusedLoRALinear layers, or PEFT's, fused or not."""
+    """Return a model that is the same in every process. It has FusedLoRALinear layers, or PEFT's layers, fused or
+    not."""
     torch.manual_seed(0)
     net: nn.Module = Net()
     if kind == "peft":
@@ -112,7 +113,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def shard(model: nn.Module, ignored: Iterable[nn.Parameter] = (), **policy: object) -> nn.Module:
-    """Shard every block and the rest, except for the parameters in `ignored`, which stay whole in each process."""
+    """Shard every block, and then the rest of the model. The parameters in `ignored` stay whole in each process."""
     for part in (*blocks(model), model):
         fully_shard(part, ignored_params=set(ignored), **policy)
     return model
@@ -136,12 +137,12 @@ def loss(y: Tensor) -> Tensor:
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    # foreach=False: replicated and sharded parameters in one optimizer
+    # foreach=False, because the optimizer has both replicated and sharded parameters
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05, foreach=False)
 
 
 def step(model: nn.Module, x: Tensor, before: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
-    """Return y, the gradients and the new weights of one step of training, all of them whole."""
+    """Return y, the gradients and the new weights of one step of training, gathered from all shards."""
     optimise = optimizer(model)
     y = model(x)
     loss(y).backward()
@@ -159,7 +160,7 @@ def equal(got: dict[str, Tensor], want: dict[str, Tensor], **tolerance: float) -
 
 
 def single(kind: str) -> dict[str, Tensor]:
-    """Return what one process gets from the whole batch. PEFT's model is not fused for it."""
+    """Return what `step` gives in one process for the whole batch. PEFT's model is not fused there."""
     want = step(make(kind, fused=False), batch())
     return want | {"y": mine(want["y"])}
 
@@ -170,7 +171,7 @@ def fused_path_ran(model: nn.Module, kind: str, calls: int = 1) -> None:
 
 
 def average(parameters: list[nn.Parameter]) -> None:
-    """Average the gradients of parameters that FSDP was told to ignore over the processes."""
+    """Average over the processes the gradients of parameters that FSDP was told to ignore."""
     for p in parameters:
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()

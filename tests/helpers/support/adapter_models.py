@@ -1,4 +1,4 @@
-"""Models that get adapters, changes of their files, and the state that loading one could change."""
+"""Models that get adapters, functions that change adapter files, and the state that loading a file could change."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16:  # both round terms of about 1, over three layers
+    if dtype == torch.bfloat16:  # both models round terms of about 1 in each of three layers
         torch.testing.assert_close(a, b, rtol=2**-5, atol=2**-4)
     else:
         torch.testing.assert_close(a, b)

@@ -1,4 +1,4 @@
-"""Operands for calls of the native CPU kernels one by one, and the bound that rounding sets to their results."""
+"""Operands for single calls of the native CPU kernels, and the bound that rounding sets to their results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import _C
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base
 
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,7 +19,7 @@ SEED = 0x0123_4567_89AB_CDEF
 
 
 class Operands:
-    """Operands whose rows are not adjacent in memory. y and dx hold a base product; other results start as NaN."""
+    """Operands whose rows are not adjacent in memory. y and dx hold a base product, and other results start as NaN."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class Operands:
         return Adapter(self.a, self.b, self.scale, self.p, self.seed)
 
     def forward(self, threads: int = 2, *, down: bool = True, up: bool = True) -> tuple[Tensor, Tensor]:
-        """Return (y, h). Without `down`, h is given instead of x; without `up`, y is not computed."""
+        """Return (y, h). Without `down` the kernel gets h instead of x. Without `up` it does not compute y."""
         h = self.nan(*self.h.shape, self.x.dtype) if down else self.h
         y = self.y.clone()
-        bases = [Base(self.a, self.bias)]  # y holds the base product, so any w does
+        bases = [Base(self.a, self.bias)]  # y holds the base product already, so w is not read
         _C.forward(threads, self.x if down else None, bases, [self.adapter()], [y if up else None], [h], [False])
         return y, h
 
@@ -73,7 +73,7 @@ class Operands:
 def masked(q: Operands) -> Tensor:
     """Return x̂ in fp64."""
     M, _, K, _ = q.sizes
-    return q.x.double() * random.keep_mask(q.seed, M, K, q.p) * random.rescale(q.p) if q.p else q.x.double()
+    return q.x.double() * dropout.keep_mask(q.seed, M, K, q.p) * dropout.rescale(q.p) if q.p else q.x.double()
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def problem(
     M, N, K, R = shape
     x, dy, a, b, h, y, dx = masked(q), *(getattr(q, name).double() for name in ("dy", "a", "b", "h", "y", "dx"))
     y = torch.stack([y, q.bias.double().expand_as(y)])  # two terms, each with its own magnitude
-    keep = random.keep_mask(q.seed, M, K, p) * random.rescale(p) if p else torch.ones(M, K)
+    keep = dropout.keep_mask(q.seed, M, K, p) * dropout.rescale(p) if p else torch.ones(M, K)
     s = q.scale
 
     def both(f) -> tuple[Tensor, Tensor]:
@@ -102,8 +102,8 @@ def problem(
 
 
 def close(got: Tensor, bound: Bound, through_bf16: bool = False) -> None:
-    """Assert that `got` is within the bound of an fp32 sum of n products, n · 2⁻²⁴ · Σ|products|, and one rounding to
-    its dtype. Where h or g passes through bf16, one rounding of it is added."""
+    """Assert that the error of `got` is at most that of an fp32 sum of n products, n · 2⁻²⁴ · Σ|products|, and of one
+    rounding to its dtype. Where h or g passes through bf16, the bound grows by one rounding to bf16."""
     want, magnitude, terms = bound
     assert not torch.isnan(got).any()
     fp32 = ((4 + terms) * 2**-24 + (2**-8 if through_bf16 else 0)) * magnitude

@@ -1,9 +1,9 @@
-"""The names by which torch tells that something observes a call, or that a tensor is unlike others.
+"""The names by which torch shows that something observes a call, or that a tensor is of a special kind.
 
-The names of torch 2.6, 2.13 and 2.14 have been read, one by one, for whether `lora_kernels.ops.watched` must ask for
-them. A torch with a name that is not listed here fails tests/ops/test_observers.py. Then find out what the name is for.
-Where a call that goes past the registered operator would escape it, `watched` has to ask for it. In any case the name
-is added here.
+For each name of torch 2.6, 2.13 and 2.14 somebody has decided whether `lora_kernels.ops.watched` must check it. A torch
+with a name that is not listed here fails tests/ops/test_observers.py. Then find out what the name is for. If that
+observer would miss a call that leaves out the registered operator, `watched` must check it. In any case, add the name
+here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _matching(module: object, pattern: re.Pattern[str], without: re.Pattern[str]
 
 
 def found() -> dict[str, set[str]]:
-    """Return the names of the installed torch, by where they stand."""
+    """Return the names of the installed torch, by the module or class that has them."""
     keys = torch._C.DispatchKey.__members__
     return {
         "torch._C.DispatchKey": {key for key in keys if not key.startswith(("StartOf", "EndOf"))},
@@ -102,4 +102,4 @@ KNOWN: dict[str, str] = {
         is_vulkan is_xla is_xpu
     """,
 }
-"""The names that have been looked at, by where they stand."""
+"""The names that have been examined, by the module or class that has them."""

@@ -32,7 +32,7 @@ def lora(**kwargs) -> LoraConfig:
 
 
 def lora_llama(layers: int = 2, *, random: bool = False, **kwargs) -> PeftModel:
-    """Return a Llama with seven adapted linears in each layer; with `random` the adapters differ from zero."""
+    """Return a Llama with seven adapted linears in each layer. With `random` the adapters differ from zero."""
     model = get_peft_model(llama(layers), lora(**kwargs))
     if random:
         randomise(model, 0.1)

@@ -1,4 +1,4 @@
-"""Tensor parallel checks: ColwiseLoRA and RowwiseLoRA against the whole layer."""
+"""Tensor parallel checks: ColwiseLoRA and RowwiseLoRA compute what the whole layer computes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 
 from lora_kernels import FusedLoRALinear, lora_linear
-from lora_kernels.core import dropout as random
+from lora_kernels.core import dropout
 from lora_kernels.models.adapters import load_adapter, save_adapter
 from lora_kernels.models.inject import merge_and_unload
 from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
@@ -64,7 +64,8 @@ PLAN = {"up": ColwiseLoRA(), "down": RowwiseLoRA()}
 
 @check("even", "uneven", "bias trained")
 def tensor_parallel(folder: Path, kind: str) -> None:
-    """A column-wise and a row-wise layer: one all-reduce forward, and backward of dx, dA, dB (and the row's bias)."""
+    """A column-wise and a row-wise layer need one all-reduce in the forward, and in the backward one each for dx, dA
+    and dB, and for the bias of the row-wise layer if it is trained."""
     size, trains = dist.get_world_size(), kind == "bias trained"
     width = 42 if kind == "uneven" else N
     model = parallelize_module(tensor_parallel_block(width, trains), mesh_of(size), PLAN)
@@ -79,7 +80,7 @@ def tensor_parallel(folder: Path, kind: str) -> None:
     equal(run_block(model, batch()), run_block(tensor_parallel_block(width, trains), batch()))
 
     if kind == "uneven":
-        return  # torch 2.6 gathers once more where the parts are not of one size
+        return  # torch 2.6 communicates once more if the parts differ in size
     with CommDebugMode() as forward:
         y = model(batch().requires_grad_())
     with CommDebugMode() as backward:
@@ -90,7 +91,7 @@ def tensor_parallel(folder: Path, kind: str) -> None:
 
 @check()
 def tensor_parallel_with_sequence_parallel_layouts(folder: Path) -> None:
-    """x comes and y goes sharded on its first dimension: all-gather and reduce-scatter instead of the all-reduce."""
+    """x and y are sharded on their first dimension, so that all-gather and reduce-scatter replace the all-reduce."""
     plan = {"up": ColwiseLoRA(input_layouts=Shard(0)), "down": RowwiseLoRA(output_layouts=Shard(0))}
     model = parallelize_module(tensor_parallel_block(N, False), mesh_of(dist.get_world_size()), plan)
     plain, x = tensor_parallel_block(N, False), batch()
@@ -105,27 +106,28 @@ def tensor_parallel_with_sequence_parallel_layouts(folder: Path) -> None:
 
 @check()
 def tensor_parallel_dropout(folder: Path) -> None:
-    """From equal generators: the mask of the whole x in every process column-wise, the rank in the seed row-wise."""
+    """The generators of the processes are equal. Column-wise, every process has the mask of the whole x. Row-wise, the
+    seed contains the rank, so that the parts of x have masks of their own."""
     size, p, x = dist.get_world_size(), 0.4, batch().flatten(0, 1)
     model = parallelize_module(tensor_parallel_block(N, False, p), mesh_of(size), PLAN)
     plain = tensor_parallel_block(N, False, p)
     torch.manual_seed(5)
     got = run_block(model, x)
     torch.manual_seed(5)
-    up_seed, down_seed = (random.draw_seed(x.device) for _ in range(2))
+    up_seed, down_seed = (dropout.draw_seed(x.device) for _ in range(2))
 
     def masked(x: Tensor, layer: FusedLoRALinear, dropped: Tensor) -> Tensor:
         low = dropped @ layer.lora_A.t() @ layer.lora_B.t()
         return nn.functional.linear(x, layer.weight, layer.bias) + layer.scaling * low
 
     def truth(x: Tensor) -> Tensor:
-        h = torch.tanh(masked(x, plain.up, random.dropout(x, p, up_seed)))
-        parts = [random.dropout(part, p, down_seed ^ i) for i, part in enumerate(h.chunk(size, -1))]
+        h = torch.tanh(masked(x, plain.up, dropout.dropout(x, p, up_seed)))
+        parts = [dropout.dropout(part, p, down_seed ^ i) for i, part in enumerate(h.chunk(size, -1))]
         return x + masked(h, plain.down, torch.cat(parts, -1))
 
     plain.forward = truth
     equal(got, run_block(plain, x))
-    masks = [random.keep_mask(down_seed ^ i, ROWS, N // size, p) for i in range(size)]
+    masks = [dropout.keep_mask(down_seed ^ i, ROWS, N // size, p) for i in range(size)]
     assert not any(torch.equal(masks[0], other) for other in masks[1:])
     model.eval()
     torch.testing.assert_close(model(x), x + plain.eval().mlp(x))
@@ -133,7 +135,7 @@ def tensor_parallel_dropout(folder: Path) -> None:
 
 @check(sizes=(4,), why_not=NO_FSDP)
 def tensor_parallel_within_fsdp(folder: Path) -> None:
-    """Two groups of two: tensor parallel inside, FSDP2 over them."""
+    """Of four processes, two groups of two are tensor parallel, and FSDP2 shards over the groups."""
     mesh = mesh_of(2, 2)
     model = parallelize_module(tensor_parallel_block(N, False), mesh["tp"], PLAN)
     fully_shard(model, mesh=mesh["dp"])
@@ -185,7 +187,7 @@ def what_is_refused(folder: Path) -> None:
     refuses(ValueError, "up.lora_A (a DTensor)", lambda: save_adapter(model, adapter))
     save_adapter(tensor_parallel_block(N, False), adapter)
     refuses(ValueError, "get_model_state_dict", lambda: load_adapter(model, adapter))
-    # A DTensor given to lora_linear itself.
+    # lora_linear itself takes no DTensor.
     operands = [distribute_tensor(torch.randn(4, 4), mesh, [Replicate()]) for _ in range(4)]
     refuses(NotImplementedError, "sharding strategy", lambda: lora_linear(*operands, scale=1.0))
     refuses(RuntimeError, "DTensor", lambda: lora_linear(torch.randn(4, 4), *operands[1:], scale=1.0))

@@ -1,9 +1,10 @@
 """The checks of tests/distributed/test_processes.py, in processes of their own.
 
-Usage: python -m support.distributed.worker FOLDER
+Usage, with tests/helpers on PYTHONPATH: python -m support.distributed.worker FOLDER
 
-Imports once, then forks groups of two, four and one (before any thread or tensor exists), each over gloo. Every group
-writes {check: error or null} to FOLDER/<size>.json after each check; one that fails ends its group.
+The command imports once. Then, before any thread or tensor exists, it forks groups of two, four and one process, each
+over gloo. Every group writes {check: error or null} to FOLDER/<size>.json after each check. A check that fails ends its
+group.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def run(rank: int, size: int, folder: Path) -> None:
             store.set(f"{name}/{rank}", "")
         except Exception:
             store.set(f"{name}/{rank}", f"in process {rank} of {size}:\n{traceback.format_exc()}")
-        # Through the store: after a failure the other processes may be in any collective.
+        # The results go through the store, because after a failure the other processes may be in any collective.
         said = [store.get(f"{name}/{other}").decode() for other in range(size)]
         results[name] = "\n".join(filter(None, said)) or None
         if rank == 0:

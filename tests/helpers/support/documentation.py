@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.paths import ROOT
+
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 
@@ -30,12 +31,12 @@ class Block(NamedTuple):
 
 
 def name_of(page: Path) -> str:
-    """The path of a page from the root of the repository."""
+    """Return the path of a page from the root of the repository."""
     return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Every fenced block of a page, in order."""
+    """Yield every fenced block of a page, in order."""
     text = page.read_text(encoding="utf-8")
     for fence in _FENCE.finditer(text):
         before = text[: fence.start()]

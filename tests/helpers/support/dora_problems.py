@@ -1,4 +1,4 @@
-"""Problems for DoRA: those of `support.judging` with a magnitude beside them, and a module with a trained adapter."""
+"""Problems for DoRA, which are those of `support.judging` with a magnitude, and a module with a trained adapter."""
 
 from __future__ import annotations
 
@@ -40,12 +40,3 @@ def trained(*args, **kwargs) -> FusedLoRALinear:
     with torch.no_grad():
         layer.lora_magnitude_vector.mul_(0.5 + torch.rand(layer.out_features).to(layer.lora_magnitude_vector.dtype))
     return layer
-
-
-def grads(layer: nn.Module, x: Tensor, forward=None) -> list[Tensor]:
-    layer.zero_grad()
-    leaf = x.clone().requires_grad_()
-    torch.manual_seed(5)
-    y = (layer if forward is None else forward)(leaf)
-    y.square().sum().backward()
-    return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
