@@ -26,7 +26,7 @@ PEFT_KEY = re.compile(rf"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB](?=
 LORALIB_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])")
 
 
-class Adapter(NamedTuple):
+class LayerAdapter(NamedTuple):
     """The adapter of one layer."""
 
     a: Tensor
@@ -42,7 +42,7 @@ class StoredAdapters(NamedTuple):
 
     source: str
     """The file, or another source, as errors name it."""
-    layers: dict[str, Adapter]
+    layers: dict[str, LayerAdapter]
     """The adapters by layer name."""
 
 
@@ -98,7 +98,7 @@ def adapters_of(state: Mapping[str, Tensor], key: re.Pattern[str], dora: bool, s
         )
     if not found:
         raise ValueError(f"{source} holds no adapter")
-    adapters = {name: Adapter(parts["A"], parts["B"], parts.get(MAGNITUDE)) for name, parts in found.items()}
+    adapters = {name: LayerAdapter(parts["A"], parts["B"], parts.get(MAGNITUDE)) for name, parts in found.items()}
     for name, (a, b, m) in adapters.items():
         if odd := [f"{t.dtype}" for t in (a, b, m) if t is not None and not t.is_floating_point()]:
             raise ValueError(f"{source}: the adapter of {name} is {odd[0]}, no floating type; nothing was loaded")

@@ -22,7 +22,7 @@ from lora_kernels.models.adapter_files import (
     MAGNITUDE,
     PEFT_KEY,
     WEIGHTS,
-    Adapter,
+    LayerAdapter,
     StoredAdapters,
     adapters_of,
     read_weights,
@@ -221,7 +221,7 @@ def _apply(model: nn.Module, selection: Selection, stored: StoredAdapters) -> Ap
     return report
 
 
-def _with_dtype(target: Target, adapter: Adapter) -> Target:
+def _with_dtype(target: Target, adapter: LayerAdapter) -> Target:
     """Return `target`, with an fp32 adapter if its weight has 16 bits and `adapter` has another dtype."""
     dtype = target.linear.weight.dtype
     other = any(tensor.dtype != dtype for tensor in adapter if tensor is not None)
@@ -251,12 +251,12 @@ def _fill(model: nn.Module, stored: StoredAdapters, alphas: dict[str, float], rs
     return ApplyReport(tuple(AdaptedLayer.of(name, layer) for name, layer in layers.items()), {}, ())
 
 
-def _parameters(layer: FusedLoRALinear) -> Adapter:
-    return Adapter(layer.lora_A, layer.lora_B, layer.lora_magnitude_vector if layer.use_dora else None)
+def _parameters(layer: FusedLoRALinear) -> LayerAdapter:
+    return LayerAdapter(layer.lora_A, layer.lora_B, layer.lora_magnitude_vector if layer.use_dora else None)
 
 
 @torch.no_grad()
-def _copy(layer: FusedLoRALinear, adapter: Adapter) -> None:
+def _copy(layer: FusedLoRALinear, adapter: LayerAdapter) -> None:
     for parameter, value in zip(_parameters(layer), adapter, strict=True):
         if parameter is not None and value is not None:
             parameter.copy_(value)
