@@ -173,9 +173,11 @@ def judge(
         if fault := _unfit(value, want[name]):
             verdicts.append(Verdict(name, 0.0, 0.0, 0.0, 0.0, f"{name}: {fault}"))
         elif enough[name]:
-            verdicts.append(_against_plain(name, value, want[name], plain[name], torch.finfo(q.x.dtype).eps))
+            verdicts.append(against_plain(name, value, want[name], plain[name], torch.finfo(q.x.dtype).eps))
         else:
-            verdicts.append(_against_bound(name, value, want[name], _bound(name, q, want[name], magnitude[name])))
+            verdicts.append(
+                against_bound(name, value, want[name], rounding_bound(name, q, want[name], magnitude[name]))
+            )
     return verdicts
 
 
@@ -185,7 +187,7 @@ def _unfit(value: Tensor, exact: Tensor) -> str | None:
     return None if torch.isfinite(value).all() else "not finite"
 
 
-def _against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, eps: float) -> Verdict:
+def against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, eps: float) -> Verdict:
     error, allowed = (value.double() - exact).abs(), (plain.double() - exact).abs()
     rms, rms_allowed = _rms(error), 1.25 * _rms(allowed)
     worst, worst_allowed = error.max().item(), 2 * allowed.max().item() + eps * exact.abs().max().item()
@@ -197,7 +199,7 @@ def _against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, eps: 
     return Verdict(name, rms, rms_allowed, worst, worst_allowed, fault)
 
 
-def _bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
+def rounding_bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
     """Return the largest error that rounding can cause in each element.
 
     With u = eps / 2 it is the sum of: n·u of fp32 for a sum of n terms, and u of x's dtype for each of at most four
@@ -211,7 +213,7 @@ def _bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
     return relative * magnitude + own * exact.abs() + 5 * own * torch.finfo(q.x.dtype).smallest_normal
 
 
-def _against_bound(name: str, value: Tensor, exact: Tensor, bound: Tensor) -> Verdict:
+def against_bound(name: str, value: Tensor, exact: Tensor, bound: Tensor) -> Verdict:
     if not exact.numel():
         return Verdict(name, 0.0, 0.0, 0.0, 0.0, None)
     error = (value.double() - exact).abs()
