@@ -188,6 +188,7 @@ def _unfit(value: Tensor, exact: Tensor) -> str | None:
 
 
 def against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, eps: float) -> Verdict:
+    """Return the verdict on a result with enough elements for statistics: its errors beside those of `plain`."""
     error, allowed = (value.double() - exact).abs(), (plain.double() - exact).abs()
     rms, rms_allowed = _rms(error), 1.25 * _rms(allowed)
     worst, worst_allowed = error.max().item(), 2 * allowed.max().item() + eps * exact.abs().max().item()
@@ -214,6 +215,7 @@ def rounding_bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> T
 
 
 def against_bound(name: str, value: Tensor, exact: Tensor, bound: Tensor) -> Verdict:
+    """Return the verdict on a result that is judged element by element: no error may exceed `bound`."""
     if not exact.numel():
         return Verdict(name, 0.0, 0.0, 0.0, 0.0, None)
     error = (value.double() - exact).abs()
