@@ -1,4 +1,4 @@
-"""Compiles a launch ahead of time, for a GPU that need not be there, and reports what the compiler made of it."""
+"""Compile a launch ahead of time, for a GPU that need not be there, and report its resources and instructions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Report:
 
 
 class Reports:
-    """The reports by an entry's number. Reading one waits until it is there."""
+    """The reports by the number of an entry. Reading one waits until its compilation has ended."""
 
     def __init__(self) -> None:
         self.futures: dict[int, tuple[Future[list[Report]], int]] = {}

@@ -107,8 +107,8 @@ def test_pairs_of_blocks_give_the_bits_of_single_ones(R: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_pairs_of_blocks_are_right_in_any_order(seed: int) -> None:
-    """Items have few stages, so that a block often waits for the other. The number of row blocks is odd, and seeds 0 and
-    2 have two rank tiles."""
+    """Items have few stages, so that a block often waits for the other. The number of row blocks is odd. Seeds 0 and 2
+    have two rank tiles."""
     q = problem(270, 136, 264, (130, 17)[seed % 2], dtype=FP16, adapter_dtype=(FP16, FP32)[seed % 2], p=0.1, seed=seed)
     assert_right(results(sm90.Device(seed, 2 + seed, 2 + seed, PAIRS), q), q)
 

@@ -142,8 +142,8 @@ inline int warp_id() { return machine.current->thread.x / 32; }
 inline int lane_id() { return machine.current->thread.x % 32; }
 inline void meet_warp() { meet(100 + warp_id(), 32); }
 
-// ---- addresses in the shared memory of a cluster. The high 8 bits are the rank of the block plus one, and the others are
-// the address in that block.
+// ---- addresses in the shared memory of a cluster. The high 8 bits are the rank of the block plus one, the others are the
+// address in that block.
 constexpr uint32_t kOffset = (1 << 24) - 1;
 inline Block& block_at(Cluster& cluster, unsigned rank) {
   if (rank >= cluster.blocks.size()) fail("shared memory of a block that the cluster does not have");
