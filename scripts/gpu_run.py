@@ -53,7 +53,7 @@ class Command:
 
 @dataclass
 class Check:
-    """The state of one run of this script."""
+    """The state of one run of gpu_check.py."""
 
     out: Path
     device: str = "cuda"
