@@ -122,7 +122,7 @@ def test_kernels_use_the_instructions_of_hopper_and_no_local_memory(name: str) -
 @pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
 def test_a_producer_uses_no_register_that_it_has_given_up(name: str) -> None:
     """The producer's threads keep 40 registers each and the consumers' take 232, which a multiprocessor has. No path
-    that starts at setmaxnreg.dec uses a register above the 40."""
+    that starts at setmaxnreg.dec uses a register beyond those 40."""
     assert REGISTERS >= 128 * 40 + 256 * 232
     for kernel, body in sass(name).items():
         (start,) = (at for at, instruction in body.items() if "USETMAXREG.DEALLOC" in instruction)
@@ -275,7 +275,7 @@ def test_flags_are_released_after_the_stores_before_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
 def test_tickets_go_round_in_order_for_both_blocks_of_a_cluster(name: str) -> None:
-    """A thread that has read a ticket arrives at the other block's barrier with release. The thread that writes the
+    """A thread that has read a ticket arrives at the barrier of block 0 with release. The thread that writes the
     next ticket waits there with acquire, and so does a thread that reads a ticket sent by another block. All of these
     are at cluster scope, because the default scope, the block, is too narrow."""
     kernels = re.split(r"\.entry ", _compiled((name, "ptx"))[0].read_text())[1:]
