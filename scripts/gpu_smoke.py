@@ -29,14 +29,14 @@ class Case(NamedTuple):
     adapter_dtype: str = "bfloat16"
     quant: str = ""
     """The format of w, for `triton` only. Empty for a dense w."""
-    tiling: tuple[int, int] = (0, 0)
-    """Columns and cluster, for `cuda` only. (0, 0) lets the rule choose."""
+    plan: tuple[int, int] = (0, 0)
+    """(columns, cluster) of a `plans.sm90.Sm90Plan`, for `cuda` only. (0, 0) is `BY_RULE`."""
 
     def runs_on(self, backend: str) -> bool:
         """Return whether the back-end has kernels for this case."""
         if backend == "cuda":
             return not self.quant and self.dtype != "float32"
-        return not any(self.tiling) and (backend == "triton" or not self.quant)
+        return not any(self.plan) and (backend == "triton" or not self.quant)
 
 
 CASES = {
@@ -52,9 +52,9 @@ CASES = {
     "fp16": Case(512, 512, 512, 16, 0.1, "float16", "float16"),
     "fp32-adapters": Case(512, 512, 512, 16, 0.1, "bfloat16", "float32"),
     "llama": Case(8192, 4096, 4096, 16, 0.05),
-    "128-columns": Case(1024, 1024, 1024, 16, 0.1, tiling=(128, 1)),
-    "256-columns": Case(1024, 1024, 1024, 16, 0.1, tiling=(256, 1)),
-    "clusters": Case(1024, 1024, 1024, 16, 0.1, tiling=(256, 2)),
+    "128-columns": Case(1024, 1024, 1024, 16, 0.1, plan=(128, 1)),
+    "256-columns": Case(1024, 1024, 1024, 16, 0.1, plan=(256, 1)),
+    "clusters": Case(1024, 1024, 1024, 16, 0.1, plan=(256, 2)),
     "fp32": Case(512, 512, 512, 16, 0.1, "float32", "float32"),
     "nf4-decode": Case(4, 1024, 1024, 16, quant="nf4"),
     "nf4-rows": Case(1024, 1024, 1024, 16, 0.1, quant="nf4"),
@@ -86,10 +86,10 @@ def main(backend: str, device: str = "cuda", *names: str) -> int:
             status = 2
             continue
         module = importlib.import_module(f"lora_kernels.backends.{backend}")
-        if any(case.tiling):
+        if any(case.plan):
             from lora_kernels.plans.sm90 import Sm90Plan
 
-            plan = Sm90Plan(*case.tiling)
+            plan = Sm90Plan(*case.plan)
             module._plan = lambda *_, plan=plan: plan
         q = judge.problem(*sizes, dtype=dtype, adapter_dtype=adapter_dtype, p=case.p, device=device)
         w = quantize_weight(q.w, case.quant) if case.quant else q.w

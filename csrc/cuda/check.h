@@ -1,4 +1,4 @@
-// CUDA errors as exceptions.
+// Turns CUDA errors into exceptions.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,7 @@
 
 namespace lk::cuda {
 
-// Throws std::runtime_error with `what` and the error's name and text where `status`, a cudaError_t, is no success.
+// Throws std::runtime_error with `what` and the error's name and text if `status`, a cudaError_t, is not cudaSuccess.
 inline void check(int status, const char* what) {
   const auto error = static_cast<cudaError_t>(status);
   if (error != cudaSuccess)

@@ -8,16 +8,16 @@
 namespace lk::cuda {
 
 struct KeepMask {
-  void* mask;  // [M,K], contiguous, at a multiple of 16 bytes; K is a multiple of 8
+  void* mask;  // [M,K], contiguous, at an address that is a multiple of 16 bytes; K is a multiple of 8
   const int64_t* seed;
   uint32_t threshold;
   uint32_t one;    // the bits of 1.0 in the mask's type
-  int64_t groups;  // K / 8: the groups of a row, one Philox call each
+  int64_t groups;  // in a row: K / 8, with one Philox call each
   int64_t total;   // M * K / 8
 };
 
 struct alignas(16) Group {
-  uint32_t pair[4];  // the first element of a pair in its low half
+  uint32_t pair[4];  // the low half holds the first element of the pair
 };
 
 // A thread writes whole groups, 16 bytes each, in steps of the grid.

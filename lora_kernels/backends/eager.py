@@ -11,7 +11,7 @@ back-ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_kernels.backends.each import backward_each, forward_each
 from lora_kernels.core import dropout
-from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors
+from lora_kernels.core.operands import Adapter, Base, Call, Needs
 from lora_kernels.quant.weight import QuantizedWeight
 
 name = "eager"
@@ -34,16 +34,6 @@ _ELEMENTS = 1 << 22
 def why_not(call: Call) -> list[str]:
     """Return no reasons: this back-end serves every call."""
     return []
-
-
-def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]) -> Results:
-    return forward_each(_forward, x, bases, adapters, save_h)
-
-
-def backward(
-    dys: Tensors, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter], hs: MaybeTensors, needs: Needs
-) -> Gradients:
-    return backward_each(_backward, dys, x, bases, adapters, hs, needs)
 
 
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
@@ -84,6 +74,10 @@ def _backward(
         db = _transposed_product(dy, h, b.dtype)
         db *= scale
     return dx, da, db
+
+
+forward = functools.partial(forward_each, _forward)
+backward = functools.partial(backward_each, _backward)
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:

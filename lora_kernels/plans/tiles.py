@@ -59,7 +59,7 @@ class Plan(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What the choice of a plan depends on of the device."""
+    """The facts about the device that the choice of a plan depends on."""
 
     arch: str
     """The architecture: "sm_90", "gfx942"."""
@@ -70,7 +70,7 @@ class Gpu(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What the choice of a plan depends on of the call."""
+    """The facts about the call that the choice of a plan depends on."""
 
     dtypes: tuple[torch.dtype, torch.dtype]
     """The dtype of x and the dtype of the adapters."""

@@ -1,8 +1,8 @@
-"""The GPU back-ends on a GPU: values and gradients, masks, streams, graphs.
+"""The results of the GPU back-ends on a GPU: values, gradients and masks, on several streams and in CUDA graphs.
 
-    python -m pytest tests/test_gpu.py [--backend cuda] [--device cpu]
+    python -m pytest tests/gpu [--backend cuda] [--device cpu]
 
-``--device cpu`` tries the tests themselves, with the CPU's back-ends.
+``--device cpu`` runs the same tests with the back-ends of the CPU, which checks the tests where there is no GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_kernels.core.dropout import keep_mask, rescale
 from lora_kernels.core.operands import Call
 from lora_kernels.testing import one_layer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(40)]  # a hang costs its worker that long
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(40)]  # A kernel that hangs holds its worker for that long.
 
 BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "eager")}
 LARGER = [  # M, N, K, R
@@ -35,7 +35,7 @@ LARGER = [  # M, N, K, R
 ]
 DECODE = [(1, 1024, 2048, 16), (2, 264, 4104, 8), (16, 1024, 1024, 64), (17, 520, 1032, 16), (64, 2048, 512, 33)]
 VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3], [False, True]))
-"""dtypes, p, strided: a shape gets two of them, all shapes between them all."""
+"""(dtypes, p, strided). Each shape is tested with two of them. Over all shapes, every one occurs."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,7 +51,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(scope="module")
 def backend(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
-    """The module of a back-end; skipped, with all its reasons, where it does not serve this device."""
+    """Return the module of a back-end. Skip the test, with all reasons, where it does not serve this device."""
     try:
         module = importlib.import_module(f"lora_kernels.backends.{request.param}")
     except ImportError as error:
@@ -65,7 +65,8 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
 def served(
     module: ModuleType, device: torch.device, shape: tuple[int, int, int, int], number: int, **kwargs
 ) -> judging.Problem:
-    """A problem of about `shape` that the back-end serves: `cuda` wants N and K to be multiples of 8, and 16 bits."""
+    """Return a problem of about `shape` that the back-end serves. `cuda` needs x in 16 bits, and N and K that are
+    multiples of 8."""
     M, N, K, R = shape if device.type == "cuda" else (min(size, 64) for size in shape)
     choice = {"dtype": torch.bfloat16, **kwargs}
     call = Call("forward", device, choice["dtype"], choice.get("adapter_dtype", choice["dtype"]), M, N, K, R, True)
@@ -81,7 +82,7 @@ def served(
 
 @pytest.mark.parametrize("turn", [0, 1])
 @pytest.mark.parametrize(("number", "shape"), list(enumerate([*judging.SHAPES, *LARGER, *DECODE])))
-def test_values_and_gradients(backend, device, number, shape, turn, poison) -> None:
+def test_values_and_gradients_are_right(backend, device, number, shape, turn, poison) -> None:
     (dtype, adapter_dtype), p, strided = VARIETY[(7 * number + 10 * turn) % len(VARIETY)]
     q = served(
         backend,
@@ -113,8 +114,8 @@ def test_adapters_in_fp32_get_gradients_in_fp32(backend, device, adapter_dtype) 
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
-def test_masks_are_keep_mask(backend, device, p) -> None:
-    """With w = 0 and a = b = 1, y is c wherever x̂ is kept, and so is dx: the mask itself, element by element."""
+def test_the_mask_is_the_rule_bit_for_bit(backend, device, p) -> None:
+    """With w = 0, a = b = I and x = dy = 1, each of y, h and dx is c times the mask."""
     M, K = 300, 128
     seed = torch.tensor(2**40 + 12345, device=device)
     x, w, eye = torch.ones(M, K, device=device), torch.zeros(K, K, device=device), torch.eye(K, device=device)
@@ -139,7 +140,7 @@ def test_runs_are_bit_identical(backend, device, shape, p) -> None:
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)], ids=str
 )
-def test_only_what_is_asked(backend, device, needs) -> None:
+def test_only_the_wanted_gradients_are_computed(backend, device, needs) -> None:
     q = served(backend, device, (200, 136, 264, 16), 3, p=0.2)
     all_of_them = run(backend, q)
     _, need_da, need_db = needs
@@ -151,8 +152,8 @@ def test_only_what_is_asked(backend, device, needs) -> None:
             judging.check({name: value}, q)
 
 
-def test_through_the_door(backend, device) -> None:
-    """The module, by name, with autograd: a few steps of training as eager makes them."""
+def test_a_module_trains_as_with_eager(backend, device) -> None:
+    """A module that asks for the back-end by name has nearly the losses of eager over a few training steps."""
     if backend.name not in dispatch.BACKENDS:
         pytest.skip(f"dispatch knows no back-end {backend.name!r}")
     losses = []
@@ -175,11 +176,11 @@ def test_through_the_door(backend, device) -> None:
 @pytest.fixture
 def cuda(device: torch.device) -> torch.device:
     if device.type != "cuda":
-        pytest.skip("streams and graphs are a GPU's")
+        pytest.skip("only a GPU has streams and graphs")
     return device
 
 
-def test_two_streams_at_once(backend, cuda) -> None:
+def test_launches_on_two_streams_do_not_disturb_each_other(backend, cuda) -> None:
     problems = [
         served(backend, cuda, shape, 4 + i, p=0.1)
         for i, shape in enumerate([(1500, 1024, 768, 16), (900, 768, 1024, 64)])
@@ -197,7 +198,7 @@ def test_two_streams_at_once(backend, cuda) -> None:
 
 
 def test_the_current_stream_is_respected(backend, cuda) -> None:
-    """x is filled late, on a side stream: a launch on any other stream would read it too early."""
+    """x is filled late, on a side stream. A launch on any other stream would read it too early."""
     q = served(backend, cuda, (512, 512, 512, 16), 6)
     want = run(backend, q)
     late = q.x.clone()
@@ -215,8 +216,9 @@ def test_the_current_stream_is_respected(backend, cuda) -> None:
 
 @pytest.mark.parametrize("shape", [(333, 256, 512, 16), (4, 1024, 1024, 16)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_graph_capture_and_replay(backend, cuda, shape, p) -> None:
-    """Replayed with other inputs, the seed among them, a graph gives what a call gives; beside other work too."""
+def test_a_graph_gives_the_bits_of_a_call(backend, cuda, shape, p) -> None:
+    """A graph that is replayed with other inputs, the seed among them, gives the bits of a call. A call between two
+    replays is not disturbed either."""
     q, *others = (served(backend, cuda, shape, 7 + i, p=p) for i in range(4))
     want = [run(backend, each) for each in others]
     side = torch.cuda.Stream()
@@ -233,7 +235,7 @@ def test_graph_capture_and_replay(backend, cuda, shape, p) -> None:
             if getattr(q, name) is not None:
                 getattr(q, name).copy_(getattr(inputs, name))
         graph.replay()
-        beside = run(backend, inputs)  # on the same stream, with the workspace that is not the graph's
+        beside = run(backend, inputs)  # on the same stream, with the stream's own workspace
         torch.cuda.synchronize()
         assert differences(got, want[turn % len(others)]) == [], f"replay {turn}"
         assert differences(beside, want[turn % len(others)]) == [], f"a call after replay {turn}"

@@ -67,8 +67,8 @@ def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator:
 
 
 def replace_launch(launching, monkeypatch: pytest.MonkeyPatch, stages: int | None, fake) -> None:
-    """Replace launches of plans with this many stages by ``fake(launch)``; with None those of any plan by
-    ``fake(launch, plan)``."""
+    """Replace the launches of plans with `stages` stages by ``fake(launch)``, or those of all plans by
+    ``fake(launch, plan)`` if `stages` is None."""
     for name in ("forward_launch", "backward_launch"):
         stock = getattr(launching, name)
 
@@ -166,7 +166,7 @@ def test_double_quantisation_is_for_four_bits(options: list[str], launching, cap
 
 
 def test_a_wrongly_dequantised_weight_is_found(launching, monkeypatch, capsys) -> None:
-    """The truth for a quantised W is computed from its codes, so zeros in their place are wrong."""
+    """The right results for a quantised W are computed from its codes, so a launch that writes zeros for W is wrong."""
     from lora_kernels.backends.triton import quant as quantised_weights
 
     monkeypatch.setattr(quantised_weights, "dense", lambda w, dtype: torch.zeros(w.shape, dtype=dtype))

@@ -94,7 +94,7 @@ __device__ __forceinline__ void backward_produce(const BackwardParams& p, const 
         producer.open(G::kSkinnyBytes);
         load_boxes(producer, p.x_columns, tile.columns, i * kTileK);
         if (i == begin || i % 2 == 0)
-          producer.await(ready + i / 2, ready_target(p.plan));  // two parts of 64 rows a row block
+          producer.await(ready + i / 2, ready_target(p.plan));  // a row block is two parts of 64 rows
         share_rank_boxes<G>(producer, p.g_columns, tile.rank, i * kTileK);
       }
     }
@@ -151,7 +151,7 @@ __device__ __forceinline__ void add_masked(Consumer<S>& c, float (&dx)[BN / 2], 
   c.pass(stages);
 }
 
-// A part of a da or db tile, in accumulators: rows are columns of x or dy, columns are the rank.
+// Computes a part of a da or db tile. Its rows are columns of x or dy, its columns are the rank.
 template <class T, class G, int RP, class S>
 __device__ __forceinline__ void gradient_part(Consumer<S>& c, float (&d)[RP / 2], int begin, int end,
                                               const Dropout* dropout, int column) {

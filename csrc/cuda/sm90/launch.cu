@@ -127,7 +127,7 @@ void common(const Operands& o, Common& p) {
 
 bool is_decode(const ForwardArgs& o) { return o.M <= kDecodeRows && o.threshold == 0 && o.columns == 0; }
 
-// Returns the tiling that was asked for, or the one of the rule for a y or dx with so many columns.
+// Returns the tiling that was asked for, or the one that the rule chooses for a y or dx with `columns` columns.
 Tiling tiling_of(const Operands& o, int columns, int sms) {
   return o.columns == 0 ? tiling(o.M, columns, sms) : Tiling{o.columns, o.cluster};
 }

@@ -49,7 +49,7 @@ cudaError_t launch_tiling(const typename PASS::Params& p, int blocks, cudaStream
   }
 }
 
-// Launches the kernel of any tiling that is_compiled (schedule.h).
+// Launches the kernel of `tiling`, for which is_compiled (schedule.h) must hold.
 template <class PASS, class T>
 cudaError_t launch_pass(const typename PASS::Params& p, Tiling tiling, int blocks, cudaStream_t stream) {
   if (tiling.columns == 128) return launch_tiling<PASS, T, 128, 1>(p, blocks, stream);

@@ -1,5 +1,6 @@
-// Where every element lies: tile sizes, swizzles, wgmma descriptors and fragments, pipeline positions. Arithmetic only,
-// so that a host compiler can check all of it (tests/test_cuda_schedule.py); nothing here needs CUDA.
+// The places of elements in memory and registers: tile sizes, swizzles, wgmma descriptors and fragments, pipeline
+// positions. It is arithmetic only,
+// so that a host compiler can check all of it (tests/backends/cuda/test_sm90_schedule.py). Nothing here needs CUDA.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@ constexpr int kTileM = 128;  // rows of an h, g, y or dx tile; columns of dy or 
 constexpr int kTileK = 64;   // contraction per pipeline stage: 128 bytes, one swizzle span
 constexpr int kGroups = 2;   // consumer warpgroups, 64 of the 128 rows each
 constexpr int kConsumers = kGroups * 128;
-constexpr int kThreads = kConsumers + 128;  // and one warpgroup for the producer
+constexpr int kThreads = kConsumers + 128;  // with one warpgroup for the producer
 constexpr int kSharedLimit = 232448;        // bytes a block can have on sm_90
 constexpr int kBoxBytes = 64 * kTileK * 2;  // a 64 x 64 box of 16-bit elements
 constexpr int kMaxRank = 256;
@@ -90,25 +91,26 @@ struct MnMajor {
   LK_CONSTEXPR static uint64_t at(uint32_t address) { return descriptor(address, kLeading, kStride, kWidth); }
 };
 
-// wgmma accumulators of a 64 x N tile, N/2 a thread: register `reg` of thread `thread` of the warpgroup.
+// Return the row and the column that register `reg` of thread `thread` of the warpgroup holds of a 64 x N tile of wgmma
+// accumulators. A thread has N/2 registers.
 LK_CONSTEXPR int fragment_row(int thread, int reg) { return thread / 32 * 16 + thread % 32 / 4 + (reg & 2) * 4; }
 LK_CONSTEXPR int fragment_col(int thread, int reg) { return reg / 4 * 8 + thread % 4 * 2 + (reg & 1); }
 
-// The offset that lane `lane` of warp `warp` gives stmatrix.x4 for the 16 columns `pair` of a 64 x 64 box. Its four 8x8
-// matrices are the registers of accumulators 8 pair + {0,1}, {2,3}, {4,5}, {6,7}: rows 0-7 and 8-15 of the left 8
-// columns, then of the right 8.
+// Returns the offset that lane `lane` of warp `warp` gives stmatrix.x4 for the 16 columns `pair` of a 64 x 64 box. Its
+// four 8x8 matrices are the registers of accumulators 8 pair + {0,1}, {2,3}, {4,5}, {6,7}: rows 0-7 and 8-15 of the
+// left 8 columns, then of the right 8.
 LK_CONSTEXPR uint32_t stmatrix_offset(int warp, int lane, int pair) {
   return swizzled(warp * 16 + lane % 16, (pair * 2 + lane / 16) * 16, 128);
 }
 
-// Masking a 64 x 64 box in place: each of 128 threads takes 4 chunks of 8 elements of a row, which is one Philox call
-// each.
+// A 64 x 64 box is masked in place by 128 threads. Each takes 4 chunks of 8 elements of a row, with one Philox call for
+// each chunk.
 constexpr int kChunksPerThread = 64 * 8 / 128;
 LK_CONSTEXPR int chunk_row(int thread, int i) { return i * 16 + thread / 8; }
 LK_CONSTEXPR int chunk_col(int thread) { return thread % 8; }
 
-// 4 x 4 transpose over the four lanes of a quad, in two exchanges (bit = 1, then 2): lane q sends `quad_sent`, lane q ^
-// bit gets it. Afterwards word v of lane q is what word q of lane v was.
+// The four lanes of a quad transpose 4 x 4 words in two exchanges, with bit = 1 and then 2. Lane q sends `quad_sent` to
+// lane q ^ bit, which stores it by `quad_put`. Afterwards word v of lane q holds what word q of lane v held.
 LK_CONSTEXPR uint32_t quad_sent(const uint32_t (&word)[4], int q, int bit, int i) {
   const int low = bit == 1 ? 2 * i : i;
   return q & bit ? word[low] : word[low + bit];
@@ -121,12 +123,12 @@ LK_CONSTEXPR void quad_put(uint32_t (&word)[4], int q, int bit, int i, uint32_t 
     word[low + bit] = received;
 }
 
-// Two neighbouring elements, two 16-bit lanes of a Philox word: all ones where the lane's element is kept.
+// A Philox word has two 16-bit lanes, for two neighbouring elements. Returns all ones in the lanes that are kept.
 LK_CONSTEXPR uint32_t keep_pair(uint32_t word, uint32_t threshold) {
   return ((word & 0xFFFFu) >= threshold ? 0xFFFFu : 0u) | ((word >> 16) >= threshold ? 0xFFFF0000u : 0u);
 }
 
-// The pair of keep_pair as two bits.
+// Returns the same as keep_pair, with one bit for each lane.
 LK_CONSTEXPR uint32_t keep_bits(uint32_t word, uint32_t threshold) {
   return ((word & 0xFFFFu) >= threshold ? 1u : 0u) | ((word >> 16) >= threshold ? 2u : 0u);
 }
@@ -145,14 +147,14 @@ struct Tile {
   static_assert(BN == 128 || BN == 256);
   static_assert(RP == 16 || RP == 32 || RP == 64 || RP == 128);
   static constexpr int kWidth = rank_width(RP);       // bytes a row of an MN-major operand of rank RP
-  static constexpr int kRankBoxes = RP * 2 / kWidth;  // and how many boxes it takes
+  static constexpr int kRankBoxes = RP * 2 / kWidth;  // boxes that the operand takes
   static constexpr int kRankSteps =
       (RP < kTileK ? RP : kTileK) / 16;  // k16 steps of a stage of the low-rank steps; the rest is zeros
   static constexpr int kBytesA = kTileM * kTileK * 2;
   static constexpr int kBytesB = BN * kTileK * 2;
   static constexpr int kStageBytes = kBytesA + kBytesB;
-  static constexpr int kSkinnyBytes = kBytesA + RP * kTileK * 2;  // what arrives in a stage of an h, g, da or db tile
-  static constexpr int kOutBytes = kBytesA + BN * kTileK * 2;  // and in one of a y or dx tile; zero fill is counted too
+  static constexpr int kSkinnyBytes = kBytesA + RP * kTileK * 2;  // loaded in a stage of an h, g, da or db tile
+  static constexpr int kOutBytes = kBytesA + BN * kTileK * 2;     // loaded in a stage of a y or dx tile, with zero fill
   static constexpr int kStagingBytes = kGroups * 2 * kBoxBytes;
   static constexpr int kBarrierBytes = 256;
   static constexpr int kAlign = 1024;

@@ -9,8 +9,9 @@
 
 namespace lk::sm90 {
 
-// Conversion of an operand that TMA cannot read (fp32, or rows that are no multiple of 16 bytes) to 16 bits and a row
-// stride of `pitch`, a multiple of 8. The columns from `cols` to `pitch` are never used: the tensor maps end at `cols`.
+// The conversion of an operand that TMA cannot read, because it is fp32 or its rows are no multiple of 16 bytes. The
+// result has 16 bits and a row stride of `pitch`, a multiple of 8. The columns from `cols` to `pitch` are never used:
+// the tensor maps end at `cols`.
 struct PrepJob {
   const void* from;
   void* to;
@@ -33,7 +34,7 @@ struct Common {
 
 struct ForwardParams : Common {
   CUtensorMap x, w, a, b;
-  // s · h, rounded once from fp32. The low-rank steps read it; the h that is saved is another one, unscaled.
+  // s · h, rounded once from fp32, which the low-rank steps read. The h that is saved is not scaled by s.
   CUtensorMap sh;
   CUtensorMap y;
   void* sh_pointer;

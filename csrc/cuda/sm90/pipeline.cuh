@@ -83,7 +83,7 @@ struct Shared {
     else
       barrier_arrive_cluster_release(cluster_address(read(i), 0));
   }
-  // Called by a whole warp: as far as this warp is concerned, stage s may be overwritten.
+  // Counts this warp among those that no longer need stage s. A whole warp calls it.
   __device__ __forceinline__ void release_stage(int s, int lane) const {
     if constexpr (CLUSTER == 1) {
       if (lane == 0) barrier_arrive(empty(s));
@@ -163,7 +163,7 @@ struct Consumer {
   const S& shared;
   Ring<S::kStages> ring{kFilled};
   Ring<2> tickets{kFilled};
-  int group, thread;  // warpgroup 0 or 1, thread of it
+  int group, thread;  // the warpgroup, 0 or 1, and the thread in it
   int previous = -1;  // the stage that wgmma may still be reading
 
   __device__ __forceinline__ Consumer(const S& s, int g) : shared(s), group(g), thread(threadIdx.x % 128) {}
@@ -200,7 +200,7 @@ struct Consumer {
     release();
     previous = -1;
   }
-  // Stages that were read by way of a copy of `ring`, with nothing in flight: they may be overwritten.
+  // Releases the next `stages` stages, which were read through a copy of `ring`. No wgmma may be in flight.
   __device__ __forceinline__ void pass(int stages) {
     for (int i = 0; i < stages; ++i, ring.next()) shared.release_stage(ring.slot, lane());
   }
@@ -222,8 +222,8 @@ struct Dropout {
   __device__ __forceinline__ Philox4 draw(int m, int group) const { return philox4x32_10(group, m, 0, 0, key0, key1); }
 };
 
-// keep ⊙ x on a 64 x 64 box in shared memory, in place: rows m.., columns k... By one warpgroup, before its wgmmas read
-// the box.
+// Replaces a 64 x 64 box of x in shared memory, which starts at row m and column k, by keep ⊙ x. One warpgroup calls it
+// before its wgmmas read the box.
 __device__ __forceinline__ void mask_box(const Dropout& dropout, uint32_t box, int m, int k, int group, int thread) {
   const int chunk = chunk_col(thread);
 #pragma unroll
@@ -238,11 +238,11 @@ __device__ __forceinline__ void mask_box(const Dropout& dropout, uint32_t box, i
     v.w &= keep_pair(r.word[3], dropout.threshold);
     store_shared(address, v);
   }
-  fence_proxy_shared();  // ordinary stores before wgmma, of every thread before the barrier
+  fence_proxy_shared();  // every thread fences its stores before the barrier, so that wgmma reads them
   group_sync(group);
 }
 
-// A chunk of an adapter, converted to T by all consumers of a block.
+// Converts a chunk of an adapter to T. All consumers of a block call it.
 template <class T, class FROM>
 __device__ __forceinline__ void convert_chunk(const PrepJob& job, int chunk, int consumer) {
   const int64_t total = static_cast<int64_t>(job.rows) * job.pitch;

@@ -106,7 +106,8 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from,
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int PENDING>
-__device__ __forceinline__ void tma_store_wait_read() {  // afterwards their shared memory may be written again
+__device__ __forceinline__ void
+tma_store_wait_read() {  // afterwards the shared memory of all but PENDING stores may be written
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

@@ -64,8 +64,8 @@ LK_CONSTEXPR Item out_item(const Plan& plan, int i, int rank) {
   return {Kind::kOut, (first + j % rows) * plan.cluster + rank, j / rows, 0};
 }
 
-// Tile i % (tiles / cluster) of split i / (tiles / cluster): the blocks of a cluster take neighbouring columns of one
-// rank tile.
+// Returns tile i % (tiles / cluster) of split i / (tiles / cluster). The blocks of a cluster take neighbouring columns
+// of one rank tile.
 LK_CONSTEXPR Item gradient_item(const Plan& plan, Kind kind, int tiles, int i, int rank) {
   const int tickets = tiles / plan.cluster, j = i % tickets;
   const int columns = j / plan.rank_tiles * plan.cluster + rank;
@@ -93,14 +93,14 @@ LK_CONSTEXPR Item item_of(const Plan& plan, int ticket, int rank) {
   return gradient_item(plan, Kind::kDa, plan.da_tiles, before - plan.db(), rank);
 }
 
-// Part `split` of `splits` of `blocks` blocks is [split_begin(split), split_begin(split + 1)): never empty where splits
-// <= blocks.
+// Part `split` of the `splits` parts of `blocks` blocks is [split_begin(split), split_begin(split + 1)). It is not
+// empty if splits <= blocks.
 LK_CONSTEXPR int split_begin(int blocks, int splits, int split) {
   return static_cast<int>(static_cast<int64_t>(blocks) * split / splits);
 }
 
-// Splits of the contraction over M of `tiles` da or db tiles: about two items a multiprocessor, each of at least 8
-// blocks of 64 rows.
+// Returns into how many parts the sums over M of `tiles` da or db tiles are split: about two items for each
+// multiprocessor, each of at least 8 blocks of 64 rows.
 LK_CONSTEXPR int gradient_splits(int tiles, int M, int sms) {
   const int blocks = ceil_div(M, kTileK), wanted = ceil_div(2 * sms, tiles), most = blocks / 8 > 0 ? blocks / 8 : 1;
   return wanted < most ? wanted : most;
@@ -114,10 +114,10 @@ LK_CONSTEXPR bool is_compiled(Tiling t) {
   return (t.columns == 256 && (t.cluster == 1 || t.cluster == 2)) || (t.columns == 128 && t.cluster == 1);
 }
 
-// 256 columns a tile where that fills the multiprocessors, else 128. Clusters of two where there are 256 columns, at
-// least two row blocks, and pairs take no more rounds of the multiprocessors than single blocks: at full rate a block
-// wants 48 KB of its L2 every stage, 32 KB where it shares w, about 9 and 6 TB/s for all. That is an estimate, which no
-// GPU has confirmed yet.
+// Chooses 256 columns a tile where that fills the multiprocessors, else 128. Chooses clusters of two if there are 256
+// columns and at least two row blocks, and if pairs take no more rounds of the multiprocessors than single blocks. At
+// full rate a block reads 48 KB from L2 every stage, or 32 KB if it shares w: about 9 or 6 TB/s for all blocks. That is
+// an estimate, which no GPU has confirmed yet.
 LK_CONSTEXPR Tiling tiling(int M, int columns, int sms) {
   const int rows = ceil_div(M, kTileM), tiles_n = ceil_div(columns, 256);
   if (rows * tiles_n < sms) return {128, 1};
@@ -126,7 +126,7 @@ LK_CONSTEXPR Tiling tiling(int M, int columns, int sms) {
   return {256, pairs ? 2 : 1};
 }
 
-// A chunk of the conversion of an adapter: 4 times 8 elements for every consumer thread.
+// The elements that one item converts of an adapter: 4 times 8 for every consumer thread.
 constexpr int kPrepChunk = kConsumers * 32;
 LK_CONSTEXPR int prep_chunks(int rows, int pitch) {
   return static_cast<int>((static_cast<int64_t>(rows) * pitch + kPrepChunk - 1) / kPrepChunk);
@@ -155,8 +155,8 @@ LK_CONSTEXPR GradientTile gradient_tile(const Plan& plan, int tile) {
   return {tile / plan.rank_tiles * 128, tile % plan.rank_tiles * 128};
 }
 
-// Partial sums of a da or db tile: accumulator `reg` of consumer thread `thread`, so that every access is coalesced and
-// the thread that sums reads the positions that it holds itself.
+// Returns where accumulator `reg` of consumer thread `thread` goes among the partial sums. Every access is coalesced,
+// and a thread that sums reads the positions that it holds itself.
 LK_CONSTEXPR int64_t partial_index(int splits, int tile, int split, int registers, int reg, int thread) {
   return ((static_cast<int64_t>(tile) * splits + split) * registers + reg) * kConsumers + thread;
 }
@@ -171,16 +171,16 @@ struct DecodePlan {
   LK_CONSTEXPR int items() const { return prep + tiles() * splits; }
 };
 
-// Item of a decode ticket: n counts the tiles of a first, then those of w. The splits of a tile are neighbours and end
-// together.
+// Returns the item of a decode ticket. Its n counts the tiles of a first, then those of w. The splits of a tile are
+// neighbours and end together.
 LK_CONSTEXPR Item decode_item(const DecodePlan& plan, int ticket) {
   if (ticket < plan.prep) return {Kind::kPrep, ticket, 0, 0};
   const int i = ticket - plan.prep, tile = i / plan.splits;
   return {tile < plan.a_tiles ? Kind::kSkinny : Kind::kOut, 0, tile, i % plan.splits};
 }
 
-// Splits of K: the fewest rounds of the multiprocessors, counting about 4 stages of latency an item and, for an equal
-// time, fewer parts.
+// Returns into how many parts K is split: the number that takes the least time, and the smallest of those. An item is
+// counted as its stages plus about 4 stages of latency, and the time as rounds of the multiprocessors times that.
 LK_CONSTEXPR int decode_splits(int tiles, int blocks, int sms) {
   int best = 1, best_time = 0;
   for (int splits = 1; splits <= 32 && splits <= blocks; ++splits) {
@@ -193,7 +193,8 @@ LK_CONSTEXPR int decode_splits(int tiles, int blocks, int sms) {
   return best;
 }
 
-constexpr int kDecodeReady = 3;  // published by the last arriver of each half of each tile of a
+// The counter of halves of tiles of a whose h is published. The last part to arrive at a half counts it.
+constexpr int kDecodeReady = 3;
 LK_CONSTEXPR int decode_ready_target(const DecodePlan& plan) { return plan.a_tiles * kGroups; }
 LK_CONSTEXPR int decode_counter(int tile, int group) { return kReady + tile * kGroups + group; }
 LK_CONSTEXPR int decode_counters(const DecodePlan& plan) { return kReady + plan.tiles() * kGroups; }

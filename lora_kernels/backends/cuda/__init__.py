@@ -14,7 +14,6 @@ The counters and scratch memory of a launch come from `backends.workspace`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,25 +70,6 @@ def why_not(call: Call) -> list[str]:
     return reasons
 
 
-def forward(
-    x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return (ys, hs), as `backends` describes them."""
-    return forward_each(_forward, x, bases, adapters, save_h)
-
-
-def backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    bases: Sequence[Base],
-    adapters: Sequence[Adapter],
-    hs: Sequence[Tensor | None],
-    needs: Needs,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Return (dx, das, dbs), as `backends` describes them."""
-    return backward_each(_backward, dys, x, bases, adapters, hs, needs)
-
-
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
     M = x.shape[0]
     y = x.new_empty(M, base.w.shape[0])
@@ -111,6 +91,10 @@ def _backward(
         plan = _plan("backward", M, base, adapter)
         launch.launch_backward(plan, dy, x, base, adapter, h, Gradients(dx, da, db))
     return dx, da, db
+
+
+forward = functools.partial(forward_each, _forward)
+backward = functools.partial(backward_each, _backward)
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:

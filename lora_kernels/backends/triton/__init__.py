@@ -13,7 +13,7 @@ backward that does not need dx skips that launch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -59,23 +59,6 @@ def why_not(call: Call) -> list[str]:
     return reasons
 
 
-def forward(
-    x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    return forward_each(_forward, x, bases, adapters, save_h)
-
-
-def backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    bases: Sequence[Base],
-    adapters: Sequence[Adapter],
-    hs: Sequence[Tensor | None],
-    needs: Needs,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    return backward_each(_backward, dys, x, bases, adapters, hs, needs)
-
-
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
     target = find_target(x.device)
     assert target is not None, "dispatch asks why_not first"
@@ -111,6 +94,10 @@ def _backward(
         out = launch.Gradients(dx, da, db, g)
         launch.backward_launch(target, plan, dy, launch.Saved(x, h), base, adapter, out).run()
     return dx, da, db
+
+
+forward = functools.partial(forward_each, _forward)
+backward = functools.partial(backward_each, _backward)
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """``python -m lora_kernels tune``: measure plans of a back-end on this GPU, and keep the fastest.
 
-`triton` and `cuda` say which plans are measured, `measure` says how. Nothing else in the package searches for plans.
+`triton` and `cuda` tell which plans are measured, and `measure` does it. Nothing else in the package searches for
+plans.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", type=size, default=DEFAULT, metavar="MxKxN:r", help=f"default: {defaults}"
     )
     # fp32 is left out: its speed depends on torch.get_float32_matmul_precision(), which is not part of a plan's key.
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="of x and w (default: bf16)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="dtype of x and w (default: bf16)")
     parser.add_argument(
         "--fp32-adapters", action="store_true", help="keep a and b in fp32 (PEFT's default), not in x's dtype"
     )
@@ -76,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--double-quant", action="store_true", help="with --quant nf4 or fp4: quantise its scales too, as in QLoRA"
     )
-    parser.add_argument("--dropout", type=probability, default=0.0, metavar="P", help="of dropout (default: 0)")
+    parser.add_argument(
+        "--dropout", type=probability, default=0.0, metavar="P", help="dropout probability (default: 0)"
+    )
     parser.add_argument("--seconds", type=float, metavar="S", help="begin no further pass after this many seconds")
     parser.add_argument(
         "--stuck",

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lora_kernels.backends.cuda import launch
 from lora_kernels.backends.cuda.launch import Gradients
-from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans import store
 from lora_kernels.plans.sm90 import BY_RULE, PLANS, Sm90Plan
 from lora_kernels.tools.tune.subject import Device, Job, Operands, Setting, Size, Trial
@@ -47,16 +46,12 @@ class CudaSubject:
 
     @staticmethod
     def _forward(plan: Sm90Plan, operands: Operands, out: dict[str, Tensor]) -> None:
-        q = operands.q
-        base, adapter = Base(q.w, q.bias), Adapter(q.a, q.b, q.scale, q.p, q.seed)
-        launch.launch_forward(plan, q.x, base, adapter, out["y"], out["h"])
+        launch.launch_forward(plan, operands.q.x, operands.base, operands.adapter, out["y"], out["h"])
 
     @staticmethod
     def _backward(plan: Sm90Plan, operands: Operands, out: dict[str, Tensor]) -> None:
-        q = operands.q
-        base, adapter = Base(q.w), Adapter(q.a, q.b, q.scale, q.p, q.seed)
-        gradients = Gradients(out["dx"], out["da"], out["db"])
-        launch.launch_backward(plan, q.dy, q.x, base, adapter, operands.h, gradients)
+        q, gradients = operands.q, Gradients(out["dx"], out["da"], out["db"])
+        launch.launch_backward(plan, q.dy, q.x, operands.base, operands.adapter, operands.h, gradients)
 
 
 def _describe(plan: Sm90Plan) -> str:

@@ -55,7 +55,7 @@ def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch, hopper
 
 
 def test_all_reasons_are_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No driver and no extension are reasons among others, not exceptions."""
+    """A missing driver and a missing extension are reasons like any other, not exceptions."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "lora_kernels._cuda", None)
     reasons = cuda.why_not(SERVED._replace(N=9, dtype=torch.float64))
@@ -64,8 +64,8 @@ def test_all_reasons_are_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(any(part in reason for reason in reasons) for part in parts)
 
 
-def test_errors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch where there is no driver, or no device, raises with the name of the CUDA error."""
+def test_a_launch_without_a_device_names_the_cuda_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch without a driver or a device raises RuntimeError with the name of the CUDA error."""
     extension = pytest.importorskip("lora_kernels._cuda")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -80,5 +80,5 @@ def test_errors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         call.launch(memory.data_ptr(), memory.data_ptr())
     with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
         extension.Sm90Forward(**operands | {"device": 0, "N": 12}).workspace()
-    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):  # a tiling that there is not
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):  # no kernel is compiled for this plan
         extension.Sm90Forward(**operands | {"device": 0, "columns": 128, "cluster": 2}).workspace()

@@ -19,12 +19,14 @@ from support import sm90
 
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a"]
-KERNELS = ("forward_bf16", "backward_bf16", "decode")  # fp16 is the same templates: see test_built_extension
+# The fp16 kernels come from the same templates. The test of the built extension looks at them too.
+KERNELS = ("forward_bf16", "backward_bf16", "decode")
 THREADS, REGISTERS = 384, 65536
 COUNT = {"forward_bf16": 12, "backward_bf16": 12, "decode": 8}
-"""Kernels in a file: four ranks times three tilings, and four numbers of rows times two types."""
+"""The number of kernels in each file. Forward and backward: four ranks times three plans. decode: four numbers of rows
+times two types."""
 MOST = {"forward": 232, "backward": 232, "decode": REGISTERS // THREADS // 8 * 8}
-"""Registers a consumer thread may use: those that setmaxnreg takes, or the launch bound."""
+"""The registers that a consumer thread may use: the number that setmaxnreg takes, or that of the launch bound."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +36,8 @@ pytestmark = [
 
 
 def _compiled(job: tuple[str, str]) -> tuple[Path, str]:
-    """(.cubin or .ptx file, what ptxas said) of a kernel file; compiled once per content of the sources."""
+    """Return the .cubin or .ptx file of a kernel file, and the messages of ptxas. It is compiled once for each
+    content of the sources."""
     name, kind = job
     sources = sorted([*sm90.SM90.iterdir(), *sm90.SM90.parent.glob("keep_mask.*"), sm90.ROOT / "csrc" / "philox.h"])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
@@ -54,12 +57,13 @@ def _compiled(job: tuple[str, str]) -> tuple[Path, str]:
 
 @functools.cache
 def cubins() -> dict[str, tuple[Path, str]]:
+    """Return what `_compiled` returns, by the name of the kernel file."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(KERNELS, pool.map(_compiled, [(name, "cubin") for name in KERNELS]), strict=True))
 
 
 def cuobjdump() -> str | None:
-    """CUDA's, or the one in Triton's wheel."""
+    """Return the path of cuobjdump, from the CUDA toolkit or from Triton's wheel, or None."""
     found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
     triton = importlib.util.find_spec("triton")
     if found is None and triton is not None and triton.submodule_search_locations:
@@ -69,7 +73,7 @@ def cuobjdump() -> str | None:
 
 @functools.cache
 def sass(name: str) -> dict[str, dict[int, str]]:
-    """The instructions of every kernel of a file, by address."""
+    """Return the instructions of every kernel of a file: kernel name → address → instruction."""
     text = subprocess.run([cuobjdump(), "-sass", cubins()[name][0]], capture_output=True, text=True, check=True).stdout
     kernels: dict[str, dict[int, str]] = {}
     for line in text.splitlines():
@@ -81,7 +85,7 @@ def sass(name: str) -> dict[str, dict[int, str]]:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_resources(name: str) -> None:
+def test_kernels_fit_the_register_file_and_do_not_spill(name: str) -> None:
     log = cubins()[name][1]
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(usage) == COUNT[name], log
@@ -93,13 +97,13 @@ def test_resources(name: str) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_ptxas_keeps_wgmma_asynchronous_and_setmaxnreg(name: str) -> None:
-    """C7508: setmaxnreg ignored. C7510 to C7514: wgmma serialised."""
+    """ptxas warns with C7508 where it ignores setmaxnreg, and with C7510 to C7514 where it serialises wgmma."""
     assert re.findall(r"C75\d\d[^\n]*|warning[^\n]*", cubins()[name][1]) == []
 
 
 @pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump: install the CUDA toolkit or Triton")
 @pytest.mark.parametrize("name", KERNELS)
-def test_instructions(name: str) -> None:
+def test_kernels_use_the_instructions_of_hopper_and_no_local_memory(name: str) -> None:
     part = name.split("_")[0]
     kernels = sass(name)
     assert len(kernels) == COUNT[name]
@@ -109,16 +113,16 @@ def test_instructions(name: str) -> None:
         assert [op for op in wanted if not re.search(rf"\b{op}\b", text)] == [], kernel
         assert not re.search(r"\b(LDL|STL|HMMA)\b", text), kernel
         assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < MOST[part], kernel
-        pairs = "ELi2EEEv" in kernel  # CLUSTER, the last template parameter
+        pairs = "ELi2EEEv" in kernel  # CLUSTER is the last template parameter
         assert bool(re.search(r"\bUTMALDG\.2D\.MULTICAST\b", text)) == pairs, kernel
-        assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == 2 * pairs, kernel  # the beginning, the end
+        assert text.count("UCGABAR_ARV") == text.count("UCGABAR_WAIT") == 2 * pairs, kernel  # at both ends
 
 
 @pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump: install the CUDA toolkit or Triton")
 @pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
-def test_producers_keep_to_the_registers_they_are_left(name: str) -> None:
-    """40 a thread and 232 of the consumers are no more than a multiprocessor has; past setmaxnreg.dec, no path uses
-    another one."""
+def test_a_producer_uses_no_register_that_it_has_given_up(name: str) -> None:
+    """The producer's threads keep 40 registers each and the consumers' take 232, which a multiprocessor has. No path
+    that starts at setmaxnreg.dec uses a register beyond those 40."""
     assert REGISTERS >= 128 * 40 + 256 * 232
     for kernel, body in sass(name).items():
         (start,) = (at for at, instruction in body.items() if "USETMAXREG.DEALLOC" in instruction)
@@ -142,12 +146,14 @@ def test_producers_keep_to_the_registers_they_are_left(name: str) -> None:
 @pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump: install the CUDA toolkit or Triton")
 @pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
 def test_main_loops_keep_the_tensor_cores_busy(name: str) -> None:
-    """A stage of a y or dx tile is four wgmmas in a row and a wait for those of the stage before. Nothing in the loop
-    waits for memory, and nothing but wgmma touches accumulators, or they would be waited for as well."""
+    """A stage of a y or dx tile is four wgmmas in a row, and then a wait for those of the stage before.
+
+    No instruction in the loop waits for memory. Only wgmma touches the accumulators: any other instruction that read or
+    wrote them would have to wait for the wgmmas in flight."""
     for kernel, body in sass(name).items():
         columns, rank = re.search(r"Li(\d+)ELi(\d+)ELi", kernel).groups()
         mma = [at for at, op in body.items() if re.match(rf"HGMMA\.64x{columns}x16\.", op)]
-        loops: dict[int, list[str]] = {}  # the smallest that holds these four
+        loops: dict[int, list[str]] = {}  # the smallest loop around each four wgmmas, by the address of the first
         for end, op in body.items():
             jump = re.search(r"\bBRA (0x[0-9a-f]+)", op)
             start = int(jump[1], 16) if jump else end
@@ -159,7 +165,7 @@ def test_main_loops_keep_the_tensor_cores_busy(name: str) -> None:
         for loop in loops.values():
             text = "\n".join(loop)
             if columns == rank and "FENCE.VIEW.ASYNC" in text:
-                continue  # masks h or da tiles, of as many columns
+                continue  # This loop masks an h or da tile, which has as many columns as a y or dx tile.
             plain += 1
             waits = re.findall(r"WARPGROUP\.\S+(?: gsb0, \w+)?", text)
             assert waits == ["WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR.LE gsb0, 0x1"], kernel
@@ -168,7 +174,8 @@ def test_main_loops_keep_the_tensor_cores_busy(name: str) -> None:
             accumulators = {f"R{first + i}" for i in range(int(columns) // 2)}
             others = "\n".join(op for op in loop if not op.startswith("HGMMA"))
             assert not accumulators & set(re.findall(r"\bR\d+\b", others)), kernel
-        # forward: over K, and over the rank where a stage of it has four steps. backward: with dropout and without
+        # A forward has a loop over K, and one over the rank where a stage of it has four steps. A backward has a loop
+        # with dropout and one without.
         assert plain >= (2 if name.startswith("backward") else 1), kernel
 
 
@@ -181,7 +188,7 @@ LOAD, STORE = "cp.async.bulk.tensor.2d.shared", "cp.async.bulk.tensor.2d.global"
 
 
 class Flow:
-    """The instructions of a PTX kernel that order memory, and which can follow which along its branches."""
+    """A graph of a PTX kernel: its lines, which of them order memory, and which line can follow which."""
 
     def __init__(self, text: str):
         lines = [line.strip() for line in text.splitlines()]
@@ -197,10 +204,12 @@ class Flow:
                 self.before[target].append(i)
 
     def find(self, op: str) -> list[int]:
+        """Return the lines that hold `op`."""
         return [i for i, each in enumerate(self.ops) if each == op]
 
     def nearest(self, start: int, edges: list[list[int]], skip: frozenset[str] = frozenset()) -> dict[str, list[int]]:
-        """What comes first from `start` along every path, but for `skip`."""
+        """Return the instructions that each path along `edges` (`after` or `before`) meets first from `start`, and
+        their lines. Instructions in `skip` do not count."""
         found: dict[str, list[int]] = {}
         seen, todo = set(), list(edges[start])
         while todo:
@@ -216,7 +225,7 @@ class Flow:
         return found
 
     def is_preceded(self, i: int, *ops: set[str]) -> bool:
-        """Whether, walking back from i, every path meets one of ops[0] first, then one of ops[1], and so on."""
+        """Return whether every path back from line i meets one of ops[0] first, then one of ops[1], and so on."""
         for j, wanted in enumerate(ops):
             found = self.nearest(i, self.before)
             if not found or not set(found) <= wanted:
@@ -227,7 +236,7 @@ class Flow:
 
 
 def test_the_mask_kernel_stores_16_bytes_at_a_time() -> None:
-    """It compiles without local memory, and a thread stores a group of eight elements at once."""
+    """A thread stores a group of eight elements at once, and the kernel uses no local memory."""
     target, log = _compiled(("keep_mask", "ptx"))
     assert log == ""
     text = target.read_text()
@@ -237,6 +246,7 @@ def test_the_mask_kernel_stores_16_bytes_at_a_time() -> None:
 
 @functools.cache
 def flows(name: str) -> list[Flow]:
+    """Return the graph of every kernel of a file."""
     kernels = re.split(r"\.entry ", _compiled((name, "ptx"))[0].read_text())[1:]
     assert len(kernels) == COUNT[name]
     return [Flow(kernel) for kernel in kernels]
@@ -244,7 +254,8 @@ def flows(name: str) -> list[Flow]:
 
 @pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
 def test_flags_are_acquired_before_the_loads_behind_them(name: str) -> None:
-    """Flag, then proxy fence, then TMA: what ordinary stores of another block wrote is visible to the async proxy."""
+    """A proxy fence follows the acquire of a flag, before any TMA load. TMA then sees the ordinary stores of another
+    block, which go through another proxy."""
     for flow in flows(name):
         acquires = flow.find("ld.acquire.gpu")
         assert acquires
@@ -254,7 +265,7 @@ def test_flags_are_acquired_before_the_loads_behind_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
 def test_flags_are_released_after_the_stores_before_them(name: str) -> None:
-    """Stores, membar and proxy fence in each thread, barrier, then the release of one thread for all."""
+    """Each thread stores, then runs membar and a proxy fence. After a barrier, one thread releases the flag for all."""
     for flow in flows(name):
         releases = flow.find("red.release.gpu")
         assert len(releases) == 2  # after a narrow tile, and after a conversion
@@ -264,23 +275,24 @@ def test_flags_are_released_after_the_stores_before_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["forward_bf16", "backward_bf16"])
 def test_tickets_go_round_in_order_for_both_blocks_of_a_cluster(name: str) -> None:
-    """Who has read a ticket says so to the other block with release, and who writes the next one there waits for that
-    with acquire, at cluster scope both: the default is the block's. So does who reads what another block sent."""
+    """A thread that has read a ticket arrives at the barrier of block 0 with release. The thread that writes the
+    next ticket waits there with acquire, and so does a thread that reads a ticket sent by another block. All of these
+    are at cluster scope, because the default scope, the block, is too narrow."""
     kernels = re.split(r"\.entry ", _compiled((name, "ptx"))[0].read_text())[1:]
     for kernel in kernels:
         pairs = "ELi2EEEv" in kernel.split("(")[0]
         lines = [line.strip() for line in kernel.splitlines() if re.match(r"\s*(fence|mbarrier|RETRY)", line)]
         arrivals = [i for i, line in enumerate(lines) if line.startswith("mbarrier.arrive.relaxed.cluster")]
-        assert len(arrivals) == 2 * pairs  # of consumers, and of the second producer
+        assert len(arrivals) == 2 * pairs  # one of the consumers, one of the second producer
         assert {lines[i - 1] for i in arrivals} <= {"fence.release.sync_restrict::shared::cta.cluster;"}
         acquires = [line for line in lines if "mbarrier.try_wait.parity.acquire.cluster" in line]
-        assert len(acquires) == 3 * pairs  # of both for a ticket, and of the first producer for its place
+        assert len(acquires) == 3 * pairs  # for a ticket: consumers, second producer; for room: first producer
 
 
-def test_decode_publishes_after_its_stores_and_reads_after_the_flag() -> None:
+def test_decode_publishes_after_its_stores() -> None:
     for flow in flows("decode"):
         releases = flow.find("red.release.gpu")
-        assert len(releases) == 2  # h, and after a conversion
+        assert len(releases) == 2  # after h, and after a conversion
         assert sum(flow.is_preceded(i, {"bar.sync"}, FENCE) for i in releases) == 1
         assert sum(flow.is_preceded(i, {"bar.sync"}, {"fence.proxy.async"}, FENCE) for i in releases) == 1
 
@@ -302,7 +314,7 @@ def test_ordinary_stores_to_shared_memory_are_fenced_before_the_async_proxy_read
 def test_parts_are_counted_after_they_are_stored_and_read_after_they_are_counted(name: str, sums: int) -> None:
     for flow in flows(name):
         counts = [i for i in flow.find("atom.acq_rel.gpu") if flow.is_preceded(i, {"bar.sync"}, FENCE, {"st.global"})]
-        assert len(counts) == sums  # the one left is a block's exit
+        assert len(counts) == sums  # The one that is left counts the blocks that have exited.
         for i in counts:
             barriers = flow.nearest(i, flow.after)
             assert set(barriers) == {"bar.sync"}
@@ -310,8 +322,8 @@ def test_parts_are_counted_after_they_are_stored_and_read_after_they_are_counted
 
 
 @pytest.mark.skipif(cuobjdump() is None, reason="there is no cuobjdump: install the CUDA toolkit or Triton")
-def test_built_extension() -> None:
-    """The module that is imported holds every kernel, of both types, with nothing in local memory."""
+def test_the_built_extension_holds_every_kernel() -> None:
+    """The extension in this tree holds every kernel of both types, and none of them uses local memory."""
     built = sorted((sm90.ROOT / "lora_kernels").glob("_cuda*.so"))
     if not built:
         pytest.skip("lora_kernels._cuda is not built in place")

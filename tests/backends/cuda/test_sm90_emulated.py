@@ -30,7 +30,7 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 
 SINGLE, PAIRS = PLANS[1:]
-"""Tiles of 256 columns. The rule takes 128 where there are few tiles."""
+"""Plans with tiles of 256 columns. `BY_RULE` takes tiles of 128 where there are few."""
 
 
 def results(device: sm90.Device, q: Problem) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
     assert [verdict.fault for verdict in judge(got, q) if verdict.fault] == []
 
 
-@pytest.mark.parametrize("tiling", [BY_RULE, SINGLE, PAIRS])
+@pytest.mark.parametrize("plan", [BY_RULE, SINGLE, PAIRS])
 @pytest.mark.parametrize(
     ("M", "N", "K", "R", "p", "dtype", "adapter_dtype", "sms", "resident"),
     [
@@ -64,20 +64,20 @@ def assert_right(got: dict[str, torch.Tensor], q: Problem) -> None:
         (1100, 72, 136, 160, 0.0, FP16, FP16, 8, 8),
     ],
 )
-def test_results_are_right(M, N, K, R, p, dtype, adapter_dtype, sms, resident, tiling) -> None:
+def test_results_are_right(M, N, K, R, p, dtype, adapter_dtype, sms, resident, plan) -> None:
     q = problem(M, N, K, R, dtype=dtype, adapter_dtype=adapter_dtype, p=p, seed=M)
-    assert_right(results(sm90.Device(M, sms, resident, tiling), q), q)
+    assert_right(results(sm90.Device(M, sms, resident, plan), q), q)
 
 
-@pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
-def test_random_shapes_on_one_stream(tiling: tuple[int, int]) -> None:
-    """Launch after launch over one workspace, as on a stream."""
+@pytest.mark.parametrize("plan", [BY_RULE, PAIRS])
+def test_random_shapes_on_one_stream(plan: Sm90Plan) -> None:
+    """The launches follow each other over one workspace, as on a stream."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    device = sm90.Device(3, 5, 3, tiling)
+    device = sm90.Device(3, 5, 3, plan)
     for seed in range(8):
         adapter_dtype = BF16 if seed % 3 else FP32
         q = problem(
@@ -87,10 +87,10 @@ def test_random_shapes_on_one_stream(tiling: tuple[int, int]) -> None:
         assert_right(results(device, q), q)
 
 
-@pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
-def test_results_do_not_depend_on_timing(tiling: tuple[int, int]) -> None:
+@pytest.mark.parametrize("plan", [BY_RULE, PAIRS])
+def test_results_do_not_depend_on_timing(plan: Sm90Plan) -> None:
     q = problem(1100, 136, 136, 40, dtype=BF16, p=0.2)
-    runs = [results(sm90.Device(seed, 6, resident, tiling), q) for seed, resident in ((1, 1), (2, 3), (3, 6))]
+    runs = [results(sm90.Device(seed, 6, resident, plan), q) for seed, resident in ((1, 1), (2, 3), (3, 6))]
     for run in runs[1:]:
         for name, value in run.items():
             assert torch.equal(value, runs[0][name]), name
@@ -98,16 +98,18 @@ def test_results_do_not_depend_on_timing(tiling: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("R", [5, 24, 40, 200])
 def test_pairs_of_blocks_give_the_bits_of_single_ones(R: int) -> None:
-    """Sums over K and N go in one order, whatever the tiling. Those over M, too: three row blocks are not split."""
+    """Every plan adds over K and N in the same order. The sums over M are the same too, because three row blocks are
+    not split."""
     q = problem(300, 264, 136, R, dtype=BF16, p=0.2, seed=R)
-    single, pairs = (results(sm90.Device(R, 6, 4, tiling), q) for tiling in (SINGLE, PAIRS))
+    single, pairs = (results(sm90.Device(R, 6, 4, plan), q) for plan in (SINGLE, PAIRS))
     for name, value in pairs.items():
         assert torch.equal(value, single[name]), name
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_pairs_of_blocks_in_any_order(seed: int) -> None:
-    """Few stages an item, so that a block often waits for the other; odd numbers of everything, two rank tiles."""
+def test_pairs_of_blocks_are_right_in_any_order(seed: int) -> None:
+    """Items have few stages, so that a block often waits for the other. The number of row blocks is odd. Seeds 0 and 2
+    have two rank tiles."""
     q = problem(270, 136, 264, (130, 17)[seed % 2], dtype=FP16, adapter_dtype=(FP16, FP32)[seed % 2], p=0.1, seed=seed)
     assert_right(results(sm90.Device(seed, 2 + seed, 2 + seed, PAIRS), q), q)
 
@@ -120,8 +122,8 @@ def test_decode_does_not_depend_on_timing() -> None:
     assert torch.equal(runs[0][1], runs[1][1])
 
 
-def test_dropout_is_the_rule() -> None:
-    """With one-hot a, h is c · keep ⊙ x itself, so that every bit of the mask shows."""
+def test_dropout_follows_the_rule_bit_for_bit() -> None:
+    """With a = I and x = 1, h is c times the mask."""
     M, K = 300, 136
     q = problem(M, 8, K, K, dtype=FP16, p=0.37)
     x, a = torch.ones(M, K, dtype=FP16), torch.eye(K, dtype=FP16)
@@ -129,11 +131,11 @@ def test_dropout_is_the_rule() -> None:
     assert torch.equal(h != 0, dropout.keep_mask(q.seed, M, K, q.p))
 
 
-@pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
+@pytest.mark.parametrize("plan", [BY_RULE, PAIRS])
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
-def test_only_the_wanted_gradients_are_computed(needs: tuple[int, int, int], tiling: tuple[int, int]) -> None:
+def test_only_the_wanted_gradients_are_computed(needs: tuple[int, int, int], plan: Sm90Plan) -> None:
     q = problem(150, 72, 136, 12, dtype=BF16, p=0.2)
-    device = sm90.Device(5, tiling=tiling)
+    device = sm90.Device(5, plan=plan)
     _, h = device.forward(q.x, q.w, q.a, q.b, None, q.scale, q.p, q.seed)
     whole = device.backward(q.dy, q.x, q.w, q.a, q.b, h, q.scale, q.p, q.seed)
     part = device.backward(
@@ -151,10 +153,10 @@ def test_h_is_not_stored_unless_asked_for() -> None:
         assert torch.equal(y, sm90.Device().forward(q.x, q.w, q.a, q.b, q.bias, q.scale, 0.0, None)[0])
 
 
-@pytest.mark.parametrize("tiling", [BY_RULE, PAIRS])
-def test_row_strides_do_not_change_the_results(tiling: tuple[int, int]) -> None:
-    """Rows apart, and a and b at odd places or all rows in one: what TMA cannot read of them is converted in the
-    launch."""
+@pytest.mark.parametrize("plan", [BY_RULE, PAIRS])
+def test_row_strides_do_not_change_the_results(plan: Sm90Plan) -> None:
+    """Rows are further apart than their length, and a and b start at odd elements or are one row expanded. The launch
+    converts an a or b that TMA cannot read."""
     q = problem(140, 72, 136, 24, dtype=BF16, p=0.3)
 
     def apart(t: torch.Tensor, by: int, offset: int = 0) -> torch.Tensor:
@@ -163,17 +165,17 @@ def test_row_strides_do_not_change_the_results(tiling: tuple[int, int]) -> None:
         return wide[:, offset : offset + t.shape[1]]
 
     moved = replace(q, x=apart(q.x, 8), w=apart(q.w, 24), dy=apart(q.dy, 16), a=apart(q.a, 3, 1), b=apart(q.b, 5, 2))
-    whole = results(sm90.Device(2, tiling=tiling), q)
-    for name, value in results(sm90.Device(9, tiling=tiling), moved).items():
+    whole = results(sm90.Device(2, plan=plan), q)
+    for name, value in results(sm90.Device(9, plan=plan), moved).items():
         assert torch.equal(value, whole[name]), name
     one = replace(q, a=q.a[:1].expand_as(q.a), b=q.b[:1].expand_as(q.b))
-    copied = results(sm90.Device(3, tiling=tiling), replace(one, a=one.a.contiguous(), b=one.b.contiguous()))
-    for name, value in results(sm90.Device(4, tiling=tiling), one).items():
+    copied = results(sm90.Device(3, plan=plan), replace(one, a=one.a.contiguous(), b=one.b.contiguous()))
+    for name, value in results(sm90.Device(4, plan=plan), one).items():
         assert torch.equal(value, copied[name]), name
 
 
-def test_infinite_rows_stay_alone() -> None:
-    """A row of x that is not finite spoils no other row, and the padding of the rank adds no NaN to it."""
+def test_a_row_that_is_not_finite_changes_no_other_row() -> None:
+    """A row of x that is not finite changes no other row, and the padding of the rank adds no NaN to the row itself."""
     q = problem(130, 72, 136, 5, dtype=BF16)
     x = q.x.clone()
     x[7, 3], x[129] = float("inf"), float("nan")
@@ -194,7 +196,7 @@ def test_infinite_rows_stay_alone() -> None:
         *({"columns": 64, "cluster": 1}, {"columns": 128, "cluster": 2}, {"columns": 256}, {"cluster": 2}),
     ],
 )
-def test_operands_against_the_rules_are_refused(wrong: dict[str, int | None]) -> None:
+def test_operands_that_break_the_rules_are_refused(wrong: dict[str, int | None]) -> None:
     q = problem(16, 72, 72, 8, dtype=BF16)
     args = sm90.ForwardArgs()
     sm90.Device()._operands(args, 16, q.x, q.w, q.a, q.b, 1.0, 0.0, None)
@@ -211,10 +213,10 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> sm90.Extension:
     return sm90.serve_cpu(monkeypatch)
 
 
-@pytest.mark.parametrize("tiling", PLANS)
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.usefixtures("extension")
-def test_a_tiling_can_be_asked_for(tiling: Sm90Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reaches the kernels, and they fill the tensors that they are given."""
+def test_every_plan_can_be_asked_for(plan: Sm90Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan reaches the kernels, and they fill the tensors that they are given."""
     asked = []
 
     def operands(*args: object) -> dict[str, object]:
@@ -226,10 +228,10 @@ def test_a_tiling_can_be_asked_for(tiling: Sm90Plan, monkeypatch: pytest.MonkeyP
     q = problem(20, 72, 136, 12, dtype=BF16)
     y, h, dx, da, db = (torch.full_like(t, float("nan")) for t in (q.dy, q.x[:, :12], q.x, q.a, q.b))
     base, adapter = Base(q.w, q.bias), Adapter(q.a, q.b, q.scale)
-    launch.launch_forward(tiling, q.x, base, adapter, y, h)
-    launch.launch_backward(tiling, q.dy, q.x, base, adapter, h, launch.Gradients(dx, da, db))
+    launch.launch_forward(plan, q.x, base, adapter, y, h)
+    launch.launch_backward(plan, q.dy, q.x, base, adapter, h, launch.Gradients(dx, da, db))
     assert_right({"y": y, "dx": dx, "da": da, "db": db}, q)
-    assert [(each["columns"], each["cluster"]) for each in asked] == [tiling, tiling]
+    assert [(each["columns"], each["cluster"]) for each in asked] == [plan, plan]
 
 
 @pytest.mark.parametrize("strided", [False, True])

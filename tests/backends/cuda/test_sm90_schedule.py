@@ -24,13 +24,14 @@ def library() -> ctypes.CDLL:
 
 
 def check(name: str, *args: int) -> None:
+    """Call the check of this name in layout.cpp or schedule.cpp, and assert that it finds no fault."""
     function = getattr(library(), f"check_{name}")
     function.restype = ctypes.c_char_p
     assert function(*args) == b"", f"{name}{args}: {function(*args).decode()}"
 
 
 def problems() -> list[tuple[int, int, int, int]]:
-    """(M, N, K, R): real layers, and all that is odd."""
+    """Return (M, N, K, R) of real layers, of edge cases, and of random layers."""
     generator = random.Random(0)
     draw = generator.randint
     odd = [(draw(1, 3000), 8 * draw(1, 200), 8 * draw(1, 200), draw(1, 256)) for _ in range(60)]
@@ -52,7 +53,7 @@ def test_memory_bound_items_lie_among_the_others(cluster: int) -> None:
 
 @pytest.mark.parametrize("cluster", [1, 2])
 def test_tiles_at_work_share_what_they_read(cluster: int) -> None:
-    """132 tiles of 128 by 256, as square a region as 16 rows of tiles allow."""
+    """132 tiles of 128 by 256 form a region that is as nearly square as 16 rows of tiles allow."""
     assert library().rows_at_work(64, 56, 256, 132, cluster) <= 16 * 128 + 9 * 256
     assert library().rows_at_work(6, 56, 256, 132, cluster) <= 6 * 128 + 22 * 256
 
@@ -70,11 +71,11 @@ def test_counters_do_not_overlap() -> None:
         (8300, 4096, 132, (256, 2)),  # 65 row blocks
         (512, 1024, 132, (128, 1)),  # too few tiles of 256 columns
         (128, 132 * 256, 132, (256, 1)),  # one row block
-        (384, 44 * 256, 132, (256, 1)),  # three: pairs would take two rounds, single blocks take one
-        (256, 256, 1, (256, 1)),  # no two multiprocessors
+        (384, 44 * 256, 132, (256, 1)),  # three row blocks: pairs would take two rounds, single blocks take one
+        (256, 256, 1, (256, 1)),  # one multiprocessor cannot run a pair
     ],
 )
-def test_tiling(M: int, columns: int, sms: int, chosen: tuple[int, int]) -> None:
+def test_the_rule_chooses_columns_and_cluster(M: int, columns: int, sms: int, chosen: tuple[int, int]) -> None:
     assert divmod(library().tiling_of(M, columns, sms), 10) == chosen
 
 
@@ -85,7 +86,7 @@ def test_splits_cover_the_contraction() -> None:
     check("splits", 33_554_432, 264)  # M = 2³¹
 
 
-def test_gradients_are_split_no_finer_than_there_are_blocks() -> None:
+def test_gradients_are_split_into_parts_of_at_least_eight_blocks_of_rows() -> None:
     rows = (1, 64, 65, 1023, 1024, 8192, 2**31 - 1)
     for tiles, M, sms in itertools.product((1, 2, 8, 32, 112, 1000), rows, (1, 78, 132)):
         splits = library().gradient_splits_of(tiles, M, sms)
@@ -94,7 +95,7 @@ def test_gradients_are_split_no_finer_than_there_are_blocks() -> None:
         check("splits", blocks, splits)
 
 
-def test_decode_splits() -> None:
+def test_decode_splits_k_into_at_most_32_parts() -> None:
     for tiles, blocks, sms in itertools.product((1, 2, 33, 113, 200, 1001), (1, 2, 3, 16, 64, 224), (1, 78, 132)):
         splits = library().decode_splits_of(tiles, blocks, sms)
         assert 1 <= splits <= min(32, blocks)
@@ -102,7 +103,7 @@ def test_decode_splits() -> None:
 
 
 @pytest.mark.parametrize(("prep", "a_tiles", "w_tiles", "splits"), [(0, 1, 32, 4), (9, 2, 7, 1), (1, 1, 1, 32)])
-def test_decode_items(prep: int, a_tiles: int, w_tiles: int, splits: int) -> None:
+def test_decode_gives_every_item_one_ticket(prep: int, a_tiles: int, w_tiles: int, splits: int) -> None:
     check("decode", prep, a_tiles, w_tiles, splits)
 
 
@@ -114,32 +115,32 @@ def test_partial_sums_have_their_own_places(tiles: int, splits: int, registers: 
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize(("grid", "resident"), [(1, 1), (132, 1), (132, 7), (132, 132), (3, 2)])
 @pytest.mark.parametrize("needs", [DX, DA, DX | DA | DB, DB])
-def test_progress_whatever_is_resident(grid: int, resident: int, needs: int, cluster: int) -> None:
-    """Clusters in random order over one workspace, three launches in a row."""
+def test_launches_end_however_few_blocks_are_resident(grid: int, resident: int, needs: int, cluster: int) -> None:
+    """Clusters run in random order, and three launches follow each other over one workspace."""
     for seed, (M, N, K, R) in enumerate([(8192, 1024, 1024, 16), (700, 264, 520, 200), (64, 8, 8, 1)]):
         check("progress", M, N, K, R, grid, 5 * (seed % 2), needs, cluster, grid, resident, 3, seed)
 
 
 @pytest.mark.parametrize("N", [8, 16, 32, 64, 128, 256])
-def test_fragments(N: int) -> None:
+def test_each_element_of_a_tile_is_in_one_accumulator(N: int) -> None:
     check("fragments", N)
 
 
 @pytest.mark.parametrize("N", [128, 256])
-def test_dropout_bits_of_accumulators(N: int) -> None:
+def test_each_accumulator_gets_the_mask_bit_of_its_element(N: int) -> None:
     check("keep_bits", N)
 
 
-def test_dropout_chunks_of_a_box() -> None:
+def test_masking_a_box_visits_every_chunk_once() -> None:
     check("chunks")
 
 
-def test_stmatrix_meets_the_swizzle_of_the_store() -> None:
+def test_stmatrix_writes_elements_where_the_tma_store_reads_them() -> None:
     check("stmatrix")
 
 
 @pytest.mark.parametrize("step", range(4))
-def test_descriptors_meet_the_swizzle_of_the_load(step: int) -> None:
+def test_descriptors_find_elements_where_the_tma_load_puts_them(step: int) -> None:
     for base in (0, 1024, 0x38000):
         for extent in (8, 16, 32, 64, 128, 256):
             check("descriptor", 128, 0, extent, step, base)
@@ -149,10 +150,10 @@ def test_descriptors_meet_the_swizzle_of_the_load(step: int) -> None:
         check("descriptor", 32, 1, 16, step, base)
 
 
-def test_expected_bytes() -> None:
+def test_a_stage_expects_the_bytes_of_its_boxes() -> None:
     check("bytes")
 
 
-def test_conversion_chunks() -> None:
+def test_conversion_chunks_cover_the_matrix() -> None:
     for rows, pitch in ((1, 8), (16, 4096), (4096, 16), (14336, 256), (1000, 24), (2**24, 256)):
         check("prep", rows, pitch)

@@ -41,14 +41,16 @@ class Entry(NamedTuple):
 def _entries() -> Iterator[Entry]:
     for (arch, itemsize), table in tiles.TABLES.items():
         for kind in table:
-            # An entry with a twin for dropout, or of a kind that is never chosen with it, is compiled without.
+            # An entry is compiled without dropout if its table has another entry for dropout, or if its kind is never
+            # chosen with dropout.
             p = 0.0 if f"{kind}_dropout" in table or kind.startswith("redundant") else 0.1
             if itemsize == 2:
-                # The two types share tiles but not instructions; bf16 has the adapters that take more registers.
+                # The two types share tiles but not instructions. bf16 is compiled with fp32 adapters, which take more
+                # registers.
                 yield Entry(arch, kind, torch.bfloat16, torch.float32, p)
                 yield Entry(arch, kind, torch.float16, torch.float16, p)
             else:
-                # "high" is for tensor cores, "highest" for the ordinary ones (or AMD's matrix cores, in full fp32).
+                # "high" uses tensor cores. "highest" uses the ordinary cores, or AMD's matrix cores in full fp32.
                 for precision in ("highest", "high"):
                     yield Entry(arch, kind, torch.float32, torch.float32, p, precision)
 
@@ -149,7 +151,7 @@ SMALLEST = [
 
 @pytest.mark.parametrize("number", SMALLEST, ids=lambda number: str(ENTRIES[number]))
 def test_a_barrier_taken_out_of_a_kernel_is_reported(number: int, compiled: Reports) -> None:
-    """The smallest kernel that publishes passes as compiled, and fails without what orders its stores."""
+    """The smallest kernel that publishes passes as compiled, and fails without the barrier that orders its stores."""
     arch, text = ENTRIES[number].arch, compiled[number].assembly
     check, order, release = {
         "sm_80": (assembly.check_publication, ("bar.sync",), ".acq_rel."),

@@ -70,7 +70,7 @@ def results(q: judging.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
 SHAPES = [*judging.SHAPES[:-1], (97, 95, 93, 16)]
 """The last shape is just large enough for statistics, with dropout too: the interpreter is slow."""
 VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3]))
-"""The dtypes and dropout that the shapes take turns with: together they cover all."""
+"""(dtypes, p). Each shape is tested with some of them. Over all shapes, every one occurs."""
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -171,7 +171,8 @@ VARIETY = list(itertools.product(judging.DTYPES, [0.0, 0.3]))
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("number, kind", list(enumerate(KINDS)))
 def test_results_are_right_for_every_format(number: int, kind: str, way: str, poison: None) -> None:
-    """Each format has two of the shapes and two combinations of dtypes and dropout; together they cover all."""
+    """Each format is tested with two shapes and two combinations of dtypes and dropout. Over all formats, every one
+    occurs."""
     for turn in (2 * number, 2 * number + 1):
         (dtype, adapter_dtype), p = VARIETY[(3 * turn + list(WAYS).index(way)) % len(VARIETY)]
         shape, bias = SHAPES[turn % len(SHAPES)], turn % 3 > 0

@@ -1,4 +1,4 @@
-"""Follows every path through a kernel's assembly and checks the order of its stores, releases, acquires and loads."""
+"""Follow every path through a kernel's assembly and check the order of its stores, releases, acquires and loads."""
 
 from __future__ import annotations
 

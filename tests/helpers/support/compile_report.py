@@ -1,4 +1,4 @@
-"""Compiles a launch ahead of time, for a GPU that need not be there, and reports what the compiler made of it."""
+"""Compile a launch ahead of time, for a GPU that need not be there, and report its resources and instructions."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Report:
     """PTX or AMDGCN."""
 
     def check(self, arch: str) -> None:
-        """Raise AssertionError where the kernel spills registers, asks for more than the architecture has, or is a
-        trap."""
+        """Raise AssertionError where the kernel spills registers, asks for more than the architecture has, or is
+        compiled to nothing but a trap."""
         assert self.spills == 0, f"{self.spills} bytes of registers spilled"
         assert self.shared <= SHARED_MEMORY[arch], f"{self.shared} bytes of shared memory"
         assert self.registers <= (REGISTERS if arch.startswith("sm_") else 512)
@@ -77,7 +77,7 @@ class Report:
 
 
 class Reports:
-    """The reports by an entry's number. Reading one waits until it is there."""
+    """The reports by the number of an entry. Reading one waits until its compilation has ended."""
 
     def __init__(self) -> None:
         self.futures: dict[int, tuple[Future[list[Report]], int]] = {}
@@ -124,7 +124,7 @@ def launch_of(
 def compiled_ahead(
     request: pytest.FixtureRequest, compile: Callable[[int], Report], code_of: Callable[[int], Hashable]
 ) -> Iterator[Reports]:
-    """The body of a fixture: yield the reports on the entries that the selected tests of a module ask for by number.
+    """Yield the reports on the entries that the selected tests of a module ask for by number. A fixture calls this.
 
     Two processes compile them. Entries with the same `code_of` are compiled by one process, one after the other.
     """

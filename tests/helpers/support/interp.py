@@ -1,8 +1,9 @@
-"""Runs ordinary @triton.jit kernels on CPU tensors, in this process: ``with interpret(): kernel[grid](...)``.
+"""Run ordinary @triton.jit kernels on CPU tensors, in this process: ``with interpret(): kernel[grid](...)``.
 
-Triton's own interpreter, without its environment variable (which would keep kernels from being compiled in the same
-process) and with its faults repaired. Unrepaired it multiplies and adds the raw payloads of bfloat16, truncates on
-conversion to bfloat16, and leaves `triton.language` patched after a kernel has called a helper. For Triton 3.6 and 3.7.
+This uses Triton's own interpreter, with two changes. It needs no environment variable, which would keep kernels from
+being compiled in the same process. And it repairs three faults: Triton's interpreter multiplies and adds the raw
+payloads of bfloat16, truncates on conversion to bfloat16, and leaves `triton.language` patched after a kernel has
+called a helper. The repairs are for Triton 3.6 and 3.7.
 
 Programs run one after the other, each to its end, in the order of their number.
 """
@@ -87,7 +88,8 @@ def _create_fp_to_fp(self: Any, handle: Any, dtype: Any, rounding: Any) -> Any:
 
 
 def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
-    """Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses."""
+    """Patch a tensor so that it can be an index: Triton 3.6 calls int() on an array of one element, which NumPy 2.4
+    refuses."""
     _stock_patch_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).squeeze()))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from lora_kernels.backends import cuda, workspace
 from lora_kernels.backends.cuda import launch
 from lora_kernels.core import dropout
+from lora_kernels.plans.sm90 import BY_RULE, Sm90Plan
 
 SM90 = ROOT / "csrc" / "cuda" / "sm90"
 MACHINE = SUPPORT / "sm90_machine"
@@ -122,11 +123,11 @@ def _ptr(t: Tensor | None) -> int | None:
 
 class Device:
     """An emulated GPU with one stream, whose launches share a workspace. `resident` blocks run at a time, but at least
-    one cluster. `tiling` is (columns, cluster) of every call; (0, 0) lets the rule choose."""
+    one cluster. Every call takes `plan`."""
 
-    def __init__(self, seed: int = 0, sms: int = 4, resident: int = 2, tiling: tuple[int, int] = (0, 0)):
+    def __init__(self, seed: int = 0, sms: int = 4, resident: int = 2, plan: Sm90Plan = BY_RULE):
         library().emulator_configure(seed, sms, resident)
-        self.tiling = tiling
+        self.plan = plan
         self.counters = torch.zeros(1024, dtype=torch.int32)
 
     def _operands(self, args: Operands, M: int, x, w, a, b, scale: float, p: float, seed) -> None:
@@ -136,7 +137,7 @@ class Device:
         args.ldx, args.ldw, args.lda, args.ldb = (0 if t is None else t.stride(0) for t in (x, w, a, b))
         args.scale, args.threshold, args.rescale = scale, dropout.threshold(p), dropout.rescale(p)
         args.seed = _ptr(seed)
-        args.columns, args.cluster = self.tiling
+        args.columns, args.cluster = self.plan
 
     def _run(self, direction: str, args: Operands) -> None:
         lib, needed = library(), Workspace()

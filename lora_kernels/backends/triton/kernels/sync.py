@@ -5,8 +5,8 @@
     sync[0]        the next ticket
     sync[1 : ]     flags (how many parts of a row block are published) and counts (how many parts of a sum have arrived)
 
-Work is claimed in the order of the tickets and an item waits only for items with lower tickets, which some running
-program has claimed: whatever is resident, and however few, the launch ends.
+Work is claimed in the order of the tickets. An item waits only for items with lower tickets, which some running program
+has claimed. So a launch ends however few programs are resident.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

@@ -1,4 +1,5 @@
-// Exhaustive checks of csrc/cuda/sm90/layout.h, compiled by a host compiler. Each returns "" or what is wrong.
+// Exhaustive checks of csrc/cuda/sm90/layout.h, compiled by a host compiler. Each returns "" or a text that names
+// the fault.
 #include <set>
 #include <string>
 #include <utility>
@@ -11,7 +12,7 @@ using namespace lk::sm90;
 
 extern "C" {
 
-// Accumulators: each element of a 64 x N tile is one register of one thread.
+// Each element of a 64 x N tile is held in exactly one accumulator register of one thread.
 const char* check_fragments(int N) {
   std::vector<int> seen(64 * N);
   for (int thread = 0; thread < 128; ++thread)
@@ -21,13 +22,13 @@ const char* check_fragments(int N) {
   return say("");
 }
 
-// The bit of the mask for each accumulator is drawn from its own row, column group and lane: what keep_part of
-// backward.cuh does, with the four lanes of every quad side by side.
+// The mask bit of each accumulator is drawn from the row, the group of eight columns and the word that belong to the
+// accumulator's element. The check repeats keep_part of backward.cuh for the four lanes of a quad at once.
 const char* check_keep_bits(int N) {
   for (int thread = 0; thread < 128; thread += 4)
     for (int w = 0; w < N / 64; ++w)
       for (int part = 0; part < 4; ++part) {
-        uint32_t word[4][4];  // of the four lanes: which (lane, word) it is
+        uint32_t word[4][4];  // by lane and word: a number that tells which lane drew it, and as which word
         for (uint32_t q = 0; q < 4; ++q)
           for (uint32_t v = 0; v < 4; ++v) word[q][v] = q * 16 + v;
         for (int bit = 1; bit <= 2; bit *= 2)
@@ -56,7 +57,7 @@ const char* check_keep_bits(int N) {
   return say("");
 }
 
-// Masking a 64 x 64 box: every 16-byte chunk once, at an address of its own inside the box.
+// The threads that mask a 64 x 64 box visit every 16-byte chunk once, each at an address of its own inside the box.
 const char* check_chunks() {
   std::set<uint32_t> addresses;
   std::set<std::pair<int, int>> chunks;
@@ -71,7 +72,7 @@ const char* check_chunks() {
   return say("");
 }
 
-// stmatrix writes each accumulator of 64 columns where the swizzled box has it.
+// stmatrix writes each accumulator of 64 columns to the place that its element has in the swizzled box.
 const char* check_stmatrix() {
   for (int thread = 0; thread < 128; ++thread)
     for (int pair = 0; pair < 4; ++pair)
@@ -80,14 +81,14 @@ const char* check_stmatrix() {
           const int reg = pair * 8 + (matrix / 2) * 4 + (matrix % 2) * 2 + e, lane = thread % 32;
           const uint32_t to = stmatrix_offset(thread / 32, 8 * matrix + lane / 4, pair) + lane % 4 * 4 + e * 2;
           if (to != swizzled(fragment_row(thread, reg), fragment_col(thread, reg) * 2, 128))
-            return say("an accumulator goes astray");
+            return say("an accumulator is stored in the wrong place");
         }
   return say("");
 }
 
-// A descriptor, read as the PTX ISA's canonical layout, finds each element where TMA's swizzle has put it. Box of 64
-// rows of `width` bytes; mn_major: rows are the contraction, and `columns` the operand's other extent; else rows are
-// the other index.
+// A wgmma descriptor, read by the canonical layout of the PTX ISA, finds each element where TMA's swizzle has put it.
+// A box has 64 rows of `width` bytes. With mn_major its rows are the contraction index, else they are the other index.
+// `extent` is the size of the operand's other index, and `step` counts 16 of the contraction.
 const char* check_descriptor(int width, int mn_major, int extent, int step, uint32_t base) {
   const uint64_t d = mn_major ? (width == 128  ? MnMajor<128>::at(base)
                                  : width == 64 ? MnMajor<64>::at(base)
@@ -107,7 +108,8 @@ const char* check_descriptor(int width, int mn_major, int extent, int step, uint
                                                 : mn % 8 * width + mn / 8 * stride + k * 2);
       const uint32_t read = linear ^ ((linear >> 3) & (width - 16));
       const int contraction = step * 16 + k;
-      // MN-major: box mn / span, row `contraction`, byte (mn % span) * 2. K-major: row mn, byte contraction * 2.
+      // MN-major: the element is in box mn / span, row `contraction`, at byte (mn % span) * 2. K-major: it is in row
+      // mn, at byte contraction * 2.
       const uint32_t written = mn_major ? base + mn / span * 64 * width + swizzled(contraction, mn % span * 2, width)
                                         : base + swizzled(mn, contraction * 2, width);
       if (read != written) return say("a descriptor misses an element");
@@ -115,7 +117,7 @@ const char* check_descriptor(int width, int mn_major, int extent, int step, uint
   return say("");
 }
 
-// The bytes that a stage is told to expect are those of its boxes.
+// The bytes that the barrier of a stage expects are the bytes of the boxes that are loaded into it.
 const char* check_bytes() {
   const int box = 64 * 64 * 2;
 #define CHECK(BN, RP)                                                                                                  \
@@ -131,7 +133,7 @@ const char* check_bytes() {
       return say("");
 }
 
-// Conversion chunks cover a matrix.
+// The chunks of a conversion cover its matrix, and the last one begins inside it.
 const char* check_prep(int rows, int pitch) {
   const int64_t total = static_cast<int64_t>(rows) * pitch,
                 covered = static_cast<int64_t>(prep_chunks(rows, pitch)) * kPrepChunk;

@@ -34,7 +34,7 @@ namespace emu {
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 
-// What cuTensorMapEncodeTiled is told, in the map's own 128 bytes.
+// The arguments of cuTensorMapEncodeTiled, kept in the 128 bytes of the map.
 struct TensorMap {
   const char* base;
   uint64_t columns, rows, stride;
@@ -63,13 +63,13 @@ struct Cluster {
   Meeting meeting;
 };
 struct Fiber {
-  ucontext_t context;  // where it starts
-  jmp_buf place;       // where it goes on: unlike swapcontext, this makes no system call
+  ucontext_t context;  // the start of the fiber
+  jmp_buf place;       // where the fiber continues: unlike swapcontext, longjmp makes no system call
   bool started = false;
   std::unique_ptr<char[]> stack;
   Block* block;
   dim3 thread, index;
-  std::function<bool()> ready;  // what it waits for; empty: runnable
+  std::function<bool()> ready;  // tells whether its wait is over; empty if it can run
   std::string waits;            // in words
   bool done = false;
   std::string error;
@@ -77,22 +77,21 @@ struct Fiber {
   std::deque<std::vector<std::function<void()>>> mma;  // groups
   std::vector<std::function<void()>> open_store;
   std::deque<std::vector<std::function<void()>>> stores;
-  std::vector<uint32_t> dirty;  // words of shared memory stored, not yet fenced
+  std::vector<uint32_t> dirty;  // words of shared memory that it stored and has not fenced yet
 };
 
 struct Block {
   std::vector<uint8_t> shared;
-  std::vector<uint16_t> unfenced;  // by word of 4 bytes: ordinary stores that no
-                                   // proxy fence has followed
+  std::vector<uint16_t> unfenced;  // per 4-byte word: ordinary stores that no proxy fence has followed
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Meeting> meetings;
   std::map<int, std::vector<uint32_t>> exchange;  // by warp
   std::list<std::function<void()>> arriving;      // TMA loads, stores from other blocks
   std::vector<std::unique_ptr<Fiber>> fibers;
   Cluster* cluster = nullptr;
-  unsigned rank = 0;  // in its cluster
+  unsigned rank = 0;  // of the block in its cluster
   int running = 0;
-  int late = 0;  // how long until its threads begin
+  int late = 0;  // steps until its threads begin
   unsigned slow = 0,
            slow_for = 0;  // a thread that hardly moves, if any, and for how long
 };
@@ -143,7 +142,8 @@ inline int warp_id() { return machine.current->thread.x / 32; }
 inline int lane_id() { return machine.current->thread.x % 32; }
 inline void meet_warp() { meet(100 + warp_id(), 32); }
 
-// ---- addresses of the shared memory of a cluster: the block's rank and one, then the address there
+// ---- addresses in the shared memory of a cluster. The high 8 bits are the rank of the block plus one, the others are the
+// address in that block.
 constexpr uint32_t kOffset = (1 << 24) - 1;
 inline Block& block_at(Cluster& cluster, unsigned rank) {
   if (rank >= cluster.blocks.size()) fail("shared memory of a block that the cluster does not have");
@@ -186,7 +186,7 @@ inline void perform(Block& block, const Load& load) {
   if (load.to % 1024) fail("a TMA box that starts inside a swizzle pattern");
   if (load.to + map.box_rows * map.width > block.shared.size()) fail("a TMA box beyond shared memory");
   for (uint32_t r = 0; r < map.box_rows; ++r)
-    for (uint32_t c = 0; c < map.box_columns; c += 8) {  // 16 bytes, which the swizzle leaves together
+    for (uint32_t c = 0; c < map.box_columns; c += 8) {  // the swizzle keeps 16 bytes together
       const uint64_t row = load.row + r, column = load.column + c;
       const uint64_t inside = row < map.rows && column < map.columns ? std::min<uint64_t>(map.columns - column, 8) : 0;
       uint8_t* const to = &block.shared[swizzle(load.to + r * map.width + c * 2, map.width)];
@@ -254,7 +254,7 @@ inline std::unique_ptr<Block> start_block(Cluster& cluster, unsigned index, int 
   return block;
 }
 
-// How many threads of a block wait for what.
+// Returns, in words, what the threads of a block wait for and how many wait for each.
 inline std::string state(const Block& block) {
   std::map<std::string, int> waits;
   for (auto& fiber : block.fibers)
@@ -264,7 +264,7 @@ inline std::string state(const Block& block) {
   return text + " ";
 }
 
-// A while of a block's life. Whether anything happened or may yet happen of itself.
+// Runs a block for a while. Returns whether anything happened, or may still happen without another block.
 inline bool advance(Block& block) {
   bool progress = false;
   for (auto arrival = block.arriving.begin(); arrival != block.arriving.end();)
@@ -290,7 +290,7 @@ inline bool advance(Block& block) {
     Fiber& fiber = *block.fibers[thread];
     if (fiber.done || (fiber.ready && !fiber.ready())) continue;
     progress = true;
-    if (thread == block.slow ? !machine.coin(20) : machine.coin(8)) continue;  // not yet
+    if (thread == block.slow ? !machine.coin(20) : machine.coin(8)) continue;  // this thread does not run in this turn
     fiber.ready = nullptr;
     resume(fiber);
     if (!fiber.error.empty()) fail(fiber.error);

@@ -175,8 +175,8 @@ inline int load_shared_int(uint32_t address) {
   return v;
 }
 inline void store_shared_int(uint32_t address, int v) { std::memcpy(shared_bytes(address, 4), &v, 4); }
-// Matrix i of four: its row r goes to where lane 8 i + r points; lane l holds elements 2 (l % 4) and the next of row l
-// / 4.
+// Row r of matrix i, of four, goes to the address that lane 8 i + r gives. Lane l holds two elements of row l / 4: number
+// 2 (l % 4) and the next.
 inline void store_matrices(uint32_t address, const uint32_t (&v)[4]) {
   auto& words = emu::block().exchange[emu::warp_id()];
   words.resize(32 * 6);

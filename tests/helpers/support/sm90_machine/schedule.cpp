@@ -1,4 +1,5 @@
-// Exhaustive checks of csrc/cuda/sm90/schedule.h, compiled by a host compiler. Each returns "" or what is wrong.
+// Exhaustive checks of csrc/cuda/sm90/schedule.h, compiled by a host compiler. Each returns "" or a text that names
+// the fault. `needs` is a sum of 1 for dx, 2 for da and 4 for db.
 #include <algorithm>
 #include <random>
 #include <set>
@@ -13,7 +14,7 @@ using namespace lk::sm90;
 
 namespace {
 
-// The plan that launch.cu makes of these sizes, without the pointers.
+// Returns the plan that launch.cu makes for a backward of these sizes.
 Plan backward_plan(int M, int N, int K, int R, int sms, int prep, int needs, int cluster) {
   Plan plan;
   plan.cluster = cluster;
@@ -36,7 +37,7 @@ Plan backward_plan(int M, int N, int K, int R, int sms, int prep, int needs, int
   return plan;
 }
 
-// Row blocks of h or g that an item waits for: [first, last).
+// Returns the row blocks of h or g that an item waits for, as [first, last).
 std::pair<int, int> waits(const Plan& plan, const Item& item, int M) {
   if (item.kind == Kind::kOut) return {item.m, item.m + 1};
   if (item.kind != Kind::kDa) return {0, 0};
@@ -49,8 +50,9 @@ std::pair<int, int> waits(const Plan& plan, const Item& item, int M) {
 
 extern "C" {
 
-// Every tile of every kind is one item; all that an item waits for has lower tickets; the row blocks that a da item
-// waits for are those whose rows it reads; the blocks of a cluster have the same second operand in as many stages.
+// Every tile of every kind is exactly one item. Everything that an item waits for has lower tickets. A da item waits
+// for the row blocks whose rows it reads. The two items of a cluster's ticket read the same second operand in the same
+// number of stages.
 const char* check_items(int M, int N, int K, int R, int sms, int prep, int needs, int cluster) {
   const Plan plan = backward_plan(M, N, K, R, sms, prep, needs, cluster);
   std::set<std::tuple<Kind, int, int, int>> seen;
@@ -104,8 +106,9 @@ const char* check_items(int M, int N, int K, int R, int sms, int prep, int needs
   return say("");
 }
 
-// Memory-bound items lie among the dx tiles: from the first dx tile to the last, never more of them in a row than it
-// takes, and of all of them a quarter after that. db tiles come before da tiles, which wait for g.
+// db and da tiles, which are memory-bound, lie among the dx tiles. Between two dx tiles there are never more of them in
+// a row than an even spread needs. A quarter of them follows the last dx tile. db tiles come before da tiles, which
+// wait for g.
 const char* check_mix(int M, int N, int K, int R, int sms, int cluster) {
   const Plan plan = backward_plan(M, N, K, R, sms, 0, 7, cluster);
   const int side = plan.db() + plan.da(), most = ceil_div(side, plan.out());
@@ -122,7 +125,7 @@ const char* check_mix(int M, int N, int K, int R, int sms, int cluster) {
   return say(after < side / 4 || after > side / 4 + most ? "not a quarter at the end" : "");
 }
 
-// Rows of x and w that the first y tiles of a launch read between them, one tile for each of `sms` blocks.
+// Returns how many different rows of x and w the first `sms` y tiles of a launch read, one tile for each block.
 int rows_at_work(int tiles_m, int tiles_n, int columns, int sms, int cluster) {
   Plan plan;
   plan.cluster = cluster;
@@ -137,7 +140,7 @@ int rows_at_work(int tiles_m, int tiles_n, int columns, int sms, int cluster) {
   return static_cast<int>(m.size()) * kTileM + static_cast<int>(n.size()) * columns;
 }
 
-// The counters of a plan are different ints, inside what the plan asks for.
+// No two counters of a plan share an int, and all of them lie within the number of counters that the plan asks for.
 const char* check_counters(int M, int N, int K, int R, int sms, int cluster) {
   const Plan plan = backward_plan(M, N, K, R, sms, 3, 7, cluster);
   std::set<int> used = {kTicket, kExited, kPrepDone};
@@ -152,7 +155,7 @@ const char* check_counters(int M, int N, int K, int R, int sms, int cluster) {
   return say("");
 }
 
-// The parts of `blocks` blocks follow each other, cover all, and none is empty.
+// The parts into which `blocks` blocks are split follow each other and cover all blocks, and no part is empty.
 const char* check_splits(int blocks, int splits) {
   if (split_begin(blocks, splits, 0) != 0 || split_begin(blocks, splits, splits) != blocks)
     return say("not all is covered");
@@ -160,7 +163,8 @@ const char* check_splits(int blocks, int splits) {
     if (split_begin(blocks, splits, s) >= split_begin(blocks, splits, s + 1)) return say("an empty part");
   return say("");
 }
-// columns * 10 + cluster
+
+// Returns 10 * columns + cluster of the tiling that the rule chooses, or 0 if no kernel is compiled for it.
 int tiling_of(int M, int columns, int sms) {
   const Tiling t = tiling(M, columns, sms);
   return is_compiled(t) ? t.columns * 10 + t.cluster : 0;
@@ -168,7 +172,8 @@ int tiling_of(int M, int columns, int sms) {
 int gradient_splits_of(int tiles, int M, int sms) { return gradient_splits(tiles, M, sms); }
 int decode_splits_of(int tiles, int blocks, int sms) { return decode_splits(tiles, blocks, sms); }
 
-// Partial sums: every (tile, split, register, thread) has a float of its own in the space that launch.cu takes.
+// Every (tile, split, register, thread) has a float of its own in the scratch that launch.cu takes for partial sums,
+// and no float is left over.
 const char* check_partials(int tiles, int splits, int registers) {
   std::vector<bool> used(partial_index(splits, tiles, 0, registers, 0, 0));
   for (int tile = 0; tile < tiles; ++tile)
@@ -185,7 +190,7 @@ const char* check_partials(int tiles, int splits, int registers) {
   return say("");
 }
 
-// Items of a decode launch: prep first, then every split of every tile, those of a before those of w.
+// The items of a decode launch are the conversions first, then every split of every tile of a, then those of w.
 const char* check_decode(int prep, int a_tiles, int w_tiles, int splits) {
   DecodePlan plan;
   plan.prep = prep;
@@ -215,10 +220,13 @@ const char* check_decode(int prep, int a_tiles, int w_tiles, int splits) {
   return say("");
 }
 
-// Clusters claim tickets in random order, `resident` of them at a time out of `grid`, one ahead of what they work on (as
-// the producer does). Each block works through its items in order. It stays on an item until what the item waits for is
-// published, and what the items of the other blocks wait for, too: half of every stage comes from them, and they must
-// have begun it. All must end, and the counters must come back to zero, launch after launch.
+// Simulates launches of `grid` clusters, of which `resident` run at a time, and reports a deadlock.
+//
+// Clusters claim tickets in random order. Like the producer, a cluster claims one ticket ahead of its work. Each block
+// works through its items in order. A block ends an item only after everything that the item waits for is published,
+// and everything that the other block's item of the same ticket waits for: half of every stage comes from the other
+// block, which must have begun that item. Every item must be done exactly once, and every launch must leave the
+// counters at zero.
 const char* check_progress(int M, int N, int K, int R, int sms, int prep, int needs, int cluster, int grid,
                            int resident, int launches, unsigned seed) {
   const Plan plan = backward_plan(M, N, K, R, sms, prep, needs, cluster);
@@ -226,7 +234,7 @@ const char* check_progress(int M, int N, int K, int R, int sms, int prep, int ne
   std::vector<int> counter(counters(plan));
   struct Running {
     std::vector<int> claimed;
-    std::vector<size_t> done;  // by block: how many of them
+    std::vector<size_t> done;  // how many of the claimed tickets each block has finished
     bool last = false;
   };
   const auto published = [&](const Item& item) {

@@ -1,5 +1,5 @@
-// csrc/cuda/sm90/wgmma.cuh on the emulated GPU of machine.h. Operands are read as the canonical layouts of the PTX ISA
-// say, from the descriptor's fields alone.
+// csrc/cuda/sm90/wgmma.cuh on the emulated GPU of machine.h. Operands are read by the canonical layouts of the PTX ISA,
+// from nothing but the descriptor's fields.
 #pragma once
 
 #define LK_SM90_WGMMA
@@ -28,10 +28,10 @@ struct Descriptor {
   }
 };
 
-// MN neighbours, of an even first one, over the 16 of the contraction.
+// Reads MN neighbouring rows or columns of an operand, the first of which is even, over 16 of the contraction.
 template <class T, bool MN_MAJOR, int MN>
 void read_operand(emu::Block& block, const Descriptor& d, int mn, float (&to)[MN][16]) {
-  constexpr int kTogether = MN_MAJOR ? MN : 8;  // so many lie in one piece that the swizzle does not cut
+  constexpr int kTogether = MN_MAJOR ? MN : 8;  // neighbours in one piece that the swizzle does not cut
   T piece[kTogether];
   for (int m = 0; m < MN; m += MN_MAJOR ? MN : 1)
     for (int k = 0; k < 16; k += MN_MAJOR ? 1 : 8) {
@@ -40,7 +40,7 @@ void read_operand(emu::Block& block, const Descriptor& d, int mn, float (&to)[MN
     }
 }
 
-// .sync.aligned: the threads of a warp go together.
+// The threads of a warp run an instruction with .sync.aligned together.
 inline void wgmma_fence() { emu::meet_warp(); }
 template <int N>
 void wgmma_registers(float (&)[N]) {}
@@ -54,7 +54,7 @@ void wgmma_wait() {
   emu::meet_warp();
   emu::maybe_switch();
   emu::run_groups(emu::machine.current->mma, PENDING);
-  emu::meet_warp();  // of all threads, before any goes on
+  emu::meet_warp();  // all threads must have come before any continues
 }
 
 template <class T, int N>
@@ -77,7 +77,7 @@ struct Wgmma {
             for (int k = 0; k < 16; ++k) to[i + 2 * half + e] += rows[half][0][k] * columns[e][k];
       }
     };
-    // at once, or when it is waited for; never before what was issued earlier
+    // This runs at once, or when it is waited for, but never before work that was issued earlier.
     if (fiber.mma.empty() && fiber.open_mma.empty() && emu::machine.coin(2))
       operation();
     else
