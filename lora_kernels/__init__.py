@@ -70,10 +70,14 @@ _HOMES = {
 }
 """The names that are imported when they are first asked for, by module: they need PEFT or are rarely used."""
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("group", "initialise", "parallel")
+"""The public modules that are imported when they are first asked for, as in `lora_kernels.initialise.pissa`."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `_HOMES` when it is first asked for."""
+    """Import a name of `_HOMES` or a module of `_MODULES` when it is first asked for."""
+    if name in _MODULES:
+        return importlib.import_module(f"lora_kernels.{name}")
     if name in _HOME_OF:
         return getattr(importlib.import_module(f"lora_kernels.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'lora_kernels' has no attribute {name!r}")

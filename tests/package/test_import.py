@@ -39,3 +39,11 @@ def test_import_is_quick_and_does_nothing():
         if float(run.stdout) <= 0.05:
             return
     pytest.fail(f"the import took {float(run.stdout):.3f} s, three times more than 0.05 s")
+
+
+@pytest.mark.parametrize("name", ["group", "initialise", "parallel", "quant"])
+def test_a_public_module_is_an_attribute_of_the_package(name):
+    """``import lora_kernels`` is enough for ``lora_kernels.initialise.pissa``, in a process that imports no more."""
+    script = f"import lora_kernels; print(lora_kernels.{name}.__name__)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == f"lora_kernels.{name}", run.stderr
