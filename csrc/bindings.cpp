@@ -30,8 +30,8 @@ void forward(int threads, py::handle x, py::handle bases, py::handle adapters, p
   std::vector<lk::cpu::Branch> branches;
   for (size_t i = 0; i < adapter_list.size(); ++i) {
     lk::cpu::Branch p = branch(adapter_list[i], K, owners);
-    p.y = output(y_list[i]);
-    p.h = output(h_list[i]);
+    p.y = output_or_none(y_list[i]);
+    p.h = output_or_none(h_list[i]);
     const py::object bias = get(base_list[i], names.bias);
     if (!bias.is_none()) {
       Operand o = input(bias);
@@ -39,6 +39,8 @@ void forward(int threads, py::handle x, py::handle bases, py::handle adapters, p
       owners.push_back(std::move(o.owner));
     }
     if (product_list[i].ptr() == Py_True) {
+      require(x, "x");
+      require(y_list[i], "y");
       const py::object w = get(base_list[i], names.w);
       if (PyObject_TypeCheck(w.ptr(), names.tensor)) {
         Operand o = input(w);
@@ -64,8 +66,10 @@ void backward(int threads, py::handle dys, py::handle x, py::handle adapters, py
   std::vector<lk::cpu::Branch> branches;
   for (size_t i = 0; i < adapter_list.size(); ++i) {
     lk::cpu::Branch p = branch(adapter_list[i], K, owners);
-    p.da = output(da_list[i]);
-    p.db = output(db_list[i]);
+    p.da = output_or_none(da_list[i]);
+    p.db = output_or_none(db_list[i]);
+    if (p.da) require(x, "x");
+    if (p.db) require(h_list[i], "h");
     Operand dy = input(dy_list[i]), h = p.db ? input(h_list[i]) : Operand{};
     p.dy = dy.tile;
     p.h = h.tile;
@@ -75,7 +79,7 @@ void backward(int threads, py::handle dys, py::handle x, py::handle adapters, py
     branches.push_back(std::move(p));
   }
   const Operand rows = need_x ? input(x) : Operand{};
-  const Tile out = output(dx);
+  const Tile out = output_or_none(dx);
   py::gil_scoped_release unlocked;
   lk::cpu::backward(threads, M, K, rows.tile, out, branches);
 }

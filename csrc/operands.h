@@ -26,7 +26,7 @@ struct Names {
   PyTypeObject* tensor;                                    // torch.Tensor
   std::array<PyObject*, 3> dtypes;                         // in the order of DType
   std::array<PyObject*, 4> formats;                        // in the order of Format
-  PyObject *data_ptr, *stride, *contiguous;                // methods of a tensor
+  PyObject *data_ptr, *stride, *contiguous, *numel;        // methods of a tensor
   PyObject *shape, *dtype;                                 // attributes of a tensor
   PyObject *w, *bias;                                      // fields of a Base
   PyObject *a, *b, *scale, *p, *seed;                      // fields of an Adapter
@@ -46,6 +46,7 @@ inline void find_names() {
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
   names.formats = {name("nf4"), name("fp4"), name("int8"), name("fp8")};
   names.data_ptr = name("data_ptr"), names.stride = name("stride"), names.contiguous = name("contiguous");
+  names.numel = name("numel");
   names.shape = name("shape"), names.dtype = name("dtype");
   names.w = name("w"), names.bias = name("bias");
   names.a = name("a"), names.b = name("b"), names.scale = name("scale"), names.p = name("p"), names.seed = name("seed");
@@ -92,7 +93,12 @@ inline Two two(const py::object& tuple, i64 missing) {
 
 inline Two shape(py::handle tensor) { return two(get(tensor, names.shape), 1); }
 
-inline void* address(py::handle tensor) { return reinterpret_cast<void*>(integer(call(tensor, names.data_ptr))); }
+inline void* address(py::handle tensor) {
+  void* const data = reinterpret_cast<void*>(integer(call(tensor, names.data_ptr)));
+  if (!data && integer(call(tensor, names.numel)))
+    throw std::invalid_argument("the CPU kernels take tensors with memory, and a tensor on the meta device has none");
+  return data;
+}
 
 inline DType dtype(py::handle of) {
   for (size_t i = 0; i < names.dtypes.size(); ++i)
@@ -126,10 +132,16 @@ inline Operand input(py::handle tensor) {
 
 // A tensor for writing. Its last stride must be 1.
 inline Tile output(py::handle tensor) {
-  if (tensor.is_none()) return {};
   const Two s = two(call(tensor, names.stride), 1);
   if (s.second != 1) throw std::invalid_argument("the CPU kernels write to tensors whose last stride is 1");
   return {address(tensor), s.first, dtype(get(tensor, names.dtype))};
+}
+
+// No tensor (None) is a tile without data, which is not written.
+inline Tile output_or_none(py::handle tensor) { return tensor.is_none() ? Tile{} : output(tensor); }
+
+inline void require(py::handle tensor, const char* name) {
+  if (tensor.is_none()) throw py::type_error("this call of the CPU kernels needs " + std::string(name) + ", got None");
 }
 
 // A Python list or tuple of operands.
@@ -150,7 +162,9 @@ inline cpu::Dropout dropout(double p, py::handle seed) {
   cpu::Dropout d;
   if (seed.is_none()) return d;
   d.threshold = cpu::dropout_threshold(p);
-  std::memcpy(&d.seed, address(seed), sizeof(d.seed));
+  const void* const data = address(seed);
+  if (!data) throw std::invalid_argument("the seed of the dropout mask has no element");
+  std::memcpy(&d.seed, data, sizeof(d.seed));
   return d;
 }
 
@@ -178,6 +192,7 @@ inline const float* floats(py::handle tensor) { return static_cast<const float*>
 inline cpu::Quantized quantized(py::handle weight) {
   cpu::Quantized w{};
   const py::object format = get(weight, names.format), nested = get(weight, names.nested);
+  if (!PyUnicode_Check(format.ptr())) throw py::type_error("the format of a quantised weight must be a string");
   size_t index = 0;
   while (index < names.formats.size() && PyUnicode_Compare(format.ptr(), names.formats[index])) ++index;
   if (index == names.formats.size())

@@ -68,10 +68,14 @@ _LAZY = {
 }
 """The names that are imported when they are first asked for, by module. They need PEFT, or few programs use them."""
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
+_DOORS = ("group", "initialise", "parallel")
+"""The public modules that are imported when they are first asked for, as in `lora_kernels.initialise.pissa`."""
 
 
 def __getattr__(name: str) -> Any:
-    """Return a name of `_LAZY`, importing its module when it is first asked for."""
+    """Return a name of `_LAZY` or a module of `_DOORS`, importing it when it is first asked for."""
+    if name in _DOORS:
+        return importlib.import_module(f"lora_kernels.{name}")
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"lora_kernels.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'lora_kernels' has no attribute {name!r}")

@@ -19,7 +19,8 @@ def why_not(module: nn.Module, in_place: bool) -> str:
         return ""
     reason = _why_not_in_place(module) if in_place else _why_not_on_its_own(module)
     if not reason and has_hooks(module):
-        reason = "it has hooks, which would be lost: remove them, and put them on the new module"
+        which = "it" if in_place else f"this {kind.__name__}"
+        reason = f"{which} has hooks, which would be lost: remove them, and put them on the new module"
     return reason
 
 

@@ -105,7 +105,10 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
     under torch.compile. An operator would fix the value in the compiled code, which would be compiled again for every
     value, so a symbol is multiplied into B too.
 
-    Raises ValueError for a scale that is not finite, or a tensor that is not floating or has several elements.
+    A number of another type, such as an int or a Fraction, is converted to a float.
+
+    Raises ValueError for a scale that is not finite, or a tensor that is not floating or has several elements;
+    TypeError for one that no float can stand for.
     """
     if isinstance(given, Tensor):
         if given.numel() != 1 or not given.dtype.is_floating_point:
@@ -121,4 +124,4 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
         # torch 2.8 and later have this function. Before, a scale that has changed costs a recompilation.
         if hasattr(symbolic_shapes, "has_static_value") and not symbolic_shapes.has_static_value(given):
             return 1.0, lora_b * given
-    return given, lora_b
+    return given if isinstance(given, float) else float(given), lora_b

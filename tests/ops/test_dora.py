@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 import torch
@@ -154,6 +156,13 @@ def test_a_tensor_scale_gets_its_gradient(p):
     torch.testing.assert_close(y.double(), want["y"], rtol=1e-5, atol=1e-5)
     y.backward(q.dy)
     torch.testing.assert_close(scale.grad.double(), (want["db"] * q.b).sum() / q.scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [Fraction(1, 2), Decimal("0.5")])
+def test_a_scale_of_any_type_of_number_counts_as_its_float(scale):
+    q = judging.problem(6, 5, 8, 2)
+    got = dora_linear(q.x, q.w, q.a, q.b, magnitude(q), scale=scale)
+    assert torch.equal(got, dora_linear(q.x, q.w, q.a, q.b, magnitude(q), scale=0.5))
 
 
 def test_the_gradient_of_an_fp32_magnitude_is_not_rounded_to_bf16():

@@ -45,6 +45,7 @@ BAD = [
     ({"dropout_p": float("nan")}, ValueError, "got nan"),
     ({"scale": float("inf")}, ValueError, "finite, got inf"),
     ({"scale": float("nan")}, ValueError, "finite, got nan"),
+    ({"scale": 1j}, TypeError, "complex"),
     ({"scale": torch.ones(2)}, ValueError, r"one element.*\(2,\)"),
     ({"scale": torch.ones((), dtype=torch.int32)}, ValueError, "int32"),
     ({"dropout_p": 0.5, "seed": -1}, ValueError, "got -1"),

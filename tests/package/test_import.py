@@ -47,3 +47,11 @@ def test_no_folder_of_tests_can_be_imported_as_a_library():
     """Where PEFT is not installed, `import peft` would otherwise find the folder tests/peft and no test would be
     skipped."""
     assert ROOT / "tests" not in [Path(entry).resolve() for entry in sys.path]
+
+
+@pytest.mark.parametrize("name", ["group", "initialise", "parallel", "quant"])
+def test_a_public_module_is_an_attribute_of_the_package(name):
+    """``import lora_kernels`` is enough for ``lora_kernels.initialise.pissa``, in a process that imports no more."""
+    script = f"import lora_kernels; print(lora_kernels.{name}.__name__)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == f"lora_kernels.{name}", run.stderr

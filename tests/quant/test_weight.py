@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.weight_bits import FOUR_BIT, TINY, bits, gaussian
 
+from lora_kernels import quant
 from lora_kernels.quant import encode, tables
 from lora_kernels.quant.weight import (
     BLOCKSIZES,
@@ -308,3 +309,8 @@ def test_bad_parts_are_named(given, error, message):
 
 def test_every_format_is_tested():
     assert {format for format, _ in EVERY} == set(FORMATS)
+
+
+def test_the_parts_of_a_nested_weight_are_a_public_type():
+    q = quantize_weight(torch.randn(8, 64), "nf4", double_quant=True)
+    assert quant.Nested is Nested and isinstance(q.nested, Nested)

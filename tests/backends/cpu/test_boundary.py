@@ -4,6 +4,7 @@ many Python functions a call enters."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import FrameType
 
 import pytest
@@ -75,6 +76,27 @@ def test_the_boundary_refuses_what_the_kernels_cannot_address() -> None:
         _C.forward(1, x, [Base(w)], [adapter], [torch.zeros(3, 4)], [], [False])
     with pytest.raises(ValueError, match="only nf4 and fp4"):
         _C.set_levels("int8", [0.0] * 16)
+
+
+def test_the_boundary_refuses_operands_without_memory() -> None:
+    """A null pointer would end the process."""
+    x, w, y, h = torch.randn(3, 8), torch.randn(4, 8), torch.zeros(3, 4), torch.zeros(3, 2)
+    adapter = Adapter(torch.randn(2, 8), torch.randn(4, 2), 1.0)
+    for operands in ((x.to("meta"), w, y), (x, w.to("meta"), y), (x, w, y.to("meta"))):
+        with pytest.raises(ValueError, match="meta device"):
+            _C.gemm(1, *operands, False)
+    with pytest.raises(ValueError, match="no element"):
+        _C.keep_mask(1, 0.5, torch.empty(0, dtype=torch.int64), torch.empty(3, 8))
+    with pytest.raises(TypeError, match="needs x"):
+        _C.forward(1, None, [Base(w)], [adapter], [y], [h], [True])
+    with pytest.raises(TypeError, match="needs y"):
+        _C.forward(1, x, [Base(w)], [adapter], [None], [h], [True])
+    with pytest.raises(TypeError, match="needs x"):
+        _C.backward(1, [y], None, [adapter], [h], None, [torch.empty(2, 8)], [None])
+    with pytest.raises(TypeError, match="needs h"):
+        _C.backward(1, [y], x, [adapter], [None], None, [None], [torch.empty(4, 2)])
+    with pytest.raises(TypeError, match="must be a string"):
+        _C.dequantize(1, replace(quantize_weight(w), format=3), 0, 0, torch.empty(4, 8))
 
 
 @pytest.mark.parametrize("quantised", [False, True])
