@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import FusedLoRALinear, explain, lora_linear
+from lora_kernels.core import dropout
 
 ops = torch.ops.lora_kernels
 
@@ -175,6 +176,17 @@ def test_the_operators_pass_opcheck(p):
     _, h = ops.forward(*forward)
     for needs in ((True, True, True), (True, False, False), (False, True, True)):
         torch.library.opcheck(ops.backward, (q.dy, q.x, q.w, q.a, q.b, h, q.scale, p, q.seed, None, *needs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operators_of_dora_pass_opcheck_and_give_the_mask_and_the_product(dtype, backend):
+    q = judging.problem(7, 5, 24, 3, dtype=dtype, p=0.4)
+    ops = torch.ops.lora_kernels
+    torch.library.opcheck(ops.keep_mask, (q.x, q.p, q.seed, backend))
+    torch.library.opcheck(ops.base_gemm, (q.x, q.w, backend))
+    keep = dropout.keep_mask(q.seed, 7, 24, q.p)
+    assert torch.equal(ops.keep_mask(q.x, q.p, q.seed, backend), keep.to(dtype))
+    torch.testing.assert_close(ops.base_gemm(q.x, q.w, backend), q.x @ q.w.t())
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
