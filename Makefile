@@ -11,7 +11,7 @@ PYTHON_FILES := lora_kernels tests benchmarks docs examples scripts csrc setup.p
 
 help:
 	@echo "make test       set up and run the tests that a contributor runs (up to 6 minutes on 2 cores)"
-	@echo "make test-slow  run the rest: the emulated GPU, ahead-of-time compiles, long sweeps"
+	@echo "make test-slow  run the rest: emulated and interpreted GPU kernels, ahead-of-time compiles, long runs"
 	@echo "make demo       fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
 	@echo "make bench      measure against PEFT and the frozen layer; writes benchmarks/results/ and the docs' figures"
 	@echo "make doctor     show which back-ends serve this machine, and what is missing"

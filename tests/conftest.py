@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and is skipped where there is none")
     config.addinivalue_line(
-        "markers", "slow: an emulated GPU, an ahead-of-time compile or a long sweep (make test-slow)"
+        "markers", "slow: emulated or interpreted GPU kernels, ahead-of-time compiles, long runs (make test-slow)"
     )
 
 

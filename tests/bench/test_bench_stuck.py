@@ -19,6 +19,8 @@ from lora_kernels.bench import overhead
 from lora_kernels.bench.variants import FLOOR
 from lora_kernels.testing import watch
 
+pytestmark = pytest.mark.slow
+
 FAKE = """
     import sys, time, types
     from lora_kernels.backends import dispatch

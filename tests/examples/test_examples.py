@@ -96,6 +96,7 @@ def perplexities_by_step(said: str) -> list[tuple[int, float]]:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard runs on CPUs from torch 2.7 on")
+@pytest.mark.slow
 def test_finetune_fsdp_resumes_on_another_number_of_processes(tmp_path: Path) -> None:
     words = [str(EXAMPLES / "finetune_fsdp.py"), "--short", "--out", str(tmp_path)]
     said = output(start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words))

@@ -17,7 +17,7 @@ from lora_kernels.quant.weight import quantize_weight
 from lora_kernels.testing import one_layer
 from lora_kernels.tools.tune import measure, plans_to_try
 
-pytestmark = pytest.mark.usefixtures("plan_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plan_cache")]
 
 CPU = torch.device("cpu")
 NAME = "Interpreted GPU (1)"

@@ -27,6 +27,8 @@ from lora_kernels.backends.triton import launch as launching
 from lora_kernels.core.operands import Adapter, Base, Call
 from lora_kernels.plans import choose, tiles
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 _REDUNDANT = tiles.Tile(
     max_rank=64, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=64, GROUP_M=2, num_warps=4, num_stages=2
