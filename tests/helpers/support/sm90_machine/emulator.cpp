@@ -2,10 +2,10 @@
 // makes. Python loads it. The backward kernels are in emulator_backward.cpp, so that both files compile in parallel.
 #include "wgmma.h"
 
-#include "../../../csrc/cuda/sm90/decode.cu"
-#include "../../../csrc/cuda/sm90/forward_bf16.cu"
-#include "../../../csrc/cuda/sm90/forward_fp16.cu"
-#include "../../../csrc/cuda/sm90/launch.cu"
+#include "../../../../csrc/cuda/sm90/decode.cu"
+#include "../../../../csrc/cuda/sm90/forward_bf16.cu"
+#include "../../../../csrc/cuda/sm90/forward_fp16.cu"
+#include "../../../../csrc/cuda/sm90/launch.cu"
 
 namespace {
 

@@ -12,7 +12,7 @@ Dim blockIdx, threadIdx, gridDim, blockDim;
 } // namespace
 
 #define __global__ static
-#include "../../../csrc/cuda/keep_mask.cuh"
+#include "../../../../csrc/cuda/keep_mask.cuh"
 
 extern "C" void keep_mask(int64_t M, int64_t K, uint32_t one,
                           uint32_t threshold, const int64_t *seed, void *mask,

@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../../csrc/cuda/sm90/schedule.h"
+#include "../../../../csrc/cuda/sm90/schedule.h"
 #include "said.h"
 
 using namespace lk::sm90;

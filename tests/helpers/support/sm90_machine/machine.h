@@ -28,7 +28,7 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/sm90/layout.h"
+#include "../../../../csrc/cuda/sm90/layout.h"
 
 namespace emu {
 

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../../../csrc/cuda/sm90/schedule.h"
+#include "../../../../csrc/cuda/sm90/schedule.h"
 #include "said.h"
 
 using namespace lk::sm90;
