@@ -24,7 +24,7 @@ void forward(int threads, py::handle x, py::handle bases, py::handle adapters, p
              py::handle products) {
   const Items base_list(bases), adapter_list(adapters), y_list(ys), h_list(hs), product_list(products);
   const Operand rows = input(x);
-  const i64 M = shape(x.is_none() ? y_list[0] : x).first;
+  const i64 M = x.is_none() ? view(y_list[0]).size.first : rows.size.first;
   i64 K = 0;
   std::vector<py::object> owners;
   std::vector<lk::cpu::Branch> branches;
@@ -42,7 +42,7 @@ void forward(int threads, py::handle x, py::handle bases, py::handle adapters, p
       require(x, "x");
       require(y_list[i], "y");
       const py::object w = get(base_list[i], names.w);
-      if (PyObject_TypeCheck(w.ptr(), names.tensor)) {
+      if (is_tensor(w)) {
         Operand o = input(w);
         p.base = lk::cpu::few_rows(M, p.N, K, rows.tile, o.tile, p.y);
         owners.push_back(std::move(o.owner));
@@ -56,12 +56,16 @@ void forward(int threads, py::handle x, py::handle bases, py::handle adapters, p
   lk::cpu::forward(threads, M, K, rows.tile, branches);
 }
 
-void backward(int threads, py::handle dys, py::handle x, py::handle adapters, py::handle hs, py::handle dx,
-              py::handle das, py::handle dbs) {
-  const Items dy_list(dys), adapter_list(adapters), h_list(hs), da_list(das), db_list(dbs);
-  const i64 M = shape(dy_list[0]).first;
+void backward(int threads, py::handle dys, py::handle x, py::handle bases, py::handle adapters, py::handle hs,
+              py::handle dx, py::handle das, py::handle dbs, py::handle products) {
+  const Items dy_list(dys), base_list(bases), adapter_list(adapters), h_list(hs), da_list(das), db_list(dbs),
+      product_list(products);
+  const i64 M = view(dy_list[0]).size.first;
   i64 K = 0;
   bool need_x = false;
+  const Tile out = output_or_none(dx);
+  bool add = false;  // whether dx holds the product of another base already
+  for (size_t i = 0; i < product_list.size(); ++i) add |= product_list[i].ptr() != Py_True;
   std::vector<py::object> owners;
   std::vector<lk::cpu::Branch> branches;
   for (size_t i = 0; i < adapter_list.size(); ++i) {
@@ -76,36 +80,41 @@ void backward(int threads, py::handle dys, py::handle x, py::handle adapters, py
     owners.push_back(std::move(dy.owner));
     owners.push_back(std::move(h.owner));
     need_x |= static_cast<bool>(p.da);
+    if (product_list[i].ptr() == Py_True) {
+      require(dx, "dx");
+      Operand w = input(get(base_list[i], names.w));
+      p.base = lk::cpu::few_rows_back(M, p.N, K, p.dy, w.tile, out, add);
+      add = true;
+      owners.push_back(std::move(w.owner));
+    }
     branches.push_back(std::move(p));
   }
   const Operand rows = need_x ? input(x) : Operand{};
-  const Tile out = output_or_none(dx);
   py::gil_scoped_release unlocked;
   lk::cpu::backward(threads, M, K, rows.tile, out, branches);
 }
 
 void gemm(int threads, py::handle x, py::handle w, py::handle y, bool add) {
   const Operand rows = input(x);
-  const Two size = shape(w), strides = two(call(w, names.stride), 1);
-  const Tile weight{address(w), strides.first, dtype(get(w, names.dtype))}, out = output(y);
-  const i64 M = shape(x).first;
+  const View weight = view(w);
+  const Tile out = output(y);
   py::gil_scoped_release unlocked;
-  lk::cpu::gemm(threads, M, size.first, size.second, rows.tile, weight, strides.second, out, add);
+  lk::cpu::gemm(threads, rows.size.first, weight.size.first, weight.size.second, rows.tile,
+                {weight.data, weight.stride.first, weight.dtype}, weight.stride.second, out, add);
 }
 
 void quantized_gemm(int threads, py::handle x, py::handle w, bool transposed, py::handle y) {
   const Operand rows = input(x);
   const lk::cpu::Quantized weight = quantized(w);
   const Tile out = output(y);
-  const i64 M = shape(x).first;
   py::gil_scoped_release unlocked;
-  lk::cpu::quantized_gemm(threads, M, weight, transposed, rows.tile, out);
+  lk::cpu::quantized_gemm(threads, rows.size.first, weight, transposed, rows.tile, out);
 }
 
 void dequantize(int threads, py::handle w, i64 n0, i64 k0, py::handle out) {
   const lk::cpu::Quantized weight = quantized(w);
   const Tile to = output(out);
-  const Two size = shape(out);
+  const Two size = view(out).size;
   py::gil_scoped_release unlocked;
   lk::cpu::dequantize(threads, weight, n0, size.first, k0, size.second, to);
 }
@@ -113,7 +122,7 @@ void dequantize(int threads, py::handle w, i64 n0, i64 k0, py::handle out) {
 void keep_mask(int threads, double p, py::handle seed, py::handle out) {
   const lk::cpu::Dropout drop = dropout(p, seed);
   const Tile to = output(out);
-  const Two size = shape(out);
+  const Two size = view(out).size;
   py::gil_scoped_release unlocked;
   lk::cpu::keep_mask(threads, drop, size.first, size.second, to);
 }
@@ -153,6 +162,7 @@ PYBIND11_MODULE(_C, m) {
   find_names();
   m.doc() = "CPU kernels of a LoRA linear layer";
   m.attr("FEW_ROWS") = lk::cpu::kFewRows;
+  m.attr("dlpack") = tensor_names.exchange != nullptr;
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else
@@ -164,12 +174,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("forward", &forward,
         "Compute, for each base and adapter: h = c keep(x) a^T, then y += s h b^T + bias. Where products[i] is True, "
         "y[i] is first written as x w^T. Where x is None, h is read. A y or h that is None is not written.");
-  m.def("backward", &backward,
-        "Compute, for each adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). A dx, da or db "
-        "that is None is not written.");
+  m.def(
+      "backward", &backward,
+      "Compute, for each base and adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Where "
+      "products[i] is True, dy[i] w is added to dx first; where all are True, dx need not hold anything before. A dx, "
+      "da or db that is None is not written.");
   m.def("gemm", &gemm,
         "Write y = x w^T, or add it to y. x has a dtype of has_gemm, or, without add, at most FEW_ROWS rows beside a w "
         "whose rows are contiguous.");
+  m.def("small_product", &lk::cpu::small_product,
+        "Return the most multiplications of a base product that forward and backward compute faster than any GEMM.");
   m.def(
       "has_gemm", [](py::handle of) { return lk::cpu::gemm_of(dtype(of)); },
       "Return whether gemm and quantized_gemm take any number of rows of this dtype.");

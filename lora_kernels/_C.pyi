@@ -11,6 +11,7 @@ from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.quant.weight import QuantizedWeight
 
 FEW_ROWS: int
+dlpack: bool
 openmp: bool
 
 def cpu_isa() -> str: ...
@@ -21,10 +22,12 @@ def forward(
     ys: Sequence[Tensor | None], hs: Sequence[Tensor | None], products: Sequence[bool], /,
 ) -> None: ...  # fmt: skip
 def backward(
-    threads: int, dys: Sequence[Tensor], x: Tensor | None, adapters: Sequence[Adapter], hs: Sequence[Tensor | None],
-    dx: Tensor | None, das: Sequence[Tensor | None], dbs: Sequence[Tensor | None], /,
+    threads: int, dys: Sequence[Tensor], x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter],
+    hs: Sequence[Tensor | None], dx: Tensor | None, das: Sequence[Tensor | None], dbs: Sequence[Tensor | None],
+    products: Sequence[bool], /,
 ) -> None: ...  # fmt: skip
 def gemm(threads: int, x: Tensor, w: Tensor, y: Tensor, add: bool, /) -> None: ...
+def small_product() -> int: ...
 def has_gemm(dtype: torch.dtype, /) -> bool: ...
 def quantized_gemm(threads: int, x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor, /) -> None: ...
 def dequantize(threads: int, w: QuantizedWeight, n0: int, k0: int, out: Tensor, /) -> None: ...

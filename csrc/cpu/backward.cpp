@@ -159,6 +159,7 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
   i64 largest = 0;
   bool drop = false;
   for (const Branch& p : branches) {
+    if (p.base) products += static_cast<double>(p.N) * K;
     const Work& w = works.emplace_back(p, M, K, static_cast<bool>(dx));
     products += static_cast<double>(p.R) * ((w.need_g ? p.N : 0) + (p.db ? p.N : 0) + (dx ? K : 0) + (p.da ? K : 0));
     largest = std::max(largest, p.R);
@@ -182,6 +183,7 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
       w.g_rows = scratch.floats(dx ? M * p.R : 0);
       w.db_part = scratch.floats(p.db ? w.over_n.S * p.R * w.ldn : 0);
       w.da_part = scratch.floats(p.da ? over_k.S * p.R * ldk : 0);
+      if (p.base) p.base->take(scratch, threads);
     }
     bits = scratch.bytes(threads * bits_per_thread);
   }
@@ -189,6 +191,13 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     for (size_t i = 0; i < works.size(); ++i) pack_operands(branches[i], works[i], ldk);
+    for (const Branch& p : branches) {
+      if (!p.base) continue;
+#pragma omp single
+      p.base->arrange();
+#pragma omp for schedule(dynamic, 1)  // the next branch adds to the same dx
+      for (i64 t = 0; t < p.base->strips(); ++t) p.base->strip(t);
+    }
 #pragma omp barrier
 
     // dy b and dy^T h: one pass over each dy where the rank is small

@@ -1,6 +1,6 @@
-// The base product y [M, N] = x w^T for few rows of x. w is not copied to panels: each element or code of it is read
-// once, and is multiplied by all rows of x. The work is cut into strips of rows of w, which a team of threads takes one
-// by one, so that a launch can have other work beside them.
+// The base products of few rows: y [M, N] = x w^T of a forward, and dx [M, K] = dy w of a backward. w is not copied to
+// panels: each element or code of it is multiplied by all rows at once. The work is cut into strips of y or dx, which a
+// team of threads takes one by one, so that a launch can have other work beside them.
 #pragma once
 
 #include <memory>
@@ -11,19 +11,26 @@
 
 namespace lk::cpu {
 
-constexpr i64 kFewRows = 16;  // rows of x up to which this product is used
+constexpr i64 kFewRows = 16;  // rows of x or dy up to which these products are used
 
 class FewRows {
  public:
   virtual ~FewRows() = default;
   virtual void take(Scratch& scratch, int threads) = 0;  // is called in both passes of Scratch
-  virtual void arrange() = 0;                            // prepares x: one thread calls it before any strip
+  virtual void arrange() = 0;                            // prepares the rows: one thread calls it before any strip
   virtual i64 strips() const = 0;
-  virtual void strip(i64 t) = 0;  // computes columns of y: any thread of the team calls it
+  virtual void strip(i64 t) = 0;  // computes columns of the result: any thread of the team calls it
 };
 
 std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y);
 std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y);
+
+// The most multiplications of a product that is faster within the launch of the low-rank half than as a call of any
+// GEMM. Without vector instructions there is none.
+i64 small_product();
+
+// dx = dy w, or dx += dy w, for a small product
+std::unique_ptr<FewRows> few_rows_back(i64 M, i64 N, i64 K, Tile dy, Tile w, Tile dx, bool add);
 
 // Compute the whole product with a team of its own.
 inline void run(int threads, FewRows& few) {

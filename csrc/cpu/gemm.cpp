@@ -1,3 +1,5 @@
+#include <cstring>
+
 #include "few.h"
 #include "gemm_tasks.h"
 #include "grid.h"
@@ -8,8 +10,9 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kStrip = 96;    // rows of w per task
-constexpr i64 kDepth = 1024;  // columns per pass, so that x and the strip stay in a cache until all products are done
+constexpr i64 kStrip = 96;     // rows of w per task
+constexpr i64 kColumns = 128;  // columns of w per task of a backward
+constexpr i64 kDepth = 1024;   // columns per pass, so that x and the strip stay in a cache until all products are done
 
 class Dense : public FewRows {
  public:
@@ -45,6 +48,43 @@ class Dense : public FewRows {
   float *x32_ = nullptr, *parts_ = nullptr;
 };
 
+class DenseBack : public FewRows {
+ public:
+  DenseBack(i64 M, i64 N, i64 K, Tile dy, Tile w, Tile dx, bool add)
+      : M_(M), N_(N), K_(K), dy_(dy), w_(w), dx_(dx), add_(add) {}
+
+  void take(Scratch& scratch, int threads) override {
+    dy32_ = scratch.floats(convert() ? M_ * N_ : 0);
+    w32_ = scratch.floats(convert() ? threads * N_ * kColumns : 0);
+  }
+  void arrange() override {
+    if (convert()) kernels().read(dy_, M_, N_, 1.0f, {dy32_, N_});
+  }
+  i64 strips() const override { return ceil_div(K_, kColumns); }
+  void strip(i64 t) override {
+    const i64 k0 = t * kColumns, width = std::min(kColumns, K_ - k0);
+    const Tile out = dx_.at(0, k0), columns = w_.at(0, k0);
+    Panel rows{static_cast<const float*>(dy_.data), dy_.ld}, panel{static_cast<const float*>(columns.data), w_.ld};
+    if (convert()) {
+      float* const w32 = w32_ + worker() * N_ * kColumns;
+      kernels().read(columns, N_, width, 1.0f, {w32, kColumns});
+      rows = {dy32_, N_};
+      panel = {w32, kColumns};
+    }
+    if (!add_)
+      for (i64 m = 0; m < M_; ++m) std::memset(out.at(m, 0).data, 0, width * size_of(out.dtype));
+    kernels().fp32->expand(out, kKeepAll, nullptr, rows, panel, {M_, width, N_});
+  }
+
+ private:
+  bool convert() const { return w_.dtype != DType::f32; }
+
+  const i64 M_, N_, K_;
+  const Tile dy_, w_, dx_;
+  const bool add_;
+  float *dy32_ = nullptr, *w32_ = nullptr;
+};
+
 }  // namespace
 
 void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add) {
@@ -57,6 +97,12 @@ void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile 
 
 std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {
   return std::make_unique<Dense>(M, N, K, x, w, y);
+}
+
+i64 small_product() { return &kernels() == &kernels_baseline() ? 0 : i64{1} << 18; }
+
+std::unique_ptr<FewRows> few_rows_back(i64 M, i64 N, i64 K, Tile dy, Tile w, Tile dx, bool add) {
+  return std::make_unique<DenseBack>(M, N, K, dy, w, dx, add);
 }
 
 bool gemm_of(DType dtype) { return kernels().gemm(dtype) != nullptr; }

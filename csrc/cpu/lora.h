@@ -35,7 +35,8 @@ struct Branch {
   Tile dy, da, db;  // [M, N], [R, K], [N, R]; of a backward
   Tile h;           // [M, R]
 
-  std::unique_ptr<FewRows> base;  // writes x w^T to y at the start of a forward; null where y holds it already
+  // Writes x w^T to y at the start of a forward, or dy w to dx at the start of a backward; null where they hold it.
+  std::unique_ptr<FewRows> base;
 };
 
 // For each branch, in one pass over x for all of them:
@@ -47,7 +48,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
 // For each branch, in one pass over x and dx for all of them:
 // g = s dy b          [M, R], which stays inside
 // db = s dy^T h       [N, R]
-// dx += c keep(g a)   [M, K]
+// dx += c keep(g a)   [M, K]; a branch with a base has dx = dy w, or dx += dy w, before that
 // da = c g^T keep(x)  [R, K]
 void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Branch>& branches);
 

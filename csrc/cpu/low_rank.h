@@ -176,6 +176,7 @@ void expand(Tile y, Keep keep, const float* bias, Panel H, Panel P, Extent e) {
   const Rows<T> ys = rows_of<T>(y);
   i64 m = 0;
   for (; m + MR <= e.rows; m += MR) expand_rows<T, KEEP, MR>(ys.at(m, 0), keep.at(m, 0), bias, H.at(m, 0), P, e);
+  for (; m + 2 <= e.rows; m += 2) expand_rows<T, KEEP, 2>(ys.at(m, 0), keep.at(m, 0), bias, H.at(m, 0), P, e);
   for (; m < e.rows; ++m) expand_rows<T, KEEP, 1>(ys.at(m, 0), keep.at(m, 0), bias, H.at(m, 0), P, e);
 }
 

@@ -8,8 +8,8 @@ The native kernels sum in fp32 whatever the dtype, in an order that depends on t
 neither from run to run nor with the number of threads. h and g stay in fp32 between their two products, with one
 exception: where x, a and b are bf16 and the processor multiplies bf16 (AVX512_BF16), h and g are rounded to bf16 as
 plain torch rounds them, and subnormals count as zero as in torch's own GEMM. The keep bits come from Philox inside the
-pass over x; no mask and no x̂ exist. Where x has few rows, x wᵀ is part of the same launch. Nothing of size M×N or M×K
-is allocated beyond the results.
+pass over x; no mask and no x̂ exist. Where x has few rows, x wᵀ is part of the same launch, and so is dy w where it
+is small. Nothing of size M×N or M×K is allocated beyond the results.
 
 The kernels read operands with a stride between rows. An x, dy, a, b or h whose last stride is not 1 (a transposed view)
 is copied first; w may have any strides.
@@ -81,27 +81,34 @@ def backward(
     hs: Sequence[Tensor | None],
     needs: Needs,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Return (dx, das, dbs). Every base GEMM adds to the same dx, and one pass over x and dx does the rest."""
+    """Return (dx, das, dbs). Every base GEMM adds to the same dx, those of the launch after the others, and one pass
+    over x and dx does the rest."""
     das: list[Tensor | None] = []
     dbs: list[Tensor | None] = []
     for (a, b, *_), need_da, need_db in zip(adapters, needs.da, needs.db, strict=True):
         (R, K), N = a.shape, b.shape[0]  # new_empty(R, K) takes a third less time than new_empty(a.shape)
         das.append(a.new_empty(R, K) if need_da else None)
         dbs.append(b.new_empty(N, R) if need_db else None)
-    rows = []
+    rows, in_launch = [], []
     dx: Tensor | None = None
     for dy, (w, _) in zip(dys, bases, strict=True):
         if dy.stride()[1] != 1:  # the base GEMM and the kernel share one copy
             dy = dy.contiguous()
         rows.append(dy)
+        later = False
         if not needs.dx:
-            continue
-        if isinstance(w, QuantizedWeight):
+            pass
+        elif isinstance(w, QuantizedWeight):
             part = quant.quantized_gemm(dy, w, transposed=True)
             dx = part if dx is None else dx.add_(part)
+        elif gemm.is_small_backward(dy, w):
+            later = True
         else:
             dx = gemm.base_gemm(dy, w.t(), dx)
-    _C.backward(torch.get_num_threads(), rows, x, adapters, hs, dx, das, dbs)
+        in_launch.append(later)
+    if needs.dx and dx is None:
+        dx = dys[0].new_empty(dys[0].shape[0], bases[0].w.shape[1])
+    _C.backward(torch.get_num_threads(), rows, x, bases, adapters, hs, dx, das, dbs, in_launch)
     return dx, das, dbs
 
 

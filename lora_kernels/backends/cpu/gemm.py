@@ -1,11 +1,15 @@
 """The base GEMM on a CPU: torch's (MKL in fp32, oneDNN in bf16) or our own, whichever is faster for such a call.
 
-Our own serves fp32, bf16 where the processor multiplies it (AVX512_BF16), and few rows of x in any dtype. Which of the
-two is faster depends on the processor and the shape, so the first call of each class times both on its own operands.
-Calls of one class have the same dtype and number of threads, a w that is a transposed view in all (dx = dy w) or none,
-and an M and a size of w that lie between the same powers of four. The choice holds for the life of the process, so
-results do not change from call to call. Under ``torch.use_deterministic_algorithms`` nothing is timed and our own is
-taken. Then results change neither from process to process nor with the number of threads.
+Our own serves fp32, bf16 where the processor multiplies it (AVX512_BF16), and few rows of x in any dtype. A product of
+few rows that is small as well is computed in the launch of the low-rank half. It takes a third of the time of torch's
+GEMM there, because it has no call of its own.
+
+For other products, which of the two is faster depends on the processor and the shape, so the first call of each class
+times both on its own operands. Calls of one class have the same dtype and number of threads, a w that is a transposed
+view in all (dx = dy w) or none, and an M and a size of w that lie between the same powers of four. The choice holds for
+the life of the process, so results do not change from call to call. Under ``torch.use_deterministic_algorithms``
+nothing is timed and our own is taken. Then results change neither from process to process nor with the number of
+threads.
 
 oneDNN's fp32 GEMM is faster than MKL on AMD, but is not used here. It adds up in one chain what MKL and ours add up in
 parts, and its error is up to 2.2 times as large (K = 4096), more than this project lets any back-end add to plain
@@ -61,10 +65,18 @@ def start(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
     `_C.forward` computes it together with the rest."""
     M, size, transposed = x.shape[0], w.numel(), w.stride()[1] != 1
     few = M <= _C.FEW_ROWS and not transposed
+    if few and 0 < M * size <= _C.small_product():
+        return x.new_empty(M, w.shape[0]), True
     served = M and size and (few or _C.has_gemm(x.dtype))
     if not served or chosen(_RACE, DTYPES[x.dtype], M, size, transposed, x, w) == "torch":
         return F.linear(x, w), False
     return (x.new_empty(M, w.shape[0]), True) if few else (own(x, w), False)
+
+
+def is_small_backward(dy: Tensor, w: Tensor) -> bool:
+    """Return whether `_C.backward` is to compute dy w together with the rest: it has few rows, and is small."""
+    M = dy.shape[0]
+    return M <= _C.FEW_ROWS and 0 < M * w.numel() <= _C.small_product() and w.stride()[1] == 1
 
 
 def own(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@ many Python functions a call enters."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from types import FrameType
@@ -17,6 +18,7 @@ from lora_kernels.quant.weight import quantize_weight
 
 _C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
 from support.native_problems import SEED, X_DTYPES  # noqa: E402
+from support.paths import ROOT  # noqa: E402
 
 from lora_kernels.backends import cpu  # noqa: E402
 
@@ -92,11 +94,27 @@ def test_the_boundary_refuses_operands_without_memory() -> None:
     with pytest.raises(TypeError, match="needs y"):
         _C.forward(1, x, [Base(w)], [adapter], [None], [h], [True])
     with pytest.raises(TypeError, match="needs x"):
-        _C.backward(1, [y], None, [adapter], [h], None, [torch.empty(2, 8)], [None])
+        _C.backward(1, [y], None, [Base(w)], [adapter], [h], None, [torch.empty(2, 8)], [None], [False])
     with pytest.raises(TypeError, match="needs h"):
-        _C.backward(1, [y], x, [adapter], [None], None, [None], [torch.empty(4, 2)])
+        _C.backward(1, [y], x, [Base(w)], [adapter], [None], None, [None], [torch.empty(4, 2)], [False])
+    with pytest.raises(TypeError, match="needs dx"):
+        _C.backward(1, [y], x, [Base(w)], [adapter], [h], None, [None], [None], [True])
     with pytest.raises(TypeError, match="must be a string"):
         _C.dequantize(1, replace(quantize_weight(w), format=3), 0, 0, torch.empty(4, 8))
+
+
+def test_tensors_are_read_through_dlpack_where_torch_has_its_table() -> None:
+    assert _C.dlpack == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+
+
+def test_tensors_are_read_alike_without_the_table_of_dlpack() -> None:
+    """An older torch has no such table. Every other test of this file then passes too."""
+    code = (
+        "import sys, pytest, torch; torch.Tensor.__dlpack_c_exchange_api__ = None; from lora_kernels import _C; "
+        f"sys.exit(_C.dlpack or pytest.main(['-q', '-k', 'not dlpack', {__file__!r}]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("quantised", [False, True])

@@ -66,6 +66,63 @@ def test_a_launch_with_the_base_product_of_few_rows_gives_the_same_bits(isa: str
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 1, 1), (3, 70, 300), (8, 128, 128), (16, 129, 97)])
+@pytest.mark.parametrize("dtype", X_DTYPES)
+def test_a_launch_with_small_base_products_of_a_backward_gives_dx(
+    isa: str, dtype: torch.dtype, M: int, K: int, N: int
+) -> None:
+    """dx = Σ (dy w + g a) over two layers. The launch computes one of the base products, or both; then it does not read
+    dx. The bits depend neither on the number of threads nor on the strides of the rows."""
+    R = 5
+    dys = [torch.randn(M, N + 3).to(dtype)[:, :N] for _ in "12"]
+    ws = [torch.randn(N, K + 1).to(dtype)[:, :K] for _ in "12"]
+    adapters = [Adapter(torch.randn(R, K), torch.randn(N, R), 0.5) for _ in "12"]
+    bases = [Base(w) for w in ws]
+    terms = [(dy.double(), w.double()) for dy, w in zip(dys, ws, strict=True)]
+    terms += [(0.5 * dy.double() @ b.double(), a.double()) for dy, (a, b, *_) in zip(dys, adapters, strict=True)]
+    exact = sum(left @ right for left, right in terms)
+    size = sum(left.abs() @ right.abs() for left, right in terms)
+
+    def run(threads: int, dx: Tensor, products: list[bool], dys: list[Tensor]) -> Tensor:
+        nothing: list[None] = [None, None]
+        _C.backward(threads, dys, None, bases, adapters, nothing, dx, nothing, nothing, products)
+        return dx
+
+    def unread() -> Tensor:
+        return torch.full((M, K), math.nan, dtype=dtype)
+
+    both = run(1, unread(), [True, True], dys)
+    one = run(1, (terms[0][0] @ terms[0][1]).to(dtype), [False, True], dys)
+    for dx in (both, one):
+        # dx is rounded to its dtype after each of the four products, and no sum so far is larger than `size`.
+        bound = ((2 * (N + R) + 4) * 2**-24 + 4 * torch.finfo(dtype).eps / 2) * size
+        assert ((dx.double() - exact).abs() <= bound).all()
+    for threads in (2, 7):
+        assert torch.equal(run(threads, unread(), [True, True], dys), both)
+    assert torch.equal(run(1, unread(), [True, True], [dy.contiguous() for dy in dys]), both)
+
+
+def test_small_base_products_are_computed_in_the_launch(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small layer needs no call of a GEMM, forward or backward. Without vector instructions, and for larger layers,
+    there is one."""
+    from lora_kernels.backends import cpu
+    from lora_kernels.core.operands import Needs
+
+    calls: list[str] = []
+    monkeypatch.setattr(cpu.gemm, "chosen", lambda *_: calls.append("chosen") or "torch")
+    needs = Needs(True, (False,), (False,))
+    for M, n in ((8, 64), (16, 128), (17, 16), (16, 129)):
+        base, adapter = Base(torch.randn(n, n)), Adapter(torch.randn(4, n), torch.randn(n, 4), 1.0)
+        calls.clear()
+        x, dy = torch.randn(M, n), torch.randn(M, n)
+        (y,), _ = cpu.forward(x, [base], [adapter], [False])
+        dx, *_ = cpu.backward([dy], None, [base], [adapter], [None], needs)
+        assert calls == ([] if M <= 16 and M * n * n <= _C.small_product() else ["chosen", "chosen"])
+        torch.testing.assert_close(y, x @ base.w.t() + x @ adapter.a.t() @ adapter.b.t(), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(dx, dy @ base.w + dy @ adapter.b @ adapter.a, atol=1e-3, rtol=1e-4)
+    assert _C.small_product() == (0 if isa == "baseline" else 1 << 18)
+
+
 @pytest.mark.parametrize("w_is", ["along k", "along n"])
 @pytest.mark.parametrize("dtype", GEMM_DTYPES)
 def test_gemm_adds_with_one_rounding(dtype: torch.dtype, w_is: str) -> None:

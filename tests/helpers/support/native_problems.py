@@ -66,7 +66,7 @@ class Operands:
             out["db"] = self.nan(*self.b.shape, self.b.dtype)
         results = out.get("dx"), [out.get("da")], [out.get("db")]
         x, h = self.x if da else None, self.h if db else None
-        _C.backward(threads, [self.dy], x, [self.adapter()], [h], *results)
+        _C.backward(threads, [self.dy], x, [Base(self.a)], [self.adapter()], [h], *results, [False])
         return out
 
 
