@@ -23,7 +23,14 @@ from torch.autograd import forward_ad
 from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs
 from lora_kernels.ops import check, direct, registered
-from lora_kernels.ops.autograd import device_type, needs_plain_mode, no_autocast, no_graph, refuse_double_backward
+from lora_kernels.ops.autograd import (
+    apply,
+    device_type,
+    needs_plain_mode,
+    no_autocast,
+    no_graph,
+    refuse_double_backward,
+)
 from lora_kernels.ops.dora_norm import ratio, weight_norm
 from lora_kernels.ops.prepare import prepare
 from lora_kernels.ops.watched import watched
@@ -88,7 +95,7 @@ def _apply(
     (w, bias), (a, b, scale, p, seed) = base, adapter
     d = ratio(magnitude, weight_norm(w, a, b, scale, magnitude, weight_norm_sq))
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return DoRALinearFunction.apply(x, w, a, b, d, bias, seed, (scale, p, backend))
+        return apply(DoRALinearFunction, x, w, a, b, d, bias, seed, (scale, p, backend))
     return _forward(x, base, adapter, d, backend, False, False)[0]
 
 

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs
 from lora_kernels.ops import registered
-from lora_kernels.ops.autograd import device_type, needs_plain_mode, no_autocast, no_graph, refuse_double_backward
+from lora_kernels.ops.autograd import (
+    apply,
+    device_type,
+    needs_plain_mode,
+    no_autocast,
+    no_graph,
+    refuse_double_backward,
+)
 from lora_kernels.ops.prepare import prepare
 
 __all__ = ["Layer", "lora_linear_group"]
@@ -47,7 +54,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, backend: str | None
         parts += [*base, *adapter]
     rows = rows if x.dim() == 2 else rows.reshape(-1, x.shape[-1])
     with no_autocast(device_type(x)):
-        ys = LoRALinearGroupFunction.apply(rows, backend, *parts)
+        ys = apply(LoRALinearGroupFunction, rows, backend, *parts)
     return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 

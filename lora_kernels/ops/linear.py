@@ -15,7 +15,14 @@ from torch import Tensor
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs, call_of
 from lora_kernels.ops import check, direct, registered
-from lora_kernels.ops.autograd import device_type, needs_plain_mode, no_autocast, no_graph, refuse_double_backward
+from lora_kernels.ops.autograd import (
+    apply,
+    device_type,
+    needs_plain_mode,
+    no_autocast,
+    no_graph,
+    refuse_double_backward,
+)
 from lora_kernels.ops.prepare import prepare, recorded
 from lora_kernels.ops.registered import whole_weight
 from lora_kernels.ops.watched import watched
@@ -110,8 +117,8 @@ def _apply(x: Tensor, base: Base, adapter: Adapter, backend: str | None) -> Tens
     (w, bias), (a, b, scale, p, seed) = base, adapter
     if isinstance(w, QuantizedWeight):
         how = scale, p, backend, w.format, w.blocksize
-        return LoRALinearFunction.apply(x, w.codes, a, b, bias, seed, how, *w.tensors[1:])
-    return LoRALinearFunction.apply(x, w, a, b, bias, seed, (scale, p, backend, "dense", 0))
+        return apply(LoRALinearFunction, x, w.codes, a, b, bias, seed, how, *w.tensors[1:])
+    return apply(LoRALinearFunction, x, w, a, b, bias, seed, (scale, p, backend, "dense", 0))
 
 
 class LoRALinearFunction(torch.autograd.Function):

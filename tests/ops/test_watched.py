@@ -3,6 +3,8 @@ gradient is wanted."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -197,8 +199,8 @@ def test_functorch_and_forward_mode_see_the_operator():
 
 def test_the_function_is_left_out_where_nothing_wants_a_gradient(monkeypatch):
     q, applied = problem(5, 24, 16, 4), []
-    apply = linear.LoRALinearFunction.apply
-    monkeypatch.setattr(linear.LoRALinearFunction, "apply", lambda *args: applied.append(1) or apply(*args))
+    apply = linear.apply
+    monkeypatch.setattr(linear, "apply", lambda *args: applied.append(1) or apply(*args))
     operands = {"x": q.x, "lora_a": q.a, "lora_b": q.b, "bias": q.bias, "scale": torch.tensor(0.5)}
     y = lora_linear(weight=q.w, **operands)
     assert not applied and not y.requires_grad
@@ -216,3 +218,39 @@ def test_a_parameter_that_begins_to_want_gradients_gets_them():
     a.requires_grad_()
     lora_linear(q.x, q.w, a, q.b, scale=0.5).sum().backward()
     assert a.grad is not None and a.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_tensor_that_has_outlived_a_transform_is_served(grad):
+    q, kept = problem(5, 24, 16, 4), []
+    torch.func.grad(lambda t: (kept.append(t), t.sum())[1])(q.x)
+    a = q.a.clone().requires_grad_(grad)
+    y = lora_linear(kept[0], q.w, a, q.b, scale=q.scale, bias=q.bias)
+    check({"y": y.detach()}, q)
+    assert y.requires_grad == grad
+
+
+def test_torch_wraps_a_function_in_nothing_but_what_is_left_out():
+    """`lora_kernels.ops.autograd.apply` leaves out the Python of ``Function.apply``. A torch whose ``apply`` calls
+    something else in an ordinary call fails here: then find out what it is for, and when `apply` must not leave it
+    out."""
+    entered = []
+
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+    x = torch.ones(2, requires_grad=True)
+
+    def record(frame, event, _):
+        if event == "call":
+            entered.append(frame.f_code.co_name)
+
+    sys.setprofile(record)
+    try:
+        Identity.apply(x)
+    finally:
+        sys.setprofile(None)
+    known = {"apply", "_is_setup_context_defined", "unwrap_dead_wrappers", "<genexpr>", "forward"}
+    assert set(entered) <= known and {"apply", "forward"} <= set(entered)
