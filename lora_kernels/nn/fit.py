@@ -24,15 +24,19 @@ def why_not(module: nn.Module, in_place: bool) -> str:
     return reason
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether a call of the module runs more than its class's forward: hooks, or a forward of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def has_hooks(*modules: nn.Module) -> bool:
+    """Return whether a call of one of the modules runs more than its class's forward: hooks, or a forward of its
+    own."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        ):
+            return True
+    return False
 
 
 def _why_not_in_place(module: nn.Module) -> str:

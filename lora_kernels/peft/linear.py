@@ -26,6 +26,7 @@ from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.peft.groups import SharedInput
 from lora_kernels.peft.reading import (
+    OneAdapter,
     Operands,
     PeftAdapter,
     as_one_adapter,
@@ -37,6 +38,9 @@ from lora_kernels.quant.weight import QuantizedWeight
 
 _IGNORED = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
 """Keywords of PEFT's variants of LoRA. Plain LoRA accepts and ignores them."""
+
+_DROPOUTS = (nn.Identity, nn.Dropout)
+"""PEFT's modules for a dropout of 0, and for others."""
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -93,6 +97,10 @@ class Fused:
             if not torch.compiler.is_compiling():
                 self.__dict__["fused_calls"] += 1
             return y
+        if not (args or kwargs or torch.compiler.is_compiling()) and (plain := self.plain_operands(x)) is not None:
+            self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
+            w, a, b, scale, bias, p = plain
+            return lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
         names = kwargs.get("adapter_names") if kwargs else None
         operands = self.read(x, args, kwargs, names)
         if isinstance(operands, str):
@@ -100,11 +108,20 @@ class Fused:
                 self.passed_over[operands] += 1
             return self.plain.forward(self, x, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
+            self.__dict__["fused_calls"] += 1
         if names is None:
             return self._compute(x, operands)
         self._check_forward_args(x, adapter_names=names)
         return self._compute_by_sample(x, operands, names)
+
+    def plain_operands(self, x: Tensor) -> OneAdapter | None:
+        """Return the operands of a forward without further arguments in the most frequent case, or None where `read`
+        has to look.
+
+        They are those that `read` and `as_one_adapter` give. A kind of layer overrides this method where these two
+        would take longer than the kernels of a small layer.
+        """
+        return None
 
     def why_not_now(
         self, x: Tensor, args: Any = (), kwargs: Mapping[str, Any] = _NOTHING, names: list[str] | None = None
@@ -190,7 +207,7 @@ class Fused:
         if has_hooks(down) or has_hooks(up):
             return f"adapter {name!r} has hooks, which the fused path would pass over"
         kind = type(dropout)
-        if kind not in (nn.Dropout, nn.Identity) or has_hooks(dropout):
+        if kind not in _DROPOUTS or has_hooks(dropout):
             return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
         p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
         if p >= 1:
@@ -275,6 +292,48 @@ class FusedLinear(Fused, peft_layer.Linear):
 
     plain = peft_layer.Linear
     lora_magnitude_vector: Any
+
+    def plain_operands(self, x: Tensor) -> OneAdapter | None:
+        """Return the operands of a forward with one adapter of plain LoRA over an nn.Linear that has x's dtype, outside
+        of autocast. None in every other case, and where anything is unusual."""
+        names, modules = self.active_adapters, self._modules
+        if len(names) != 1 or self.disable_adapters or self.merged or self.lora_variant or self.fan_in_fan_out:
+            return None
+        name = names[0]
+        try:
+            base = modules["base_layer"]
+            down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+            dropout = modules["lora_dropout"]._modules[name]
+            of_base, of_down, of_up = base._parameters, down._parameters, up._parameters
+            w, bias, a, b = of_base["weight"], of_base["bias"], of_down["weight"], of_up["weight"]
+            own_biases = of_down["bias"], of_up["bias"]
+        except KeyError:
+            return None
+        p = float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
+        dtype, adapter_dtype = x.dtype, a.dtype
+        cast = adapter_dtype == torch.float32 and dtype in check.HALVES and self.cast_input_dtype_enabled
+        plain = (
+            type(base) is type(down) is type(up) is nn.Linear
+            and type(dropout) in _DROPOUTS
+            and type(w) is type(a) is type(b) is nn.Parameter
+            and own_biases == (None, None)
+            and not w.requires_grad
+            and dtype == w.dtype
+            and dtype in check.DTYPES
+            and (adapter_dtype == dtype or cast)
+            and b.dtype == adapter_dtype
+            and (bias is None or bias.dtype == dtype)
+            and p < 1
+            and not has_hooks(base, down, up, dropout)
+            and autocast_of(x) is None
+        )
+        if not plain:
+            return None
+        if p and self._backend is None:
+            (N, K), R = w.shape, a.shape[0]
+            if only_eager(x.device, (dtype, adapter_dtype), (N, K, R), True, "dense"):
+                return None
+        return w, a, b, self.scaling[name], bias, p
 
     @staticmethod
     def read_base(layer: Any) -> tuple[Tensor, Tensor | None] | str:

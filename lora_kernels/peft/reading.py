@@ -2,7 +2,7 @@
 
 They are not kept between calls, because a user may change any of them: adapters, scaling, dropout, hooks, dtypes, the
 base weight and whether it is merged. Reading all of them again takes about as much time as a cache key that would
-notice every such change.
+notice every such change. For the most frequent case there is a shorter reading, `Fused.plain_operands`.
 """
 
 from __future__ import annotations
@@ -50,11 +50,13 @@ class Operands(NamedTuple):
     """The dtype of y."""
 
 
-def as_one_adapter(
-    operands: Operands, bias_dtype: torch.dtype
-) -> tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]:
-    """Return (w, a, b, scale, bias, p) for `lora_linear`. Several adapters become one, whose rank is the sum of theirs;
-    the caller makes sure that they have no dropout. The adapters' own biases are added to the base's, in
+OneAdapter = tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]
+"""(w, a, b, scale, bias, p), as `lora_linear` takes them."""
+
+
+def as_one_adapter(operands: Operands, bias_dtype: torch.dtype) -> OneAdapter:
+    """Return the operands of `lora_linear` for all adapters. Several of them become one, whose rank is the sum of
+    theirs; the caller makes sure that they have no dropout. The adapters' own biases are added to the base's, in
     `bias_dtype`."""
     w, bias, adapters, inner, _ = operands
     for adapter in adapters.values():
