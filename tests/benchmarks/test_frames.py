@@ -11,11 +11,11 @@ from lora_kernels.core import dropout
 
 LIMITS = {
     "LoRA forward": 18,
-    "LoRA forward + backward": 30,
+    "LoRA forward + backward": 28,
     "LoRA without gradients": 15,
     "nf4 forward": 23,
     "DoRA forward": 34,
-    "PEFT, fused, forward": 33,
+    "PEFT, fused, forward": 22,
 }
 """The most frames of the package that a call may enter on Python 3.10 and 3.11. Later versions inline comprehensions
 and enter fewer. A call that needs more has gained a helper, a property or a comprehension."""
