@@ -42,7 +42,7 @@ __device__ __forceinline__ void load_boxes(const Producer<S>& producer, const CU
 }
 
 template <int BN, int RP, class S>
-__device__ __forceinline__ void backward_produce(const BackwardParams& p, const S& shared) {
+__device__ __forceinline__ void produce(const BackwardParams& p, const S& shared) {
   using G = Tile<BN, RP>;
   Producer<S> producer(shared, p.plan.prep);
   const int blocks = ceil_div(p.N, kTileK), parts = ceil_div(p.M, kTileK), low = rank_stages(p.R),
@@ -198,7 +198,7 @@ __device__ __forceinline__ void store_gradient_tile(const Consumer<S>& c, const 
 }
 
 template <class T, int BN, int RP, class S>
-__device__ __forceinline__ void backward_consume(const BackwardParams& p, const S& shared, int group) {
+__device__ __forceinline__ void consume(const BackwardParams& p, const S& shared, int group) {
   using G = Tile<BN, RP>;
   Consumer<S> c(shared, group);
   const Dropout dropout(p);
@@ -269,21 +269,9 @@ __device__ __forceinline__ void backward_consume(const BackwardParams& p, const 
   if (c.thread == 0) tma_store_wait_all();
 }
 
-struct BackwardPass {
-  using Params = BackwardParams;
-  template <int BN, int RP, class S>
-  static __device__ __forceinline__ void produce(const Params& p, const S& shared) {
-    backward_produce<BN, RP>(p, shared);
-  }
-  template <class T, int BN, int RP, class S>
-  static __device__ __forceinline__ void consume(const Params& p, const S& shared, int group) {
-    backward_consume<T, BN, RP>(p, shared, group);
-  }
-};
-
 template <class T>
 cudaError_t launch_backward(const BackwardParams& p, Tiling tiling, int blocks, cudaStream_t stream) {
-  return launch_pass<BackwardPass, T>(p, tiling, blocks, stream);
+  return launch_pass<T>(p, tiling, blocks, stream);
 }
 
 }  // namespace lk::sm90

@@ -11,7 +11,7 @@
 namespace lk::sm90 {
 
 template <int BN, int RP, class S>
-__device__ __forceinline__ void forward_produce(const ForwardParams& p, const S& shared) {
+__device__ __forceinline__ void produce(const ForwardParams& p, const S& shared) {
   using G = Tile<BN, RP>;
   Producer<S> producer(shared, p.plan.prep);
   const int blocks = ceil_div(p.K, kTileK), low = rank_stages(p.R), items = p.plan.items();
@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_bias(float (&d)[BN / 2], const uint32_t (&pa
 }
 
 template <class T, int BN, int RP, class S>
-__device__ __forceinline__ void forward_consume(const ForwardParams& p, const S& shared, int group) {
+__device__ __forceinline__ void consume(const ForwardParams& p, const S& shared, int group) {
   using G = Tile<BN, RP>;
   Consumer<S> c(shared, group);
   const Dropout dropout(p);
@@ -108,21 +108,9 @@ __device__ __forceinline__ void forward_consume(const ForwardParams& p, const S&
   if (c.thread == 0) tma_store_wait_all();
 }
 
-struct ForwardPass {
-  using Params = ForwardParams;
-  template <int BN, int RP, class S>
-  static __device__ __forceinline__ void produce(const Params& p, const S& shared) {
-    forward_produce<BN, RP>(p, shared);
-  }
-  template <class T, int BN, int RP, class S>
-  static __device__ __forceinline__ void consume(const Params& p, const S& shared, int group) {
-    forward_consume<T, BN, RP>(p, shared, group);
-  }
-};
-
 template <class T>
 cudaError_t launch_forward(const ForwardParams& p, Tiling tiling, int blocks, cudaStream_t stream) {
-  return launch_pass<ForwardPass, T>(p, tiling, blocks, stream);
+  return launch_pass<T>(p, tiling, blocks, stream);
 }
 
 }  // namespace lk::sm90

@@ -1,8 +1,3 @@
 """The names that docs/backends.md takes for granted."""
 
-import torch
-
-x = torch.randn(6, 64)
-weight, bias = torch.randn(48, 64), torch.randn(48)
-lora_a, lora_b = torch.randn(8, 64), torch.randn(48, 8)
-linear = torch.nn.Linear(64, 48)
+from support.page_names import bias, linear, lora_a, lora_b, weight, x

@@ -1,20 +1,5 @@
 """The names that docs/modules.md takes for granted."""
 
-import torch
-
-x = torch.randn(6, 64)
-weight, bias = torch.randn(48, 64), torch.randn(48)
-lora_a, lora_b = torch.randn(8, 64), torch.randn(48, 8)
-linear = torch.nn.Linear(64, 48)
-
-
-class Attention(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.v_proj = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.q_proj(x) + self.v_proj(x)
-
+from support.page_names import Attention, bias, linear, lora_a, lora_b, weight, x
 
 model = Attention()
