@@ -2,8 +2,8 @@
 
     python -m benchmarks.compare OLD NEW [--pairs 5] [--rounds 9] [--rows NAME ...] [--json FILE]
 
-OLD and NEW are folders that hold a built `lora_kernels/`. Each gets a process of its own, which waits while the other
-one works. The two take turns round by round, so that a slow minute of the machine hits both.
+OLD and NEW are folders that hold a built `lora_kernels/`. In every pair of processes each has one, which waits while
+the other one works. The two take turns round by round, so that a slow minute of the machine hits both.
 
 A process keeps its addresses and its choice of a GEMM for life. The same code may differ by 10 % from one process to
 another through these, so every row is timed in several pairs of processes. A row shows the median time of each
@@ -29,12 +29,15 @@ from lora_kernels.testing import documents
 from lora_kernels.testing.terminal import terminal
 
 
-class Checkout:
+class Timer:
     """A process that times rows with the package in one folder."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        if not (folder / "lora_kernels").is_dir():
+        package = folder / "lora_kernels"
+        if not package.is_dir():
             raise SystemExit(f"{folder} holds no folder lora_kernels: name the root of a checkout")
+        if not any(package.glob("_C.*[!i]")):
+            raise SystemExit(f"{package} has no native code: run `python setup.py build_ext --inplace` in {folder}")
         command = [sys.executable, str(Path(compare_rows.__file__).resolve()), str(threads)]
         environment = os.environ | {"PYTHONPATH": str(folder.resolve())}
         self.process = subprocess.Popen(
@@ -58,7 +61,7 @@ class Checkout:
 
 
 class Pair(NamedTuple):
-    """What one pair of processes took for a row."""
+    """The times of a row in one pair of processes."""
 
     old_s: float
     """The median seconds of OLD."""
@@ -70,7 +73,7 @@ class Pair(NamedTuple):
 
 def time_pair(folders: tuple[Path, Path], threads: int, rows: list[str], rounds: int) -> Iterator[tuple[str, Pair]]:
     """Yield each row with its times, from two new processes."""
-    old, new = (Checkout(folder, threads) for folder in folders)
+    old, new = (Timer(folder, threads) for folder in folders)
     for row in rows:
         times = [(old.time(row), new.time(row)) for _ in range(rounds)]
         old_s, new_s = (statistics.median(column) for column in zip(*times, strict=True))

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# lora_kernels is imported inside the functions: `benchmarks.compare` also reads the names of the rows, and itself needs
-# neither version of the package.
+import lora_kernels
 
 Run = Callable[[], Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,19 +60,15 @@ def rows() -> dict[str, Callable[[], Run]]:
 
 
 def fused_linear(M: int, K: int, N: int, R: int, dtype: str, p: float, backward: bool, dora: bool = False) -> Run:
-    """Return a pass of a `FusedLoRALinear` in training mode."""
-    import lora_kernels
-
+    """Return a function that computes one pass of a `FusedLoRALinear` in training mode."""
     layer = lora_kernels.FusedLoRALinear(K, N, r=R, lora_dropout=p, use_dora=dora, dtype=DTYPES[dtype])
     nn.init.normal_(layer.lora_B, std=0.02)
     return step(layer, torch.randn(M, K, dtype=DTYPES[dtype]), backward)
 
 
 def peft_layer(M: int, dtype: str, p: float, backward: bool) -> Run:
-    """Return a pass of PEFT's LoRA linear after `fuse`."""
-    import peft
-
-    import lora_kernels
+    """Return a function that computes one pass of PEFT's LoRA linear after `fuse`."""
+    import peft  # heavy and optional: only the rows of PEFT need it
 
     base = nn.Sequential(nn.Linear(128, 128, dtype=DTYPES[dtype]))
     model = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_dropout=p, target_modules=["0"]))
@@ -83,16 +78,15 @@ def peft_layer(M: int, dtype: str, p: float, backward: bool) -> Run:
 
 
 def quantised(M: int, dtype: str, backward: bool) -> Run:
-    """Return a pass of a layer over a weight in nf4."""
-    import lora_kernels
-
+    """Return a function that computes one pass of a layer over a weight in nf4."""
     linear = nn.Linear(2048, 2048, dtype=DTYPES[dtype])
     layer = lora_kernels.FusedLoRALinear.from_linear(linear, r=16, quant="nf4")
     return step(layer, torch.randn(M, 2048, dtype=DTYPES[dtype]), backward)
 
 
 def step(layer: nn.Module, x: Tensor, backward: bool) -> Run:
-    """Return a forward without gradients, or a forward + backward with the gradients of x and of everything trained."""
+    """Return a function that computes y without gradients, or with `backward` the gradients of x and of every trained
+    parameter."""
     if not backward:
 
         def forward() -> Tensor:

@@ -23,14 +23,17 @@ namespace {
 void forward(int threads, py::handle x, py::handle bases, py::handle adapters, py::handle ys, py::handle hs,
              py::handle products) {
   const Items base_list(bases), adapter_list(adapters), y_list(ys), h_list(hs), product_list(products);
+  require(x, "x");
   const Operand rows = input(x);
-  const i64 M = x.is_none() ? view(y_list[0]).size.first : rows.size.first;
+  require_one_each(adapter_list, {&base_list, &y_list, &h_list, &product_list});
+  const i64 M = rows.size.first;
   i64 K = 0;
   std::vector<py::object> owners;
   std::vector<lk::cpu::Branch> branches;
   for (size_t i = 0; i < adapter_list.size(); ++i) {
     lk::cpu::Branch p = branch(adapter_list[i], K, owners);
-    p.y = output_or_none(y_list[i]);
+    require(y_list[i], "y");
+    p.y = output(y_list[i]);
     p.h = output_or_none(h_list[i]);
     const py::object bias = get(base_list[i], names.bias);
     if (!bias.is_none()) {
@@ -39,8 +42,6 @@ void forward(int threads, py::handle x, py::handle bases, py::handle adapters, p
       owners.push_back(std::move(o.owner));
     }
     if (product_list[i].ptr() == Py_True) {
-      require(x, "x");
-      require(y_list[i], "y");
       const py::object w = get(base_list[i], names.w);
       if (is_tensor(w)) {
         Operand o = input(w);
@@ -60,6 +61,8 @@ void backward(int threads, py::handle dys, py::handle x, py::handle bases, py::h
               py::handle dx, py::handle das, py::handle dbs, py::handle products) {
   const Items dy_list(dys), base_list(bases), adapter_list(adapters), h_list(hs), da_list(das), db_list(dbs),
       product_list(products);
+  require_one_each(adapter_list, {&dy_list, &base_list, &h_list, &da_list, &db_list, &product_list});
+  if (!adapter_list.size()) throw std::invalid_argument("a backward needs one adapter at least, got none");
   const i64 M = view(dy_list[0]).size.first;
   i64 K = 0;
   bool need_x = false;
@@ -173,7 +176,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(). ValueError if this machine cannot run it.");
   m.def("forward", &forward,
         "Compute, for each base and adapter: h = c keep(x) a^T, then y += s h b^T + bias. Where products[i] is True, "
-        "y[i] is first written as x w^T. Where x is None, h is read. A y or h that is None is not written.");
+        "y[i] is first written as x w^T. An h that is None is not written.");
   m.def(
       "backward", &backward,
       "Compute, for each base and adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Where "

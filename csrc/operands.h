@@ -1,5 +1,5 @@
-// The package's `Base`, `Adapter` and `QuantizedWeight` as operands of the kernels. This is the only file that knows
-// how they look. All reading needs the GIL.
+// The package's `Base`, `Adapter` and `QuantizedWeight` as operands of the kernels. The names of their fields stand
+// here only; bindings.cpp reads `w` and `bias` of a Base by them. All reading needs the GIL.
 #pragma once
 
 #include <cstring>
@@ -40,19 +40,25 @@ inline double real(py::handle number) {
   return value;
 }
 
-// A Python list or tuple of operands.
+// A Python list or tuple of operands. An index must be below its size.
 class Items {
  public:
   explicit Items(py::handle sequence) : items_(checked(PySequence_Fast(sequence.ptr(), "expected a sequence"))) {}
   size_t size() const { return static_cast<size_t>(PySequence_Fast_GET_SIZE(items_.ptr())); }
-  py::handle operator[](size_t i) const {
-    if (i >= size()) throw std::invalid_argument("the lists of a call have different lengths");
-    return PySequence_Fast_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(i));
-  }
+  py::handle operator[](size_t i) const { return PySequence_Fast_GET_ITEM(items_.ptr(), static_cast<Py_ssize_t>(i)); }
 
  private:
   py::object items_;
 };
+
+// Throws unless every list of a call has an entry for each adapter.
+inline void require_one_each(const Items& adapters, std::initializer_list<const Items*> lists) {
+  for (const Items* list : lists)
+    if (list->size() != adapters.size())
+      throw std::invalid_argument("the lists of a call must have one entry for each adapter: there are " +
+                                  std::to_string(adapters.size()) + " adapters, and a list of " +
+                                  std::to_string(list->size()));
+}
 
 inline cpu::Dropout dropout(double p, py::handle seed) {
   cpu::Dropout d;
@@ -91,7 +97,7 @@ inline cpu::Quantized quantized(py::handle weight) {
   if (index == names.formats.size())
     throw std::invalid_argument("the CPU kernels have no format " + std::string(py::str(format)));
   w.format = static_cast<cpu::Format>(index);
-  const Two size = two(get(weight, tensor_names.shape), 1);
+  const Two size = two(get(weight, tensor_names.shape));
   w.N = size.first;
   w.K = size.second;
   w.codes = static_cast<const uint8_t*>(address(get(weight, names.codes)));
@@ -100,7 +106,7 @@ inline cpu::Quantized quantized(py::handle weight) {
   w.scales = address(scales);
   w.scale_rows = w.scale_cols = 1;
   if (w.format == cpu::Format::fp8) {
-    const Two blocks = two(get(scales, tensor_names.shape), 1);
+    const Two blocks = two(get(scales, tensor_names.shape));
     w.scale_rows = blocks.first;
     w.scale_cols = blocks.second;
   }

@@ -94,19 +94,21 @@ inline void find_tensor_names() {
 
 inline bool is_tensor(py::handle object) { return PyObject_TypeCheck(object.ptr(), tensor_names.type); }
 
-// Two sizes or strides. The second number of one dimension is `missing`.
 struct Two {
   i64 first, second;
 };
 
-[[noreturn]] inline void refuse_dimensions() {
-  throw std::invalid_argument("the CPU kernels take tensors of one or two dimensions");
+inline void require_two_dimensions(i64 dimensions) {
+  if (dimensions != 1 && dimensions != 2)
+    throw std::invalid_argument("the CPU kernels take tensors of one or two dimensions, got " +
+                                std::to_string(dimensions) + ": pass x.reshape(-1, x.shape[-1])");
 }
 
-inline Two two(const py::object& tuple, i64 missing) {
+// Two sizes or strides, from a tuple of one or two numbers. The second of one number is 1.
+inline Two two(const py::object& tuple) {
   const i64 count = PyTuple_Check(tuple.ptr()) ? PyTuple_GET_SIZE(tuple.ptr()) : 0;
-  if (count != 1 && count != 2) refuse_dimensions();
-  return {integer(PyTuple_GET_ITEM(tuple.ptr(), 0)), count == 2 ? integer(PyTuple_GET_ITEM(tuple.ptr(), 1)) : missing};
+  require_two_dimensions(count);
+  return {integer(PyTuple_GET_ITEM(tuple.ptr(), 0)), count == 2 ? integer(PyTuple_GET_ITEM(tuple.ptr(), 1)) : 1};
 }
 
 // A tensor of one or two dimensions.
@@ -148,7 +150,7 @@ inline View view(py::handle tensor) {
   constexpr uint8_t kFloat = 2, kBfloat = 4;
   DLTensor t;
   if (view_by_exchange(tensor, t) && t.data) {
-    if (t.ndim != 1 && t.ndim != 2) refuse_dimensions();
+    require_two_dimensions(t.ndim);
     const DType type = t.type_code == kFloat && t.type_bits == 32    ? DType::f32
                        : t.type_code == kFloat && t.type_bits == 16  ? DType::f16
                        : t.type_code == kBfloat && t.type_bits == 16 ? DType::bf16
@@ -157,8 +159,8 @@ inline View view(py::handle tensor) {
     return {t.data, {t.shape[0], t.shape[1]}, {t.strides[0], t.strides[1]}, type};
   }
   const py::object strides = call(tensor, tensor_names.stride);
-  const Two size = two(get(tensor, tensor_names.shape), 1);
-  Two stride = two(strides, 1);
+  const Two size = two(get(tensor, tensor_names.shape));
+  Two stride = two(strides);
   if (PyTuple_GET_SIZE(strides.ptr()) == 1) stride = {0, stride.first};
   return {address(tensor), size, stride, dtype(get(tensor, tensor_names.dtype))};
 }
@@ -188,7 +190,9 @@ inline Operand input(py::handle tensor) {
 // A tensor for writing. Its last stride must be 1.
 inline Tile output(py::handle tensor) {
   const View v = view(tensor);
-  if (v.stride.second != 1) throw std::invalid_argument("the CPU kernels write to tensors whose last stride is 1");
+  if (v.stride.second != 1)
+    throw std::invalid_argument("the CPU kernels write to tensors whose last stride is 1, got " +
+                                std::to_string(v.stride.second) + ": pass a contiguous tensor");
   return {v.data, v.stride.first, v.dtype};
 }
 

@@ -18,8 +18,8 @@ def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str, /) -> None: ...
 def forward(
-    threads: int, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter],
-    ys: Sequence[Tensor | None], hs: Sequence[Tensor | None], products: Sequence[bool], /,
+    threads: int, x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter],
+    ys: Sequence[Tensor], hs: Sequence[Tensor | None], products: Sequence[bool], /,
 ) -> None: ...  # fmt: skip
 def backward(
     threads: int, dys: Sequence[Tensor], x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter],

@@ -81,7 +81,7 @@ void pack_operands(const Branch& p, const Work& w, i64 ldk) {
   }
 }
 
-// The parts of g (one for each chunk of columns) and of db (one for each slab of rows), from a branch's dy.
+// Compute the parts of g (one for each chunk of columns) and of db (one for each slab of rows) from a branch's dy.
 void pass_over_dy(const Branch& p, const Work& w, i64 M) {
   if (w.need_g && !w.one_pass) {
 #pragma omp for schedule(dynamic, 1) nowait
@@ -195,7 +195,7 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
       if (!p.base) continue;
 #pragma omp single
       p.base->arrange();
-#pragma omp for schedule(dynamic, 1)  // the next branch adds to the same dx
+#pragma omp for schedule(dynamic, 1)  // without nowait, because the next branch adds to the same dx
       for (i64 t = 0; t < p.base->strips(); ++t) p.base->strip(t);
     }
 #pragma omp barrier

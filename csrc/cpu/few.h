@@ -1,6 +1,6 @@
-// The base products of few rows: y [M, N] = x w^T of a forward, and dx [M, K] = dy w of a backward. w is not copied to
-// panels: each element or code of it is multiplied by all rows at once. The work is cut into strips of y or dx, which a
-// team of threads takes one by one, so that a launch can have other work beside them.
+// The base products of few rows: y [M, N] = x w^T of a forward, and dx [M, K] = dy w of a backward. w is read where it
+// lies. Only the backward over a 16-bit w first converts a strip of it to fp32. The work is cut into strips of y or dx,
+// which a team of threads takes one by one, so that a launch can have other work beside them.
 #pragma once
 
 #include <memory>

@@ -26,16 +26,16 @@ struct Work {
   Grid pack_a, pack_b, tiles;
   float *h32 = nullptr, *a_panel = nullptr, *b_panel = nullptr, *bias32 = nullptr;
 
-  Work(const Branch& p, i64 M, i64 K, DType x, bool down, bool few)
-      : l(few ? *kernels().fp32 : kernels().low_rank(x, p.a.dtype)),
-        a_packed(down && (!few || p.a.dtype != DType::f32)),
-        b_packed(p.y && !few),
+  Work(const Branch& p, i64 M, i64 K, DType x, bool in_place)
+      : l(in_place ? *kernels().fp32 : kernels().low_rank(x, p.a.dtype)),
+        a_packed(!in_place || p.a.dtype != DType::f32),
+        b_packed(!in_place),
         convert_bias(p.bias && p.bias.dtype != DType::f32),
         ldk(panel_stride(K)),
         ldn(panel_stride(p.N)),
         pack_a(make_grid(p.R, K, p.R, 512)),
         pack_b(make_grid(p.N, p.R, 128, p.R)),
-        tiles(make_grid(M, p.N, kRows, few ? kFewWidth : kWidth)) {}
+        tiles(make_grid(M, p.N, kRows, in_place ? kFewWidth : kWidth)) {}
 
   Sums h(const Branch& p) const { return {h32, p.R}; }
   Panel a(const Branch& p) const {
@@ -43,8 +43,8 @@ struct Work {
   }
 };
 
-// Pack the operands of the products. Where x is absent (`down` is false) h is given, and is packed in the tasks `rows`.
-void pack_operands(const Branch& p, const Work& w, bool down, const Grid& rows) {
+// Pack the operands of the products.
+void pack_operands(const Branch& p, const Work& w) {
   if (p.base) {
 #pragma omp single nowait
     p.base->arrange();
@@ -67,11 +67,6 @@ void pack_operands(const Branch& p, const Work& w, bool down, const Grid& rows) 
       w.l.expand_panel_t(p.b.at(n0, 0), w.pack_b.rows(t), p.R, {w.b_panel + n0, w.ldn});
     }
   }
-  if (!down) {
-#pragma omp for schedule(static) nowait
-    for (i64 t = 0; t < rows.size(); ++t)
-      w.l.expand_rows(p.h.at(rows.m0(t), 0), rows.rows(t), p.R, p.scale, w.h(p).row(rows.m0(t)));
-  }
 }
 
 // A part of x and of a: its first row and column of x, its first row of a, and its sizes.
@@ -93,18 +88,17 @@ void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
   const Sums h = w.h(p).at(m0, 0);
   const float c = p.dropout.rescale();
   if (p.h) kernels().write(h, rows, p.R, c, p.h.at(m0, 0));
-  if (p.y) w.l.expand_rows({h.data, h.ld, DType::f32}, rows, p.R, c * p.scale, h.data);
+  w.l.expand_rows({h.data, h.ld, DType::f32}, rows, p.R, c * p.scale, h.data);
 }
 
-// y += s h b^T + bias. `column` is memory of the calling thread for kWidth floats; only few rows use it.
-void add_to_y(const Branch& p, const Work& w, bool few, float* column) {
-  if (!p.y) return;
+// y += s h b^T + bias. `column` is memory of the calling thread for kWidth floats, used where b is read in place.
+void add_to_y(const Branch& p, const Work& w, bool in_place, float* column) {
   const float* const bias = w.convert_bias ? w.bias32 : static_cast<const float*>(p.bias.data);
 #pragma omp for schedule(dynamic, 1) nowait
   for (i64 t = 0; t < w.tiles.size(); ++t) {
     const i64 m0 = w.tiles.m0(t), n0 = w.tiles.k0(t), width = w.tiles.width(t), n = w.tiles.rows(t);
     const float* const bias_n = bias ? bias + n0 : nullptr;
-    if (!few) {
+    if (!in_place) {
       w.l.expand(p.y.at(m0, n0), kKeepAll, bias_n, w.h(p).at(m0, 0), {w.b_panel + n0, w.ldn}, {n, width, p.R});
       continue;
     }
@@ -119,19 +113,18 @@ void add_to_y(const Branch& p, const Work& w, bool few, float* column) {
 }  // namespace
 
 void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branches) {
-  const bool down = static_cast<bool>(x), few = M <= kRowsInPlace;
+  const bool in_place = M <= kRowsInPlace;
   std::vector<Work> works;
   works.reserve(branches.size());
   double products = 0;
-  bool drop = false, up_few = false;
+  bool drop = false;
   for (const Branch& p : branches) {
-    works.emplace_back(p, M, K, x.dtype, down, few);
-    products += static_cast<double>(p.R) * ((down ? K : 0) + (p.y ? p.N : 0));
+    works.emplace_back(p, M, K, x.dtype, in_place);
+    products += static_cast<double>(p.R) * (K + p.N);
     if (p.base) products += static_cast<double>(p.N) * K;
     drop |= p.dropout.threshold != 0;
-    up_few |= p.y && few;
   }
-  threads = team(threads, 2.0 * (few ? std::min(M, i64{1}) * kFewWeight : M) * products);
+  threads = team(threads, 2.0 * (in_place ? std::min(M, i64{1}) * kFewWeight : M) * products);
   const i64 task_rows = std::clamp<i64>(round_up(ceil_div(M, 4 * threads), 6), 6, kRows);
   const Grid rows = make_grid(M, K, task_rows, std::max<i64>(K, 1));
 
@@ -150,16 +143,16 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
       w.bias32 = scratch.floats(w.convert_bias ? p.N : 0);
       if (p.base) p.base->take(scratch, threads);
     }
-    columns = scratch.floats(up_few ? threads * kWidth : 0);
+    columns = scratch.floats(in_place ? threads * kWidth : 0);
     bits = scratch.bytes(threads * bits_per_thread);
   }
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    for (size_t i = 0; i < works.size(); ++i) pack_operands(branches[i], works[i], down, rows);
+    for (size_t i = 0; i < works.size(); ++i) pack_operands(branches[i], works[i]);
 #pragma omp barrier
     uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
-    if (down && few) {
+    if (in_place) {
       for (size_t i = 0; i < works.size(); ++i) {
         const Branch& p = branches[i];
         const Work& w = works[i];
@@ -169,7 +162,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
             dot_x(p, w, x, {0, k0, r0, {M, std::min(kDepth, K - k0), std::min(kFewRanks, p.R - r0)}}, my_bits);
         }
       }
-    } else if (down) {
+    } else {
 #pragma omp for schedule(dynamic, 1) nowait
       for (i64 t = 0; t < rows.size(); ++t) {
         const i64 m0 = rows.m0(t), n = rows.rows(t);
@@ -189,11 +182,11 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
       for (i64 t = 0; t < p.base->strips(); ++t) p.base->strip(t);
     }
 #pragma omp barrier
-    if (down && few) {
+    if (in_place) {
 #pragma omp single
       for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], 0, M);
     }
-    for (size_t i = 0; i < works.size(); ++i) add_to_y(branches[i], works[i], few, columns + worker() * kWidth);
+    for (size_t i = 0; i < works.size(); ++i) add_to_y(branches[i], works[i], in_place, columns + worker() * kWidth);
   }
 }
 

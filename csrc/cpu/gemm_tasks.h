@@ -18,7 +18,9 @@ constexpr i64 kGemmRowsMost = 1024;  // rows of y per task where their sums need
 template <class Pack>
 void gemm_by_panels(int threads, i64 M, i64 N, i64 K, Tile x, Tile y, bool add, i64 spare, const Pack& pack) {
   if (!kernels().gemm(x.dtype))
-    throw std::invalid_argument("no GEMM of this dtype: has_gemm tells which dtypes have one");
+    throw std::invalid_argument(
+        "there is no GEMM of many rows, of a strided w or with add for this dtype: has_gemm tells "
+        "which dtypes have one");
   const Gemm& g = *kernels().gemm(x.dtype);
   threads = team(threads, 2.0 * M * N * K);
   // The tasks have almost equal sizes, and their number is one that the threads can share evenly.

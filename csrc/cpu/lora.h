@@ -1,5 +1,5 @@
-// A LoRA layer on a CPU: its base GEMM, and its low-rank half, which adds to a base product that is already in y or
-// dx.
+// A LoRA layer on a CPU: its base GEMM, and its low-rank half. The low-rank half adds to a base product that y or dx
+// holds already, or first computes a base product of few rows (`Branch::base`).
 #pragma once
 
 #include <algorithm>
@@ -40,9 +40,8 @@ struct Branch {
 };
 
 // For each branch, in one pass over x for all of them:
-// h = c keep(x) a^T   [M, R]; where x is absent, h is read
+// h = c keep(x) a^T   [M, R]; it may be absent, and is then not written
 // y += s h b^T + bias [M, N]; a branch with a base has y = x w^T before that
-// h may be absent where x and y are both there.
 void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branches);
 
 // For each branch, in one pass over x and dx for all of them:

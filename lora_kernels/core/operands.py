@@ -100,7 +100,7 @@ def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter) -> Call:
     return Call(op, rows.device, rows.dtype, a.dtype, rows.shape[0], N, K, a.shape[0], adapter.p > 0, w_format)
 
 
-# The types in the signatures of every back-end's forward and backward, which backends/__init__.py describes.
+# The types in the signatures of functions over lists of layers, such as a back-end's forward and backward.
 Tensors = Sequence[Tensor]
 """One tensor for each layer."""
 MaybeTensors = Sequence[Tensor | None]

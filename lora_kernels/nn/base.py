@@ -49,8 +49,8 @@ class AdapterLinear(nn.Linear):
 
     @torch.no_grad()
     def _start(self, init: str, *ab: Tensor) -> None:
-        """Give the adapter A and B, the values that the scheme `init` has made. "kaiming" makes none, and the adapter
-        then keeps its first values."""
+        """Copy the A and B that the scheme `init` has made into the adapter. "kaiming" makes none, and the adapter then
+        keeps its first values."""
         self.init = init
         if ab:
             self.lora_A.copy_(ab[0])

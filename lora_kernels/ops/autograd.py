@@ -43,17 +43,18 @@ def no_autocast(device: str) -> AbstractContextManager[object]:
 
 
 def apply(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Any:
-    """Return ``function.apply(x, *rest)``, without the Python that torch wraps around it where that does nothing.
+    """Return ``function.apply(x, *rest)``, without the Python that torch before 2.14 wraps around it where that does
+    nothing.
 
     That code serves torch.compile, the transforms of torch.func, and tensors that have outlived such a transform. In
     every other call it only copies the arguments, which takes two microseconds.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-    ):
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or wrapped(x):
         return function.apply(x, *rest)
+    for each in rest:  # a generator would be one more frame in every call
+        if isinstance(each, Tensor) and wrapped(each):
+            return function.apply(x, *rest)
     return super(torch.autograd.Function, function).apply(x, *rest)  # type: ignore[misc]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs
-from lora_kernels.ops import registered
+from lora_kernels.ops import direct, registered
 from lora_kernels.ops.autograd import (
     apply,
     device_type,
@@ -25,6 +25,7 @@ from lora_kernels.ops.autograd import (
     refuse_double_backward,
 )
 from lora_kernels.ops.prepare import prepare
+from lora_kernels.ops.watched import watched
 
 __all__ = ["Layer", "lora_linear_group"]
 
@@ -40,7 +41,7 @@ def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, backend: str | None
 
     Raises:
         TypeError, ValueError: what `lora_linear` raises for any of the layers; no layers; adapters of several dtypes.
-        RuntimeError: from autograd, on double backward.
+        RuntimeError: from autograd, on double backward; in the transforms of torch.func that differentiate.
     """
     if not layers:
         raise ValueError("lora_linear_group needs at least one layer, got none")
@@ -71,7 +72,9 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         # Under autocast each w is converted here and again in the backward, so that no copy of it is saved.
         bases = [Base(each.to(x.dtype), own_bias) for each, own_bias in zip(w, bias, strict=True)]
         adapters = [Adapter(*each) for each in zip(a, b, scale, p, seed, strict=True)]
-        ys, hs = registered.forward_group(x, bases, adapters, backend, need_db)
+        observed = any(watched(x, *each) for each in zip(w, a, b, bias, strict=True))
+        way = registered if observed else direct
+        ys, hs = way.forward_group(x, bases, adapters, backend, need_db)
         ctx.save_for_backward(x if any(need_da) else None, *w, *a, *b, *hs, *seed)
         ctx.scale, ctx.p, ctx.backend, ctx.dtype = scale, p, backend, x.dtype
         ctx.need_da, ctx.need_db, ctx.need_dbias = need_da, need_db, need_dbias
@@ -102,7 +105,9 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None], x: Tensor | None, saved: 
         bases = [Base(w[i].to(ctx.dtype)) for i in asked]
         adapters = [Adapter(a[i], b[i], ctx.scale[i], ctx.p[i], seed[i]) for i in asked]
         needs = Needs(need_dx, tuple(ctx.need_da[i] for i in asked), tuple(ctx.need_db[i] for i in asked))
-        dx, das, dbs = registered.backward_group(
+        observed = any(watched(cast[i], w[i], a[i], b[i], x) for i in asked)
+        way = registered if observed else direct
+        dx, das, dbs = way.backward_group(
             [cast[i] for i in asked], x, bases, adapters, [h[i] for i in asked], needs, ctx.backend
         )
         for i, da, db in zip(asked, das, dbs, strict=True):

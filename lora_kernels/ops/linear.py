@@ -2,7 +2,8 @@
 
     lora_linear → prepare (autocast, checks) → LoRALinearFunction → direct or registered → a back-end
 
-A call that needs no gradient goes past the Function. A call that nothing observes goes past the registered operator.
+Outside autocast, a call that needs no gradient goes past the Function. A call that nothing observes goes past the
+registered operator.
 """
 
 from __future__ import annotations

@@ -66,11 +66,16 @@ def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) ->
         or type(w) not in _PLAIN
         or type(a) not in _PLAIN
         or type(b) not in _PLAIN
-        or (other is not None and (type(other) not in _PLAIN or other.is_neg() or other._is_zerotensor()))
+        or (
+            other is not None
+            and (type(other) not in _PLAIN or other.is_neg() or other._is_zerotensor() or _is_functorch_wrapped(other))
+        )
         or x.is_neg()
         or x._is_zerotensor()
         or _is_legacy_batched(x)
         or _is_functorch_wrapped(x)
+        or _is_functorch_wrapped(a)
+        or _is_functorch_wrapped(b)
         or w.is_neg()
         or a.is_neg()
         or b.is_neg()

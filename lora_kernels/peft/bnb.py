@@ -33,7 +33,7 @@ from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import DTYPES, QuantizedWeight
 
 
-class _Stored:
+class _WeightCache:
     """A cache of the weight of a bitsandbytes layer, valid for as long as bitsandbytes holds the same tensors.
 
     Moving, merging, loading and re-packing replace one of the tensors, or put the weight at another address. The weight
@@ -75,19 +75,19 @@ class _Stored:
         """Empty the cache, so that it holds no tensors."""
         self.last = None
 
-    def __deepcopy__(self, memo: object) -> _Stored:
-        return _Stored()
+    def __deepcopy__(self, memo: object) -> _WeightCache:
+        return _WeightCache()
 
-    def __reduce__(self) -> tuple[type[_Stored], tuple[()]]:
-        return _Stored, ()
+    def __reduce__(self) -> tuple[type[_WeightCache], tuple[()]]:
+        return _WeightCache, ()
 
 
 class _FusedBnb(Fused):
-    stored: ClassVar = True
-    own: ClassVar = {**Fused.own, "_stored": _Stored}
+    quantised_base: ClassVar = True
+    own: ClassVar = {**Fused.own, "_weight_cache": _WeightCache}
     kind: ClassVar[type[Any]]
     """bitsandbytes' class of the base."""
-    _stored: _Stored
+    _weight_cache: _WeightCache
 
     @classmethod
     def read_base(cls, layer: Any) -> tuple[QuantizedWeight, Tensor | None] | str:
@@ -107,8 +107,8 @@ class _FusedBnb(Fused):
 
     @staticmethod
     def _weight_of(layer: Any) -> QuantizedWeight | str:
-        stored = layer.__dict__.get("_stored")  # a layer that is not fused yet has none
-        return (_Stored() if stored is None else stored).read(layer._modules["base_layer"])
+        cache = layer.__dict__.get("_weight_cache")  # a layer that is not fused yet has none
+        return (_WeightCache() if cache is None else cache).read(layer._modules["base_layer"])
 
     @staticmethod
     def variant_reason(layer: Any, name: str) -> str:
@@ -123,8 +123,8 @@ class _FusedBnb(Fused):
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Merge as PEFT does, and hold none of the tensors that merging has replaced."""
-        self.plain.merge(self, *args, **kwargs)
-        self._stored.clear()
+        self.peft_class.merge(self, *args, **kwargs)
+        self._weight_cache.clear()
 
     def _dtypes(
         self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
@@ -166,11 +166,11 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
     """PEFT's LoRA linear over a ``Linear4bit``, nf4 or fp4, with double quantisation or without.
 
     The fused path converts x to compute_dtype for the base and the adapter. PEFT converts it for the base only. So a
-    call is fused only where this makes no difference to the adapter: for an x in compute_dtype, for a 16-bit x where
-    compute_dtype is fp32, and for any x under an autocast to compute_dtype. PEFT serves the other calls.
+    call is fused only where the adapter loses nothing by this: without autocast for an x in compute_dtype or where
+    compute_dtype is fp32, under autocast where compute_dtype is autocast's or fp32. PEFT serves the other calls.
     """
 
-    plain = peft_layers.Linear4bit
+    peft_class = peft_layers.Linear4bit
     kind = Linear4bit
 
     @staticmethod
@@ -205,7 +205,7 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
 class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
     """PEFT's LoRA linear over a ``Linear8bitLt`` with has_fp16_weights=False. x is not rounded to 8 bits."""
 
-    plain = peft_layers.Linear8bitLt
+    peft_class = peft_layers.Linear8bitLt
     kind = Linear8bitLt
 
     @classmethod
@@ -227,9 +227,9 @@ class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
         if autocast is None:
             return x.dtype, x.dtype
         # While training on the CPU bitsandbytes calls torch's linear, which autocast converts.
-        plain = x.device.type in ("cpu", "xpu") and self.base_layer.training
-        return autocast, autocast if plain else torch.promote_types(x.dtype, autocast)
+        torch_linear = x.device.type in ("cpu", "xpu") and self.base_layer.training
+        return autocast, autocast if torch_linear else torch.promote_types(x.dtype, autocast)
 
 
-KINDS: dict[type, type[Fused]] = {kind.plain: kind for kind in (FusedLinear4bit, FusedLinear8bitLt)}
+KINDS: dict[type, type[Fused]] = {kind.peft_class: kind for kind in (FusedLinear4bit, FusedLinear8bitLt)}
 """The fused class for each of PEFT's classes."""

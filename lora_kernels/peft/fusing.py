@@ -39,7 +39,7 @@ def _fused_kind(kind: type) -> type[Fused] | None:
         from lora_kernels.peft import bnb as peft_bnb
 
         return peft_bnb.KINDS.get(kind)
-    return FusedLinear if kind is FusedLinear.plain else None
+    return FusedLinear if kind is FusedLinear.peft_class else None
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ def unfuse(model: nn.Module) -> None:
     """Give every fused layer of `model` its PEFT class back, as it was before `fuse`."""
     for layer in model.modules():
         if isinstance(layer, Fused):
-            _leave_group(layer)
+            _leave_group(layer, "unfuse was called")
             for name in layer.own:
                 del layer.__dict__[name]
-            layer.__class__ = layer.plain  # type: ignore[assignment]
+            layer.__class__ = layer.peft_class  # type: ignore[assignment]
 
 
 def _swap(layer: Any, kind: type[Fused], backend: str | None) -> None:
@@ -145,13 +145,13 @@ def _swap(layer: Any, kind: type[Fused], backend: str | None) -> None:
         layer.__class__ = kind
         layer.__dict__.update({name: make() for name, make in kind.own.items()})
         layer.prepare()
-    _leave_group(layer)
+    _leave_group(layer, "fuse was called again")
     layer._backend = backend
 
 
-def _leave_group(layer: Any) -> None:
+def _leave_group(layer: Any, reason: str) -> None:
     if layer._group is not None:
-        layer._group.dissolve("fuse was called again, or unfuse")
+        layer._group.dissolve(reason)
 
 
 _create = LoraModel.__dict__["_create_new_module"]

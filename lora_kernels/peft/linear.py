@@ -46,9 +46,11 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Fused:
-    """The fused forward of PEFT's LoRA linears. A subclass inherits from this class and then from PEFT's, `plain`.
+    """The fused forward of PEFT's LoRA linears. A subclass inherits from this class and then from `peft_class`.
 
-    A forward reads the layer once (`read`). Then it computes (`_compute`), or leaves the call to PEFT's own forward.
+    A forward asks its group first (`SharedInput.take`), and then `plain_operands`, which serves the most frequent case.
+    Every other forward reads the whole layer (`read`). Then it computes (`_compute`), or leaves the call to PEFT's own
+    forward.
     Subclasses define how the base is read (`read_base`), which variants of LoRA they serve (`variant_reason`) and in
     which dtypes a call is computed (`_dtypes`).
 
@@ -57,10 +59,10 @@ class Fused:
         passed_over: the number of forwards that were left to PEFT, by reason.
     """
 
-    plain: ClassVar[type[Any]]
+    peft_class: ClassVar[type[Any]]
     """PEFT's class."""
-    stored: ClassVar[bool] = False
-    """Whether the base weight is stored in 4 or 8 bits."""
+    quantised_base: ClassVar[bool] = False
+    """Whether the base weight has 4 or 8 bits."""
     own: ClassVar[dict[str, Callable[[], Any]]] = {
         "fused_calls": int,
         "passed_over": Counter,
@@ -97,16 +99,16 @@ class Fused:
             if not torch.compiler.is_compiling():
                 self.__dict__["fused_calls"] += 1
             return y
-        if not (args or kwargs or torch.compiler.is_compiling()) and (plain := self.plain_operands(x)) is not None:
+        if not (args or kwargs or torch.compiler.is_compiling()) and (short := self.plain_operands(x)) is not None:
             self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
-            w, a, b, scale, bias, p = plain
+            w, a, b, scale, bias, p = short
             return lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
         names = kwargs.get("adapter_names") if kwargs else None
         operands = self.read(x, args, kwargs, names)
         if isinstance(operands, str):
             if operands and not torch.compiler.is_compiling():
                 self.passed_over[operands] += 1
-            return self.plain.forward(self, x, *args, **kwargs)
+            return self.peft_class.forward(self, x, *args, **kwargs)
         if not torch.compiler.is_compiling():
             self.__dict__["fused_calls"] += 1
         if names is None:
@@ -123,20 +125,13 @@ class Fused:
         """
         return None
 
-    def why_not_now(
-        self, x: Tensor, args: Any = (), kwargs: Mapping[str, Any] = _NOTHING, names: list[str] | None = None
-    ) -> str | None:
-        """Return why PEFT's own forward serves the call, "" where no adapter is to be computed, or None where the fused
-        path serves it."""
-        operands = self.read(x, args, kwargs, names)
-        return operands if isinstance(operands, str) else None
-
     def read(
         self, x: Tensor, args: Any = (), kwargs: Mapping[str, Any] = _NOTHING, names: list[str] | None = None
     ) -> Operands | str:
         """Return the operands of a forward with these arguments, or why PEFT's own forward serves it: "" where no
         adapter is to be computed."""
-        # Every forward runs this. It reads the layer once, and avoids nn.Module's slow attribute look-up.
+        # Every forward that neither a group nor `plain_operands` serves runs this. It reads the layer once, and avoids
+        # nn.Module's slow attribute look-up.
         if self.disable_adapters or self.merged:
             return "" if names is None else "adapter_names beside disabled or merged adapters"
         if args or (kwargs and any(key != "adapter_names" and key not in _IGNORED for key in kwargs)):
@@ -167,7 +162,7 @@ class Fused:
         if isinstance(dtypes, str):
             return dtypes
         inner, outer = dtypes
-        if self._backend is None and (dropout or self.stored):
+        if self._backend is None and (dropout or self.quantised_base):
             # Without a kernel, masks and weights of 4 or 8 bits become tensors by dozens of torch operations. Then
             # PEFT's own forward is the faster one, and serves the call unless a back-end was asked for by name.
             (N, K), a = w.shape, adapters[active[0]].a
@@ -279,7 +274,7 @@ class Fused:
         return torch.cat(parts)[torch.tensor(back, device=x.device)]
 
     def _get_name(self) -> str:
-        return self.plain.__name__  # so that repr() begins with PEFT's name, lora.Linear
+        return self.peft_class.__name__  # so that repr() begins with PEFT's name, lora.Linear
 
     def extra_repr(self) -> str:
         """Return the note that ``repr`` shows for a fused layer."""
@@ -290,7 +285,7 @@ class FusedLinear(Fused, peft_layer.Linear):
     """PEFT's LoRA linear over an ``nn.Linear`` or a Conv1D. `lora_kernels.lora_linear` or `dora_linear` computes every
     call that it can serve."""
 
-    plain = peft_layer.Linear
+    peft_class = peft_layer.Linear
     lora_magnitude_vector: Any
 
     def plain_operands(self, x: Tensor) -> OneAdapter | None:
@@ -312,7 +307,7 @@ class FusedLinear(Fused, peft_layer.Linear):
         p = float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
         dtype, adapter_dtype = x.dtype, a.dtype
         cast = adapter_dtype == torch.float32 and dtype in check.HALVES and self.cast_input_dtype_enabled
-        plain = (
+        served = (
             type(base) is type(down) is type(up) is nn.Linear
             and type(dropout) in _DROPOUTS
             and type(w) is type(a) is type(b) is nn.Parameter
@@ -327,7 +322,7 @@ class FusedLinear(Fused, peft_layer.Linear):
             and not has_hooks(base, down, up, dropout)
             and autocast_of(x) is None
         )
-        if not plain:
+        if not served:
             return None
         if p and self._backend is None:
             (N, K), R = w.shape, a.shape[0]
@@ -364,9 +359,12 @@ class FusedLinear(Fused, peft_layer.Linear):
         kind = type(layer.lora_variant[name])
         if kind is not DoraLinearVariant:
             return f"adapter {name!r} is a {kind.__name__}"
-        own_bias = layer.lora_B[name].bias is not None
-        if layer.fan_in_fan_out or own_bias or has_hooks(layer.lora_magnitude_vector[name]):
-            return f"adapter {name!r} is DoRA over a Conv1D, with a bias of its own or with hooks"
+        if layer.fan_in_fan_out:
+            return f"adapter {name!r} is DoRA over a Conv1D"
+        if layer.lora_B[name].bias is not None:
+            return f"adapter {name!r} is DoRA with a bias of its own"
+        if has_hooks(layer.lora_magnitude_vector[name]):
+            return f"adapter {name!r} is DoRA, and its magnitude has hooks, which the fused path would pass over"
         return None
 
     def _dtypes(

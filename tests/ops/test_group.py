@@ -8,8 +8,10 @@ import pytest
 import torch
 from support import judging
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import lora_linear
+from lora_kernels.ops import registered
 from lora_kernels.ops.group import Layer, lora_linear_group
 from lora_kernels.testing import judge
 
@@ -193,6 +195,43 @@ def test_a_group_compiles_without_a_break():
     got = torch.autograd.grad(compiled(x, *leaves), (x, *leaves))
     for u, v in zip(got, want, strict=True):
         assert torch.equal(u, v)
+
+
+@pytest.mark.parametrize("place", ["x", "a", "bias"])
+def test_a_group_leaves_out_its_operators_only_where_nothing_observes_it(place):
+    """A tensor of a subclass in any of the layers counts as an observer."""
+
+    class Kind(torch.Tensor):
+        pass
+
+    qs = problems((4, 6, (5, 2), (3, 1)))
+    names = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def run(x, a, bias):
+        layers = [Layer(qs[0].w, qs[0].a, qs[0].b, 0.5), Layer(qs[1].w, a, qs[1].b, 2.0, bias)]
+        ys = lora_linear_group(x, layers)
+        return torch.autograd.grad(sum(y.sum() for y in ys), x)
+
+    operands = {"x": qs[0].x.clone().requires_grad_(), "a": qs[1].a, "bias": qs[1].bias}
+    want = run(**operands)
+    with Seen():
+        got = run(**operands)
+    assert torch.equal(got[0], want[0])
+    assert [name for name in names if name.startswith("lora_kernels::")] == [
+        "lora_kernels::forward_group", "lora_kernels::backward_group"]  # fmt: skip
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        way = registered.forward_group
+        patch.setattr(registered, "forward_group", lambda *args: calls.append(1) or way(*args))
+        run(**operands)
+        assert not calls
+        run(**operands | {place: operands[place].as_subclass(Kind)})
+    assert calls == [1]
 
 
 def test_errors_name_the_values():

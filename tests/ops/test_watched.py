@@ -182,7 +182,7 @@ def test_a_lazily_negated_operand_is_taken_at_its_value(which):
         assert torch.equal(run(**given), run(**negative))
 
 
-def test_functorch_and_forward_mode_see_the_operator():
+def test_vmap_is_served_and_forward_mode_is_refused():
     q = problem(5, 24, 16, 4)
 
     def run(x):
@@ -220,12 +220,15 @@ def test_a_parameter_that_begins_to_want_gradients_gets_them():
     assert a.grad is not None and a.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["x", "lora_a", "lora_b", "bias"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_tensor_that_has_outlived_a_transform_is_served(grad):
+def test_a_tensor_that_has_outlived_a_transform_is_served(grad, name):
     q, kept = problem(5, 24, 16, 4), []
-    torch.func.grad(lambda t: (kept.append(t), t.sum())[1])(q.x)
-    a = q.a.clone().requires_grad_(grad)
-    y = lora_linear(kept[0], q.w, a, q.b, scale=q.scale, bias=q.bias)
+    operands = {"x": q.x, "lora_a": q.a, "lora_b": q.b, "bias": q.bias}
+    torch.func.grad(lambda t: (kept.append(t), t.sum())[1])(operands[name])
+    wanted = "lora_b" if name == "lora_a" else "lora_a"
+    operands |= {name: kept[0], wanted: operands[wanted].clone().requires_grad_(grad)}
+    y = lora_linear(weight=q.w, scale=q.scale, **operands)
     check({"y": y.detach()}, q)
     assert y.requires_grad == grad
 
@@ -233,7 +236,7 @@ def test_a_tensor_that_has_outlived_a_transform_is_served(grad):
 def test_torch_wraps_a_function_in_nothing_but_what_is_left_out():
     """`lora_kernels.ops.autograd.apply` leaves out the Python of ``Function.apply``. A torch whose ``apply`` calls
     something else in an ordinary call fails here: then find out what it is for, and when `apply` must not leave it
-    out."""
+    out. torch 2.14 has moved that Python into C."""
     entered = []
 
     class Identity(torch.autograd.Function):
@@ -253,4 +256,4 @@ def test_torch_wraps_a_function_in_nothing_but_what_is_left_out():
     finally:
         sys.setprofile(None)
     known = {"apply", "_is_setup_context_defined", "unwrap_dead_wrappers", "<genexpr>", "forward"}
-    assert set(entered) <= known and {"apply", "forward"} <= set(entered)
+    assert {"forward"} <= set(entered) <= known

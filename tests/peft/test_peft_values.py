@@ -153,7 +153,7 @@ def test_replicas_of_data_parallel_take_the_fused_path():
     y.sum().backward()
     wanted, layer.lora_A["default"].weight.grad = layer.lora_A["default"].weight.grad, None
     other = replica(layer)
-    assert other.why_not_now(x) is None
+    assert not isinstance(other.read(x), str)
     again = other(x)
     again.sum().backward()
     assert torch.equal(again, y) and torch.equal(layer.lora_A["default"].weight.grad, wanted)

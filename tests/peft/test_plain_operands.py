@@ -44,11 +44,11 @@ def test_one_adapter_of_plain_lora_is_read_the_short_way(dtype: torch.dtype, kwa
 
 
 @pytest.mark.parametrize("kwargs", [{"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_other_kinds_of_adapter_are_not(kwargs: dict[str, Any]) -> None:
+def test_dora_and_adapters_with_a_bias_are_read_as_a_whole(kwargs: dict[str, Any]) -> None:
     assert fused(**kwargs).plain_operands(X) is None
 
 
-def test_two_active_adapters_are_not() -> None:
+def test_two_active_adapters_are_read_as_a_whole() -> None:
     model = make()
     model.add_adapter("other", config(r=5))
     lora_kernels.fuse(model)

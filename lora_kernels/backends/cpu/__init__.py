@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.core.operands import Adapter, Base, Call, Needs
+from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors
 from lora_kernels.quant.weight import QuantizedWeight
 
 try:
@@ -55,9 +55,7 @@ def why_not(call: Call) -> list[str]:
     return reasons
 
 
-def forward(
-    x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]
-) -> tuple[list[Tensor], list[Tensor | None]]:
+def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]) -> Results:
     """Return (ys, hs). One pass over x computes every h."""
     if x.stride()[1] != 1:  # the base GEMM and the kernel share one copy
         x = x.contiguous()
@@ -66,21 +64,16 @@ def forward(
         hs.append(x.new_empty(x.shape[0], a.shape[0]) if save else None)
     ys, in_launch = [], []
     for w, _ in bases:
-        y, later = quant.start(x, w) if isinstance(w, QuantizedWeight) else gemm.start(x, w)
+        y, launched = quant.start(x, w) if isinstance(w, QuantizedWeight) else gemm.start(x, w)
         ys.append(y)
-        in_launch.append(later)
+        in_launch.append(launched)
     _C.forward(torch.get_num_threads(), x, bases, adapters, ys, hs, in_launch)
     return ys, hs
 
 
 def backward(
-    dys: Sequence[Tensor],
-    x: Tensor | None,
-    bases: Sequence[Base],
-    adapters: Sequence[Adapter],
-    hs: Sequence[Tensor | None],
-    needs: Needs,
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    dys: Tensors, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter], hs: MaybeTensors, needs: Needs
+) -> Gradients:
     """Return (dx, das, dbs). Every base GEMM adds to the same dx, those of the launch after the others, and one pass
     over x and dx does the rest."""
     das: list[Tensor | None] = []
@@ -95,17 +88,17 @@ def backward(
         if dy.stride()[1] != 1:  # the base GEMM and the kernel share one copy
             dy = dy.contiguous()
         rows.append(dy)
-        later = False
+        launched = False
         if not needs.dx:
             pass
         elif isinstance(w, QuantizedWeight):
             part = quant.quantized_gemm(dy, w, transposed=True)
             dx = part if dx is None else dx.add_(part)
         elif gemm.is_small_backward(dy, w):
-            later = True
+            launched = True
         else:
             dx = gemm.base_gemm(dy, w.t(), dx)
-        in_launch.append(later)
+        in_launch.append(launched)
     if needs.dx and dx is None:
         dx = dys[0].new_empty(dys[0].shape[0], bases[0].w.shape[1])
     _C.backward(torch.get_num_threads(), rows, x, bases, adapters, hs, dx, das, dbs, in_launch)

@@ -6,10 +6,10 @@ GEMM there, because it has no call of its own.
 
 For other products, which of the two is faster depends on the processor and the shape, so the first call of each class
 times both on its own operands. Calls of one class have the same dtype and number of threads, a w that is a transposed
-view in all (dx = dy w) or none, and an M and a size of w that lie between the same powers of four. The choice holds for
-the life of the process, so results do not change from call to call. Under ``torch.use_deterministic_algorithms``
-nothing is timed and our own is taken. Then results change neither from process to process nor with the number of
-threads.
+view in all (dx = dy w) or none, and an M and a size of w that lie between the same two of the bounds 2, 8, 32, 128, …
+(2·4ⁱ). The choice holds for the life of the process, so results do not change from call to call. Under
+``torch.use_deterministic_algorithms`` nothing is timed, and our own is taken where it serves the call. Then results
+change neither from process to process nor with the number of threads.
 
 oneDNN's fp32 GEMM is faster than MKL on AMD, but is not used here. It adds up in one chain what MKL and ours add up in
 parts, and its error is up to 2.2 times as large (K = 4096), more than this project lets any back-end add to plain
@@ -61,8 +61,11 @@ def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def start(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
-    """Return (x wᵀ, False); or, where x has few rows and our own GEMM is chosen, (memory for it, True), and then
-    `_C.forward` computes it together with the rest."""
+    """Return (y, in_launch).
+
+    Where `in_launch` is False, y [M, N] is x wᵀ. Where it is True, y is not yet written, and `_C.forward` computes x wᵀ
+    in its launch: for a small product, and for few rows of x where our own GEMM is chosen.
+    """
     M, size, transposed = x.shape[0], w.numel(), w.stride()[1] != 1
     few = M <= _C.FEW_ROWS and not transposed
     if few and 0 < M * size <= _C.small_product():

@@ -46,8 +46,11 @@ def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> T
 
 
 def start(x: Tensor, w: QuantizedWeight) -> tuple[Tensor, bool]:
-    """Return (x Wᵀ, False); or, where x has few rows, (memory for it, True), and then `_C.forward` computes it together
-    with the rest."""
+    """Return (y, in_launch).
+
+    Where `in_launch` is False, y [M, N] is x Wᵀ. Where it is True, y is not yet written, and `_C.forward` computes x Wᵀ
+    in its launch: where x has few rows.
+    """
     M, (N, K) = x.shape[0], w.shape
     if M * N * K and M <= _C.FEW_ROWS:
         return x.new_empty(M, N), True

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.backends.cuda import launch
-from lora_kernels.backends.cuda.launch import Gradients
+from lora_kernels.backends.cuda.launch import GradientBuffers
 from lora_kernels.backends.each import backward_each, forward_each
 from lora_kernels.core.operands import Adapter, Base, Call, Needs
 from lora_kernels.plans import choose
@@ -89,7 +89,7 @@ def _backward(
     db = (b.new_empty if M else b.new_zeros)(b.shape) if need_db else None
     if M > 0 and (need_dx or need_da or need_db):
         plan = _plan("backward", M, base, adapter)
-        launch.launch_backward(plan, dy, x, base, adapter, h, Gradients(dx, da, db))
+        launch.launch_backward(plan, dy, x, base, adapter, h, GradientBuffers(dx, da, db))
     return dx, da, db
 
 

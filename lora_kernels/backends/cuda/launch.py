@@ -19,7 +19,7 @@ MULTIPLE = 8
 """TMA needs rows and base addresses at multiples of 16 bytes, which are 8 elements of 16 bits."""
 
 
-class Gradients(NamedTuple):
+class GradientBuffers(NamedTuple):
     """The contiguous tensors that a backward fills. None where a gradient is not needed."""
 
     dx: Tensor | None
@@ -45,7 +45,7 @@ def launch_forward(plan: Sm90Plan, x: Tensor, base: Base, adapter: Adapter, y: T
 
 
 def launch_backward(
-    plan: Sm90Plan, dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, out: Gradients
+    plan: Sm90Plan, dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, out: GradientBuffers
 ) -> None:
     """Launch the backward kernel, which fills every tensor of `out`. Needs M ≥ 1 and at least one such tensor.
 

@@ -91,7 +91,7 @@ def _backward(
         da = torch.empty(R, K, dtype=a.dtype, device=a.device) if need_da else None
         db = torch.empty(N, R, dtype=b.dtype, device=b.device) if need_db else None
         g = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
-        out = launch.Gradients(dx, da, db, g)
+        out = launch.GradientBuffers(dx, da, db, g)
         launch.backward_launch(target, plan, dy, launch.Saved(x, h), base, adapter, out).run()
     return dx, da, db
 

@@ -42,7 +42,7 @@ class Saved(NamedTuple):
     h: Tensor | None
 
 
-class Gradients(NamedTuple):
+class GradientBuffers(NamedTuple):
     """The tensors that a backward writes. None where a gradient is not wanted."""
 
     dx: Tensor | None
@@ -133,7 +133,7 @@ def _forward_frame(gpu: Gpu, plan: Plan, layout: Layout, save_h: bool) -> Frame:
 
 
 def backward_launch(
-    target: Target, plan: Plan, dy: Tensor, saved: Saved, base: Base, adapter: Adapter, out: Gradients
+    target: Target, plan: Plan, dy: Tensor, saved: Saved, base: Base, adapter: Adapter, out: GradientBuffers
 ) -> Launch:
     """Return the launch of a backward that writes the gradients in `out` that are not None. A quantised w needs a plan
     with `within`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.cuda import launch
-from lora_kernels.backends.cuda.launch import Gradients
+from lora_kernels.backends.cuda.launch import GradientBuffers
 from lora_kernels.plans import store
 from lora_kernels.plans.sm90 import BY_RULE, PLANS, Sm90Plan
 from lora_kernels.tools.tune.subject import Device, Job, Operands, Setting, Size, Trial
@@ -50,7 +50,7 @@ class CudaSubject:
 
     @staticmethod
     def _backward(plan: Sm90Plan, operands: Operands, out: dict[str, Tensor]) -> None:
-        q, gradients = operands.q, Gradients(out["dx"], out["da"], out["db"])
+        q, gradients = operands.q, GradientBuffers(out["dx"], out["da"], out["db"])
         launch.launch_backward(plan, q.dy, q.x, operands.base, operands.adapter, operands.h, gradients)
 
 

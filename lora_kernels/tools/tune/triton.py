@@ -60,5 +60,5 @@ class TritonSubject:
         dy, base = operands.q.dy, operands.base
         base = base._replace(w=quantised.as_planned(base.w, plan, dy.dtype))
         saved = launching.Saved(operands.q.x, operands.h)
-        out = launching.Gradients(room["dx"], room["da"], room["db"], room["g"])
+        out = launching.GradientBuffers(room["dx"], room["da"], room["db"], room["g"])
         launching.backward_launch(self.target, plan, dy, saved, base, operands.adapter, out).run()

@@ -37,7 +37,7 @@ def test_gemm_is_within_the_bound_of_an_fp32_sum(isa: str, dtype: torch.dtype, w
 
 def test_gemm_refuses_a_dtype_that_it_does_not_have() -> None:
     x, w, y = gemm_operands(17, 8, 8, torch.float16, "along k")
-    with pytest.raises(ValueError, match="no GEMM of this dtype: has_gemm tells which dtypes have one"):
+    with pytest.raises(ValueError, match=r"no GEMM of many rows.*: has_gemm tells which dtypes have one"):
         gemm(x, w, y)
 
 

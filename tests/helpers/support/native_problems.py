@@ -48,12 +48,12 @@ class Operands:
     def adapter(self) -> Adapter:
         return Adapter(self.a, self.b, self.scale, self.p, self.seed)
 
-    def forward(self, threads: int = 2, *, down: bool = True, up: bool = True) -> tuple[Tensor, Tensor]:
-        """Return (y, h). Without `down` the kernel gets h instead of x. Without `up` it does not compute y."""
-        h = self.nan(*self.h.shape, self.x.dtype) if down else self.h
+    def forward(self, threads: int = 2) -> tuple[Tensor, Tensor]:
+        """Return (y, h)."""
+        h = self.nan(*self.h.shape, self.x.dtype)
         y = self.y.clone()
         bases = [Base(self.a, self.bias)]  # y holds the base product already, so w is not read
-        _C.forward(threads, self.x if down else None, bases, [self.adapter()], [y if up else None], [h], [False])
+        _C.forward(threads, self.x, bases, [self.adapter()], [y], [h], [False])
         return y, h
 
     def backward(self, threads: int = 2, dx: bool = True, da: bool = True, db: bool = True) -> dict[str, Tensor]:
@@ -93,7 +93,6 @@ def problem(
 
     return q, {
         "h": (*both(lambda x, dy, a, b, h, y, dx: x @ a.t()), K),
-        "y of h": (*both(lambda x, dy, a, b, h, y, dx: y.sum(0) + s * h @ b.t()), R),
         "y": (*both(lambda x, dy, a, b, h, y, dx: y.sum(0) + s * x @ a.t() @ b.t()), K + R),
         "dx": (*both(lambda x, dy, a, b, h, y, dx: dx + keep * (s * dy @ b @ a)), N + R),
         "da": (*both(lambda x, dy, a, b, h, y, dx: (s * dy @ b).t() @ x), N + M),
