@@ -23,33 +23,25 @@ namespace {
 void forward(int threads, py::handle x, py::handle bases, py::handle adapters, py::handle ys, py::handle hs,
              py::handle products) {
   const Items base_list(bases), adapter_list(adapters), y_list(ys), h_list(hs), product_list(products);
+  require_one_each(adapter_list, {&base_list, &y_list, &h_list, &product_list});
   require(x, "x");
   const Operand rows = input(x);
-  require_one_each(adapter_list, {&base_list, &y_list, &h_list, &product_list});
-  const i64 M = rows.size.first;
-  i64 K = 0;
-  std::vector<py::object> owners;
+  const i64 M = rows.size.first, K = rows.size.second;
+  Owners owners;
   std::vector<lk::cpu::Branch> branches;
   for (size_t i = 0; i < adapter_list.size(); ++i) {
     lk::cpu::Branch p = branch(adapter_list[i], K, owners);
     require(y_list[i], "y");
-    p.y = output(y_list[i]);
-    p.h = output_or_none(h_list[i]);
-    const py::object bias = get(base_list[i], names.bias);
-    if (!bias.is_none()) {
-      Operand o = input(bias);
-      p.bias = o.tile;
-      owners.push_back(std::move(o.owner));
-    }
+    p.y = owners.keep(sized(output(y_list[i]), "y", M, p.N));
+    p.h = owners.keep(sized(output_or_none(h_list[i]), "h", M, p.R));
+    p.bias = owners.keep(sized(input(get(base_list[i], names.bias)), "bias", p.N, 1));
     if (product_list[i].ptr() == Py_True) {
       const py::object w = get(base_list[i], names.w);
-      if (is_tensor(w)) {
-        Operand o = input(w);
-        p.base = lk::cpu::few_rows(M, p.N, K, rows.tile, o.tile, p.y);
-        owners.push_back(std::move(o.owner));
-      } else {
-        p.base = lk::cpu::few_rows(M, quantized(w), rows.tile, p.y);
-      }
+      require(w, "w");
+      if (is_tensor(w))
+        p.base = lk::cpu::few_rows(M, p.N, K, rows.tile, owners.keep(sized(input(w), "w", p.N, K)), p.y);
+      else
+        p.base = lk::cpu::few_rows(M, quantized(w, p.N, K), rows.tile, p.y);
     }
     branches.push_back(std::move(p));
   }
@@ -63,71 +55,72 @@ void backward(int threads, py::handle dys, py::handle x, py::handle bases, py::h
       product_list(products);
   require_one_each(adapter_list, {&dy_list, &base_list, &h_list, &da_list, &db_list, &product_list});
   if (!adapter_list.size()) throw std::invalid_argument("a backward needs one adapter at least, got none");
-  const i64 M = view(dy_list[0]).size.first;
-  i64 K = 0;
-  bool need_x = false;
-  const Tile out = output_or_none(dx);
+  const py::object first_a = get(adapter_list[0], names.a);
+  require(first_a, "a");
+  const i64 M = view(dy_list[0]).size.first, K = view(first_a).size.second;
+  Owners owners;
+  const Tile out = owners.keep(sized(output_or_none(dx), "dx", M, K));
+  Tile rows{};
   bool add = false;  // whether dx holds the product of another base already
   for (size_t i = 0; i < product_list.size(); ++i) add |= product_list[i].ptr() != Py_True;
-  std::vector<py::object> owners;
   std::vector<lk::cpu::Branch> branches;
   for (size_t i = 0; i < adapter_list.size(); ++i) {
     lk::cpu::Branch p = branch(adapter_list[i], K, owners);
-    p.da = output_or_none(da_list[i]);
-    p.db = output_or_none(db_list[i]);
-    if (p.da) require(x, "x");
-    if (p.db) require(h_list[i], "h");
-    Operand dy = input(dy_list[i]), h = p.db ? input(h_list[i]) : Operand{};
-    p.dy = dy.tile;
-    p.h = h.tile;
-    owners.push_back(std::move(dy.owner));
-    owners.push_back(std::move(h.owner));
-    need_x |= static_cast<bool>(p.da);
+    p.dy = owners.keep(sized(input(dy_list[i]), "dy", M, p.N));
+    p.da = owners.keep(sized(output_or_none(da_list[i]), "da", p.R, K));
+    p.db = owners.keep(sized(output_or_none(db_list[i]), "db", p.N, p.R));
+    if (p.da && !rows) {
+      require(x, "x");
+      rows = owners.keep(sized(input(x), "x", M, K));
+    }
+    if (p.db) {
+      require(h_list[i], "h");
+      p.h = owners.keep(sized(input(h_list[i]), "h", M, p.R));
+    }
     if (product_list[i].ptr() == Py_True) {
+      const py::object w = get(base_list[i], names.w);
       require(dx, "dx");
-      Operand w = input(get(base_list[i], names.w));
-      p.base = lk::cpu::few_rows_back(M, p.N, K, p.dy, w.tile, out, add);
+      require(w, "w");
+      p.base = lk::cpu::few_rows_back(M, p.N, K, p.dy, owners.keep(sized(input(w), "w", p.N, K)), out, add);
       add = true;
-      owners.push_back(std::move(w.owner));
     }
     branches.push_back(std::move(p));
   }
-  const Operand rows = need_x ? input(x) : Operand{};
   py::gil_scoped_release unlocked;
-  lk::cpu::backward(threads, M, K, rows.tile, out, branches);
+  lk::cpu::backward(threads, M, K, rows, out, branches);
 }
 
 void gemm(int threads, py::handle x, py::handle w, py::handle y, bool add) {
-  const Operand rows = input(x);
   const View weight = view(w);
-  const Tile out = output(y);
+  const i64 M = view(x).size.first, N = weight.size.first, K = weight.size.second;
+  const Operand rows = sized(input(x), "x", M, K);
+  const Operand out = sized(output(y), "y", M, N);
   py::gil_scoped_release unlocked;
-  lk::cpu::gemm(threads, rows.size.first, weight.size.first, weight.size.second, rows.tile,
-                {weight.data, weight.stride.first, weight.dtype}, weight.stride.second, out, add);
+  lk::cpu::gemm(threads, M, N, K, rows.tile, {weight.data, weight.stride.first, weight.dtype}, weight.stride.second,
+                out.tile, add);
 }
 
 void quantized_gemm(int threads, py::handle x, py::handle w, bool transposed, py::handle y) {
-  const Operand rows = input(x);
   const lk::cpu::Quantized weight = quantized(w);
-  const Tile out = output(y);
+  const i64 M = view(x).size.first;
+  const Operand rows = sized(input(x), "x", M, transposed ? weight.N : weight.K);
+  const Operand out = sized(output(y), "y", M, transposed ? weight.K : weight.N);
   py::gil_scoped_release unlocked;
-  lk::cpu::quantized_gemm(threads, rows.size.first, weight, transposed, rows.tile, out);
+  lk::cpu::quantized_gemm(threads, M, weight, transposed, rows.tile, out.tile);
 }
 
 void dequantize(int threads, py::handle w, i64 n0, i64 k0, py::handle out) {
   const lk::cpu::Quantized weight = quantized(w);
-  const Tile to = output(out);
-  const Two size = view(out).size;
+  const Operand to = output(out);
   py::gil_scoped_release unlocked;
-  lk::cpu::dequantize(threads, weight, n0, size.first, k0, size.second, to);
+  lk::cpu::dequantize(threads, weight, n0, to.size.first, k0, to.size.second, to.tile);
 }
 
 void keep_mask(int threads, double p, py::handle seed, py::handle out) {
   const lk::cpu::Dropout drop = dropout(p, seed);
-  const Tile to = output(out);
-  const Two size = view(out).size;
+  const Operand to = output(out);
   py::gil_scoped_release unlocked;
-  lk::cpu::keep_mask(threads, drop, size.first, size.second, to);
+  lk::cpu::keep_mask(threads, drop, to.size.first, to.size.second, to.tile);
 }
 
 void set_levels(const std::string& format, const std::array<float, 16>& values) {
@@ -185,8 +178,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm", &gemm,
         "Write y = x w^T, or add it to y. x has a dtype of has_gemm, or, without add, at most FEW_ROWS rows beside a w "
         "whose rows are contiguous.");
-  m.def("small_product", &lk::cpu::small_product,
-        "Return the most multiplications of a base product that forward and backward compute faster than any GEMM.");
+  m.def("is_small", &lk::cpu::is_small,
+        "Return whether forward and backward compute the base products of x [M, K] and w [N, K] faster than any GEMM.");
   m.def(
       "has_gemm", [](py::handle of) { return lk::cpu::gemm_of(dtype(of)); },
       "Return whether gemm and quantized_gemm take any number of rows of this dtype.");

@@ -70,19 +70,32 @@ inline cpu::Dropout dropout(double p, py::handle seed) {
   return d;
 }
 
-// An Adapter as a Branch with a, b, their sizes, the scale and the dropout. It writes the columns of a to K, and adds
-// the objects that own the memory of a and b to `owners`.
-inline cpu::Branch branch(py::handle adapter, i64& K, std::vector<py::object>& owners) {
+// The Python objects that own the memory of a call's tiles.
+class Owners {
+ public:
+  // The tile of an operand, whose memory lives as long as this object.
+  Tile keep(Operand o) {
+    objects_.push_back(std::move(o.owner));
+    return o.tile;
+  }
+
+ private:
+  std::vector<py::object> objects_;
+};
+
+// An Adapter as a Branch with a [R, K], b [N, R], their sizes, the scale and the dropout.
+inline cpu::Branch branch(py::handle adapter, i64 K, Owners& owners) {
   cpu::Branch p{};
-  Operand a = input(get(adapter, names.a)), b = input(get(adapter, names.b));
-  p.a = a.tile, p.b = b.tile;
+  const py::object given_a = get(adapter, names.a), given_b = get(adapter, names.b);
+  require(given_a, "a");
+  require(given_b, "b");
+  Operand a = input(given_a), b = input(given_b);
   p.R = a.size.first;
-  K = a.size.second;
   p.N = b.size.first;
+  p.a = owners.keep(sized(std::move(a), "lora_a", p.R, K));
+  p.b = owners.keep(sized(std::move(b), "lora_b", p.N, p.R));
   p.scale = static_cast<float>(real(get(adapter, names.scale)));
   p.dropout = dropout(real(get(adapter, names.p)), get(adapter, names.seed));
-  owners.push_back(std::move(a.owner));
-  owners.push_back(std::move(b.owner));
   return p;
 }
 
@@ -111,12 +124,24 @@ inline cpu::Quantized quantized(py::handle weight) {
     w.scale_cols = blocks.second;
   }
   w.blocksize = integer(get(weight, names.blocksize));
+  if (w.four_bits() && w.blocksize < 1)
+    throw std::invalid_argument("a weight in 4 bits needs a blocksize of at least 1, got " +
+                                std::to_string(w.blocksize));
   if (!nested.is_none()) {  // (table, absmax, offset)
     const Items parts(nested);
     w.table = floats(parts[0]);
     w.absmax = floats(parts[1]);
     w.offset = *floats(parts[2]);
   }
+  return w;
+}
+
+// A QuantizedWeight that must have the size [N, K].
+inline cpu::Quantized quantized(py::handle weight, i64 N, i64 K) {
+  const cpu::Quantized w = quantized(weight);
+  if (w.N != N || w.K != K)
+    throw std::invalid_argument("the CPU kernels take w of size [" + std::to_string(N) + ", " + std::to_string(K) +
+                                "] here, got [" + std::to_string(w.N) + ", " + std::to_string(w.K) + "]");
   return w;
 }
 

@@ -188,16 +188,26 @@ inline Operand input(py::handle tensor) {
 }
 
 // A tensor for writing. Its last stride must be 1.
-inline Tile output(py::handle tensor) {
+inline Operand output(py::handle tensor) {
   const View v = view(tensor);
   if (v.stride.second != 1)
     throw std::invalid_argument("the CPU kernels write to tensors whose last stride is 1, got " +
                                 std::to_string(v.stride.second) + ": pass a contiguous tensor");
-  return {v.data, v.stride.first, v.dtype};
+  return {py::reinterpret_borrow<py::object>(tensor), {v.data, v.stride.first, v.dtype}, v.size};
 }
 
 // No tensor (None) is a tile without data, which is not written.
-inline Tile output_or_none(py::handle tensor) { return tensor.is_none() ? Tile{} : output(tensor); }
+inline Operand output_or_none(py::handle tensor) { return tensor.is_none() ? Operand{} : output(tensor); }
+
+// The operand, if it has this size or is not there. A kernel would read or write beyond the memory of a smaller one.
+inline Operand sized(Operand o, const char* name, i64 rows, i64 cols) {
+  if (o.owner && (o.size.first != rows || o.size.second != cols)) {
+    const auto text = [](i64 n, i64 m) { return "[" + std::to_string(n) + ", " + std::to_string(m) + "]"; };
+    throw std::invalid_argument("the CPU kernels take " + std::string(name) + " of size " + text(rows, cols) +
+                                " here, got " + text(o.size.first, o.size.second));
+  }
+  return o;
+}
 
 inline void require(py::handle tensor, const char* name) {
   if (tensor.is_none()) throw py::type_error("this call of the CPU kernels needs " + std::string(name) + ", got None");

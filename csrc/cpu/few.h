@@ -25,11 +25,11 @@ class FewRows {
 std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y);
 std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y);
 
-// The most multiplications of a product that is faster within the launch of the low-rank half than as a call of any
-// GEMM. Without vector instructions there is none.
-i64 small_product();
+// Whether x w^T and dy w are faster within the launch of the low-rank half than as calls of any GEMM. They are not
+// without vector instructions, for a w outside of L2, or for many elements of y of which each is a short sum.
+bool is_small(i64 M, i64 N, i64 K);
 
-// dx = dy w, or dx += dy w, for a small product
+// dx = dy w, or dx += dy w, where is_small
 std::unique_ptr<FewRows> few_rows_back(i64 M, i64 N, i64 K, Tile dy, Tile w, Tile dx, bool add);
 
 // Compute the whole product with a team of its own.

@@ -51,25 +51,25 @@ class Dense : public FewRows {
 class DenseBack : public FewRows {
  public:
   DenseBack(i64 M, i64 N, i64 K, Tile dy, Tile w, Tile dx, bool add)
-      : M_(M), N_(N), K_(K), dy_(dy), w_(w), dx_(dx), add_(add) {}
+      : M_(M), N_(N), K_(K), ld_(std::min(K, kColumns)), dy_(dy), w_(w), dx_(dx), add_(add) {}
 
   void take(Scratch& scratch, int threads) override {
-    dy32_ = scratch.floats(convert() ? M_ * N_ : 0);
-    w32_ = scratch.floats(convert() ? threads * N_ * kColumns : 0);
+    dy32_ = scratch.floats(convert(dy_) ? M_ * N_ : 0);
+    w32_ = scratch.floats(convert(w_) ? threads * N_ * ld_ : 0);
   }
   void arrange() override {
-    if (convert()) kernels().read(dy_, M_, N_, 1.0f, {dy32_, N_});
+    if (convert(dy_)) kernels().read(dy_, M_, N_, 1.0f, {dy32_, N_});
   }
   i64 strips() const override { return ceil_div(K_, kColumns); }
   void strip(i64 t) override {
     const i64 k0 = t * kColumns, width = std::min(kColumns, K_ - k0);
     const Tile out = dx_.at(0, k0), columns = w_.at(0, k0);
     Panel rows{static_cast<const float*>(dy_.data), dy_.ld}, panel{static_cast<const float*>(columns.data), w_.ld};
-    if (convert()) {
-      float* const w32 = w32_ + worker() * N_ * kColumns;
-      kernels().read(columns, N_, width, 1.0f, {w32, kColumns});
-      rows = {dy32_, N_};
-      panel = {w32, kColumns};
+    if (convert(dy_)) rows = {dy32_, N_};
+    if (convert(w_)) {
+      float* const w32 = w32_ + worker() * N_ * ld_;
+      kernels().read(columns, N_, width, 1.0f, {w32, ld_});
+      panel = {w32, ld_};
     }
     if (!add_)
       for (i64 m = 0; m < M_; ++m) std::memset(out.at(m, 0).data, 0, width * size_of(out.dtype));
@@ -77,9 +77,9 @@ class DenseBack : public FewRows {
   }
 
  private:
-  bool convert() const { return w_.dtype != DType::f32; }
+  static bool convert(Tile t) { return t.dtype != DType::f32; }
 
-  const i64 M_, N_, K_;
+  const i64 M_, N_, K_, ld_;  // ld_: columns of a strip of w in fp32
   const Tile dy_, w_, dx_;
   const bool add_;
   float *dy32_ = nullptr, *w32_ = nullptr;
@@ -99,7 +99,10 @@ std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {
   return std::make_unique<Dense>(M, N, K, x, w, y);
 }
 
-i64 small_product() { return &kernels() == &kernels_baseline() ? 0 : i64{1} << 18; }
+bool is_small(i64 M, i64 N, i64 K) {
+  const bool any = M > 0 && N > 0 && K > 0 && M <= kFewRows && &kernels() != &kernels_baseline();
+  return any && N * K <= 1 << 16 && M * N * K <= 1 << 18 && M * N <= 1 << 12 && N <= 16 * K;
+}
 
 std::unique_ptr<FewRows> few_rows_back(i64 M, i64 N, i64 K, Tile dy, Tile w, Tile dx, bool add) {
   return std::make_unique<DenseBack>(M, N, K, dy, w, dx, add);

@@ -74,6 +74,7 @@ def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) ->
         or x._is_zerotensor()
         or _is_legacy_batched(x)
         or _is_functorch_wrapped(x)
+        or _is_functorch_wrapped(w)
         or _is_functorch_wrapped(a)
         or _is_functorch_wrapped(b)
         or w.is_neg()

@@ -158,6 +158,8 @@ class Fused:
             adapters[name] = adapter
             if adapter.p > 0:  # a branch, because a compiler may have p as a symbol
                 dropout = True
+        if names is None and len(adapters) < len(active):
+            return "an adapter that is active twice"
         dtypes = self._dtypes(x, w, adapters, autocast_of(x))
         if isinstance(dtypes, str):
             return dtypes
@@ -199,6 +201,8 @@ class Fused:
         for weight in (a, b):
             if type(weight) not in (nn.Parameter, Tensor):
                 return f"adapter {name!r} has a {type(weight).__name__}"
+        if a.dtype != b.dtype:
+            return f"adapter {name!r} has lora_A in {a.dtype} and lora_B in {b.dtype}"
         if has_hooks(down) or has_hooks(up):
             return f"adapter {name!r} has hooks, which the fused path would pass over"
         kind = type(dropout)

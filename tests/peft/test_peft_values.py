@@ -157,3 +157,29 @@ def test_replicas_of_data_parallel_take_the_fused_path():
     again = other(x)
     again.sum().backward()
     assert torch.equal(again, y) and torch.equal(layer.lora_A["default"].weight.grad, wanted)
+
+
+def test_an_adapter_that_is_active_twice_counts_twice_as_in_peft():
+    model, x = make().eval(), torch.randn(4, 24)
+    plain = copy.deepcopy(model)
+    lora_kernels.fuse(model, strict=True)
+    for each in (model, plain):
+        for name in ("up", "down"):
+            getattr(each.get_base_model(), name)._active_adapter = ["default", "default"]
+    torch.testing.assert_close(model(x), plain(x))
+    assert all(list(layer.passed_over) == ["an adapter that is active twice"] for layer in fused_layers(model))
+
+
+def test_matrices_of_two_dtypes_are_left_to_peft():
+    """PEFT raises for them, and under autocast computes."""
+    model, x = make().eval(), torch.randn(4, 24)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.layer.Linear):
+            module.lora_B.to(torch.bfloat16)
+    plain = copy.deepcopy(model)
+    lora_kernels.fuse(model)
+    for each in (model, plain):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            each(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x), plain(x))

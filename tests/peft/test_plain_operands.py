@@ -70,6 +70,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a forward of its own": lambda layer: setattr(layer.base_layer, "forward", lambda x: x),
     "disabled adapters": lambda layer: layer.enable_adapters(False),
     "a merged adapter": lambda layer: layer.merge(),
+    "an adapter that is active twice": lambda layer: setattr(layer, "_active_adapter", ["default", "default"]),
+    "another dtype of B": lambda layer: layer.lora_B.to(torch.bfloat16),
     "no active adapter": lambda layer: layer.set_adapter([]),
     "a trained base": lambda layer: layer.base_layer.weight.requires_grad_(),
     "another dtype of the base": lambda layer: layer.base_layer.to(torch.float64),

@@ -68,7 +68,7 @@ def start(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
     """
     M, size, transposed = x.shape[0], w.numel(), w.stride()[1] != 1
     few = M <= _C.FEW_ROWS and not transposed
-    if few and 0 < M * size <= _C.small_product():
+    if few and _C.is_small(M, *w.shape):
         return x.new_empty(M, w.shape[0]), True
     served = M and size and (few or _C.has_gemm(x.dtype))
     if not served or chosen(_RACE, DTYPES[x.dtype], M, size, transposed, x, w) == "torch":
@@ -78,8 +78,7 @@ def start(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
 
 def is_small_backward(dy: Tensor, w: Tensor) -> bool:
     """Return whether `_C.backward` is to compute dy w together with the rest: it has few rows, and is small."""
-    M = dy.shape[0]
-    return M <= _C.FEW_ROWS and 0 < M * w.numel() <= _C.small_product() and w.stride()[1] == 1
+    return w.stride()[1] == 1 and _C.is_small(dy.shape[0], *w.shape)
 
 
 def own(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:

@@ -109,6 +109,49 @@ def test_the_boundary_refuses_operands_without_memory() -> None:
         _C.dequantize(1, replace(quantize_weight(w), format=3), 0, 0, torch.empty(4, 8))
 
 
+@pytest.mark.parametrize("name", ["x", "w", "bias", "lora_a", "lora_b", "y", "h", "dy", "dx", "da", "db"])
+@pytest.mark.parametrize("cut", [0, 1])
+def test_the_boundary_refuses_operands_of_another_size(name: str, cut: int) -> None:
+    """A kernel would read or write beyond the memory of an operand that is too small."""
+    M, N, K, R = 3, 4, 8, 2
+    sizes = {"x": (M, K), "w": (N, K), "bias": (N,), "lora_a": (R, K), "lora_b": (N, R), "y": (M, N), "h": (M, R),
+             "dy": (M, N), "dx": (M, K), "da": (R, K), "db": (N, R)}  # fmt: skip
+    if cut >= len(sizes[name]):
+        pytest.skip("a bias has one dimension")
+    backward = name in ("x", "lora_a", "dy", "dx", "da", "db")
+
+    def run(sizes: dict[str, tuple[int, ...]]) -> None:
+        t = {key: torch.zeros(size) for key, size in sizes.items()}
+        bases, adapters = [Base(t["w"], t["bias"])], [Adapter(t["lora_a"], t["lora_b"], 1.0)]
+        _C.forward(1, t["x"], bases, adapters, [t["y"]], [t["h"]], [True])
+        if backward:
+            _C.backward(1, [t["dy"]], t["x"], bases, adapters, [t["h"]], t["dx"], [t["da"]], [t["db"]], [True])
+
+    run(sizes)
+    for change in (-1, 1):
+        wrong = list(sizes[name])
+        wrong[cut] += change
+        with pytest.raises(ValueError, match=r"the CPU kernels take \w+ of size \[\d+, \d+\] here, got \["):
+            run(sizes | {name: tuple(wrong)})
+
+
+def test_the_boundary_refuses_operands_that_are_missing() -> None:
+    """A null pointer would end the process."""
+    x, w, y, h = torch.randn(3, 8), torch.randn(4, 8), torch.zeros(3, 4), torch.zeros(3, 2)
+    a, b = torch.randn(2, 8), torch.randn(4, 2)
+    for base, adapter, missing in (
+        (Base(None), Adapter(a, b, 1.0), "w"),
+        (Base(w), Adapter(None, b, 1.0), "a"),
+        (Base(w), Adapter(a, None, 1.0), "b"),
+    ):
+        with pytest.raises(TypeError, match=f"needs {missing}, got None"):
+            _C.forward(1, x, [base], [adapter], [y], [h], [True])
+        with pytest.raises(TypeError, match=f"needs {missing}, got None"):
+            _C.backward(1, [y], x, [base], [adapter], [h], torch.zeros(3, 8), [None], [None], [True])
+    with pytest.raises(ValueError, match="blocksize of at least 1, got -1"):
+        _C.dequantize(1, replace(quantize_weight(w, "nf4"), blocksize=-1), 0, 0, torch.empty(4, 8))
+
+
 def test_tensors_are_read_through_dlpack_where_torch_has_its_table() -> None:
     assert _C.dlpack == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
@@ -129,7 +172,7 @@ def test_a_call_enters_few_python_functions_of_the_package(isa: str, quantised: 
     """Over a small dense W they are two: the call itself, and the test whether the base product is small. Otherwise
     they are five at most: these two, the way to the base GEMM, the choice of it, and that GEMM."""
     x, w, dy = torch.randn(8, n), torch.randn(n, n), torch.randn(8, n)
-    most = 2 if not quantised and 8 * n * n <= _C.small_product() else 5
+    most = 2 if not quantised and _C.is_small(8, n, n) else 5
     bases = [Base(quantize_weight(w, "nf4") if quantised else w)]
     adapters = [Adapter(torch.randn(8, n), torch.randn(n, 8), 0.5, 0.1, torch.tensor(SEED))]
     _, hs = cpu.forward(x, bases, adapters, [True])

@@ -117,10 +117,14 @@ def test_small_base_products_are_computed_in_the_launch(isa: str, monkeypatch: p
         x, dy = torch.randn(M, n), torch.randn(M, n)
         (y,), _ = cpu.forward(x, [base], [adapter], [False])
         dx, *_ = cpu.backward([dy], None, [base], [adapter], [None], needs)
-        assert calls == ([] if M <= 16 and M * n * n <= _C.small_product() else ["chosen", "chosen"])
+        assert calls == ([] if _C.is_small(M, n, n) else ["chosen", "chosen"])
         torch.testing.assert_close(y, x @ base.w.t() + x @ adapter.a.t() @ adapter.b.t(), atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(dx, dy @ base.w + dy @ adapter.b @ adapter.a, atol=1e-3, rtol=1e-4)
-    assert _C.small_product() == (0 if isa == "baseline" else 1 << 18)
+    vectors = isa != "baseline"
+    for size in ((8, 64, 64), (16, 128, 128), (1, 256, 256), (16, 256, 16), (1, 1, 1), (1, 1, 65536)):
+        assert _C.is_small(*size) == vectors
+    for size in ((17, 16, 16), (16, 129, 128), (1, 257, 256), (16, 257, 16), (1, 17, 1), (0, 8, 8), (1, 8, 0)):
+        assert not _C.is_small(*size)
 
 
 @pytest.mark.parametrize("w_is", ["along k", "along n"])
