@@ -168,15 +168,19 @@ def test_tensors_are_read_alike_without_the_table_of_dlpack() -> None:
 
 @pytest.mark.parametrize("n", [64, 256])
 @pytest.mark.parametrize("quantised", [False, True])
-def test_a_call_enters_few_python_functions_of_the_package(isa: str, quantised: bool, n: int) -> None:
+def test_a_call_enters_few_python_functions_of_the_package(
+    isa: str, quantised: bool, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over a small dense W they are two: the call itself, and the test whether the base product is small. Otherwise
-    they are five at most: these two, the way to the base GEMM, the choice of it, and that GEMM."""
+    they are five at most, with our own GEMM: these two, the way to the base GEMM, the choice of it, and that GEMM."""
     x, w, dy = torch.randn(8, n), torch.randn(n, n), torch.randn(8, n)
     most = 2 if not quantised and _C.is_small(8, n, n) else 5
     bases = [Base(quantize_weight(w, "nf4") if quantised else w)]
     adapters = [Adapter(torch.randn(8, n), torch.randn(n, 8), 0.5, 0.1, torch.tensor(SEED))]
     _, hs = cpu.forward(x, bases, adapters, [True])
     needs = Needs(True, (True,), (True,))
+    monkeypatch.setattr(cpu.gemm, "_choices", dict.fromkeys(cpu.gemm._choices, "own"))
+    monkeypatch.setattr(cpu.gemm, "_faster", lambda *_: "own")
     for call in (
         lambda: cpu.forward(x, bases, adapters, [True]),
         lambda: cpu.backward([dy], x, bases, adapters, hs, needs),
