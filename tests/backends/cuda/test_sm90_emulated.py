@@ -229,7 +229,7 @@ def test_every_plan_can_be_asked_for(plan: Sm90Plan, monkeypatch: pytest.MonkeyP
     y, h, dx, da, db = (torch.full_like(t, float("nan")) for t in (q.dy, q.x[:, :12], q.x, q.a, q.b))
     base, adapter = Base(q.w, q.bias), Adapter(q.a, q.b, q.scale)
     launch.launch_forward(plan, q.x, base, adapter, y, h)
-    launch.launch_backward(plan, q.dy, q.x, base, adapter, h, launch.Gradients(dx, da, db))
+    launch.launch_backward(plan, q.dy, q.x, base, adapter, h, launch.GradientBuffers(dx, da, db))
     assert_right({"y": y, "dx": dx, "da": da, "db": db}, q)
     assert [(each["columns"], each["cluster"]) for each in asked] == [plan, plan]
 

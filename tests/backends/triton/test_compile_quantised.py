@@ -178,7 +178,7 @@ def test_what_is_compiled_is_what_triton_would_launch(kind: str, monkeypatch: py
         w = quantize_weight(w, kind, double_quant=kind == "nf4")
     target = Target(tiles.Gpu("sm_90", 132), contextlib.nullcontext, lambda: 0, lambda: False)
     plan = tiles.Plan(False, quant_tiles.TABLES["sm_90", 2]["backward"], 1, within=kind != "dense")
-    saved, gradients = launching.Saved(x, h), launching.Gradients(x, a, b, h)
+    saved, gradients = launching.Saved(x, h), launching.GradientBuffers(x, a, b, h)
     launch = launching.backward_launch(target, plan, y, saved, Base(w), Adapter(a, b, 0.75), gradients)
     kernel = launch.kernel
     monkeypatch.setattr(driver, "_active", NoDriver())

@@ -146,7 +146,7 @@ def test_the_number_of_programs_does_not_change_a_bit(plan: str) -> None:
             forward_plan = tiles.Plan(plan == "redundant", forward, 4)
             launch = launching.forward_launch(on, forward_plan, q.x, base, adapter, launching.Outputs(y, h, True))
             launch._replace(programs=launch.programs if plan == "redundant" else programs).run()
-            saved, gradients = launching.Saved(q.x, h), launching.Gradients(dx, da, db, g)
+            saved, gradients = launching.Saved(q.x, h), launching.GradientBuffers(dx, da, db, g)
             backward_plan = tiles.Plan(False, backward, 4)
             launch = launching.backward_launch(on, backward_plan, q.dy, saved, base, adapter, gradients)
             launch._replace(programs=programs).run()

@@ -246,7 +246,7 @@ def test_the_number_of_programs_does_not_change_a_bit(kind: str, tma: bool, pois
                 out = launching.Outputs(y, h, True)
                 launch = launching.forward_launch(target, forward, q.x, base, adapter, out)
                 launch._replace(programs=launch.programs if plan.redundant else programs).run()
-                saved, gradients = launching.Saved(q.x, h), launching.Gradients(dx, da, db, g)
+                saved, gradients = launching.Saved(q.x, h), launching.GradientBuffers(dx, da, db, g)
                 launch = launching.backward_launch(target, backward, q.dy, saved, base, adapter, gradients)
                 assert launch.arguments["splits"] == {1: 1, 4: 3, 2: 2}[backward_split]
                 launch._replace(programs=programs).run()

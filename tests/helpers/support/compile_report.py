@@ -113,7 +113,7 @@ def launch_of(
     torch.set_float32_matmul_precision(precision)
     try:
         if plan.tile.BLOCK_C:
-            saved, gradients = launching.Saved(x, h), launching.Gradients(x, a, b, h)
+            saved, gradients = launching.Saved(x, h), launching.GradientBuffers(x, a, b, h)
             return launching.backward_launch(target, plan, y, saved, base, adapter, gradients)
         return launching.forward_launch(target, plan, x, base, adapter, launching.Outputs(y, h, True))
     finally:
