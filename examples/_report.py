@@ -93,7 +93,7 @@ def plot(pretraining: Curves, adaptation: Curves, off: float, path: Path) -> Pat
         below.plot([start, end], [100 * off, 100 * off], "--", color=UPRIGHT)
         labels = ["upright digits", "rotated digits", "upright digits, adapter off"]
         handles = [below.lines[0], below.lines[1], below.lines[-1]]
-        below.legend(handles, labels, loc="center", bbox_to_anchor=(start / end / 2, 0.55))
+        below.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
         above.set(ylabel="training loss", ylim=(0, None), xlim=(0, 1.01 * end))
         below.set(ylabel="test accuracy, %", xlabel="training step", ylim=(0, 104))
         _name_phase(above, start / 2, "pretrain: all weights, upright digits")
