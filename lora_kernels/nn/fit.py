@@ -28,12 +28,13 @@ def has_hooks(*modules: nn.Module) -> bool:
     """Return whether a call of one of the modules runs more than its class's forward: hooks, or a forward of its
     own."""
     for module in modules:
+        own = module.__dict__  # every fused forward asks, and a look-up here takes half the time of an attribute
         if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
         ):
             return True
     return False

@@ -42,6 +42,16 @@ def no_autocast(device: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def outlived(*operands: Any) -> bool:
+    """Return whether one of the operands is a tensor that has outlived a transform of torch.func. Its memory does not
+    hold its value, and ``Function.apply`` takes it out of its wrapper."""
+    is_dead = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
+    for each in operands:  # noqa: SIM110 - any() would enter a frame for each operand
+        if isinstance(each, Tensor) and is_dead(each):
+            return True
+    return False
+
+
 def apply(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Any:
     """Return ``function.apply(x, *rest)``, without the Python that torch before 2.14 wraps around it where that does
     nothing.
@@ -49,12 +59,8 @@ def apply(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Any
     That code serves torch.compile, the transforms of torch.func, and tensors that have outlived such a transform. In
     every other call it only copies the arguments, which takes two microseconds.
     """
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or wrapped(x):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or outlived(x, *rest):
         return function.apply(x, *rest)
-    for each in rest:  # a generator would be one more frame in every call
-        if isinstance(each, Tensor) and wrapped(each):
-            return function.apply(x, *rest)
     return super(torch.autograd.Function, function).apply(x, *rest)  # type: ignore[misc]
 
 

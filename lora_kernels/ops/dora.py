@@ -29,6 +29,7 @@ from lora_kernels.ops.autograd import (
     needs_plain_mode,
     no_autocast,
     no_graph,
+    outlived,
     refuse_double_backward,
 )
 from lora_kernels.ops.dora_norm import ratio, weight_norm
@@ -94,7 +95,8 @@ def _apply(
     w: Any
     (w, bias), (a, b, scale, p, seed) = base, adapter
     d = ratio(magnitude, weight_norm(w, a, b, scale, magnitude, weight_norm_sq))
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or (not compiling and outlived(x, w, a, b, d, bias)):
         return apply(DoRALinearFunction, x, w, a, b, d, bias, seed, (scale, p, backend))
     return _forward(x, base, adapter, d, backend, False, False)[0]
 

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from lora_kernels.core.dropout import draw_seed
 from lora_kernels.core.operands import Adapter, Base, Layer
 from lora_kernels.ops import check
+from lora_kernels.ops.autograd import outlived
 from lora_kernels.quant.weight import QuantizedWeight
 
 _AUTOCAST = (torch.float32, *check.HALVES)
@@ -60,12 +61,16 @@ def prepare(name: str, x: Tensor, layer: Layer, quantised: bool = False) -> Prep
 
 
 def recorded(x: Tensor, base: Base, adapter: Adapter) -> bool:
-    """Return whether a call needs its autograd Function: to compute a gradient, or to refuse forward-mode AD, which
-    torch.no_grad does not switch off."""
+    """Return whether a call needs its autograd Function: to compute a gradient, to refuse forward-mode AD, which
+    torch.no_grad does not switch off, or for a tensor that has outlived a transform of torch.func."""
     a, b, bias = adapter.a, adapter.b, base.bias
-    return forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled()
-        and (x.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
+    return (
+        forward_ad._current_level >= 0
+        or (
+            torch.is_grad_enabled()
+            and (x.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
+        )
+        or (not torch.compiler.is_compiling() and outlived(x, base.w, a, b, bias))
     )
 
 

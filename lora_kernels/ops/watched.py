@@ -28,7 +28,6 @@ _included_keys = torch._C._dispatch_tls_local_include_set
 _function_modes = torch._C._len_torch_function_stack
 _profiler_enabled = torch._C._autograd._profiler_enabled
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-_is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _key_set(*names: str) -> int:
@@ -52,8 +51,7 @@ def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) ->
     * under the profiler, and in forward-mode AD,
     * where a tensor is of a subclass, or lies on a device that is neither a CPU nor a GPU,
     * where a tensor's memory does not hold its value: lazily negated tensors, the zeros without memory that torch.sgn
-      gives as its gradient, several gradients at once (is_grads_batched, a vectorised Jacobian), and tensors that have
-      outlived a transform of torch.func.
+      gives as its gradient, and several gradients at once (is_grads_batched, a vectorised Jacobian).
     """
     return (
         torch.compiler.is_compiling()
@@ -66,17 +64,10 @@ def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) ->
         or type(w) not in _PLAIN
         or type(a) not in _PLAIN
         or type(b) not in _PLAIN
-        or (
-            other is not None
-            and (type(other) not in _PLAIN or other.is_neg() or other._is_zerotensor() or _is_functorch_wrapped(other))
-        )
+        or (other is not None and (type(other) not in _PLAIN or other.is_neg() or other._is_zerotensor()))
         or x.is_neg()
         or x._is_zerotensor()
         or _is_legacy_batched(x)
-        or _is_functorch_wrapped(x)
-        or _is_functorch_wrapped(w)
-        or _is_functorch_wrapped(a)
-        or _is_functorch_wrapped(b)
         or w.is_neg()
         or a.is_neg()
         or b.is_neg()

@@ -305,26 +305,28 @@ class FusedLinear(Fused, peft_layer.Linear):
             dropout = modules["lora_dropout"]._modules[name]
             of_base, of_down, of_up = base._parameters, down._parameters, up._parameters
             w, bias, a, b = of_base["weight"], of_base["bias"], of_down["weight"], of_up["weight"]
-            own_biases = of_down["bias"], of_up["bias"]
+            if of_down["bias"] is not None or of_up["bias"] is not None:
+                return None
         except KeyError:
             return None
         p = float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
         dtype, adapter_dtype = x.dtype, a.dtype
-        cast = adapter_dtype == torch.float32 and dtype in check.HALVES and self.cast_input_dtype_enabled
         served = (
             type(base) is type(down) is type(up) is nn.Linear
             and type(dropout) in _DROPOUTS
             and type(w) is type(a) is type(b) is nn.Parameter
-            and own_biases == (None, None)
             and not w.requires_grad
             and dtype == w.dtype
             and dtype in check.DTYPES
-            and (adapter_dtype == dtype or cast)
+            and (
+                adapter_dtype == dtype
+                or (adapter_dtype == torch.float32 and dtype in check.HALVES and self.cast_input_dtype_enabled)
+            )
             and b.dtype == adapter_dtype
             and (bias is None or bias.dtype == dtype)
             and p < 1
             and not has_hooks(base, down, up, dropout)
-            and autocast_of(x) is None
+            and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
         )
         if not served:
             return None

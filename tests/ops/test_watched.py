@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lora_kernels import lora_linear, quantize_weight
+from lora_kernels import dora_linear, lora_linear, quantize_weight
 from lora_kernels.ops import linear, registered
 from lora_kernels.testing.judge import check, problem
 
@@ -220,17 +220,20 @@ def test_a_parameter_that_begins_to_want_gradients_gets_them():
     assert a.grad is not None and a.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["x", "lora_a", "lora_b", "bias"])
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_tensor_that_has_outlived_a_transform_is_served(grad, name):
     q, kept = problem(5, 24, 16, 4), []
-    operands = {"x": q.x, "lora_a": q.a, "lora_b": q.b, "bias": q.bias}
-    torch.func.grad(lambda t: (kept.append(t), t.sum())[1])(operands[name])
+    operands = {"x": q.x, "weight": q.w, "lora_a": q.a, "lora_b": q.b, "bias": q.bias}
+    torch.func.grad(lambda t: (kept.append(t.detach()), t.sum())[1])(operands[name])
     wanted = "lora_b" if name == "lora_a" else "lora_a"
     operands |= {name: kept[0], wanted: operands[wanted].clone().requires_grad_(grad)}
-    y = lora_linear(weight=q.w, scale=q.scale, **operands)
+    y = lora_linear(scale=q.scale, **operands)
     check({"y": y.detach()}, q)
     assert y.requires_grad == grad
+    norm = torch.linalg.vector_norm(q.w.double() + q.scale * q.b.double() @ q.a.double(), dim=1).float()
+    with torch.set_grad_enabled(grad):  # with the norm as its magnitude, DoRA is plain LoRA
+        torch.testing.assert_close(dora_linear(scale=q.scale, magnitude=norm, **operands), y, atol=1e-4, rtol=1e-4)
 
 
 def test_torch_wraps_a_function_in_nothing_but_what_is_left_out():
