@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class Timer:
         package = folder / "lora_kernels"
         if not package.is_dir():
             raise SystemExit(f"{folder} holds no folder lora_kernels: name the root of a checkout")
-        if not any(package.glob("_C.*[!i]")):
+        if not any((package / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
             raise SystemExit(f"{package} has no native code: run `python setup.py build_ext --inplace` in {folder}")
         command = [sys.executable, str(Path(compare_rows.__file__).resolve()), str(threads)]
         environment = os.environ | {"PYTHONPATH": str(folder.resolve())}

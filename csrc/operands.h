@@ -139,9 +139,7 @@ inline cpu::Quantized quantized(py::handle weight) {
 // A QuantizedWeight that must have the size [N, K].
 inline cpu::Quantized quantized(py::handle weight, i64 N, i64 K) {
   const cpu::Quantized w = quantized(weight);
-  if (w.N != N || w.K != K)
-    throw std::invalid_argument("the CPU kernels take w of size [" + std::to_string(N) + ", " + std::to_string(K) +
-                                "] here, got [" + std::to_string(w.N) + ", " + std::to_string(w.K) + "]");
+  require_size("w", {w.N, w.K}, N, K);
   return w;
 }
 

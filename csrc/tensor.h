@@ -199,13 +199,17 @@ inline Operand output(py::handle tensor) {
 // No tensor (None) is a tile without data, which is not written.
 inline Operand output_or_none(py::handle tensor) { return tensor.is_none() ? Operand{} : output(tensor); }
 
-// The operand, if it has this size or is not there. A kernel would read or write beyond the memory of a smaller one.
+// A kernel would read or write beyond the memory of an operand that is smaller.
+inline void require_size(const char* name, Two got, i64 rows, i64 cols) {
+  if (got.first == rows && got.second == cols) return;
+  const auto text = [](i64 n, i64 m) { return "[" + std::to_string(n) + ", " + std::to_string(m) + "]"; };
+  throw std::invalid_argument("the CPU kernels take " + std::string(name) + " of size " + text(rows, cols) +
+                              " here, got " + text(got.first, got.second));
+}
+
+// The operand, if it has this size or is not there.
 inline Operand sized(Operand o, const char* name, i64 rows, i64 cols) {
-  if (o.owner && (o.size.first != rows || o.size.second != cols)) {
-    const auto text = [](i64 n, i64 m) { return "[" + std::to_string(n) + ", " + std::to_string(m) + "]"; };
-    throw std::invalid_argument("the CPU kernels take " + std::string(name) + " of size " + text(rows, cols) +
-                                " here, got " + text(o.size.first, o.size.second));
-  }
+  if (o.owner) require_size(name, o.size, rows, cols);
   return o;
 }
 

@@ -14,6 +14,9 @@ constexpr i64 kStrip = 96;     // rows of w per task
 constexpr i64 kColumns = 128;  // columns of w per task of a backward
 constexpr i64 kDepth = 1024;   // columns per pass, so that x and the strip stay in a cache until all products are done
 
+bool convert(Tile t) { return t.dtype != DType::f32; }
+
+// y = x w^T
 class Dense : public FewRows {
  public:
   Dense(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y)
@@ -40,14 +43,13 @@ class Dense : public FewRows {
   }
 
  private:
-  static bool convert(Tile x) { return x.dtype != DType::f32; }
-
   const i64 M_, N_, K_, ldx_;
   const Tile x_, w_, y_;
   const LowRank& l_ = kernels().low_rank(x_.dtype, w_.dtype);
   float *x32_ = nullptr, *parts_ = nullptr;
 };
 
+// dx = dy w, or dx += dy w
 class DenseBack : public FewRows {
  public:
   DenseBack(i64 M, i64 N, i64 K, Tile dy, Tile w, Tile dx, bool add)
@@ -77,8 +79,6 @@ class DenseBack : public FewRows {
   }
 
  private:
-  static bool convert(Tile t) { return t.dtype != DType::f32; }
-
   const i64 M_, N_, K_, ld_;  // ld_: columns of a strip of w in fp32
   const Tile dy_, w_, dx_;
   const bool add_;

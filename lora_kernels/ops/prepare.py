@@ -70,7 +70,7 @@ def recorded(x: Tensor, base: Base, adapter: Adapter) -> bool:
             torch.is_grad_enabled()
             and (x.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
         )
-        or (not torch.compiler.is_compiling() and outlived(x, base.w, a, b, bias))
+        or outlived(x, base.w, a, b, bias)
     )
 
 

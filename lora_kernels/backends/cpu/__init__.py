@@ -88,17 +88,15 @@ def backward(
         if dy.stride()[1] != 1:  # the base GEMM and the kernel share one copy
             dy = dy.contiguous()
         rows.append(dy)
-        launched = False
-        if not needs.dx:
-            pass
-        elif isinstance(w, QuantizedWeight):
+        launched = needs.dx and not isinstance(w, QuantizedWeight) and gemm.is_small_backward(dy, w)
+        in_launch.append(launched)
+        if not needs.dx or launched:
+            continue
+        if isinstance(w, QuantizedWeight):
             part = quant.quantized_gemm(dy, w, transposed=True)
             dx = part if dx is None else dx.add_(part)
-        elif gemm.is_small_backward(dy, w):
-            launched = True
         else:
             dx = gemm.base_gemm(dy, w.t(), dx)
-        in_launch.append(launched)
     if needs.dx and dx is None:
         dx = dys[0].new_empty(dys[0].shape[0], bases[0].w.shape[1])
     _C.backward(torch.get_num_threads(), rows, x, bases, adapters, hs, dx, das, dbs, in_launch)
