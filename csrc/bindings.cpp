@@ -1,5 +1,5 @@
-// lora_kernels._C: the CPU kernels for Python. The functions that run kernels read their operands (operands.h), release
-// the GIL, and run. The caller has checked that dtypes and shapes fit together.
+// lora_kernels._C: the CPU kernels for Python. The functions that run kernels read their operands (operands.h), refuse
+// sizes that do not fit together, release the GIL, and run. The caller has checked that the dtypes fit together.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,6 +1,7 @@
 """The native CPU kernels (csrc/). Tensors are read in place. One whose last stride is not 1 is copied first, except the
 `w` of `gemm`, which may have any strides. Results are written to tensors that the caller has allocated, whose last
-stride is 1. Dtypes are float32, bfloat16 and float16. The caller has checked that dtypes and shapes fit together."""
+stride is 1. Dtypes are float32, bfloat16 and float16. Sizes that do not fit together raise ValueError. The caller has
+checked that the dtypes do."""
 
 from collections.abc import Sequence
 
