@@ -31,8 +31,9 @@ that it receives.
 ``x`` may be None where no da is needed, and ``hs[i]`` where db i is not. The back-end of a backward is chosen anew, by
 a `Call` with ``op="backward"``, so it must accept an h that another back-end has made.
 
-A back-end for a GPU also has ``EVIDENCE``, the architectures ("sm_90") for which ``benchmarks/results/`` holds a run.
-The automatic choice passes over a GPU back-end on other architectures; it can still be asked for by name.
+A back-end for a GPU also has ``kernel_class(call) -> str``, a short name of the kernels that serve a `Call`. Calls of
+one class, pass, pair of dtypes, dropout and w_format run the same kernels. The automatic choice takes a GPU back-end
+where that class was right on the device in use (`proven`); it can always be asked for by name.
 
 ``dispatch.BACKENDS`` lists the names, and ``dispatch.AUTOMATIC`` the order of the automatic choice: a new back-end is
 added to both. Its import raises ImportError, with the way out, where something that it needs is not installed.

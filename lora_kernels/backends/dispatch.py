@@ -8,14 +8,20 @@ import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
-import torch
-
+from lora_kernels.backends import proven
 from lora_kernels.core.operands import Call
 
-AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
-"""The order in which back-ends are tried, by device type. A device that is not in the table is served by `eager`."""
+AUTOMATIC: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "eager"),
+    "cuda": ("cuda", "triton", "composite", "eager"),
+}
+"""The back-ends of the automatic choice, by device type. On a CPU the first that can serve a call does. On a GPU the
+evidence decides (`proven`). A device that is not in the table is served by `eager`."""
 
-BACKENDS = ("cpu", "cuda", "triton", "eager")
+BY_EVIDENCE = {"cuda"}
+"""The device types on which the automatic choice is made from evidence."""
+
+BACKENDS = ("cpu", "cuda", "triton", "composite", "eager")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -39,7 +45,7 @@ def pick(call: Call, backend: str | None) -> ModuleType:
         what = "the dropout mask is drawn" if call.w_format == "dense" else f"the {call.w_format} weight is dequantised"
         warnings.warn(
             f"no kernel is chosen for {call.dtype} on {call.device} here: {what} by torch operations, which is slow. "
-            + _way_out(call),
+            "`python -m lora_kernels doctor` tells what is missing, and lora_kernels.explain(...) why no kernel is chosen",
             stacklevel=2,
         )
     return load(name)
@@ -47,12 +53,18 @@ def pick(call: Call, backend: str | None) -> ModuleType:
 
 @functools.lru_cache(maxsize=4096)
 def automatic(call: Call) -> str:
-    """Return the name of the automatic choice: the first back-end in the order of the call's device type that can serve
-    the call. On a GPU it must also have been run on a GPU of this architecture."""
-    for name in _order(call):
-        if not _passed_over(name, call):
-            return name
-    raise ValueError(f"no back-end can serve this call ({_describe(call)})")
+    """Return the name of the automatic choice: on a GPU the one that `proven.choose` makes, elsewhere the first
+    back-end in the order of the call's device type that can serve the call."""
+    able = [name for name in _order(call) if not refusals(name, call)]
+    if call.device.type in BY_EVIDENCE:
+        return proven.choose(call, able, load).name
+    return able[0]
+
+
+def cache_clear() -> None:
+    """Make the next call of every kind choose its back-end again, as after a change of the evidence."""
+    pick.cache_clear()
+    automatic.cache_clear()
 
 
 def load(name: str) -> ModuleType:
@@ -84,11 +96,15 @@ class Explanation:
     """The back-end that runs the forward."""
     backward: str
     """The back-end that runs the backward."""
+    evidence: dict[str, str]
+    """On a GPU, where the choice is automatic: what is known here about the chosen back-ends, by pass."""
     passed_over: dict[str, list[str]]
     """Every other back-end, with every reason why it is not the choice for the forward or the backward."""
 
     def __str__(self) -> str:
-        lines = [_describe(self.call), f"  forward   {self.forward}", f"  backward  {self.backward}"]
+        lines = [_describe(self.call)]
+        for op, name in (("forward", self.forward), ("backward", self.backward)):
+            lines.append(f"  {op:<8}  {name}" + (f": {self.evidence[op]}" if op in self.evidence else ""))
         for name, reasons in self.passed_over.items():
             lines += [f"  {name if i == 0 else '':<9} not chosen: {reason}" for i, reason in enumerate(reasons)]
         return "\n".join(lines)
@@ -99,56 +115,37 @@ def explain(call: Call, backend: str | None) -> Explanation:
     `pick` raises."""
     calls = [call._replace(op=op) for op in ("forward", "backward")]
     chosen = [automatic(each) if backend is None else str(pick(each, backend).name) for each in calls]
-    passed_over = {name: _why_not_chosen(name, calls, chosen[0], backend) for name in BACKENDS if name not in chosen}
-    return Explanation(call, chosen[0], chosen[1], passed_over)
+    known = [_known(each) if backend is None else {} for each in calls]
+    evidence = {each.op: told[name] for each, told, name in zip(calls, known, chosen, strict=True) if name in told}
+    passed_over = {}
+    for name in [name for name in BACKENDS if name not in chosen]:
+        if backend is not None:
+            reasons = [f"backend={backend!r} was asked for by name"]
+        elif name not in _order(call):
+            reasons = [f"not for {call.device.type} tensors"]
+        else:
+            reasons = [reason for each, told in zip(calls, known, strict=True) for reason in _reasons(name, each, told)]
+        passed_over[name] = list(dict.fromkeys(reasons)) or [f"{chosen[0]!r} comes first on {call.device.type}"]
+    return Explanation(call, chosen[0], chosen[1], evidence, passed_over)
 
 
-def _why_not_chosen(name: str, calls: list[Call], chosen: str, backend: str | None) -> list[str]:
-    """Return why a back-end was chosen for none of `calls`, a forward and its backward. `chosen` serves the forward."""
-    if backend is not None:
-        return [f"backend={backend!r} was asked for by name"]
-    device = calls[0].device.type
-    if name not in _order(calls[0]):
-        return [f"not for {device} tensors"]
-    reasons = [reason for call in calls for reason in _passed_over(name, call)]
-    return list(dict.fromkeys(reasons)) or [f"{chosen!r} comes first on {device}"]
+def _reasons(name: str, call: Call, known: dict[str, str]) -> list[str]:
+    """Return why a back-end was not chosen for a call: its refusals, or else what is known about it."""
+    return refusals(name, call) or ([f"{call.op}: {known[name]}"] if name in known else [])
+
+
+def _known(call: Call) -> dict[str, str]:
+    """Return what is known about the back-ends for a call on a GPU."""
+    if call.device.type not in BY_EVIDENCE:
+        return {}
+    return proven.choose(call, [name for name in _order(call) if not refusals(name, call)], load).known
 
 
 def _order(call: Call) -> tuple[str, ...]:
     return AUTOMATIC.get(call.device.type, ("eager",))
 
 
-def _passed_over(name: str, call: Call) -> list[str]:
-    """Return why the automatic choice passes over a back-end: its refusals, or, on a GPU, the lack of a recorded run on
-    this architecture."""
-    reasons = refusals(name, call)
-    if not reasons and call.device.type == "cuda" and name != "eager":
-        arch = _arch(call.device)
-        if arch not in load(name).EVIDENCE:
-            reasons = [
-                f"not yet run on a GPU of architecture {arch}: no evidence in benchmarks/results; "
-                f"ask for it with backend={name!r}"
-            ]
-    return reasons
-
-
-def _way_out(call: Call) -> str:
-    """Return the last sentence of the warning that `eager` is slow: what the user can do."""
-    able = [f"backend={name!r}" for name in _order(call) if name != "eager" and not refusals(name, call)]
-    if able:
-        return f"Ask for {' or '.join(able)}, which has not yet run on such a GPU"
-    return "`python -m lora_kernels doctor` tells what is missing, and lora_kernels.explain(...) why the kernels refuse"
-
-
-def _arch(device: torch.device) -> str:
-    """Return the GPU's architecture: "sm_90", or AMD's name for it, "gfx942"."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
 def _describe(call: Call) -> str:
     adapters = "" if call.adapter_dtype == call.dtype else f", {call.adapter_dtype} adapters"
     more = (f", {call.w_format} weight" if call.w_format != "dense" else "") + (", dropout" if call.dropout else "")
-    return f"{call.op} on {call.device}, {call.dtype}{adapters}, M={call.M} N={call.N} K={call.K} R={call.R}{more}"
+    return f"{call.op} on {call.device}, {call.dtype}{adapters}, M≤{call.M} N={call.N} K={call.K} R={call.R}{more}"

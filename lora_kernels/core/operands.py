@@ -82,10 +82,12 @@ class Call(NamedTuple):
     adapter_dtype: torch.dtype
     """The dtype of a, b, da and db."""
     M: int
+    """The rows of x [M, K], rounded up to a power of two by `call_of`: no choice depends on their exact number, and a
+    new length in each step shall not be a new kind of call."""
     N: int
     K: int
     R: int
-    """The sizes of x [M, K], W [N, K] and A [R, K]."""
+    """The sizes of W [N, K] and A [R, K]."""
     dropout: bool
     """Whether p is above 0."""
     w_format: str = "dense"
@@ -97,7 +99,13 @@ def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter) -> Call:
     w, a = base.w, adapter.a
     N, K = w.shape
     w_format = w.format if isinstance(w, QuantizedWeight) else "dense"
-    return Call(op, rows.device, rows.dtype, a.dtype, rows.shape[0], N, K, a.shape[0], adapter.p > 0, w_format)
+    M = power_of_two(rows.shape[0])
+    return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], adapter.p > 0, w_format)
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is not below n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
 
 
 # The types in the signatures of functions over lists of layers, such as a back-end's forward and backward.

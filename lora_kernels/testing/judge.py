@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import reference
+from lora_kernels.core import gate
 from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.weight import QuantizedWeight
@@ -173,7 +174,7 @@ def judge(
         if fault := _unfit(value, want[name]):
             verdicts.append(Verdict(name, 0.0, 0.0, 0.0, 0.0, f"{name}: {fault}"))
         elif enough[name]:
-            verdicts.append(against_plain(name, value, want[name], plain[name], torch.finfo(q.x.dtype).eps))
+            verdicts.append(against_plain(name, value, want[name], plain[name], q.x.dtype))
         else:
             verdicts.append(
                 against_bound(name, value, want[name], rounding_bound(name, q, want[name], magnitude[name]))
@@ -187,17 +188,10 @@ def _unfit(value: Tensor, exact: Tensor) -> str | None:
     return None if torch.isfinite(value).all() else "not finite"
 
 
-def against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, eps: float) -> Verdict:
+def against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> Verdict:
     """Return the verdict on a result with enough elements for statistics: its errors beside those of `plain`."""
-    error, allowed = (value.double() - exact).abs(), (plain.double() - exact).abs()
-    rms, rms_allowed = _rms(error), 1.25 * _rms(allowed)
-    worst, worst_allowed = error.max().item(), 2 * allowed.max().item() + eps * exact.abs().max().item()
-    fault = None
-    if rms > rms_allowed:
-        fault = f"{name}: RMS error {rms:.3g}, allowed {rms_allowed:.3g}"
-    elif worst > worst_allowed:
-        fault = f"{name}: largest error {worst:.3g}, allowed {worst_allowed:.3g}"
-    return Verdict(name, rms, rms_allowed, worst, worst_allowed, fault)
+    errors = gate.errors_beside(value, exact, plain, dtype)
+    return Verdict(name, *errors, None if errors.fault is None else f"{name}: {errors.fault}")
 
 
 def rounding_bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
@@ -222,11 +216,7 @@ def against_bound(name: str, value: Tensor, exact: Tensor, bound: Tensor) -> Ver
     at = int((error - bound).argmax())
     worst, worst_allowed = error.flatten()[at].item(), bound.flatten()[at].item()
     fault = f"{name}: error {worst:.3g} of element {at}, allowed {worst_allowed:.3g}" if worst > worst_allowed else None
-    return Verdict(name, _rms(error), _rms(bound), worst, worst_allowed, fault)
-
-
-def _rms(t: Tensor) -> float:
-    return t.square().mean().sqrt().item()
+    return Verdict(name, gate.rms(error), gate.rms(bound), worst, worst_allowed, fault)
 
 
 def check(got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = None) -> None:

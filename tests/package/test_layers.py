@@ -18,6 +18,7 @@ ORDER: list[set[str]] = [
     {"core"},
     {"_C", "_cuda"},  # the native extensions, whose stubs name the operands
     {"reference"},
+    {"evidence"},
     {"plans"},
     {"backends"},
     {"ops"},
@@ -32,7 +33,7 @@ ORDER: list[set[str]] = [
 """The folders and files of the package, from the lowest to the highest. Those in one set may not import each
 other."""
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-BACKENDS = {"cpu", "cuda", "triton", "eager"}
+BACKENDS = {"cpu", "cuda", "triton", "composite", "eager"}
 
 
 def module_of(path: Path) -> str:

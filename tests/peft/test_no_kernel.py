@@ -24,11 +24,9 @@ DROPOUT = "no kernel for dropout here, and PEFT's own forward is faster than pla
 def no_kernel(monkeypatch):
     """Leave the automatic choice nothing but eager, as on a GPU for which no kernel has evidence yet."""
     monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", ("eager",))
-    dispatch.pick.cache_clear()
-    dispatch.automatic.cache_clear()
+    dispatch.cache_clear()
     yield
-    dispatch.pick.cache_clear()
-    dispatch.automatic.cache_clear()
+    dispatch.cache_clear()
 
 
 def test_dropout_is_left_to_peft(no_kernel):
@@ -120,17 +118,6 @@ def test_a_slow_choice_warns_and_names_the_way_out(no_kernel):
         lora_kernels.lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1)
     with pytest.warns(UserWarning, match="the int8 weight is dequantised"):
         lora_kernels.lora_linear(x, lora_kernels.quantize_weight(w, "int8"), a, b, scale=1.0)
-
-
-def test_the_way_out_names_the_back_ends_that_only_lack_evidence(no_kernel, monkeypatch):
-    monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", ("cpu", "eager"))
-    refusal = dispatch._passed_over
-    monkeypatch.setattr(
-        dispatch, "_passed_over", lambda name, call: ["want of it"] * (name == "cpu") + refusal(name, call)
-    )
-    x, w, a, b = operands()
-    with pytest.warns(UserWarning, match="Ask for backend='cpu', which has not yet run on such a GPU"):
-        lora_kernels.lora_linear(x, w, a, b, scale=1.0, dropout_p=0.1)
 
 
 def test_no_warning_where_nothing_is_slow(no_kernel):

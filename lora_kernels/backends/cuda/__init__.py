@@ -29,11 +29,10 @@ from lora_kernels.plans.tiles import Case
 
 name = "cuda"
 
-EVIDENCE: frozenset[str] = frozenset()
-"""The architectures for which benchmarks/results holds a run. There is none yet."""
-
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_RANK = 256
+DECODE_ROWS = 64
+"""Up to this many rows, a forward without dropout takes the kernel that splits K (csrc/cuda/sm90/launch.cu)."""
 
 
 def why_not(call: Call) -> list[str]:
@@ -68,6 +67,11 @@ def why_not(call: Call) -> list[str]:
     if call.w_format != "dense":
         reasons.append(f"the kernels take a dense weight, not {call.w_format}")
     return reasons
+
+
+def kernel_class(call: Call) -> str:
+    """Return "decode" for the kernel that splits K, else "tickets"."""
+    return "decode" if call.op == "forward" and call.M <= DECODE_ROWS and not call.dropout else "tickets"
 
 
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:

@@ -37,9 +37,6 @@ from lora_kernels.plans import choose, quant_tiles, tiles
 
 name = "triton"
 
-EVIDENCE: frozenset[str] = frozenset()
-"""The architectures for which benchmarks/results holds a run."""
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,6 +54,16 @@ def why_not(call: Call) -> list[str]:
     if call.w_format not in ("dense", *FORMATS):
         reasons.append(f"serves a dense weight or one in {', '.join(FORMATS)}, not {call.w_format}")
     return reasons
+
+
+def kernel_class(call: Call) -> str:
+    target = find_target(call.device)
+    assert target is not None, "dispatch asks why_not first"
+    w_format = "" if call.w_format == "dense" else call.w_format
+    case = tiles.Case((call.dtype, call.adapter_dtype), call.M, call.N, call.K, call.R, call.dropout, True, w_format)
+    plan = choose.plan(call.op, case, target.gpu)
+    kind = f"redundant {plan.tile.BLOCK_M}" if plan.redundant else "tickets"
+    return f"{kind} within" if plan.within else kind
 
 
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:

@@ -371,4 +371,3 @@ def test_refusals_name_the_format() -> None:
         assert all(triton.why_not(call._replace(w_format=format)) == [] for format in ("dense", *FORMATS))
         (reason,) = triton.why_not(call._replace(w_format="int3"))
         assert "int3" in reason and "nf4" in reason
-    assert not triton.EVIDENCE

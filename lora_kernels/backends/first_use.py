@@ -1,0 +1,163 @@
+"""The check that switches the back-end `composite` on: at the first use of a class of its kernels on a device, their
+results are compared with plain torch.
+
+The kernels of `composite` wait for nothing, so a few calls of them are safe in any process. The check takes tens of
+milliseconds beside the compilation of the kernels, which the call needs anyway. Its verdict is kept in the user's file
+of evidence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lora_kernels import reference
+from lora_kernels.core import gate
+from lora_kernels.core.operands import Adapter, Base, Call, Needs, power_of_two
+from lora_kernels.evidence import file, find
+from lora_kernels.evidence.file import BROKEN, RIGHT, WRONG, Evidence, Verdict
+from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
+
+_ROWS = (16, 64, 160)
+"""The rows of x in the check: the first that are not fewer than those of the call, or the last."""
+_N, _K, _P = 96, 192, 0.25
+_ENOUGH = 1024
+"""The independent roundings that `gate.errors_beside` needs."""
+
+
+class NotNow(RuntimeError):
+    """The check cannot be made, because the stream is being captured into a CUDA graph."""
+
+
+def verdict(module: ModuleType, call: Call) -> Verdict:
+    """Return the verdict on the class of kernels that a call runs, from the evidence, or else from the check, which
+    this call then makes. Raises `NotNow` during a capture."""
+    key = file.class_key(module.name, module.kernel_class(call), call)
+    known = find.of(call.device).verdicts.get(key)
+    if known is not None:
+        return known
+    if capturing():
+        raise NotNow(
+            f"the kernels of {module.name!r} are checked at their first use on a GPU, and this cannot be done while a "
+            "CUDA graph is captured: call the layer once before the capture, or name a back-end "
+            f"(backend={module.name!r})"
+        )
+    result = _check(module, call)
+    if result.result != RIGHT:
+        warnings.warn(
+            f"{module.name!r} is not used for {key.partition(' ')[2]} on this GPU: its first use was {result.result} "
+            f"({result.why}). Please report it; calls go to 'eager'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    new = Evidence(find.of(call.device).identity, {key: result})
+    if _lasts(call.device, result):
+        with contextlib.suppress(OSError):  # this process knows the verdict all the same
+            find.add(call.device, new.verdicts)
+    else:
+        find.remember(call.device, new)
+    return result
+
+
+def capturing() -> bool:
+    """Return whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _lasts(device: torch.device, result: Verdict) -> bool:
+    """Return whether a verdict is for other processes too. One process of several that run together writes it. An error
+    that leaves the device in use may have its cause in this process, such as a compiler that is missing."""
+    if find.off() or os.environ.get("RANK", "0") != "0":
+        return False
+    return result.result != BROKEN or not _answers(device)
+
+
+def _answers(device: torch.device) -> bool:
+    """Return whether the device still computes."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
+
+
+def _check(module: ModuleType, call: Call) -> Verdict:
+    """Run a pass of a back-end on small operands, and compare its results with those of plain torch."""
+    M = next((rows for rows in _ROWS if rows >= call.M), _ROWS[-1])
+    R = max(16, power_of_two(call.R))
+    count = math.ceil(_ENOUGH / ((1 - _P) * M * R))
+    got: list[dict[str, Tensor]] = []
+    want: list[dict[str, Tensor]] = []
+    plain: list[dict[str, Tensor]] = []
+    # Nothing that the caller has switched on may see the check or change it.
+    with _disable_current_modes(), torch.inference_mode(False), torch.autocast(call.device.type, enabled=False):
+        try:
+            for turn in range(count):
+                problem = _Problem(call, M, R, turn)
+                want.append(problem.by_torch(torch.float64))
+                plain.append(problem.by_torch(call.dtype))
+                with torch.no_grad():
+                    got.append(problem.by(module, call.op))
+            faults = []
+            for name in got[0]:
+                value, exact, near = (torch.cat([each[name] for each in turns]) for turns in (got, want, plain))
+                if fault := _fault(value, exact, near, call):
+                    faults.append(f"{name}: {fault}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler or a driver may fail in any way
+            first = (str(error).strip().splitlines() or ["no message"])[0]
+            return Verdict(BROKEN, f"{type(error).__name__}: {first}", file.today())
+    return Verdict(WRONG if faults else RIGHT, "; ".join(faults), file.today())
+
+
+def _fault(value: Tensor, exact: Tensor, plain: Tensor, call: Call) -> str | None:
+    if not torch.isfinite(value).all():
+        return "not finite"
+    return gate.errors_beside(value, exact, plain, call.dtype).fault
+
+
+class _Problem:
+    """The operands of one call of the check."""
+
+    def __init__(self, call: Call, M: int, R: int, turn: int) -> None:
+        generator = torch.Generator(call.device).manual_seed(turn)
+
+        def draw(rows: int, cols: int, std: float, dtype: torch.dtype = call.dtype) -> Tensor:
+            return (torch.randn(rows, cols, generator=generator, device=call.device) * std).to(dtype)
+
+        self.x, self.dy, self.bias = draw(M, _K, 1.0), draw(M, _N, 1.0), draw(1, _N, 1.0)[0]
+        self.w: Tensor | QuantizedWeight = draw(_N, _K, _K**-0.5)
+        if call.w_format != "dense":
+            self.w = quantize_weight(self.w, call.w_format)
+        a, b = draw(R, _K, _K**-0.5, call.adapter_dtype), draw(_N, R, R**-0.5, call.adapter_dtype)
+        seed = torch.tensor(2**40 + turn, device=call.device) if call.dropout else None
+        self.adapter = Adapter(a, b, 0.75, _P if call.dropout else 0.0, seed)
+
+    def by_torch(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return y and the gradients by the equation in plain torch."""
+        a, b, scale, p, seed = self.adapter
+        w = self.w if isinstance(self.w, Tensor) else self.w.dequantize(dtype)
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, a, b)]
+        with torch.enable_grad():
+            y = reference.lora_linear(
+                leaves[0], w.to(dtype), *leaves[1:], scale=scale, bias=self.bias.to(dtype), dropout_p=p, seed=seed
+            )
+            gradients = torch.autograd.grad(y, leaves, self.dy.to(dtype))
+        return dict(zip(("y", "dx", "da", "db"), (y.detach(), *gradients), strict=True))
+
+    def by(self, module: ModuleType, op: str) -> dict[str, Tensor]:
+        """Return the results of one pass of a back-end."""
+        base, x = Base(self.w, self.bias), self.x
+        (y,), (h,) = module.forward(x, [base], [self.adapter], [True])
+        if op == "forward":
+            db = self.adapter.scale * (self.dy.double().t() @ h.double())  # h is judged by the db that it gives
+            return {"y": y, "db": db}
+        dx, (da,), (db,) = module.backward([self.dy], x, [base], [self.adapter], [h], Needs(True, (True,), (True,)))
+        return {"dx": dx, "da": da, "db": db}
