@@ -45,7 +45,7 @@ def pick(call: Call, backend: str | None) -> ModuleType:
         what = "the dropout mask is drawn" if call.w_format == "dense" else f"the {call.w_format} weight is dequantised"
         warnings.warn(
             f"no kernel is chosen for {call.dtype} on {call.device} here: {what} by torch operations, which is slow. "
-            "`python -m lora_kernels doctor` tells what is missing, and lora_kernels.explain(...) why no kernel is chosen",
+            "`python -m lora_kernels doctor` tells what is missing, and lora_kernels.explain(...) why no kernel serves it",
             stacklevel=2,
         )
     return load(name)
