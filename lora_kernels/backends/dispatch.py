@@ -45,7 +45,7 @@ def pick(call: Call, backend: str | None) -> ModuleType:
         what = "the dropout mask is drawn" if call.w_format == "dense" else f"the {call.w_format} weight is dequantised"
         warnings.warn(
             f"no kernel is chosen for {call.dtype} on {call.device} here: {what} by torch operations, which is slow. "
-            "`python -m lora_kernels doctor` tells what is missing, and lora_kernels.explain(...) why no kernel serves it",
+            "`python -m lora_kernels doctor` tells what is missing, and lora_kernels.explain(...) gives the reasons",
             stacklevel=2,
         )
     return load(name)
@@ -99,7 +99,7 @@ class Explanation:
     evidence: dict[str, str]
     """On a GPU, where the choice is automatic: what is known here about the chosen back-ends, by pass."""
     passed_over: dict[str, list[str]]
-    """Every other back-end, with every reason why it is not the choice for the forward or the backward."""
+    """Every back-end that is not the choice for both passes, with every reason."""
 
     def __str__(self) -> str:
         lines = [_describe(self.call)]
@@ -118,13 +118,16 @@ def explain(call: Call, backend: str | None) -> Explanation:
     known = [_known(each) if backend is None else {} for each in calls]
     evidence = {each.op: told[name] for each, told, name in zip(calls, known, chosen, strict=True) if name in told}
     passed_over = {}
-    for name in [name for name in BACKENDS if name not in chosen]:
+    for name in BACKENDS:
+        others = [(each, told) for each, told, taken in zip(calls, known, chosen, strict=True) if taken != name]
+        if not others:
+            continue
         if backend is not None:
             reasons = [f"backend={backend!r} was asked for by name"]
         elif name not in _order(call):
             reasons = [f"not for {call.device.type} tensors"]
         else:
-            reasons = [reason for each, told in zip(calls, known, strict=True) for reason in _reasons(name, each, told)]
+            reasons = [reason for each, told in others for reason in _reasons(name, each, told)]
         passed_over[name] = list(dict.fromkeys(reasons)) or [f"{chosen[0]!r} comes first on {call.device.type}"]
     return Explanation(call, chosen[0], chosen[1], evidence, passed_over)
 

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
-_SOURCES = ("backends/composite", "backends/triton", "backends/cuda", "plans", "core/dropout.py")
+_SOURCES = (
+    "backends/composite", "backends/triton", "backends/cuda", "backends/workspace.py", "plans", "core/dropout.py",
+)  # fmt: skip
 """The files and folders of the package that the results or the speed of a GPU kernel depend on."""
 
 
@@ -88,7 +90,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for name in _SOURCES:
         place = PACKAGE / name
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        for path in [place] if place.suffix else sorted(place.rglob("*.py")):
             digest.update(f"{path.relative_to(PACKAGE).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,194 @@
+"""The check at the first use of a class of composite's kernels: right kernels are switched on, wrong ones are not."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.fake_gpu import CPU, backend, call, fake_gpu, restart
+
+import lora_kernels
+from lora_kernels.backends import dispatch, eager, first_use
+from lora_kernels.evidence import file, find
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+
+
+def verdict_of(module: Any, home: Any, asked=None) -> file.Verdict:
+    with fake_gpu(home, module):
+        return first_use.verdict(module, asked or call())
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "dropout"), list(itertools.product(("forward", "backward"), (False, True))))
+@pytest.mark.parametrize("M", [1, 40, 4096])
+def test_right_results_pass(tmp_path, dtypes, op, dropout, M) -> None:
+    asked = call(op, M=M, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout=dropout)
+    assert verdict_of(backend("composite"), tmp_path, asked)[:2] == (file.RIGHT, "")
+
+
+@pytest.mark.parametrize("w_format", ["nf4", "fp4", "int8", "fp8"])
+def test_right_results_over_a_quantised_weight_pass(tmp_path, w_format) -> None:
+    assert verdict_of(backend("composite"), tmp_path, call(w_format=w_format)).result == file.RIGHT
+
+
+def spoiled(which: str) -> Any:
+    """Return a back-end with one wrong result: a hundredth of its elements are off by a few per cent."""
+
+    def spoil(t: torch.Tensor) -> torch.Tensor:
+        t.flatten()[::97] *= 1.05
+        return t
+
+    def forward(*args: Any) -> Any:
+        ys, hs = eager.forward(*args)
+        return ([spoil(ys[0])] if which == "y" else ys), ([spoil(hs[0])] if which == "h" else hs)
+
+    def backward(*args: Any) -> Any:
+        dx, das, dbs = eager.backward(*args)
+        if which == "dx":
+            dx = spoil(dx)
+        return dx, [spoil(das[0])] if which == "da" else das, [spoil(dbs[0])] if which == "db" else dbs
+
+    return backend("composite", forward, backward)
+
+
+@pytest.mark.parametrize("which", ["y", "h", "dx", "da", "db"])
+def test_a_wrong_result_is_found_and_named(tmp_path, which) -> None:
+    op, name = ("forward", {"h": "db"}.get(which, which)) if which in ("y", "h") else ("backward", which)
+    with pytest.warns(RuntimeWarning, match="is not used for .* wrong"):
+        result = verdict_of(spoiled(which), tmp_path, call(op))
+    assert result.result == file.WRONG and result.why.startswith(f"{name}: ")
+
+
+def not_finite(*args: Any) -> Any:
+    ys, hs = eager.forward(*args)
+    ys[0][0, 0] = torch.nan
+    return ys, hs
+
+
+def raising(*args: Any) -> Any:
+    raise RuntimeError("no compiler\nmore lines")
+
+
+@pytest.mark.parametrize(
+    ("forward", "result", "why"),
+    [(not_finite, file.WRONG, "y: not finite"), (raising, file.BROKEN, "RuntimeError: no compiler")],
+)
+def test_other_failures_are_told(tmp_path, forward: Callable[..., Any], result: str, why: str) -> None:
+    with pytest.warns(RuntimeWarning):
+        found = verdict_of(backend("composite", forward), tmp_path)
+    assert found[:2] == (result, why)
+
+
+def test_a_wrong_class_leaves_eager_and_says_so_once(tmp_path) -> None:
+    with fake_gpu(tmp_path, spoiled("y")):
+        with pytest.warns() as caught:
+            assert [dispatch.automatic(call(M=M)) for M in (512, 1024, 4096)] == ["eager"] * 3
+        assert len([each for each in caught if "is not used" in str(each.message)]) == 1
+        assert "wrong here on" in str(lora_kernels.explain(*operands())) and "y: " in str(
+            lora_kernels.explain(*operands())
+        )
+
+
+def operands() -> tuple[torch.Tensor, ...]:
+    return tuple(torch.ones(shape).bfloat16() for shape in ((512, 64), (48, 64), (16, 64), (48, 16)))
+
+
+def test_the_check_is_made_once_and_kept_for_other_processes(tmp_path) -> None:
+    module = backend("composite")
+    with fake_gpu(tmp_path, module):
+        assert first_use.verdict(module, call()).result == file.RIGHT
+        count = module.calls
+        assert count > 0
+        first_use.verdict(module, call(M=512))
+        restart()
+        assert first_use.verdict(module, call()).result == file.RIGHT
+        assert module.calls == count
+        first_use.verdict(module, call(dropout=True))
+        assert module.calls > count
+
+
+def test_an_error_that_may_be_this_processes_own_is_not_kept(tmp_path) -> None:
+    module = backend("composite", raising)
+    with fake_gpu(tmp_path, module):
+        with pytest.warns(RuntimeWarning):
+            assert first_use.verdict(module, call()).result == file.BROKEN
+        first_use.verdict(module, call())
+        assert module.calls == 1
+        restart()
+        assert find.of(CPU).verdicts == {}
+
+
+def test_an_error_that_lost_the_device_is_kept(tmp_path, monkeypatch) -> None:
+    module = backend("composite", raising)
+    monkeypatch.setattr(first_use, "_answers", lambda device: False)
+    with fake_gpu(tmp_path, module):
+        with pytest.warns(RuntimeWarning):
+            first_use.verdict(module, call())
+        restart()
+        assert [verdict.result for verdict in find.of(CPU).verdicts.values()] == [file.BROKEN]
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "1"), ("LORA_KERNELS_EVIDENCE", "off")])
+def test_other_ranks_and_off_write_nothing(tmp_path, monkeypatch, name, value) -> None:
+    module = backend("composite")
+    with fake_gpu(tmp_path, module):
+        monkeypatch.setenv(name, value)
+        assert first_use.verdict(module, call()).result == file.RIGHT
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_home_that_cannot_be_written_keeps_nothing_for_other_processes(tmp_path, monkeypatch) -> None:
+    module = backend("composite")
+
+    def fail(*_: Any) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(file, "_write", fail)
+    with fake_gpu(tmp_path, module):
+        assert first_use.verdict(module, call()).result == file.RIGHT
+        count = module.calls
+        assert first_use.verdict(module, call()).result == file.RIGHT and module.calls == count
+
+
+def test_during_a_capture_the_first_call_raises_and_the_next_is_checked(tmp_path, monkeypatch) -> None:
+    module = backend("composite")
+    x, w, a, b = operands()
+    with fake_gpu(tmp_path, module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        monkeypatch.setattr(first_use, "capturing", lambda: True)
+        with pytest.raises(first_use.NotNow, match="call the layer once before the capture"):
+            lora_kernels.lora_linear(x, w, a, b, scale=1.0)
+        monkeypatch.setattr(first_use, "capturing", lambda: False)
+        lora_kernels.lora_linear(x, w, a, b, scale=1.0)
+        monkeypatch.setattr(first_use, "capturing", lambda: True)
+        restart()
+        lora_kernels.lora_linear(x, w, a, b, scale=1.0)
+
+
+def test_nothing_of_the_callers_modes_sees_or_changes_the_check(tmp_path) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    module = backend("composite")
+    before = torch.get_rng_state()
+    with fake_gpu(tmp_path, module), Watch(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert (
+            first_use.verdict(module, call("backward", dtype=torch.float32, adapter_dtype=torch.float32))[0] == "right"
+        )
+    assert seen == [] and torch.equal(torch.get_rng_state(), before)

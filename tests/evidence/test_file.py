@@ -1,0 +1,115 @@
+"""The file of evidence: what is written is read again, and a damaged file is told from one of another device."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from support.fake_gpu import IDENTITY, call
+
+from lora_kernels.evidence import file
+from lora_kernels.evidence.file import Evidence, Timing, Unreadable, Verdict
+
+RIGHT = Verdict(file.RIGHT, "", "2026-11-28")
+STUCK = Verdict(file.STUCK, "forward launched", "2026-11-28")
+TIMING = Timing(1e-3, {"composite": (1.1, 1.12, 1.13), "eager": (1.2, 1.25, 1.3)}, "2026-11-28")
+PLAN = {"columns": 256, "cluster": 2}
+
+
+def test_what_is_added_is_read_again(tmp_path: Path) -> None:
+    path, bucket = tmp_path / "deep" / "evidence.json", file.bucket_of(call())
+    file.add(path, Evidence(IDENTITY, {"a": RIGHT}))
+    file.add(path, Evidence(IDENTITY, {"b": STUCK}, {bucket: TIMING}, {"key": PLAN}))
+    kept = file.read(path)
+    assert kept == Evidence(IDENTITY, {"a": RIGHT, "b": STUCK}, {bucket: TIMING}, {"key": PLAN})
+    file.add(path, Evidence(IDENTITY, {"b": RIGHT}))
+    assert file.read(path).verdicts == {"a": RIGHT, "b": RIGHT}
+
+
+def test_evidence_of_another_identity_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "evidence.json"
+    file.add(path, Evidence(IDENTITY, {"a": RIGHT}))
+    newer = IDENTITY._replace(driver="590.1")
+    file.add(path, Evidence(newer, {"b": RIGHT}))
+    assert file.read(path) == Evidence(newer, {"b": RIGHT})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: text.replace('"stuck"', '"right"'),
+        lambda text: json.dumps({"content": json.loads(text)["content"]}),
+        lambda text: "\udc80",
+    ],
+    ids=["empty", "cut short", "a list", "null", "edited", "no checksum", "no text"],
+)
+def test_a_damaged_file_is_unreadable_and_is_replaced(tmp_path: Path, damage) -> None:
+    path = tmp_path / "evidence.json"
+    file.add(path, Evidence(IDENTITY, {"a": STUCK}))
+    text = path.read_text(encoding="utf-8")
+    damaged = damage(text)
+    assert damaged != text
+    path.write_bytes(damaged.encode("utf-8", "surrogateescape"))
+    with pytest.raises(Unreadable):
+        file.read(path)
+    file.add(path, Evidence(IDENTITY, {"b": RIGHT}))
+    assert file.read(path).verdicts == {"b": RIGHT}
+
+
+def test_a_file_of_another_schema_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "evidence.json"
+    monkeypatch.setattr(file, "SCHEMA", 99)
+    file.add(path, Evidence(IDENTITY))
+    monkeypatch.undo()
+    with pytest.raises(Unreadable, match="schema is 99"):
+        file.read(path)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "evidence.json"
+    file.add(path, Evidence(IDENTITY, {"a": RIGHT}))
+    before = path.read_bytes()
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        file.add(path, Evidence(IDENTITY, {"b": RIGHT}))
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir() if not each.name.endswith(".lock")] == [path.name]
+
+
+def _add_ten(path: Path, number: int) -> None:
+    for i in range(10):
+        file.add(path, Evidence(IDENTITY, {f"{number} {i}": RIGHT}))
+
+
+def test_nothing_is_lost_where_several_processes_add(tmp_path: Path) -> None:
+    path = tmp_path / "evidence.json"
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_add_ten, args=(path, number)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(file.read(path).verdicts) == 40
+
+
+def test_a_class_is_named_by_everything_that_chooses_its_kernels() -> None:
+    assert file.class_key("triton", "tickets", call(dropout=True, w_format="nf4")) == (
+        "triton forward tickets bfloat16+bfloat16 dropout nf4"
+    )
+    assert file.class_key("cuda", "decode", call("backward")) == "cuda backward decode bfloat16+bfloat16"
+
+
+@pytest.mark.parametrize(("M", "R", "bucket"), [(1, 1, (1, 16)), (3, 16, (4, 16)), (4097, 17, (8192, 32))])
+def test_buckets_hold_rows_and_ranks_up_to_powers_of_two(M: int, R: int, bucket: tuple[int, int]) -> None:
+    found = file.bucket_of(call(M=M, R=R))
+    assert found[3:7] == (bucket[0], 4096, 4096, bucket[1])
