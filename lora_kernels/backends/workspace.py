@@ -1,66 +1,98 @@
-"""Memory that the launches on one stream of a GPU share: counters and scratch."""
+"""The memory that a launch on a GPU needs beside its operands: counters, and scratch for partial sums.
+
+Scratch belongs to one call. It comes from torch's caching allocator, which hands it on to later work on the stream.
+
+Counters are zero whenever no launch uses them: a launch finds them zero and leaves them zero. So they are cut from a
+block that is zeroed once, and no launch needs a fill before it, within a CUDA graph or without. The block must not lie
+in the pool of a graph. Under ``mode="reduce-overhead"`` torch runs the first call with all allocations of its thread
+routed into such a pool, and raises an error if anything is left alive there that is no result. The routing is bound to
+a thread (in torch 2.6 to a stream), so another thread allocates the block on its own stream.
+"""
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NOT_CAPTURING = 0
-"""The stream is not being captured into a graph."""
-UNNUMBERED = -1
-"""The stream is being captured, and the caller has no number that tells this capture from others."""
+BLOCK = 1 << 20
+"""The counters of one block, which takes 4 MB."""
+LINE = 32
+"""The counters of a cache line. No two launches share one."""
 
 
 class Workspace(NamedTuple):
-    """The memory of one launch. A launch finds the counters zero and leaves them zero."""
+    """The memory of one launch."""
 
     counters: Tensor
-    """int32."""
+    """int32. A launch finds them zero and leaves them zero."""
     scratch: Tensor
     """fp32, of any content."""
 
 
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
-_captured: dict[tuple[torch.device, int], tuple[int, Workspace]] = {}
+_blocks: dict[torch.device, Tensor] = {}
+"""What is left of the newest block of each device. Blocks are never freed, because graphs hold addresses in them."""
+_by_stream: dict[tuple[torch.device, int], Tensor] = {}
+"""The counters of each stream."""
+_lock = threading.Lock()
 
 
-def workspace(device: torch.device, stream: int, capture: int, counters: int, floats: int) -> Workspace:
-    """Return at least `counters` zeros and room for `floats` fp32 numbers, for a launch on `stream`.
+def workspace(device: torch.device, stream: int, capturing: bool, counters: int, floats: int) -> Workspace:
+    """Return at least `counters` zeros and room for `floats` fp32 numbers, for a launch on `stream`, which must be the
+    current stream.
 
-    `stream` must be the current stream. Launches on one stream follow each other, so they share one workspace. It is
-    kept until a launch needs more: a part that is too small is replaced. The old part goes back to torch's allocator,
-    which hands it only to later work on the same stream.
-
-    A graph may be replayed on any stream, beside any other work, so a launch that is captured uses memory of the
-    graph: it comes from the graph's own pool and is zeroed in the graph. `capture` tells which graph:
-
-    * a positive number, different for every capture: the launches of that capture share a workspace, which is zeroed
-      once per replay. The entry is stale as soon as the number differs, and the next capture on the stream drops it.
-    * `UNNUMBERED`: the launch gets memory that no other launch has, and nothing is kept. PyTorch tells only that a
-      stream is being captured; the number of the capture takes the native extension.
-    * `NOT_CAPTURING`: the workspace of the stream, as above.
+    Launches on one stream follow each other, so they share their counters. A graph may be replayed on any stream beside
+    any other work, so a launch that is captured (`capturing`) gets counters that no other launch has. They are not
+    given back, since nothing tells when a graph is destroyed: half a kilobyte for a launch over 8192 rows.
     """
-    key = device, stream
-    if capture == NOT_CAPTURING:
-        _workspaces[key] = found = _grown(_workspaces.get(key), device, counters, floats)
-        return found
-    if capture == UNNUMBERED:
-        return _grown(None, device, counters, floats)
-    number, have = _captured.get(key, (NOT_CAPTURING, None))
-    found = _grown(have if number == capture else None, device, counters, floats)
-    _captured[key] = capture, found
-    return found
+    scratch = torch.empty(floats, dtype=torch.float32, device=device)
+    with _lock:
+        if capturing:
+            own = _cut(device, counters)
+            # Memory cannot be allocated outside the graph now. In the graph's pool the counters serve this launch only,
+            # and the graph zeroes them at every replay.
+            return Workspace(torch.zeros(counters, dtype=torch.int32, device=device) if own is None else own, scratch)
+        _provide(device, counters)
+        kept = _by_stream.get((device, stream))
+        if kept is None or kept.numel() < counters:
+            kept = _cut(device, max(1024, 2 * counters))
+            assert kept is not None, "_provide makes room for this"
+            _by_stream[device, stream] = kept
+        return Workspace(kept, scratch)
 
 
-def _grown(have: Workspace | None, device: torch.device, counters: int, floats: int) -> Workspace:
-    """Return `have` with every part that is too small replaced."""
-    if have is not None and have.counters.numel() >= counters and have.scratch.numel() >= floats:
-        return have
-    zeros, scratch = (None, None) if have is None else have
-    if zeros is None or zeros.numel() < counters:
-        zeros = torch.zeros(1 << max(counters - 1, 1023).bit_length(), dtype=torch.int32, device=device)
-    if scratch is None or scratch.numel() < floats:
-        scratch = torch.empty(floats, dtype=torch.float32, device=device)
-    return Workspace(zeros, scratch)
+def clean() -> bool:
+    """Zero every counter that a launch has left in the counters of a stream. Return whether there was one."""
+    left = [counters for counters in _by_stream.values() if counters.any()]
+    for counters in left:
+        counters.zero_()
+    return bool(left)
+
+
+def _cut(device: torch.device, count: int) -> Tensor | None:
+    """Return at least `count` counters that nothing else uses, or None where the block has too few left."""
+    count = -(-max(count, 1) // LINE) * LINE
+    block = _blocks.get(device)
+    if block is None or block.numel() < count:
+        return None
+    _blocks[device] = block[count:]
+    return block[:count]
+
+
+def _provide(device: torch.device, counters: int) -> None:
+    """Begin a new block where the old one is nearly used up, so that the captures to come find room in it."""
+    wanted = max(BLOCK // 4, 4 * counters)
+    if device not in _blocks or _blocks[device].numel() < wanted:
+        with ThreadPoolExecutor(1) as other_thread:
+            _blocks[device] = other_thread.submit(_zeros, device, max(BLOCK, 2 * wanted)).result()
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    """Return `count` counters that are zero for every stream from now on."""
+    counters = torch.zeros(count, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return counters

@@ -1,65 +1,130 @@
-"""The memory that launches share, with streams and captures as numbers. Needs no GPU."""
+"""The memory of launches, with streams as numbers and captures by hand. Needs no GPU."""
 
 from __future__ import annotations
+
+import threading
 
 import pytest
 import torch
 
 from lora_kernels.backends import workspace as memory
-from lora_kernels.backends.workspace import NOT_CAPTURING, UNNUMBERED, Workspace
+from lora_kernels.backends.workspace import Workspace
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_workspaces", {})
-    monkeypatch.setattr(memory, "_captured", {})
+    monkeypatch.setattr(memory, "_blocks", {})
+    monkeypatch.setattr(memory, "_by_stream", {})
 
 
-def ask(counters: int, floats: int, stream: int = 5, capture: int = NOT_CAPTURING) -> Workspace:
-    return memory.workspace(CPU, stream, capture, counters, floats)
+def ask(counters: int, floats: int = 0, stream: int = 5, capturing: bool = False) -> Workspace:
+    return memory.workspace(CPU, stream, capturing, counters, floats)
 
 
-def apart(one: Workspace, other: Workspace) -> bool:
-    return one.counters is not other.counters and one.scratch is not other.scratch
+def lines(workspace: Workspace) -> set[int]:
+    """Return the cache lines that the counters lie on."""
+    first = workspace.counters.data_ptr() // 128
+    return set(range(first, first + -(-workspace.counters.numel() // memory.LINE)))
 
 
-def test_launches_on_one_stream_share_a_workspace() -> None:
-    first = ask(10, 100)
-    assert not first.counters.any()
-    assert ask(9, 90) is first
-    assert apart(ask(9, 90, stream=6), first)
-    assert ask(10, 100) is first
+def apart(*workspaces: Workspace) -> bool:
+    all_lines = [line for each in workspaces for line in lines(each)]
+    return len(all_lines) == len(set(all_lines))
 
 
-def test_only_the_part_that_is_too_small_is_replaced() -> None:
-    first = ask(10, 100)
-    grown = ask(2000, 90)
-    assert grown.counters.numel() >= 2000
-    assert not grown.counters.any()
-    assert grown.scratch is first.scratch
-    wider = ask(10, 300)
-    assert wider.counters is grown.counters
-    assert wider.scratch.numel() == 300
-    assert ask(2000, 300) is wider
+def test_launches_on_one_stream_share_their_counters() -> None:
+    first = ask(10)
+    assert first.counters.numel() >= 10 and not first.counters.any()
+    assert ask(9).counters is first.counters
+    assert apart(first, ask(9, stream=6))
+    assert ask(10).counters is first.counters
 
 
-def test_a_numbered_capture_has_a_workspace_of_its_own() -> None:
-    """Its launches share it, it grows, the next capture has another, and the stream's own workspace stays."""
-    kept = ask(10, 100)
-    captured = ask(10, 100, capture=77)
-    assert apart(captured, kept)
-    assert ask(10, 100, capture=77) is captured
-    assert apart(ask(10, 100, stream=6, capture=77), captured), "streams of one capture run beside each other"
-    assert ask(10, 200, capture=77).counters is captured.counters
-    assert apart(ask(10, 100, capture=78), captured)
-    assert apart(ask(10, 100, capture=77), captured), "a stale entry is not used again"
-    assert ask(10, 100) is kept
+def test_counters_that_are_too_few_are_replaced() -> None:
+    first = ask(10)
+    grown = ask(5000)
+    assert grown.counters.numel() >= 5000 and not grown.counters.any() and apart(first, grown)
+    assert ask(10).counters is grown.counters
 
 
-def test_in_a_capture_without_a_number_nothing_is_shared_or_kept() -> None:
-    first = ask(10, 100, capture=UNNUMBERED)
-    assert apart(ask(10, 100, capture=UNNUMBERED), first)
-    assert not memory._workspaces
-    assert not memory._captured
+def test_scratch_belongs_to_one_call() -> None:
+    first, second = ask(10, 100), ask(10, 100)
+    assert first.scratch.numel() == 100 and first.scratch.dtype == torch.float32
+    assert first.scratch.data_ptr() != second.scratch.data_ptr()
+
+
+def test_every_captured_launch_has_counters_of_its_own() -> None:
+    kept = ask(10)
+    captured = [ask(10, capturing=True) for _ in range(5)]
+    assert apart(kept, *captured) and all(each.counters.numel() >= 10 for each in captured)
+    assert ask(10).counters is kept.counters and not any(each.counters.any() for each in captured)
+
+
+def test_captured_launches_get_no_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(10)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a fill would be captured into the graph")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    for _ in range(1000):
+        ask(100, capturing=True)
+
+
+def test_a_capture_that_comes_first_gets_zeros_of_the_graph() -> None:
+    captured = ask(10, capturing=True)
+    assert captured.counters.numel() == 10 and not captured.counters.any()
+    assert not memory._blocks and not memory._by_stream
+
+
+def test_a_capture_that_finds_no_room_gets_zeros_of_the_graph_and_the_next_call_makes_room() -> None:
+    ask(10)
+    while (captured := ask(1 << 15, capturing=True)).counters._base is not None:
+        pass
+    assert captured.counters.numel() == 1 << 15
+    left = memory._blocks[CPU].numel()
+    ask(10)
+    assert memory._blocks[CPU].numel() > left
+    assert ask(1 << 15, capturing=True).counters._base is not None
+
+
+def test_more_counters_than_a_block_has_are_served() -> None:
+    assert ask(3 * memory.BLOCK).counters.numel() >= 3 * memory.BLOCK
+
+
+def test_the_block_is_allocated_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocations of the thread that calls may be routed into the pool of a graph."""
+    threads, zeros = [], torch.zeros
+
+    def watched(*args, **kwargs):
+        threads.append(threading.get_ident())
+        return zeros(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", watched)
+    ask(10)
+    ask(10)
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
+
+
+def test_counters_are_ordinary_tensors_even_if_the_first_call_is_in_inference_mode() -> None:
+    with torch.inference_mode():
+        counters = ask(10).counters
+    counters[0] = 1
+    assert memory.clean() and not counters.any() and not memory.clean()
+
+
+def test_several_threads_get_different_counters() -> None:
+    got: list[Workspace] = []
+
+    def run(stream: int) -> None:
+        got.append(ask(10, stream=stream))
+        got.extend(ask(10, stream=stream, capturing=True) for _ in range(200))
+
+    threads = [threading.Thread(target=run, args=(stream,)) for stream in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 8 * 201 and apart(*got)

@@ -62,8 +62,6 @@ int lk_sm90_forward_workspace(const ForwardArgs* args, Workspace* needed);
 int lk_sm90_forward(const ForwardArgs* args);
 int lk_sm90_backward_workspace(const BackwardArgs* args, Workspace* needed);
 int lk_sm90_backward(const BackwardArgs* args);
-// Sets `id` to 0 where the stream is not being captured, and else to a number that differs for every capture.
-int lk_sm90_capture_id(void* stream, unsigned long long* id);
 }
 
 }  // namespace lk::sm90

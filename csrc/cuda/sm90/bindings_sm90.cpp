@@ -104,14 +104,6 @@ void bind_sm90(py::module_& m) {
             args.db = pointer<void>(db);
           },
           py::arg("dy"), py::arg("lddy"), py::arg("h"), py::arg("dx"), py::arg("da"), py::arg("db"));
-  m.def(
-      "capture_id",
-      [](uintptr_t stream) {
-        unsigned long long id = 0;
-        check(lk_sm90_capture_id(pointer<void>(stream), &id), "cannot query the stream");
-        return id;
-      },
-      "0 where the stream is not being captured into a graph, else a number that differs for every capture.");
 }
 
 }  // namespace lk::sm90

@@ -333,14 +333,6 @@ int lk_sm90_backward(const BackwardArgs* args) {
   return supported(*args) ? run<Backward>(*args) : cudaErrorInvalidValue;
 }
 
-int lk_sm90_capture_id(void* stream, unsigned long long* id) {
-  cudaStreamCaptureStatus capturing;
-  *id = 0;
-  const cudaError_t status = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &capturing, id);
-  if (status == cudaSuccess && capturing != cudaStreamCaptureStatusActive) *id = 0;
-  return status;
-}
-
 }  // extern "C"
 
 }  // namespace lk::sm90

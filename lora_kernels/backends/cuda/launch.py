@@ -73,9 +73,9 @@ def launch_keep_mask(mask: Tensor, p: float, seed: Tensor) -> None:
 
 
 def workspace(device: torch.device, counters: int, scratch: int) -> memory.Workspace:
-    """Return the workspace of the current stream of `device`: `counters` int32 zeros and `scratch` bytes."""
+    """Return the memory of a launch on the current stream of `device`: `counters` int32 zeros and `scratch` bytes."""
     stream = torch.cuda.current_stream().cuda_stream
-    return memory.workspace(device, stream, extension().capture_id(stream), counters, -(-scratch // 4))
+    return memory.workspace(device, stream, torch.cuda.is_current_stream_capturing(), counters, -(-scratch // 4))
 
 
 def operands(plan: Sm90Plan, M: int, x: Tensor | None, base: Base, adapter: Adapter) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def _query(device: torch.device) -> Target:
 
 
 def workspace(device: torch.device, target: Target, counters: int, floats: int) -> memory.Workspace:
-    """Return the workspace of the current stream: `counters` int32 zeros, and room for `floats` fp32 partial sums."""
-    capture = memory.UNNUMBERED if target.capturing() else memory.NOT_CAPTURING
-    return memory.workspace(device, target.stream(), capture, counters, floats)
+    """Return the memory of a launch on the current stream: `counters` int32 zeros, and room for `floats` fp32 partial
+    sums."""
+    return memory.workspace(device, target.stream(), target.capturing(), counters, floats)
 
 
 def cdiv(n: int, d: int) -> int:

@@ -58,10 +58,11 @@ def interpreted(plan: str, on: device.Target | None = None, tma: bool = False) -
         patch.setitem(device.TARGETS, CPU, on or target())
         for itemsize in (2, 4):
             patch.setitem(tiles.TABLES, ("interpreter", itemsize), table)
-        patch.setattr(workspace, "_workspaces", {})
+        patch.setattr(workspace, "_blocks", {})
+        patch.setattr(workspace, "_by_stream", {})
         choose.plan.cache_clear()
         yield triton
-        assert all(not sync.any() for sync, _ in workspace._workspaces.values()), "a launch left flags or tickets"
+        assert not workspace.clean(), "a launch left flags or tickets"
 
 
 def results(q: judging.Problem, plan: str, **kwargs) -> dict[str, torch.Tensor]:
@@ -235,23 +236,11 @@ def test_the_masks_of_h_dx_and_da_are_the_rule_bit_for_bit(seed: int, plan: str)
         assert torch.equal(value, keep * torch.tensor(rescale(p), dtype=torch.float32)), f"{name}'s factor differs"
 
 
-def test_the_workspace_is_kept_for_a_stream_and_grows() -> None:
-    small, large = judging.problem(5, 7, 9, 2), judging.problem(40, 20, 40, 20)
-    with interpreted("tickets") as backend:
-        judging.backend_results(backend, small)
-        (first,) = workspace._workspaces.values()
-        judging.backend_results(backend, small)
-        assert next(iter(workspace._workspaces.values())) is first
-        judging.backend_results(backend, large)
-        assert len(workspace._workspaces) == 1
-        assert next(iter(workspace._workspaces.values()))[1].numel() > first[1].numel()
-
-
-def test_a_captured_launch_has_its_own_workspace() -> None:
+def test_captured_launches_have_counters_of_their_own() -> None:
     q = judging.problem(20, 33, 40, 3)
     with interpreted("tickets", on=target(capturing=True)) as backend:
         judging.check(judging.backend_results(backend, q), q)
-        assert not workspace._workspaces
+        assert not workspace._by_stream
 
 
 def call(**changes: object) -> Call:

@@ -69,10 +69,11 @@ def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
             patch.setitem(quant_tiles.TABLES, ("interpreter", itemsize), WAYS[way])
         patch.setattr(quant_tiles, "ROWS", dict.fromkeys(quant_tiles.ROWS, 1000))
         patch.setattr(quantised, "WHOLE", WHOLE)
-        patch.setattr(workspace, "_workspaces", {})
+        patch.setattr(workspace, "_blocks", {})
+        patch.setattr(workspace, "_by_stream", {})
         choose.plan.cache_clear()
         yield triton
-        assert all(not sync.any() for sync, _ in workspace._workspaces.values()), "a launch left flags behind"
+        assert not workspace.clean(), "a launch left flags behind"
 
 
 def quantise(q: judging.Problem, kind: str) -> QuantizedWeight:
@@ -301,13 +302,13 @@ def test_results_are_right_for_every_scale(scale: float) -> None:
     check(results(q, w, "redundant"), q, w)
 
 
-def test_a_captured_launch_keeps_no_workspace() -> None:
+def test_captured_launches_have_counters_of_their_own() -> None:
     q = judging.problem(20, 33, 40, 3)
     w = quantise(q, "nf4")
     for way in WAYS:
         with interpreted(way, capturing=True) as backend:
             check(judging.backend_results(backend, dataclasses.replace(q, w=w)), q, w)
-            assert not workspace._workspaces
+            assert not workspace._by_stream
 
 
 # --- the choice ---

@@ -174,15 +174,10 @@ class Device:
 class Extension:
     """A stand-in for the extension lora_kernels._cuda that launches in the emulator."""
 
-    capture = 0
-
     def __init__(self) -> None:
         self.device = Device(11)
         self.Sm90Forward = lambda **operands: self.call("forward", ForwardArgs, operands)
         self.Sm90Backward = lambda **operands: self.call("backward", BackwardArgs, operands)
-
-    def capture_id(self, stream: int) -> int:
-        return self.capture
 
     def keep_mask(self, device, M, K, bf16, threshold, seed, mask, stream) -> None:
         """Run the kernel on a small grid, so that each thread writes several groups."""
@@ -214,9 +209,10 @@ def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> Extension:
     """Let the cuda back-end run on CPU tensors, in the emulator."""
     extension = Extension()
     monkeypatch.setattr(launch, "extension", lambda: extension)
-    monkeypatch.setattr(workspace, "_workspaces", {})
-    monkeypatch.setattr(workspace, "_captured", {})
+    monkeypatch.setattr(workspace, "_blocks", {})
+    monkeypatch.setattr(workspace, "_by_stream", {})
     monkeypatch.setattr(cuda, "_device_name", lambda device: DEVICE)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return extension

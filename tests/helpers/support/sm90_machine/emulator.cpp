@@ -54,10 +54,6 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
   *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus*, unsigned long long*, cudaGraph_t*,
-                                     const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
-  return cudaErrorNotSupported;
-}
 
 // `sms` is the number of multiprocessors that the plans see. `resident` is how many blocks run at a time.
 void emulator_configure(unsigned seed, int sms, int resident) {
