@@ -1,0 +1,130 @@
+"""What is made of the back-end `composite`: layers, DoRA, groups, PEFT models, and the check that switches it on. In the
+interpreter, on CPU tensors, with the tiles of a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from support import dora_problems, judging
+from support.fake_gpu import fake_gpu
+
+pytest.importorskip("lora_kernels.backends.composite", exc_type=ImportError)
+from support.interp import interpret
+
+import lora_kernels
+from lora_kernels import FusedLoRALinear, explain, lora_linear, lora_linear_group
+from lora_kernels.backends import composite, dispatch
+from lora_kernels.backends.triton import device
+from lora_kernels.core.operands import Layer
+from lora_kernels.plans.tiles import Gpu
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch):
+    """`composite` serves CPU tensors, in the interpreter."""
+    target = device.Target(Gpu("sm_90", 4), contextlib.nullcontext, lambda: 0, lambda: False)
+    monkeypatch.setitem(device.TARGETS, CPU, target)
+    dispatch.cache_clear()
+    with interpret():
+        yield
+    dispatch.cache_clear()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
+def test_a_layer_is_right(dtypes, p) -> None:
+    q = judging.problem(70, 40, 72, 16, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
+    judging.check(judging.evaluate(q, lora_linear, backend="composite"), q)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_dora_is_right(p) -> None:
+    q = judging.problem(90, 40, 72, 16, dtype=torch.bfloat16, p=p)
+    m = dora_problems.magnitude(q)
+    got = dora_problems.run(q, m, backend="composite")
+    want, plain = dora_problems.truth(q, m), dora_problems.plain_torch(q, m)
+    for name in dora_problems.NAMES:
+        from lora_kernels.testing import judge
+
+        assert judge.against_plain(name, got[name], want[name], plain[name], q.x.dtype).fault is None
+
+
+def test_a_group_has_the_bits_of_its_layers() -> None:
+    qs = [judging.problem(70, N, 72, R, dtype=torch.bfloat16, p=p, seed=N) for N, R, p in ((40, 16, 0.3), (24, 8, 0.0))]
+    x = qs[0].x
+    layers = [Layer(q.w, q.a, q.b, q.scale, q.bias, q.p, q.seed) for q in qs]
+    got = lora_linear_group(x, layers, backend="composite")
+    for y, q in zip(got, qs, strict=True):
+        alone = lora_linear(
+            x, q.w, q.a, q.b, scale=q.scale, bias=q.bias, dropout_p=q.p, seed=q.seed, backend="composite"
+        )
+        judging.check({"y": y}, judging.Problem(x, q.w, q.a, q.b, q.bias, q.dy, q.scale, q.p, q.seed))
+        assert torch.equal(y, alone)
+
+
+def test_several_adapters_over_one_base_are_a_list_like_any_other() -> None:
+    q, other = (judging.problem(70, 40, 72, 16, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    layers = [Layer(q.w, each.a, each.b, each.scale) for each in (q, other)]
+    for y, each in zip(lora_linear_group(q.x, layers, backend="composite"), (q, other), strict=True):
+        judging.check({"y": y}, judging.Problem(q.x, q.w, each.a, each.b, None, q.dy, each.scale, 0.0, None))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_module_trains_as_with_eager(adapter_dtype) -> None:
+    losses = []
+    for backend in ("composite", "eager"):
+        torch.manual_seed(1)
+        layer = FusedLoRALinear(
+            64, 48, r=8, lora_dropout=0.1, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, backend=backend
+        )
+        torch.nn.init.normal_(layer.lora_B)
+        optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=1e-3)
+        x, target = (torch.randn(2, 40, n, dtype=torch.bfloat16) for n in (64, 48))
+        losses.append([])
+        for _ in range(3):
+            loss = (layer(x) - target).float().square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
+@pytest.mark.parametrize(("p", "quant"), [(0.0, None), (0.3, None), (0.3, "nf4")])
+def test_its_own_check_switches_it_on(tmp_path: Path, dtypes, p, quant) -> None:
+    q = judging.problem(70, 40, 72, 16, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
+    w = lora_kernels.quantize_weight(q.w, quant) if quant else q.w
+    with fake_gpu(tmp_path, composite), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answer = explain(q.x, w, q.a, q.b, bias=q.bias, dropout_p=q.p)
+        assert (answer.forward, answer.backward) == ("composite", "composite"), str(answer)
+
+
+@pytest.mark.parametrize("M", [1, 16, 300])
+@pytest.mark.parametrize("R", [1, 17, 64, 200])
+def test_the_check_passes_for_every_class(tmp_path: Path, M, R) -> None:
+    q = judging.problem(M, 40, 72, R, dtype=torch.bfloat16, p=0.1)
+    with fake_gpu(tmp_path, composite), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answer = explain(q.x, q.w, q.a, q.b, bias=q.bias, dropout_p=q.p)
+        assert (answer.forward, answer.backward) == ("composite", "composite"), str(answer)
+
+
+def test_a_fused_peft_model_trains_with_it() -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    from support.peft_models import fused_layers, make, run, same
+
+    model, x = make(torch.bfloat16, lora_dropout=0.0).train(), torch.randn(7, 24, dtype=torch.bfloat16)
+    want = run(model, x)
+    lora_kernels.fuse(model, strict=True, backend="composite")
+    same(run(model, x), want, rtol=0.05)
+    assert [layer.fused_calls for layer in fused_layers(model)] == [1, 1]
