@@ -44,7 +44,7 @@ def low_rank(
         (*a.stride(), *b.stride(), 0 if bias is None else bias.stride(0))
         for (a, b, *_), (_, bias) in zip(adapters, bases, strict=True)
     ]
-    frames = _frames(layout_of(gpu, x, x.stride(), adapters, strides))
+    frames = _frames(layout_of(gpu, x, x, adapters, strides))
     part = torch.empty(frames.floats, dtype=torch.float32, device=x.device)
     a, b, scale, _, seed = zip(*adapters, strict=True)
     frames.down.run(x=x, a=a, part=part, seed=seeds_of(seed, x))

@@ -80,7 +80,7 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
     h = x.new_empty(M, adapter.a.shape[0]) if save_h else None
     if M > 0:
         launch.launch_forward(_plan("forward", M, base, adapter), x, base, adapter, y, h)
-    return y, h
+    return y, None if h is None else h.to(adapter.a.dtype)
 
 
 def _backward(
@@ -93,6 +93,7 @@ def _backward(
     db = (b.new_empty if M else b.new_zeros)(b.shape) if need_db else None
     if M > 0 and (need_dx or need_da or need_db):
         plan = _plan("backward", M, base, adapter)
+        h = None if h is None else h.to(dy.dtype)  # the kernels keep h in x's dtype
         launch.launch_backward(plan, dy, x, base, adapter, h, GradientBuffers(dx, da, db))
     return dx, da, db
 

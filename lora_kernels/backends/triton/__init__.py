@@ -76,7 +76,7 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
         plan = _plan("forward", target, x, base.w, adapter)
         base = base._replace(w=quantised.as_planned(base.w, plan, x.dtype))
         launch.forward_launch(target, plan, x, base, adapter, launch.Outputs(y, h, save_h)).run()
-    return y, h if save_h else None
+    return y, h.to(adapter.a.dtype) if save_h else None
 
 
 def _backward(
@@ -99,7 +99,8 @@ def _backward(
         db = torch.empty(N, R, dtype=b.dtype, device=b.device) if need_db else None
         g = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
         out = launch.GradientBuffers(dx, da, db, g)
-        launch.backward_launch(target, plan, dy, launch.Saved(x, h), base, adapter, out).run()
+        saved = launch.Saved(x, None if h is None else h.to(dy.dtype))
+        launch.backward_launch(target, plan, dy, saved, base, adapter, out).run()
     return dx, da, db
 
 
