@@ -64,3 +64,13 @@ def _grown(have: Workspace | None, device: torch.device, counters: int, floats: 
     if scratch is None or scratch.numel() < floats:
         scratch = torch.empty(floats, dtype=torch.float32, device=device)
     return Workspace(zeros, scratch)
+
+
+def clean() -> bool:
+    """Zero every counter that a launch has left in a kept workspace. Return whether there was one."""
+    left = False
+    for counters, _ in _workspaces.values():
+        if counters.any():
+            counters.zero_()
+            left = True
+    return left

@@ -1,0 +1,106 @@
+"""What `verify` says: before it begins, at the end, and where it cannot begin."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_kernels.evidence import find
+from lora_kernels.evidence.file import RIGHT, Timing
+from lora_kernels.evidence.identity import Identity
+
+if TYPE_CHECKING:
+    from lora_kernels.tools.verify.run import Run
+
+_OURS = ("composite", "triton", "cuda")
+_MENDED = (3, 7, 1)
+"""The version of Triton that orders asynchronous copies before wgmma reads them."""
+
+
+def heading(of: Identity) -> str:
+    """Return a line that names the device and what evidence about it depends on."""
+    parts = [
+        f"{of.device} ({of.arch}, {of.multiprocessors} multiprocessors)",
+        f"driver {of.driver}",
+        f"torch {of.torch}",
+        f"Triton {of.triton or 'not installed'}",
+        *([f"ptxas {of.ptxas}"] if of.ptxas else []),
+        f"CUDA kernels {'built' if of.extension else 'not built'}",
+    ]
+    return ", ".join(parts)
+
+
+def advice(of: Identity, refusals: Mapping[str, list[str]]) -> list[str]:
+    """Return lines about what is missing, or known to be wrong, on this machine."""
+    lines = [f"{name} does not run here: {'; '.join(reasons)}" for name, reasons in refusals.items()]
+    arch = re.fullmatch(r"sm_(\d+)", of.arch)
+    version = tuple(map(int, re.findall(r"\d+", of.triton or "")[:3]))
+    if arch and int(arch[1]) >= 90 and version and version < _MENDED:
+        lines.append(
+            f"Triton {of.triton} leaves out a fence on {of.arch} that its release 3.7.1 has. What is wrong by it is "
+            "found here; pip install 'triton>=3.7.1' mends it"
+        )
+    return lines
+
+
+def gaps(gpu: Mapping[str, Any]) -> list[str]:
+    """Return what the evidence lacks about a GPU, as sentences; empty where it is complete."""
+    faults = [f"{path} does not hold here: {'; '.join(why)}" for path, why in gpu["passed"]]
+    missing = [each["key"] for each in gpu["classes"] if each["key"] not in gpu["verdicts"]]
+    total, passes = len(gpu["classes"]), gpu["unmeasured"]
+    if not gpu["used"]:
+        faults.append(f"there is no evidence here (python -m lora_kernels verify makes it, in {_place(gpu)})")
+    elif missing:
+        faults.append(f"{len(missing)} of {total} classes of kernels were not judged: {', '.join(missing)}")
+    if gpu["used"] and passes:
+        faults.append(f"not measured, and nothing near it: {', '.join(passes)}")
+    # A file that does not hold is no fault where others do.
+    return faults if missing or passes or not gpu["used"] else []
+
+
+def _place(gpu: Mapping[str, Any]) -> Path:
+    return find.cache_path(Identity(**gpu["identity"]))
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """Return a sentence about a file that cannot be written, with the ways out."""
+    return (
+        f"{path} cannot be written ({error.strerror or error}). Set XDG_CACHE_HOME to a folder that can be, or write "
+        f"elsewhere by --out FILE and set {find.VARIABLE}=FILE for the processes that train"
+    )
+
+
+def show(run: Run, chosen: Mapping[str, str]) -> None:
+    """Show what was switched on, what was not, and where it was written."""
+    terminal = run.show
+    if run.rows:
+        terminal.table("Plans, old against new", ("shape", "pass", "old µs", "new µs", "new / old", "plan"), run.rows)
+    if run.timings:
+        header = ("shape", "pass", "frozen µs", "chosen", *_OURS, "eager", "addmm_", "PEFT")
+        rows = [_row(name, timing, chosen.get(name, "?")) for name, timing in run.timings.items()]
+        terminal.table("What was switched on, and times over the frozen layer's", header, rows)
+    counts = Counter(verdict.result for verdict in run.verdicts.values())
+    told = ", ".join(f"{count} {result}" for result, count in counts.most_common()) or "none"
+    terminal.line(f"\nClasses of kernels: {told}")
+    for key, verdict in sorted(run.verdicts.items()):
+        if verdict.result != RIGHT:
+            terminal.line(f"  not used: {key}: {verdict.result}: {verdict.why}")
+    terminal.line(f"Written: {run.path}")
+    if run.path != find.cache_path(run.identity).resolve():
+        terminal.line(f"{find.VARIABLE}={run.path} makes it known to other processes.")
+    elif os.environ.get(find.VARIABLE):
+        terminal.line(f"{find.VARIABLE}={os.environ[find.VARIABLE]} is set, and counts before this file.")
+    terminal.line("Processes that already run keep what they have read.")
+
+
+def _row(name: str, timing: Timing, chosen: str) -> list[str]:
+    size, p, op = name.split(" ")
+    ratios = [
+        f"{timing.ratios[each][1]:.2f}" if each in timing.ratios else "" for each in (*_OURS, "eager", "addmm_", "PEFT")
+    ]
+    label = op if p == "p=0" else f"{op} {p}"
+    return [size, label, f"{1e6 * timing.frozen_seconds:.1f}", chosen, *ratios]
