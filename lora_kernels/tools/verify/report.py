@@ -6,19 +6,32 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_kernels.evidence import find
-from lora_kernels.evidence.file import RIGHT, Timing
+from lora_kernels.evidence.file import RIGHT, Timing, Verdict
 from lora_kernels.evidence.identity import Identity
-
-if TYPE_CHECKING:
-    from lora_kernels.tools.verify.run import Run
+from lora_kernels.testing.terminal import Terminal
 
 _OURS = ("composite", "triton", "cuda")
 _MENDED = (3, 7, 1)
 """The version of Triton that orders asynchronous copies before wgmma reads them."""
+
+
+@dataclass
+class Findings:
+    """What one run has found about a device."""
+
+    path: Path
+    """The file of evidence."""
+    identity: Identity
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    timings: dict[str, Timing] = field(default_factory=dict)
+    """By the name of the pass."""
+    rows: list[list[str]] = field(default_factory=list)
+    """The rows of the table of plans."""
 
 
 def heading(of: Identity) -> str:
@@ -74,24 +87,23 @@ def unwritable(path: Path, error: OSError) -> str:
     )
 
 
-def show(run: Run, chosen: Mapping[str, str]) -> None:
-    """Show what was switched on, what was not, and where it was written."""
-    terminal = run.show
-    if run.rows:
-        terminal.table("Plans, old against new", ("shape", "pass", "old µs", "new µs", "new / old", "plan"), run.rows)
-    if run.timings:
+def show(terminal: Terminal, found: Findings, chosen: Mapping[str, str]) -> None:
+    """Show what was switched on, what was not, and where it was written. `chosen` has the back-end of each pass."""
+    if found.rows:
+        terminal.table("Plans, old against new", ("shape", "pass", "old µs", "new µs", "new / old", "plan"), found.rows)
+    if found.timings:
         header = ("shape", "pass", "frozen µs", "chosen", *_OURS, "eager", "addmm_", "PEFT")
-        rows = [_row(name, timing, chosen.get(name, "?")) for name, timing in run.timings.items()]
+        rows = [_row(name, timing, chosen.get(name, "?")) for name, timing in found.timings.items()]
         terminal.table("What was switched on, and times over the frozen layer's", header, rows)
-    counts = Counter(verdict.result for verdict in run.verdicts.values())
+    counts = Counter(verdict.result for verdict in found.verdicts.values())
     told = ", ".join(f"{count} {result}" for result, count in counts.most_common()) or "none"
     terminal.line(f"\nClasses of kernels: {told}")
-    for key, verdict in sorted(run.verdicts.items()):
+    for key, verdict in sorted(found.verdicts.items()):
         if verdict.result != RIGHT:
             terminal.line(f"  not used: {key}: {verdict.result}: {verdict.why}")
-    terminal.line(f"Written: {run.path}")
-    if run.path != find.cache_path(run.identity).resolve():
-        terminal.line(f"{find.VARIABLE}={run.path} makes it known to other processes.")
+    terminal.line(f"Written: {found.path}")
+    if found.path != find.cache_path(found.identity).resolve():
+        terminal.line(f"{find.VARIABLE}={found.path} makes it known to other processes.")
     elif os.environ.get(find.VARIABLE):
         terminal.line(f"{find.VARIABLE}={os.environ[find.VARIABLE]} is set, and counts before this file.")
     terminal.line("Processes that already run keep what they have read.")

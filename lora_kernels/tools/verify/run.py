@@ -28,13 +28,9 @@ class Run:
         self, gpu: dict[str, Any], path: Path, wanted: Wanted, args: argparse.Namespace, end: float | None,
         show: Terminal,
     ) -> None:  # fmt: skip
-        self.gpu, self.path, self.wanted, self.args, self.end, self.show = gpu, path, wanted, args, end, show
+        self.gpu, self.wanted, self.args, self.end, self.show = gpu, wanted, args, end, show
         self.identity = Identity(**gpu["identity"])
-        self.verdicts: dict[str, Verdict] = {}
-        self.timings: dict[str, Timing] = {}
-        """By the name of the pass."""
-        self.rows: list[list[str]] = []
-        """The rows of the table of plans."""
+        self.found = report.Findings(path, self.identity)
         self.complete = True
         """Whether all that was asked for has been measured."""
         self._advance: Advance = lambda what, steps: None
@@ -55,13 +51,13 @@ class Run:
     def tell(self) -> None:
         """Show what was switched on, what was not and why, and where it was written."""
         chosen: dict[str, str] = {}
-        if self.timings:
-            passes = [each for each in self.wanted.passes if str(each) in self.timings]
+        if self.found.timings:
+            passes = [each for each in self.wanted.passes if str(each) in self.found.timings]
             job = self._job("chosen", lambda event: chosen.update([event["chosen"]]), passes=passes)
             for _, ending in processes.run([job], 1, self.args.timeout):
                 if ending.how != WELL:
                     self._note(f"the choice could not be asked for: {ending.why}")
-        report.show(self, chosen)
+        report.show(self.show, self.found, chosen)
 
     def _judge(self) -> None:
         """Run every class of kernels in a process of its own."""
@@ -72,9 +68,9 @@ class Run:
             jobs.append(job)
         for job, ending in processes.run(jobs, self.args.jobs, self.args.timeout, self._time_is_left):
             self._advance(job.name, 1)
-            if ending.how != WELL and job.name not in self.verdicts:
+            if ending.how != WELL and job.name not in self.found.verdicts:
                 self._verdict(job.name, STUCK if ending.how == processes.STUCK else BROKEN, ending.why)
-        if left := len(jobs) - len(self.verdicts):
+        if left := len(jobs) - len(self.found.verdicts):
             self._missing(f"{left} of {len(jobs)} classes of kernels were not judged")
 
     def _tune(self) -> None:
@@ -128,7 +124,7 @@ class Run:
             else:
                 self._missing(ending.why)
                 without.append(name)
-        unmeasured = [str(each) for each in self.wanted.passes if str(each) not in self.timings]
+        unmeasured = [str(each) for each in self.wanted.passes if str(each) not in self.found.timings]
         if unmeasured:
             self._missing(f"not timed: {', '.join(unmeasured)}")
 
@@ -141,7 +137,7 @@ class Run:
     def _job(self, kind: str, hear: Callable[[dict[str, Any]], None], **more: Any) -> Job:
         timed = self.wanted.timed.to_json()
         what = {"kind": kind, "device": self.gpu["device"], "timed": timed, **more}
-        return Job(kind, what, hear, {VARIABLE: str(self.path)})
+        return Job(kind, what, hear, {VARIABLE: str(self.found.path)})
 
     def _hear(self, event: dict[str, Any]) -> None:
         """Keep what a process has found."""
@@ -153,7 +149,7 @@ class Run:
             found = event["timing"]
             ratios = {name: (low, middle, high) for name, (low, middle, high) in found["ratios"].items()}
             timing = Timing(found["frozen_seconds"], ratios, file.today())
-            self.timings[event["done"]] = timing
+            self.found.timings[event["done"]] = timing
             self._keep(Evidence(self.identity, timings={Bucket(**found["bucket"]): timing}))
         elif "plan" in event:
             self._plan(event["plan"], event["key"], event["row"])
@@ -161,22 +157,22 @@ class Run:
     def _plan(self, plan: dict[str, Any], key: str | None, row: list[str]) -> None:
         """Keep a plan, unless its class is known not to be right. A class that was not judged is right, since every
         plan is judged before it is timed."""
-        if key is None or self.verdicts.get(key, _UNKNOWN).result not in (RIGHT, _UNKNOWN.result):
+        if key is None or self.found.verdicts.get(key, _UNKNOWN).result not in (RIGHT, _UNKNOWN.result):
             self._note(f"{row[0]} {row[1]}: {row[-1]} is not kept, because {key} is not right here")
             return
-        self.rows.append(row)
+        self.found.rows.append(row)
         self._keep(Evidence(self.identity, plans=plan))
-        if key not in self.verdicts:
+        if key not in self.found.verdicts:
             self._verdict(key, RIGHT, "")
 
     def _verdict(self, key: str, result: str, why: str) -> None:
-        self.verdicts[key] = verdict = Verdict(result, why, file.today())
+        self.found.verdicts[key] = verdict = Verdict(result, why, file.today())
         if result != RIGHT:
             self._note(f"{key}: {result}: {why}")
         self._keep(Evidence(self.identity, {key: verdict}))
 
     def _keep(self, found: Evidence) -> None:
-        file.add(self.path, found)
+        file.add(self.found.path, found)
 
     def _note(self, text: str) -> None:
         self.show.line(f"✗ {text}")

@@ -82,4 +82,8 @@ def _refusals(device: torch.device, setting: Setting) -> dict[str, list[str]]:
     """Return why back-ends cannot serve a layer on the device in either pass."""
     calls = [setting.call(op, device, Size(512, 1024, 1024, 16)) for op in PASSES]
     told = {name: [dispatch.refusals(name, call) for call in calls] for name in back_ends(device)}
-    return {name: list(dict.fromkeys(sum(reasons, []))) for name, reasons in told.items() if all(reasons)}
+    return {
+        name: list(dict.fromkeys(forward + backward))
+        for name, (forward, backward) in told.items()
+        if forward and backward
+    }
