@@ -151,8 +151,8 @@ class Run:
             timing = Timing(found["frozen_seconds"], ratios, file.today())
             self.found.timings[event["done"]] = timing
             self._keep(Evidence(self.identity, timings={Bucket(**found["bucket"]): timing}))
-        elif "plan" in event:
-            self._plan(event["plan"], event["key"], event["row"])
+        elif "fastest" in event:
+            self._plan(event["fastest"], event["key"], event["row"])
 
     def _plan(self, plan: dict[str, Any], key: str | None, row: list[str]) -> None:
         """Keep a plan, unless its class is known not to be right. A class that was not judged is right, since every

@@ -111,7 +111,7 @@ class _Tuned:
         ratio = f"{ratios[best][1]:.3f}" if floor == table else ""
         shown = "the tables'" if best == table else best
         row = [str(job.size), f"{name} {job.op}", old if floor == table else "dropped", new, ratio, shown]
-        self.tell(plan=kept, key=key, row=row)
+        self.tell(fastest=kept, key=key, row=row)
 
     def _fault(self, plan: str, trial: Trial, operands: Operands, by: judging.Standard) -> str | None:
         failed = judging.fault(self.job.op, trial.run, operands, by, lambda what, limit: self._doing(plan, what, limit))
