@@ -36,6 +36,15 @@ def main(args: argparse.Namespace) -> int:
     2: nothing can be measured here. 130: interrupted.
     """
     show = terminal()
+    try:
+        with _ended_gently():
+            return _run(args, show)
+    except KeyboardInterrupt:
+        show.line("Interrupted. What was found until then is kept.")
+        return INTERRUPTED
+
+
+def _run(args: argparse.Namespace, show: Terminal) -> int:
     wanted = options.wanted(args)
     if isinstance(wanted, str):
         return _refuse(show, wanted)
@@ -119,25 +128,20 @@ def _forget(gpus: Sequence[Any], out: Path | None, show: Terminal) -> int:
 def _measure(gpus: Sequence[Any], args: argparse.Namespace, wanted: Wanted, show: Terminal) -> int:
     end = None if args.seconds is None else time.monotonic() + args.seconds
     complete = True
-    with _ended_gently():
-        for gpu in gpus:
-            identity = Identity(**gpu["identity"])
-            path = (args.out or find.cache_path(identity)).resolve()
-            try:
-                with _alone(path):
-                    file.add(path, Evidence(identity))  # what is stale goes, and an error comes before the work
-                    run = Run(gpu, path, wanted, args, end, show)
-                    try:
-                        run.measure()
-                    except KeyboardInterrupt:
-                        show.line(f"Interrupted. What was found until then is kept: {path}")
-                        return INTERRUPTED
-                    complete &= run.complete
-                    run.tell()
-            except Busy as error:
-                return _refuse(show, str(error))
-            except OSError as error:
-                return _refuse(show, report.unwritable(path, error))
+    for gpu in gpus:
+        identity = Identity(**gpu["identity"])
+        path = (args.out or find.cache_path(identity)).resolve()
+        try:
+            with _alone(path):
+                file.add(path, Evidence(identity))  # what is stale goes, and an error comes before the work
+                run = Run(gpu, path, wanted, args, end, show)
+                run.measure()
+                complete &= run.complete
+                run.tell()
+        except Busy as error:
+            return _refuse(show, str(error))
+        except OSError as error:
+            return _refuse(show, report.unwritable(path, error))
     return 0 if complete else 1
 
 
