@@ -89,7 +89,7 @@ def slower(y: torch.Tensor) -> None:
 
 
 def hangs_when_timed(y: torch.Tensor) -> None:
-    if y.shape[0] == 128 and calls["hangs_when_timed"] > 2:
+    if y.shape[0] == 128 and calls["hangs_when_timed"] > 2:  # the first two are judged
         time.sleep(600)
 
 
@@ -113,9 +113,9 @@ def module(name: str) -> Any:
 
 def install(names: list[str]) -> None:
     """Make the CPU a GPU with the back-ends `names`, of which `composite` is a right one that takes no time."""
-    modules = {name: module(name) for name in names} | {"eager": eager}
+    modules = {name: module(name) for name in names}
     slow_eager = functools.partial(delayed, eager.forward)
-    modules["eager"] = SimpleNamespace(name="eager", why_not=eager.why_not, forward=slow_eager)
+    modules["eager"] = SimpleNamespace(name="eager", why_not=eager.why_not, forward=slow_eager, backward=eager.backward)
     identity.identify = lambda device: IDENTITY
     dispatch.BY_EVIDENCE = {"cpu"}
     dispatch.load = lambda name: modules[name]
