@@ -25,13 +25,16 @@ from lora_kernels.plans.tiles import Gpu, Plan
 from lora_kernels.quant.weight import QuantizedWeight
 
 SHARED_MEMORY = {
+    "sm_75": 65536,
     "sm_80": 166912,
     "sm_86": 101376,
     "sm_89": 101376,
     "sm_90": 232448,
     "sm_100": 232448,
     "sm_120": 101376,
+    "gfx90a": 65536,
     "gfx942": 65536,
+    "gfx1100": 65536,
 }
 """The bytes of shared memory that one program may have."""
 TENSOR_MEMORY = 512
@@ -212,7 +215,8 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], 
         """Return the type of an argument, or of one within a tuple."""
         divisible = False
         if isinstance(value, tuple):
-            return type(value)(*(add((*path, number), each, specialised) for number, each in enumerate(value)))
+            items = tuple(add((*path, number), each, specialised) for number, each in enumerate(value))
+            return type(value)(*items) if hasattr(value, "_fields") else items
         if isinstance(value, triton.language.constexpr) or (specialised and isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"

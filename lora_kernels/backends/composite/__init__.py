@@ -1,0 +1,154 @@
+"""The vendor's GEMM for the base, and small Triton kernels for the low-rank half. Not yet run on a GPU.
+
+    forward     h = c · (keep ⊙ x) aᵀ                          one pass over x, in parts of K
+                y₀ = bias + s · h bᵀ                            adds the parts and writes y₀
+                y = y₀ + x wᵀ                                   ``addmm_``
+    backward    g = s · dy b, db = s · dyᵀ h                    one pass over dy, and the sums of its parts
+                dx₀ = c · keep ⊙ (g a), da = c · gᵀ(keep ⊙ x)   one pass over x, and the sums of its parts
+                dx = dx₀ + dy w                                 ``addmm_``
+
+Nothing waits for anything but the end of the launch before it, no memory outlives a call, and every sum is made of
+parts that are added in a fixed order. So results have the same bits in every run on one device, and a call can be
+captured in a CUDA graph and replayed.
+
+A list of layers over one x is one set of launches: x is read from memory once in a forward and once in the low-rank
+half of a backward, and dx₀ is written once. Lists of more than four layers, of ranks whose sum is above 192, or of
+gradients that are not the same for every layer are served in pieces.
+
+Operands may have any strides. Where the adapters are fp32 beside an x in 16 bits, h and g stay in fp32. A quantised w is
+dequantised by one more launch, for the length of the call; a backward without dx skips it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors
+from lora_kernels.quant.weight import FORMATS, QuantizedWeight
+
+try:
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        raise ImportError(f"Triton {triton.__version__} is too old")
+    from lora_kernels.backends.composite import backward_pass, forward_pass
+    from lora_kernels.backends.triton.device import find_target
+    from lora_kernels.backends.triton.launch import mask_launch
+    from lora_kernels.backends.triton.quant import dense
+except ImportError as error:
+    raise ImportError(f"{error}; Triton 3.6 or later is needed: pip install 'triton>=3.6'") from error
+from lora_kernels.backends.composite import tiles
+
+name = "composite"
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(call: Call) -> list[str]:
+    reasons = []
+    if call.dtype not in _DTYPES:
+        reasons.append(f"serves fp32, fp16 and bf16, not {call.dtype}")
+    target = find_target(call.device)
+    if target is None and call.device.type == "cuda":
+        reasons.append("there is no usable GPU driver (torch.cuda.is_available() is False)")
+    elif target is None:
+        reasons.append(f"serves tensors on a CUDA or ROCm GPU, not on {call.device}")
+    else:
+        arch = target.gpu.arch
+        if arch.startswith("sm_") and int(arch[3:]) < 75:
+            reasons.append(f"serves NVIDIA GPUs from sm_75, not {arch}")
+        elif arch == "sm_75" and call.dtype == torch.bfloat16:
+            reasons.append("serves bf16 on NVIDIA GPUs from sm_80, not on sm_75, which has no instructions for it")
+    if call.w_format not in ("dense", *FORMATS):
+        reasons.append(f"serves a dense weight or one in {', '.join(FORMATS)}, not {call.w_format}")
+    return reasons
+
+
+def kernel_class(call: Call) -> str:
+    """Return the rank block and the number of rows that the kernels are compiled for, such as "r16 many"."""
+    rank = f"r{tiles.block_r(call.R)}" + (" in chunks" if call.R > tiles.MAX_BLOCK_R else "")
+    return f"{rank} {tiles.rows_of(call.M)}"
+
+
+def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]) -> Results:
+    """Return (ys, hs)."""
+    target = find_target(x.device)
+    assert target is not None, "dispatch asks why_not first"
+    M = x.shape[0]
+    ys: list[Tensor] = []
+    hs: list[Tensor | None] = []
+    with target.guard():
+        for (_, b, *_), save in zip(adapters, save_h, strict=True):
+            N, R = b.shape
+            ys.append(torch.empty(M, N, dtype=x.dtype, device=x.device))
+            hs.append(torch.empty(M, R, dtype=b.dtype, device=x.device) if save else None)
+        for piece in _pieces(adapters):
+            forward_pass.low_rank(target.gpu, x, bases[piece], adapters[piece], ys[piece], hs[piece])
+        for y, (w, _) in zip(ys, bases, strict=True):
+            y.addmm_(x, _dense(w, x.dtype).t())
+    return ys, hs
+
+
+def backward(
+    dys: Tensors, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter], hs: MaybeTensors, needs: Needs
+) -> Gradients:
+    """Return (dx, das, dbs)."""
+    target = find_target(dys[0].device)
+    assert target is not None, "dispatch asks why_not first"
+    dx: Tensor | None = None
+    das: list[Tensor | None] = []
+    dbs: list[Tensor | None] = []
+    with target.guard():
+        for (a, b, *_), need_da, need_db in zip(adapters, needs.da, needs.db, strict=True):
+            das.append(torch.empty(a.shape, dtype=a.dtype, device=a.device) if need_da else None)
+            dbs.append(torch.empty(b.shape, dtype=b.dtype, device=b.device) if need_db else None)
+        for piece in _pieces(adapters, list(zip(needs.da, needs.db, strict=True))):
+            if not (needs.dx or needs.da[piece.start] or needs.db[piece.start]):
+                continue
+            part = None
+            if needs.dx:
+                part = torch.empty(dys[0].shape[0], adapters[0].a.shape[1], dtype=dys[0].dtype, device=dys[0].device)
+            operands = dys[piece], x, adapters[piece], hs[piece]
+            backward_pass.low_rank(target.gpu, *operands, part, das[piece], dbs[piece])
+            dx = part if dx is None or part is None else dx.add_(part)
+        if dx is not None:
+            for dy, (w, _) in zip(dys, bases, strict=True):
+                dx.addmm_(dy, _dense(w, dy.dtype))
+    return dx, das, dbs
+
+
+def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    target = find_target(x.device)
+    assert target is not None, "dispatch asks why_not first"
+    with target.guard():
+        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        mask_launch(mask, p, seed).run()
+    return mask
+
+
+def base_gemm(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w)
+
+
+def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    return w if isinstance(w, Tensor) else dense(w, dtype)
+
+
+def _pieces(adapters: Sequence[Adapter], needs: Sequence[tuple[bool, bool]] = ()) -> Iterator[slice]:
+    """Yield the parts of a list of layers that one set of launches serves, in order. Within a part all `needs` are the
+    same, where they are given."""
+    start, largest = 0, 0
+    for i, adapter in enumerate(adapters):
+        block = tiles.block_r(adapter.a.shape[0])
+        together = max(largest, block) * (i - start + 1)
+        if i > start and (
+            i - start == tiles.MAX_LAYERS or together > tiles.MAX_RANK_OF_LIST or needs and needs[i] != needs[start]
+        ):
+            yield slice(start, i)
+            start, largest = i, 0
+        largest = max(largest, block)
+    yield slice(start, len(adapters))

@@ -1,0 +1,141 @@
+"""What the launches of a list of layers have in common: the layout of the operands, and the arguments that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.composite import tiles
+from lora_kernels.backends.composite.kernels.forward import down
+from lora_kernels.backends.triton.device import Launch, cdiv
+from lora_kernels.backends.triton.launch import precision_of
+from lora_kernels.core.dropout import threshold
+from lora_kernels.core.operands import Adapter
+from lora_kernels.plans.tiles import Gpu
+
+
+class Layout(NamedTuple):
+    """What the constant arguments of the launches of a list depend on. It is hashable."""
+
+    gpu: Gpu
+    M: int
+    K: int
+    N: tuple[int, ...]
+    R: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    """The strides of the operands, each as a tuple with one entry for every layer, in the order of the kernels'
+    arguments."""
+    x_strides: tuple[int, int]
+    p: tuple[float, ...]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    """The dtypes of x and of the adapters."""
+    precision: str
+
+    @property
+    def block_r(self) -> int:
+        return max(tiles.block_r(R) for R in self.R)
+
+    @property
+    def chunks(self) -> int:
+        return cdiv(max(self.R), self.block_r)
+
+    @property
+    def rank(self) -> int:
+        """The ranks, rounded up: the row length of the arrays of parts and of g."""
+        return self.block_r * self.chunks
+
+    @property
+    def dropout(self) -> bool:
+        return any(self.p)
+
+
+class Frame(NamedTuple):
+    """The part of a launch that all calls of one layout share."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    """All arguments but the tensors and the scales."""
+    options: dict[str, int]
+
+    def run(self, **tensors: Any) -> None:
+        """Launch with the other arguments, on the current device and stream."""
+        Launch(self.kernel, self.programs, self.arguments | tensors, self.options).run()
+
+
+def layout_of(
+    gpu: Gpu, rows: Tensor, x_strides: tuple[int, int], adapters: Sequence[Adapter], strides: Sequence[tuple[int, ...]]
+) -> Layout:
+    """Return the layout of a list; `rows` is x or a dy, and `strides` has the strides of every operand of each layer."""
+    dtypes = rows.dtype, adapters[0].a.dtype
+    return Layout(
+        gpu, rows.shape[0], adapters[0].a.shape[1], tuple(b.shape[0] for _, b, *_ in adapters),
+        tuple(a.shape[0] for a, *_ in adapters), tuple(zip(*strides, strict=True)), x_strides,
+        tuple(adapter.p for adapter in adapters), dtypes, _precision(gpu, *dtypes),
+    )  # fmt: skip
+
+
+def _precision(gpu: Gpu, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
+    """Return how products of fp32 operands are computed. With adapters in fp32 beside an x in 16 bits these are the
+    products with h and g; tf32 keeps as many bits of them as fp16, and the range of fp32."""
+    if dtype == adapter_dtype:
+        return precision_of(dtype)
+    return "tf32" if gpu.arch.startswith("sm_") and gpu.arch != "sm_75" else "ieee"
+
+
+def down_frame(
+    layout: Layout, K: int, x_strides: tuple[int, int], a_strides: tuple[tuple[int, ...], tuple[int, ...]],
+    R: tuple[int, ...], first: int, dropout: bool,
+) -> tuple[Frame, int]:  # fmt: skip
+    """Return the frame of `down` for an x of K columns and the layers of ranks R, and the rows of its parts."""
+    tile, layers = tile_of(layout, tiles.DOWN), len(R)
+    blocks = cdiv(layout.M, tile.BLOCK_M) * layers * layout.chunks
+    steps, splits = tiles.split(K, tile.BLOCK_C, blocks, layout.gpu.multiprocessors)
+    arguments = block_arguments(layout, tile) | {
+        "stride_xm": x_strides[0],
+        "stride_xk": x_strides[1],
+        "stride_ar": a_strides[0],
+        "stride_ak": a_strides[1],
+        "M": layout.M,
+        "K": K,
+        "R": R,
+        "T": tuple(map(threshold, layout.p))[:layers],
+        "first": first,
+        "steps": steps,
+        "splits": splits,
+        "DROPOUT": dropout,
+    }
+    return Frame(down, blocks * splits, arguments, options_of(tile)), layers * splits * layout.M
+
+
+def tile_of(layout: Layout, kernel: str) -> tiles.Tile:
+    return tiles.tile_of(kernel, layout.gpu.arch, layout.dtypes[0].itemsize, layout.M, layout.block_r)
+
+
+def block_arguments(layout: Layout, tile: tiles.Tile) -> dict[str, Any]:
+    return {
+        "BLOCK_M": tile.BLOCK_M,
+        "BLOCK_C": tile.BLOCK_C,
+        "BLOCK_R": layout.block_r,
+        "CHUNKS": layout.chunks,
+        "PRECISION": layout.precision,
+    }
+
+
+def options_of(tile: tiles.Tile) -> dict[str, int]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def ends_of(programs: Sequence[int]) -> tuple[int, ...]:
+    """Return the number after the last program of each layer."""
+    return tuple(sum(programs[: i + 1]) for i in range(len(programs)))
+
+
+def seeds_of(seeds: Sequence[Tensor | None], other: Tensor) -> tuple[Tensor, ...]:
+    """Return one tensor to each layer. A layer without dropout takes the seed of another, and a threshold of 0 keeps all
+    of its x. Without any dropout the kernels read no seed, but the argument needs a tensor."""
+    some = next((seed for seed in seeds if seed is not None), other)
+    return tuple(some if seed is None else seed for seed in seeds)

@@ -1,0 +1,121 @@
+"""The tiles of the kernels of `composite`, and how their work is split between programs.
+
+The tiles were chosen by compiling ahead of time, not yet by running on a GPU. The test suite compiles every entry: none
+spills registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The block sizes and compiler options of one kernel."""
+
+    BLOCK_M: int
+    """The rows of x, dy or y in a block."""
+    BLOCK_C: int
+    """The columns of x, dy or y in a block."""
+    num_warps: int
+    num_stages: int
+
+
+DOWN, UP, OVER_DY, OVER_X = "down", "up", "over_dy", "over_x"
+"""The kernels that have tiles: `forward.down`, `forward.up`, `backward.pass_over_dy` and `backward.pass_over_x`."""
+
+MANY, FEW = "many", "few"
+"""The tables for any number of rows, and for at most `FEW_ROWS`."""
+FEW_ROWS = 16
+
+SUM_C, SUM_WARPS = 32, 4
+"""The columns of a tile, and the warps, of `backward.add_parts`."""
+
+MAX_BLOCK_R = 128
+"""A larger rank is computed in chunks of this size."""
+MAX_BOTH = 64
+"""Up to this BLOCK_R one pass over dy makes both g and db. Above it the parts of g, of which there is one to each block
+of columns, would take more memory traffic than a second pass over dy."""
+MAX_LAYERS = 4
+MAX_RANK_OF_LIST = 192
+"""A launch serves lists up to so many layers and so large a sum of their BLOCK_R: every program of the pass over x holds
+a tile of each da. Longer lists are served in pieces."""
+
+Tables = dict[str, dict[str, dict[int, Tile]]]
+"""Tiles by number of rows, kernel and BLOCK_R."""
+
+MATRIX: Tables = {
+    MANY: {
+        DOWN: {16: Tile(128, 64, 8, 3), 32: Tile(64, 64, 8, 3), 64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 2)},
+        UP: {16: Tile(64, 128, 4, 2), 32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 4, 2)},
+        OVER_DY: {16: Tile(32, 256, 8, 3), 32: Tile(32, 256, 8, 3), 64: Tile(32, 256, 8, 3), 128: Tile(32, 128, 8, 2)},
+        OVER_X: {16: Tile(32, 64, 4, 3), 32: Tile(32, 64, 4, 3), 64: Tile(32, 64, 8, 3), 128: Tile(32, 32, 4, 2)},
+    },
+    FEW: {
+        DOWN: {16: Tile(16, 128, 4, 3), 32: Tile(16, 128, 4, 3), 64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 2)},
+        UP: {16: Tile(16, 128, 4, 2), 32: Tile(16, 128, 4, 2), 64: Tile(16, 128, 4, 2), 128: Tile(16, 64, 4, 2)},
+        OVER_DY: {16: Tile(16, 64, 4, 2), 32: Tile(16, 64, 4, 2), 64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 8, 2)},
+        OVER_X: {16: Tile(16, 64, 4, 2), 32: Tile(16, 64, 4, 2), 64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 8, 2)},
+    },
+}
+"""The tiles for products that the matrix units of a GPU compute: those of an x in 16 bits, from sm_80 and on gfx9."""
+
+FAMILIES: dict[str, dict[str, dict[int, Tile]]] = {
+    "sm_100": {OVER_X: {16: Tile(64, 64, 8, 2), 32: Tile(64, 64, 8, 2)}},
+    "gfx9": {OVER_DY: {32: Tile(32, 128, 4, 3), 64: Tile(32, 128, 4, 3)}},
+}
+"""The tiles of `MATRIX` for many rows that other architectures spill: by the beginning of their names."""
+
+ORDINARY: Tables = {
+    MANY: {
+        DOWN: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2)},
+        UP: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 4, 1)},
+        OVER_DY: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 8, 2), 128: Tile(16, 32, 8, 2)},
+        OVER_X: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 8, 2), 64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1)},
+    },
+    FEW: {
+        DOWN: {16: Tile(16, 32, 4, 2), 32: Tile(16, 32, 4, 2), 64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2)},
+        UP: {16: Tile(16, 64, 4, 2), 32: Tile(16, 64, 4, 2), 64: Tile(16, 64, 4, 1), 128: Tile(16, 32, 4, 1)},
+        OVER_DY: {16: Tile(16, 32, 4, 2), 32: Tile(16, 32, 4, 2), 64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 8, 2)},
+        OVER_X: {16: Tile(16, 32, 4, 2), 32: Tile(16, 32, 4, 2), 64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1)},
+    },
+}
+"""The tiles for products that ordinary instructions may compute: those of an x in fp32, and all on sm_75 and gfx1x. They
+take more registers."""
+
+PROGRAMS_PER_MULTIPROCESSOR = 2
+"""The number of programs that a launch should have at least, for each multiprocessor: enough loads are under way then,
+and a larger number costs more parts."""
+
+
+def block_r(R: int) -> int:
+    """Return BLOCK_R for rank R: a power of two and at least 16, the least that tensor cores take."""
+    return min(MAX_BLOCK_R, max(16, 1 << (R - 1).bit_length()))
+
+
+def tile_of(kernel: str, arch: str, itemsize: int, M: int, BLOCK_R: int) -> Tile:
+    """Return the tile of a kernel for M rows of an x whose elements have `itemsize` bytes."""
+    if itemsize == 4 or arch == "sm_75" or arch.startswith("gfx1"):
+        return ORDINARY[rows_of(M)][kernel][BLOCK_R]
+    if rows_of(M) == MANY:
+        for family, table in FAMILIES.items():
+            if arch.startswith(family) and BLOCK_R in table.get(kernel, {}):
+                return table[kernel][BLOCK_R]
+    return MATRIX[rows_of(M)][kernel][BLOCK_R]
+
+
+def rows_of(M: int) -> str:
+    """Return which of the tables M rows use."""
+    return FEW if M <= FEW_ROWS else MANY
+
+
+def split(length: int, block: int, others: int, multiprocessors: int) -> tuple[int, int]:
+    """Return (steps, ranges): `length` is cut into `ranges` ranges of `steps` blocks.
+
+    There are as many ranges as fit into one wave of programs, where each range takes `others` programs. Both are 0
+    where `length` is.
+    """
+    blocks = -(-length // block)
+    wanted = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(1, others))
+    steps = -(-blocks // wanted)
+    return steps, -(-blocks // steps) if blocks else 0
