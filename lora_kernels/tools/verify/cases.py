@@ -71,9 +71,16 @@ class KernelClass:
 def kernel_classes(
     device: torch.device, settings: Sequence[Setting], layers: Iterable[tuple[Size, float]], most: int = MOST
 ) -> list[KernelClass]:
-    """Return every class that the table of cases reaches on a device with the types of `settings`, and every further
-    class that `layers`, sizes with their dropout probabilities, would run."""
-    return [each for name in back_ends(device) for each in _classes(name, device, settings, list(layers), most)]
+    """Return every class that the table of cases reaches on a device with the types of `settings`, the first of these
+    first, and every further class that `layers`, sizes with their dropout probabilities, would run."""
+    named = list(dict.fromkeys((*CASES, *layers)))
+    return [
+        each
+        for setting in settings
+        for name in back_ends(device)
+        for op in PASSES
+        for each in _classes(name, op, device, setting, named, most)
+    ]
 
 
 def back_ends(device: torch.device) -> list[str]:
@@ -89,17 +96,16 @@ def key_of(name: str, call: Call) -> str | None:
 
 
 def _classes(
-    name: str, device: torch.device, settings: Sequence[Setting], layers: list[tuple[Size, float]], most: int
+    name: str, op: str, device: torch.device, setting: Setting, named: list[tuple[Size, float]], most: int
 ) -> Iterator[KernelClass]:
-    for op in PASSES:
-        for setting in settings:
-            found: dict[str, list[tuple[Size, float]]] = {}
-            for size, p in (*CASES, *layers):
-                key = key_of(name, setting._replace(p=p).call(op, device, size))
-                if key is not None and (key not in found or (size, p) in CASES):
-                    found.setdefault(key, []).append((size, p))
-            for key, cases in found.items():
-                yield from _split(KernelClass(key, name, op, setting, tuple(cases[:most])), device)
+    found: dict[str, list[tuple[Size, float]]] = {}
+    for size, p in named:
+        key = key_of(name, setting._replace(p=p).call(op, device, size))
+        # A layer that is no case is a large problem, for classes that no case reaches.
+        if key is not None and (key not in found or (size, p) in CASES):
+            found.setdefault(key, []).append((size, p))
+    for key, cases in found.items():
+        yield from _split(KernelClass(key, name, op, setting, tuple(cases[:most])), device)
 
 
 def _split(each: KernelClass, device: torch.device) -> Iterator[KernelClass]:

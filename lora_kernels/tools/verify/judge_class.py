@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -39,7 +37,6 @@ def _judge(device: torch.device, each: KernelClass, size: Size, p: float, tell: 
     tell.doing(f"{where}: prepare", SLOW)
     operands = Operands(each.setting._replace(p=p), size, device, 0)
     by = judging.standard(operands)
-    _poison()
     for name, run in _runs(device, each, size):
 
         def doing(what: str, limit: str, name: str = name) -> None:
@@ -63,11 +60,3 @@ def _runs(device: torch.device, each: KernelClass, size: Size) -> Iterator[tuple
         if by_rule and may_cluster(each.op, M, N, K, evidence.of(device).identity.multiprocessors):
             continue  # clusters are a class of their own
         yield f"{cuda.describe(plan)}: ", cuda.trial(each.op, plan).run
-
-
-@functools.cache
-def _poison() -> None:
-    """Let torch fill every new allocation with NaN, so that a read before the first write shows."""
-    warnings.filterwarnings("ignore", message=".*deterministic")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]

@@ -3,8 +3,10 @@ left where the next launch would find it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +57,8 @@ def fault(op: str, run: Run, operands: Operands, by: Standard, doing: Doing) -> 
         out = operands.room()
         try:
             doing(f"{turn} {op}: compile and launch", SLOW)
-            run(operands, out)
+            with _poison():
+                run(operands, out)
             doing(f"{turn} {op}: wait for the kernels", RUN)
             synchronize(operands.q.x.device)
             doing(f"{turn} {op}: judge", SLOW)
@@ -74,6 +77,24 @@ def fault(op: str, run: Run, operands: Operands, by: Standard, doing: Doing) -> 
     if why := _wrong(op, dict(first), by) or _differing(first, second):
         return Failed(why, False)
     return None
+
+
+@contextlib.contextmanager
+def _poison() -> Iterator[None]:
+    """Let torch fill every new allocation with NaN, so that a read before the first write, or a part that is never
+    written, shows."""
+    deterministic: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = deterministic.fill_uninitialized_memory
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that some of torch's own operations are not deterministic
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            deterministic.fill_uninitialized_memory = True
+            yield
+    finally:
+        deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def synchronize(device: torch.device) -> None:

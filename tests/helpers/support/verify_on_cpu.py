@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from support.fake_gpu import CPU, IDENTITY
 
-from lora_kernels import __main__ as command
-from lora_kernels.backends import dispatch, eager, workspace
+from lora_kernels.backends import dispatch, eager
 from lora_kernels.core.operands import Call
 from lora_kernels.evidence import identity
 from lora_kernels.tools.verify import cases, child, judging, processes, survey
@@ -49,15 +48,6 @@ def wrong(y: torch.Tensor) -> None:
     y[3, 5] += 8
 
 
-def unsteady(y: torch.Tensor) -> None:
-    if calls["unsteady"] % 2:
-        y[0, 0] = torch.nextafter(y[0, 0], torch.tensor(torch.inf, dtype=y.dtype))
-
-
-def untidy(y: torch.Tensor) -> None:
-    workspace.workspace(CPU, 0, 0, 4, 4).counters[2] = 1
-
-
 def stuck(y: torch.Tensor) -> None:
     waiting.append(lambda: time.sleep(600))
 
@@ -67,21 +57,8 @@ def compiles_slowly(y: torch.Tensor) -> None:
         time.sleep(float(os.environ["COMPILES_FOR"]))
 
 
-def broken(y: torch.Tensor) -> None:
-    raise RuntimeError("out of resource: shared memory\nand more")
-
-
 def killed(y: torch.Tensor) -> None:
     waiting.append(lambda: os.kill(os.getpid(), signal.SIGSEGV))
-
-
-def lost(y: torch.Tensor) -> None:
-    judging.answers = lambda device: False
-    raise RuntimeError("an illegal memory access was encountered")
-
-
-def slow(y: torch.Tensor) -> None:
-    time.sleep(0.02)
 
 
 def slower(y: torch.Tensor) -> None:
@@ -93,12 +70,7 @@ def hangs_when_timed(y: torch.Tensor) -> None:
         time.sleep(600)
 
 
-KERNELS = {
-    each.__name__: each
-    for each in (
-        wrong, unsteady, untidy, stuck, compiles_slowly, broken, killed, lost, slow, slower, hangs_when_timed,
-    )
-}  # fmt: skip
+KERNELS = {each.__name__: each for each in (wrong, stuck, compiles_slowly, killed, slower, hangs_when_timed)}
 
 
 def why_not(call: Call) -> list[str]:
@@ -140,4 +112,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     install(os.environ["BACK_ENDS"].split())
     what, *words = sys.argv[1:]
-    sys.exit(child.main(words) if what == "child" else command.main([what, *words]))
+    if what == "child":
+        sys.exit(child.main(words))
+    from lora_kernels import __main__ as command  # the other processes do without what it imports
+
+    sys.exit(command.main([what, *words]))

@@ -33,10 +33,9 @@ KEY = "{} forward r16 bfloat16+bfloat16"
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch stays as it is in this process, and no counters are left from other tests."""
-    monkeypatch.setattr(judge_class, "_poison", lambda: None)
-    monkeypatch.setattr(workspace, "_workspaces", {})
+def tidy() -> None:
+    """No counters are left from other tests."""
+    workspace.clean()
 
 
 def changed(change):
@@ -61,7 +60,7 @@ def unsteady(y: torch.Tensor, call: int) -> None:
 
 
 def untidy(y: torch.Tensor, call: int) -> None:
-    workspace.workspace(CPU, 0, 0, 4, 4).counters[2] = 1
+    workspace.workspace(CPU, 0, False, 4, 4).counters[2] = 1
 
 
 def broken(y: torch.Tensor, call: int) -> None:
@@ -92,6 +91,22 @@ def judged(tmp_path: Path, change, op: str = "forward") -> list[dict]:
 def test_the_verdict_on_a_class(change, result: str, why: str, tmp_path: Path) -> None:
     verdict = judged(tmp_path, change)[-1]["verdict"]
     assert (verdict["key"], verdict["result"]) == ("the key", result) and verdict["why"].startswith(why)
+
+
+def test_what_a_kernel_does_not_write_is_found(tmp_path: Path) -> None:
+    """Fresh memory may hold the right results of an earlier run."""
+
+    def idle(x, bases, adapters, save_h):
+        (y,), hs = eager.forward(x, bases, adapters, save_h)
+        other = torch.empty_like(y)
+        other[:, 1:] = y[:, 1:]
+        return [other], hs
+
+    each = KernelClass("the key", "triton", "forward", SETTING, ((SIZE, 0.0),))
+    with fake_gpu(tmp_path, backend("triton", idle)):
+        events = told(tmp_path, lambda tell: judge_class.main(CPU, each, tell))
+    assert events[-1]["verdict"]["why"] == "72x64x48:16: y: not finite"
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_backward_is_judged_by_itself(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def launching(monkeypatch: pytest.MonkeyPatch) -> Iterator:
     monkeypatch.setitem(device.TARGETS, CPU, target)
     monkeypatch.setitem(tiles.TABLES, ("interpreted", 2), {"tickets": TICKETS, "backward": BACKWARD})
     monkeypatch.setitem(quant_tiles.TABLES, ("interpreted", 2), {"tickets": TICKETS, "backward": BACKWARD})
-    monkeypatch.setattr(workspace, "_workspaces", {})
+    workspace.clean()
     monkeypatch.setattr(plans_to_try, "CHANGES", {kind: {"num_stages": (3,)} for kind in plans_to_try.CHANGES})
     monkeypatch.setattr(identity, "identify", lambda device: IDENTITY)
     with interpret():
@@ -253,4 +253,4 @@ def test_other_bits_and_flags_left_behind_are_faults(launching, monkeypatch, tmp
     said = notes(tuned(tmp_path, p=0.3))
     assert "y: other bits in a second run" in said and "dx: other bits in a second run" in said
     assert said.count("leaves counters in the workspace") == 2
-    assert not any(sync.any() for sync, _ in workspace._workspaces.values())
+    assert not workspace.clean()

@@ -45,7 +45,6 @@ def gpu(plan_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sm90.serve_cpu(monkeypatch)
     monkeypatch.setattr(cuda, "why_not", lambda call: [])
     monkeypatch.setattr(tuning, "BACKENDS", ("cuda",))
-    monkeypatch.setattr(judge_class, "_poison", lambda: None)
     monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", ("cuda", "eager"))
 
 
