@@ -33,23 +33,29 @@ def main(argv: Sequence[str]) -> int:
         survey.main(job["device"], settings, Setting.from_json(job["timed"]), _passes(job), job["most"], tell)
     else:
         device = torch.device(job["device"])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if kind == "class":
             judge_class.main(device, KernelClass.from_json(job["class"]), tell)
         elif kind == "chosen":
             survey.chosen(device, Setting.from_json(job["timed"]), _passes(job), tell)
         elif kind == "times":
             timed = Setting.from_json(job["timed"])
-            times.main(device, timed, _passes(job), job["rounds"], job["without"], tell)
+            times.main(device, timed, _passes(job), job["rounds"], job["without"], _end(job), tell)
         else:
             timed, skipped = Setting.from_json(job["timed"]), [(key, plan) for key, plan in job["skipped"]]
-            tuning.main(device, timed, _passes(job), job["rounds"], skipped, tell)
+            tuning.main(device, timed, _passes(job), job["rounds"], skipped, _end(job), tell)
     tell(end=True)
-    sys.stdout.flush()
     return 0
 
 
 def _passes(job: dict[str, Any]) -> list[Pass]:
     return [Pass(Size(*size), p, op) for size, p, op in job["passes"]]
+
+
+def _end(job: dict[str, Any]) -> float:
+    """Return when no further pass is begun, by the monotonic clock."""
+    return float("inf") if job["seconds"] is None else time.monotonic() + job["seconds"]
 
 
 def _end_with_the_parent(parent: int) -> None:
@@ -60,4 +66,6 @@ def _end_with_the_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # a device that was lost can fail in the end of a process as well

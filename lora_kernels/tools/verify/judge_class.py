@@ -40,7 +40,7 @@ def _judge(device: torch.device, each: KernelClass, size: Size, p: float, tell: 
     for name, run in _runs(device, each, size):
 
         def doing(what: str, limit: str, name: str = name) -> None:
-            tell.doing(f"{where}: {name}{what}", limit)
+            tell.doing(f"{where}: {name}{what}", limit, blame=True)
 
         if failed := judging.fault(each.op, run, operands, by, doing):
             return failed._replace(why=name + failed.why)

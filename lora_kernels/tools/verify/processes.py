@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,11 +108,11 @@ class Process:
 
 def run(
     jobs: Sequence[Job], at_once: int, patience: float, more: Callable[[], bool] = lambda: True
-) -> Iterator[tuple[Job, Ending]]:
+) -> Generator[tuple[Job, Ending], None, None]:
     """Run jobs, `at_once` at a time, and yield each as it ends. No further job is started once `more` returns False.
 
     `patience` is how long, in seconds, a process may wait for a kernel that it has launched. What still runs is ended
-    where the caller stops.
+    where the caller closes the generator.
     """
     waiting, running = list(enumerate(jobs)), list[Process]()
     with tempfile.TemporaryDirectory(prefix="lora_kernels_verify_") as folder:

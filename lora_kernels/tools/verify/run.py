@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ class Run:
         if self.found.timings:
             passes = [each for each in self.wanted.passes if str(each) in self.found.timings]
             job = self._job("chosen", lambda event: chosen.update([event["chosen"]]), passes=passes)
-            for _, ending in processes.run([job], 1, self.args.timeout):
-                if ending.how != WELL:
-                    self._note(f"the choice could not be asked for: {ending.why}")
+            ending = self._run(job)
+            if ending.how != WELL:
+                self._note(f"the choice could not be asked for: {ending.why}")
         report.show(self.show, self.found, chosen)
 
     def _judge(self) -> None:
@@ -66,10 +67,15 @@ class Run:
             job = self._job("class", self._hear, **{"class": each})
             job.name = each["key"]
             jobs.append(job)
-        for job, ending in processes.run(jobs, self.args.jobs, self.args.timeout, self._time_is_left):
-            self._advance(job.name, 1)
-            if ending.how != WELL and job.name not in self.found.verdicts:
-                self._verdict(job.name, STUCK if ending.how == processes.STUCK else BROKEN, ending.why)
+        with closing(processes.run(jobs, self.args.jobs, self.args.timeout, self._time_is_left)) as running:
+            for job, ending in running:
+                self._advance(job.name, 1)
+                if ending.how == WELL or job.name in self.found.verdicts:
+                    continue
+                if ending.last.get("blame"):
+                    self._verdict(job.name, STUCK if ending.how == processes.STUCK else BROKEN, ending.why)
+                else:  # its kernels had not been called yet
+                    self._note(f"{job.name}: not judged: {ending.why}")
         if left := len(jobs) - len(self.found.verdicts):
             self._missing(f"{left} of {len(jobs)} classes of kernels were not judged")
 
@@ -130,13 +136,13 @@ class Run:
 
     def _run(self, job: Job) -> Ending:
         """Run one job alone."""
-        for _, ending in processes.run([job], 1, self.args.timeout):
-            return ending
-        raise AssertionError("every job ends")
+        with closing(processes.run([job], 1, self.args.timeout)) as running:
+            return next(running)[1]
 
     def _job(self, kind: str, hear: Callable[[dict[str, Any]], None], **more: Any) -> Job:
         timed = self.wanted.timed.to_json()
-        what = {"kind": kind, "device": self.gpu["device"], "timed": timed, **more}
+        seconds = None if self.end is None else max(0.0, self.end - time.monotonic())
+        what = {"kind": kind, "device": self.gpu["device"], "timed": timed, "seconds": seconds, **more}
         return Job(kind, what, hear, {VARIABLE: str(self.found.path)})
 
     def _hear(self, event: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,13 +38,17 @@ class Pass(NamedTuple):
 
 
 def main(
-    device: torch.device, setting: Setting, passes: Sequence[Pass], rounds: int, without: Sequence[str], tell: Teller
-) -> None:
-    """Time every pass, and tell the times of each as they come. Variants in `without` are left out."""
+    device: torch.device, setting: Setting, passes: Sequence[Pass], rounds: int, without: Sequence[str], end: float,
+    tell: Teller,
+) -> None:  # fmt: skip
+    """Time every pass that can be begun before `end`, and tell the times of each as they come. Variants in `without`
+    are left out."""
     operands: list[Operands] = []
     by: judging.Standard | None = None
     last: tuple[Size, float] | None = None
     for each in passes:
+        if time.monotonic() > end:
+            return
         tell.doing(f"{each}: prepare", SLOW, at=str(each))
         try:
             if last != (each.size, each.p):

@@ -8,6 +8,7 @@ Nothing else in the package searches for plans.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 
 import torch
@@ -28,16 +29,17 @@ BACKENDS = ("triton", "cuda")
 
 
 def main(
-    device: torch.device,
-    setting: Setting,
-    passes: Sequence[Pass],
-    rounds: int,
-    skipped: Sequence[tuple[str, str]],
-    tell: Teller,
-) -> None:
-    """Measure the plans of every pass, and tell the fastest of each as they come. `skipped` names jobs by key, and
-    plans of theirs that an earlier process could not end; an empty name stands for the whole job."""
+    device: torch.device, setting: Setting, passes: Sequence[Pass], rounds: int, skipped: Sequence[tuple[str, str]],
+    end: float, tell: Teller,
+) -> None:  # fmt: skip
+    """Measure the plans of every pass that can be begun before `end`, and tell the fastest of each as they come.
+
+    `skipped` names jobs by key, and plans of theirs that an earlier process could not end; an empty name stands for the
+    whole job.
+    """
     for each in passes:
+        if time.monotonic() > end:
+            return
         with_p = setting._replace(p=each.p)
         for name in BACKENDS:
             key = key_of(name, with_p.call(each.op, device, each.size))

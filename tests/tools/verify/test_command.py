@@ -93,7 +93,7 @@ def test_verdicts_and_times_are_kept_and_shown(script, capsys) -> None:
 def test_a_process_waits_for_its_kernel_and_not_for_its_compiler(script, monkeypatch) -> None:
     """Both of these processes are silent for longer than a kernel may take."""
     script.of_class(KEYS[0], {"doing": "compile", "limit": "slow"}, ["sleep", 1.5], "the rest")
-    script.of_class(KEYS[1], {"doing": "wait for the tickets", "limit": "run"}, ["sleep", 60])
+    script.of_class(KEYS[1], {"doing": "wait for the tickets", "limit": "run", "blame": True}, ["sleep", 60])
     start = time.monotonic()
     assert main(["verify", *SHAPE, "--timeout", "0.7"]) == 0
     assert time.monotonic() - start < 20
@@ -103,7 +103,7 @@ def test_a_process_waits_for_its_kernel_and_not_for_its_compiler(script, monkeyp
 
 def test_a_compiler_that_never_ends_is_ended_too(script, monkeypatch) -> None:
     monkeypatch.setattr(processes, "SLOW_SECONDS", 1.0)
-    script.of_class(KEYS[1], {"doing": "compile", "limit": "slow"}, ["sleep", 60])
+    script.of_class(KEYS[1], {"doing": "compile", "limit": "slow", "blame": True}, ["sleep", 60])
     assert main(["verify", *SHAPE]) == 0
     assert results() == ["right", "stuck"]
 
@@ -117,9 +117,18 @@ def test_a_compiler_that_never_ends_is_ended_too(script, monkeypatch) -> None:
     ],
 )
 def test_a_process_that_dies_costs_its_class_alone(ends, why, script) -> None:
-    script.of_class(KEYS[0], {"doing": "the first launch", "limit": "run"}, *ends)
+    script.of_class(KEYS[0], {"doing": "the first launch", "limit": "run", "blame": True}, *ends)
     assert main(["verify", *SHAPE]) == 0
     assert results() == ["broken", "right"] and why in kept().verdicts[KEYS[0]].why
+
+
+def test_a_process_that_dies_before_its_kernels_are_called_is_no_verdict(script, capsys) -> None:
+    script.of_class(KEYS[0], {"doing": "prepare", "limit": "slow"}, ["say", "CUDA-capable device is busy"], ["exit", 1])
+    assert main(["verify", *SHAPE]) == 1
+    assert list(kept().verdicts) == [KEYS[1]]
+    text = shown(capsys)
+    assert f"{KEYS[0]}: not judged: prepare: exit status 1: CUDA-capable device is busy" in text
+    assert "1 of 2 classes of kernels were not judged" in text
 
 
 def test_times_go_on_without_the_class_that_hung(script, capsys) -> None:

@@ -181,12 +181,12 @@ def test_a_layer_whose_class_no_case_reaches_is_a_case_itself(tmp_path: Path) ->
 
 def timed(tmp_path: Path, *modules, verdicts: dict | None = None, passes=(FORWARD,), **options) -> list[dict]:
     """Time passes by back-ends whose classes have `verdicts`, by name; all are right by default."""
-    options = {"rounds": 3, "without": [], "setting": SETTING} | options
+    options = {"rounds": 3, "without": [], "setting": SETTING, "end": float("inf")} | options
     with fake_gpu(tmp_path, *modules):
         known = {module.name: "right" for module in modules} if verdicts is None else verdicts
         find.add(CPU, {KEY.format(name): Verdict(result, "", "2026-11-28") for name, result in known.items()})
-        setting, rounds, without = options["setting"], options["rounds"], options["without"]
-        return told(tmp_path, lambda tell: times.main(CPU, setting, passes, rounds, without, tell))
+        setting, rounds, without, end = (options[name] for name in ("setting", "rounds", "without", "end"))
+        return told(tmp_path, lambda tell: times.main(CPU, setting, passes, rounds, without, end, tell))
 
 
 def delayed(seconds: float):
@@ -219,7 +219,7 @@ def test_a_backward_is_timed_alone(tmp_path: Path) -> None:
     with fake_gpu(tmp_path, module):
         for dropout in ("", " dropout"):
             find.add(CPU, {f"composite backward r16 bfloat16+bfloat16{dropout}": Verdict("right", "", "2026-11-28")})
-        events = told(tmp_path, lambda tell: times.main(CPU, SETTING, passes, 3, [], tell))
+        events = told(tmp_path, lambda tell: times.main(CPU, SETTING, passes, 3, [], float("inf"), tell))
     found = [event["timing"]["ratios"] for event in events if "timing" in event]
     assert len(found) == 2 and all(each["composite"][1] * 1e-5 < 0.02 and "addmm_" in each for each in found)
     assert module.calls == 0
@@ -260,9 +260,13 @@ def test_a_quantised_weight_is_timed_over_its_own_frozen_layer(tmp_path: Path) -
     with fake_gpu(tmp_path, backend("composite")):
         find.add(CPU, {key: Verdict("right", "", "2026-11-28")})
         setting = SETTING._replace(quant="nf4", double_quant=True)
-        events = told(tmp_path, lambda tell: times.main(CPU, setting, [FORWARD], 3, [], tell))
+        events = told(tmp_path, lambda tell: times.main(CPU, setting, [FORWARD], 3, [], float("inf"), tell))
     (timing,) = [event["timing"] for event in events if "timing" in event]
     assert set(timing["ratios"]) == {"composite", "eager"} and timing["bucket"]["w_format"] == "nf4"
+
+
+def test_no_pass_is_begun_after_the_end(tmp_path: Path) -> None:
+    assert timed(tmp_path, backend("composite"), end=time.monotonic() - 1) == []
 
 
 def test_a_pass_for_which_the_memory_does_not_suffice_is_told(tmp_path: Path) -> None:
@@ -328,18 +332,12 @@ def test_the_choices_are_those_of_dispatch(tmp_path: Path) -> None:
 
 def test_a_job_is_told_to_begin_and_to_end(tmp_path: Path, monkeypatch) -> None:
     done = []
-    monkeypatch.setattr(child, "times", SimpleNamespace(main=lambda *args: done.append(args[:5])))
-    job = {
-        "kind": "times",
-        "device": "cpu",
-        "timed": SETTING.to_json(),
-        "passes": [FORWARD],
-        "rounds": 2,
-        "without": [],
-    }
+    monkeypatch.setattr(child, "times", SimpleNamespace(main=lambda *args: done.append(args[:6])))
+    job = {"kind": "times", "device": "cpu", "timed": SETTING.to_json(), "passes": [FORWARD]}
+    job |= {"rounds": 2, "without": [], "seconds": None}
 
     def run(tell: Teller) -> None:
         assert child.main([json.dumps(job), str(tmp_path / "events")]) == 0
 
     assert told(tmp_path, run) == [{"doing": "start", "limit": "slow"}, {"end": True}]
-    assert done == [(CPU, SETTING, [FORWARD], 2, [])]
+    assert done == [(CPU, SETTING, [FORWARD], 2, [], float("inf"))]

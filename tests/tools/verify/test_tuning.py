@@ -41,7 +41,7 @@ DENSE = Setting(*BF16, 0.0)
 def tuned(folder: Path, setting: Setting = DENSE, p: float = 0.0, skipped: list = []) -> list[dict]:  # noqa: B006
     """Measure the plans of both passes, and return what was told."""
     passes = [Pass(SIZE, p, op) for op in ("forward", "backward")]
-    return told(folder, lambda tell: tuning.main(CPU, setting, passes, 1, skipped, tell))
+    return told(folder, lambda tell: tuning.main(CPU, setting, passes, 1, skipped, float("inf"), tell))
 
 
 def keep(events: list[dict]) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def test_a_lost_gpu_ends_the_job_and_the_last_step_names_the_plan(launching, mon
 
     def job(tell) -> None:
         with pytest.raises(DeviceLost, match="no longer answers after RuntimeError: an illegal memory access"):
-            tuning.main(CPU, DENSE, [Pass(SIZE, 0.0, "forward")], 1, [], tell)
+            tuning.main(CPU, DENSE, [Pass(SIZE, 0.0, "forward")], 1, [], float("inf"), tell)
 
     steps = [event for event in told(tmp_path, job) if "doing" in event]
     assert steps[-1]["job"] == store.key("forward", CASE) and "stages 2" in steps[-1]["plan"]

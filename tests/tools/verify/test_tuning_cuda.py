@@ -74,7 +74,7 @@ def after(monkeypatch: pytest.MonkeyPatch, then: Callable[[str, Sm90Plan, list[t
 def tuned(folder: Path) -> list[dict]:
     """Measure the plans of both passes, and return what was told."""
     passes = [Pass(SIZE, 0.0, op) for op in ("forward", "backward")]
-    return told(folder, lambda tell: tuning.main(CPU, SETTING, passes, 1, [], tell))
+    return told(folder, lambda tell: tuning.main(CPU, SETTING, passes, 1, [], float("inf"), tell))
 
 
 def keep(events: list[dict]) -> dict:
