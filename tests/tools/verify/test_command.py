@@ -102,7 +102,7 @@ def test_a_process_waits_for_its_kernel_and_not_for_its_compiler(script, monkeyp
 
 
 def test_a_compiler_that_never_ends_is_ended_too(script, monkeypatch) -> None:
-    monkeypatch.setattr(processes, "SLOW_SECONDS", 1.0)
+    monkeypatch.setattr(processes, "SLOW_SECONDS", 4.0)
     script.of_class(KEYS[1], {"doing": "compile", "limit": "slow", "blame": True}, ["sleep", 60])
     assert main(["verify", *SHAPE]) == 0
     assert results() == ["right", "stuck"]
@@ -183,8 +183,8 @@ def test_plans_are_kept_unless_their_class_is_not_right(script, capsys) -> None:
 
 
 def test_nothing_is_begun_once_the_time_is_over(script, capsys) -> None:
-    script.of_class(KEYS[0], ["sleep", 1], "the rest")
-    assert main(["verify", *SHAPE, "--jobs", "1", "--seconds", "0.5"]) == 1
+    script.of_class(KEYS[0], ["sleep", 2.5], "the rest")
+    assert main(["verify", *SHAPE, "--jobs", "1", "--seconds", "2"]) == 1
     assert list(kept().verdicts) == [KEYS[0]]
     text = shown(capsys)
     assert "1 of 2 classes of kernels were not judged" in text and f"not timed: {', '.join(PASSES)}" in text
