@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,21 @@ class Run:
         self._advance: Advance = lambda what, steps: None
 
     def measure(self) -> None:
-        """Judge every class, measure plans where that was asked for, and time every pass."""
+        """Judge every class, measure plans where that was asked for, and time every pass.
+
+        The types that are not timed are judged last, because the time may be limited.
+        """
         self.show.line(report.heading(self.identity))
         for line in report.advice(self.identity, self.gpu["refusals"]):
             self.show.line(line)
+        classes, timed = self.gpu["classes"], self.wanted.timed.to_json()
         tuned = len(self.wanted.passes) if self.args.tune else 0
-        total = len(self.gpu["classes"]) + tuned + len(self.wanted.passes)
-        with self.show.progress(total) as self._advance:
-            self._judge()
+        with self.show.progress(len(classes) + tuned + len(self.wanted.passes)) as self._advance:
+            self._judge([each for each in classes if each["setting"] == timed])
             if self.args.tune:
                 self._tune()
             self._time()
+            self._judge([each for each in classes if each["setting"] != timed])
 
     def tell(self) -> None:
         """Show what was switched on, what was not and why, and where it was written."""
@@ -60,10 +64,10 @@ class Run:
                 self._note(f"the choice could not be asked for: {ending.why}")
         report.show(self.show, self.found, chosen)
 
-    def _judge(self) -> None:
-        """Run every class of kernels in a process of its own."""
+    def _judge(self, classes: Sequence[dict[str, Any]]) -> None:
+        """Run classes of kernels, each in a process of its own."""
         jobs = []
-        for each in self.gpu["classes"]:
+        for each in classes:
             job = self._job("class", self._hear, **{"class": each})
             job.name = each["key"]
             jobs.append(job)
@@ -76,7 +80,7 @@ class Run:
                     self._verdict(job.name, STUCK if ending.how == processes.STUCK else BROKEN, ending.why)
                 else:  # its kernels had not been called yet
                     self._note(f"{job.name}: not judged: {ending.why}")
-        if left := len(jobs) - len(self.found.verdicts):
+        if left := sum(job.name not in self.found.verdicts for job in jobs):
             self._missing(f"{left} of {len(jobs)} classes of kernels were not judged")
 
     def _tune(self) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from support.fake_gpu import IDENTITY
 from support.paths import SUPPORT
 
@@ -88,6 +89,15 @@ def test_verdicts_and_times_are_kept_and_shown(script, capsys) -> None:
     assert f"not used: {KEYS[1]}: wrong: y: other bits" in text and "1 right, 1 wrong" in text
     assert "2048x64x48:16 forward 100.0 composite 1.10" in text
     assert str(find.cache_path(IDENTITY)) in text and "keep what they have read" in text
+
+
+def test_the_command_itself_never_touches_a_gpu(script, monkeypatch) -> None:
+    def touched(*args, **kwargs):
+        raise AssertionError("CUDA was asked")
+
+    for name in ("_lazy_init", "init", "is_available", "device_count", "current_device", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert main(["verify", *SHAPE, "--tune"]) == 0 and main(["verify", "--check"]) == 1
 
 
 def test_a_process_waits_for_its_kernel_and_not_for_its_compiler(script, monkeypatch) -> None:
@@ -180,6 +190,16 @@ def test_plans_are_kept_unless_their_class_is_not_right(script, capsys) -> None:
     assert "plan b: no end after 0.5 s" in shown(capsys)
     script(plans=[[hung, ["exit", 3]]])
     assert main(["verify", *SHAPE, "--tune"]) == 1, "a plan that is skipped and dies again ends the search"
+
+
+def test_types_that_are_not_timed_are_judged_last(script) -> None:
+    other = {**SETTING, "adapter_dtype": "float32"}
+    late = {**CLASSES[0], "key": "late", "setting": other}
+    script(survey=[[{"survey": gpu(classes=[late, *CLASSES])}]])
+    assert main(["verify", *SHAPE, "--jobs", "1"]) == 0
+    order = [json.loads(line)[0] for line in Path(f"{script.path}.jobs").read_text().splitlines()]
+    names = [job["class"]["key"] if job["kind"] == "class" else job["kind"] for job in order]
+    assert names == ["survey", *KEYS, "times", "late", "chosen"]
 
 
 def test_nothing_is_begun_once_the_time_is_over(script, capsys) -> None:
