@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.evidence import find
-from lora_kernels.evidence.file import RIGHT, Timing, Verdict
+from lora_kernels.evidence.file import BROKEN, RIGHT, STUCK, WRONG, Timing, Verdict
 from lora_kernels.evidence.identity import Identity
 from lora_kernels.testing.terminal import Terminal
 
+RESULTS = (RIGHT, WRONG, STUCK, BROKEN)
 _OURS = ("composite", "triton", "cuda")
 _MENDED = (3, 7, 1)
 """The version of Triton that orders asynchronous copies before wgmma reads them."""
@@ -96,7 +97,7 @@ def show(terminal: Terminal, found: Findings, chosen: Mapping[str, str]) -> None
         rows = [_row(name, timing, chosen.get(name, "?")) for name, timing in found.timings.items()]
         terminal.table("What was switched on, and times over the frozen layer's", header, rows)
     counts = Counter(verdict.result for verdict in found.verdicts.values())
-    told = ", ".join(f"{count} {result}" for result, count in counts.most_common()) or "none"
+    told = ", ".join(f"{counts[result]} {result}" for result in RESULTS if counts[result]) or "none"
     terminal.line(f"\nClasses of kernels: {told}")
     for key, verdict in sorted(found.verdicts.items()):
         if verdict.result != RIGHT:

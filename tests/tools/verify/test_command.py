@@ -296,9 +296,13 @@ def test_a_second_verify_says_who_runs_the_first(script, capsys) -> None:
     assert main(["verify", *SHAPE]) == 0
 
 
-def test_a_home_that_cannot_be_written_is_told_before_the_work(script, tmp_path, monkeypatch, capsys) -> None:
-    (tmp_path / "in the way").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "in the way"))
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_home_that_cannot_be_written_is_told_before_the_work(what, script, tmp_path, monkeypatch, capsys) -> None:
+    if what == "folder":
+        (tmp_path / "in the way").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "in the way"))
+    else:
+        find.cache_path(IDENTITY).mkdir(parents=True)
     assert main(["verify", *SHAPE]) == 2
     text = shown(capsys)
     assert "cannot be written" in text and "XDG_CACHE_HOME" in text and "--out FILE" in text
