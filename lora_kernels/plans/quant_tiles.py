@@ -20,7 +20,7 @@ from lora_kernels.plans.tiles import Case, Tile
 
 ROWS = {"decode16": 16, "decode64": 64, "tickets": 0, "backward": 64}
 """The largest M for which a product dequantises W, by kind of launch. It is 0 for tickets until a measurement on some
-GPU says otherwise; ``tune --quant`` may say so for yours."""
+GPU says otherwise; ``verify --tune --quant`` may say so for yours."""
 
 # Kinds of launch:
 #   decode16, decode64, tickets, backward   as in tiles.py

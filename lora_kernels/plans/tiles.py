@@ -64,9 +64,8 @@ class Gpu(NamedTuple):
     arch: str
     """The architecture: "sm_90", "gfx942"."""
     multiprocessors: int
-    name: str | None = None
-    """The name that the driver gives the device. Measured plans are kept under it; without a name only the tables are
-    used."""
+    device: torch.device | None = None
+    """The device whose measured plans are used. None: the tables alone."""
 
 
 class Case(NamedTuple):

@@ -1,8 +1,8 @@
 """Hand-written kernels for Hopper (sm_90a): one launch forward, one launch backward. Not yet run on a GPU.
 
 Each launch is persistent and warp-specialised: TMA loads, wgmma, and work items that blocks claim by an atomic ticket
-(csrc/cuda/sm90). Blocks work in pairs that load w for each other where a rule, or ``python -m lora_kernels tune
---backend cuda``, says so. Calls with M up to 64 and no dropout take a kernel that splits K and streams w once.
+(csrc/cuda/sm90). Blocks work in pairs that load w for each other where a rule, or ``python -m lora_kernels verify
+--tune``, says so. Calls with M up to 64 and no dropout take a kernel that splits K and streams w once.
 
 x, w and dy are read through tensor maps. A tensor whose last stride is not 1, or whose rows or base address are not
 multiples of 16 bytes, is copied first. a and b are read with any row stride and alignment; where they are fp32, or
@@ -117,9 +117,4 @@ def base_gemm(x: Tensor, w: Tensor) -> Tensor:
 def _plan(op: str, M: int, base: Base, adapter: Adapter) -> Sm90Plan:
     w, a = base.w, adapter.a
     N, K = w.shape
-    return choose.sm90_plan(op, Case((w.dtype, a.dtype), M, N, K, a.shape[0], adapter.p > 0), _device_name(w.device))
-
-
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
+    return choose.sm90_plan(op, Case((w.dtype, a.dtype), M, N, K, a.shape[0], adapter.p > 0), w.device)

@@ -1,5 +1,4 @@
-"""The plans of the Triton kernels that ``python -m lora_kernels tune`` tries: a fixed list around the entries of the
-tables."""
+"""The plans of the Triton kernels that ``verify --tune`` tries: a fixed list around the entries of the tables."""
 
 from __future__ import annotations
 
@@ -62,7 +61,7 @@ def plans_to_try(op: str, case: Case, gpu: Gpu) -> dict[str, Plan]:
     A quantised w that is dequantised first gets one plan or two: the tables' plan for a dense w, and the plan that was
     measured for one.
     """
-    by_table, dense = gpu._replace(name=None), case._replace(w_format="")
+    by_table, dense = gpu._replace(device=None), case._replace(w_format="")
     tables = quant_tiles.TABLES if case.w_format else tiles.TABLES
     plans = {describe(plan, case): plan for plan in [choose.plan(op, case, by_table)]}
     if case.w_format:
