@@ -56,12 +56,11 @@ def sm90_may_run(plan: Sm90Plan, op: str, case: Case, device: torch.device) -> b
 
 def _dense(op: str, case: Case, gpu: Gpu) -> Plan:
     """Return the tables' plan with a dense w."""
-    M, few = case.M, case.M <= 512 and not case.dropout
-    kind = "decode16" if M <= 16 else "decode64" if M <= 64 else "redundant" if few else "tickets"
+    kind = "decode16" if case.M <= 16 else "decode64" if case.M <= 64 else "tickets"
     if op == "backward":
         kind = "backward"
     tile = tiles.find(kind, case, gpu.arch)
-    redundant = tile is not None and kind not in ("tickets", "backward")
+    redundant = tile is not None and kind.startswith("decode")
     if tile is None:
         tile = tiles.find("tickets", case, gpu.arch)
     assert tile is not None, "an entry for any rank ends every table"
@@ -70,7 +69,7 @@ def _dense(op: str, case: Case, gpu: Gpu) -> Plan:
 
 def _within(op: str, case: Case, gpu: Gpu) -> Plan | None:
     """Return the tables' plan that dequantises w within the product, or None where they have none."""
-    for kind in ("backward",) if op == "backward" else ("decode16", "decode64", "tickets"):
+    for kind in ("backward",) if op == "backward" else ("decode16", "decode64"):
         if quant_tiles.ROWS[kind] >= case.M:
             redundant = kind.startswith("decode")
             for tile in quant_tiles.find(kind, case, gpu.arch):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_kernels.backends import dispatch
+from lora_kernels.backends.cuda import launch
 from lora_kernels.core.operands import Call
 from lora_kernels.testing import machine
 from lora_kernels.testing.names import SHORT
@@ -74,7 +75,8 @@ def _native_cuda() -> dict[str, Any]:
     module = _extension("_cuda")
     if isinstance(module, str):
         return {"built": False, "reason": module}
-    report = {"built": True, **module.build_info()}
+    info = module.build_info()
+    report = {"built": True, **info, "needs_driver": info["driver"]}
     try:
         report["driver"] = f"answers: {len(module.devices())} devices"
     except RuntimeError as error:
@@ -129,6 +131,8 @@ def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
         missing.append(("Triton", _TRITON))
     if not report["cuda"]["built"]:
         missing.append(("CUDA kernels", _NVCC))
+    elif torch.cuda.is_available() and torch.version.hip is None and (fault := launch.driver_fault()):
+        missing.append(("CUDA kernels", fault))
     if not torch.cuda.is_available():
         built_for_gpu = torch.version.cuda is not None or torch.version.hip is not None
         missing.append(
@@ -175,8 +179,8 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         facts.append(("CPU kernels", f"not built: {native['reason']}"))
     if cuda["built"]:
-        archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
-        facts.append(("CUDA kernels", f"built by nvcc {cuda['nvcc']} for {archs}; driver: {cuda['driver']}"))
+        built = f"built by nvcc {cuda['nvcc']} for {cuda['arch']}; needs driver {cuda['needs_driver']} or later"
+        facts.append(("CUDA kernels", f"{built}; driver: {cuda['driver']}"))
     else:
         facts.append(("CUDA kernels", f"not built: {cuda['reason']}"))
     return facts

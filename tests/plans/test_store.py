@@ -186,16 +186,18 @@ def test_plans_to_try_begin_with_the_tables_choice_and_are_within_the_rules(w_fo
             size = tiles.Case(BF16, M, 1024, 4096, R, dropout, w_format=w_format)
             plans = plans_to_try(op, size, gpu)
             assert next(iter(plans.values())) is choose.plan(op, size, gpu)
-            assert 8 < len(plans) < 120
+            within = [plan for plan in plans.values() if plan.within]
+            # No forward dequantises W within its product at this M or R.
+            first_only = bool(w_format) and op == "forward" and (M, R) != (16, 16)
+            assert len(plans) == 1 if first_only else 8 < len(plans) < 120
+            assert bool(within) == (bool(w_format) and not first_only)
             for plan in plans.values():
                 tile = plan.tile
-                assert not plan.redundant or (op == "forward" and M <= 1024 and tile.block_r(R) >= R)
+                assert not plan.redundant or (op == "forward" and M <= 64 and tile.block_r(R) >= R)
                 assert plan.redundant or 2 * tile.BLOCK_M >= 128
                 assert bool(tile.BLOCK_C) == (op == "backward")
                 assert 1 <= plan.split <= 4096
-                assert bool(w_format) or not plan.within
             if w_format:
-                assert any(plan.within and plan.tile.tma for plan in plans.values())
                 first = [name for name, plan in plans.items() if not plan.within]
                 assert len(first) == 1 and first[0].startswith("w first: ")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,22 @@ def test_missing_extensions_are_reported_with_a_way_to_get_them(monkeypatch, cap
     assert "g++" in told["CPU kernels"] and "LORA_KERNELS_CUDA=1" in told["CUDA kernels"]
     main(["doctor"])
     assert "not built" in capsys.readouterr().out
+
+
+def test_a_driver_that_is_too_old_for_the_cuda_kernels_is_told_with_the_way_out(monkeypatch):
+    module = SimpleNamespace(
+        build_info=lambda: {"nvcc": "13.0", "arch": "sm_90a", "driver": "580", "sources": "abc"},
+        devices=list,
+    )
+    monkeypatch.setitem(sys.modules, "lora_kernels._cuda", module)
+    report = doctor.examine()
+    assert not any(entry["what"] == "CUDA kernels" for entry in report["missing"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12040, raising=False)
+    told = {entry["what"]: entry["how"] for entry in doctor._missing(report)}
+    assert "needs driver 580 or later" in told["CUDA kernels"] and "CUDA_HOME" in told["CUDA kernels"]
+    text = dict(doctor._facts(report))["CUDA kernels"]
+    assert text == "built by nvcc 13.0 for sm_90a; needs driver 580 or later; driver: answers: 0 devices"
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,11 @@ def why_not(call: Call) -> list[str]:
     except ImportError as error:
         reasons.append(
             f"the extension lora_kernels._cuda is not there ({error}): "
-            "install from source with LORA_KERNELS_CUDA=1 and nvcc 13.0 or later"
+            "install from source with LORA_KERNELS_CUDA=1 and nvcc 12.4 or later"
         )
+    else:
+        if not reasons and (fault := launch.driver_fault()):
+            reasons.append(fault)
     if call.dtype not in _DTYPES:
         reasons.append(f"serves fp16 and bf16, not {call.dtype}")
     if call.adapter_dtype not in (call.dtype, torch.float32):

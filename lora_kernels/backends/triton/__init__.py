@@ -1,5 +1,4 @@
-"""Triton kernels for NVIDIA GPUs from sm_80 and AMD gfx942, forward and backward in one launch each. Not yet run on a
-GPU.
+"""Triton kernels for NVIDIA GPUs from sm_80, forward and backward in one launch each. Not yet run on a GPU.
 
 The kernels are checked in Triton's interpreter, and every entry of the tables of plans is compiled ahead of time.
 
@@ -48,9 +47,11 @@ def why_not(call: Call) -> list[str]:
     if target is None and call.device.type == "cuda":
         reasons.append("there is no usable GPU driver (torch.cuda.is_available() is False)")
     elif target is None:
-        reasons.append(f"serves tensors on a CUDA or ROCm GPU, not on {call.device}")
-    elif tiles.resolve(target.gpu.arch) is None:
-        reasons.append(f"serves NVIDIA GPUs from sm_80 and AMD gfx942, not {target.gpu.arch}")
+        reasons.append(f"serves tensors on an NVIDIA GPU, not on {call.device}")
+    elif (arch := tiles.resolve(target.gpu.arch)) is None:
+        reasons.append(f"serves NVIDIA GPUs from sm_80, not {target.gpu.arch}; the back-end composite serves others")
+    elif call.dtype == torch.float32 and (arch, 4) not in tiles.TABLES:
+        reasons.append(f"serves fp16 and bf16 on {target.gpu.arch}: Triton rounds products of fp32 there")
     if call.w_format not in ("dense", *FORMATS):
         reasons.append(f"serves a dense weight or one in {', '.join(FORMATS)}, not {call.w_format}")
     return reasons
