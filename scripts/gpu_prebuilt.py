@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import gpu_triton_cache
+
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST, NATIVE, TRITON = "manifest.json", "native", "triton"
 MOST_BYTES = 64 * 2**20
@@ -51,7 +53,8 @@ def put_in_place(folder: Path, root: Path = ROOT) -> dict[str, str]:
     """Copy the native modules into the package, and return what processes need in their environment to use the cache.
 
     Raises Unusable, with a sentence, where the modules were built for another Python or from other sources. The cache
-    needs no check: Triton itself compiles again what it does not find there.
+    needs no check: Triton itself compiles again what it does not find there. But it keeps absolute paths, which are
+    those of the machine that filled it until they are written anew.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -65,6 +68,7 @@ def put_in_place(folder: Path, root: Path = ROOT) -> dict[str, str]:
         beside = root / "lora_kernels" / f".{module.name}"
         shutil.copy2(module, beside)
         beside.replace(root / "lora_kernels" / module.name)  # a process may have loaded the old one
+    gpu_triton_cache.relocate(folder / TRITON)
     return {"TRITON_CACHE_DIR": str(folder / TRITON)}
 
 

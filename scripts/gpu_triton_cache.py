@@ -1,15 +1,20 @@
 """Fill a folder with compiled Triton kernels, without a GPU, for a machine that is at hand for minutes.
 
-    python scripts/gpu_triton_cache.py FOLDER [--arch sm_90] [--multiprocessors 132] [--wheel TRITON.whl] [--jobs N]
+    python scripts/gpu_triton_cache.py FOLDER [--arch sm_90] [--multiprocessors 132] [--jobs N]
+                                              [--python PYTHON --wheel TRITON.whl]
 
 The kernels are those of `composite` and `triton` for the sizes that `verify` judges and the bench times. They are
 compiled as Triton compiles them at their first call, so that they are found under the same keys. A key is made of the
 kernel's source, the types and alignment of its arguments, the options, the architecture, the assembler's version, the
 environment variables that change code, and the files of Triton itself, with its native library.
 
-That library differs from one version of Python to another. For a machine with another Python than this one, --wheel names
-the wheel of Triton that is installed there, of the same version as here: `pip download triton==... --no-deps
---python-version 3.12 --only-binary=:all:`.
+That library differs from one version of Python to another. For a machine with another Python than this one, --python names
+a Python of that version, with its headers, and --wheel the wheel of Triton that is installed there, of the same version
+as here: `pip download triton==... --no-deps --python-version 3.12 --only-binary=:all:`.
+
+Triton also compiles C code that talks to the driver, and some versions compile a launcher for each kernel. These are put
+into the folder too, built with the headers of that Python. They are linked against a driver without functions, because
+there may be none here.
 
 Triton keeps absolute paths in its cache. A folder that was moved is made usable by `relocate`. Whatever is missing or
 has another key is only compiled again.
@@ -23,14 +28,17 @@ import functools
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import types
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("composite", "triton")
@@ -64,6 +72,11 @@ def relocate(folder: Path) -> int:
         beside.replace(group)
         count += 1
     return count
+
+
+def count(folder: Path) -> int:
+    """Return the number of kernels in a cache."""
+    return len(list(folder.glob("*/__grp__*.json")))
 
 
 def strip(folder: Path) -> None:
@@ -121,17 +134,30 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def compile_problems(some: Sequence[Problem], arch: str, multiprocessors: int, triton_key: str | None) -> list[str]:
+class Machine(NamedTuple):
+    """The machine that kernels are compiled for."""
+
+    arch: str
+    multiprocessors: int
+    triton_key: str | None = None
+    """What `triton_key` returns there. None: the same as here."""
+    suffix: str = str(sysconfig.get_config_var("EXT_SUFFIX"))
+    """The end of the names of its Python's native modules."""
+    include: str = sysconfig.get_path("include")
+    """The folder of its Python's headers, on this machine."""
+
+
+def compile_problems(some: Sequence[Problem], machine: Machine) -> list[str]:
     """Compile the kernels of a forward and a backward of each problem, and return what could not be compiled.
 
     The operands are tensors without memory. `TRITON_CACHE_DIR` says where the kernels are kept.
     """
-    with _without_gpu(arch, multiprocessors, triton_key):
+    with _without_gpu(machine):
         return [fault for problem in some for name in BACKENDS if (fault := _compile(problem, name))]
 
 
 @contextlib.contextmanager
-def _without_gpu(arch: str, multiprocessors: int, triton_key: str | None) -> Iterator[None]:
+def _without_gpu(machine: Machine) -> Iterator[None]:
     """Let Triton compile for a GPU that is not there, and let launches end when they are compiled."""
     import torch
     from triton.backends.compiler import GPUTarget
@@ -154,21 +180,65 @@ def _without_gpu(arch: str, multiprocessors: int, triton_key: str | None) -> Ite
 
     def compile_only(launch: device.Launch) -> None:
         if launch.programs:
-            launch.kernel.warmup(grid=(1,), **launch.arguments, **launch.options)
+            build(launch.kernel.warmup(grid=(1,), **launch.arguments, **launch.options))
 
-    meta = torch.device("meta")
-    driver.set_active(Driver())
-    device.TARGETS[meta] = device.Target(Gpu(arch, multiprocessors), contextlib.nullcontext, lambda: 0, lambda: False)
-    run, device.Launch.run = device.Launch.run, compile_only  # type: ignore[method-assign]
-    own_key = cache.triton_key
-    if triton_key is not None:
-        cache.triton_key = lambda: triton_key
-    try:
-        yield
-    finally:
-        cache.triton_key = own_key
-        device.Launch.run = run  # type: ignore[method-assign]
-        del device.TARGETS[meta]
+    arch, meta, gpu = machine.arch, torch.device("meta"), Gpu(machine.arch, machine.multiprocessors)
+    with mock.patch.object(device.Launch, "run", compile_only), contextlib.ExitStack() as stack:
+        if machine.triton_key is not None:
+            stack.enter_context(mock.patch.object(cache, "triton_key", lambda: machine.triton_key))
+        build = stack.enter_context(_c_code(machine))
+        stack.enter_context(mock.patch.object(driver, "_active", Driver()))
+        device.TARGETS[meta] = device.Target(gpu, contextlib.nullcontext, lambda: 0, lambda: False)
+        try:
+            yield
+        finally:
+            del device.TARGETS[meta]
+
+
+@contextlib.contextmanager
+def _c_code(machine: Machine) -> Iterator[Callable[[Any], None]]:
+    """Let Triton compile its C code for the Python of a machine, and yield a function that builds the launcher of a
+    compiled kernel. On an AMD GPU that function does nothing."""
+    from triton import knobs
+    from triton.backends.nvidia import driver
+    from triton.runtime import build, driver as active
+
+    if not machine.arch.startswith("sm_"):
+        yield lambda kernel: None
+        return
+
+    class Sysconfig:
+        """The module, as it is in the other Python."""
+
+        def get_config_var(self, name: str) -> Any:
+            return machine.suffix if name == "EXT_SUFFIX" else sysconfig.get_config_var(name)
+
+        def get_default_scheme(self) -> str:
+            return "posix_prefix"
+
+        def get_paths(self, scheme: str) -> dict[str, str]:
+            return {"include": machine.include}
+
+    def launcher(kernel: Any) -> None:
+        with mock.patch.object(active, "_active", mock.MagicMock()):
+            driver.CudaLauncher(kernel.src, kernel.metadata)
+
+    with (
+        tempfile.TemporaryDirectory() as libraries,
+        mock.patch.object(build, "sysconfig", Sysconfig()),
+        mock.patch.object(build, "_load_module_from_path", lambda name, path: mock.MagicMock()),
+        knobs.nvidia.scope(),
+    ):
+        library = ["cc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([*library, "-o", str(Path(libraries, "libcuda.so.1"))], check=True)
+        knobs.nvidia.libcuda_path = libraries
+        driver.library_dirs.cache_clear()
+        driver.CudaUtils()
+        try:
+            yield launcher
+        finally:
+            driver.library_dirs.cache_clear()
+            del driver.CudaUtils.instance
 
 
 def _compile(problem: Problem, backend: str) -> str | None:
@@ -196,14 +266,13 @@ def _compile(problem: Problem, backend: str) -> str | None:
     return None
 
 
-def fill(folder: Path, some: Sequence[Problem], arch: str, multiprocessors: int, key: str | None, jobs: int) -> list[str]:
+def fill(folder: Path, some: Sequence[Problem], machine: Machine, jobs: int) -> list[str]:
     """Compile the kernels of `some` problems into a folder, by several processes, and return what failed."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
     shares = [list(some[i::jobs]) for i in range(jobs) if some[i::jobs]]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        work = functools.partial(compile_problems, arch=arch, multiprocessors=multiprocessors, triton_key=key)
-        faults = [fault for each in pool.map(work, shares) for fault in each]
+        faults = [fault for each in pool.map(functools.partial(compile_problems, machine=machine), shares) for fault in each]
     strip(folder)
     return faults
 
@@ -213,17 +282,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", default="sm_90", help="the GPU's architecture (default: sm_90)")
     parser.add_argument("--multiprocessors", type=int, default=132, metavar="N", help="of the GPU (default: 132)")
-    parser.add_argument("--wheel", type=Path, help="Triton's wheel for the Python of that machine, if it is not this one")
+    parser.add_argument("--python", default=sys.executable, help="of the other machine's version (default: this one)")
+    parser.add_argument("--wheel", type=Path, help="the wheel of Triton on that machine, if its Python is not this one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
     args = parser.parse_args(argv)
     try:
         key = None if args.wheel is None else key_of_wheel(args.wheel)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         parser.error(f"--wheel: {error}")
-    faults = fill(args.folder, problems(), args.arch, args.multiprocessors, key, args.jobs)
+    ask = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'), sysconfig.get_path('include'))"
+    suffix, include = subprocess.check_output([args.python, "-c", ask], text=True).split()
+    machine = Machine(args.arch, args.multiprocessors, key, suffix, include)
+    faults = fill(args.folder, problems(), machine, args.jobs)
     for fault in faults:
         print(fault)
-    kernels = len(list(args.folder.glob("*/__grp__*.json")))
+    kernels = count(args.folder)
     size = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
     print(f"{kernels} kernels, {size / 2**20:.1f} MiB, in {args.folder}; {len(faults)} passes could not be compiled")
     return int(not kernels)
