@@ -4,9 +4,9 @@
 
 DEST gets the native modules `_C` and `_cuda`, and a cache of compiled Triton kernels (gpu_triton_cache.py).
 
---python is a Python of the version that the other machine has. It needs its headers, setuptools, pybind11 and ninja, and
-no torch. `_cuda` needs nvcc here; its version must be one that the other machine's driver serves. --without-cuda builds
-only `_C`.
+--python is a Python of the version that the other machine has. It needs its headers, setuptools, pybind11 and ninja,
+and no torch. `_cuda` needs nvcc here; its version must be one that the other machine's driver serves. --without-cuda
+builds only `_C`.
 
 The Triton kernels are compiled by the Python that runs this script, which needs torch. --triton is the version of the
 other machine; where this Python has another one, or is of another version than --python, wheels are downloaded with pip
@@ -68,10 +68,14 @@ def find_python(command: str) -> Python:
     """Return a Python that can build the native modules. Raises Unprepared with what it lacks."""
     path = shutil.which(command)
     if path is None:
-        raise Unprepared(f"--python {command}: there is no such program. Install that version of Python, with its headers")
+        raise Unprepared(
+            f"--python {command}: there is no such program. Install that version of Python, with its headers"
+        )
     said = json.loads(_run([path, "-c", ASK, *NEEDED], f"{command} cannot be run"))
     if not said["headers"]:
-        raise Unprepared(f"{command} has no Python.h in {said['include']} (Debian: apt install python{said['version']}-dev)")
+        raise Unprepared(
+            f"{command} has no Python.h in {said['include']} (Debian: apt install python{said['version']}-dev)"
+        )
     if said["missing"]:
         lacks = " ".join(said["missing"])
         raise Unprepared(f"{command} lacks {lacks}: {command} -m pip install {lacks}")

@@ -8,13 +8,13 @@ compiled as Triton compiles them at their first call, so that they are found und
 kernel's source, the types and alignment of its arguments, the options, the architecture, the assembler's version, the
 environment variables that change code, and the files of Triton itself, with its native library.
 
-That library differs from one version of Python to another. For a machine with another Python than this one, --python names
-a Python of that version, with its headers, and --wheel the wheel of Triton that is installed there, of the same version
-as here: `pip download triton==... --no-deps --python-version 3.12 --only-binary=:all:`.
+That library differs from one version of Python to another. For a machine with another Python than this one, --python
+names a Python of that version, with its headers, and --wheel the wheel of Triton that is installed there, of the same
+version as here: `pip download triton==... --no-deps --python-version 3.12 --only-binary=:all:`.
 
-Triton also compiles C code that talks to the driver, and some versions compile a launcher for each kernel. These are put
-into the folder too, built with the headers of that Python. They are linked against a driver without functions, because
-there may be none here.
+Triton also compiles C code that talks to the driver, and some versions compile a launcher for each kernel. These are
+put into the folder too, built with the headers of that Python. They are linked against a driver whose functions do
+nothing, because there may be none here.
 
 Triton keeps absolute paths in its cache. A folder that was moved is made usable by `relocate`. Whatever is missing or
 has another key is only compiled again.
@@ -28,6 +28,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -201,7 +202,8 @@ def _c_code(machine: Machine) -> Iterator[Callable[[Any], None]]:
     compiled kernel. On an AMD GPU that function does nothing."""
     from triton import knobs
     from triton.backends.nvidia import driver
-    from triton.runtime import build, driver as active
+    from triton.runtime import build
+    from triton.runtime import driver as active
 
     if not machine.arch.startswith("sm_"):
         yield lambda kernel: None
@@ -229,8 +231,7 @@ def _c_code(machine: Machine) -> Iterator[Callable[[Any], None]]:
         mock.patch.object(build, "_load_module_from_path", lambda name, path: mock.MagicMock()),
         knobs.nvidia.scope(),
     ):
-        library = ["cc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1"]
-        subprocess.run([*library, "-o", str(Path(libraries, "libcuda.so.1"))], check=True)
+        _stand_in_libcuda(Path(libraries), Path(driver.__file__).parent)
         knobs.nvidia.libcuda_path = libraries
         driver.library_dirs.cache_clear()
         driver.CudaUtils()
@@ -239,6 +240,15 @@ def _c_code(machine: Machine) -> Iterator[Callable[[Any], None]]:
         finally:
             driver.library_dirs.cache_clear()
             del driver.CudaUtils.instance
+
+
+def _stand_in_libcuda(folder: Path, sources: Path) -> None:
+    """Write a driver's library to link against. It has every function that Triton's C code names: a linker leaves a
+    library out that gives nothing, and the modules would then not find the driver either where there is one."""
+    text = "".join((sources / name).read_text(encoding="utf-8") for name in ("driver.c", "driver.py"))
+    code = "".join(f"void {name}(void) {{}}\n" for name in sorted(set(re.findall(r"\bcu[A-Z]\w+", text))))
+    command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1")]
+    subprocess.run(command, input=code, text=True, check=True)
 
 
 def _compile(problem: Problem, backend: str) -> str | None:
@@ -272,7 +282,9 @@ def fill(folder: Path, some: Sequence[Problem], machine: Machine, jobs: int) -> 
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
     shares = [list(some[i::jobs]) for i in range(jobs) if some[i::jobs]]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        faults = [fault for each in pool.map(functools.partial(compile_problems, machine=machine), shares) for fault in each]
+        faults = [
+            fault for each in pool.map(functools.partial(compile_problems, machine=machine), shares) for fault in each
+        ]
     strip(folder)
     return faults
 
