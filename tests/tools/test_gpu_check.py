@@ -368,6 +368,15 @@ def _parse(kind: str, words: str) -> None:
     parser.parse_args(words.split(f"{kind} ", 1)[1].split())
 
 
+def test_verify_takes_its_words(tmp_path):
+    options = pytest.importorskip("lora_kernels.tools.verify.options", reason="this checkout has no verify")
+    for name in ("verify", "tune"):
+        (words,) = commands(gpu_run.Check(tmp_path, 300))[name]
+        options.add_arguments(parser := argparse.ArgumentParser())
+        args = parser.parse_args(words.split("verify ", 1)[1].split())
+        assert not isinstance(options.wanted(args), str)
+
+
 @pytest.mark.parametrize(
     ("total", "names"), [(230, ["verify", "numbers", "tests"]), (290, ["verify", "tune"]), (300, ["suite"])]
 )
