@@ -72,13 +72,13 @@ def low_rank(
     ]
     layout = layout_of(gpu, dys[0], x.stride(), adapters, strides)
     frames = _frames(layout, wanted)
-    part = torch.empty(frames.floats, dtype=torch.float32, device=x.device)
+    part = x.new_empty(frames.floats, dtype=torch.float32)
     if frames.over_dy is not None:
         frames.over_dy.run(dy=tuple(dys), b=b, h=h, part=part)
     for down, dy, each in zip(frames.downs, dys, b, strict=False):
         down.run(x=dy, a=(each,), part=part, seed=(dy,))
     if wanted.g:
-        g = torch.empty(len(dys), layout.M, frames.rank, dtype=b[0].dtype, device=x.device)
+        g = b[0].new_empty(len(dys), layout.M, frames.rank)
         sums, factors = g.unbind(0), scale
         if wanted.db:
             sums, factors = (*sums, *dbs), (*scale, *scale)

@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends import workspace as memory
+from lora_kernels.backends.current import current
 from lora_kernels.plans.tiles import Gpu
 
 
@@ -33,9 +34,10 @@ class Target(NamedTuple):
 class Frame:
     """The part of a launch that all calls of one layout share.
 
-    It keeps the compiled kernel of its first launch, and launches that again without Triton's search by all arguments,
-    which takes most of the time of a short call. A kernel depends on the alignment and dtypes of the tensors, on the
-    value of every int, on the device and on Triton's settings, so there is one for each of these (`_Variant`).
+    It keeps the compiled kernels of its launches and launches them again itself: to find them by all arguments, as
+    Triton does, takes longer than a short kernel runs. Which kernel Triton compiles depends on the device, on settings
+    of Triton's, on the dtype and alignment of every tensor and on the value of every int. Floats do not matter. Global
+    variables that a kernel reads are constants, so it is not checked again whether they have changed.
     """
 
     def __init__(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, int]) -> None:
@@ -58,25 +60,21 @@ class Frame:
         """Launch with the other arguments on the current device and stream, or do nothing where the grid is empty."""
         if not self.programs:
             return
-        gpu, settings = driver.active, knobs.runtime
-        device = gpu.get_current_device()
-        variant = [device, settings.debug, knobs.compilation.instrumentation_mode]
+        settings = knobs.runtime
+        variant = [settings.debug, knobs.compilation.instrumentation_mode]
         values = self._values.copy()
         for place, name in self._others:
             values[place] = _lowered(others[name], variant)
-        key = tuple(variant)
-        kept = self._kept.get(key)
-        if kept is None or self.kernel.pre_run_hooks or settings.add_stages_inspection_hook is not None:
-            # This returns the kernel that Triton chose and launched, or None in its interpreter.
-            kept = self.kernel[(self.programs,)](**self.arguments, **others, **self.options)
+        if self._kept and not self.kernel.pre_run_hooks and settings.add_stages_inspection_hook is None:
+            gpu = driver.active
+            device = gpu.get_current_device()
+            kept = self._kept.get((device, *variant))
             if kept is not None:
-                self._kept[key] = kept
-            return
-        stream = gpu.get_current_stream(device)
-        if _silent(settings.launch_enter_hook) and _silent(settings.launch_exit_hook):
-            kept.run(self.programs, 1, 1, stream, kept.function, kept.packed_metadata, None, None, None, *values)
-        else:
-            kept[(self.programs, 1, 1)](*values, stream=stream)
+                _launch(kept, self.programs, gpu.get_current_stream(device), values)
+                return
+        kept = self.kernel[(self.programs,)](**self.arguments, **others, **self.options)
+        if kept is not None:  # Triton's interpreter returns nothing, and has no device.
+            self._kept[(driver.active.get_current_device(), *variant)] = kept
 
 
 class Launch(NamedTuple):
@@ -88,18 +86,22 @@ class Launch(NamedTuple):
 
     @property
     def kernel(self) -> Any:
+        """The function that Triton compiles."""
         return self.frame.kernel
 
     @property
     def programs(self) -> int:
+        """The size of the one-dimensional grid."""
         return self.frame.programs
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """All arguments, by name."""
         return self.frame.arguments | self.others
 
     @property
     def options(self) -> dict[str, int]:
+        """The compiler's options."""
         return self.frame.options
 
     def run(self) -> None:
@@ -107,9 +109,17 @@ class Launch(NamedTuple):
         self.frame.run(**self.others)
 
 
-def _silent(hook: Any) -> bool:
-    """Return whether a hook of Triton's, which may be a chain of hooks, calls nothing."""
-    return hook is None or not getattr(hook, "calls", True)
+def _launch(kernel: Any, programs: int, stream: int, values: list[Any]) -> None:
+    """Launch a compiled kernel, with its arguments in their order."""
+    if _calls(knobs.runtime.launch_enter_hook) or _calls(knobs.runtime.launch_exit_hook):
+        kernel[(programs, 1, 1)](*values, stream=stream)
+    else:  # The same without hooks.
+        kernel.run(programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
+
+
+def _calls(hook: Any) -> bool:
+    """Return whether a hook of Triton's, which may be a chain of hooks, calls anything."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _lowered(argument: Any, variant: list[Any]) -> Any:
@@ -152,7 +162,7 @@ def _query(device: torch.device) -> Target:
         arch = f"sm_{properties.major}{properties.minor}"
     return Target(
         Gpu(arch, properties.multi_processor_count, properties.name),
-        guard=functools.partial(torch.cuda.device, device),
+        guard=functools.partial(current, device),
         stream=lambda: torch.cuda.current_stream(device).cuda_stream,
         capturing=torch.cuda.is_current_stream_capturing,
     )
