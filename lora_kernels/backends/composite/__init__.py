@@ -84,8 +84,8 @@ def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_
     with target.guard():
         for (_, b, *_), save in zip(adapters, save_h, strict=True):
             N, R = b.shape
-            ys.append(torch.empty(M, N, dtype=x.dtype, device=x.device))
-            hs.append(torch.empty(M, R, dtype=b.dtype, device=x.device) if save else None)
+            ys.append(x.new_empty(M, N))
+            hs.append(b.new_empty(M, R) if save else None)
         for piece in _pieces(target, x.dtype, adapters):
             forward_pass.low_rank(target.gpu, x, bases[piece], adapters[piece], ys[piece], hs[piece])
         for y, (w, _) in zip(ys, bases, strict=True):
@@ -104,14 +104,15 @@ def backward(
     dbs: list[Tensor | None] = []
     with target.guard():
         for (a, b, *_), need_da, need_db in zip(adapters, needs.da, needs.db, strict=True):
-            das.append(torch.empty(a.shape, dtype=a.dtype, device=a.device) if need_da else None)
-            dbs.append(torch.empty(b.shape, dtype=b.dtype, device=b.device) if need_db else None)
+            (R, K), N = a.shape, b.shape[0]
+            das.append(a.new_empty(R, K) if need_da else None)
+            dbs.append(b.new_empty(N, R) if need_db else None)
         for piece in _pieces(target, dys[0].dtype, adapters, list(zip(needs.da, needs.db, strict=True))):
             if not (needs.dx or needs.da[piece.start] or needs.db[piece.start]):
                 continue
             part = None
             if needs.dx:
-                part = torch.empty(dys[0].shape[0], adapters[0].a.shape[1], dtype=dys[0].dtype, device=dys[0].device)
+                part = dys[0].new_empty(dys[0].shape[0], adapters[0].a.shape[1])
             operands = dys[piece], x, adapters[piece], hs[piece]
             backward_pass.low_rank(target.gpu, *operands, part, das[piece], dbs[piece])
             dx = part if dx is None or part is None else dx.add_(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lora_kernels.backends.composite import tiles
 from lora_kernels.backends.composite.kernels.forward import down
-from lora_kernels.backends.triton.device import Launch, cdiv
+from lora_kernels.backends.triton.device import Frame, cdiv
 from lora_kernels.backends.triton.launch import precision_of
 from lora_kernels.core.dropout import threshold
 from lora_kernels.core.operands import Adapter
@@ -55,30 +56,23 @@ class Layout(NamedTuple):
         return any(self.p)
 
 
-class Frame(NamedTuple):
-    """The part of a launch that all calls of one layout share."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    """All arguments but the tensors and the scales."""
-    options: dict[str, int]
-
-    def run(self, **tensors: Any) -> None:
-        """Launch with the other arguments, on the current device and stream."""
-        Launch(self.kernel, self.programs, self.arguments | tensors, self.options).run()
-
-
 def layout_of(
     gpu: Gpu, rows: Tensor, x: Tensor, adapters: Sequence[Adapter], strides: Sequence[tuple[int, ...]]
 ) -> Layout:
     """Return the layout of a list. `rows` is x or a dy; `strides` has the strides of every operand, for each layer."""
     dtypes = rows.dtype, adapters[0].a.dtype
-    return Layout(
-        gpu, rows.shape[0], adapters[0].a.shape[1], tuple(b.shape[0] for _, b, *_ in adapters),
-        tuple(a.shape[0] for a, *_ in adapters), tuple(zip(*strides, strict=True)), x.stride(),
-        tuple(adapter.p for adapter in adapters), dtypes, _precision(gpu, *dtypes),
-    )  # fmt: skip
+    layers = tuple([(a.shape, b.shape[0], p) for a, b, _, p, _ in adapters])
+    return _layout(gpu, rows.shape[0], layers, x.stride(), tuple(strides), dtypes, _precision(gpu, *dtypes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(
+    gpu: Gpu, M: int, layers: tuple[tuple[torch.Size, int, float], ...], x_strides: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, torch.dtype], precision: str,
+) -> Layout:  # fmt: skip
+    a, N, p = zip(*layers, strict=True)
+    by_operand = tuple(zip(*strides, strict=True))
+    return Layout(gpu, M, a[0][1], N, tuple(shape[0] for shape in a), by_operand, x_strides, p, dtypes, precision)
 
 
 def _precision(gpu: Gpu, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:

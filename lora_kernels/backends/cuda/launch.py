@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import workspace as memory
+from lora_kernels.backends.current import current
 from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans.sm90 import Sm90Plan
@@ -55,7 +56,7 @@ def driver_fault() -> str | None:
 def launch_forward(plan: Sm90Plan, x: Tensor, base: Base, adapter: Adapter, y: Tensor, h: Tensor | None) -> None:
     """Launch the forward kernel, which fills contiguous y [M, N] and, unless it is None, h [M, R]. Needs M ≥ 1."""
     x, base, adapter = _addressable(x), _readable_base(base), _readable_adapter(adapter)
-    with torch.cuda.device(x.device):
+    with current(x.device):
         call = extension().Sm90Forward(**operands(plan, x.shape[0], x, base, adapter))
         call.results(bias=_address(base.bias), y=_address(y), h=_address(h))
         _run(call, x.device)
@@ -71,7 +72,7 @@ def launch_backward(
     dy, base, adapter = _addressable(dy), _readable_base(base._replace(bias=None)), _readable_adapter(adapter)
     x = _addressable(x) if out.da is not None and x is not None else None
     h = h.contiguous() if out.db is not None and h is not None else None
-    with torch.cuda.device(dy.device):
+    with current(dy.device):
         call = extension().Sm90Backward(**operands(plan, dy.shape[0], x, base, adapter))
         gradients = {name: _address(t) for name, t in out._asdict().items()}
         call.results(dy=_address(dy), lddy=_row_stride(dy), h=_address(h), **gradients)
@@ -82,7 +83,7 @@ def launch_keep_mask(mask: Tensor, p: float, seed: Tensor) -> None:
     """Launch the kernel that fills a contiguous mask [M, K], K a multiple of 8, with 1 where dropout keeps and 0
     elsewhere."""
     M, K = mask.shape
-    with torch.cuda.device(mask.device):
+    with current(mask.device):
         extension().keep_mask(
             device=mask.device.index, M=M, K=K, bf16=mask.dtype == torch.bfloat16, seed=_address(seed),
             threshold=dropout.threshold(p), mask=_address(mask), stream=torch.cuda.current_stream().cuda_stream,
