@@ -185,19 +185,49 @@ cache.strip(cache.Path({folder!r}))
 """
 
 
+LAUNCH = """
+import importlib, torch
+from support.stand_in import driver
+driver.start()
+driver.use("sm_90")
+from triton import knobs
+from lora_kernels.backends.triton import device
+from lora_kernels.core.operands import Adapter, Base, Needs
+from lora_kernels.plans.tiles import Gpu
+device.TARGETS[driver.CPU] = device.TARGETS[driver.CPU]._replace(gpu=Gpu("sm_90", 132))
+hits = []
+knobs.compilation.listener = lambda *, cache_hit, **rest: hits.append(cache_hit)
+def bf16(*size):
+    return torch.zeros(size, dtype=torch.bfloat16)
+x, base = bf16(256, 256), Base(bf16(256, 256), bf16(256))
+adapter = Adapter(bf16(16, 256), bf16(256, 16), 0.75, 0.1, torch.tensor(5))
+for name in ("composite", "triton"):
+    module = importlib.import_module(f"lora_kernels.backends.{name}")
+    _, hs = module.forward(x, [base], [adapter], [True])
+    module.backward([bf16(256, 256)], x, [Base(base.w, None)], [adapter], hs, Needs(True, (True,), (True,)))
+print(hits.count(True), hits.count(False))
+"""
+
+
 def compile_in_a_process(folder: Path, key: str | None, training: bool = True) -> list[str]:
     """Return the faults, and the numbers of kernels that were found and that were compiled."""
     code = COMPILE.format(scripts=str(ROOT / "scripts"), folder=str(folder), key=key, training=training)
-    command = ["env", f"TRITON_CACHE_DIR={folder}", f"PYTHONPATH={ROOT}", sys.executable, "-c", code]
+    return in_a_process(folder, code)[:2]
+
+
+def in_a_process(folder: Path, code: str) -> list[str]:
+    """Run code with a cache, and return the lines that it prints."""
+    paths = f"PYTHONPATH={ROOT}:{ROOT / 'tests' / 'helpers'}"
+    command = ["env", f"TRITON_CACHE_DIR={folder}", paths, sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n")[:2]
+    return done.stdout.splitlines()
 
 
 @pytest.mark.slow
 def test_kernels_are_found_where_they_were_brought(tmp_path):
-    """Another process finds each of them, in another folder and without the intermediate languages; with the key of
-    another Triton it finds none."""
+    """A process that calls the back-ends with a driver, which is a stand-in, finds every kernel and every module of C
+    code, in another folder and without the intermediate languages. With the key of another Triton it finds none."""
     pytest.importorskip("triton")
     made, moved = tmp_path / "made", tmp_path / "moved"
     faults, counts = compile_in_a_process(made, None)
@@ -206,5 +236,7 @@ def test_kernels_are_found_where_they_were_brought(tmp_path):
     assert len(list(made.rglob("*.cubin"))) == compiled and list(made.rglob("cuda_utils*.so"))
     made.rename(moved)
     gpu_triton_cache.relocate(moved)
-    assert compile_in_a_process(moved, None)[1] == f"{compiled} 0"
+    there = set(moved.iterdir())
+    assert in_a_process(moved, LAUNCH)[-1] == f"{compiled} 0"
+    assert set(moved.iterdir()) == there, "nothing was built anew"
     assert compile_in_a_process(moved, "another", training=False)[1].startswith("0 "), "nothing has that key"
