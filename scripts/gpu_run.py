@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,17 +16,25 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL_SECONDS = 525.0
+sys.path.insert(0, str(ROOT))
+
 LOG_BYTES = 200_000
 """How much of a command's output the log keeps: the first fifth and the end."""
 GRACE = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
 """The signals for a command that is out of time, and the seconds after each. At SIGINT pytest shows its failures."""
+ENDING = sum(seconds for _, seconds in GRACE) + 2
+"""The seconds that are kept back of the whole time, for ending the last command."""
 STUCK = 3
 """The exit status of a process that ended because a kernel hung or broke the GPU's context, and whose work can go on in
 another process: `lora_kernels.testing.watch.STUCK`."""
-BACKENDS = ("cuda", "triton")
-BROKEN = re.compile(r"illegal memory access|unspecified launch failure|misaligned address|illegal instruction")
-"""The messages of a kernel that broke the CUDA context."""
+EVIDENCE = "LORA_KERNELS_EVIDENCE"
+"""The variable that names the file of evidence to a process."""
+TAIL = 16
+"""How many lines of a command's output the terminal shows."""
+BACKENDS = ("composite", "triton", "cuda")
+"""The back-ends with kernels for a GPU, those that need least first."""
+RIGHT = "right"
+"""The verdict on a class of kernels that may be called: `lora_kernels.evidence.file.RIGHT`."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,6 @@ class Command:
     """A limit for this command, where it is to be shorter than that of the section."""
     label: str | None = None
     """The command's name in the table. The default is its back-end or its program."""
-    decides: bool = False
-    """Whether the command decides about its back-end. A back-end is not called again if all commands of a step that
-    decide about it hang or break the GPU's context."""
     vital: str | None = None
     """If the command exits with 1, no further section runs, for this reason."""
     again: int = 0
@@ -56,28 +62,62 @@ class Check:
     """The state of one run of gpu_check.py."""
 
     out: Path
+    total: float
+    """The seconds that the whole check may take."""
     device: str = "cuda"
     peers: Sequence[str] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    """What the commands find in their environment beside this process's own."""
     started: float = field(default_factory=time.monotonic)
-    broken: set[str] = field(default_factory=set)
     hopeless: str | None = None
     """The reason why no further section runs, if there is one."""
 
     def left(self) -> float:
-        """Return the seconds that are left of the whole check."""
-        return TOTAL_SECONDS - (time.monotonic() - self.started)
+        """Return the seconds that are left for commands."""
+        return self.total - ENDING - (time.monotonic() - self.started)
+
+    @property
+    def evidence(self) -> Path:
+        """The file that `verify` writes its verdicts and times to."""
+        return self.out / "evidence.json"
+
+    def verdicts(self) -> dict[str, str]:
+        """Return the verdict on every class of kernels that `verify` has judged, in this run or, with the same kernels,
+        in an earlier one whose file of evidence the environment names."""
+        earlier = [Path(name) for name in os.environ.get(EVIDENCE, "").split(":")]
+        path = next((path for path in (self.evidence, *earlier) if path.is_file()), None)
+        if path is None:
+            return {}
+        content = json.loads(path.read_text(encoding="utf-8"))["content"]
+        if path != self.evidence and content["identity"]["sources"] != source_hash():
+            return {}
+        return {key: verdict["result"] for key, verdict in content["verdicts"].items()}
+
+    def broken(self) -> set[str]:
+        """Return the back-ends of which no class that was judged is right. They are not called again."""
+        verdicts = self.verdicts()
+        judged = {key.split()[0] for key in verdicts}
+        return judged - {key.split()[0] for key, result in verdicts.items() if result == RIGHT}
 
     def backends(self) -> list[str]:
         """Return the back-ends that may still be called."""
-        names = BACKENDS if self.device == "cuda" else ("cpu", "eager")
-        return [name for name in names if name not in self.broken]
+        broken, names = self.broken(), BACKENDS if self.device == "cuda" else ("cpu", "eager")
+        return [name for name in names if name not in broken]
+
+
+@functools.cache
+def source_hash() -> str:
+    """Return the state of this checkout's kernels, as files of evidence name it."""
+    from lora_kernels.evidence import identity  # torch takes seconds to import, and most runs do not need this
+
+    return identity.source_hash()
 
 
 class Running:
     """A command that was started, with its output file, its deadline and its result."""
 
-    def __init__(self, command: Command, seconds: float, said: Path) -> None:
-        self.command, self.said, self.again = command, said, command.again
+    def __init__(self, command: Command, seconds: float, said: Path, environment: dict[str, str]) -> None:
+        self.command, self.said, self.again, self.environment = command, said, command.again, environment
         self.deadline = time.monotonic() + (seconds if command.seconds is None else min(seconds, command.seconds))
         self.grace = list(GRACE)
         self.result: str | None = None
@@ -92,7 +132,7 @@ class Running:
             return subprocess.Popen(
                 self.command.argv,
                 cwd=ROOT,
-                env=os.environ | said_by | {"PYTHONPATH": paths},
+                env=os.environ | self.environment | said_by | {"PYTHONPATH": paths},
                 stdout=self.file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -151,9 +191,9 @@ def run_step(step: Sequence[Command], seconds: float, check: Check, log: Path, t
     """Run the commands of a step at the same time and return "ok" or what failed. The log gets the output of each
     command as it ends."""
     wrong: dict[int, str] = {}
-    hopeless: dict[str, list[bool]] = {}
+    environment = check.environment | ({EVIDENCE: str(check.evidence)} if check.evidence.exists() else {})
     with tempfile.TemporaryDirectory() as folder:
-        running = {i: Running(command, seconds, Path(folder, str(i))) for i, command in enumerate(step)}
+        running = {i: Running(command, seconds, Path(folder, str(i)), environment) for i, command in enumerate(step)}
         shown_at = 0.0
         while running:
             for i, each in list(running.items()):
@@ -164,9 +204,6 @@ def run_step(step: Sequence[Command], seconds: float, check: Check, log: Path, t
                 each.file.close()
                 with log.open("a", encoding="utf-8") as file:
                     _tell(file, each.command, check, title, result, text)
-                if each.command.decides and each.command.backend:
-                    gone = result.startswith(("out of time", "killed")) or bool(BROKEN.search(text))
-                    hopeless.setdefault(each.command.backend, []).append(gone)
                 if result == "exit status 1" and each.command.vital:
                     check.hopeless = result = each.command.vital
                 if result != "ok":
@@ -176,17 +213,14 @@ def run_step(step: Sequence[Command], seconds: float, check: Check, log: Path, t
                 shown_at = time.monotonic()
             time.sleep(0.05)
     (check.out / "running.txt").unlink(missing_ok=True)
-    broken = sorted(name for name, all_of_them in hopeless.items() if all(all_of_them))
-    check.broken.update(broken)
-    return "; ".join([*(wrong[i] for i in sorted(wrong)), *(f"{name} is not called again" for name in broken)]) or "ok"
+    return "; ".join(wrong[i] for i in sorted(wrong)) or "ok"
 
 
 def _tell(file: IO[str], command: Command, check: Check, title: str, result: str, text: str) -> None:
     """Write the whole output to the log, and its end to the terminal."""
     words = " ".join(shown(word, check) for word in command.argv)
     file.write(f"\n===== {title}: {words}\n===== {result}\n{text}\n")
-    lines = 12 if not command.decides else 1 if result == "ok" else 4
-    tail = "\n".join(text.strip().splitlines()[-lines:])
+    tail = "\n".join(text.strip().splitlines()[-TAIL:])
     print(f"----- {title}: {words}: {result}\n{tail}", flush=True)
 
 

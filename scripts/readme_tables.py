@@ -42,7 +42,7 @@ class Run:
 
 
 Runs = dict[str, list[Run]]
-"""The runs that are shown, by kind: bench, quantised, generation."""
+"""The runs that are shown, by kind: bench, quantised, generation, gpu."""
 
 
 def chosen(entries: list[dict[str, Any]]) -> dict[str, Any] | None:

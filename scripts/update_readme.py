@@ -3,8 +3,9 @@
     python scripts/update_readme.py [--check] [RESULT.json ...]
 
 Each of them stands between two markers, such as <!-- bench:begin --> and <!-- bench:end -->. Without names the newest
-run of each device type (CPU, CUDA) is taken, and the newest runs of quantised layers and of generation, which have
-folders of their own. ``--check`` changes nothing: its exit status is 1 if a file is stale.
+run of each device type (CPU, CUDA) is taken. So are the newest runs of quantised layers, of generation and of the
+suites on each GPU, which have folders of their own; gpu_report.py fills that of the GPUs. ``--check`` changes nothing:
+its exit status is 1 if a file is stale.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 from readme_tables import BACKWARD, NO_RUN, Run, Runs, bench, chosen, generation, quantised, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     results = args.root / "benchmarks" / "results"
     runs = {"bench": args.results or newest(results)}
     runs |= {name: newest(results / name) for name in ("quantised", "generation")}
+    runs["gpu"] = newest(results / "gpu", lambda document: f"{document['device']['name']} {document['suite']}")
     stale = False
     for name, blocks in PAGES.items():
         page = args.root / name
@@ -67,12 +70,12 @@ def between(text: str, marker: str, fresh: str) -> str | None:
     return f"{head}{first}\n{fresh}\n{last}{rest.split(last)[1]}"
 
 
-def newest(folder: Path) -> list[Path]:
-    """Return the newest run of each device type, by the date in its document."""
+def newest(folder: Path, kind_of: Callable[[Any], str] = lambda document: document["device"]["type"]) -> list[Path]:
+    """Return the newest run of each kind, which is that of its device by default, by the date in its document."""
     best: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
-        kind = document["device"]["type"]
+        kind = kind_of(document)
         best[kind] = max(best.get(kind, ("", path)), (document["date"], path))
     return [best[kind][1] for kind in sorted(best)]
 
@@ -177,8 +180,8 @@ def chart(runs: Runs) -> str:
 
 Render = Callable[[Runs], str]
 PAGES: dict[str, dict[str, Render]] = {
-    "README.md": {"range": span, "numbers": numbers, "chart": chart, "small": small},
-    "docs/measuring.md": {"bench": bench, "quantised": quantised, "generation": generation},
+    "README.md": {"range": span, "numbers": numbers, "chart": chart, "small": small, "gpu": gpu_tables.short},
+    "docs/measuring.md": {"gpu": gpu_tables.full, "bench": bench, "quantised": quantised, "generation": generation},
 }
 """The markers of each page, and the function that returns the text between them."""
 

@@ -10,6 +10,7 @@ import torch
 
 from lora_kernels.bench.shapes import Cell, Shape
 from lora_kernels.bench.variants import FLOOR, Variant
+from lora_kernels.evidence import identity
 from lora_kernels.testing import documents
 
 METHOD = (
@@ -52,6 +53,7 @@ class Record:
             "method": METHOD,
             "rounds": setting.rounds,
             "suite": setting.suite,
+            "identity": identity.identify(setting.device)._asdict() if setting.device.type == "cuda" else None,
             "roofline": None,
             "notes": list(notes),
             "failed": [],

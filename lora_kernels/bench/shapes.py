@@ -124,7 +124,7 @@ _LLAMA_3_1 = tuple(
     for model, projections in _PROJECTIONS.items()
     for name, (K, N) in projections.items()
 )
-_HOPPER = tuple(
+_LLAMA_SUITE = tuple(
     replace(shape, name=f"{shape.name}-r{R}", R=R, dropout=0.05, compiled=shape.name == "llama-8b-q-2048" and R == 16)
     for M in _ROWS
     for R in (16, 64)
@@ -154,13 +154,13 @@ _BY_R = {
     "cuda": _sweep("sweep-r", [(8192, R) for R in (1, 8, 16, 32, 64, 128, 256)], 4096, _BF16),
 }
 SUITES: dict[str, dict[str, tuple[Shape, ...]]] = {
-    "hopper": {"cuda": (*(shape for shape in _DECODE if shape.dtype == _BF16), *_HOPPER)},
+    "llama": {"cuda": (*(shape for shape in _DECODE if shape.dtype == _BF16), *_LLAMA_SUITE)},
     "decode": {"cpu": _DECODE, "cuda": _DECODE},
     "sweep-m": _BY_M,
     "sweep-r": _BY_R,
     "sweep": {device: (*_BY_M[device], *_BY_R[device]) for device in _BY_M},
 }
-"""Named sets of shapes, by device type. `hopper` has the projections of Llama 3.1 at r 16 and 64 and is shown with
+"""Named sets of shapes, by device type. `llama` has the projections of Llama 3.1 at r 16 and 64 and is shown with
 geometric means. The sweeps are drawn as time over the roofline's floor, by M, by R, or both."""
 
 NAMED = {

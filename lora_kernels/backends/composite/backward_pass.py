@@ -70,7 +70,7 @@ def low_rank(
     strides = [
         (*ai.stride(), *bi.stride(), *dy.stride(), *hi.stride()) for ai, bi, dy, hi in zip(a, b, dys, h, strict=True)
     ]
-    layout = layout_of(gpu, dys[0], x.stride(), adapters, strides)
+    layout = layout_of(gpu, dys[0], x, adapters, strides)
     frames = _frames(layout, wanted)
     part = x.new_empty(frames.floats, dtype=torch.float32)
     if frames.over_dy is not None:
@@ -79,7 +79,8 @@ def low_rank(
         down.run(x=dy, a=(each,), part=part, seed=(dy,))
     if wanted.g:
         g = b[0].new_empty(len(dys), layout.M, frames.rank)
-        sums, factors = g.unbind(0), scale
+        sums: tuple[Tensor | None, ...] = g.unbind(0)
+        factors = scale
         if wanted.db:
             sums, factors = (*sums, *dbs), (*scale, *scale)
     else:
@@ -94,7 +95,7 @@ def low_rank(
 @functools.lru_cache(maxsize=4096)
 def _frames(layout: Layout, wanted: Wanted) -> Frames:
     M, K, N, R, layers = layout.M, layout.K, layout.N, layout.R, len(layout.N)
-    ar, ak, bn, br, dym, dyn, hm, hr = layout.strides
+    _, _, bn, br, dym, dyn, hm, hr = layout.strides
     both = wanted.g and wanted.db and layout.block_r <= tiles.MAX_BOTH
     sums: list[_Sum] = []
     rows, downs = 0, []
@@ -151,7 +152,7 @@ def _frames(layout: Layout, wanted: Wanted) -> Frames:
 def _over_x(layout: Layout, wanted: Wanted) -> tuple[tuple[Frame, ...], int]:
     """Return the launches of the pass over x, and the number of parts of each da. A rank of several chunks takes one
     launch for dx and one for da."""
-    tile = tile_of(layout, tiles.OVER_X)
+    tile = tile_of(layout, tiles.OVER_X if len(layout.N) == 1 else tiles.OVER_X_OF_LIST)
     ar, ak, *_ = layout.strides
     cols = cdiv(layout.K, tile.BLOCK_C)
     blocks, splits = tiles.split(layout.M, tile.BLOCK_M, cols, layout.gpu.multiprocessors)

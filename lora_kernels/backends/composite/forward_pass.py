@@ -45,7 +45,7 @@ def low_rank(
     ]
     has_bias = tuple([base.bias is not None for base in bases])
     save_h = tuple([h is not None for h in hs])
-    frames = _frames(layout_of(gpu, x, x.stride(), adapters, strides), has_bias, save_h)
+    frames = _frames(layout_of(gpu, x, x, adapters, strides), has_bias, save_h)
     part = x.new_empty(frames.floats, dtype=torch.float32)
     a, b, scale, _, seed = zip(*adapters, strict=True)
     frames.down.run(x=x, a=a, part=part, seed=seeds_of(seed, x))

@@ -36,6 +36,23 @@ def extension() -> ModuleType:
     return importlib.import_module("lora_kernels._cuda")
 
 
+def driver_fault() -> str | None:
+    """Return why the driver is too old for the extension, and the way out, or None. Needs a GPU of NVIDIA's.
+
+    The extension has a CUDA runtime of its own, which runs on drivers for its major version of CUDA and on later ones
+    ("minor version compatibility", https://docs.nvidia.com/deploy/cuda-compatibility).
+    """
+    info = extension().build_info()
+    speaks: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    if speaks // 1000 >= int(info["nvcc"].partition(".")[0]):
+        return None
+    return (
+        f"the extension was built by nvcc {info['nvcc']} and needs driver {info['driver']} or later, but the driver "
+        f"here is for CUDA {speaks // 1000}.{speaks % 1000 // 10}: update it, or install from source with CUDA_HOME at "
+        f"a toolkit of CUDA {speaks // 1000}"
+    )
+
+
 def launch_forward(plan: Sm90Plan, x: Tensor, base: Base, adapter: Adapter, y: Tensor, h: Tensor | None) -> None:
     """Launch the forward kernel, which fills contiguous y [M, N] and, unless it is None, h [M, R]. Needs M ≥ 1."""
     x, base, adapter = _addressable(x), _readable_base(base), _readable_adapter(adapter)

@@ -161,7 +161,7 @@ def _query(device: torch.device) -> Target:
     else:
         arch = f"sm_{properties.major}{properties.minor}"
     return Target(
-        Gpu(arch, properties.multi_processor_count, properties.name),
+        Gpu(arch, properties.multi_processor_count, device),
         guard=functools.partial(current, device),
         stream=lambda: torch.cuda.current_stream(device).cuda_stream,
         capturing=torch.cuda.is_current_stream_capturing,

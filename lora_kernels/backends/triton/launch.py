@@ -113,7 +113,7 @@ def _forward_frame(gpu: Gpu, plan: Plan, layout: Layout, save_h: bool) -> Parts:
     rows, cols, chunks = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N), cdiv(R, BLOCK_R)
     names = ("xm", "xk", "wn", "wk", "ar", "ak", "bn", "br", "bias")
     has_bias = strides[-1] is not None
-    arguments = _arguments(gpu, plan, layout, names) | {"HAS_BIAS": has_bias}
+    arguments = _arguments(plan, layout, names) | {"HAS_BIAS": has_bias}
     if not has_bias:
         arguments["stride_bias"] = 1
     options = quantised.options_of(tile, plan.within)
@@ -173,7 +173,7 @@ def _backward_frame(gpu: Gpu, plan: Plan, layout: Layout, needs: Needs) -> Parts
     tiles_dx, tiles_g = need_dx * rows * cdiv(K, tile.BLOCK_K), (need_dx or need_da) * rows * chunks
     items = tiles_g + tiles_dx + (tiles_da + tiles_db) * splits
     names = ("dym", "dyn", "xm", "xk", "wn", "wk", "ar", "ak", "bn", "br", "hm", "hr")
-    arguments = _arguments(gpu, plan, layout, names) | {
+    arguments = _arguments(plan, layout, names) | {
         "splits": splits,
         "blocks": blocks,
         "need_dx": int(need_dx),
@@ -190,7 +190,7 @@ def _backward_frame(gpu: Gpu, plan: Plan, layout: Layout, needs: Needs) -> Parts
     )
 
 
-def _arguments(gpu: Gpu, plan: Plan, layout: Layout, strides: tuple[str, ...]) -> dict[str, Any]:
+def _arguments(plan: Plan, layout: Layout, strides: tuple[str, ...]) -> dict[str, Any]:
     """Return the constant arguments that every kernel takes; `strides` names those of the operands."""
     tile = plan.tile
     return {
@@ -207,10 +207,8 @@ def _arguments(gpu: Gpu, plan: Plan, layout: Layout, strides: tuple[str, ...]) -
         "BLOCK_R": tile.block_r(layout.R),
         "GROUP_M": tile.GROUP_M,
         "DROPOUT": layout.dropout,
-        "TMA": tile.tma,
         "W": "codes" if plan.within else "tma" if tile.tma else "",
         "PRECISION": layout.precision,
-        "AMD": gpu.arch.startswith("gfx"),
     }
 
 

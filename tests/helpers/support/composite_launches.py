@@ -17,7 +17,7 @@ from lora_kernels.plans.tiles import Gpu
 def launches(
     arch: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float, M: int, R: int, layers: int = 1
 ) -> dict[str, Launch]:
-    """Return the launches of a forward and a backward with all gradients, over w [4096, 4096], by the kernels' names."""
+    """Return the launches of a forward and a backward with all gradients, over w [4096, 4096], by kernel."""
     N, K = 4096, 4096
     x, y = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype)
     a, b, h = (empty(*shape, dtype=adapter_dtype) for shape in ((R, K), (N, R), (M, R)))
