@@ -104,16 +104,10 @@ def backward(
     dbs: list[Tensor | None] = []
     with target.guard():
         for (a, b, *_), need_da, need_db in zip(adapters, needs.da, needs.db, strict=True):
-<<<<<<< HEAD
             (R, K), N = a.shape, b.shape[0]
             das.append(a.new_empty(R, K) if need_da else None)
             dbs.append(b.new_empty(N, R) if need_db else None)
-        for piece in _pieces(target, dys[0].dtype, adapters, list(zip(needs.da, needs.db, strict=True))):
-=======
-            das.append(torch.empty(a.shape, dtype=a.dtype, device=a.device) if need_da else None)
-            dbs.append(torch.empty(b.shape, dtype=b.dtype, device=b.device) if need_db else None)
         for piece in _pieces(target, dys[0].dtype, adapters, needs):
->>>>>>> composite
             if not (needs.dx or needs.da[piece.start] or needs.db[piece.start]):
                 continue
             part = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ pytest.importorskip("lora_kernels.backends.composite", exc_type=ImportError)
 from support.composite_interp import interpreted, target
 
 from lora_kernels.backends import composite
-from lora_kernels.backends.composite import layout, tiles
-from lora_kernels.backends.triton.device import Launch
+from lora_kernels.backends.composite import tiles
+from lora_kernels.backends.triton.device import Frame
 
 M, K = 97, 70
 QKV = [(70, 16, 0.3), (33, 16, 0.0), (40, 13, 0.5)]
@@ -97,12 +98,13 @@ def test_a_list_takes_one_set_of_launches(monkeypatch: pytest.MonkeyPatch) -> No
     """x is read by one launch in a forward and by one in a backward."""
     launched: Counter[str] = Counter()
 
-    class Counted(Launch):
-        def run(self) -> None:
-            launched[self.kernel.__name__] += 1
-            super().run()
+    run_frame = Frame.run
 
-    monkeypatch.setattr(layout, "Launch", Counted)
+    def count(frame: Frame, **others: Any) -> None:
+        launched[frame.kernel.__name__] += 1
+        run_frame(frame, **others)
+
+    monkeypatch.setattr(Frame, "run", count)
     qs = problems(QKV, torch.bfloat16, torch.bfloat16)
     with interpreted() as backend:
         run(qs, Needs(True, (True,) * 3, (True,) * 3), backend)

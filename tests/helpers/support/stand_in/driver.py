@@ -181,5 +181,5 @@ def use(arch: str) -> None:
     """Let the back-ends serve CPU tensors as if they were on a GPU of an architecture, such as "sm_90"."""
     number = int(arch.removeprefix("sm_"))
     driver.set_active(_Driver((number // 10, number % 10)))
-    gpu = Gpu(arch, 132, "a stand-in")
+    gpu = Gpu(arch, 132)
     device.TARGETS[CPU] = device.Target(gpu, contextlib.nullcontext, lambda: 0, lambda: False)
