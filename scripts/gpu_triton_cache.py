@@ -127,7 +127,7 @@ def problems() -> list[Problem]:
 
         for size, p in CASES:
             for adapters in ("bfloat16", "float32"):
-                found.append(Problem(*size, "bfloat16", adapters, p, True, True))
+                found.append(Problem(*size, "bfloat16", adapters, p, False, True))
     return found
 
 
