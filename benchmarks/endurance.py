@@ -37,9 +37,9 @@ from lora_kernels.testing.judge import Problem, judge, problem
 from lora_kernels.testing.terminal import Terminal, terminal
 from lora_kernels.testing.watch import STUCK, Watch, answers
 
-BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "eager")}
-KINDS = {"triton": 12}
-"""The number of kinds of calls, if not 1000: Triton compiles two kernels for each kind."""
+BACKENDS = {"cuda": ("composite", "triton", "cuda"), "cpu": ("cpu", "eager")}
+KINDS = {"composite": 12, "triton": 12}
+"""The number of kinds of calls, if not 1000: Triton compiles kernels for each kind."""
 
 _STRESS = 50
 """The number of times that two calls run at once."""

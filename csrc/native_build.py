@@ -3,8 +3,7 @@
 Environment:
     CXX                           the C++ compiler (default: the first of c++, g++, clang++ that works)
     LORA_KERNELS_CUDA             auto (default): build `_cuda` if nvcc is found; 0: never; 1: fail without nvcc
-    LORA_KERNELS_CUDA_ARCHS       the GPU architectures (default "90a"), for example "80 90a"
-    CUDA_HOME, CUDA_PATH          the folders to search for bin/nvcc before PATH and /usr/local/cuda
+    CUDA_HOME, CUDA_PATH          the CUDA toolkit whose bin/nvcc is used (default: see `native_nvcc.wanted_nvcc`)
     LORA_KERNELS_REQUIRE_NATIVE   1: fail without a working C++ compiler; otherwise the package installs as pure Python
     MAX_JOBS                      the number of files that ninja compiles at a time
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +19,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from native_nvcc import source_hash, wanted_nvcc
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
@@ -61,38 +60,6 @@ def find_cxx() -> tuple[list[str], str]:
             return command.split(), ""
         reasons.append(f"{command}: {said.splitlines()[0]}")
     return [], "; ".join(reasons)
-
-
-def find_nvcc() -> str | None:
-    """Return the path of nvcc, or None if there is none."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    for home in filter(None, homes):
-        if Path(home, "bin", "nvcc").exists():
-            return str(Path(home, "bin", "nvcc"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
-def wanted_nvcc() -> str | None:
-    """Return the nvcc to build `_cuda` with, or None. SystemExit if LORA_KERNELS_CUDA is 1 and there is no nvcc."""
-    choice = os.environ.get("LORA_KERNELS_CUDA", "auto")
-    if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"LORA_KERNELS_CUDA={choice!r}: expected auto, 0 or 1")
-    nvcc = None if choice == "0" else find_nvcc()
-    if choice == "1" and nvcc is None:
-        raise SystemExit(
-            "LORA_KERNELS_CUDA=1, but there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda/bin: "
-            "install the CUDA toolkit, point CUDA_HOME at it, or set LORA_KERNELS_CUDA=auto"
-        )
-    return nvcc
-
-
-def cuda_archs() -> list[str]:
-    """Return the architectures of LORA_KERNELS_CUDA_ARCHS. SystemExit if one is not an architecture."""
-    archs = os.environ.get("LORA_KERNELS_CUDA_ARCHS", "90a").replace(",", " ").replace(";", " ").split()
-    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
-    if wrong or not archs:
-        raise SystemExit(f"LORA_KERNELS_CUDA_ARCHS={' '.join(wrong or archs)!r}: expected a list such as '80 90a'")
-    return archs
 
 
 def extensions() -> list[Extension]:
@@ -152,7 +119,7 @@ class BuildNative(build_ext):
         if not self.extensions:
             return
         cxx, _ = find_cxx()
-        nvcc = find_nvcc() if any(e.name.endswith("._cuda") for e in self.extensions) else None
+        nvcc = wanted_nvcc() if any(e.name.endswith("._cuda") for e in self.extensions) else None
         folder = Path(self.build_temp).resolve()
         ninja = Ninja(folder, cxx, nvcc)
         for extension in self.extensions:
@@ -191,18 +158,14 @@ class BuildNative(build_ext):
         """Add the steps of `_cuda`: every .cu and .cpp under csrc/cuda."""
         # nvcc also compiles the bindings and links, because it knows where its headers and libraries are.
         folder = ROOT / "csrc" / "cuda"
-        archs = cuda_archs()
-        gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         common = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *self._includes()]
-        device = [*common, "--expt-relaxed-constexpr", "-lineinfo", *gencode]
-        host = [*common, "-DNDEBUG", f"'-DLK_CUDA_ARCHS=\"{' '.join(archs)}\"'"]
+        # Not -arch=sm_90a: it also compiles for compute_90, which has neither wgmma nor setmaxnreg.
+        device = [*common, "--expt-relaxed-constexpr", "-lineinfo", "-gencode=arch=compute_90a,code=sm_90a"]
+        host = [*common, "-DNDEBUG", f"'-DLK_SOURCES=\"{source_hash()}\"'"]
         objects = []
         for source in sorted([*folder.rglob("*.cu"), *folder.rglob("*.cpp")]):
             name = "cuda_" + "_".join(source.relative_to(folder).parts) + ".o"
-            flags = device if source.suffix == ".cu" else host
-            if source.parent.name == "sm90" and source.suffix == ".cu":  # only sm_90a has wgmma and setmaxnreg
-                flags = [*[flag for flag in flags if flag not in gencode], "-gencode=arch=compute_90a,code=sm_90a"]
-            objects.append(ninja.build("nvcc", [str(source)], name, flags))
+            objects.append(ninja.build("nvcc", [str(source)], name, device if source.suffix == ".cu" else host))
         ninja.build("nvlink", objects, target, ["-cudart=static", "-Xlinker=--gc-sections,-s"])
 
     def _link_flags(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line of the package: ``python -m lora_kernels doctor | bench | tune``."""
+"""The command line of the package: ``python -m lora_kernels doctor | verify | bench``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 from lora_kernels.bench import run
 from lora_kernels.tools import doctor
-from lora_kernels.tools.tune import cli as tune
+from lora_kernels.tools.verify import cli as verify
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,13 +21,13 @@ def main(argv: list[str] | None = None) -> int:
         commands.add_parser("doctor", help="show what serves this machine, what is missing and how to get it")
     )
     run.add_arguments(commands.add_parser("bench", help="measure the layer against the frozen one, PEFT and others"))
-    tune.add_arguments(
+    verify.add_arguments(
         commands.add_parser(
-            "tune", help="measure which plans of a GPU back-end are fastest on this GPU, and store them"
+            "verify", help="find out which GPU kernels are right and fast on this machine, and switch them on"
         )
     )
     args = parser.parse_args(argv)
-    return {"doctor": doctor.main, "bench": run.main, "tune": tune.main}[args.command](args)
+    return {"doctor": doctor.main, "bench": run.main, "verify": verify.main}[args.command](args)
 
 
 if __name__ == "__main__":

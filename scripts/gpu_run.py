@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 LOG_BYTES = 200_000
 """How much of a command's output the log keeps: the first fifth and the end."""
 GRACE = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0))
@@ -79,10 +82,14 @@ class Check:
         return self.out / "evidence.json"
 
     def verdicts(self) -> dict[str, str]:
-        """Return the verdict on every class of kernels that `verify` has judged in this run."""
-        try:
-            content = json.loads(self.evidence.read_text(encoding="utf-8"))["content"]
-        except FileNotFoundError:
+        """Return the verdict on every class of kernels that `verify` has judged, in this run or, with the same kernels,
+        in an earlier one whose file of evidence the environment names."""
+        earlier = [Path(name) for name in os.environ.get(EVIDENCE, "").split(":")]
+        path = next((path for path in (self.evidence, *earlier) if path.is_file()), None)
+        if path is None:
+            return {}
+        content = json.loads(path.read_text(encoding="utf-8"))["content"]
+        if path != self.evidence and content["identity"]["sources"] != source_hash():
             return {}
         return {key: verdict["result"] for key, verdict in content["verdicts"].items()}
 
@@ -96,6 +103,14 @@ class Check:
         """Return the back-ends that may still be called."""
         broken, names = self.broken(), BACKENDS if self.device == "cuda" else ("cpu", "eager")
         return [name for name in names if name not in broken]
+
+
+@functools.cache
+def source_hash() -> str:
+    """Return the state of this checkout's kernels, as files of evidence name it."""
+    from lora_kernels.evidence import identity  # torch takes seconds to import, and most runs do not need this
+
+    return identity.source_hash()
 
 
 class Running:

@@ -97,10 +97,14 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture
 def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder that stands in for the user's cache of measured plans."""
+    """An empty folder that stands in for the user's cache, where the evidence is kept with the measured plans."""
+    from lora_kernels.evidence import find
     from lora_kernels.plans import choose
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choose.cache_clear()
+    monkeypatch.delenv(find.VARIABLE, raising=False)
+    for clear in (find.forget, choose.cache_clear):
+        clear()
     yield tmp_path
-    choose.cache_clear()
+    for clear in (find.forget, choose.cache_clear):
+        clear()

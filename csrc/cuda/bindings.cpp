@@ -13,11 +13,14 @@ namespace py = pybind11;
 
 namespace {
 
+// The least driver is that of "CUDA minor version compatibility", NVIDIA's table for each major version of CUDA.
 py::dict build_info() {
   const int version = lk::cuda::toolkit_version();
   py::dict info;
   info["nvcc"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-  info["archs"] = py::str(LK_CUDA_ARCHS).attr("split")();
+  info["arch"] = "sm_90a";
+  info["driver"] = version >= 13000 ? "580" : "525";
+  info["sources"] = LK_SOURCES;
   return info;
 }
 
@@ -51,7 +54,8 @@ void keep_mask(int device, int64_t M, int64_t K, bool bf16, uint32_t threshold, 
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of a LoRA linear layer";
-  m.def("build_info", &build_info, "The nvcc version and the architectures this module was compiled for.");
+  m.def("build_info", &build_info, "The nvcc that compiled this module, the architecture, the least driver that its CUDA runtime needs, and a hash of "
+        "its sources.");
   m.def("devices", &devices, "One dict per device; RuntimeError with the CUDA error's name if there is no driver.");
   m.def("keep_mask", &keep_mask, py::kw_only(), py::arg("device"), py::arg("M"), py::arg("K"), py::arg("bf16"),
         py::arg("threshold"), py::arg("seed"), py::arg("mask"), py::arg("stream"),

@@ -25,8 +25,8 @@ whose kernels serve one layer at a time makes its two functions with ``each.py``
 x and every dy have two dimensions, [M, K] and [M, N]; M may be 0. Tensors have any strides. ``w`` is a tensor, or a
 `QuantizedWeight` where `why_not` has agreed to the call's ``w_format``. ``seed`` is an int64 tensor of one element, or
 None where p is 0. x, bias, dy and a dense w have one dtype. a and b have the same dtype, or fp32 beside an x in 16
-bits. y, h and dx have x's dtype; da and db have a's. Results are new and contiguous, and a back-end writes to nothing
-that it receives.
+bits. y and dx have x's dtype; h, da and db have a's: an h in fp16 would overflow where h in fp32 does not. Results are
+new and contiguous, and a back-end writes to nothing that it receives.
 
 ``x`` may be None where no da is needed, and ``hs[i]`` where db i is not. The back-end of a backward is chosen anew, by
 a `Call` with ``op="backward"``, so it must accept an h that another back-end has made.

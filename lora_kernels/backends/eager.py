@@ -7,6 +7,9 @@
 Without dropout there is no elementwise pass: ``addmm_`` adds the low-rank term to the result of the base GEMM. With
 dropout, torch operations draw the mask, a few megabytes at a time. That is slow, and the reason for the other
 back-ends.
+
+Where the adapters are fp32 beside an x in 16 bits, h and g are fp32. Products with them are made in bf16 beside an x
+in bf16, which has the range of fp32, and in fp32 beside an x in fp16, which has not.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ from lora_kernels.quant.weight import QuantizedWeight
 name = "eager"
 
 _ROWS = 1024
-"""The number of rows of x or dy that are converted to fp32 at a time, where the adapters are fp32 and x has 16 bits."""
+"""The number of rows that are computed in fp32 at a time, where the adapters are fp32 and x has 16 bits."""
+
+_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
+"""Whether ``torch.mm`` on a GPU can store the fp32 sums of a product of 16-bit operands (torch 2.8 and later)."""
 
 _ELEMENTS = 1 << 22
 """The number of elements of a quantised w that are dequantised at a time."""
@@ -40,10 +46,10 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
     """Return (y, h) of one layer."""
     w, bias = base
     y = F.linear(x, w, bias) if isinstance(w, Tensor) else _quantised(x, w, bias)
-    h = _masked(x, adapter) @ adapter.a.to(x.dtype).t()
+    h = _product(_masked(x, adapter), adapter.a.t())
     if adapter.p > 0:
         h *= dropout.rescale(adapter.p)
-    y.addmm_(h, adapter.b.to(x.dtype).t(), alpha=adapter.scale)
+    _add_product(y, h, adapter.b.t(), adapter.scale)
     return y, h if save_h else None
 
 
@@ -55,15 +61,16 @@ def _backward(
     need_dx, (need_da,), (need_db,) = needs
     dx = da = db = None
     if need_dx or need_da:
-        g = dy @ b.to(dy.dtype)
+        g = _product(dy, b)
         g *= scale
     if need_dx:
         dx = dy @ w if isinstance(w, Tensor) else _quantised_transposed(dy, w)
         if p > 0:
-            low = (g @ a.to(dy.dtype)).mul_(dropout.rescale(p))
+            dtype = _dtype_beside(dy, g)
+            low = (g.to(dtype) @ a.to(dtype)).mul_(dropout.rescale(p))
             dx += _masked(low, adapter)
         else:
-            dx.addmm_(g, a.to(dy.dtype))
+            _add_product(dx, g, a)
     if need_da:
         assert x is not None
         da = _transposed_product(g, _masked(x, adapter), a.dtype)
@@ -123,11 +130,42 @@ def _masked(x: Tensor, adapter: Adapter) -> Tensor:
     return dropout.masked(x, adapter.p, adapter.seed)
 
 
+def _dtype_beside(x: Tensor, h: Tensor) -> torch.dtype:
+    """Return the dtype in which products with h (or g) are made beside x (or dy): x's, unless it could not hold h."""
+    return h.dtype if x.dtype == torch.float16 else x.dtype
+
+
+def _product(u: Tensor, v: Tensor) -> Tensor:
+    """Return u v in v's dtype, which is u's, or fp32 beside a u in 16 bits."""
+    if u.dtype == v.dtype:
+        return u @ v
+    if _OUT_DTYPE and u.is_cuda:
+        return torch.mm(u, v.to(u.dtype), out_dtype=v.dtype)
+    out = torch.empty(u.shape[0], v.shape[1], dtype=v.dtype, device=u.device)
+    for m in range(0, u.shape[0], _ROWS):
+        torch.mm(u[m : m + _ROWS].to(v.dtype), v, out=out[m : m + _ROWS])
+    return out
+
+
+def _add_product(y: Tensor, u: Tensor, v: Tensor, alpha: float = 1.0) -> None:
+    """Add alpha · u v to y in place. u and v have y's dtype, or fp32 beside a y in 16 bits."""
+    dtype = _dtype_beside(y, u)
+    if dtype == y.dtype:
+        y.addmm_(u.to(dtype), v.to(dtype), alpha=alpha)
+        return
+    for m in range(0, y.shape[0], _ROWS):
+        y[m : m + _ROWS].add_(u[m : m + _ROWS] @ v, alpha=alpha)
+
+
 def _transposed_product(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return uᵀ v in `dtype`. Where `dtype` is wider than u's, the result is not rounded through u's: blocks of rows
-    are converted one after another, so that no operand is copied whole."""
-    if dtype == u.dtype:
+    """Return uᵀ v in `dtype`. Where u or v has 16 bits beside an fp32 `dtype`, the result is not rounded through 16
+    bits: a GPU stores the fp32 sums, else blocks of rows are converted one after another, so that no operand is copied
+    whole."""
+    if u.dtype == v.dtype == dtype:
         return u.t() @ v
+    narrow = torch.bfloat16
+    if _OUT_DTYPE and u.is_cuda and narrow in (u.dtype, v.dtype):
+        return torch.mm(u.to(narrow).t(), v.to(narrow), out_dtype=dtype)
     out = torch.zeros(u.shape[1], v.shape[1], dtype=dtype, device=u.device)
     for m in range(0, u.shape[0], _ROWS):
         out.addmm_(u[m : m + _ROWS].to(dtype).t(), v[m : m + _ROWS].to(dtype))

@@ -142,11 +142,11 @@ def _run_forward(  # type: ignore[no-untyped-def]
 ):
     base = Base(whole_weight(w, w_scales, w_format, w_blocksize, x.dtype), bias)
     y, h = direct.forward(x, base, Adapter(a, b, scale, p, seed), backend, save_h)
-    return y, _or_empty(h, x)
+    return y, _or_empty(h, a)
 
 
 def _fake_forward(x, w, a, b, bias, scale, p, seed, backend, save_h, *quantised, **named):  # type: ignore
-    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0]) if save_h else x.new_empty(0)
+    return x.new_empty(x.shape[0], w.shape[0]), a.new_empty(x.shape[0], a.shape[0]) if save_h else a.new_empty(0)
 
 
 def _run_backward(  # type: ignore[no-untyped-def]
@@ -178,13 +178,14 @@ def _fake_base_gemm(x, w, backend):  # type: ignore
 
 def _run_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore[no-untyped-def]
     ys, hs = direct.forward_group(x, *_layers(w, bias, a, b, scale, p, seed), backend, save_h)
-    return [*ys, *_each_or_empty(hs, [x] * len(hs))]
+    return [*ys, *_each_or_empty(hs, a)]
 
 
 def _fake_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore
     ys = [x.new_empty(x.shape[0], each.shape[0]) for each in w]
     hs = [
-        x.new_empty(x.shape[0], each.shape[0]) if save else x.new_empty(0) for each, save in zip(a, save_h, strict=True)
+        each.new_empty(x.shape[0], each.shape[0]) if save else each.new_empty(0)
+        for each, save in zip(a, save_h, strict=True)
     ]
     return [*ys, *hs]
 

@@ -14,7 +14,9 @@ from typing import Any
 from torch import nn
 
 from lora_kernels.backends import dispatch
+from lora_kernels.core.operands import Call
 from lora_kernels.peft import groups as peft_groups
+from lora_kernels.peft import serving
 from lora_kernels.peft.groups import FAMILIES, SharedInput
 
 try:
@@ -52,6 +54,10 @@ class FuseReport:
     """The modules of which PEFT's own forward serves at least one adapter: name → reason."""
     groups: dict[str, SharedInput] = field(default_factory=dict)
     """The groups that ``fuse(group=...)`` has made: name of a module → its children that one call computes."""
+    calls: tuple[Call, ...] = ()
+    """The forwards of the fused layers, where the choice of a back-end depends on evidence about the device."""
+    backend: str | None = None
+    """The back-end that `fuse` was asked for."""
 
     def __str__(self) -> str:
         rows = [(name, "fused", what) for name, what in self.fused.items()]
@@ -61,7 +67,8 @@ class FuseReport:
             return f"{head}: the model has none"
         rows += [(name, "grouped", str(group)) for name, group in self.groups.items()]
         width = max(len(name) for name, _, _ in rows)
-        return "\n".join([head, *(f"  {name:{width}}  {state:9}  {what}" for name, state, what in rows)])
+        lines = [head, *(f"  {name:{width}}  {state:9}  {what}" for name, state, what in rows)]
+        return "\n".join([*lines, *filter(None, [serving.line(self.calls, self.backend)])])
 
 
 def fuse(
@@ -99,7 +106,7 @@ def fuse(
     families = FAMILIES if group is True else group or ()
     if families is not FAMILIES:
         peft_groups.check_families(model, families)
-    fused, not_fused, layers = {}, {}, []
+    fused, not_fused, layers, calls = {}, {}, [], list[Call]()
     layer: Any
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -114,12 +121,15 @@ def fuse(
             not_fused[path] = base
             continue
         layers.append((layer, kind))
-        reasons = [why for name in layer.lora_A if isinstance(why := kind.read_adapter(layer, name), str)]
+        adapters = [kind.read_adapter(layer, name) for name in layer.lora_A]
+        reasons = [why for why in adapters if isinstance(why, str)]
         if reasons:
             not_fused[path] = "; ".join(reasons)
         else:
             ranks = ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
             fused[path] = f"{layer.in_features}→{layer.out_features}{kind.base_note(layer)}, {ranks}"
+            found = [serving.call_of_layer(base[0], each) for each in adapters if not isinstance(each, str)]
+            calls += filter(None, found)
     if strict and not_fused:
         raise RuntimeError(
             "fuse(strict=True) found LoRA layers that cannot be fused; nothing was changed.\n"
@@ -127,7 +137,7 @@ def fuse(
         )
     for layer, kind in layers:
         _swap(layer, kind, backend)
-    return FuseReport(fused, not_fused, peft_groups.group(model, FusedLinear, families))
+    return FuseReport(fused, not_fused, peft_groups.group(model, FusedLinear, families), tuple(calls), backend)
 
 
 def unfuse(model: nn.Module) -> None:

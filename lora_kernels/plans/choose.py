@@ -1,16 +1,19 @@
-"""The choice of a plan: the one that ``python -m lora_kernels tune`` measured on this machine, if it was run, else one
-from the built-in tables.
+"""The choice of a plan: the one that ``python -m lora_kernels verify --tune`` measured on this device, if it was run,
+else one from the built-in tables.
 
-A choice is made once for each kind of call and then cached. `keep` and `forget` change the file of measured plans and
-clear the caches of this process.
+A choice is made once for each kind of call and then cached. `cache_clear` makes the next choices look at the evidence
+again.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from pathlib import Path
 
+import torch
+
+from lora_kernels.core.operands import Call
+from lora_kernels.evidence import file
+from lora_kernels.evidence import find as evidence
 from lora_kernels.plans import quant_tiles, sm90, store, tiles
 from lora_kernels.plans.sm90 import Sm90Plan
 from lora_kernels.plans.tiles import Case, Gpu, Plan, Tile
@@ -24,7 +27,7 @@ def plan(op: str, case: Case, gpu: Gpu) -> Plan:
     dense w.
     """
     # Plans are measured with aligned operands only.
-    if gpu.name is not None and case.aligned and (found := store.find(gpu.name, store.key(op, case), Plan)):
+    if gpu.device is not None and case.aligned and (found := store.find(gpu.device, store.key(op, case), Plan)):
         return found
     if not case.w_format:
         return _dense(op, case, gpu)
@@ -32,20 +35,32 @@ def plan(op: str, case: Case, gpu: Gpu) -> Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def sm90_plan(op: str, case: Case, device: str) -> Sm90Plan:
-    """Return the plan of the sm_90a kernels on `device`, named as its driver names it: the measured one, or
-    `BY_RULE`."""
-    return store.find(device, store.sm90_key(op, case), Sm90Plan) or sm90.BY_RULE
+def sm90_plan(op: str, case: Case, device: torch.device) -> Sm90Plan:
+    """Return the plan of the sm_90a kernels on a device: the measured one, or `BY_RULE`, or one without clusters where
+    that plan could take clusters and they were not right on this device."""
+    plan = store.find(device, store.sm90_key(op, case), Sm90Plan) or sm90.BY_RULE
+    return plan if sm90_may_run(plan, op, case, device) else sm90.WITHOUT_CLUSTERS
+
+
+def sm90_may_run(plan: Sm90Plan, op: str, case: Case, device: torch.device) -> bool:
+    """Return False for a plan that could take clusters where they were not right on a device."""
+    known = evidence.of(device)
+    if plan == sm90.BY_RULE:
+        could = sm90.may_cluster(op, case.M, case.N, case.K, known.identity.multiprocessors)
+    else:
+        could = plan.cluster > 1
+    call = Call(op, device, *case.dtypes, case.M, case.N, case.K, case.R, case.dropout)
+    verdict = known.verdicts.get(file.class_key("cuda", sm90.CLUSTERS, call)) if could else None
+    return verdict is None or verdict.result == file.RIGHT
 
 
 def _dense(op: str, case: Case, gpu: Gpu) -> Plan:
     """Return the tables' plan with a dense w."""
-    M, few = case.M, case.M <= 512 and not case.dropout
-    kind = "decode16" if M <= 16 else "decode64" if M <= 64 else "redundant" if few else "tickets"
+    kind = "decode16" if case.M <= 16 else "decode64" if case.M <= 64 else "tickets"
     if op == "backward":
         kind = "backward"
     tile = tiles.find(kind, case, gpu.arch)
-    redundant = tile is not None and kind not in ("tickets", "backward")
+    redundant = tile is not None and kind.startswith("decode")
     if tile is None:
         tile = tiles.find("tickets", case, gpu.arch)
     assert tile is not None, "an entry for any rank ends every table"
@@ -54,7 +69,7 @@ def _dense(op: str, case: Case, gpu: Gpu) -> Plan:
 
 def _within(op: str, case: Case, gpu: Gpu) -> Plan | None:
     """Return the tables' plan that dequantises w within the product, or None where they have none."""
-    for kind in ("backward",) if op == "backward" else ("decode16", "decode64", "tickets"):
+    for kind in ("backward",) if op == "backward" else ("decode16", "decode64"):
         if quant_tiles.ROWS[kind] >= case.M:
             redundant = kind.startswith("decode")
             for tile in quant_tiles.find(kind, case, gpu.arch):
@@ -78,24 +93,7 @@ def split(tile: Tile, redundant: bool, case: Case, gpu: Gpu) -> int:
     return max(1, min(wanted // count, case.K // (8 * tile.BLOCK_K)))
 
 
-def keep(device: str, plans: Mapping[str, Plan | Sm90Plan]) -> Path:
-    """Write `plans`, and no others, as the measured plans of `device`. Return the file's path.
-
-    Raises OSError where the file cannot be written; the old file is then left as it was.
-    """
-    place = store.write(device, plans)
-    cache_clear()
-    return place
-
-
-def forget(device: str) -> bool:
-    """Delete the measured plans of `device`, of all versions. Return whether there were any."""
-    existed = store.remove(device)
-    cache_clear()
-    return existed
-
-
 def cache_clear() -> None:
-    """Make the next call of every kind read the file and choose its plan again."""
-    for cached in (store.load, plan, sm90_plan):
-        cached.cache_clear()
+    """Make the next call of every kind look at the evidence and choose its plan again."""
+    plan.cache_clear()
+    sm90_plan.cache_clear()

@@ -18,17 +18,15 @@ from dataclasses import replace
 from lora_kernels.plans import tiles
 from lora_kernels.plans.tiles import Case, Tile
 
-ROWS = {"decode16": 16, "decode64": 64, "tickets": 0, "backward": 64}
-"""The largest M for which a product dequantises W, by kind of launch. It is 0 for tickets until a measurement on some
-GPU says otherwise; ``tune --quant`` may say so for yours."""
+ROWS = {"decode16": 16, "decode64": 64, "backward": 64}
+"""The largest M for which a product dequantises W, by kind of launch."""
 
 # Kinds of launch:
-#   decode16, decode64, tickets, backward   as in tiles.py
-#   ..._wide                                the same kind for larger ranks
+#   decode16, decode64, backward   as in tiles.py
+#   ..._wide                       the same kind for larger ranks
 _DECODE16 = Tile(max_rank=64, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=3)
 _DECODE16_WIDE = replace(_DECODE16, max_rank=128, BLOCK_R=128, num_warps=8)
 _DECODE64 = Tile(max_rank=64, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=3)
-_TICKETS = Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=3)
 _BACKWARD = Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, BLOCK_C=64, BLOCK_T=32, num_warps=8, num_stages=3)
 
 # mma.sync, with operands in registers.
@@ -36,46 +34,28 @@ _SM_80: dict[str, Tile] = {
     "decode16": _DECODE16,
     "decode16_wide": _DECODE16_WIDE,
     "decode64": replace(_DECODE64, BLOCK_M=32),
-    "tickets": _TICKETS,
     "backward": _BACKWARD,
 }
 _SM_86 = _SM_80 | {"decode64": replace(_DECODE64, BLOCK_M=32, num_stages=2)}
+# wgmma and tcgen05, which read w from shared memory and want 64 rows.
+_SM_90 = _SM_80 | {"decode16_wide": replace(_DECODE16_WIDE, BLOCK_K=32, num_warps=4), "decode64": _DECODE64}
 _16_BIT: dict[str, dict[str, Tile]] = {
     "sm_80": _SM_80,
     "sm_86": _SM_86,
-    # wgmma, which reads w from shared memory and wants 64 rows.
-    "sm_90": _SM_80 | {"decode16_wide": replace(_DECODE16_WIDE, BLOCK_K=32, num_warps=4), "decode64": _DECODE64},
-    # tcgen05, with accumulators in tensor memory.
-    "sm_100": _SM_80
-    | {
-        "decode16": replace(_DECODE16, num_warps=8),
-        "decode64": replace(_DECODE64, num_warps=4),
-        "backward": replace(_BACKWARD, BLOCK_C=128),
-    },
-    "sm_120": _SM_80
-    | {
-        "decode16": replace(_DECODE16, num_stages=2),
-        "decode64": replace(_DECODE64, BLOCK_M=32, num_warps=4),
-        "tickets": replace(_TICKETS, BLOCK_M=64),
-    },
-    "gfx942": _SM_80
-    | {
-        "decode16": replace(_DECODE16, num_stages=2),
-        "decode16_wide": replace(_DECODE16_WIDE, num_stages=2),
-        "decode64": replace(_DECODE64, BLOCK_M=32, num_warps=4, num_stages=2),
-    },
     "sm_89": _SM_86,
+    "sm_90": _SM_90,
+    "sm_100": _SM_90,
+    "sm_120": _SM_86,
 }
 
-# fp32: small tiles as in tiles.py. On sm_100 the products with codes, too, would go onto tensor cores in tiles of 64
-# rows.
+# fp32: small tiles as in tiles.py, and for the same architectures.
 _32_BIT: dict[str, Tile] = {
     "decode16": Tile(max_rank=32, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=32, num_warps=4, num_stages=2),
     "backward": Tile(BLOCK_M=32, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=32, BLOCK_T=16, num_warps=8, num_stages=3),
 }
 
-TABLES: dict[tuple[str, int], dict[str, Tile]] = {(arch, 2): table for arch, table in _16_BIT.items()} | {
-    (arch, 4): _32_BIT for arch in _16_BIT
+TABLES: dict[tuple[str, int], dict[str, Tile]] = {
+    (arch, itemsize): _16_BIT[arch] if itemsize == 2 else _32_BIT for arch, itemsize in tiles.TABLES
 }
 """(architecture, bytes per element of x) → kind of launch → tile."""
 

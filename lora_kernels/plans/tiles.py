@@ -62,11 +62,10 @@ class Gpu(NamedTuple):
     """The facts about the device that the choice of a plan depends on."""
 
     arch: str
-    """The architecture: "sm_90", "gfx942"."""
+    """The architecture: "sm_90", or AMD's name for it, "gfx942"."""
     multiprocessors: int
-    name: str | None = None
-    """The name that the driver gives the device. Measured plans are kept under it; without a name only the tables are
-    used."""
+    device: torch.device | None = None
+    """The device whose measured plans are used. None: the tables alone."""
 
 
 class Case(NamedTuple):
@@ -92,8 +91,7 @@ class Case(NamedTuple):
 
 # Kinds of launch:
 #   decode16, decode64  redundant forward at M <= 16, <= 64: bound by reading w, so small tiles, and K split
-#   redundant           redundant forward at larger M, no dropout: worth it while R is small against BLOCK_N
-#   tickets             forward by tickets
+#   tickets             forward by tickets, for all other M and ranks
 #   backward            backward by tickets
 #   ..._tma             the same kind with descriptors, for aligned operands
 #   ..._dropout         the same kind with dropout, where the mask asks for another tile
@@ -101,7 +99,6 @@ class Case(NamedTuple):
 
 _DECODE16 = Tile(max_rank=128, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, BLOCK_R=128, num_warps=4, num_stages=3)
 _DECODE64 = Tile(max_rank=64, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=3)
-_REDUNDANT = Tile(max_rank=16, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=16, num_warps=8, num_stages=3)
 _TICKETS = Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=3)
 _BACKWARD = Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, BLOCK_C=128, BLOCK_T=64, num_warps=8, num_stages=3)
 _BACKWARD_SMALL = replace(_BACKWARD, BLOCK_K=64, BLOCK_C=64, BLOCK_T=32)
@@ -110,7 +107,6 @@ _BACKWARD_SMALL = replace(_BACKWARD, BLOCK_K=64, BLOCK_C=64, BLOCK_T=32)
 _SM_80: dict[str, Tile] = {
     "decode16": _DECODE16,
     "decode64": replace(_DECODE64, BLOCK_M=32),
-    "redundant": _REDUNDANT,
     "tickets": _TICKETS,
     "backward": _BACKWARD,
 }
@@ -119,58 +115,38 @@ _SM_86 = _SM_80 | {
     "tickets": replace(_TICKETS, num_stages=2),
     "backward": replace(_BACKWARD, BLOCK_N=32, BLOCK_C=64, BLOCK_T=32),
 }
-# 227 KB of shared memory. wgmma reads operands from it, and descriptors fill it without using registers.
+# 227 KB of shared memory. wgmma, or tcgen05 of sm_100, reads operands from it, and descriptors fill it without using
+# registers.
 _SM_90 = _SM_80 | {
     "decode64": _DECODE64,
-    "redundant_tma": replace(_REDUNDANT, BLOCK_N=256, tma=True),
     "tickets": replace(_TICKETS, num_stages=4),
     "tickets_tma": replace(_TICKETS, BLOCK_N=256, BLOCK_R=32, tma=True),
     "backward": _BACKWARD_SMALL,
     "backward_tma": replace(_BACKWARD, num_stages=4, tma=True),
     "backward_tma_dropout": replace(_BACKWARD_SMALL, num_stages=4, tma=True),
 }
-# As sm_90, with accumulators in tensor memory.
-_SM_100 = _SM_90 | {"tickets_tma": replace(_TICKETS, BLOCK_N=256, tma=True)}
-# As sm_86, with descriptors.
-_SM_120 = _SM_86 | {
-    "tickets_tma": replace(_TICKETS, num_stages=2, tma=True),
-    "backward_tma": replace(_BACKWARD_SMALL, num_stages=2, tma=True),
-}
-# 64 KB of shared memory, and wavefronts of 64.
-_GFX942 = _SM_86 | {
-    "decode16": replace(_DECODE16, num_stages=2),
-    "decode64": replace(_DECODE64, num_stages=2),
-    "redundant": replace(_REDUNDANT, num_stages=2),
-    "backward": replace(_SM_86["backward"], num_stages=2),
-}
 _16_BIT: dict[str, dict[str, Tile]] = {
     "sm_80": _SM_80,
     "sm_86": _SM_86,
-    "sm_90": _SM_90,
-    "sm_100": _SM_100,
-    "sm_120": _SM_120,
-    "gfx942": _GFX942,
     "sm_89": _SM_86,
+    "sm_90": _SM_90,
+    "sm_100": _SM_90,
+    "sm_120": _SM_86,
 }
 
 # fp32 runs on the ordinary cores where its matmul precision is "highest", with operands in registers: small tiles, the
-# same everywhere but on sm_100.
+# same everywhere. There are none for sm_100: before 3.8, Triton puts some products of fp32 onto its tensor cores, in
+# tf32 whatever precision was asked for.
 _32_BIT: dict[str, Tile] = {
     "decode16": Tile(max_rank=32, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=32, num_warps=4, num_stages=2),
     "tickets": Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=4, num_stages=2),
     "backward": Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=64, BLOCK_T=16, num_warps=8, num_stages=3),
 }
-# Before 3.8, Triton puts the products with x under dropout onto sm_100's tensor cores, in tf32 whatever precision was
-# asked for, unless they have fewer than 64 rows: BLOCK_M of tiles of h, BLOCK_C of parts of da.
-_32_BIT_SM_100 = _32_BIT | {
-    "tickets_dropout": replace(_32_BIT["tickets"], BLOCK_M=32),
-    "backward": replace(_32_BIT["backward"], BLOCK_C=32, BLOCK_T=32, num_stages=2),
-}
 
 TABLES: dict[tuple[str, int], dict[str, Tile]] = {(arch, 2): table for arch, table in _16_BIT.items()} | {
-    (arch, 4): _32_BIT_SM_100 if arch == "sm_100" else _32_BIT for arch in _16_BIT
+    (arch, 4): _32_BIT for arch in _16_BIT if arch != "sm_100"
 }
-"""(architecture, bytes per element of x) → kind of launch → tile."""
+"""(architecture, bytes per element of x) → kind of launch → tile. The back-end refuses what is not here."""
 
 _SERVED_BY = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
 """sm_87 has sm_80's shared memory, sm_103 is an sm_100 and sm_121 an sm_120."""
@@ -184,7 +160,7 @@ def resolve(arch: str) -> str | None:
 def find(kind: str, case: Case, arch: str) -> Tile | None:
     """Return the most special entry for a kind of launch, or None where no entry serves this rank."""
     table = TABLES[resolve(arch) or arch, case.itemsize]
-    for name in (f"{kind}_tma_dropout", f"{kind}_tma", f"{kind}_dropout", kind):
+    for name in (f"{kind}_tma_dropout", f"{kind}_tma", kind):
         if ("_tma" in name and not case.aligned) or ("_dropout" in name and not case.dropout) or name not in table:
             continue
         tile = table[name]

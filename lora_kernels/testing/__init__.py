@@ -1,1 +1,1 @@
-"""What tests, bench, `tune` and `doctor` share: the judge of results, timing, tables, descriptions of a machine."""
+"""What tests, bench, `verify` and `doctor` share: the judge of results, timing, tables, descriptions of a machine."""

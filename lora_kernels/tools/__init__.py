@@ -1,1 +1,1 @@
-"""The commands `doctor` and `tune`."""
+"""The commands `doctor` and `verify`."""

@@ -7,16 +7,19 @@ import importlib
 import importlib.util
 import json
 import re
+import warnings
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from lora_kernels.backends import dispatch
+from lora_kernels.backends.cuda import launch
 from lora_kernels.core.operands import Call
 from lora_kernels.testing import machine
 from lora_kernels.testing.names import SHORT
 from lora_kernels.testing.terminal import Terminal, terminal
+from lora_kernels.tools import evidence_here
 
 _COMPILER = (
     "install a C++17 compiler (Debian: apt install g++ python3-dev), then install lora_kernels from source again"
@@ -25,7 +28,6 @@ _NVCC = "install the CUDA toolkit, then install lora_kernels from source again w
 _TRITON = "pip install 'lora_kernels[triton]' (Linux)"
 _TORCH_CUDA = "install a build of torch for your GPU: https://pytorch.org/get-started/locally"
 _DRIVER = "install or load the GPU's driver (nvidia-smi should list the device)"
-_EVIDENCE = "run python -m lora_kernels bench --device cuda on such a GPU"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +54,7 @@ def examine() -> dict[str, Any]:
         "native": _native_cpu(),
         "cuda": _native_cuda(),
         "backends": [_backend(name, devices) for name in dispatch.BACKENDS],
+        "evidence": evidence_here.examine(devices),
     }
     report["missing"] = _missing(report)
     return report
@@ -72,7 +75,8 @@ def _native_cuda() -> dict[str, Any]:
     module = _extension("_cuda")
     if isinstance(module, str):
         return {"built": False, "reason": module}
-    report = {"built": True, **module.build_info()}
+    info = module.build_info()
+    report = {"built": True, **info, "needs_driver": info["driver"]}
     try:
         report["driver"] = f"answers: {len(module.devices())} devices"
     except RuntimeError as error:
@@ -100,25 +104,22 @@ def _backend(name: str, devices: list[torch.device]) -> dict[str, Any]:
                 reasons += refused
                 continue
             serves.setdefault(str(device), []).append(short)
-            if dispatch.pick(call, None).name == name:
+            if _automatic(call) == name:
                 automatic.append(str(device))
     return {
         "name": name,
         "ready": bool(serves),
         "serves": serves,
         "automatic": list(dict.fromkeys(automatic)),
-        "evidence": _evidence(name),
         "reasons": [] if serves else list(dict.fromkeys(map(_without_paths, reasons))),
     }
 
 
-def _evidence(name: str) -> list[str] | None:
-    """Return the GPU architectures on which a back-end has run; None if it is not for GPUs only or cannot be loaded."""
-    try:
-        evidence = getattr(dispatch.load(name), "EVIDENCE", None)
-    except ImportError:
-        return None
-    return None if evidence is None else sorted(evidence)
+def _automatic(call: Call) -> str:
+    """Return the automatic choice. On a GPU where it depends on the check at the first use, that check is made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says what the warnings would
+        return dispatch.automatic(call)
 
 
 def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
@@ -130,14 +131,14 @@ def _missing(report: dict[str, Any]) -> list[dict[str, str]]:
         missing.append(("Triton", _TRITON))
     if not report["cuda"]["built"]:
         missing.append(("CUDA kernels", _NVCC))
+    elif torch.cuda.is_available() and torch.version.hip is None and (fault := launch.driver_fault()):
+        missing.append(("CUDA kernels", fault))
     if not torch.cuda.is_available():
         built_for_gpu = torch.version.cuda is not None or torch.version.hip is not None
         missing.append(
             ("a GPU", _DRIVER if built_for_gpu else f"torch {torch.__version__} is built without CUDA: {_TORCH_CUDA}")
         )
-    for backend in report["backends"]:
-        if backend["evidence"] == []:
-            missing.append((f"evidence for {backend['name']}", _EVIDENCE))
+    missing += evidence_here.missing(report["evidence"])
     return [{"what": what, "how": how} for what, how in missing]
 
 
@@ -154,6 +155,8 @@ def _show(report: dict[str, Any], show: Terminal) -> None:
             state = "ready" if backend["ready"] else "not ready"
             rows.append([backend["name"], state, text] if i == 0 else ["", "", text])
     show.table("Back-ends", ["", "", "serves, or why not"], rows, words=True)
+    if report["evidence"]:
+        show.table("Evidence", ["", "what is known about the GPU"], evidence_here.rows(report["evidence"]), words=True)
     if report["missing"]:
         rows = [[entry["what"], entry["how"]] for entry in report["missing"]]
         show.table("What is missing", ["", "how to get it"], rows, words=True)
@@ -176,8 +179,8 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         facts.append(("CPU kernels", f"not built: {native['reason']}"))
     if cuda["built"]:
-        archs = ", ".join(f"sm_{arch}" for arch in cuda["archs"])
-        facts.append(("CUDA kernels", f"built by nvcc {cuda['nvcc']} for {archs}; driver: {cuda['driver']}"))
+        built = f"built by nvcc {cuda['nvcc']} for {cuda['arch']}; needs driver {cuda['needs_driver']} or later"
+        facts.append(("CUDA kernels", f"{built}; driver: {cuda['driver']}"))
     else:
         facts.append(("CUDA kernels", f"not built: {cuda['reason']}"))
     return facts
@@ -186,14 +189,6 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _verdict(backend: dict[str, Any]) -> list[str]:
     lines = list(backend["reasons"])
     for device, dtypes in backend["serves"].items():
-        chosen = (
-            ", the automatic choice"
-            if device in backend["automatic"]
-            else ", by name"
-            if backend["evidence"] == []
-            else ""
-        )
+        chosen = ", the automatic choice" if device in backend["automatic"] else ""
         lines.append(f"{device}: {', '.join(dtypes)}{chosen}")
-    if backend["evidence"] is not None:
-        lines.append(f"has run on {', '.join(backend['evidence'])}" if backend["evidence"] else "not yet run on a GPU")
     return lines

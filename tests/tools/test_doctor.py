@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.fake_gpu import CPU, IDENTITY, backend, call, fake_gpu, restart
 from support.paths import ROOT
 
 import lora_kernels
 from lora_kernels.__main__ import main
 from lora_kernels.backends import dispatch
+from lora_kernels.evidence import file, find
+from lora_kernels.evidence.file import Evidence, Timing, Verdict
 from lora_kernels.tools import doctor
 
 
@@ -57,6 +61,22 @@ def test_missing_extensions_are_reported_with_a_way_to_get_them(monkeypatch, cap
     assert "not built" in capsys.readouterr().out
 
 
+def test_a_driver_that_is_too_old_for_the_cuda_kernels_is_told_with_the_way_out(monkeypatch):
+    module = SimpleNamespace(
+        build_info=lambda: {"nvcc": "13.0", "arch": "sm_90a", "driver": "580", "sources": "abc"},
+        devices=list,
+    )
+    monkeypatch.setitem(sys.modules, "lora_kernels._cuda", module)
+    report = doctor.examine()
+    assert not any(entry["what"] == "CUDA kernels" for entry in report["missing"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12040, raising=False)
+    told = {entry["what"]: entry["how"] for entry in doctor._missing(report)}
+    assert "needs driver 580 or later" in told["CUDA kernels"] and "CUDA_HOME" in told["CUDA kernels"]
+    text = dict(doctor._facts(report))["CUDA kernels"]
+    assert text == "built by nvcc 13.0 for sm_90a; needs driver 580 or later; driver: answers: 0 devices"
+
+
 @pytest.mark.parametrize(
     ("text", "left"),
     [
@@ -67,3 +87,37 @@ def test_missing_extensions_are_reported_with_a_way_to_get_them(monkeypatch, cap
 )
 def test_absolute_paths_are_cut(text, left):
     assert doctor._without_paths(text) == left
+
+
+def test_what_is_known_about_a_gpu_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(dispatch, "BACKENDS", ("triton", "composite", "eager"))
+    cache = tmp_path / ".cache"
+    with fake_gpu(cache, backend("triton"), backend("composite")):
+        verdicts = {
+            "composite forward r16 bfloat16+bfloat16": Verdict("right", "", "2026-11-27"),
+            "triton forward r16 bfloat16+bfloat16": Verdict("right", "", "2026-11-28"),
+            "triton backward r16 bfloat16+bfloat16": Verdict("stuck", "at the tickets", "2026-11-28"),
+        }
+        find.add(CPU, verdicts, {file.bucket_of(call()): Timing(1e-3, {}, "2026-11-26")})
+        stale = tmp_path / "old.json"
+        file.add(stale, Evidence(IDENTITY._replace(driver="535")))
+        monkeypatch.setenv(find.VARIABLE, str(stale))
+        restart()
+        assert main(["doctor"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        report = doctor.examine()
+    assert "~/.cache/lora_kernels/evidence-fake-gpu-132.json, last written on 2026-11-28" in text
+    assert "triton: 1 classes of kernels right, 1 not" in text and "1 passes timed, 0 plans measured" in text
+    assert "not used: triton backward r16 bfloat16+bfloat16: stuck: at the tickets" in text
+    assert "old.json does not hold here: driver 535 then, 580.65 now" in text
+    assert not any("evidence" in entry["what"] for entry in report["missing"])
+    assert str(tmp_path) not in json.dumps(report)
+
+
+def test_a_gpu_without_times_is_missing_evidence_and_verify_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(dispatch, "BACKENDS", ("composite", "eager"))
+    with fake_gpu(tmp_path, backend("composite")):
+        report = doctor.examine()
+    assert {"what": "evidence for Fake GPU", "how": "run python -m lora_kernels verify"} in report["missing"]
+    assert next(entry for entry in report["backends"] if entry["name"] == "composite")["automatic"] == ["cpu"]

@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from support import llama_run
 from support.paths import ROOT
 
 from benchmarks import endurance
 from lora_kernels.bench import run as bench
 from lora_kernels.bench.shapes import NAMED
-from lora_kernels.evidence import file
+from lora_kernels.evidence import file, identity
 from lora_kernels.evidence.file import Evidence, Verdict
 from lora_kernels.testing.watch import STUCK
 
@@ -52,9 +53,9 @@ def results(out: Path) -> dict[str, str]:
     return {row["section"]: row["result"] for row in rows if row["result"] != "nothing to do"}
 
 
-def put_evidence(path: Path, verdicts: dict[str, str]) -> None:
+def put_evidence(path: Path, verdicts: dict[str, str], sources: str = "abc") -> None:
     """Write a file of evidence with these verdicts, as `verify` does."""
-    here = file.Identity("Fake GPU", "sm_90", 132, "580", "2.13", "3.7.1", "12.8", "abc", None)
+    here = llama_run.IDENTITY._replace(sources=sources)
     file.add(path, Evidence(here, {key: Verdict(result, "", "2026-11-28") for key, result in verdicts.items()}))
 
 
@@ -160,6 +161,16 @@ def test_a_backend_without_a_right_class_is_not_called_again(tmp_path):
     assert json.loads((out / "check.json").read_text())["verdicts"] == verdicts
     assert f"reads {out / 'evidence.json'}" in (out / "log.txt").read_text()
     assert sorted(path.name for path in out.iterdir()) == ["check.json", "evidence.json", "log.txt"], "no lock is left"
+
+
+def test_an_earlier_run_counts_with_the_same_kernels_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_EVIDENCE", str(tmp_path / "b.json"))
+    check = gpu_run.Check(tmp_path / "out", 300)
+    assert check.broken() == set()
+    put_evidence(tmp_path / "b.json", {"cuda forward tickets x": "stuck"}, identity.source_hash())
+    assert check.broken() == {"cuda"}
+    put_evidence(tmp_path / "b.json", {"cuda forward tickets x": "stuck"}, "other kernels")
+    assert check.broken() == set()
 
 
 def test_a_stuck_command_is_run_again(tmp_path):
@@ -355,6 +366,15 @@ def _parse(kind: str, words: str) -> None:
     if kind == "bench":
         bench.add_arguments(parser)
     parser.parse_args(words.split(f"{kind} ", 1)[1].split())
+
+
+def test_verify_takes_its_words(tmp_path):
+    options = pytest.importorskip("lora_kernels.tools.verify.options", reason="this checkout has no verify")
+    for name in ("verify", "tune"):
+        (words,) = commands(gpu_run.Check(tmp_path, 300))[name]
+        options.add_arguments(parser := argparse.ArgumentParser())
+        args = parser.parse_args(words.split("verify ", 1)[1].split())
+        assert not isinstance(options.wanted(args), str)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,6 @@ cudaError_t launch_tiling(const P& p, int blocks, cudaStream_t stream) {
   switch (padded_rank(p.R)) {
     case 16:
       return launch_rank<T, BN, 16, CLUSTER>(p, blocks, stream);
-    case 32:
-      return launch_rank<T, BN, 32, CLUSTER>(p, blocks, stream);
     case 64:
       return launch_rank<T, BN, 64, CLUSTER>(p, blocks, stream);
     default:

@@ -58,12 +58,17 @@ __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Arrives after this thread's ordinary accesses to its block's shared memory, also as the other block sees them. The
-// fence orders shared memory alone; .release.cluster on the arrival would wait for all of memory.
+// fence orders shared memory alone. Before CUDA 12.8 there is no such fence, and .release.cluster on the arrival waits
+// for all of memory.
 __device__ __forceinline__ void barrier_arrive_cluster_release(uint32_t barrier) {
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
   asm volatile(
       "fence.release.sync_restrict::shared::cta.cluster;\n"
       "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
       : "memory");
+#else
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
 }
 // Waits, and then sees what threads of another block did before they arrived or sent.
 __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {

@@ -12,11 +12,11 @@ parts that are added in a fixed order. So results have the same bits in every ru
 captured in a CUDA graph and replayed.
 
 A list of layers over one x is one set of launches: x is read from memory once in a forward and once in the low-rank
-half of a backward, and dx₀ is written once. Lists of more than four layers, of ranks whose sum is above 192, or of
-gradients that are not the same for every layer are served in pieces.
+half of a backward, and dx₀ is written once. A list of more than three layers, of ranks whose sum is above 192
+(above 96 for an x in fp32), or of layers that are asked for different gradients is served in pieces.
 
-Operands may have any strides. Where the adapters are fp32 beside an x in 16 bits, h and g stay in fp32. A quantised w is
-dequantised by one more launch, for the length of the call; a backward without dx skips it.
+Operands may have any strides. Where the adapters are fp32 beside an x in 16 bits, h and g stay in fp32. A quantised w
+is dequantised by one more launch, for the length of the call; a backward without dx skips it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ try:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         raise ImportError(f"Triton {triton.__version__} is too old")
     from lora_kernels.backends.composite import backward_pass, forward_pass
-    from lora_kernels.backends.triton.device import find_target
+    from lora_kernels.backends.triton.device import Target, find_target
     from lora_kernels.backends.triton.launch import mask_launch
     from lora_kernels.backends.triton.quant import dense
 except ImportError as error:
@@ -84,9 +84,9 @@ def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_
     with target.guard():
         for (_, b, *_), save in zip(adapters, save_h, strict=True):
             N, R = b.shape
-            ys.append(torch.empty(M, N, dtype=x.dtype, device=x.device))
-            hs.append(torch.empty(M, R, dtype=b.dtype, device=x.device) if save else None)
-        for piece in _pieces(adapters):
+            ys.append(x.new_empty(M, N))
+            hs.append(b.new_empty(M, R) if save else None)
+        for piece in _pieces(target, x.dtype, adapters):
             forward_pass.low_rank(target.gpu, x, bases[piece], adapters[piece], ys[piece], hs[piece])
         for y, (w, _) in zip(ys, bases, strict=True):
             y.addmm_(x, _dense(w, x.dtype).t())
@@ -104,14 +104,15 @@ def backward(
     dbs: list[Tensor | None] = []
     with target.guard():
         for (a, b, *_), need_da, need_db in zip(adapters, needs.da, needs.db, strict=True):
-            das.append(torch.empty(a.shape, dtype=a.dtype, device=a.device) if need_da else None)
-            dbs.append(torch.empty(b.shape, dtype=b.dtype, device=b.device) if need_db else None)
-        for piece in _pieces(adapters, list(zip(needs.da, needs.db, strict=True))):
+            (R, K), N = a.shape, b.shape[0]
+            das.append(a.new_empty(R, K) if need_da else None)
+            dbs.append(b.new_empty(N, R) if need_db else None)
+        for piece in _pieces(target, dys[0].dtype, adapters, list(zip(needs.da, needs.db, strict=True))):
             if not (needs.dx or needs.da[piece.start] or needs.db[piece.start]):
                 continue
             part = None
             if needs.dx:
-                part = torch.empty(dys[0].shape[0], adapters[0].a.shape[1], dtype=dys[0].dtype, device=dys[0].device)
+                part = dys[0].new_empty(dys[0].shape[0], adapters[0].a.shape[1])
             operands = dys[piece], x, adapters[piece], hs[piece]
             backward_pass.low_rank(target.gpu, *operands, part, das[piece], dbs[piece])
             dx = part if dx is None or part is None else dx.add_(part)
@@ -138,17 +139,18 @@ def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return w if isinstance(w, Tensor) else dense(w, dtype)
 
 
-def _pieces(adapters: Sequence[Adapter], needs: Sequence[tuple[bool, bool]] = ()) -> Iterator[slice]:
+def _pieces(
+    target: Target, dtype: torch.dtype, adapters: Sequence[Adapter], needs: Sequence[tuple[bool, bool]] = ()
+) -> Iterator[slice]:
     """Yield the parts of a list of layers that one set of launches serves, in order. Within a part all `needs` are the
     same, where they are given."""
+    limit = tiles.max_rank_of_list(target.gpu.arch, dtype.itemsize)
     start, largest = 0, 0
     for i, adapter in enumerate(adapters):
-        block = tiles.block_r(adapter.a.shape[0])
-        together = max(largest, block) * (i - start + 1)
-        if i > start and (
-            i - start == tiles.MAX_LAYERS or together > tiles.MAX_RANK_OF_LIST or needs and needs[i] != needs[start]
-        ):
+        larger, count = max(largest, tiles.block_r(adapter.a.shape[0])), i - start + 1
+        fits = count <= tiles.MAX_LAYERS and larger * count <= limit and (not needs or needs[i] == needs[start])
+        if count > 1 and not fits:
             yield slice(start, i)
-            start, largest = i, 0
-        largest = max(largest, block)
+            start, larger = i, tiles.block_r(adapter.a.shape[0])
+        largest = larger
     yield slice(start, len(adapters))

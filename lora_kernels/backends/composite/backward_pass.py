@@ -12,7 +12,6 @@ from torch import Tensor
 from lora_kernels.backends.composite import tiles
 from lora_kernels.backends.composite.kernels.backward import add_parts, pass_over_dy, pass_over_x
 from lora_kernels.backends.composite.layout import (
-    Frame,
     Layout,
     block_arguments,
     down_frame,
@@ -22,7 +21,7 @@ from lora_kernels.backends.composite.layout import (
     seeds_of,
     tile_of,
 )
-from lora_kernels.backends.triton.device import cdiv
+from lora_kernels.backends.triton.device import Frame, cdiv
 from lora_kernels.core.dropout import rescale, threshold
 from lora_kernels.core.operands import Adapter, MaybeTensors, Tensors
 from lora_kernels.plans.tiles import Gpu
@@ -71,16 +70,17 @@ def low_rank(
     strides = [
         (*ai.stride(), *bi.stride(), *dy.stride(), *hi.stride()) for ai, bi, dy, hi in zip(a, b, dys, h, strict=True)
     ]
-    layout = layout_of(gpu, dys[0], x.stride(), adapters, strides)
+    layout = layout_of(gpu, dys[0], x, adapters, strides)
     frames = _frames(layout, wanted)
-    part = torch.empty(frames.floats, dtype=torch.float32, device=x.device)
+    part = x.new_empty(frames.floats, dtype=torch.float32)
     if frames.over_dy is not None:
         frames.over_dy.run(dy=tuple(dys), b=b, h=h, part=part)
     for down, dy, each in zip(frames.downs, dys, b, strict=False):
         down.run(x=dy, a=(each,), part=part, seed=(dy,))
     if wanted.g:
-        g = torch.empty(len(dys), layout.M, frames.rank, dtype=b[0].dtype, device=x.device)
-        sums, factors = g.unbind(0), scale
+        g = b[0].new_empty(len(dys), layout.M, frames.rank)
+        sums: tuple[Tensor | None, ...] = g.unbind(0)
+        factors = scale
         if wanted.db:
             sums, factors = (*sums, *dbs), (*scale, *scale)
     else:
@@ -95,7 +95,7 @@ def low_rank(
 @functools.lru_cache(maxsize=4096)
 def _frames(layout: Layout, wanted: Wanted) -> Frames:
     M, K, N, R, layers = layout.M, layout.K, layout.N, layout.R, len(layout.N)
-    ar, ak, bn, br, dym, dyn, hm, hr = layout.strides
+    _, _, bn, br, dym, dyn, hm, hr = layout.strides
     both = wanted.g and wanted.db and layout.block_r <= tiles.MAX_BOTH
     sums: list[_Sum] = []
     rows, downs = 0, []
@@ -143,8 +143,8 @@ def _frames(layout: Layout, wanted: Wanted) -> Frames:
     over_x, splits = _over_x(layout, wanted)
     add_da = None
     if wanted.da:
-        add_da = _add(layout, [_Sum(i * splits * K, splits, K, R[i], (1, K)) for i in range(layers)])
-        add_da.arguments["factor"] = tuple(map(rescale, layout.p))
+        factor = tuple(map(rescale, layout.p))
+        add_da = _add(layout, [_Sum(i * splits * K, splits, K, R[i], (1, K)) for i in range(layers)], factor=factor)
         rows = max(rows, layers * splits * K)
     return Frames(rows * layout.rank, layout.rank, over_dy, tuple(downs), _add(layout, sums), over_x, add_da)
 
@@ -152,7 +152,7 @@ def _frames(layout: Layout, wanted: Wanted) -> Frames:
 def _over_x(layout: Layout, wanted: Wanted) -> tuple[tuple[Frame, ...], int]:
     """Return the launches of the pass over x, and the number of parts of each da. A rank of several chunks takes one
     launch for dx and one for da."""
-    tile = tile_of(layout, tiles.OVER_X)
+    tile = tile_of(layout, tiles.OVER_X if len(layout.N) == 1 else tiles.OVER_X_OF_LIST)
     ar, ak, *_ = layout.strides
     cols = cdiv(layout.K, tile.BLOCK_C)
     blocks, splits = tiles.split(layout.M, tile.BLOCK_M, cols, layout.gpu.multiprocessors)
@@ -197,7 +197,7 @@ class _Sum(NamedTuple):
     """The strides of the result, as if it were [C, R]."""
 
 
-def _add(layout: Layout, sums: Sequence[_Sum]) -> Frame:
+def _add(layout: Layout, sums: Sequence[_Sum], **factor: tuple[float, ...]) -> Frame:
     programs = [cdiv(each.C, tiles.SUM_C) * layout.chunks for each in sums]
     first, parts, C, R, strides = zip(*sums, strict=True)
     stride_oc, stride_or = zip(*strides, strict=True)
@@ -212,5 +212,6 @@ def _add(layout: Layout, sums: Sequence[_Sum]) -> Frame:
         "BLOCK_C": tiles.SUM_C,
         "BLOCK_R": layout.block_r,
         "CHUNKS": layout.chunks,
+        **factor,
     }
     return Frame(add_parts, sum(programs), arguments, {"num_warps": tiles.SUM_WARPS, "num_stages": 2})

@@ -12,7 +12,6 @@ from torch import Tensor
 from lora_kernels.backends.composite import tiles
 from lora_kernels.backends.composite.kernels.forward import up
 from lora_kernels.backends.composite.layout import (
-    Frame,
     Layout,
     block_arguments,
     down_frame,
@@ -22,7 +21,7 @@ from lora_kernels.backends.composite.layout import (
     seeds_of,
     tile_of,
 )
-from lora_kernels.backends.triton.device import cdiv
+from lora_kernels.backends.triton.device import Frame, cdiv
 from lora_kernels.core.dropout import rescale
 from lora_kernels.core.operands import Adapter, Base, MaybeTensors, Tensors
 from lora_kernels.plans.tiles import Gpu
@@ -44,25 +43,25 @@ def low_rank(
         (*a.stride(), *b.stride(), 0 if bias is None else bias.stride(0))
         for (a, b, *_), (_, bias) in zip(adapters, bases, strict=True)
     ]
-    frames = _frames(layout_of(gpu, x, x.stride(), adapters, strides))
-    part = torch.empty(frames.floats, dtype=torch.float32, device=x.device)
+    has_bias = tuple([base.bias is not None for base in bases])
+    save_h = tuple([h is not None for h in hs])
+    frames = _frames(layout_of(gpu, x, x, adapters, strides), has_bias, save_h)
+    part = x.new_empty(frames.floats, dtype=torch.float32)
     a, b, scale, _, seed = zip(*adapters, strict=True)
     frames.down.run(x=x, a=a, part=part, seed=seeds_of(seed, x))
     # The kernel does not use what a layer lacks, but every argument needs a tensor of the right type.
     frames.up.run(
         part=part,
         b=b,
-        bias=tuple(y if base.bias is None else base.bias for y, base in zip(ys, bases, strict=True)),
-        h=tuple(like if h is None else h for h, like in zip(hs, b, strict=True)),
+        bias=tuple([y if base.bias is None else base.bias for y, base in zip(ys, bases, strict=True)]),
+        h=tuple([like if h is None else h for h, like in zip(hs, b, strict=True)]),
         y=tuple(ys),
         scale=scale,
-        save_h=tuple(int(h is not None) for h in hs),
-        has_bias=tuple(int(base.bias is not None) for base in bases),
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _frames(layout: Layout) -> Frames:
+def _frames(layout: Layout, has_bias: tuple[bool, ...], save_h: tuple[bool, ...]) -> Frames:
     M, N, layers = layout.M, layout.N, len(layout.N)
     ar, ak, bn, br, bias = layout.strides
     down, rows = down_frame(layout, layout.K, layout.x_strides, (ar, ak), layout.R, 0, layout.dropout)
@@ -78,6 +77,8 @@ def _frames(layout: Layout) -> Frames:
         "N": N,
         "R": layout.R,
         "c": tuple(map(rescale, layout.p)),
+        "save_h": tuple(map(int, save_h)),
+        "has_bias": tuple(map(int, has_bias)),
         "splits": down.arguments["splits"],
         "steps": tuple(steps for steps, _ in ways),
         "ranges": tuple(ranges for _, ranges in ways),

@@ -1,7 +1,8 @@
-"""What the launches of a list of layers have in common: the layout of the operands, and the arguments that follow from it."""
+"""What the launches of a list of layers have in common: the layout of the operands, and what follows from it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lora_kernels.backends.composite import tiles
 from lora_kernels.backends.composite.kernels.forward import down
-from lora_kernels.backends.triton.device import Launch, cdiv
+from lora_kernels.backends.triton.device import Frame, cdiv
 from lora_kernels.backends.triton.launch import precision_of
 from lora_kernels.core.dropout import threshold
 from lora_kernels.core.operands import Adapter
@@ -28,7 +29,7 @@ class Layout(NamedTuple):
     strides: tuple[tuple[int, ...], ...]
     """The strides of the operands, each as a tuple with one entry for every layer, in the order of the kernels'
     arguments."""
-    x_strides: tuple[int, int]
+    x_strides: tuple[int, ...]
     p: tuple[float, ...]
     dtypes: tuple[torch.dtype, torch.dtype]
     """The dtypes of x and of the adapters."""
@@ -36,10 +37,12 @@ class Layout(NamedTuple):
 
     @property
     def block_r(self) -> int:
+        """The BLOCK_R that all layers share."""
         return max(tiles.block_r(R) for R in self.R)
 
     @property
     def chunks(self) -> int:
+        """The number of blocks of the rank. A list of several layers has one."""
         return cdiv(max(self.R), self.block_r)
 
     @property
@@ -49,33 +52,27 @@ class Layout(NamedTuple):
 
     @property
     def dropout(self) -> bool:
+        """Whether any layer has dropout."""
         return any(self.p)
 
 
-class Frame(NamedTuple):
-    """The part of a launch that all calls of one layout share."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    """All arguments but the tensors and the scales."""
-    options: dict[str, int]
-
-    def run(self, **tensors: Any) -> None:
-        """Launch with the other arguments, on the current device and stream."""
-        Launch(self.kernel, self.programs, self.arguments | tensors, self.options).run()
-
-
 def layout_of(
-    gpu: Gpu, rows: Tensor, x_strides: tuple[int, int], adapters: Sequence[Adapter], strides: Sequence[tuple[int, ...]]
+    gpu: Gpu, rows: Tensor, x: Tensor, adapters: Sequence[Adapter], strides: Sequence[tuple[int, ...]]
 ) -> Layout:
-    """Return the layout of a list; `rows` is x or a dy, and `strides` has the strides of every operand of each layer."""
+    """Return the layout of a list. `rows` is x or a dy; `strides` has the strides of every operand, for each layer."""
     dtypes = rows.dtype, adapters[0].a.dtype
-    return Layout(
-        gpu, rows.shape[0], adapters[0].a.shape[1], tuple(b.shape[0] for _, b, *_ in adapters),
-        tuple(a.shape[0] for a, *_ in adapters), tuple(zip(*strides, strict=True)), x_strides,
-        tuple(adapter.p for adapter in adapters), dtypes, _precision(gpu, *dtypes),
-    )  # fmt: skip
+    layers = tuple([(a.shape, b.shape[0], p) for a, b, _, p, _ in adapters])
+    return _layout(gpu, rows.shape[0], layers, x.stride(), tuple(strides), dtypes, _precision(gpu, *dtypes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(
+    gpu: Gpu, M: int, layers: tuple[tuple[torch.Size, int, float], ...], x_strides: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, torch.dtype], precision: str,
+) -> Layout:  # fmt: skip
+    a, N, p = zip(*layers, strict=True)
+    by_operand = tuple(zip(*strides, strict=True))
+    return Layout(gpu, M, a[0][1], N, tuple(shape[0] for shape in a), by_operand, x_strides, p, dtypes, precision)
 
 
 def _precision(gpu: Gpu, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
@@ -87,7 +84,7 @@ def _precision(gpu: Gpu, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
 
 
 def down_frame(
-    layout: Layout, K: int, x_strides: tuple[int, int], a_strides: tuple[tuple[int, ...], tuple[int, ...]],
+    layout: Layout, K: int, x_strides: tuple[int, ...], a_strides: tuple[tuple[int, ...], tuple[int, ...]],
     R: tuple[int, ...], first: int, dropout: bool,
 ) -> tuple[Frame, int]:  # fmt: skip
     """Return the frame of `down` for an x of K columns and the layers of ranks R, and the rows of its parts."""
@@ -135,7 +132,7 @@ def ends_of(programs: Sequence[int]) -> tuple[int, ...]:
 
 
 def seeds_of(seeds: Sequence[Tensor | None], other: Tensor) -> tuple[Tensor, ...]:
-    """Return one tensor to each layer. A layer without dropout takes the seed of another, and a threshold of 0 keeps all
-    of its x. Without any dropout the kernels read no seed, but the argument needs a tensor."""
+    """Return one tensor to each layer. A layer without dropout takes the seed of another, and a threshold of 0 keeps
+    all of its x. Without any dropout the kernels read no seed, but the argument needs a tensor."""
     some = next((seed for seed in seeds if seed is not None), other)
     return tuple(some if seed is None else seed for seed in seeds)

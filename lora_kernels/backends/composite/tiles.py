@@ -21,8 +21,9 @@ class Tile:
     num_stages: int
 
 
-DOWN, UP, OVER_DY, OVER_X = "down", "up", "over_dy", "over_x"
-"""The kernels that have tiles: `forward.down`, `forward.up`, `backward.pass_over_dy` and `backward.pass_over_x`."""
+DOWN, UP, OVER_DY, OVER_X, OVER_X_OF_LIST = "down", "up", "over_dy", "over_x", "over_x_of_list"
+"""The kernels that have tiles: `forward.down`, `forward.up`, `backward.pass_over_dy`, and `backward.pass_over_x` of one
+layer and of a list of several."""
 
 MANY, FEW = "many", "few"
 """The tables for any number of rows, and for at most `FEW_ROWS`."""
@@ -33,13 +34,11 @@ SUM_C, SUM_WARPS = 32, 4
 
 MAX_BLOCK_R = 128
 """A larger rank is computed in chunks of this size."""
-MAX_BOTH = 64
+MAX_BOTH = 32
 """Up to this BLOCK_R one pass over dy makes both g and db. Above it the parts of g, of which there is one to each block
-of columns, would take more memory traffic than a second pass over dy."""
-MAX_LAYERS = 4
-MAX_RANK_OF_LIST = 192
-"""A launch serves lists up to so many layers and so large a sum of their BLOCK_R: every program of the pass over x holds
-a tile of each da. Longer lists are served in pieces."""
+of columns, would take as much memory traffic as a second pass over dy."""
+MAX_LAYERS = 3
+"""The longest list that one set of launches serves. Longer lists are served in pieces."""
 
 Tables = dict[str, dict[str, dict[int, Tile]]]
 """Tiles by number of rows, kernel and BLOCK_R."""
@@ -47,15 +46,17 @@ Tables = dict[str, dict[str, dict[int, Tile]]]
 MATRIX: Tables = {
     MANY: {
         DOWN: {16: Tile(128, 64, 8, 3), 32: Tile(64, 64, 8, 3), 64: Tile(64, 64, 8, 3), 128: Tile(64, 64, 8, 2)},
-        UP: {16: Tile(64, 128, 4, 2), 32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 4, 2)},
-        OVER_DY: {16: Tile(32, 256, 8, 3), 32: Tile(32, 256, 8, 3), 64: Tile(32, 256, 8, 3), 128: Tile(32, 128, 8, 2)},
-        OVER_X: {16: Tile(32, 64, 4, 3), 32: Tile(32, 64, 4, 3), 64: Tile(32, 64, 8, 3), 128: Tile(32, 32, 4, 2)},
+        UP: {16: Tile(64, 128, 4, 2), 32: Tile(64, 128, 8, 2), 64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2)},
+        OVER_DY: {16: Tile(32, 256, 8, 3), 32: Tile(32, 256, 8, 3), 64: Tile(32, 128, 8, 3), 128: Tile(32, 128, 8, 3)},
+        OVER_X: {16: Tile(32, 64, 4, 3), 32: Tile(32, 64, 4, 3), 64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2)},
+        OVER_X_OF_LIST: {16: Tile(32, 32, 8, 2), 32: Tile(16, 32, 8, 2), 64: Tile(32, 32, 8, 3)},
     },
     FEW: {
         DOWN: {16: Tile(16, 128, 4, 3), 32: Tile(16, 128, 4, 3), 64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 2)},
         UP: {16: Tile(16, 128, 4, 2), 32: Tile(16, 128, 4, 2), 64: Tile(16, 128, 4, 2), 128: Tile(16, 64, 4, 2)},
         OVER_DY: {16: Tile(16, 64, 4, 2), 32: Tile(16, 64, 4, 2), 64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 8, 2)},
-        OVER_X: {16: Tile(16, 64, 4, 2), 32: Tile(16, 64, 4, 2), 64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 8, 2)},
+        OVER_X: {16: Tile(16, 64, 4, 1), 32: Tile(16, 64, 4, 1), 64: Tile(16, 64, 4, 1), 128: Tile(16, 64, 8, 1)},
+        OVER_X_OF_LIST: {16: Tile(16, 32, 4, 1), 32: Tile(16, 16, 4, 1), 64: Tile(16, 32, 8, 1)},
     },
 }
 """The tiles for products that the matrix units of a GPU compute: those of an x in 16 bits, from sm_80 and on gfx9."""
@@ -68,24 +69,37 @@ FAMILIES: dict[str, dict[str, dict[int, Tile]]] = {
 
 ORDINARY: Tables = {
     MANY: {
-        DOWN: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 2)},
-        UP: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 4, 1), 128: Tile(32, 32, 4, 1)},
+        DOWN: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 1)},
+        UP: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1)},
         OVER_DY: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 8, 2), 128: Tile(16, 32, 8, 2)},
-        OVER_X: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 8, 2), 64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1)},
+        OVER_X: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 8, 2), 64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1)},
+        OVER_X_OF_LIST: {16: Tile(32, 32, 8, 1), 32: Tile(32, 16, 8, 1), 64: Tile(32, 16, 8, 1)},
     },
     FEW: {
-        DOWN: {16: Tile(16, 32, 4, 2), 32: Tile(16, 32, 4, 2), 64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2)},
-        UP: {16: Tile(16, 64, 4, 2), 32: Tile(16, 64, 4, 2), 64: Tile(16, 64, 4, 1), 128: Tile(16, 32, 4, 1)},
+        DOWN: {16: Tile(16, 32, 4, 2), 32: Tile(16, 32, 4, 2), 64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 8, 1)},
+        UP: {16: Tile(16, 64, 4, 2), 32: Tile(16, 64, 4, 2), 64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1)},
         OVER_DY: {16: Tile(16, 32, 4, 2), 32: Tile(16, 32, 4, 2), 64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 8, 2)},
-        OVER_X: {16: Tile(16, 32, 4, 2), 32: Tile(16, 32, 4, 2), 64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1)},
+        OVER_X: {16: Tile(16, 32, 4, 1), 32: Tile(16, 32, 4, 1), 64: Tile(16, 16, 4, 1), 128: Tile(16, 16, 8, 1)},
+        OVER_X_OF_LIST: {16: Tile(16, 16, 4, 1), 32: Tile(16, 16, 4, 1), 64: Tile(16, 16, 8, 1)},
     },
 }
-"""The tiles for products that ordinary instructions may compute: those of an x in fp32, and all on sm_75 and gfx1x. They
-take more registers."""
+"""The tiles for products that ordinary instructions may compute: those of an x in fp32, and all on sm_75 and
+gfx1x. They take more registers."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """The number of programs that a launch should have at least, for each multiprocessor: enough loads are under way then,
 and a larger number costs more parts."""
+
+
+def uses_matrix_units(arch: str, itemsize: int) -> bool:
+    """Return whether `MATRIX` serves an x whose elements have `itemsize` bytes."""
+    return itemsize == 2 and arch != "sm_75" and not arch.startswith("gfx1")
+
+
+def max_rank_of_list(arch: str, itemsize: int) -> int:
+    """Return the largest sum of the BLOCK_R of a list that one set of launches serves: a program of the pass over x
+    holds a tile of each da."""
+    return 192 if uses_matrix_units(arch, itemsize) else 96
 
 
 def block_r(R: int) -> int:
@@ -95,7 +109,7 @@ def block_r(R: int) -> int:
 
 def tile_of(kernel: str, arch: str, itemsize: int, M: int, BLOCK_R: int) -> Tile:
     """Return the tile of a kernel for M rows of an x whose elements have `itemsize` bytes."""
-    if itemsize == 4 or arch == "sm_75" or arch.startswith("gfx1"):
+    if not uses_matrix_units(arch, itemsize):
         return ORDINARY[rows_of(M)][kernel][BLOCK_R]
     if rows_of(M) == MANY:
         for family, table in FAMILIES.items():

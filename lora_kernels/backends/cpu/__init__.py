@@ -61,7 +61,7 @@ def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_
         x = x.contiguous()
     hs: list[Tensor | None] = []
     for (a, *_), save in zip(adapters, save_h, strict=True):
-        hs.append(x.new_empty(x.shape[0], a.shape[0]) if save else None)
+        hs.append(a.new_empty(x.shape[0], a.shape[0]) if save else None)
     ys, in_launch = [], []
     for w, _ in bases:
         y, launched = quant.start(x, w) if isinstance(w, QuantizedWeight) else gemm.start(x, w)

@@ -1,8 +1,8 @@
 """Hand-written kernels for Hopper (sm_90a): one launch forward, one launch backward. Not yet run on a GPU.
 
 Each launch is persistent and warp-specialised: TMA loads, wgmma, and work items that blocks claim by an atomic ticket
-(csrc/cuda/sm90). Blocks work in pairs that load w for each other where a rule, or ``python -m lora_kernels tune
---backend cuda``, says so. Calls with M up to 64 and no dropout take a kernel that splits K and streams w once.
+(csrc/cuda/sm90). Blocks work in pairs that load w for each other where a rule, or ``python -m lora_kernels verify
+--tune``, says so. Calls with M up to 64 and no dropout take a kernel that splits K and streams w once.
 
 x, w and dy are read through tensor maps. A tensor whose last stride is not 1, or whose rows or base address are not
 multiples of 16 bytes, is copied first. a and b are read with any row stride and alignment; where they are fp32, or
@@ -49,8 +49,11 @@ def why_not(call: Call) -> list[str]:
     except ImportError as error:
         reasons.append(
             f"the extension lora_kernels._cuda is not there ({error}): "
-            "install from source with LORA_KERNELS_CUDA=1 and nvcc 13.0 or later"
+            "install from source with LORA_KERNELS_CUDA=1 and nvcc 12.4 or later"
         )
+    else:
+        if not reasons and (fault := launch.driver_fault()):
+            reasons.append(fault)
     if call.dtype not in _DTYPES:
         reasons.append(f"serves fp16 and bf16, not {call.dtype}")
     if call.adapter_dtype not in (call.dtype, torch.float32):
@@ -80,7 +83,7 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
     h = x.new_empty(M, adapter.a.shape[0]) if save_h else None
     if M > 0:
         launch.launch_forward(_plan("forward", M, base, adapter), x, base, adapter, y, h)
-    return y, h
+    return y, None if h is None else h.to(adapter.a.dtype)
 
 
 def _backward(
@@ -93,6 +96,7 @@ def _backward(
     db = (b.new_empty if M else b.new_zeros)(b.shape) if need_db else None
     if M > 0 and (need_dx or need_da or need_db):
         plan = _plan("backward", M, base, adapter)
+        h = None if h is None else h.to(dy.dtype)  # the kernels keep h in x's dtype
         launch.launch_backward(plan, dy, x, base, adapter, h, GradientBuffers(dx, da, db))
     return dx, da, db
 
@@ -116,9 +120,4 @@ def base_gemm(x: Tensor, w: Tensor) -> Tensor:
 def _plan(op: str, M: int, base: Base, adapter: Adapter) -> Sm90Plan:
     w, a = base.w, adapter.a
     N, K = w.shape
-    return choose.sm90_plan(op, Case((w.dtype, a.dtype), M, N, K, a.shape[0], adapter.p > 0), _device_name(w.device))
-
-
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
+    return choose.sm90_plan(op, Case((w.dtype, a.dtype), M, N, K, a.shape[0], adapter.p > 0), w.device)

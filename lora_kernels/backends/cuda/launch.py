@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends import workspace as memory
+from lora_kernels.backends.current import current
 from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.plans.sm90 import Sm90Plan
@@ -35,10 +36,27 @@ def extension() -> ModuleType:
     return importlib.import_module("lora_kernels._cuda")
 
 
+def driver_fault() -> str | None:
+    """Return why the driver is too old for the extension, and the way out, or None. Needs a GPU of NVIDIA's.
+
+    The extension has a CUDA runtime of its own, which runs on drivers for its major version of CUDA and on later ones
+    ("minor version compatibility", https://docs.nvidia.com/deploy/cuda-compatibility).
+    """
+    info = extension().build_info()
+    speaks: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    if speaks // 1000 >= int(info["nvcc"].partition(".")[0]):
+        return None
+    return (
+        f"the extension was built by nvcc {info['nvcc']} and needs driver {info['driver']} or later, but the driver "
+        f"here is for CUDA {speaks // 1000}.{speaks % 1000 // 10}: update it, or install from source with CUDA_HOME at "
+        f"a toolkit of CUDA {speaks // 1000}"
+    )
+
+
 def launch_forward(plan: Sm90Plan, x: Tensor, base: Base, adapter: Adapter, y: Tensor, h: Tensor | None) -> None:
     """Launch the forward kernel, which fills contiguous y [M, N] and, unless it is None, h [M, R]. Needs M ≥ 1."""
     x, base, adapter = _addressable(x), _readable_base(base), _readable_adapter(adapter)
-    with torch.cuda.device(x.device):
+    with current(x.device):
         call = extension().Sm90Forward(**operands(plan, x.shape[0], x, base, adapter))
         call.results(bias=_address(base.bias), y=_address(y), h=_address(h))
         _run(call, x.device)
@@ -54,7 +72,7 @@ def launch_backward(
     dy, base, adapter = _addressable(dy), _readable_base(base._replace(bias=None)), _readable_adapter(adapter)
     x = _addressable(x) if out.da is not None and x is not None else None
     h = h.contiguous() if out.db is not None and h is not None else None
-    with torch.cuda.device(dy.device):
+    with current(dy.device):
         call = extension().Sm90Backward(**operands(plan, dy.shape[0], x, base, adapter))
         gradients = {name: _address(t) for name, t in out._asdict().items()}
         call.results(dy=_address(dy), lddy=_row_stride(dy), h=_address(h), **gradients)
@@ -65,7 +83,7 @@ def launch_keep_mask(mask: Tensor, p: float, seed: Tensor) -> None:
     """Launch the kernel that fills a contiguous mask [M, K], K a multiple of 8, with 1 where dropout keeps and 0
     elsewhere."""
     M, K = mask.shape
-    with torch.cuda.device(mask.device):
+    with current(mask.device):
         extension().keep_mask(
             device=mask.device.index, M=M, K=K, bf16=mask.dtype == torch.bfloat16, seed=_address(seed),
             threshold=dropout.threshold(p), mask=_address(mask), stream=torch.cuda.current_stream().cuda_stream,

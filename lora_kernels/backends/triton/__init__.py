@@ -1,5 +1,4 @@
-"""Triton kernels for NVIDIA GPUs from sm_80 and AMD gfx942, forward and backward in one launch each. Not yet run on a
-GPU.
+"""Triton kernels for NVIDIA GPUs from sm_80, forward and backward in one launch each. Not yet run on a GPU.
 
 The kernels are checked in Triton's interpreter, and every entry of the tables of plans is compiled ahead of time.
 
@@ -48,9 +47,11 @@ def why_not(call: Call) -> list[str]:
     if target is None and call.device.type == "cuda":
         reasons.append("there is no usable GPU driver (torch.cuda.is_available() is False)")
     elif target is None:
-        reasons.append(f"serves tensors on a CUDA or ROCm GPU, not on {call.device}")
-    elif tiles.resolve(target.gpu.arch) is None:
-        reasons.append(f"serves NVIDIA GPUs from sm_80 and AMD gfx942, not {target.gpu.arch}")
+        reasons.append(f"serves tensors on an NVIDIA GPU, not on {call.device}")
+    elif (arch := tiles.resolve(target.gpu.arch)) is None:
+        reasons.append(f"serves NVIDIA GPUs from sm_80, not {target.gpu.arch}; the back-end composite serves others")
+    elif call.dtype == torch.float32 and (arch, 4) not in tiles.TABLES:
+        reasons.append(f"serves fp16 and bf16 on {target.gpu.arch}: Triton rounds products of fp32 there")
     if call.w_format not in ("dense", *FORMATS):
         reasons.append(f"serves a dense weight or one in {', '.join(FORMATS)}, not {call.w_format}")
     return reasons
@@ -76,7 +77,7 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
         plan = _plan("forward", target, x, base.w, adapter)
         base = base._replace(w=quantised.as_planned(base.w, plan, x.dtype))
         launch.forward_launch(target, plan, x, base, adapter, launch.Outputs(y, h, save_h)).run()
-    return y, h if save_h else None
+    return y, h.to(adapter.a.dtype) if save_h else None
 
 
 def _backward(
@@ -99,7 +100,8 @@ def _backward(
         db = torch.empty(N, R, dtype=b.dtype, device=b.device) if need_db else None
         g = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
         out = launch.GradientBuffers(dx, da, db, g)
-        launch.backward_launch(target, plan, dy, launch.Saved(x, h), base, adapter, out).run()
+        saved = launch.Saved(x, None if h is None else h.to(dy.dtype))
+        launch.backward_launch(target, plan, dy, saved, base, adapter, out).run()
     return dx, da, db
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton import quant as quantised
-from lora_kernels.backends.triton.device import Launch, Target, cdiv, workspace
+from lora_kernels.backends.triton.device import Frame, Launch, Target, cdiv, workspace
 from lora_kernels.backends.triton.kernels.backward import backward
 from lora_kernels.backends.triton.kernels.forward import forward_redundant, forward_tickets
 from lora_kernels.backends.triton.kernels.mask import dropout_mask
@@ -71,18 +71,14 @@ class Layout(NamedTuple):
     dropout: bool
 
 
-class Frame(NamedTuple):
-    """The part of a launch that all calls of one layout share."""
+class Parts(NamedTuple):
+    """The part of a launch that all calls of one layout share, and the workspace that it needs."""
 
-    kernel: Any
-    programs: int
+    frame: Frame
     counters: int
-    """The int32 counters that it needs of the workspace."""
+    """The number of int32 counters."""
     floats: int
-    """The fp32 partial sums that it needs of the workspace."""
-    arguments: dict[str, Any]
-    """All arguments but the tensors and those that depend on the scale."""
-    options: dict[str, int]
+    """The number of fp32 partial sums."""
 
 
 def forward_launch(target: Target, plan: Plan, x: Tensor, base: Base, adapter: Adapter, out: Outputs) -> Launch:
@@ -91,10 +87,9 @@ def forward_launch(target: Target, plan: Plan, x: Tensor, base: Base, adapter: A
     strides = (*x.stride(), *_stored(w).stride(), *a.stride(), *b.stride(), None if bias is None else bias.stride(0))
     (M, K), (N, R) = x.shape, b.shape
     layout = Layout(M, N, K, R, strides, precision_of(x.dtype), p, seed is not None)
-    frame = _forward_frame(target.gpu, plan, layout, out.save_h)
-    sync, part = workspace(x.device, target, frame.counters, frame.floats)
-    arguments = {
-        **frame.arguments,
+    frame, counters, floats = _forward_frame(target.gpu, plan, layout, out.save_h)
+    sync, part = workspace(x.device, target, counters, floats)
+    others = {
         "x": _described(x, tile.BLOCK_M, tile.BLOCK_K) if tile.tma else x,
         "w": _weight(w, tile),
         "a": a,
@@ -107,29 +102,29 @@ def forward_launch(target: Target, plan: Plan, x: Tensor, base: Base, adapter: A
         **scaling(scale, R),
     }
     if plan.redundant:
-        arguments["part"] = part
-    return Launch(frame.kernel, frame.programs, arguments, frame.options)
+        others["part"] = part
+    return frame.launch(**others)
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward_frame(gpu: Gpu, plan: Plan, layout: Layout, save_h: bool) -> Frame:
+def _forward_frame(gpu: Gpu, plan: Plan, layout: Layout, save_h: bool) -> Parts:
     tile, (M, N, K, R, strides, *_) = plan.tile, layout
     BLOCK_R = tile.block_r(R)
     rows, cols, chunks = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N), cdiv(R, BLOCK_R)
     names = ("xm", "xk", "wn", "wk", "ar", "ak", "bn", "br", "bias")
     has_bias = strides[-1] is not None
-    arguments = _arguments(gpu, plan, layout, names) | {"HAS_BIAS": has_bias}
+    arguments = _arguments(plan, layout, names) | {"HAS_BIAS": has_bias}
     if not has_bias:
         arguments["stride_bias"] = 1
     options = quantised.options_of(tile, plan.within)
     if not plan.redundant:
         programs = min(rows * (chunks + cols), PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors)
-        return Frame(forward_tickets, programs, 1 + rows, 0, arguments, options)
+        return Parts(Frame(forward_tickets, programs, arguments, options), 1 + rows, 0)
     steps = max(1, cdiv(K, plan.split * tile.BLOCK_K))
     splits = max(1, cdiv(K, steps * tile.BLOCK_K))
     floats = rows * cols * splits * tile.BLOCK_M * (tile.BLOCK_N + BLOCK_R) if splits > 1 else 0
     arguments |= {"steps": steps, "SAVE_H": save_h, "SPLIT": splits > 1}
-    return Frame(forward_redundant, rows * cols * splits, rows * cols, floats, arguments, options)
+    return Parts(Frame(forward_redundant, rows * cols * splits, arguments, options), rows * cols, floats)
 
 
 def backward_launch(
@@ -144,10 +139,9 @@ def backward_launch(
     strides = (*dy.stride(), *x.stride(), *_stored(w).stride(), *a.stride(), *b.stride(), *h.stride())
     (M, N), (R, K) = dy.shape, a.shape
     layout = Layout(M, N, K, R, strides, precision_of(dy.dtype), p, seed is not None)
-    frame = _backward_frame(target.gpu, plan, layout, out.needs)
-    sync, part = workspace(dy.device, target, frame.counters, frame.floats)
-    arguments = {
-        **frame.arguments,
+    frame, counters, floats = _backward_frame(target.gpu, plan, layout, out.needs)
+    sync, part = workspace(dy.device, target, counters, floats)
+    others = {
         "dy": dy,
         "dy_rows": _described(dy, tile.BLOCK_M, tile.BLOCK_N) if tile.tma else dy,
         "x": x,
@@ -164,11 +158,11 @@ def backward_launch(
         "part": part,
         "scale": scale,
     }
-    return Launch(frame.kernel, frame.programs, arguments, frame.options)
+    return frame.launch(**others)
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward_frame(gpu: Gpu, plan: Plan, layout: Layout, needs: Needs) -> Frame:
+def _backward_frame(gpu: Gpu, plan: Plan, layout: Layout, needs: Needs) -> Parts:
     tile, (M, N, K, R, *_) = plan.tile, layout
     need_dx, (need_da,), (need_db,) = needs
     BLOCK_R = tile.block_r(R)
@@ -179,7 +173,7 @@ def _backward_frame(gpu: Gpu, plan: Plan, layout: Layout, needs: Needs) -> Frame
     tiles_dx, tiles_g = need_dx * rows * cdiv(K, tile.BLOCK_K), (need_dx or need_da) * rows * chunks
     items = tiles_g + tiles_dx + (tiles_da + tiles_db) * splits
     names = ("dym", "dyn", "xm", "xk", "wn", "wk", "ar", "ak", "bn", "br", "hm", "hr")
-    arguments = _arguments(gpu, plan, layout, names) | {
+    arguments = _arguments(plan, layout, names) | {
         "splits": splits,
         "blocks": blocks,
         "need_dx": int(need_dx),
@@ -188,17 +182,15 @@ def _backward_frame(gpu: Gpu, plan: Plan, layout: Layout, needs: Needs) -> Frame
         "BLOCK_C": tile.BLOCK_C,
         "BLOCK_T": tile.BLOCK_T,
     }
-    return Frame(
-        backward,
-        programs=min(items, PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors),
+    programs = min(items, PROGRAMS_PER_MULTIPROCESSOR * gpu.multiprocessors)
+    return Parts(
+        Frame(backward, programs, arguments, quantised.options_of(tile, plan.within)),
         counters=1 + rows + tiles_da + tiles_db,
         floats=(tiles_da + tiles_db) * splits * tile.BLOCK_C * BLOCK_R,
-        arguments=arguments,
-        options=quantised.options_of(tile, plan.within),
     )
 
 
-def _arguments(gpu: Gpu, plan: Plan, layout: Layout, strides: tuple[str, ...]) -> dict[str, Any]:
+def _arguments(plan: Plan, layout: Layout, strides: tuple[str, ...]) -> dict[str, Any]:
     """Return the constant arguments that every kernel takes; `strides` names those of the operands."""
     tile = plan.tile
     return {
@@ -215,27 +207,21 @@ def _arguments(gpu: Gpu, plan: Plan, layout: Layout, strides: tuple[str, ...]) -
         "BLOCK_R": tile.block_r(layout.R),
         "GROUP_M": tile.GROUP_M,
         "DROPOUT": layout.dropout,
-        "TMA": tile.tma,
         "W": "codes" if plan.within else "tma" if tile.tma else "",
         "PRECISION": layout.precision,
-        "AMD": gpu.arch.startswith("gfx"),
     }
 
 
 def mask_launch(out: Tensor, p: float, seed: Tensor) -> Launch:
     """Return the launch that writes the dropout mask to out [M, K], contiguous, as 0 and 1."""
-    M, K = out.shape
-    arguments = {
-        "out": out,
-        "seed": seed,
-        "M": M,
-        "K": K,
-        "T": threshold(p),
-        "BLOCK_M": MASK.BLOCK_M,
-        "BLOCK_K": MASK.BLOCK_K,
-    }
+    return _mask_frame(*out.shape, threshold(p)).launch(out=out, seed=seed)
+
+
+@functools.lru_cache(maxsize=256)
+def _mask_frame(M: int, K: int, T: int) -> Frame:
+    arguments = {"M": M, "K": K, "T": T, "BLOCK_M": MASK.BLOCK_M, "BLOCK_K": MASK.BLOCK_K}
     programs = cdiv(M, MASK.BLOCK_M) * cdiv(K, MASK.BLOCK_K)
-    return Launch(dropout_mask, programs, arguments, quantised.options_of(MASK, False))
+    return Frame(dropout_mask, programs, arguments, quantised.options_of(MASK, False))
 
 
 def _stored(w: Tensor | QuantizedWeight) -> Tensor:

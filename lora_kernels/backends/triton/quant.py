@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends.triton.device import Launch, cdiv
+from lora_kernels.backends.triton.device import Frame, Launch, cdiv
 from lora_kernels.backends.triton.kernels.quant import Codes, dequantise
 from lora_kernels.plans.quant_tiles import WHOLE
 from lora_kernels.plans.tiles import Plan, Tile
@@ -35,19 +35,14 @@ def as_planned(w: Tensor | QuantizedWeight, plan: Plan, dtype: torch.dtype) -> T
 
 def dequantise_launch(w: QuantizedWeight, out: Tensor) -> Launch:
     """Return the launch that writes w to out [N, K], contiguous and of any floating dtype."""
-    N, K = w.shape
+    return _dequantise_frame(*w.shape, w.codes.stride(0)).launch(w=codes(w, WHOLE.BLOCK_K), out=out)
+
+
+@functools.lru_cache(maxsize=256)
+def _dequantise_frame(N: int, K: int, stride: int) -> Frame:
     tile = WHOLE
-    arguments = {
-        "w": codes(w, tile.BLOCK_K),
-        "out": out,
-        "stride_cn": w.codes.stride(0),
-        "N": N,
-        "K": K,
-        "BLOCK_N": tile.BLOCK_N,
-        "BLOCK_K": tile.BLOCK_K,
-    }
-    programs = cdiv(N, tile.BLOCK_N) * cdiv(K, tile.BLOCK_K)
-    return Launch(dequantise, programs, arguments, options_of(tile, True))
+    arguments = {"stride_cn": stride, "N": N, "K": K, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K}
+    return Frame(dequantise, cdiv(N, tile.BLOCK_N) * cdiv(K, tile.BLOCK_K), arguments, options_of(tile, True))
 
 
 def dense(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:

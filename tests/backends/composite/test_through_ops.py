@@ -1,5 +1,5 @@
-"""What is made of the back-end `composite`: layers, DoRA, groups, PEFT models, and the check that switches it on. In the
-interpreter, on CPU tensors, with the tiles of a GPU."""
+"""What is made of the back-end `composite`: layers, DoRA, groups, PEFT models, and the check that switches it on. All in
+the interpreter, on CPU tensors, with the tiles of a GPU."""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32,
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(launch, "extension", lambda: None)
+    info = {"nvcc": "13.0", "driver": "580"}
+    monkeypatch.setattr(launch, "extension", lambda: SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -52,6 +54,27 @@ def test_every_refusal_says_why(change: dict, reason: str) -> None:
 def test_other_architectures_are_refused(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert cuda.why_not(SERVED) == ["serves Hopper (sm_90), not sm_100"]
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "driver", "speaks", "said"),
+    [
+        ("13.0", "580", 12040, ("nvcc 13.0 and needs driver 580", "here is for CUDA 12.4", "a toolkit of CUDA 12")),
+        ("12.9", "525", 11080, ("nvcc 12.9 and needs driver 525", "here is for CUDA 11.8")),
+        ("13.1", "580", 13000, ()),
+        ("12.9", "525", 12000, ()),
+        ("12.4", "525", 13000, ()),
+    ],
+)
+def test_a_driver_of_an_older_major_version_is_refused_with_the_way_out(
+    nvcc: str, driver: str, speaks: int, said: tuple[str, ...], hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = {"nvcc": nvcc, "driver": driver}
+    monkeypatch.setattr(launch, "extension", lambda: SimpleNamespace(build_info=lambda: info))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: speaks, raising=False)
+    reasons = cuda.why_not(SERVED)
+    assert len(reasons) == bool(said)
+    assert all(part in reasons[0] for part in said)
 
 
 def test_all_reasons_are_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,6 @@ def test_descriptors_find_elements_where_the_tma_load_puts_them(step: int) -> No
             check("descriptor", 128, 0, extent, step, base)
             if extent >= 64:
                 check("descriptor", 128, 1, extent, step, base)
-        check("descriptor", 64, 1, 32, step, base)
         check("descriptor", 32, 1, 16, step, base)
 
 

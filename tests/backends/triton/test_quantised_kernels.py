@@ -38,12 +38,8 @@ BACKWARD = tiles.Tile(
 )
 DENSE = {"tickets": TICKETS, "backward": BACKWARD}
 WHOLE = dataclasses.replace(quant_tiles.WHOLE, BLOCK_N=32, BLOCK_K=64)
-WAYS = {
-    "redundant": {"decode16": WITHIN, "decode64": WITHIN, "backward": BACKWARD},
-    "tickets": {"tickets": TICKETS, "backward": BACKWARD},
-    "first": {},
-}
-"""W is dequantised within the products, by both plans of a forward, or before them."""
+WAYS = {"within": {"decode16": WITHIN, "decode64": WITHIN, "backward": BACKWARD}, "first": {}}
+"""W is dequantised within the products, or before them."""
 
 KINDS = {
     "nf4": {"format": "nf4"},
@@ -59,7 +55,7 @@ KINDS = {
 
 @contextlib.contextmanager
 def interpreted(way: str, capturing: bool = False) -> Iterator[ModuleType]:
-    """Yield the back-end, which serves CPU tensors in one of the three ways. Fail where a launch has left counters in
+    """Yield the back-end, which serves CPU tensors in one of the two ways. Fail where a launch has left counters in
     the workspace."""
     target = device.Target(tiles.Gpu("interpreter", 8), contextlib.nullcontext, lambda: 0, lambda: capturing)
     with pytest.MonkeyPatch.context() as patch, interpret():
@@ -190,21 +186,15 @@ def test_results_are_right_for_every_dtype(dtypes: tuple[torch.dtype, torch.dtyp
     check(results(q, w, way), q, w)
 
 
-WITHIN_WAYS = [way for way in WAYS if way != "first"]
-
-
-@pytest.mark.parametrize("way", WITHIN_WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weight_within_a_product_is_dequantised_bit_for_bit(
-    kind: str, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_weight_within_a_product_is_dequantised_bit_for_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """y = I Wᵀ and dx = I W show W itself. The launch that dequantises W first is taken away."""
     N, K = 21, 38
     w = quantize_weight(torch.randn(N, K), **KINDS[kind])
     monkeypatch.delattr(quantised, "dense")
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.zeros(3, K, dtype=dtype), torch.zeros(N, 3, dtype=dtype)
-        with interpreted(way) as backend:
+        with interpreted("within") as backend:
             y, _ = one_layer.forward(backend, torch.eye(K, dtype=dtype), w, a, b, None, 1.0, 0.0, None, False)
             dx, _, _ = one_layer.backward(
                 backend, torch.eye(N, dtype=dtype), None, w, a, b, None, 1.0, 0.0, None, True, False, False
@@ -213,9 +203,7 @@ def test_the_weight_within_a_product_is_dequantised_bit_for_bit(
         assert torch.equal(dx, w.dequantize(dtype))
 
 
-@pytest.mark.parametrize(
-    "way, dtype", [("redundant", torch.bfloat16), ("tickets", torch.float16), ("first", torch.float16)], ids=str
-)
+@pytest.mark.parametrize("way, dtype", [("within", torch.bfloat16), ("first", torch.float16)], ids=str)
 def test_results_are_as_good_as_plain_torchs(way: str, dtype: torch.dtype, poison: None) -> None:
     """The results are large enough for statistics."""
     q = judging.problem(64, 64, 80, 16, dtype=dtype)
@@ -223,30 +211,24 @@ def test_results_are_as_good_as_plain_torchs(way: str, dtype: torch.dtype, poiso
     check(results(q, w, way), q, w)
 
 
-@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("kind", ["nf4-32-nested", "fp8-block"])
-def test_the_number_of_programs_does_not_change_a_bit(kind: str, tma: bool, poison: None) -> None:
-    """Sums are split into parts or not, and run by one program or several. x and dy are read by descriptors too, which
-    the tables do not use but a measured plan may."""
+def test_the_number_of_programs_does_not_change_a_bit(kind: str, poison: None) -> None:
+    """Sums are split into parts or not, and those of the backward are run by one program or several."""
     M, N, K, R = 34, 24, 40, 5
     q = judging.problem(M, N, K, R, dtype=torch.bfloat16, p=0.3)
     w = quantise(q, kind)
     base, adapter = Base(w, q.bias), Adapter(q.a, q.b, q.scale, q.p, q.seed)
     target = device.Target(tiles.Gpu("interpreter", 8), contextlib.nullcontext, lambda: 0, lambda: False)
-    forwards = [tiles.Plan(True, WITHIN, 1), tiles.Plan(True, WITHIN, 4), tiles.Plan(False, TICKETS, 1)]
-    for plan, backward_split in zip(forwards, (1, 4, 2), strict=True):
-        forward, backward = (
-            each._replace(tile=dataclasses.replace(each.tile, tma=tma), within=True)
-            for each in (plan, tiles.Plan(False, BACKWARD, backward_split))
-        )
+    for forward_split, backward_split in ((1, 1), (4, 4), (2, 2)):
+        forward = tiles.Plan(True, WITHIN, forward_split, within=True)
+        backward = tiles.Plan(False, BACKWARD, backward_split, within=True)
         runs = []
         for programs in (1, 3):
             y, h = torch.full((M, N), torch.nan).bfloat16(), torch.full((M, R), torch.nan).bfloat16()
             dx, da, db, g = (torch.full_like(t, torch.nan) for t in (q.x, q.a, q.b, h))
             with interpret():
                 out = launching.Outputs(y, h, True)
-                launch = launching.forward_launch(target, forward, q.x, base, adapter, out)
-                launch._replace(programs=launch.programs if plan.redundant else programs).run()
+                launching.forward_launch(target, forward, q.x, base, adapter, out).run()
                 saved, gradients = launching.Saved(q.x, h), launching.GradientBuffers(dx, da, db, g)
                 launch = launching.backward_launch(target, backward, q.dy, saved, base, adapter, gradients)
                 assert launch.arguments["splits"] == {1: 1, 4: 3, 2: 2}[backward_split]
@@ -299,7 +281,7 @@ def test_received_tensors_are_not_written_to(kind: str, way: str) -> None:
 def test_results_are_right_for_every_scale(scale: float) -> None:
     q = judging.problem(17, 20, 40, 4, dtype=torch.float16, scale=scale)
     w = quantise(q, "fp4-nested")
-    check(results(q, w, "redundant"), q, w)
+    check(results(q, w, "within"), q, w)
 
 
 def test_captured_launches_have_counters_of_their_own() -> None:
@@ -332,7 +314,6 @@ def case(itemsize: int, M: int, R: int) -> tiles.Case:
         ("sm_80", 2, 65, 8, None),
         ("sm_80", 4, 16, 32, "decode16"),
         ("sm_80", 4, 17, 8, None),
-        ("gfx942", 2, 1, 8, "decode16"),
     ],
 )
 def test_few_rows_are_dequantised_within(arch: str, itemsize: int, M: int, R: int, kind: str | None) -> None:
@@ -354,21 +335,13 @@ def test_few_rows_are_dequantised_within_the_backward(arch: str, itemsize: int) 
         assert plan.tile is (quant_tiles if plan.within else tiles).TABLES[arch, itemsize]["backward"] or M > 64
 
 
-def test_a_table_may_have_many_rows_dequantised_within(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant_tiles, "ROWS", quant_tiles.ROWS | {"tickets": 4096})
-    choose.plan.cache_clear()
-    plan = choose.plan("forward", case(2, 4096, 8), tiles.Gpu("sm_90", 132))
-    assert plan == tiles.Plan(False, quant_tiles.TABLES["sm_90", 2]["tickets"], 1, within=True)
-    choose.plan.cache_clear()
-
-
 def test_every_architecture_has_a_table() -> None:
     assert set(quant_tiles.TABLES) == set(tiles.TABLES)
 
 
 def test_refusals_name_the_format() -> None:
     call = Call("forward", CPU, torch.bfloat16, torch.bfloat16, 8, 8, 8, 8, False)
-    with interpreted("redundant"):
+    with interpreted("within"):
         assert all(triton.why_not(call._replace(w_format=format)) == [] for format in ("dense", *FORMATS))
         (reason,) = triton.why_not(call._replace(w_format="int3"))
         assert "int3" in reason and "nf4" in reason

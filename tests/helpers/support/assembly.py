@@ -6,30 +6,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Syntax:
-    """The patterns of control flow in an assembly language. `branch` has the groups "condition", which is empty where
-    the branch is always taken, and "target"."""
-
-    label: re.Pattern[str]
-    branch: re.Pattern[str]
-    end: str
-    predicate: re.Pattern[str]
-
-
-PTX = Syntax(
-    label=re.compile(r"^(\$L__BB\w+):"),
-    branch=re.compile(r"^(?P<condition>@!?%p\d+\s+)?bra(?:\.uni)?\s+(?P<target>\$L\w+);"),
-    end="ret;",
-    predicate=re.compile(r"^@!?%p\d+\s+"),
-)
-AMDGCN = Syntax(
-    label=re.compile(r"^(\.LBB\w+):"),
-    branch=re.compile(r"^s_(?P<condition>c)?branch\w*\s+(?P<target>\.LBB\w+)"),
-    end="s_endpgm",
-    predicate=re.compile(r"^(?!)"),
-)
+_LABEL = re.compile(r"^(\$L__BB\w+):")
+_BRANCH = re.compile(r"^(?P<condition>@!?%p\d+\s+)?bra(?:\.uni)?\s+(?P<target>\$L\w+);")
+_PREDICATE = re.compile(r"^@!?%p\d+\s+")
 
 
 @dataclass
@@ -39,7 +18,7 @@ class Block:
     successors: list[int] = field(default_factory=list)
 
 
-def blocks(text: str, syntax: Syntax) -> list[Block]:
+def blocks(ptx: str) -> list[Block]:
     """Return the basic blocks of a module with one kernel, in the order of the text."""
     found, labels = [Block()], {}
     targets: list[str | None] = [None]
@@ -50,19 +29,19 @@ def blocks(text: str, syntax: Syntax) -> list[Block]:
         targets.append(None)
         falls_through.append(True)
 
-    for line in map(str.strip, text.splitlines()):
-        label, branch = syntax.label.match(line), syntax.branch.match(line)
+    for line in map(str.strip, ptx.splitlines()):
+        label, branch = _LABEL.match(line), _BRANCH.match(line)
         if label:
             begin()
             labels[label.group(1)] = len(found) - 1
         elif branch:
             targets[-1], falls_through[-1] = branch.group("target"), bool(branch.group("condition"))
             begin()
-        elif line.startswith(syntax.end):
+        elif line.startswith("ret;"):
             falls_through[-1] = False
             begin()
         elif line and not line.startswith(("//", ";", ".", "$", "{", "}")):
-            found[-1].instructions.append(syntax.predicate.sub("", line))
+            found[-1].instructions.append(_PREDICATE.sub("", line))
     for number, block in enumerate(found):
         target = targets[number]
         if target is not None:
@@ -102,36 +81,11 @@ def check_publication(ptx: str) -> None:
             return "settled" if state else state
         return state
 
-    _check_releases(
+    found = {
         state
-        for instruction, state in reaching(blocks(ptx, PTX), step)
+        for instruction, state in reaching(blocks(ptx), step)
         if instruction.startswith(("atom.", "red.")) and re.search(r"\.(release|acq_rel)\.", instruction)
-    )
-
-
-def check_publication_amd(amdgcn: str) -> None:
-    """Check the same order as `check_publication`, and that each wave waits for its own stores before the barrier,
-    because another wave's release does not wait for them.
-
-    A release is the write-back of L2 that comes before its atomic.
-    """
-
-    def step(instruction: str, state: str) -> str:
-        if re.match(r"(global|buffer|flat)_store", instruction):
-            return "stored"
-        if instruction.startswith("s_waitcnt") and "vmcnt(0)" in instruction:
-            return "stored, complete" if state == "stored" else state
-        if instruction.startswith("s_barrier"):
-            return "settled" if state == "stored, complete" else state
-        return state
-
-    _check_releases(
-        state for instruction, state in reaching(blocks(amdgcn, AMDGCN), step) if instruction.startswith("buffer_wbl2")
-    )
-
-
-def _check_releases(states: Iterator[str]) -> None:
-    found = set(states)
+    }
     assert found, "nothing is released"
     assert "settled" in found, "no store comes before a release and its barrier"
     assert found <= {"", "settled"}, "a release follows a store of another thread with no barrier between them"
@@ -153,6 +107,6 @@ def check_consumption(ptx: str) -> None:
             return "acquired, then barrier"
         return state
 
-    loads = {state for instruction, state in reaching(blocks(ptx, PTX), step) if instruction.startswith("ld.global.cg")}
+    loads = {state for instruction, state in reaching(blocks(ptx), step) if instruction.startswith("ld.global.cg")}
     assert loads, "nothing published is loaded"
     assert loads == {"acquired, then barrier"}, "what is published is loaded before it is waited for"

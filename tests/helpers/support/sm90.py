@@ -20,9 +20,11 @@ import torch
 from support.paths import ROOT, SUPPORT
 from torch import Tensor
 
-from lora_kernels.backends import cuda, workspace
+from lora_kernels.backends import workspace
 from lora_kernels.backends.cuda import launch
 from lora_kernels.core import dropout
+from lora_kernels.evidence import identity
+from lora_kernels.evidence.identity import Identity
 from lora_kernels.plans.sm90 import BY_RULE, Sm90Plan
 
 SM90 = ROOT / "csrc" / "cuda" / "sm90"
@@ -31,7 +33,7 @@ KEEP_MASK = MACHINE / "keep_mask.cpp"
 EMULATOR = [MACHINE / f"emulator{part}.cpp" for part in ("", "_backward")]
 HEADERS = [MACHINE / f"{part}.h" for part in ("machine", "ptx", "wgmma")]
 
-DEVICE = "Emulated GPU"
+IDENTITY = Identity("Emulated GPU", "sm_90", 4, "580.65", torch.__version__, None, None, "abc", "def")
 
 _POINTER, _INT, _LONG, _FLOAT, _BOOL = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
 
@@ -211,7 +213,7 @@ def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> Extension:
     monkeypatch.setattr(launch, "extension", lambda: extension)
     monkeypatch.setattr(workspace, "_blocks", {})
     monkeypatch.setattr(workspace, "_by_stream", {})
-    monkeypatch.setattr(cuda, "_device_name", lambda device: DEVICE)
+    monkeypatch.setattr(identity, "identify", lambda device: IDENTITY)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -6,7 +6,8 @@ What belongs to one layer of a list is an entry of a tuple. Arrays of parts are 
 CHUNKS · BLOCK_R numbers, which is R rounded up; they are named by their first row.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
+# ruff: noqa: B007, RUF005 (what Triton compiles)
 
 import triton
 import triton.language as tl

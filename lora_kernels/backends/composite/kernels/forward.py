@@ -83,8 +83,8 @@ def up(
 ):  # fmt: skip
     """h [M, R] = c · Σ part and y [M, N] = bias + s · h bᵀ of each layer.
 
-    Grid: one program to each block of BLOCK_M rows and range of `steps` blocks of columns of y, layer after layer. Layer
-    i has `ranges` such ranges, and its programs end at number `ends`.
+    Grid: one program to each block of BLOCK_M rows and range of `steps` blocks of columns of y, layer after layer.
+    Layer i has `ranges` such ranges, and its programs end at number `ends`.
 
     Reads part, b, and bias where `has_bias`; writes y, contiguous, and h where `save_h`.
     """

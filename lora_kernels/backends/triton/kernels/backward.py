@@ -21,7 +21,7 @@ def sum_over_rows(
     p, stride_pm, stride_pc, q, stride_qm, stride_qr, out, stride_oc, stride_or, factor,
     part, counts, flags, published, item, splits, blocks, M, C, R, key, T,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr, AMD: tl.constexpr, MASKED: tl.constexpr, WAIT: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Compute one of `splits` parts of a tile of out[c, r] = factor · Σ_m p[m, c] q[m, r].
 
@@ -45,7 +45,7 @@ def sum_over_rows(
     SLOT: tl.constexpr = BLOCK_C * BLOCK_R
     first = part + tile.to(tl.int64) * splits * SLOT
     store_part(first + split * SLOT, acc, BLOCK_C, BLOCK_R)
-    if arrive(counts + tile, splits, AMD):
+    if arrive(counts + tile, splits):
         acc = sum_parts(first, SLOT, splits, BLOCK_C, BLOCK_R)
         store_tile(out, stride_oc, stride_or, acc * factor, i, r, C, R, BLOCK_C, BLOCK_R)
 
@@ -57,8 +57,8 @@ def backward(
     stride_ar, stride_ak, stride_bn, stride_br, stride_hm, stride_hr,
     M, N, K, R, scale, c, T, splits, blocks, need_dx, need_da, need_db,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_T: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr, W: tl.constexpr,
-    PRECISION: tl.constexpr, AMD: tl.constexpr,
+    BLOCK_T: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, W: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """g = s · dy b, dx = dy w + c · keep ⊙ (g a), da = c · gᵀ (keep ⊙ x), db = s · dyᵀ h.
 
@@ -67,7 +67,7 @@ def backward(
     There are tiles of g where dx or da is needed. Parts of da and db are sums over `blocks` row blocks.
 
     Reads dy, x, w, a, b, h and seed; writes those of dx, da and db that are needed; g and part are scratch. Leaves sync
-    zero. `dy_rows` is dy as a descriptor with TMA, else the pointer again; W says how w is read (`Operand.READ`).
+    zero. W says how w is read (`Operand.READ`). `dy_rows` is dy as a descriptor where w is one, else the pointer again.
     """
     rows, chunks, cols = tl.cdiv(M, BLOCK_M), tl.cdiv(R, BLOCK_R), tl.cdiv(K, BLOCK_K)
     tiles_db, tiles_da = need_db * tl.cdiv(N, BLOCK_C) * chunks, need_da * tl.cdiv(K, BLOCK_C) * chunks
@@ -87,18 +87,18 @@ def backward(
             # g = s · dy b
             g_tile = product(
                 tl.zeros((BLOCK_M, BLOCK_R), tl.float32),
-                Operand(dy_rows, stride_dym, stride_dyn, M, READ="tma" if TMA else ""),
+                Operand(dy_rows, stride_dym, stride_dyn, M, READ="tma" if W == "tma" else ""),
                 Operand(b, stride_br, stride_bn, R),
                 m, r, 0, N, Mask(key, T), Blocks(BLOCK_M, BLOCK_R, BLOCK_N), PRECISION,
             )  # fmt: skip
             store_tile(g, R, 1, g_tile * scale, m, r, M, R, BLOCK_M, BLOCK_R)
-            publish(flags + ticket // chunks, AMD)
+            publish(flags + ticket // chunks)
         elif ticket < end_db:
             # db = s · dyᵀ h
             sum_over_rows(
                 dy, stride_dym, stride_dyn, h, stride_hm, stride_hr, db, R, 1, scale,
                 part, counts, flags, chunks, ticket - end_g, splits, blocks, M, N, R, key, T,
-                BLOCK_M, BLOCK_C, BLOCK_T, BLOCK_R, PRECISION, AMD, MASKED=False, WAIT=False,
+                BLOCK_M, BLOCK_C, BLOCK_T, BLOCK_R, PRECISION, MASKED=False, WAIT=False,
             )  # fmt: skip
         elif ticket < end_dx:
             pm, pk = swizzle(ticket - end_db, rows, cols, GROUP_M)
@@ -116,7 +116,7 @@ def backward(
                 acc = tl.where(keep_tile(key, m, k, T, BLOCK_M, BLOCK_K), acc * c, 0.0)
             acc = product(
                 acc,
-                Operand(dy_rows, stride_dym, stride_dyn, M, READ="tma" if TMA else ""),
+                Operand(dy_rows, stride_dym, stride_dyn, M, READ="tma" if W == "tma" else ""),
                 Operand(w, stride_wk, stride_wn, K, READ=W, LIES="tn"),
                 m, k, 0, N, Mask(key, T), Blocks(BLOCK_M, BLOCK_K, BLOCK_N), PRECISION,
             )  # fmt: skip
@@ -136,7 +136,7 @@ def backward(
                 x, stride_xm, stride_xk, g, R, 1, da, 1, K, c,
                 part + tiles_db.to(tl.int64) * splits * BLOCK_C * BLOCK_R, counts + tiles_db, flags, chunks,
                 ticket - end_dx, splits, blocks, M, K, R, key, T,
-                BLOCK_M, BLOCK_C, BLOCK_T, BLOCK_R, PRECISION, AMD, MASKED=DROPOUT, WAIT=True,
+                BLOCK_M, BLOCK_C, BLOCK_T, BLOCK_R, PRECISION, MASKED=DROPOUT, WAIT=True,
             )  # fmt: skip
         ticket = claim(sync)
     leave(sync, ticket, end_da, 1 + rows + tiles_db + tiles_da)

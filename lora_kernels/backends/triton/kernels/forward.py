@@ -3,8 +3,8 @@ yet run on a GPU.
 
     h = c · (keep ⊙ x) aᵀ [M,R]        y = x wᵀ + s · h bᵀ + bias [M,N]
 
-w is dense or `quant.Codes`. Codes are dequantised tile by tile as the K loop comes to them: every row block of x reads
-all codes once.
+w is dense, or `quant.Codes` in the redundant kernel. Codes are dequantised tile by tile as the K loop comes to them:
+every row block of x reads all codes once.
 
 `s · h bᵀ` goes into the accumulators of `x wᵀ` with h in x's dtype, as it is saved: (acc / s + h bᵀ) · s, so that no
 operand of the tensor cores is rounded twice. `inverse` is 1/s, and `R_up` is R, or 0 where s is 0.
@@ -38,8 +38,7 @@ def forward_tickets(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_bias,
     M, N, K, R, R_up, scale, inverse, c, T,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr,
-    AMD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, W: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h = c · (keep ⊙ x) aᵀ [M, R], then y = x wᵀ + s · h bᵀ + bias [M, N].
 
@@ -47,8 +46,8 @@ def forward_tickets(
     their row block; then the tiles of y, which run their K loop before they wait for that flag. Only the tiles of h pay
     for dropout.
 
-    Reads x, w, a, b, bias and seed; writes y and h. Leaves sync zero. x is a descriptor with TMA; W says how w is read
-    (`Operand.READ`).
+    Reads x, w, a, b, bias and seed; writes y and h. Leaves sync zero. W says how x and w are read (`Operand.READ`): ""
+    or "tma".
     """
     rows, chunks = tl.cdiv(M, BLOCK_M), tl.cdiv(R, BLOCK_R)
     cols = tl.cdiv(N, BLOCK_N)
@@ -65,19 +64,19 @@ def forward_tickets(
             # h = c · (keep ⊙ x) aᵀ
             h_tile = product(
                 tl.zeros((BLOCK_M, BLOCK_R), tl.float32),
-                Operand(x, stride_xm, stride_xk, M, READ="tma" if TMA else ""),
+                Operand(x, stride_xm, stride_xk, M, READ=W),
                 Operand(a, stride_ar, stride_ak, R),
                 m, r, 0, K, Mask(key, T, "x" if DROPOUT else ""), Blocks(BLOCK_M, BLOCK_R, BLOCK_K), PRECISION,
             )  # fmt: skip
             store_tile(h, R, 1, h_tile * c, m, r, M, R, BLOCK_M, BLOCK_R)
-            publish(flags + ticket // chunks, AMD)
+            publish(flags + ticket // chunks)
         else:
             pm, pn = swizzle(ticket - n_h, rows, cols, GROUP_M)
             m, n = pm * BLOCK_M, pn * BLOCK_N
             # y = x wᵀ + s · h bᵀ + bias
             acc = product(
                 tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-                Operand(x, stride_xm, stride_xk, M, READ="tma" if TMA else ""),
+                Operand(x, stride_xm, stride_xk, M, READ=W),
                 Operand(w, stride_wn, stride_wk, N, READ=W),
                 m, n, 0, K, Mask(key, T), Blocks(BLOCK_M, BLOCK_N, BLOCK_K), PRECISION,
             )  # fmt: skip
@@ -96,7 +95,7 @@ def forward_tickets(
 @triton.jit
 def add_parts(
     acc, h_tile, part, sync, tile, split, parts,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, AMD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Write one of `parts` parts of both sums of a redundant tile, and return (acc, h_tile, last).
 
@@ -107,7 +106,7 @@ def add_parts(
     first = part + tile.to(tl.int64) * parts * SLOT
     store_part(first + split * SLOT, acc, BLOCK_M, BLOCK_N)
     store_part(first + split * SLOT + BLOCK_M * BLOCK_N, h_tile, BLOCK_M, BLOCK_R)
-    last = arrive(sync + tile, parts, AMD)
+    last = arrive(sync + tile, parts)
     if last:
         tl.store(sync + tile, 0)
         acc = sum_parts(first, SLOT, parts, BLOCK_M, BLOCK_N)
@@ -137,8 +136,8 @@ def forward_redundant(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_bias,
     M, N, K, R, R_up, steps, scale, inverse, c, T,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SAVE_H: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
-    W: tl.constexpr, PRECISION: tl.constexpr, AMD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SAVE_H: tl.constexpr, SPLIT: tl.constexpr, W: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x wᵀ + s · h bᵀ + bias [M, N] with h = c · (keep ⊙ x) aᵀ [M, R].
 
@@ -146,8 +145,8 @@ def forward_redundant(
     rows of h in its K loop, so none waits for another. BLOCK_R >= R. With SPLIT each program stores its part of both
     sums, and the last to arrive adds them up in their order.
 
-    Reads x, w, a, b, bias and seed; writes y, and h with SAVE_H; part is scratch. Leaves sync zero. x is a descriptor
-    with TMA; W says how w is read (`Operand.READ`).
+    Reads x, w, a, b, bias and seed; writes y, and h with SAVE_H; part is scratch. Leaves sync zero. W says how w is
+    read (`Operand.READ`): "" or "codes".
     """
     rows, cols = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile, split = tl.program_id(0) % (rows * cols), tl.program_id(0) // (rows * cols)
@@ -165,10 +164,7 @@ def forward_redundant(
     end = min(K, start + steps * BLOCK_K)
     end_w = K if W == "codes" else end  # blocks of codes are counted by whole rows
     for k in range(start, end, BLOCK_K):
-        if TMA:
-            x_tile = x.load([m, k])
-        else:
-            x_tile = load_tile(x, stride_xm, stride_xk, m, k, M, end, BLOCK_M, BLOCK_K)
+        x_tile = load_tile(x, stride_xm, stride_xk, m, k, M, end, BLOCK_M, BLOCK_K)
         w_tile = load_q(Operand(w, stride_wn, stride_wk, N, READ=W), level, n, k, end_w, BLOCK_N, BLOCK_K)
         w_tile = w_tile.to(x_tile.dtype)
         a_tile = load_tile(a, stride_ak, stride_ar, k, 0, end, R, BLOCK_K, BLOCK_R).to(x_tile.dtype)
@@ -180,7 +176,7 @@ def forward_redundant(
     last = True
     if SPLIT:
         parts = tl.cdiv(K, steps * BLOCK_K)
-        acc, h_tile, last = add_parts(acc, h_tile, part, sync, tile, split, parts, BLOCK_M, BLOCK_N, BLOCK_R, AMD)
+        acc, h_tile, last = add_parts(acc, h_tile, part, sync, tile, split, parts, BLOCK_M, BLOCK_N, BLOCK_R)
     if last:
         store_redundant(
             acc, h_tile, b, bias, y, h, stride_bn, stride_br, stride_bias, m, n, M, N, R, R_up, scale, inverse, c,

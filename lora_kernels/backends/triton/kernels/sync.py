@@ -22,21 +22,11 @@ def claim(sync):
 
 
 @triton.jit
-def settle(AMD: tl.constexpr):
-    """Wait at a barrier after which one thread can release the stores of every thread of the program."""
-    if AMD:
-        # A wave's release waits for its own stores only, so each wave waits for its own before the barrier.
-        tl.inline_asm_elementwise(
-            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v,~{memory}", [0], dtype=tl.int32, is_pure=False, pack=1
-        )
-    # Triton 3.6 and 3.7 place no barrier of their own between a store and a release.
-    tl.debug_barrier()
-
-
-@triton.jit
-def publish(flag, AMD: tl.constexpr):
+def publish(flag):
     """Count this program's stores as done: they happen before whatever follows a `wait` that sees the count."""
-    settle(AMD)
+    # Behind a barrier one thread can release the stores of every thread. Triton 3.6 and 3.7 place none of their own
+    # between a store and a release.
+    tl.debug_barrier()
     tl.atomic_add(flag, 1, sem="release", scope="gpu")
 
 
@@ -49,9 +39,9 @@ def wait(flag, count):
 
 
 @triton.jit
-def arrive(count, parts, AMD: tl.constexpr):
+def arrive(count, parts):
     """Count one of `parts` parts as stored. Return True for the last program to arrive, which then sees all stores."""
-    settle(AMD)
+    tl.debug_barrier()  # as in `publish`
     return tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == parts - 1
 
 

@@ -1,17 +1,19 @@
-"""What ``tune`` measures: the operands of a pass, the plans to try for it, and how a back-end runs each."""
+"""What `verify` runs: the operands of a pass, how a back-end runs it, and the plans to try for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_kernels.core.dropout import dropout
-from lora_kernels.core.operands import Adapter, Base
+from lora_kernels.core.operands import Adapter, Base, Call, Needs, power_of_two
+from lora_kernels.evidence import file
 from lora_kernels.plans import quant_tiles
 from lora_kernels.plans.sm90 import Sm90Plan
 from lora_kernels.plans.tiles import Case, Plan
@@ -32,7 +34,7 @@ class Size(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What all calls that one command measures have in common."""
+    """What calls of several sizes have in common."""
 
     dtype: torch.dtype
     """The dtype of x and w."""
@@ -42,23 +44,31 @@ class Setting(NamedTuple):
     """The format of w. None: dense."""
     double_quant: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the setting as plain data."""
+        return self._asdict() | {"dtype": file.name(self.dtype), "adapter_dtype": file.name(self.adapter_dtype)}
+
+    @staticmethod
+    def from_json(kept: dict[str, Any]) -> Setting:
+        """Return the setting that `to_json` wrote."""
+        dtypes = {name: getattr(torch, kept[name]) for name in ("dtype", "adapter_dtype")}
+        return Setting(**kept | dtypes)
+
     @property
     def w_format(self) -> str:
         """The format of w, as `plans.tiles.Case` names it."""
         return quant_tiles.w_format(self.quant, self.double_quant) if self.quant else ""
 
+    def call(self, op: str, device: torch.device, size: Size) -> Call:
+        """Return what the choice of a back-end depends on at this size."""
+        M, K, N, R = size
+        M, w_format = power_of_two(M), self.quant or "dense"
+        return Call(op, device, self.dtype, self.adapter_dtype, M, N, K, R, self.p > 0, w_format)
+
     def case(self, size: Size) -> Case:
         """Return what the choice of a plan depends on at this size. Operands are aligned."""
         M, K, N, R = size
         return Case((self.dtype, self.adapter_dtype), M, N, K, R, self.p > 0, True, self.w_format)
-
-
-class Device(NamedTuple):
-    """The GPU that is measured."""
-
-    device: torch.device
-    name: str
-    """The name that the driver gives the device. Plans are kept under it."""
 
 
 class Operands:
@@ -105,13 +115,31 @@ class Operands:
         return {name: torch.full_like(t, torch.nan) for name, t in like.items()}
 
 
+Run = Callable[[Operands, dict[str, Tensor]], None]
+"""Runs a pass. It reads the operands and writes into tensors from `Operands.room`, or replaces them: y and h in a
+forward; dx, da, db and g in a backward."""
+
+
+def run_of(module: ModuleType | Any, op: str) -> Run:
+    """Return how a back-end runs a pass."""
+
+    def forward(operands: Operands, out: dict[str, Tensor]) -> None:
+        (out["y"],), (out["h"],) = module.forward(operands.q.x, [operands.base], [operands.adapter], [True])
+
+    def backward(operands: Operands, out: dict[str, Tensor]) -> None:
+        base, everything = operands.base._replace(bias=None), Needs(True, (True,), (True,))
+        out["dx"], (out["da"],), (out["db"],) = module.backward(
+            [operands.q.dy], operands.q.x, [base], [operands.adapter], [operands.h], everything
+        )
+
+    return forward if op == "forward" else backward
+
+
 class Trial(NamedTuple):
     """One plan to try."""
 
     plan: Plan | Sm90Plan
-    run: Callable[[Operands, dict[str, Tensor]], None]
-    """Runs a pass by the plan. It reads the operands and writes into tensors from `Operands.room`: y and h in a
-    forward; dx, da, db and g in a backward."""
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -130,14 +158,8 @@ class Job:
 class Subject(Protocol):
     """One back-end on one device, whose plans are measured."""
 
-    setting: Setting
-    on: Device
-
     def guard(self) -> AbstractContextManager[Any]:
         """Return a context in which the device is the current one."""
 
-    def jobs(self, sizes: Sequence[Size]) -> list[Job]:
-        """Return both passes of every size."""
-
-    def left_behind(self) -> str | None:
-        """Return, in words, what the last run left where the next one would find it, and remove it. None: nothing."""
+    def job(self, size: Size, op: str) -> Job:
+        """Return a pass of a size."""

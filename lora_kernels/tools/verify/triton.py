@@ -1,9 +1,8 @@
-"""The Triton back-end as ``tune`` measures it: its plans, and how to run each."""
+"""The plans of the Triton back-end as ``verify --tune`` measures them, and how to run each."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,8 +14,8 @@ from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton import quant as quantised
 from lora_kernels.plans import store
 from lora_kernels.plans.tiles import Plan
-from lora_kernels.tools.tune.plans_to_try import plans_to_try
-from lora_kernels.tools.tune.subject import Device, Job, Operands, Setting, Size, Trial
+from lora_kernels.tools.verify.plans_to_try import plans_to_try
+from lora_kernels.tools.verify.subject import Job, Operands, Setting, Size, Trial
 
 
 class TritonSubject:
@@ -24,26 +23,15 @@ class TritonSubject:
 
     def __init__(self, device: torch.device, setting: Setting) -> None:
         target = devices.find_target(device)
-        assert target is not None and target.gpu.name is not None, "why_not has asked, and drivers name their devices"
-        self.target, self.setting, self.on = target, setting, Device(device, target.gpu.name)
+        assert target is not None, "why_not has asked"
+        self.target, self.setting = target, setting
 
     def guard(self) -> AbstractContextManager[Any]:
         """Return a context in which the device is the current one."""
         return self.target.guard()
 
-    def jobs(self, sizes: Sequence[Size]) -> list[Job]:
-        """Return both passes of every size."""
-        return [self._job(size, op) for size in sizes for op in ("forward", "backward")]
-
-    def left_behind(self) -> str | None:
-        """Report flags or tickets that a launch left in the workspace, and zero them."""
-        sync, _ = devices.workspace(self.on.device, self.target, 0, 0)
-        if not sync.any():
-            return None
-        sync.zero_()
-        return "leaves flags or tickets in the workspace"
-
-    def _job(self, size: Size, op: str) -> Job:
+    def job(self, size: Size, op: str) -> Job:
+        """Return a pass of a size, with the plans to try for it."""
         case = self.setting.case(size)
         run = {"forward": self._forward, "backward": self._backward}[op]
         plans = plans_to_try(op, case, self.target.gpu)

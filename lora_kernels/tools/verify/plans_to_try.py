@@ -1,5 +1,4 @@
-"""The plans of the Triton kernels that ``python -m lora_kernels tune`` tries: a fixed list around the entries of the
-tables."""
+"""The plans of the Triton kernels that ``verify --tune`` tries: a fixed list around the entries of the tables."""
 
 from __future__ import annotations
 
@@ -10,12 +9,12 @@ from typing import Any
 from lora_kernels.plans import choose, quant_tiles, tiles
 from lora_kernels.plans.tiles import Case, Gpu, Plan, Tile
 
-REDUNDANT_ROWS = 1024
+REDUNDANT_ROWS = 64
 """No redundant forward is tried above this M, because every tile of y would repeat the work of h."""
 
 CHANGES: dict[str, dict[str, tuple[int, ...]]] = {
     "redundant": {
-        "BLOCK_M": (16, 32, 64, 128),
+        "BLOCK_M": (16, 32, 64),
         "BLOCK_N": (32, 64, 128, 256),
         "BLOCK_K": (32, 64, 128, 256),
         "num_stages": (2, 3, 4, 5),
@@ -62,7 +61,7 @@ def plans_to_try(op: str, case: Case, gpu: Gpu) -> dict[str, Plan]:
     A quantised w that is dequantised first gets one plan or two: the tables' plan for a dense w, and the plan that was
     measured for one.
     """
-    by_table, dense = gpu._replace(name=None), case._replace(w_format="")
+    by_table, dense = gpu._replace(device=None), case._replace(w_format="")
     tables = quant_tiles.TABLES if case.w_format else tiles.TABLES
     plans = {describe(plan, case): plan for plan in [choose.plan(op, case, by_table)]}
     if case.w_format:
@@ -74,7 +73,7 @@ def plans_to_try(op: str, case: Case, gpu: Gpu) -> dict[str, Plan]:
             continue
         if kind == "redundant" and (case.M > REDUNDANT_ROWS or case.R > entry.BLOCK_R):
             continue
-        for tile in (entry, *_changed(entry, CHANGES[kind], case.M), *_described(entry, case, gpu.arch)):
+        for tile in (entry, *_changed(entry, CHANGES[kind], case.M)):
             for split in _splits(kind, tile, case, gpu, more=tile is entry):
                 plan = Plan(kind == "redundant", tile, split, within=bool(case.w_format))
                 plans.setdefault(describe(plan, case), plan)
@@ -89,14 +88,6 @@ def _changed(tile: Tile, changes: dict[str, tuple[int, ...]], M: int) -> Iterato
             if field != "BLOCK_M" or value < max(2 * M, 32) or value < tile.BLOCK_M:
                 changed: dict[str, Any] = {field: value}
                 yield replace(tile, **changed)
-
-
-def _described(tile: Tile, case: Case, arch: str) -> Iterator[Tile]:
-    """Yield the tile with x and dy read through descriptors, for a quantised w on an architecture that has them. The
-    tables for a quantised w do not use descriptors."""
-    dense = tiles.TABLES[tiles.resolve(arch) or arch, case.itemsize]
-    if case.w_format and any(each.tma for each in dense.values()):
-        yield replace(tile, tma=True)
 
 
 def _splits(kind: str, tile: Tile, case: Case, gpu: Gpu, more: bool) -> list[int]:
