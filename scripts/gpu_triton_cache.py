@@ -177,12 +177,12 @@ def _without_gpu(machine: Machine) -> Iterator[None]:
         def get_current_stream(self, device: int) -> int:
             return 0
 
-    def compile_only(launch: device.Launch) -> None:
-        if launch.programs:
-            build(launch.kernel.warmup(grid=(1,), **launch.arguments, **launch.options))
+    def compile_only(frame: device.Frame, **others: Any) -> None:
+        if frame.programs:
+            build(frame.kernel.warmup(grid=(1,), **frame.arguments, **others, **frame.options))
 
     arch, meta, gpu = machine.arch, torch.device("meta"), Gpu(machine.arch, machine.multiprocessors)
-    with mock.patch.object(device.Launch, "run", compile_only), contextlib.ExitStack() as stack:
+    with mock.patch.object(device.Frame, "run", compile_only), contextlib.ExitStack() as stack:
         if machine.triton_key is not None:
             stack.enter_context(mock.patch.object(cache, "triton_key", lambda: machine.triton_key))
         build = stack.enter_context(_c_code(machine))
