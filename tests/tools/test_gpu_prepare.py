@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib
+import itertools
 import json
 import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.paths import ROOT
+
+from lora_kernels.tools.verify import cases, options
+from lora_kernels.tools.verify.subject import Operands, run_of
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT / "scripts"))
@@ -240,3 +248,56 @@ def test_kernels_are_found_where_they_were_brought(tmp_path):
     assert in_a_process(moved, LAUNCH)[-1] == f"{compiled} 0"
     assert set(moved.iterdir()) == there, "nothing was built anew"
     assert compile_in_a_process(moved, "another", training=False)[1].startswith("0 "), "nothing has that key"
+
+
+def test_the_kernels_that_verify_runs_are_compiled(monkeypatch):
+    """All of them have the types, constants and options of a kernel that is compiled. `verify` gives a backward an h in
+    x's dtype; beside adapters in fp32 `composite` itself saves it in fp32, and that kernel is compiled."""
+    pytest.importorskip("triton")
+    from lora_kernels.backends.triton import device
+
+    launched: set[tuple[str, str, str]] = set()
+
+    def record(frame, **others):
+        binder = frame.kernel.device_caches[0][4]
+        _, specialised, options = binder(**frame.arguments, **others, **frame.options)
+        launched.add((frame.kernel.__name__, str(specialised), str(sorted(options.items()))))
+
+    monkeypatch.setattr(gpu_triton_cache, "_c_code", lambda machine: contextlib.nullcontext())
+    with gpu_triton_cache._without_gpu(gpu_triton_cache.Machine("sm_90", 132)):
+        monkeypatch.setattr(device.Frame, "run", record)
+        for problem, name in itertools.product(gpu_triton_cache.problems(), gpu_triton_cache.BACKENDS):
+            assert gpu_triton_cache._compile(problem, name) is None
+        compiled, launched = launched, set()
+        for setting, size, op in passes_of_verify():
+            for name in gpu_triton_cache.BACKENDS:
+                h_dtype = setting.adapter_dtype if name == "composite" else setting.dtype
+                run_of(importlib.import_module(f"lora_kernels.backends.{name}"), op)(
+                    operands(setting, size, h_dtype), {}
+                )
+    assert len(launched) > 50 and launched <= compiled
+
+
+def passes_of_verify():
+    """Yield the passes that `verify` judges and times if no option is given."""
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    wanted = options.wanted(parser.parse_args([]))
+    for setting, (size, p), op in itertools.product(wanted.judged, cases.CASES, cases.PASSES):
+        yield setting._replace(p=p), size, op
+    for timed in wanted.passes:
+        yield wanted.timed._replace(p=timed.p), timed.size, timed.op
+
+
+def operands(setting, size, h_dtype):
+    """Return the operands that `verify` makes, as tensors without memory."""
+    (M, K, N, R), result = size, object.__new__(Operands)
+
+    def empty(*shape, dtype=setting.dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    a, b = empty(R, K, dtype=setting.adapter_dtype), empty(N, R, dtype=setting.adapter_dtype)
+    seed = empty(dtype=torch.int64) if setting.p else None
+    result.q = SimpleNamespace(x=empty(M, K), dy=empty(M, N), a=a, b=b, bias=None, scale=0.75, p=setting.p, seed=seed)
+    result.w, result.h = empty(N, K), empty(M, R, dtype=h_dtype)
+    return result
