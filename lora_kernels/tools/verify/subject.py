@@ -87,7 +87,7 @@ class Operands:
             self.w = quantize_weight(q.w, setting.quant, double_quant=setting.double_quant)
         # A backward gets h as a forward saves it.
         x = q.x.float() if q.seed is None else dropout(q.x.float(), q.p, q.seed)
-        self.h = (x @ q.a.float().t()).to(q.x.dtype)
+        self.h = (x @ q.a.float().t()).to(q.a.dtype)
         self.results = self.room()
 
     @property
