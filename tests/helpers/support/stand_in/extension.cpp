@@ -1,5 +1,5 @@
-// The module lora_kernels._cuda on a stand-in for the CUDA runtime, which records tensor maps and launches and runs
-// nothing. Everything between Python and the runtime is the project's own code.
+// The launches of the module lora_kernels._cuda on a stand-in for the CUDA runtime, which records tensor maps and
+// launches and runs nothing. Everything between Python and the runtime is the project's own code.
 #include "runtime.h"
 
 #include <cxxabi.h>
@@ -7,7 +7,6 @@
 
 #include <sstream>
 
-#include "../../../../csrc/cuda/bindings.cpp"
 #include "../../../../csrc/cuda/sm90/bindings_sm90.cpp"
 #include "../../../../csrc/cuda/sm90/decode.cu"
 #include "../../../../csrc/cuda/sm90/forward_bf16.cu"
@@ -121,13 +120,4 @@ uint8_t raw[1];
 
 }  // namespace lk::sm90
 
-// keep_mask.cu and device.cu need nvcc, and are not a part of the launches here.
-namespace lk::cuda {
-
-cudaError_t keep_mask(int, int64_t, int64_t, bool, uint32_t, const int64_t*, void*, cudaStream_t) {
-  return cudaErrorNotSupported;
-}
-cudaError_t devices(std::vector<Device>*) { return cudaErrorNotSupported; }
-int toolkit_version() { return 0; }
-
-}  // namespace lk::cuda
+PYBIND11_MODULE(_cuda, m) { lk::sm90::bind_sm90(m); }

@@ -1,5 +1,5 @@
-"""The module `lora_kernels._cuda` on a stand-in for the CUDA runtime: its bindings, plans, tensor maps and launches are
-the project's own, and no kernel runs.
+"""The launches of `lora_kernels._cuda` on a stand-in for the CUDA runtime: bindings, plans, tensor maps and launches
+are the project's own, and no kernel runs.
 
 The module itself cannot run on a stand-in for the driver. It holds NVIDIA's runtime, which asks the driver for tables
 of functions that are not documented.
@@ -115,7 +115,7 @@ def _loaded() -> tuple[ctypes.CDLL, ModuleType]:
         if path.suffix in (".h", ".cpp", ".cuh", ".cu")
     ]
     folders = [sm90.cuda_include(), sysconfig.get_paths()["include"], Path(torch.__file__).parent / "include"]
-    flags = ["-O0", "-U_FORTIFY_SOURCE", "-Wno-psabi", '-DLK_CUDA_ARCHS="stand-in"', *(f"-I{each}" for each in folders)]
+    flags = ["-O0", "-U_FORTIFY_SOURCE", "-Wno-psabi", *(f"-I{each}" for each in folders)]
     path = str(sm90.compiled(SOURCES, watched, flags))
     loader = importlib.machinery.ExtensionFileLoader("_cuda", path)
     spec = importlib.util.spec_from_loader("_cuda", loader)
