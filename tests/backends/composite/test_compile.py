@@ -12,7 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("lora_kernels.backends.composite", exc_type=ImportError)
-from support.compile_report import ONE_CODE, Report, Reports, compile_report, compiled_ahead
+from support.compile_report import ONE_CODE, Report, Reports, compile_report, compiled_ahead, specialise
 from support.composite_launches import launches
 
 from lora_kernels.backends.composite import tiles
@@ -49,6 +49,8 @@ class Entry(NamedTuple):
 def _entries() -> Iterator[Entry]:
     for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
         for rows, kernel in itertools.product(ROWS, KERNELS):
+            if rows == tiles.FEW and arch in ("sm_100", "sm_120"):
+                continue  # tiles for few rows are small: it takes too long to compile them for every architecture
             for BLOCK_R in tiles.MATRIX[rows][kernel]:
                 # fp32 adapters take more registers; the two types of 16 bits have instructions of their own.
                 yield Entry(arch, kernel, rows, BLOCK_R, BF16, SINGLE)
@@ -131,11 +133,5 @@ def test_an_m_that_changes_does_not_compile_again() -> None:
     keys = []
     for M in (8192, 5000, 4097):
         found = launches("sm_80", BF16, BF16, 0.1, M, 16)
-        keys.append({name: _specialised(launch) for name, launch in found.items()})
+        keys.append({name: repr(specialise(each.kernel, each.arguments)) for name, each in found.items()})
     assert keys[0] == keys[1] == keys[2]
-
-
-def _specialised(launch) -> str:
-    from support.compile_report import specialise
-
-    return repr(specialise(launch.kernel, launch.arguments))
