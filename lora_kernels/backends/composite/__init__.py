@@ -21,7 +21,7 @@ is dequantised by one more launch, for the length of the call; a backward withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -141,16 +141,18 @@ def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 def _pieces(
     target: Target, dtype: torch.dtype, adapters: Sequence[Adapter], needs: Sequence[tuple[bool, bool]] = ()
-) -> Iterator[slice]:
-    """Yield the parts of a list of layers that one set of launches serves, in order. Within a part all `needs` are the
+) -> list[slice]:
+    """Return the parts of a list of layers that one set of launches serves, in order. Within a part all `needs` are the
     same, where they are given."""
+    if len(adapters) == 1:
+        return [slice(0, 1)]
     limit = tiles.max_rank_of_list(target.gpu.arch, dtype.itemsize)
-    start, largest = 0, 0
+    pieces, start, largest = [], 0, 0
     for i, adapter in enumerate(adapters):
         larger, count = max(largest, tiles.block_r(adapter.a.shape[0])), i - start + 1
         fits = count <= tiles.MAX_LAYERS and larger * count <= limit and (not needs or needs[i] == needs[start])
         if count > 1 and not fits:
-            yield slice(start, i)
+            pieces.append(slice(start, i))
             start, larger = i, tiles.block_r(adapter.a.shape[0])
         largest = larger
-    yield slice(start, len(adapters))
+    return [*pieces, slice(start, len(adapters))]
