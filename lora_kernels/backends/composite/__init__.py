@@ -69,9 +69,11 @@ def why_not(call: Call) -> list[str]:
 
 
 def kernel_class(call: Call) -> str:
-    """Return the rank block and the number of rows that the kernels are compiled for, such as "r16 many"."""
+    """Return the rank block, the number of rows and, above 1, the number of layers that the kernels are compiled for,
+    such as "r16 many" and "r16 many of 3"."""
     rank = f"r{tiles.block_r(call.R)}" + (" in chunks" if call.R > tiles.MAX_BLOCK_R else "")
-    return f"{rank} {tiles.rows_of(call.M)}"
+    layers = f" of {min(call.layers, tiles.MAX_LAYERS)}" if call.layers > 1 else ""
+    return f"{rank} {tiles.rows_of(call.M)}{layers}"
 
 
 def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]) -> Results:
@@ -107,7 +109,7 @@ def backward(
             (R, K), N = a.shape, b.shape[0]
             das.append(a.new_empty(R, K) if need_da else None)
             dbs.append(b.new_empty(N, R) if need_db else None)
-        for piece in _pieces(target, dys[0].dtype, adapters, needs):
+        for piece in _pieces(target, dys[0].dtype, adapters, list(zip(needs.da, needs.db, strict=True))):
             if not (needs.dx or needs.da[piece.start] or needs.db[piece.start]):
                 continue
             part = None
