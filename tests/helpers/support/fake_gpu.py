@@ -24,7 +24,7 @@ def backend(
     name: str, forward: Callable[..., Any] = eager.forward, backward: Callable[..., Any] = eager.backward
 ) -> Any:
     """Return a back-end that serves every call and counts its forwards."""
-    module = SimpleNamespace(name=name, why_not=lambda call: [], kernel_class=lambda call: "r16", backward=backward)
+    module = _Module(name=name, why_not=lambda call: [], kernel_class=lambda call: "r16", backward=backward)
     module.calls = 0
 
     def counted(*args: Any) -> Any:
