@@ -89,7 +89,9 @@ def main() -> int:
 
     torch.set_num_threads(1)
     rows = [(row.backend, row.call, f"{row.microseconds:.1f}") for row in measure(rounds=500)]
-    title = f"Host time of a call, Triton {triton.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}"
+    title = (
+        f"Host time of a call, Triton {triton.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}"
+    )
     terminal().table(title, ("back-end", "pass", "µs"), rows)
     return 0
 
