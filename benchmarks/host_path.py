@@ -2,7 +2,7 @@
 
     python -m benchmarks.host_path
 
-Triton's launcher and everything before it runs as on a GPU, and the stand-in accepts the launch and returns. Tensors are
+Triton's launcher and everything before it runs as on a GPU; the stand-in accepts the launch and returns. Tensors are
 in the CPU's memory. The sizes are small and the vendor's GEMM of `composite` is timed on the CPU and subtracted, so
 what is left does not depend on the sizes. The first call of a layout, which compiles, is not counted.
 """

@@ -22,7 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc"))
 
+import native_nvcc
 import update_readme
 
 from lora_kernels.bench import plot
@@ -99,7 +101,7 @@ def _evidence(path: Path) -> Evidence | None:
         raise Refused(f"{path}: {error}") from error
     if not found.verdicts:
         raise Refused(f"{path}: it has no verdicts")
-    _same_sources(path, found.identity.sources)
+    _same_kernels(path, found.identity)
     return found
 
 
@@ -108,18 +110,21 @@ def _judge(path: Path, document: dict[str, Any], judged: set[identity.Identity])
     if document.get("suite") not in SUITES or not document.get("identity"):
         raise Refused(f"{path}: it is no run of the suites {' and '.join(SUITES)} on a GPU")
     here = identity.Identity(**document["identity"])
-    _same_sources(path, here.sources)
+    _same_kernels(path, here)
     if not document["timings"]:
         raise Refused(f"{path}: it has no times")
     if here not in judged:
         raise Refused(f"{path}: there are no verdicts: add the evidence.json that verify wrote on that machine")
 
 
-def _same_sources(path: Path, sources: str) -> None:
-    if sources != identity.source_hash():
-        raise Refused(
-            f"{path}: it was measured with kernels of state {sources}, and this checkout is at {identity.source_hash()}"
-        )
+def _same_kernels(path: Path, there: identity.Identity) -> None:
+    """Raise Refused where the kernels are not those of this checkout."""
+    states = [(there.sources, identity.source_hash(), "the kernels' Python sources")]
+    if there.extension is not None:
+        states.append((there.extension.split()[0], native_nvcc.source_hash(), "csrc/cuda"))
+    for then, now, what in states:
+        if then != now:
+            raise Refused(f"{path}: it was measured with state {then} of {what}, and this checkout has {now}")
 
 
 def _draw(path: Path) -> None:

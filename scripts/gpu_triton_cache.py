@@ -116,18 +116,16 @@ def key_of_wheel(wheel: Path) -> str:
 def problems() -> list[Problem]:
     """Return the layers that `verify` judges and those that the bench times on a GPU."""
     from lora_kernels.bench import shapes
+    from lora_kernels.tools.verify.cases import CASES
 
     found = []
     for shape in (*shapes.SUITES["llama"]["cuda"], *shapes.SUITES["sweep"]["cuda"]):
         types = _name(shape.dtype), _name(shape.adapters)
         for p in dict.fromkeys(cell.p for cell in shape.cells):
             found.append(Problem(shape.M, shape.K, shape.N, shape.R, *types, p, shape.bias, shape.training))
-    with contextlib.suppress(ImportError):
-        from lora_kernels.tools.verify.cases import CASES
-
-        for size, p in CASES:
-            for adapters in ("bfloat16", "float32"):
-                found.append(Problem(*size, "bfloat16", adapters, p, True, True))
+    for size, p in CASES:
+        for adapters in ("bfloat16", "float32"):
+            found.append(Problem(*size, "bfloat16", adapters, p, False, True))
     return found
 
 
@@ -180,9 +178,8 @@ def _without_gpu(machine: Machine) -> Iterator[None]:
             return 0
 
     def compile_only(frame: device.Frame, **others: Any) -> None:
-        launch = frame.launch(**others)
-        if launch.programs:
-            build(launch.kernel.warmup(grid=(1,), **launch.arguments, **launch.options))
+        if frame.programs:
+            build(frame.kernel.warmup(grid=(1,), **frame.arguments, **others, **frame.options))
 
     arch, meta, gpu = machine.arch, torch.device("meta"), Gpu(machine.arch, machine.multiprocessors)
     with mock.patch.object(device.Frame, "run", compile_only), contextlib.ExitStack() as stack:

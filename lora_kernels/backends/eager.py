@@ -30,9 +30,6 @@ name = "eager"
 _ROWS = 1024
 """The number of rows that are computed in fp32 at a time, where the adapters are fp32 and x has 16 bits."""
 
-_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
-"""Whether ``torch.mm`` on a GPU can store the fp32 sums of a product of 16-bit operands (torch 2.8 and later)."""
-
 _ELEMENTS = 1 << 22
 """The number of elements of a quantised w that are dequantised at a time."""
 
@@ -130,6 +127,12 @@ def _masked(x: Tensor, adapter: Adapter) -> Tensor:
     return dropout.masked(x, adapter.p, adapter.seed)
 
 
+def _stores_sums(t: Tensor) -> bool:
+    """Return whether ``torch.mm`` can store the fp32 sums of a product of 16-bit operands: on NVIDIA GPUs, from torch
+    2.8 on."""
+    return t.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+
+
 def _dtype_beside(x: Tensor, h: Tensor) -> torch.dtype:
     """Return the dtype in which products with h (or g) are made beside x (or dy): x's, unless it could not hold h."""
     return h.dtype if x.dtype == torch.float16 else x.dtype
@@ -139,7 +142,7 @@ def _product(u: Tensor, v: Tensor) -> Tensor:
     """Return u v in v's dtype, which is u's, or fp32 beside a u in 16 bits."""
     if u.dtype == v.dtype:
         return u @ v
-    if _OUT_DTYPE and u.is_cuda:
+    if _stores_sums(u):
         return torch.mm(u, v.to(u.dtype), out_dtype=v.dtype)
     out = torch.empty(u.shape[0], v.shape[1], dtype=v.dtype, device=u.device)
     for m in range(0, u.shape[0], _ROWS):
@@ -163,9 +166,8 @@ def _transposed_product(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     whole."""
     if u.dtype == v.dtype == dtype:
         return u.t() @ v
-    narrow = torch.bfloat16
-    if _OUT_DTYPE and u.is_cuda and narrow in (u.dtype, v.dtype):
-        return torch.mm(u.to(narrow).t(), v.to(narrow), out_dtype=dtype)
+    if torch.bfloat16 in (u.dtype, v.dtype) and _stores_sums(u):
+        return torch.mm(u.to(torch.bfloat16).t(), v.to(torch.bfloat16), out_dtype=dtype)
     out = torch.zeros(u.shape[1], v.shape[1], dtype=dtype, device=u.device)
     for m in range(0, u.shape[0], _ROWS):
         out.addmm_(u[m : m + _ROWS].to(dtype).t(), v[m : m + _ROWS].to(dtype))

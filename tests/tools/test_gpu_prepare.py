@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib
+import itertools
 import json
 import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.paths import ROOT
+
+from lora_kernels.tools.verify import cases, options
+from lora_kernels.tools.verify.subject import Operands, run_of
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT / "scripts"))
@@ -185,19 +193,49 @@ cache.strip(cache.Path({folder!r}))
 """
 
 
+LAUNCH = """
+import importlib, torch
+from support.stand_in import driver
+driver.start()
+driver.use("sm_90")
+from triton import knobs
+from lora_kernels.backends.triton import device
+from lora_kernels.core.operands import Adapter, Base, Needs
+from lora_kernels.plans.tiles import Gpu
+device.TARGETS[driver.CPU] = device.TARGETS[driver.CPU]._replace(gpu=Gpu("sm_90", 132))
+hits = []
+knobs.compilation.listener = lambda *, cache_hit, **rest: hits.append(cache_hit)
+def bf16(*size):
+    return torch.zeros(size, dtype=torch.bfloat16)
+x, base = bf16(256, 256), Base(bf16(256, 256), bf16(256))
+adapter = Adapter(bf16(16, 256), bf16(256, 16), 0.75, 0.1, torch.tensor(5))
+for name in ("composite", "triton"):
+    module = importlib.import_module(f"lora_kernels.backends.{name}")
+    _, hs = module.forward(x, [base], [adapter], [True])
+    module.backward([bf16(256, 256)], x, [Base(base.w, None)], [adapter], hs, Needs(True, (True,), (True,)))
+print(hits.count(True), hits.count(False))
+"""
+
+
 def compile_in_a_process(folder: Path, key: str | None, training: bool = True) -> list[str]:
     """Return the faults, and the numbers of kernels that were found and that were compiled."""
     code = COMPILE.format(scripts=str(ROOT / "scripts"), folder=str(folder), key=key, training=training)
-    command = ["env", f"TRITON_CACHE_DIR={folder}", f"PYTHONPATH={ROOT}", sys.executable, "-c", code]
+    return in_a_process(folder, code)[:2]
+
+
+def in_a_process(folder: Path, code: str) -> list[str]:
+    """Run code with a cache, and return the lines that it prints."""
+    paths = f"PYTHONPATH={ROOT}:{ROOT / 'tests' / 'helpers'}"
+    command = ["env", f"TRITON_CACHE_DIR={folder}", paths, sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n")[:2]
+    return done.stdout.splitlines()
 
 
 @pytest.mark.slow
 def test_kernels_are_found_where_they_were_brought(tmp_path):
-    """Another process finds each of them, in another folder and without the intermediate languages; with the key of
-    another Triton it finds none."""
+    """A process that calls the back-ends with a driver, which is a stand-in, finds every kernel and every module of C
+    code, in another folder and without the intermediate languages. With the key of another Triton it finds none."""
     pytest.importorskip("triton")
     made, moved = tmp_path / "made", tmp_path / "moved"
     faults, counts = compile_in_a_process(made, None)
@@ -206,5 +244,60 @@ def test_kernels_are_found_where_they_were_brought(tmp_path):
     assert len(list(made.rglob("*.cubin"))) == compiled and list(made.rglob("cuda_utils*.so"))
     made.rename(moved)
     gpu_triton_cache.relocate(moved)
-    assert compile_in_a_process(moved, None)[1] == f"{compiled} 0"
+    there = set(moved.iterdir())
+    assert in_a_process(moved, LAUNCH)[-1] == f"{compiled} 0"
+    assert set(moved.iterdir()) == there, "nothing was built anew"
     assert compile_in_a_process(moved, "another", training=False)[1].startswith("0 "), "nothing has that key"
+
+
+def test_the_kernels_that_verify_runs_are_compiled(monkeypatch):
+    """All of them have the types, constants and options of a kernel that is compiled. `verify` gives a backward an h in
+    x's dtype; beside adapters in fp32 `composite` itself saves it in fp32, and that kernel is compiled."""
+    pytest.importorskip("triton")
+    from lora_kernels.backends.triton import device
+
+    launched: set[tuple[str, str, str]] = set()
+
+    def record(frame, **others):
+        binder = frame.kernel.device_caches[0][4]
+        _, specialised, options = binder(**frame.arguments, **others, **frame.options)
+        launched.add((frame.kernel.__name__, str(specialised), str(sorted(options.items()))))
+
+    monkeypatch.setattr(gpu_triton_cache, "_c_code", lambda machine: contextlib.nullcontext())
+    with gpu_triton_cache._without_gpu(gpu_triton_cache.Machine("sm_90", 132)):
+        monkeypatch.setattr(device.Frame, "run", record)
+        for problem, name in itertools.product(gpu_triton_cache.problems(), gpu_triton_cache.BACKENDS):
+            assert gpu_triton_cache._compile(problem, name) is None
+        compiled, launched = launched, set()
+        for setting, size, op in passes_of_verify():
+            for name in gpu_triton_cache.BACKENDS:
+                h_dtype = setting.adapter_dtype if name == "composite" else setting.dtype
+                run_of(importlib.import_module(f"lora_kernels.backends.{name}"), op)(
+                    operands(setting, size, h_dtype), {}
+                )
+    assert len(launched) > 50 and launched <= compiled
+
+
+def passes_of_verify():
+    """Yield the passes that `verify` judges and times if no option is given."""
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    wanted = options.wanted(parser.parse_args([]))
+    for setting, (size, p), op in itertools.product(wanted.judged, cases.CASES, cases.PASSES):
+        yield setting._replace(p=p), size, op
+    for timed in wanted.passes:
+        yield wanted.timed._replace(p=timed.p), timed.size, timed.op
+
+
+def operands(setting, size, h_dtype):
+    """Return the operands that `verify` makes, as tensors without memory."""
+    (M, K, N, R), result = size, object.__new__(Operands)
+
+    def empty(*shape, dtype=setting.dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    a, b = empty(R, K, dtype=setting.adapter_dtype), empty(N, R, dtype=setting.adapter_dtype)
+    seed = empty(dtype=torch.int64) if setting.p else None
+    result.q = SimpleNamespace(x=empty(M, K), dy=empty(M, N), a=a, b=b, bias=None, scale=0.75, p=setting.p, seed=seed)
+    result.w, result.h = empty(N, K), empty(M, R, dtype=h_dtype)
+    return result

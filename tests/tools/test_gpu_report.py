@@ -93,10 +93,15 @@ def test_results_of_other_kernels_are_refused(script, root, results, capsys):
     other = HERE._replace(sources="0123")
     write(llama_run.document(FACTORS, other), results / "llama.json")
     assert refused(script, root, results)
-    assert "llama.json: it was measured with kernels of state 0123" in capsys.readouterr().out
+    assert "llama.json: it was measured with state 0123 of the kernels'" in capsys.readouterr().out
     (results / "llama.json").unlink()
     file.add(results / "evidence.json", Evidence(other, RIGHT))
     assert refused(script, root, results) and "evidence.json: it was measured" in capsys.readouterr().out
+    file.add(results / "evidence.json", Evidence(HERE._replace(extension="4567 by nvcc 13.0"), RIGHT))
+    assert refused(script, root, results) and "state 4567 of csrc/cuda" in capsys.readouterr().out
+    built = f"{script.native_nvcc.source_hash()} by nvcc 13.0"
+    file.add(results / "evidence.json", Evidence(HERE._replace(extension=built), RIGHT))
+    assert script.main([str(results / "evidence.json"), "--root", str(root)]) == 0
 
 
 def test_results_without_verdicts_are_refused(script, root, results, capsys):

@@ -87,7 +87,7 @@ class Operands:
             self.w = quantize_weight(q.w, setting.quant, double_quant=setting.double_quant)
         # A backward gets h as a forward saves it.
         x = q.x.float() if q.seed is None else dropout(q.x.float(), q.p, q.seed)
-        self.h = (x @ q.a.float().t()).to(q.x.dtype)
+        self.h = (x @ q.a.float().t()).to(q.a.dtype)
         self.results = self.room()
 
     @property
@@ -111,7 +111,8 @@ class Operands:
         They hold NaN, so that the results of an earlier plan, left in the same memory, cannot pass for a result.
         """
         q = self.q
-        like = {"y": q.dy, "h": self.h, "dx": q.x, "da": q.a, "db": q.b, "g": self.h}
+        low = self.h.to(q.x.dtype)  # the launches of triton and cuda keep h and g in x's dtype
+        like = {"y": q.dy, "h": low, "dx": q.x, "da": q.a, "db": q.b, "g": low}
         return {name: torch.full_like(t, torch.nan) for name, t in like.items()}
 
 

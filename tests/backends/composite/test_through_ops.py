@@ -1,4 +1,4 @@
-"""What is made of the back-end `composite`: layers, DoRA, groups, PEFT models, and the check that switches it on. In the
+"""Layers, DoRA, groups and PEFT models over the back-end `composite`, and the check that switches it on: in the
 interpreter, on CPU tensors, with the tiles of a GPU."""
 
 from __future__ import annotations

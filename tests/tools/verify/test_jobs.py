@@ -22,7 +22,7 @@ from lora_kernels.testing import judge
 from lora_kernels.tools.verify import cases, child, judge_class, judging, rivals, survey, times
 from lora_kernels.tools.verify.cases import KernelClass
 from lora_kernels.tools.verify.events import Teller
-from lora_kernels.tools.verify.subject import Setting, Size
+from lora_kernels.tools.verify.subject import Operands, Setting, Size
 from lora_kernels.tools.verify.times import Pass
 
 BF16 = torch.bfloat16
@@ -259,6 +259,13 @@ def test_a_quantised_weight_is_timed_over_its_own_frozen_layer(tmp_path: Path) -
         events = told(tmp_path, lambda tell: times.main(CPU, setting, [FORWARD], 3, [], float("inf"), tell))
     (timing,) = [event["timing"] for event in events if "timing" in event]
     assert set(timing["ratios"]) == {"composite", "eager"} and timing["bucket"]["w_format"] == "nf4"
+
+
+def test_the_frozen_layer_dequantises_its_weight_in_every_call() -> None:
+    operands = Operands(SETTING._replace(quant="nf4"), SIZE, CPU, 0)
+    q, w = operands.q, operands.w.dequantize(BF16)
+    assert torch.equal(rivals.frozen("forward", operands)(), q.x @ w.t())
+    assert torch.equal(rivals.frozen("backward", operands)(), q.dy @ w)
 
 
 def test_no_pass_is_begun_after_the_end(tmp_path: Path) -> None:
