@@ -1,7 +1,7 @@
 """The choice of the nvcc that builds `_cuda`, and the hash of the sources that it compiles.
 
-The module is linked with the static CUDA runtime of that toolkit, which needs a driver: one that a torch built for the
-same major version of CUDA needs too.
+The module is linked with the static CUDA runtime of that toolkit. So it needs a driver for the toolkit's major version
+of CUDA, as the installed torch does for its own. Therefore the nvcc that fits torch is preferred.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ void keep_mask(int device, int64_t M, int64_t K, bool bf16, uint32_t threshold, 
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of a LoRA linear layer";
-  m.def("build_info", &build_info, "The nvcc that compiled this module, the architecture, the least driver that its CUDA runtime needs, and a hash of "
+  m.def("build_info", &build_info,
+        "The nvcc that compiled this module, the architecture, the least driver that its CUDA runtime needs, and a "
+        "hash of "
         "its sources.");
   m.def("devices", &devices, "One dict per device; RuntimeError with the CUDA error's name if there is no driver.");
   m.def("keep_mask", &keep_mask, py::kw_only(), py::arg("device"), py::arg("M"), py::arg("K"), py::arg("bf16"),

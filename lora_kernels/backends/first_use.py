@@ -27,7 +27,7 @@ from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
 
 _ROWS = (16, 64, 160)
 """The rows of x in the check: the first that are not fewer than those of the call, or the last."""
-_N, _K, _P = 96, 192, 0.25
+_N, _K, _P, _LAYERS = 96, 192, 0.25, 3
 _ENOUGH = 1024
 """The independent roundings that `gate.errors_beside` needs."""
 
@@ -124,7 +124,7 @@ def _fault(value: Tensor, exact: Tensor, plain: Tensor, call: Call) -> str | Non
 
 
 class _Problem:
-    """The operands of one call of the check."""
+    """The operands of one call of the check: one layer, or several over one x."""
 
     def __init__(self, call: Call, M: int, R: int, turn: int) -> None:
         generator = torch.Generator(call.device).manual_seed(turn)
@@ -132,32 +132,45 @@ class _Problem:
         def draw(rows: int, cols: int, std: float, dtype: torch.dtype = call.dtype) -> Tensor:
             return (torch.randn(rows, cols, generator=generator, device=call.device) * std).to(dtype)
 
-        self.x, self.dy, self.bias = draw(M, _K, 1.0), draw(M, _N, 1.0), draw(1, _N, 1.0)[0]
-        self.w: Tensor | QuantizedWeight = draw(_N, _K, _K**-0.5)
-        if call.w_format != "dense":
-            self.w = quantize_weight(self.w, call.w_format)
-        a, b = draw(R, _K, _K**-0.5, call.adapter_dtype), draw(_N, R, R**-0.5, call.adapter_dtype)
-        seed = torch.tensor(2**40 + turn, device=call.device) if call.dropout else None
-        self.adapter = Adapter(a, b, 0.75, _P if call.dropout else 0.0, seed)
+        self.x = draw(M, _K, 1.0)
+        self.dys: list[Tensor] = []
+        self.bases: list[Base] = []
+        self.adapters: list[Adapter] = []
+        for layer in range(min(call.layers, _LAYERS)):
+            w: Tensor | QuantizedWeight = draw(_N, _K, _K**-0.5)
+            if isinstance(w, Tensor) and call.w_format != "dense":
+                w = quantize_weight(w, call.w_format)
+            a, b = draw(R, _K, _K**-0.5, call.adapter_dtype), draw(_N, R, R**-0.5, call.adapter_dtype)
+            seed = torch.tensor(2**40 + 8 * turn + layer, device=call.device) if call.dropout else None
+            self.dys.append(draw(M, _N, 1.0))
+            self.bases.append(Base(w, draw(1, _N, 1.0)[0]))
+            self.adapters.append(Adapter(a, b, 0.75, _P if call.dropout else 0.0, seed))
 
     def by_torch(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return y and the gradients by the equation in plain torch."""
-        a, b, scale, p, seed = self.adapter
-        w = self.w if isinstance(self.w, Tensor) else self.w.dequantize(dtype)
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, a, b)]
-        with torch.enable_grad():
-            y = reference.lora_linear(
-                leaves[0], w.to(dtype), *leaves[1:], scale=scale, bias=self.bias.to(dtype), dropout_p=p, seed=seed
-            )
-            gradients = torch.autograd.grad(y, leaves, self.dy.to(dtype))
-        return dict(zip(("y", "dx", "da", "db"), (y.detach(), *gradients), strict=True))
+        """Return y and the gradients by the equation in plain torch. Those of several layers follow each other, and dx
+        is their sum."""
+        results: dict[str, list[Tensor]] = {"y": [], "dx": [], "da": [], "db": []}
+        for dy, (w, bias), (a, b, scale, p, seed) in zip(self.dys, self.bases, self.adapters, strict=True):
+            assert bias is not None
+            dense = w.to(dtype) if isinstance(w, Tensor) else w.dequantize(dtype)
+            leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, a, b)]
+            with torch.enable_grad():
+                y = reference.lora_linear(
+                    leaves[0], dense, *leaves[1:], scale=scale, bias=bias.to(dtype), dropout_p=p, seed=seed
+                )
+                gradients = torch.autograd.grad(y, leaves, dy.to(dtype))
+            for name, value in zip(results, (y.detach(), *gradients), strict=True):
+                results[name].append(value)
+        dx = torch.stack(results.pop("dx")).sum(0)
+        return {name: torch.cat(values) for name, values in results.items()} | {"dx": dx}
 
     def by(self, module: ModuleType, op: str) -> dict[str, Tensor]:
-        """Return the results of one pass of a back-end."""
-        base, x = Base(self.w, self.bias), self.x
-        (y,), (h,) = module.forward(x, [base], [self.adapter], [True])
-        if op == "forward":
-            db = self.adapter.scale * (self.dy.double().t() @ h.double())  # h is judged by the db that it gives
-            return {"y": y, "db": db}
-        dx, (da,), (db,) = module.backward([self.dy], x, [base], [self.adapter], [h], Needs(True, (True,), (True,)))
-        return {"dx": dx, "da": da, "db": db}
+        """Return the results of one pass of a back-end, in the form of `by_torch`."""
+        every = (True,) * len(self.bases)
+        ys, hs = module.forward(self.x, self.bases, self.adapters, list(every))
+        if op == "forward":  # h is judged by the db that it gives
+            layers = zip(self.dys, self.adapters, hs, strict=True)
+            dbs = [adapter.scale * (dy.double().t() @ h.double()) for dy, adapter, h in layers]
+            return {"y": torch.cat(ys), "db": torch.cat(dbs)}
+        dx, das, dbs = module.backward(self.dys, self.x, self.bases, self.adapters, hs, Needs(True, every, every))
+        return {"dx": dx, "da": torch.cat(das), "db": torch.cat(dbs)}

@@ -33,8 +33,9 @@ class Workspace(NamedTuple):
     """fp32, of any content."""
 
 
-_blocks: dict[torch.device, Tensor] = {}
-"""What is left of the newest block of each device. Blocks are never freed, because graphs hold addresses in them."""
+_blocks: dict[torch.device, list[Tensor]] = {}
+"""What is left of every block of each device, the newest last. An old block stays in the list, though nothing is cut
+from it any more: graphs hold addresses in it, which keep no memory alive."""
 _by_stream: dict[tuple[torch.device, int], Tensor] = {}
 """The counters of each stream."""
 _lock = threading.Lock()
@@ -75,19 +76,20 @@ def clean() -> bool:
 def _cut(device: torch.device, count: int) -> Tensor | None:
     """Return at least `count` counters that nothing else uses, or None where the block has too few left."""
     count = -(-max(count, 1) // LINE) * LINE
-    block = _blocks.get(device)
-    if block is None or block.numel() < count:
+    blocks = _blocks.get(device)
+    if not blocks or blocks[-1].numel() < count:
         return None
-    _blocks[device] = block[count:]
-    return block[:count]
+    own, blocks[-1] = blocks[-1][:count], blocks[-1][count:]
+    return own
 
 
 def _provide(device: torch.device, counters: int) -> None:
     """Begin a new block where the old one is nearly used up, so that the captures to come find room in it."""
     wanted = max(BLOCK // 4, 4 * counters)
-    if device not in _blocks or _blocks[device].numel() < wanted:
+    blocks = _blocks.setdefault(device, [])
+    if not blocks or blocks[-1].numel() < wanted:
         with ThreadPoolExecutor(1) as other_thread:
-            _blocks[device] = other_thread.submit(_zeros, device, max(BLOCK, 2 * wanted)).result()
+            blocks.append(other_thread.submit(_zeros, device, max(BLOCK, 2 * wanted)).result())
 
 
 def _zeros(device: torch.device, count: int) -> Tensor:

@@ -92,15 +92,18 @@ class Call(NamedTuple):
     """Whether p is above 0."""
     w_format: str = "dense"
     """"dense" for a tensor, or the format of a `QuantizedWeight`."""
+    layers: int = 1
+    """The number of layers over the same x that are computed together. The other facts are those of one of them."""
 
 
-def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter) -> Call:
-    """Return the `Call` of one base and one adapter; `rows` is x [M, K] in a forward and dy [M, N] in a backward."""
+def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter, layers: int = 1) -> Call:
+    """Return the `Call` of one base and one adapter, of `layers` that are computed together; `rows` is x [M, K] in a
+    forward and dy [M, N] in a backward."""
     w, a = base.w, adapter.a
     N, K = w.shape
     w_format = w.format if isinstance(w, QuantizedWeight) else "dense"
     M = power_of_two(rows.shape[0])
-    return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], adapter.p > 0, w_format)
+    return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], adapter.p > 0, w_format, layers)
 
 
 def power_of_two(n: int) -> int:

@@ -84,5 +84,5 @@ def _serving_all(
 ) -> ModuleType | None:
     """Return the back-end that serves every layer of a group, or None where several are needed."""
     pairs = zip(bases, adapters, strict=True)
-    modules = {dispatch.pick(call_of(op, rows, base, adapter), backend) for base, adapter in pairs}
+    modules = {dispatch.pick(call_of(op, rows, base, adapter, len(bases)), backend) for base, adapter in pairs}
     return modules.pop() if len(modules) == 1 else None

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels.backends import workspace as memory
 from lora_kernels.backends.workspace import Workspace
@@ -84,10 +85,23 @@ def test_a_capture_that_finds_no_room_gets_zeros_of_the_graph_and_the_next_call_
     while (captured := ask(1 << 15, capturing=True)).counters._base is not None:
         pass
     assert captured.counters.numel() == 1 << 15
-    left = memory._blocks[CPU].numel()
+    left = memory._blocks[CPU][-1].numel()
     ask(10)
-    assert memory._blocks[CPU].numel() > left
+    assert memory._blocks[CPU][-1].numel() > left
     assert ask(1 << 15, capturing=True).counters._base is not None
+
+
+def test_no_block_is_freed_because_graphs_hold_addresses_in_it() -> None:
+    """A graph keeps addresses and no tensor, so a block must outlive every tensor that was cut from it."""
+    storages = []
+    for _ in range(3):
+        ask(10)
+        storages.append(StorageWeakRef(memory._blocks[CPU][-1].untyped_storage()))
+        while memory._blocks[CPU][-1].numel() >= memory.BLOCK // 4:
+            ask(1 << 14, capturing=True)
+    ask(5000)  # The counters of the stream are replaced, so that they keep no block alive.
+    assert len({storage.cdata for storage in storages}) == 3
+    assert not any(storage.expired() for storage in storages)
 
 
 def test_more_counters_than_a_block_has_are_served() -> None:

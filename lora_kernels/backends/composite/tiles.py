@@ -55,7 +55,7 @@ MATRIX: Tables = {
         DOWN: {16: Tile(16, 128, 4, 3), 32: Tile(16, 128, 4, 3), 64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 2)},
         UP: {16: Tile(16, 128, 4, 2), 32: Tile(16, 128, 4, 2), 64: Tile(16, 128, 4, 2), 128: Tile(16, 64, 4, 2)},
         OVER_DY: {16: Tile(16, 64, 4, 2), 32: Tile(16, 64, 4, 2), 64: Tile(16, 64, 4, 2), 128: Tile(16, 64, 8, 2)},
-        OVER_X: {16: Tile(16, 64, 4, 1), 32: Tile(16, 64, 4, 1), 64: Tile(16, 64, 4, 1), 128: Tile(16, 64, 8, 1)},
+        OVER_X: {16: Tile(16, 64, 4, 1), 32: Tile(16, 64, 4, 1), 64: Tile(16, 64, 4, 1), 128: Tile(16, 32, 4, 2)},
         OVER_X_OF_LIST: {16: Tile(16, 32, 4, 1), 32: Tile(16, 16, 4, 1), 64: Tile(16, 32, 8, 1)},
     },
 }
@@ -63,10 +63,15 @@ MATRIX: Tables = {
 
 FAMILIES: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": {OVER_X_OF_LIST: {64: Tile(32, 32, 8, 2)}},
-    "sm_100": {OVER_X: {16: Tile(64, 64, 8, 2), 32: Tile(64, 64, 8, 2)}},
-    "gfx9": {OVER_DY: {32: Tile(32, 128, 4, 3), 64: Tile(32, 128, 4, 3)}},
+    "sm_10": {OVER_X: {16: Tile(64, 64, 8, 2), 32: Tile(64, 64, 8, 2)}},
+    "sm_12": {OVER_X_OF_LIST: {64: Tile(16, 32, 8, 2)}},
+    "gfx9": {
+        OVER_DY: {32: Tile(32, 128, 4, 3), 64: Tile(32, 128, 4, 3)},
+        OVER_X_OF_LIST: {64: Tile(16, 16, 4, 2)},
+    },
 }
-"""The tiles of `MATRIX` for many rows that other architectures spill: by the beginning of their names."""
+"""Other tiles than those of `MATRIX`, for many rows, where registers would spill: by the beginning of the
+architecture's name."""
 
 ORDINARY: Tables = {
     MANY: {

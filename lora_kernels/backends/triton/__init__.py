@@ -72,8 +72,8 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
     assert target is not None, "dispatch asks why_not first"
     M, N, R = x.shape[0], base.w.shape[0], adapter.a.shape[0]
     with target.guard():
-        y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-        h = torch.empty(M, R, dtype=x.dtype, device=x.device)
+        y = x.new_empty(M, N)
+        h = x.new_empty(M, R)
         plan = _plan("forward", target, x, base.w, adapter)
         base = base._replace(w=quantised.as_planned(base.w, plan, x.dtype))
         launch.forward_launch(target, plan, x, base, adapter, launch.Outputs(y, h, save_h)).run()
@@ -95,10 +95,10 @@ def _backward(
         elif not plan.within:
             # The kernel does not read w here, but the argument needs a tensor of the right type.
             base = base._replace(w=dy)
-        dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device) if need_dx else None
-        da = torch.empty(R, K, dtype=a.dtype, device=a.device) if need_da else None
-        db = torch.empty(N, R, dtype=b.dtype, device=b.device) if need_db else None
-        g = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
+        dx = dy.new_empty(M, K) if need_dx else None
+        da = a.new_empty(R, K) if need_da else None
+        db = b.new_empty(N, R) if need_db else None
+        g = dy.new_empty(M, R)
         out = launch.GradientBuffers(dx, da, db, g)
         saved = launch.Saved(x, None if h is None else h.to(dy.dtype))
         launch.backward_launch(target, plan, dy, saved, base, adapter, out).run()

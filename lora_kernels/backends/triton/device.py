@@ -125,20 +125,24 @@ def _calls(hook: Any) -> bool:
 def _lowered(argument: Any, variant: list[Any]) -> Any:
     """Return an argument as a compiled kernel takes it: the address of a tensor, and all else as it is. Append to
     `variant` what a compiled kernel depends on."""
-    if isinstance(argument, Tensor):
+    if isinstance(argument, tuple):
+        values = []
+        for each in argument:
+            values.append(_lowered(each, variant))
+        return tuple(values)
+    if isinstance(argument, float):
+        return argument
+    if isinstance(argument, Tensor):  # This takes long where it is not so.
         address = argument.data_ptr()
         variant += argument.dtype, address % 16 == 0
         return address
-    if isinstance(argument, tuple):
-        return tuple([_lowered(each, variant) for each in argument])
     if isinstance(argument, int):
         variant.append(argument)
     elif isinstance(argument, TensorDescriptor):
         variant.append(argument.base.dtype)
-    elif isinstance(argument, tl.constexpr):
-        variant.append(argument.value)
     else:
-        assert isinstance(argument, float)
+        assert isinstance(argument, tl.constexpr)
+        variant.append(argument.value)
     return argument
 
 

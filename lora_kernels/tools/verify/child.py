@@ -26,7 +26,6 @@ def main(argv: Sequence[str]) -> int:
     job: dict[str, Any] = json.loads(argv[0])
     tell = Teller(Path(argv[1]))
     tell.doing("start", SLOW)
-    threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
     kind = job["kind"]
     if kind == "survey":
         settings = list(map(Setting.from_json, job["settings"]))
@@ -66,6 +65,7 @@ def _end_with_the_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_the_parent, args=(json.loads(sys.argv[1])["parent"],), daemon=True).start()
     status = main(sys.argv[1:])
     sys.stdout.flush()
     os._exit(status)  # a device that was lost can fail in the end of a process as well

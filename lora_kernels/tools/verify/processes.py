@@ -64,7 +64,7 @@ class Process:
         self._since, self._ended = time.monotonic(), False
         with self._said.open("wb") as said:
             self._process = subprocess.Popen(
-                [*START, json.dumps(job.what), str(events)],
+                [*START, json.dumps(job.what | {"parent": os.getpid()}), str(events)],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,

@@ -14,6 +14,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -207,9 +208,9 @@ class Extension:
         return SimpleNamespace(results=results, workspace=workspace, launch=launch)
 
 
-def serve_cpu(monkeypatch: pytest.MonkeyPatch) -> Extension:
-    """Let the cuda back-end run on CPU tensors, in the emulator."""
-    extension = Extension()
+def serve_cpu(monkeypatch: pytest.MonkeyPatch, extension: Any = None) -> Any:
+    """Let the cuda back-end run on CPU tensors, in the emulator or by another `extension`, which is returned."""
+    extension = Extension() if extension is None else extension
     monkeypatch.setattr(launch, "extension", lambda: extension)
     monkeypatch.setattr(workspace, "_blocks", {})
     monkeypatch.setattr(workspace, "_by_stream", {})

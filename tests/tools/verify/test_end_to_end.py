@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -68,3 +69,24 @@ def test_every_verdict_and_the_choice_that_follows(tmp_path: Path) -> None:
     assert chosen(out, "stuck", "compiles_slowly", "wrong", "killed", "slower") == "compiles_slowly"
     assert chosen(out, "slower") == "eager", "slower is slower than eager"
     assert chosen(tmp_path / "none.json", "compiles_slowly", "composite") == "composite", "without evidence"
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    """Also where that was killed, and nothing could end its processes."""
+    events, pid = tmp_path / "events", tmp_path / "pid"
+    os.mkfifo(events)  # the process waits here for a reader
+    start = (
+        "import json, os, subprocess, sys; job = json.dumps({'parent': os.getpid()})\n"
+        "argv = [sys.executable, '-m', 'lora_kernels.tools.verify.child', job, sys.argv[1]]\n"
+        "child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "open(sys.argv[2], 'w').write(str(child.pid))\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", start, str(events), str(pid)], env=env, check=True)
+    child = Path("/proc", pid.read_text(), "stat")
+    for _ in range(600):
+        if not child.exists() or child.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(int(pid.read_text()), 9)
+    pytest.fail("the process goes on alone")

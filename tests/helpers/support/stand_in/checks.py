@@ -164,9 +164,10 @@ def other_kernels_are_not_mistaken_for_the_kept_one(driver: Driver) -> None:
     problems.append(odd)
     for _ in range(2):
         for q in problems:
-            with checked(driver) as launches:
-                q.forward(composite)
-            assert len(launches) == 2
+            for backend, expected in ((composite, 2), (one_launch, 1)):
+                with checked(driver) as launches:
+                    q.forward(backend)
+                assert len(launches) == expected
     handles = {}
     for name, q in (("aligned", problems[0]), ("odd", odd)):
         driver.clear()
@@ -214,6 +215,22 @@ def hooks_and_settings_of_triton_are_heard(driver: Driver) -> None:
     assert [a.handle == b.handle for a, b in zip(debug, driver.launches(), strict=True)] == [False, False]
 
 
+def lists_and_masks_arrive(driver: Driver) -> None:
+    qs = [_small(p=0.1), _small(bias=False), Problem(8, 24, 16, 5)]
+    bases, adapters = [q.base for q in qs], [q.adapter for q in qs]
+    for _ in range(2):
+        with checked(driver) as launches:
+            composite.forward(qs[0].x, bases, adapters, [True, False, True])
+            composite.backward(
+                [q.dy for q in qs], qs[0].x, bases, adapters, [q.h for q in qs], Needs(True, (True,) * 3, (True,) * 3)
+            )
+        assert [launch.kernel for launch in launches] == [*COMPOSITE["forward"], *COMPOSITE["backward"]]
+        for backend in (composite, one_launch):
+            with checked(driver) as launches:
+                backend.keep_mask(qs[0].x, 0.3, torch.tensor(5))
+            assert [launch.kernel for launch in launches] == ["dropout_mask"]
+
+
 def a_failed_launch_raises_and_the_next_one_works(driver: Driver) -> None:
     q = Problem(2048, 512, 384, 16)
     for calls in range(2):
@@ -234,6 +251,7 @@ CHECKS: dict[str, Callable[[Driver], None]] = {
         nothing_is_launched_for_empty_problems,
         other_kernels_are_not_mistaken_for_the_kept_one,
         hooks_and_settings_of_triton_are_heard,
+        lists_and_masks_arrive,
         a_failed_launch_raises_and_the_next_one_works,
     )
 }

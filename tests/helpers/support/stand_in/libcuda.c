@@ -113,7 +113,8 @@ int cuFuncGetAttribute(int* value, int attribute, void* function) {
   return SUCCESS;
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) {
-  enum { MAX_DYNAMIC_SHARED = 8 };
+  enum { MAX_DYNAMIC_SHARED = 8, LAST = 15 };  // of the drivers of CUDA 13.0
+  if (attribute > LAST) return INVALID_VALUE;
   if (attribute == MAX_DYNAMIC_SHARED) ((Function*)function)->max_dynamic_shared = value;
   return SUCCESS;
 }
