@@ -25,7 +25,8 @@ _PARTS = ("weight_scales", "weight_table", "weight_absmax", "weight_offset")
 
 class QuantizedLoRALinear(FusedLoRALinear):
     """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ over a W in nf4, fp4, int8 or fp8. On a CPU about 8 MB of the
-    dequantised W are in memory at a time; on a GPU it is there as a whole during a call with many rows.
+    dequantised W are in memory at a time; on a GPU it is there as a whole during a call, unless `triton` serves a
+    call of few rows.
 
     Make one with ``FusedLoRALinear.from_linear(linear, quant="nf4")``, `over` or `from_bnb`, not with the constructor.
     x may have any dtype of `lora_linear`. A and B have `weight_dtype` by default, the dtype of the weight that was

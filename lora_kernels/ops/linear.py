@@ -50,8 +50,8 @@ def lora_linear(
     Args:
         x: [..., K], fp64, fp32, fp16 or bf16. M is the product of its leading dimensions, 0 included.
         weight: W [N, K], in x's dtype; must not require a gradient. Or a `QuantizedWeight` of 4 or 8 bits, beside an x
-            of any dtype. It is dequantised in pieces, within the products. On a GPU, for many rows of x, it is
-            dequantised as a whole, into memory that is free again after the call.
+            of any dtype. It is dequantised in pieces, within the products. On a GPU it is dequantised as a whole,
+            into memory that is free again after the call, unless `triton` serves a call of few rows of x.
         lora_a: A [R, K], in x's dtype, or fp32 beside an fp16 or bf16 x (its gradient is then fp32, not rounded through
             x's dtype).
         lora_b: B [N, R], in A's dtype.
@@ -102,7 +102,7 @@ def explain(
     backend: str | None = None,
 ) -> dispatch.Explanation:
     """Return which back-end `lora_linear` would run for these operands, and every reason why the others would not be
-    chosen. Nothing is computed.
+    chosen. The layer is not computed. On a GPU the check at the first use of `composite` may run.
 
     The arguments are those of `lora_linear` without scale and seed, and the same errors are raised.
     """
