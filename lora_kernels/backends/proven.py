@@ -89,7 +89,7 @@ def _tell(call: Call) -> None:
     _told = True
     warnings.warn(
         f"lora_kernels has not measured its kernels on {find.of(call.device).identity.device} yet. `{COMMAND}` takes "
-        "about two minutes and finds the fastest that are right here. Until then `composite` serves what it was "
+        "a few minutes and finds the fastest that are right here. Until then `composite` serves what it was "
         f"checked for. {find.VARIABLE}=off silences this",
         stacklevel=2,
     )
