@@ -109,7 +109,7 @@ def backward(
             (R, K), N = a.shape, b.shape[0]
             das.append(a.new_empty(R, K) if need_da else None)
             dbs.append(b.new_empty(N, R) if need_db else None)
-        for piece in _pieces(target, dys[0].dtype, adapters, list(zip(needs.da, needs.db, strict=True))):
+        for piece in _pieces(target, dys[0].dtype, adapters, needs):
             if not (needs.dx or needs.da[piece.start] or needs.db[piece.start]):
                 continue
             part = None
