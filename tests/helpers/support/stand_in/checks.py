@@ -12,6 +12,7 @@ from support.stand_in import arguments
 from support.stand_in.driver import Driver, Recorded, start, use
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver as active
 
 from lora_kernels.backends import composite, workspace
 from lora_kernels.backends import triton as one_launch
@@ -231,6 +232,22 @@ def lists_and_masks_arrive(driver: Driver) -> None:
             assert [launch.kernel for launch in launches] == ["dropout_mask"]
 
 
+def every_device_has_its_own_kernel_and_stream(driver: Driver) -> None:
+    q, seed = _small(), torch.tensor(5)
+    handles = []
+    for number in (0, 1, 0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(active.active, "get_current_device", lambda number=number: number)
+            patch.setattr(active.active, "get_current_stream", lambda device: 0x1000 + device)
+            driver.clear()
+            composite.keep_mask(q.x, 0.3, seed)
+        (launch,) = driver.launches()
+        assert launch.stream == 0x1000 + number
+        handles.append(launch.handle)
+    assert handles[:2] == handles[2:]
+    assert handles[0] != handles[1]
+
+
 def a_failed_launch_raises_and_the_next_one_works(driver: Driver) -> None:
     q = Problem(2048, 512, 384, 16)
     for calls in range(2):
@@ -252,6 +269,7 @@ CHECKS: dict[str, Callable[[Driver], None]] = {
         other_kernels_are_not_mistaken_for_the_kept_one,
         hooks_and_settings_of_triton_are_heard,
         lists_and_masks_arrive,
+        every_device_has_its_own_kernel_and_stream,
         a_failed_launch_raises_and_the_next_one_works,
     )
 }
