@@ -53,7 +53,8 @@ def verdict(module: ModuleType, call: Call) -> Verdict:
     if result.result != RIGHT:
         warnings.warn(
             f"{module.name!r} is not used for {key.partition(' ')[2]} on this GPU: its first use was {result.result} "
-            f"({result.why}). Please report it; calls go to 'eager'",
+            f"({result.why}). Such calls go to 'eager'. Please report this; `python -m lora_kernels verify` runs these "
+            "kernels again",
             RuntimeWarning,
             stacklevel=2,
         )

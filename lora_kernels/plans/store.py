@@ -46,7 +46,10 @@ def find(device: torch.device, entry: str, kind: type[P]) -> P | None:
         found = read(kept)
     except (KeyError, TypeError) as error:
         warnings.warn(
-            f"the measured plan {entry!r} is ignored: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
+            f"the measured plan {entry!r} is ignored: {type(error).__name__}: {error} (python -m lora_kernels verify "
+            "--tune measures it again)",
+            RuntimeWarning,
+            stacklevel=2,
         )
         return None
     return found if isinstance(found, kind) else None
