@@ -2,8 +2,8 @@
 
     python -m benchmarks.host_path
 
-Triton's launcher and everything before it runs as on a GPU; the stand-in accepts the launch and returns. Tensors are
-in the CPU's memory. The sizes are small and the vendor's GEMM of `composite` is timed on the CPU and subtracted, so
+Triton's launcher and everything before it runs as on a GPU; the stand-in accepts the launch and returns. Tensors lie in
+the memory of the CPU. The sizes are small, and the vendor's GEMM of `composite` is timed on the CPU and subtracted, so
 what is left does not depend on the sizes. The first call of a layout, which compiles, is not counted.
 """
 

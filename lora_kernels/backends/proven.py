@@ -88,8 +88,8 @@ def _tell(call: Call) -> None:
         return
     _told = True
     warnings.warn(
-        f"lora_kernels has not measured its kernels on {find.of(call.device).identity.device} yet. `{COMMAND}` finds "
-        "the fastest that are right here, by estimate in two minutes. Until then `composite` serves the calls that its "
+        f"lora_kernels has not measured its kernels on {find.of(call.device).identity.device} yet. `{COMMAND}` takes "
+        "a few minutes and finds the fastest that are right here. Until then `composite` serves the calls that its "
         f"check at first use finds right. {find.VARIABLE}=off silences this",
         stacklevel=2,
     )

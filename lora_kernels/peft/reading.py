@@ -98,6 +98,9 @@ def autocast_of(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+_ROWS = 1024
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def only_eager(
     device: torch.device,
@@ -107,6 +110,7 @@ def only_eager(
     w_format: str,
 ) -> bool:
     """Return whether the automatic choice is `eager`, which has no kernel, for the forward or the backward of such
-    calls with any number of rows. `dtypes` are those of x and the adapter, and `shape` is (N, K, R)."""
-    call = Call("forward", device, *dtypes, 1, *shape, dropout, w_format)
+    calls. `dtypes` are those of x and the adapter, and `shape` is (N, K, R). The number of rows is that of training:
+    where `eager` is merely the fastest for a few rows, the layer is not left to PEFT."""
+    call = Call("forward", device, *dtypes, _ROWS, *shape, dropout, w_format)
     return dispatch.automatic(call) == "eager" or dispatch.automatic(Call("backward", *call[1:])) == "eager"

@@ -192,3 +192,28 @@ def test_nothing_of_the_callers_modes_sees_or_changes_the_check(tmp_path) -> Non
             first_use.verdict(module, call("backward", dtype=torch.float32, adapter_dtype=torch.float32))[0] == "right"
         )
     assert seen == [] and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_list_of_layers_is_checked_as_a_list(tmp_path, op, dropout) -> None:
+    sizes = []
+
+    def forward(x: Any, bases: Any, *rest: Any) -> Any:
+        sizes.append(len(bases))
+        return eager.forward(x, bases, *rest)
+
+    assert verdict_of(backend("composite", forward), tmp_path, call(op, dropout=dropout, layers=4)).result == file.RIGHT
+    assert set(sizes) == {3}
+
+
+def test_a_group_asks_for_the_class_of_its_list(tmp_path, monkeypatch) -> None:
+    asked = []
+    module = backend("composite")
+    module.kernel_class = lambda call: asked.append(call.layers) or f"r16 of {call.layers}"
+    x, w, a, b = operands()
+    with fake_gpu(tmp_path, module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora_kernels.lora_linear_group(x, [lora_kernels.group.Layer(w, a, b, 1.0)] * 2)
+        assert set(asked) == {2}
+        assert {key.split(" of ")[1][0] for key in find.of(CPU).verdicts} == {"2"}

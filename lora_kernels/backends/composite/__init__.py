@@ -110,7 +110,7 @@ def backward(
             (R, K), N = a.shape, b.shape[0]
             das.append(a.new_empty(R, K) if need_da else None)
             dbs.append(b.new_empty(N, R) if need_db else None)
-        for piece in _pieces(target, dys[0].dtype, adapters, list(zip(needs.da, needs.db, strict=True))):
+        for piece in _pieces(target, dys[0].dtype, adapters, needs):
             if not (needs.dx or needs.da[piece.start] or needs.db[piece.start]):
                 continue
             part = None
@@ -142,18 +142,18 @@ def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return w if isinstance(w, Tensor) else dense(w, dtype)
 
 
-def _pieces(
-    target: Target, dtype: torch.dtype, adapters: Sequence[Adapter], needs: Sequence[tuple[bool, bool]] = ()
-) -> list[slice]:
-    """Return the parts of a list of layers that one set of launches serves, in order. Within a part all `needs` are the
-    same, where they are given."""
+def _pieces(target: Target, dtype: torch.dtype, adapters: Sequence[Adapter], needs: Needs | None = None) -> list[slice]:
+    """Return the parts of a list of layers that one set of launches serves, in order. Within a part all layers are
+    asked for the same of `needs`."""
     if len(adapters) == 1:
         return [slice(0, 1)]
+    pieces = []
     limit = tiles.max_rank_of_list(target.gpu.arch, dtype.itemsize)
-    pieces, start, largest = [], 0, 0
+    start, largest = 0, 0
     for i, adapter in enumerate(adapters):
         larger, count = max(largest, tiles.block_r(adapter.a.shape[0])), i - start + 1
-        fits = count <= tiles.MAX_LAYERS and larger * count <= limit and (not needs or needs[i] == needs[start])
+        alike = needs is None or (needs.da[i], needs.db[i]) == (needs.da[start], needs.db[start])
+        fits = alike and count <= tiles.MAX_LAYERS and larger * count <= limit
         if count > 1 and not fits:
             pieces.append(slice(start, i))
             start, larger = i, tiles.block_r(adapter.a.shape[0])

@@ -78,7 +78,7 @@ ORDINARY: Tables = {
         DOWN: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 8, 1)},
         UP: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1)},
         OVER_DY: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 4, 2), 64: Tile(32, 64, 8, 2), 128: Tile(16, 32, 8, 2)},
-        OVER_X: {16: Tile(32, 64, 4, 2), 32: Tile(32, 64, 8, 2), 64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1)},
+        OVER_X: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 8, 2), 64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1)},
         OVER_X_OF_LIST: {16: Tile(32, 32, 8, 1), 32: Tile(32, 16, 8, 1), 64: Tile(32, 16, 8, 1)},
     },
     FEW: {
@@ -90,7 +90,8 @@ ORDINARY: Tables = {
     },
 }
 """The tiles for products that ordinary instructions may compute: those of an x in fp32, and all on sm_75 and
-gfx1x. They take more registers."""
+gfx1x. They take more registers. No block has 64 rows of a product under dropout: before 3.8 Triton computes such a
+product of fp32 on sm_100's tensor cores, in tf32 whatever precision was asked for."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """The number of programs that a launch should have at least, for each multiprocessor: enough loads are under way then,

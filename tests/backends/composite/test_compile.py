@@ -61,6 +61,7 @@ def _entries() -> Iterator[Entry]:
             yield Entry("sm_75", kernel, rows, BLOCK_R, HALF, SINGLE)
             yield Entry("sm_80", kernel, rows, BLOCK_R, SINGLE, SINGLE)
             if rows == tiles.MANY:
+                yield Entry("sm_100", kernel, rows, BLOCK_R, SINGLE, SINGLE)
                 yield Entry("sm_90", kernel, rows, BLOCK_R, SINGLE, SINGLE)
                 yield Entry("sm_90", kernel, rows, BLOCK_R, SINGLE, SINGLE, "high")
 

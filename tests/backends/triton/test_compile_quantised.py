@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 from support import assembly, compile_report
 from support.compile_report import ONE_CODE, Report, Reports, empty
+from support.launches import changed
 from triton.backends.compiler import GPUTarget
 from triton.language import constexpr
 from triton.runtime import driver
@@ -148,7 +149,7 @@ def test_the_compiler_would_contract_if_it_were_allowed_to() -> None:
     """It turns absmax of double quantisation into one operation."""
     (number,) = (i for i, e in enumerate(ENTRIES) if (e.arch, e.kind, e.format) == ("sm_90", "dequantise", "nf4"))
     launch = launch_of(ENTRIES[number])
-    contracted = launch._replace(options=launch.options | {"enable_fp_fusion": True})
+    contracted = changed(launch, enable_fp_fusion=True)
     assert "fma.rn.f32" in compile_report.compile_report(contracted, "sm_90").assembly
 
 

@@ -20,6 +20,7 @@ from lora_kernels.testing import one_layer
 
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 from support.interp import interpret
+from support.launches import changed
 
 from lora_kernels.backends import triton, workspace
 from lora_kernels.backends.triton import device
@@ -144,11 +145,11 @@ def test_the_number_of_programs_does_not_change_a_bit(plan: str) -> None:
         with interpret():
             forward_plan = tiles.Plan(plan == "redundant", forward, 4)
             launch = launching.forward_launch(on, forward_plan, q.x, base, adapter, launching.Outputs(y, h, True))
-            launch._replace(programs=launch.programs if plan == "redundant" else programs).run()
+            changed(launch, launch.programs if plan == "redundant" else programs).run()
             saved, gradients = launching.Saved(q.x, h), launching.GradientBuffers(dx, da, db, g)
             backward_plan = tiles.Plan(False, backward, 4)
             launch = launching.backward_launch(on, backward_plan, q.dy, saved, base, adapter, gradients)
-            launch._replace(programs=programs).run()
+            changed(launch, programs).run()
         runs.append({"y": y, "dx": dx, "da": da, "db": db})
     judging.check(runs[0], q)
     for run in runs[1:]:

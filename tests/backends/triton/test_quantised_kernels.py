@@ -20,6 +20,7 @@ from lora_kernels.testing.judge import judge, over_codes
 
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 from support.interp import interpret
+from support.launches import changed
 
 from lora_kernels.backends import triton, workspace
 from lora_kernels.backends.triton import device
@@ -232,7 +233,7 @@ def test_the_number_of_programs_does_not_change_a_bit(kind: str, poison: None) -
                 saved, gradients = launching.Saved(q.x, h), launching.GradientBuffers(dx, da, db, g)
                 launch = launching.backward_launch(target, backward, q.dy, saved, base, adapter, gradients)
                 assert launch.arguments["splits"] == {1: 1, 4: 3, 2: 2}[backward_split]
-                launch._replace(programs=programs).run()
+                changed(launch, programs).run()
             runs.append({"y": y, "dx": dx, "da": da, "db": db})
         check(runs[0], q, w)
         assert all(torch.equal(run[name], value) for run in runs[1:] for name, value in runs[0].items())

@@ -20,11 +20,17 @@ CPU = torch.device("cpu")
 IDENTITY = Identity("Fake GPU", "sm_90", 132, "580.65", torch.__version__, "3.7.1", "12.8", "abc", None)
 
 
+class _Module(SimpleNamespace):
+    """Like a module, it can be an element of a set."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
 def backend(
     name: str, forward: Callable[..., Any] = eager.forward, backward: Callable[..., Any] = eager.backward
 ) -> Any:
     """Return a back-end that serves every call and counts its forwards."""
-    module = SimpleNamespace(name=name, why_not=lambda call: [], kernel_class=lambda call: "r16", backward=backward)
+    module = _Module(name=name, why_not=lambda call: [], kernel_class=lambda call: "r16", backward=backward)
     module.calls = 0
 
     def counted(*args: Any) -> Any:
