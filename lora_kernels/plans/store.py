@@ -37,8 +37,8 @@ def sm90_key(op: str, case: Case) -> str:
 
 
 def find(device: torch.device, entry: str, kind: type[P]) -> P | None:
-    """Return the plan of type `kind` that the evidence about a device holds under the key `entry`, or None. Warns where
-    the entry is none that this version writes."""
+    """Return the plan of type `kind` that the evidence about a device holds under the key `entry`, or None. Warns
+    if this version cannot read the entry."""
     kept = evidence.of(device).plans.get(entry)
     if kept is None:
         return None
