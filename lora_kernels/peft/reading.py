@@ -98,7 +98,8 @@ def autocast_of(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-_ROWS = 1024
+ROWS = 2048
+"""The number of rows of x for which it is told whether a kernel serves a layer: one of training."""
 """The rows of x in a call that stands for training."""
 
 
@@ -113,5 +114,5 @@ def only_eager(
     """Return whether the automatic choice is `eager`, which has no kernel, for the forward or the backward of such
     calls. `dtypes` are those of x and the adapter, and `shape` is (N, K, R). The number of rows is that of training:
     a layer is not left to PEFT if `eager` is the choice for few rows only."""
-    call = Call("forward", device, *dtypes, _ROWS, *shape, dropout, w_format)
+    call = Call("forward", device, *dtypes, ROWS, *shape, dropout, w_format)
     return dispatch.automatic(call) == "eager" or dispatch.automatic(Call("backward", *call[1:])) == "eager"

@@ -1,4 +1,4 @@
-"""How far from the truth the results of a kernel may be: about as far as those of plain torch in the same dtype."""
+"""How far from the truth the results of kernels may be, measured by plain torch in the same dtype."""
 
 from __future__ import annotations
 
