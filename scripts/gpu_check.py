@@ -1,19 +1,19 @@
-"""Check and measure the kernels on a machine with an NVIDIA GPU and no network that is at hand for minutes.
+"""Check and measure the kernels on a machine with an NVIDIA GPU that you have for minutes only. No network is needed.
 
     scripts/gpu_check.sh OUT_DIR [SECTION ...] [--total SECONDS] [--prebuilt FOLDER] [--peer NAME=PATH]
 
 The sections run in the order in which they are named. Without names these run: device, verify, numbers, tests. Before
 them the native code is built, unless --prebuilt names a folder that gpu_prepare.sh has filled.
 
---total is kept whatever hangs. Each section gets its share of the time, and what one leaves goes to those after it. A
-section that fails, or runs out of time, does not stop the next one. Every command is a process with a time limit
-(gpu_run.py). `verify` tells a kernel that hangs from one that is only slow to compile. If a kernel hangs in the bench,
-its process ends, and another process continues without that kernel.
+The check ends within --total seconds, whatever hangs. Each section gets its share of the time, and what one leaves goes
+to those after it. A section that fails, or runs out of time, does not stop the next one. Every command is a process
+with a time limit (gpu_run.py). `verify` distinguishes a kernel that hangs from one that is only slow to compile. If a
+kernel hangs in the bench, its process ends, and another process continues without that kernel.
 
 OUT_DIR gets at most 8 files, none above 16 MB. evidence.json is written after each verdict and each time, the JSON of
 the bench after each layer, log.txt after each command, check.json after each section, and running.txt while commands
 run. A table is printed at the end. The exit status is 1 if a section failed. gpu_report.py makes README's table.
-``--device cpu`` is a dry run on a machine without a GPU.
+``--device cpu`` is a dry run on a machine without a GPU. This script has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -101,13 +101,21 @@ def table(rows: Sequence[dict[str, object]]) -> str:
 def parser(sections: Sequence[Section]) -> argparse.ArgumentParser:
     names = [section.name for section in sections]
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("out", type=Path, metavar="OUT_DIR")
-    result.add_argument("sections", nargs="*", metavar="SECTION", help=f"in this order: {', '.join(names)}")
-    result.add_argument("--total", type=float, metavar="SECONDS", help="the most that all of this may take")
+    result.add_argument(
+        "out", type=Path, metavar="OUT_DIR", help="an empty folder for the results; it is made if needed"
+    )
+    result.add_argument("sections", nargs="*", metavar="SECTION", help=f"one of {', '.join(names)}")
+    result.add_argument(
+        "--total", type=float, metavar="SECONDS", help="the most that the check may take (default: the sections' usual)"
+    )
     result.add_argument("--prebuilt", type=Path, metavar="FOLDER", help="build nothing; use what gpu_prepare.sh made")
     result.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run")
     result.add_argument(
-        "--peer", action="append", default=[], metavar="NAME=PATH", help="a peer for lora_kernels bench"
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="another project to measure, as for lora_kernels bench",
     )
     return result
 
@@ -128,11 +136,11 @@ def main(
         chosen.insert(0, build)
     total = args.total or sum(section.share for section in chosen) + ENDING
     if total <= ENDING:
-        options.error(f"--total {total:g}: {ENDING:g} seconds are kept for ending what still runs")
+        options.error(f"--total {total:g}: {ENDING:g} seconds are kept for ending what still runs; give more")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        options.error(f"{args.out} is not empty: its files would count among the {MAX_FILES}")
+        options.error(f"{args.out} is not empty, and at most {MAX_FILES} files are kept in it: name a new folder")
     check = Check(out, total, args.device, args.peer)
     if args.prebuilt is not None:
         try:

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# The door to scripts/gpu_check.py, which checks and measures the kernels on this machine's NVIDIA GPU.
+# Runs scripts/gpu_check.py, which checks and measures the kernels on this machine's NVIDIA GPU.
 exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_check.py" "$@"

@@ -1,4 +1,4 @@
-"""What gpu_prepare.sh makes without a GPU, as it is carried to a machine with one: a folder with
+"""The folder that gpu_prepare.sh fills without a GPU, and that is then copied to a machine with one. It holds
 
 manifest.json   what it was made from and for
 native/         the native modules `_C` and `_cuda`
@@ -61,9 +61,12 @@ def put_in_place(folder: Path, root: Path = ROOT) -> dict[str, str]:
     except OSError as error:
         raise Unusable(f"{error.strerror}: {MANIFEST}. scripts/gpu_prepare.sh writes it") from error
     if manifest["suffix"] != suffix():
-        raise Unusable(f"its native modules end with {manifest['suffix']}, and this Python loads {suffix()}")
+        raise Unusable(
+            f"its native modules end with {manifest['suffix']}, and this Python loads {suffix()}: run "
+            "scripts/gpu_prepare.sh with --python of this version"
+        )
     if manifest["csrc"] != source_hash(root):
-        raise Unusable("csrc/ has changed since scripts/gpu_prepare.sh built its native modules")
+        raise Unusable("csrc/ has changed since scripts/gpu_prepare.sh built its native modules: run it again")
     for module in sorted((folder / NATIVE).iterdir()):
         beside = root / "lora_kernels" / f".{module.name}"
         shutil.copy2(module, beside)

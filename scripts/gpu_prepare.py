@@ -1,16 +1,18 @@
-"""Build, on a machine without a GPU, what `gpu_check.sh --prebuilt DEST` takes to a machine that has one for minutes.
+"""Build beforehand what `gpu_check.sh --prebuilt DEST` needs on another machine, whose GPU you have for minutes only.
+
+This machine needs no GPU.
 
     scripts/gpu_prepare.sh DEST [--python python3.12] [--triton 3.6.0] [--arch sm_90] [--multiprocessors 132]
 
 DEST gets the native modules `_C` and `_cuda`, and a cache of compiled Triton kernels (gpu_triton_cache.py).
 
---python is a Python of the version that the other machine has. It needs its headers, setuptools, pybind11 and ninja,
-and no torch. `_cuda` needs nvcc here; its version must be one that the other machine's driver serves. --without-cuda
-builds only `_C`.
+--python is a Python on this machine, of the version that the other machine has. It needs its headers, setuptools,
+pybind11 and ninja, and no torch. `_cuda` needs nvcc on this machine; its version must be one that the other machine's
+driver serves. --without-cuda builds only `_C`.
 
 The Triton kernels are compiled by the Python that runs this script, which needs torch. --triton is the version of the
-other machine; where this Python has another one, or is of another version than --python, wheels are downloaded with pip
-into --wheels, once. The kernels have not yet run on a GPU, and neither has this way of bringing them there.
+other machine. If this Python has another version of Triton, or is of another version than --python, wheels are
+downloaded with pip into --wheels, once. Neither the kernels nor this script's results have been used on a GPU yet.
 """
 
 from __future__ import annotations
@@ -159,7 +161,7 @@ def prepare(args: argparse.Namespace) -> str:
     """Fill args.dest, and return a sentence about it. Raises Unprepared."""
     dest = args.dest.resolve()
     if dest.exists() and any(dest.iterdir()):
-        raise Unprepared(f"{args.dest} is not empty")
+        raise Unprepared(f"{args.dest} is not empty: name a new folder, or empty it")
     python = find_python(args.python)
     native = build_native(dest / NATIVE, python, cuda=not args.without_cuda)
     version = args.triton or _installed("triton")
@@ -178,13 +180,19 @@ def prepare(args: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("dest", type=Path, metavar="DEST")
-    result.add_argument("--python", default=sys.executable, help="of the other machine's version (default: this one)")
-    result.add_argument("--triton", metavar="VERSION", help="of the other machine (default: that of this Python)")
-    result.add_argument("--arch", default="sm_90", help="of the other machine's GPU (default: sm_90)")
-    result.add_argument("--multiprocessors", type=int, default=132, metavar="N", help="of that GPU (default: 132)")
+    result.add_argument("dest", type=Path, metavar="DEST", help="a new or empty folder")
+    result.add_argument(
+        "--python", default=sys.executable, help="a Python of the other machine's version (default: this one)"
+    )
+    result.add_argument("--triton", metavar="VERSION", help="the other machine's Triton (default: that of this Python)")
+    result.add_argument("--arch", default="sm_90", help="the architecture of the other machine's GPU (default: sm_90)")
+    result.add_argument(
+        "--multiprocessors", type=int, default=132, metavar="N", help="those of that GPU (default: 132)"
+    )
     result.add_argument("--without-cuda", action="store_true", help="do not build _cuda, which needs nvcc")
-    result.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile")
+    result.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile at once"
+    )
     wheels = ROOT / "build" / "wheels"
     result.add_argument("--wheels", type=Path, default=wheels, help="where wheels are kept (default: build/wheels)")
     return result

@@ -45,7 +45,7 @@ class Refused(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="a file or a folder of gpu_check.py")
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if something is stale")
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder of README.md and benchmarks/results")
     args = parser.parse_args(argv)
@@ -100,7 +100,7 @@ def _evidence(path: Path) -> Evidence | None:
     except Unreadable as error:
         raise Refused(f"{path}: {error}") from error
     if not found.verdicts:
-        raise Refused(f"{path}: it has no verdicts")
+        raise Refused(f"{path}: it has no verdicts on kernels; run lora_kernels verify on that machine")
     _same_kernels(path, found.identity)
     return found
 

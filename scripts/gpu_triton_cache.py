@@ -1,4 +1,4 @@
-"""Fill a folder with compiled Triton kernels, without a GPU, for a machine that is at hand for minutes.
+"""Fill a folder with compiled Triton kernels, without a GPU, for another machine whose GPU you have for minutes only.
 
     python scripts/gpu_triton_cache.py FOLDER [--arch sm_90] [--multiprocessors 132] [--jobs N]
                                               [--python PYTHON --wheel TRITON.whl]
@@ -289,12 +289,16 @@ def fill(folder: Path, some: Sequence[Problem], machine: Machine, jobs: int) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="the folder to fill")
     parser.add_argument("--arch", default="sm_90", help="the GPU's architecture (default: sm_90)")
-    parser.add_argument("--multiprocessors", type=int, default=132, metavar="N", help="of the GPU (default: 132)")
-    parser.add_argument("--python", default=sys.executable, help="of the other machine's version (default: this one)")
+    parser.add_argument("--multiprocessors", type=int, default=132, metavar="N", help="those of the GPU (default: 132)")
+    parser.add_argument(
+        "--python", default=sys.executable, help="a Python of that machine's version (default: this one)"
+    )
     parser.add_argument("--wheel", type=Path, help="the wheel of Triton on that machine, if its Python is not this one")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile at once"
+    )
     args = parser.parse_args(argv)
     try:
         key = None if args.wheel is None else key_of_wheel(args.wheel)

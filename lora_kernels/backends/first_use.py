@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_kernels import reference
-from lora_kernels.core import gate
+from lora_kernels.core import accuracy
 from lora_kernels.core.operands import Adapter, Base, Call, Needs, power_of_two
 from lora_kernels.evidence import file, find
 from lora_kernels.evidence.file import BROKEN, RIGHT, WRONG, Evidence, Verdict
@@ -29,7 +29,7 @@ _ROWS = (16, 64, 160)
 """The rows of x in the check: the first that are not fewer than those of the call, or the last."""
 _N, _K, _P, _LAYERS = 96, 192, 0.25, 3
 _ENOUGH = 1024
-"""The independent roundings that `gate.errors_beside` needs."""
+"""The independent roundings that `accuracy.errors_beside` needs."""
 
 
 class NotNow(RuntimeError):
@@ -53,7 +53,8 @@ def verdict(module: ModuleType, call: Call) -> Verdict:
     if result.result != RIGHT:
         warnings.warn(
             f"{module.name!r} is not used for {key.partition(' ')[2]} on this GPU: its first use was {result.result} "
-            f"({result.why}). Please report it; calls go to 'eager'",
+            f"({result.why}). Such calls go to 'eager'. Please report this; `python -m lora_kernels verify` runs these "
+            "kernels again",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -120,7 +121,7 @@ def _check(module: ModuleType, call: Call) -> Verdict:
 def _fault(value: Tensor, exact: Tensor, plain: Tensor, call: Call) -> str | None:
     if not torch.isfinite(value).all():
         return "not finite"
-    return gate.errors_beside(value, exact, plain, call.dtype).fault
+    return accuracy.errors_beside(value, exact, plain, call.dtype).fault
 
 
 class _Problem:

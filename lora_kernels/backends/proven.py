@@ -2,8 +2,8 @@
 
 * A back-end can be chosen where its class of kernels was right on this device. ``python -m lora_kernels verify`` finds
   that out for all of them. `composite` is checked at its first use as well (`first_use`). `eager` needs no proof.
-* Where verify measured the bucket of the call, or one nearby, the fastest of these is chosen that beats `eager`: the
-  upper quartile of its times is below the median of `eager`'s.
+* Where verify measured the bucket of the call, or one nearby, the fastest of those that beat `eager` is chosen. A
+  back-end beats `eager` if the upper quartile of its times is below the median of `eager`'s.
 * Elsewhere `composite` is chosen where it is right, else `eager`.
 """
 
@@ -89,7 +89,7 @@ def _tell(call: Call) -> None:
     _told = True
     warnings.warn(
         f"lora_kernels has not measured its kernels on {find.of(call.device).identity.device} yet. `{COMMAND}` takes "
-        "a few minutes and finds the fastest that are right here. Until then `composite` serves what it was "
-        f"checked for. {find.VARIABLE}=off silences this",
+        "a few minutes and finds the fastest that are right here. Until then `composite` serves the calls that its "
+        f"check at first use finds right. {find.VARIABLE}=off silences this",
         stacklevel=2,
     )

@@ -5,8 +5,8 @@ Scratch belongs to one call. It comes from torch's caching allocator, which hand
 Counters are zero whenever no launch uses them: a launch finds them zero and leaves them zero. So they are cut from a
 block that is zeroed once, and no launch needs a fill before it, within a CUDA graph or without. The block must not lie
 in the pool of a graph. Under ``mode="reduce-overhead"`` torch runs the first call with all allocations of its thread
-routed into such a pool, and raises an error if anything is left alive there that is no result. The routing is bound to
-a thread (in torch 2.6 to a stream), so another thread allocates the block on its own stream.
+routed into such a pool, and raises an error if anything but a result is left alive there. The routing is bound to a
+thread (in torch 2.6 to a stream), so another thread allocates the block on its own stream.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Call(NamedTuple):
     """The dtype of a, b, da and db."""
     M: int
     """The rows of x [M, K], rounded up to a power of two by `call_of`: no choice depends on their exact number, and a
-    new length in each step shall not be a new kind of call."""
+    new length in each step must not be a new kind of call."""
     N: int
     K: int
     R: int
@@ -93,7 +93,7 @@ class Call(NamedTuple):
     w_format: str = "dense"
     """"dense" for a tensor, or the format of a `QuantizedWeight`."""
     layers: int = 1
-    """The number of layers over the same x that are computed together. The other facts are those of one of them."""
+    """The number of layers over the same x that are computed together. The other fields describe one of them."""
 
 
 def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter, layers: int = 1) -> Call:

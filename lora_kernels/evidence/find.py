@@ -154,7 +154,10 @@ def _look(here: Identity) -> Found:
         except FileNotFoundError:
             if place.path != cache_path(here):
                 passed.append(Passed(place.path, ["there is no such file"]))
-                _warn(f"{place.path}, which {VARIABLE} names: there is no such file")
+                _warn(
+                    f"{VARIABLE} names {place.path}, and there is no such file: correct the variable, or write the "
+                    f"file (python -m lora_kernels verify --out {place.path})"
+                )
             continue
         except (OSError, Unreadable) as error:
             passed.append(Passed(place.path, [str(error)]))

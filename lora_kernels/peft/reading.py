@@ -98,7 +98,9 @@ def autocast_of(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-_ROWS = 1024
+ROWS = 2048
+"""The number of rows of x for which it is told whether a kernel serves a layer: one of training."""
+"""The rows of x in a call that stands for training."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -111,6 +113,6 @@ def only_eager(
 ) -> bool:
     """Return whether the automatic choice is `eager`, which has no kernel, for the forward or the backward of such
     calls. `dtypes` are those of x and the adapter, and `shape` is (N, K, R). The number of rows is that of training:
-    where `eager` is merely the fastest for a few rows, the layer is not left to PEFT."""
-    call = Call("forward", device, *dtypes, _ROWS, *shape, dropout, w_format)
+    a layer is not left to PEFT if `eager` is the choice for few rows only."""
+    call = Call("forward", device, *dtypes, ROWS, *shape, dropout, w_format)
     return dispatch.automatic(call) == "eager" or dispatch.automatic(Call("backward", *call[1:])) == "eager"

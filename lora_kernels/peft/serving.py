@@ -13,11 +13,8 @@ from lora_kernels.backends import dispatch
 from lora_kernels.backends.proven import COMMAND
 from lora_kernels.core.operands import Call
 from lora_kernels.evidence import find
-from lora_kernels.peft.reading import PeftAdapter
+from lora_kernels.peft.reading import ROWS, PeftAdapter
 from lora_kernels.quant.weight import QuantizedWeight
-
-ROWS = 2048
-"""The number of rows of x that the line is about."""
 
 
 def call_of_layer(w: Tensor | QuantizedWeight, adapter: PeftAdapter) -> Call | None:

@@ -36,14 +36,14 @@ def plan(op: str, case: Case, gpu: Gpu) -> Plan:
 
 @functools.lru_cache(maxsize=4096)
 def sm90_plan(op: str, case: Case, device: torch.device) -> Sm90Plan:
-    """Return the plan of the sm_90a kernels on a device: the measured one, or `BY_RULE`, or one without clusters where
-    that plan could take clusters and they were not right on this device."""
+    """Return the plan of the sm_90a kernels on a device: the measured one, else `BY_RULE`. If that plan could
+    take clusters, and clusters were not right on this device, return one without clusters instead."""
     plan = store.find(device, store.sm90_key(op, case), Sm90Plan) or sm90.BY_RULE
     return plan if sm90_may_run(plan, op, case, device) else sm90.WITHOUT_CLUSTERS
 
 
 def sm90_may_run(plan: Sm90Plan, op: str, case: Case, device: torch.device) -> bool:
-    """Return False for a plan that could take clusters where they were not right on a device."""
+    """Return whether a plan may run on a device: not if it could take clusters, and clusters were not right there."""
     known = evidence.of(device)
     if plan == sm90.BY_RULE:
         could = sm90.may_cluster(op, case.M, case.N, case.K, known.identity.multiprocessors)

@@ -37,8 +37,8 @@ def sm90_key(op: str, case: Case) -> str:
 
 
 def find(device: torch.device, entry: str, kind: type[P]) -> P | None:
-    """Return the plan of type `kind` that the evidence about a device holds under the key `entry`, or None. Warns where
-    the entry is none that this version writes."""
+    """Return the plan of type `kind` that the evidence about a device holds under the key `entry`, or None. Warns
+    if this version cannot read the entry."""
     kept = evidence.of(device).plans.get(entry)
     if kept is None:
         return None
@@ -46,7 +46,10 @@ def find(device: torch.device, entry: str, kind: type[P]) -> P | None:
         found = read(kept)
     except (KeyError, TypeError) as error:
         warnings.warn(
-            f"the measured plan {entry!r} is ignored: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
+            f"the measured plan {entry!r} is ignored: {type(error).__name__}: {error} (python -m lora_kernels verify "
+            "--tune measures it again)",
+            RuntimeWarning,
+            stacklevel=2,
         )
         return None
     return found if isinstance(found, kind) else None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import reference
-from lora_kernels.core import gate
+from lora_kernels.core import accuracy
 from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.weight import QuantizedWeight
@@ -190,7 +190,7 @@ def _unfit(value: Tensor, exact: Tensor) -> str | None:
 
 def against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> Verdict:
     """Return the verdict on a result with enough elements for statistics: its errors beside those of `plain`."""
-    errors = gate.errors_beside(value, exact, plain, dtype)
+    errors = accuracy.errors_beside(value, exact, plain, dtype)
     return Verdict(name, *errors, None if errors.fault is None else f"{name}: {errors.fault}")
 
 
@@ -216,7 +216,7 @@ def against_bound(name: str, value: Tensor, exact: Tensor, bound: Tensor) -> Ver
     at = int((error - bound).argmax())
     worst, worst_allowed = error.flatten()[at].item(), bound.flatten()[at].item()
     fault = f"{name}: error {worst:.3g} of element {at}, allowed {worst_allowed:.3g}" if worst > worst_allowed else None
-    return Verdict(name, gate.rms(error), gate.rms(bound), worst, worst_allowed, fault)
+    return Verdict(name, accuracy.rms(error), accuracy.rms(bound), worst, worst_allowed, fault)
 
 
 def check(got: dict[str, Tensor], q: Problem, want: dict[str, Tensor] | None = None) -> None:

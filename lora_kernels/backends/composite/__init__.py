@@ -12,8 +12,9 @@ parts that are added in a fixed order. So results have the same bits in every ru
 captured in a CUDA graph and replayed.
 
 A list of layers over one x is one set of launches: x is read from memory once in a forward and once in the low-rank
-half of a backward, and dx₀ is written once. A list of more than three layers, of ranks whose sum is above 192
-(above 96 for an x in fp32), or of layers that are asked for different gradients is served in pieces.
+half of a backward, and dx₀ is written once. A list is served in pieces where it has more than three layers, where the
+number of layers times the largest BLOCK_R is above `tiles.max_rank_of_list`, or where the layers are asked for
+different gradients.
 
 Operands may have any strides. Where the adapters are fp32 beside an x in 16 bits, h and g stay in fp32. A quantised w
 is dequantised by one more launch, for the length of the call; a backward without dx skips it.

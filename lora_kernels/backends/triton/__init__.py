@@ -58,6 +58,8 @@ def why_not(call: Call) -> list[str]:
 
 
 def kernel_class(call: Call) -> str:
+    """Return the kind of plan: "tickets", or "redundant" with its BLOCK_M, and "within" if w is dequantised within the
+    product."""
     target = find_target(call.device)
     assert target is not None, "dispatch asks why_not first"
     w_format = "" if call.w_format == "dense" else call.w_format

@@ -113,7 +113,7 @@ def _launch(kernel: Any, programs: int, stream: int, values: list[Any]) -> None:
     """Launch a compiled kernel, with its arguments in their order."""
     if _calls(knobs.runtime.launch_enter_hook) or _calls(knobs.runtime.launch_exit_hook):
         kernel[(programs, 1, 1)](*values, stream=stream)
-    else:  # The same without hooks.
+    else:  # This is what the other branch does, without looking for hooks.
         kernel.run(programs, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *values)
 
 
@@ -132,7 +132,7 @@ def _lowered(argument: Any, variant: list[Any]) -> Any:
         return tuple(values)
     if isinstance(argument, float):
         return argument
-    if isinstance(argument, Tensor):  # This takes long where it is not so.
+    if isinstance(argument, Tensor):  # This test takes long for an argument that is no tensor, so it comes late.
         address = argument.data_ptr()
         variant += argument.dtype, address % 16 == 0
         return address

@@ -3,11 +3,11 @@
 The process of the command (`cli`) never touches a GPU. It starts other processes (`processes`), each of which does one
 job (`child`):
 
-* `survey`: which GPUs there are, and which classes of kernels could run on each,
-* `judging`: run one class of kernels, and judge its results. A kernel that hangs costs only its own process,
-* `tuning`: measure the plans of a back-end,
+* `survey.main`: find out which GPUs there are, and which classes of kernels could run on each,
+* `judge_class`: run one class of kernels, and judge its results. A kernel that hangs costs only its own process,
+* `tuning`: measure the plans of `triton` and `cuda`,
 * `times`: time the classes that are right beside their rivals,
-* `choices`: tell what the automatic choice makes of it.
+* `survey.chosen`: find out what the automatic choice takes now.
 
 What is found goes to the file of evidence as it comes (`lora_kernels.evidence`).
 """

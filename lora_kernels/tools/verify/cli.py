@@ -101,7 +101,7 @@ def _survey(name: str | None, wanted: Wanted, environment: dict[str, str], show:
 
 
 def _check(gpus: Sequence[Any], show: Terminal) -> int:
-    """Say whether the evidence covers these GPUs, and return the exit status."""
+    """Say whether the evidence about these GPUs is complete, and return the exit status."""
     status = 0
     for gpu in gpus:
         faults = report.gaps(gpu)

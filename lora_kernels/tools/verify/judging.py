@@ -81,8 +81,8 @@ def fault(op: str, run: Run, operands: Operands, by: Standard, doing: Doing) -> 
 
 @contextlib.contextmanager
 def _poison() -> Iterator[None]:
-    """Let torch fill every new allocation with NaN, so that a read before the first write, or a part that is never
-    written, shows."""
+    """Let torch fill every new allocation with NaN, which shows memory that is read before it is written, or is never
+    written."""
     deterministic: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = deterministic.fill_uninitialized_memory

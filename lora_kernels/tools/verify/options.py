@@ -83,11 +83,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the layers to time (default: projections of Llama-3.1-8B, r 16, in training and decoding)",
     )  # fmt: skip
     what.add_argument(
-        "--model", type=Path, metavar="config.json", help="time the layers of the model that this file describes"
+        "--model", type=Path, metavar="config.json", help="time the linear layers of the model that this file describes"
     )
     # fp32 is left out: its speed depends on torch.get_float32_matmul_precision(), which is no part of the evidence.
     add("--dtype", choices=("bf16", "fp16"), default="bf16", help="dtype of x and w (default: bf16)")
-    add("--fp32-adapters", action="store_true", help="time adapters in fp32, PEFT's default, not in x's dtype")
+    add(
+        "--fp32-adapters",
+        action="store_true",
+        help="time adapters in fp32, which is PEFT's default, instead of x's dtype",
+    )
     add("--quant", choices=FORMATS, help="the format of a quantised w (default: a dense w)")
     add("--double-quant", action="store_true", help="with --quant nf4 or fp4: quantise its scales too, as in QLoRA")
     add(
@@ -97,16 +101,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="one GPU, such as cuda:1 (default: every kind of GPU of this machine, each once)")
     add("--tune", action="store_true", help="also measure plans of triton and cuda, and keep the fastest")
     add("--quick", action="store_true", help="one case for each class of kernels, fewer layers and fewer rounds")
-    add("--out", type=Path, metavar="FILE", help="write to FILE, which LORA_KERNELS_EVIDENCE=FILE makes known")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the evidence to FILE, not to the user's cache; LORA_KERNELS_EVIDENCE=FILE lets processes read it",
+    )
     add("--jobs", type=int, default=4, metavar="N", help="classes of kernels that are judged at once (default: 4)")
     add(
         "--timeout", type=positive, default=45.0, metavar="S",
-        help="a kernel that takes longer is stuck, and its process is ended (default: 45)",
+        help="the seconds after which a kernel counts as stuck and its process is ended (default: 45)",
     )  # fmt: skip
-    add("--seconds", type=positive, metavar="S", help="begin nothing more after this many seconds")
+    add("--seconds", type=positive, metavar="S", help="begin nothing more after this many seconds (default: no limit)")
     add(
         "--check", action="store_true",
-        help="run no kernel; exit with 0 if there is evidence for this machine and these options, else with 1",
+        help="run no kernel; exit with 0 if the evidence for this machine and these options is complete, else with 1",
     )  # fmt: skip
     add("--forget", action="store_true", help="delete the evidence about this machine's GPUs, and run no kernel")
 
@@ -116,7 +125,7 @@ def wanted(args: argparse.Namespace) -> Wanted | str:
     if args.double_quant and args.quant not in quant_tables.LEVELS:
         return f"--double-quant goes with --quant nf4 or fp4, not with {args.quant or 'a dense w'}"
     if args.jobs < 1:
-        return f"--jobs {args.jobs}: at least one process has to run"
+        return f"--jobs {args.jobs}: at least one process has to run: give 1 or more"
     try:
         if args.device is not None:
             torch.device(args.device)

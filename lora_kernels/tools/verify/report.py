@@ -55,8 +55,8 @@ def advice(of: Identity, refusals: Mapping[str, list[str]]) -> list[str]:
     version = tuple(map(int, re.findall(r"\d+", of.triton or "")[:3]))
     if arch and int(arch[1]) >= 90 and version and version < _MENDED:
         lines.append(
-            f"Triton {of.triton} leaves out a fence on {of.arch} that its release 3.7.1 has. What is wrong by it is "
-            "found here; pip install 'triton>=3.7.1' mends it"
+            f"Triton {of.triton} leaves out a fence on {of.arch} that its release 3.7.1 has. Kernels that go wrong "
+            "without it are found here and not used; pip install 'triton>=3.7.1' mends them"
         )
     return lines
 
@@ -104,7 +104,7 @@ def show(terminal: Terminal, found: Findings, chosen: Mapping[str, str]) -> None
             terminal.line(f"  not used: {key}: {verdict.result}: {verdict.why}")
     terminal.line(f"Written: {found.path}")
     if found.path != find.cache_path(found.identity).resolve():
-        terminal.line(f"{find.VARIABLE}={found.path} makes it known to other processes.")
+        terminal.line(f"{find.VARIABLE}={found.path} lets other processes read it.")
     elif os.environ.get(find.VARIABLE):
         terminal.line(f"{find.VARIABLE}={os.environ[find.VARIABLE]} is set, and counts before this file.")
     terminal.line("Processes that already run keep what they have read.")

@@ -236,7 +236,7 @@ def test_the_file_may_lie_elsewhere(script, tmp_path, capsys) -> None:
     out = tmp_path / "image" / "evidence.json"
     assert main(["verify", *SHAPE, "--out", str(out)]) == 0
     assert file.read(out).identity == IDENTITY and not find.cache_path(IDENTITY).exists()
-    assert f"LORA_KERNELS_EVIDENCE={out} makes it known" in shown(capsys)
+    assert f"LORA_KERNELS_EVIDENCE={out} lets other processes read it" in shown(capsys)
     told = [json.loads(line)[1] for line in Path(f"{script.path}.jobs").read_text().splitlines()]
     assert set(told) == {str(out)}, "the processes read what was found before"
 

@@ -1,4 +1,4 @@
-"""The gate for results of kernels: how far from the truth they may be, measured by plain torch in the same dtype."""
+"""How far from the truth the results of kernels may be, measured by plain torch in the same dtype."""
 
 from __future__ import annotations
 
