@@ -79,7 +79,8 @@ def low_rank(
         down.run(x=dy, a=(each,), part=part, seed=(dy,))
     if wanted.g:
         g = b[0].new_empty(len(dys), layout.M, frames.rank)
-        sums: tuple[Tensor | None, ...] = g.unbind(0)
+        # The kernel takes the strides of a sum from its frame, so a g of one layer need not be unbound.
+        sums: tuple[Tensor | None, ...] = g.unbind(0) if len(dys) > 1 else (g,)
         factors = scale
         if wanted.db:
             sums, factors = (*sums, *dbs), (*scale, *scale)
