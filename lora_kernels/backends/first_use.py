@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_kernels import reference
@@ -96,8 +97,14 @@ def _check(module: ModuleType, call: Call) -> Verdict:
     got: list[dict[str, Tensor]] = []
     want: list[dict[str, Tensor]] = []
     plain: list[dict[str, Tensor]] = []
-    # Nothing that the caller has switched on may see the check or change it.
-    with _disable_current_modes(), torch.inference_mode(False), torch.autocast(call.device.type, enabled=False):
+    # Nothing that the caller has switched on may see the check or change it. Only the innermost hooks on saved tensors
+    # are called: those of a checkpoint would count the tensors of the check among those of the layer.
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.autocast(call.device.type, enabled=False),
+        saved_tensors_hooks(lambda t: t, lambda t: t),
+    ):
         try:
             for turn in range(count):
                 problem = _Problem(call, M, R, turn)
