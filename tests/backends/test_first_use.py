@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.fake_gpu import CPU, backend, call, fake_gpu, restart
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
@@ -203,6 +204,11 @@ def test_a_checkpoint_does_not_count_the_tensors_of_the_check(tmp_path) -> None:
         y = checkpoint(lora_kernels.lora_linear, x, w, a.requires_grad_(), b, scale=1.0, use_reentrant=False)
         y.sum().backward()
         assert {verdict.result for verdict in find.of(CPU).verdicts.values()} == {file.RIGHT}
+
+
+def test_the_check_is_made_where_torch_forbids_hooks_on_saved_tensors(tmp_path) -> None:
+    with fake_gpu(tmp_path, backend("composite")), disable_saved_tensors_hooks("no hooks here"):
+        assert first_use.verdict(backend("composite"), call("backward")).result == file.RIGHT
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
