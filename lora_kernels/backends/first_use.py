@@ -12,10 +12,12 @@ import contextlib
 import math
 import os
 import warnings
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_kernels import reference
@@ -97,7 +99,12 @@ def _check(module: ModuleType, call: Call) -> Verdict:
     want: list[dict[str, Tensor]] = []
     plain: list[dict[str, Tensor]] = []
     # Nothing that the caller has switched on may see the check or change it.
-    with _disable_current_modes(), torch.inference_mode(False), torch.autocast(call.device.type, enabled=False):
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.autocast(call.device.type, enabled=False),
+        _no_saved_tensors_hooks(),
+    ):
         try:
             for turn in range(count):
                 problem = _Problem(call, M, R, turn)
@@ -116,6 +123,15 @@ def _check(module: ModuleType, call: Call) -> Verdict:
             first = (str(error).strip().splitlines() or ["no message"])[0]
             return Verdict(BROKEN, f"{type(error).__name__}: {first}", file.today())
     return Verdict(WRONG if faults else RIGHT, "; ".join(faults), file.today())
+
+
+def _no_saved_tensors_hooks() -> AbstractContextManager[object]:
+    """Return a context in which no hook of the caller's sees a saved tensor. Those of a checkpoint would count the
+    tensors of the check among those of the layer. Only the innermost hooks are called, so these do nothing. Where torch
+    forbids hooks, as it may in a compiled region, there are none."""
+    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return saved_tensors_hooks(lambda t: t, lambda t: t)
+    return contextlib.nullcontext()
 
 
 def _fault(value: Tensor, exact: Tensor, plain: Tensor, call: Call) -> str | None:

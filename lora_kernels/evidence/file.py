@@ -130,9 +130,9 @@ def read(path: Path) -> Evidence:
             Identity(**content["identity"]),
             {key: Verdict(**kept) for key, kept in content["verdicts"].items()},
             {Bucket(**kept.pop("bucket")): _timing(kept) for kept in content["timings"]},
-            content["plans"],
+            {key: dict(plan) for key, plan in content["plans"].items()},
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         if isinstance(error, Unreadable):
             raise
         raise Unreadable(f"{type(error).__name__}: {error}") from error
@@ -163,7 +163,8 @@ def _write(path: Path, evidence: Evidence) -> None:
     }
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        text = json.dumps({"sha256": _checksum(content), "content": content}, indent=1, ensure_ascii=False)
+        # In ASCII, because the message of an error may hold a path that is no UTF-8.
+        text = json.dumps({"sha256": _checksum(content), "content": content}, indent=1)
         beside.write_text(text + "\n", encoding="utf-8")
         beside.replace(path)
     finally:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.fake_gpu import CPU, backend, call, fake_gpu, restart
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
 from lora_kernels.backends import dispatch, eager, first_use
@@ -192,6 +194,21 @@ def test_nothing_of_the_callers_modes_sees_or_changes_the_check(tmp_path) -> Non
             first_use.verdict(module, call("backward", dtype=torch.float32, adapter_dtype=torch.float32))[0] == "right"
         )
     assert seen == [] and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_checkpoint_does_not_count_the_tensors_of_the_check(tmp_path) -> None:
+    """It counts what is saved in the forward and in the recomputation, and only the first of them makes a check."""
+    x, w, a, b = operands()
+    with fake_gpu(tmp_path, backend("composite")), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = checkpoint(lora_kernels.lora_linear, x, w, a.requires_grad_(), b, scale=1.0, use_reentrant=False)
+        y.sum().backward()
+        assert {verdict.result for verdict in find.of(CPU).verdicts.values()} == {file.RIGHT}
+
+
+def test_the_check_is_made_where_torch_forbids_hooks_on_saved_tensors(tmp_path) -> None:
+    with fake_gpu(tmp_path, backend("composite")), disable_saved_tensors_hooks("no hooks here"):
+        assert first_use.verdict(backend("composite"), call("backward")).result == file.RIGHT
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])

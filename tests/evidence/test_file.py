@@ -28,6 +28,12 @@ def test_what_is_added_is_read_again(tmp_path: Path) -> None:
     assert file.read(path).verdicts == {"a": RIGHT, "b": RIGHT}
 
 
+def test_the_message_of_an_error_about_a_path_that_is_no_utf_8_is_kept(tmp_path: Path) -> None:
+    broken = Verdict(file.BROKEN, "no such file: /home/caf\udce9", "2026-11-28")
+    file.add(tmp_path / "evidence.json", Evidence(IDENTITY, {"a": broken}))
+    assert file.read(tmp_path / "evidence.json").verdicts == {"a": broken}
+
+
 def test_evidence_of_another_identity_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "evidence.json"
     file.add(path, Evidence(IDENTITY, {"a": RIGHT}))
@@ -46,8 +52,9 @@ def test_evidence_of_another_identity_is_replaced(tmp_path: Path) -> None:
         lambda text: text.replace('"stuck"', '"right"'),
         lambda text: json.dumps({"content": json.loads(text)["content"]}),
         lambda text: "\udc80",
+        lambda text: "[" * 100_000,
     ],
-    ids=["empty", "cut short", "a list", "null", "edited", "no checksum", "no text"],
+    ids=["empty", "cut short", "a list", "null", "edited", "no checksum", "no text", "deep"],
 )
 def test_a_damaged_file_is_unreadable_and_is_replaced(tmp_path: Path, damage) -> None:
     path = tmp_path / "evidence.json"

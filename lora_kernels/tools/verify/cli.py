@@ -51,6 +51,8 @@ def _run(args: argparse.Namespace, show: Terminal) -> int:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         return _refuse(show, f"this is rank {rank} of several processes. Run it once, before they are started")
+    if args.out is not None and ":" in str(args.out.resolve()):
+        return _refuse(show, f"--out {args.out}: {find.VARIABLE} separates files by colons, so its path may have none")
     gpus = _survey(args.device, wanted, _environment(args), show)
     if isinstance(gpus, str):
         return _refuse(show, gpus)

@@ -241,6 +241,11 @@ def test_the_file_may_lie_elsewhere(script, tmp_path, capsys) -> None:
     assert set(told) == {str(out)}, "the processes read what was found before"
 
 
+def test_a_file_that_the_variable_cannot_name_is_refused(script, tmp_path, capsys) -> None:
+    assert main(["verify", *SHAPE, "--out", str(tmp_path / "12:30.json")]) == 2
+    assert "separates files by colons" in shown(capsys) and not (tmp_path / "12:30.json").exists()
+
+
 def test_stale_evidence_is_replaced_and_other_evidence_stays(script) -> None:
     place, old = find.cache_path(IDENTITY), {"other": Verdict("right", "", "2026-01-01")}
     for identity, left in ((IDENTITY._replace(driver="535"), 2), (IDENTITY, 3)):

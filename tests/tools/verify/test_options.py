@@ -60,6 +60,7 @@ def test_the_layers_of_a_model_are_read_from_its_config(config: dict, sizes: lis
     [
         (None, "cannot be read"),
         ("{", "is no JSON"),
+        ('{"a":' * 100_000, "is no JSON"),
         ([], "holds list"),
         (
             {"n_embd": 768, "hidden_size": None},
@@ -80,6 +81,11 @@ def test_a_config_that_gives_no_sizes_is_refused(config, text: str, tmp_path: Pa
         write(path, config)
     assert main(["verify", "--model", str(path)]) == 2
     assert text in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_name_that_no_file_can_have_is_refused(capsys) -> None:
+    assert main(["verify", "--model", 5000 * "a"]) == 2
+    assert "cannot be read" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("text", ["8x8", "8x8x8", "0x8x8:4", "8x8x8:0", "8x12x8:4", "8x8x9:4", "ax8x8:4", "8x8x8:4:4"])
