@@ -162,6 +162,7 @@ def _without_gpu(machine: Machine) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import cache, driver
 
+    from lora_kernels.backends import workspace
     from lora_kernels.backends.triton import device
     from lora_kernels.plans.tiles import Gpu
 
@@ -187,6 +188,8 @@ def _without_gpu(machine: Machine) -> Iterator[None]:
             stack.enter_context(mock.patch.object(cache, "triton_key", lambda: machine.triton_key))
         build = stack.enter_context(_c_code(machine))
         stack.enter_context(mock.patch.object(driver, "_active", Driver()))
+        for name in ("_blocks", "_by_stream"):  # counters without memory are of no use to later launches
+            stack.enter_context(mock.patch.object(workspace, name, {}))
         device.TARGETS[meta] = device.Target(gpu, contextlib.nullcontext, lambda: 0, lambda: False)
         try:
             yield
