@@ -237,10 +237,10 @@ def test_the_last_way_to_build_is_reported(tmp_path):
 
 def test_a_child_of_a_slow_command_is_ended_too(tmp_path):
     marker = tmp_path / "still-there"
-    child = f"import time, pathlib; time.sleep(1.6); pathlib.Path({str(marker)!r}).touch()"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(marker)!r}).touch()"
     slow = says(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", seconds=0.7)
     check(tmp_path / "out", section("slow", [slow]))
-    time.sleep(1.6)
+    time.sleep(4)
     assert not marker.exists()
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -314,8 +315,16 @@ def test_a_home_that_cannot_be_written_is_told_before_the_work(what, script, tmp
     assert "LORA_KERNELS_EVIDENCE=FILE" in text and script.jobs("class") == []
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where this process was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_ends_its_processes_and_keeps_what_is_there(number, script, capsys) -> None:
+def test_interrupted_it_ends_its_processes_and_keeps_what_is_there(number, script, capsys, heeds_interrupts) -> None:
     script.of_class(KEYS[1], {"doing": "wait", "limit": "run"}, ["sleep", 60])
 
     def interrupt() -> None:
