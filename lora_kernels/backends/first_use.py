@@ -29,7 +29,7 @@ from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
 
 _ROWS = (16, 64, 160)
 """The rows of x in the check: the first that are not fewer than those of the call, or the last."""
-_N, _K, _P, _LAYERS = 96, 192, 0.25, 3
+_N, _K, _P = 96, 192, 0.25
 _ENOUGH = 1024
 """The independent roundings that `accuracy.errors_beside` needs."""
 
@@ -153,7 +153,7 @@ class _Problem:
         self.dys: list[Tensor] = []
         self.bases: list[Base] = []
         self.adapters: list[Adapter] = []
-        for layer in range(min(call.layers, _LAYERS)):
+        for layer in range(call.layers):
             w: Tensor | QuantizedWeight = draw(_N, _K, _K**-0.5)
             if isinstance(w, Tensor) and call.w_format != "dense":
                 w = quantize_weight(w, call.w_format)

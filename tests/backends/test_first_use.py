@@ -221,7 +221,7 @@ def test_a_list_of_layers_is_checked_as_a_list(tmp_path, op, dropout) -> None:
         return eager.forward(x, bases, *rest)
 
     assert verdict_of(backend("composite", forward), tmp_path, call(op, dropout=dropout, layers=4)).result == file.RIGHT
-    assert set(sizes) == {3}
+    assert set(sizes) == {4}
 
 
 def test_a_group_asks_for_the_class_of_its_list(tmp_path, monkeypatch) -> None:

@@ -73,7 +73,7 @@ def kernel_class(call: Call) -> str:
     """Return the rank block, the number of rows and, above 1, the number of layers that the kernels are compiled for,
     such as "r16 many" and "r16 many of 3"."""
     rank = f"r{tiles.block_r(call.R)}" + (" in chunks" if call.R > tiles.MAX_BLOCK_R else "")
-    layers = f" of {min(call.layers, tiles.MAX_LAYERS)}" if call.layers > 1 else ""
+    layers = f" of {call.layers}" if call.layers > 1 else ""
     return f"{rank} {tiles.rows_of(call.M)}{layers}"
 
 

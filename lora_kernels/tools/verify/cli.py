@@ -121,8 +121,11 @@ def _check(gpus: Sequence[Any], show: Terminal) -> int:
 def _forget(gpus: Sequence[Any], out: Path | None, show: Terminal) -> int:
     for gpu in gpus:
         path = out or find.cache_path(Identity(**gpu["identity"]))
-        existed = path.exists()
-        path.unlink(missing_ok=True)
+        try:
+            existed = path.exists()
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            return _refuse(show, f"{path} cannot be deleted ({error.strerror or error})")
         show.line(f"{'Deleted' if existed else 'There was nothing to delete'}: {path}")
     return 0
 

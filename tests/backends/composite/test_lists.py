@@ -10,12 +10,12 @@ import torch
 from support import judging
 
 from lora_kernels.core import accuracy
-from lora_kernels.core.operands import Adapter, Needs
+from lora_kernels.core.operands import Adapter, Base, Call, Needs
 
 pytest.importorskip("lora_kernels.backends.composite", exc_type=ImportError)
 from support.composite_interp import interpreted, target
 
-from lora_kernels.backends import composite
+from lora_kernels.backends import composite, first_use
 from lora_kernels.backends.composite import tiles
 from lora_kernels.backends.triton.device import Frame
 
@@ -140,3 +140,31 @@ def test_a_sum_is_split_into_as_many_ranges_as_fit_into_one_wave() -> None:
         assert (ranges - 1) * steps * block < length <= ranges * steps * block
         assert ranges == 1 or ranges * others <= slots
     assert tiles.split(0, 64, 1, 132)[1] == 0
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("length", [2, 4, 5, 7])
+def test_the_check_of_a_list_launches_what_a_list_of_this_length_launches(op: str, length: int, monkeypatch) -> None:
+    """A list of four is served as a list of three and a single layer, whose kernels are compiled differently."""
+    launched = set()
+
+    def record(self: Frame, **others: Any) -> None:
+        blocks = tuple((name, value) for name, value in self.arguments.items() if name.startswith(("BLOCK", "NEED")))
+        launched.add((self.kernel, blocks, *(len(value) for value in others.values() if isinstance(value, tuple))))
+
+    monkeypatch.setattr(Frame, "run", record)
+    few = judging.problem(17, 24, 16, 8, dtype=torch.bfloat16)
+    layers = few.w, few.a, few.b, few.dy
+    call = Call(op, few.x.device, few.x.dtype, few.x.dtype, 32, 24, 16, 8, False, layers=length)
+    with interpreted() as backend:
+        first_use._check(backend, call)
+        checked = launched.copy()
+        launched.clear()
+        w, a, b, dy = ([each] * length for each in layers)
+        bases, adapters = list(map(Base, w)), [Adapter(*each, 1.0) for each in zip(a, b, strict=True)]
+        if op == "forward":
+            backend.forward(few.x, bases, adapters, [True] * length)
+        else:
+            hs, every = [few.x.new_zeros(17, 8)] * length, (True,) * length
+            backend.backward(dy, few.x, bases, adapters, hs, Needs(True, every, every))
+    assert launched and launched <= checked

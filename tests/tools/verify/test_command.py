@@ -242,6 +242,11 @@ def test_the_file_may_lie_elsewhere(script, tmp_path, capsys) -> None:
     assert set(told) == {str(out)}, "the processes read what was found before"
 
 
+def test_what_cannot_be_deleted_is_told(script, tmp_path, capsys) -> None:
+    assert main(["verify", "--forget", "--out", str(tmp_path)]) == 2
+    assert "cannot be deleted (Is a directory)" in shown(capsys)
+
+
 def test_a_file_that_the_variable_cannot_name_is_refused(script, tmp_path, capsys) -> None:
     assert main(["verify", *SHAPE, "--out", str(tmp_path / "12:30.json")]) == 2
     assert "separates files by colons" in shown(capsys) and not (tmp_path / "12:30.json").exists()
