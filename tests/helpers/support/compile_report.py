@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_kernels.backends import workspace
 from lora_kernels.backends.triton import launch as launching
 from lora_kernels.backends.triton.device import Launch, Target
 from lora_kernels.core.operands import Adapter, Base
@@ -114,13 +116,15 @@ def launch_of(
     base = Base(empty(N, K, dtype=dtype) if w is None else w, bias)
     adapter = Adapter(a, b, 0.75, p, seed)
     torch.set_float32_matmul_precision(precision)
-    try:
+    counters = (mock.patch.object(workspace, name, {}) for name in ("_blocks", "_by_stream"))
+    with contextlib.ExitStack() as stack:  # counters without memory are of no use to other tests
+        stack.callback(torch.set_float32_matmul_precision, "highest")
+        for each in counters:
+            stack.enter_context(each)
         if plan.tile.BLOCK_C:
             saved, gradients = launching.Saved(x, h), launching.GradientBuffers(x, a, b, h)
             return launching.backward_launch(target, plan, y, saved, base, adapter, gradients)
         return launching.forward_launch(target, plan, x, base, adapter, launching.Outputs(y, h, True))
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 @contextlib.contextmanager
