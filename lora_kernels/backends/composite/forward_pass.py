@@ -14,6 +14,7 @@ from lora_kernels.backends.composite.kernels.forward import up
 from lora_kernels.backends.composite.layout import (
     Layout,
     block_arguments,
+    codes_of,
     down_frame,
     ends_of,
     layout_of,
@@ -80,8 +81,8 @@ def _frames(layout: Layout, has_bias: tuple[bool, ...], save_h: tuple[bool, ...]
         "save_h": tuple(map(int, save_h)),
         "has_bias": tuple(map(int, has_bias)),
         "splits": down.arguments["splits"],
-        "steps": tuple(steps for steps, _ in ways),
-        "ranges": tuple(ranges for _, ranges in ways),
+        "steps": codes_of(steps for steps, _ in ways),
+        "ranges": codes_of(ranges for _, ranges in ways),
         "ends": ends_of(programs),
     }
     return Frames(rows * layout.rank, down, Frame(up, sum(programs), arguments, options_of(tile)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,9 +127,18 @@ def options_of(tile: tiles.Tile) -> dict[str, int]:
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
+def codes_of(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Return a tuple of numbers that change with M as the kernels take it, with 2 n + 3 in place of n.
+
+    Triton compiles a kernel of its own for every entry of a tuple that is 1 or a multiple of 16, and do_not_specialize
+    does not reach into tuples. A code is neither, so a new M needs no new kernel.
+    """
+    return tuple([2 * n + 3 for n in numbers])
+
+
 def ends_of(programs: Sequence[int]) -> tuple[int, ...]:
-    """Return the number after the last program of each layer."""
-    return tuple(sum(programs[: i + 1]) for i in range(len(programs)))
+    """Return the code of the number after the last program of each layer."""
+    return codes_of(itertools.accumulate(programs))
 
 
 def seeds_of(seeds: Sequence[Tensor | None], other: Tensor) -> tuple[Tensor, ...]:

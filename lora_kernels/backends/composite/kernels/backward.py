@@ -12,12 +12,12 @@ CHUNKS · BLOCK_R numbers, which is R rounded up; they are named by their first 
 import triton
 import triton.language as tl
 
-from lora_kernels.backends.composite.kernels.forward import rounded, sum_of_parts
+from lora_kernels.backends.composite.kernels.forward import number, rounded, sum_of_parts
 from lora_kernels.backends.triton.kernels.blocks import load_tile, store_tile
 from lora_kernels.backends.triton.kernels.philox import keep_tile
 
 
-@triton.jit(do_not_specialize=["M", "first_g", "first_db", "blocks", "ends"])
+@triton.jit(do_not_specialize=["M", "blocks"])
 def pass_over_dy(
     dy, b, h, part, stride_dym, stride_dyn, stride_bn, stride_br, stride_hm, stride_hr,
     M, N, R, first_g, first_db, blocks, ends,
@@ -29,15 +29,15 @@ def pass_over_dy(
 
     Grid: one program to each range of rows, block of BLOCK_C columns of dy and chunk of the rank, layer after layer.
     The programs of layer i end at number `ends`. The part of dy b of column block j begins at row first_g + j · M, the
-    part of dyᵀ h of row range j at row first_db + j · N.
+    part of dyᵀ h of row range j at row first_db + j · N. first_g, first_db and ends are codes (`number`).
 
     Reads dy [M, N], h [M, R], and b [N, R] with NEED_G; writes part.
     """
     program = tl.program_id(0)
     RANK: tl.constexpr = CHUNKS * BLOCK_R
     for i in tl.static_range(len(dy)):
-        begin = 0 if i == 0 else ends[i - 1]
-        if (program >= begin) & (program < ends[i]):
+        begin = 0 if i == 0 else number(ends[i - 1])
+        if (program >= begin) & (program < number(ends[i])):
             r, rest = (program - begin) % CHUNKS * BLOCK_R, (program - begin) // CHUNKS
             cols = tl.cdiv(N[i], BLOCK_C)
             tile, split = rest % cols, rest // cols
@@ -47,7 +47,7 @@ def pass_over_dy(
             if NEED_G:
                 b_tile = load_tile(b[i], stride_bn[i], stride_br[i], n, r, N[i], R[i], BLOCK_C, BLOCK_R)
                 b_tile = rounded(b_tile.to(dy[i].dtype.element_ty), PRECISION)
-                g_part = part + (first_g[i] + tile.to(tl.int64) * M) * RANK
+                g_part = part + (number(first_g[i]) + tile.to(tl.int64) * M) * RANK
             db = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
             for m in range(start, end, BLOCK_M):
                 dy_tile = load_tile(dy[i], stride_dym[i], stride_dyn[i], m, n, end, N[i], BLOCK_M, BLOCK_C)
@@ -57,11 +57,11 @@ def pass_over_dy(
                     store_tile(g_part, RANK, 1, g, m, r, end, RANK, BLOCK_M, BLOCK_R)
                 dy_tile, h_tile = rounded(dy_tile.T.to(h_tile.dtype), PRECISION), rounded(h_tile, PRECISION)
                 db = tl.dot(dy_tile, h_tile, db, input_precision=PRECISION)
-            db_part = part + (first_db[i] + split.to(tl.int64) * N[i]) * RANK
+            db_part = part + (number(first_db[i]) + split.to(tl.int64) * N[i]) * RANK
             store_tile(db_part, RANK, 1, db, n, r, N[i], RANK, BLOCK_C, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["M", "T", "c", "blocks", "splits"])
+@triton.jit(do_not_specialize=["M", "blocks", "splits"])
 def pass_over_x(
     x, a, g, dx, part, seed, stride_xm, stride_xk, stride_ar, stride_ak, M, K, R, T, c, blocks, splits,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -127,7 +127,7 @@ def pass_over_x(
             store_tile(at, RANK, 1, das[i], k, r, K, RANK, BLOCK_C, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["first", "parts", "C", "factor", "ends"])
+@triton.jit
 def add_parts(
     part, out, stride_oc, stride_or, first, parts, C, R, factor, ends,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr,
@@ -135,12 +135,13 @@ def add_parts(
     """out [C, R] = factor · Σ part, for each of several sums.
 
     Grid: one program to each tile [BLOCK_C, BLOCK_R], sum after sum; the programs of sum i end at number `ends`. Its
-    `parts` parts begin at row `first`.
+    `parts` parts begin at row `first`. first, parts, C and ends are codes (`number`).
     """
     program = tl.program_id(0)
     for i in tl.static_range(len(out)):
-        begin = 0 if i == 0 else ends[i - 1]
-        if (program >= begin) & (program < ends[i]):
+        begin = 0 if i == 0 else number(ends[i - 1])
+        if (program >= begin) & (program < number(ends[i])):
             r, j = (program - begin) % CHUNKS * BLOCK_R, (program - begin) // CHUNKS * BLOCK_C
-            total = sum_of_parts(part, first[i], parts[i], C[i], j, r, BLOCK_C, BLOCK_R, CHUNKS * BLOCK_R)
-            store_tile(out[i], stride_oc[i], stride_or[i], total * factor[i], j, r, C[i], R[i], BLOCK_C, BLOCK_R)
+            rows, count = number(C[i]), number(parts[i])
+            total = sum_of_parts(part, number(first[i]), count, rows, j, r, BLOCK_C, BLOCK_R, CHUNKS * BLOCK_R)
+            store_tile(out[i], stride_oc[i], stride_or[i], total * factor[i], j, r, rows, R[i], BLOCK_C, BLOCK_R)

@@ -14,6 +14,12 @@ from lora_kernels.backends.triton.kernels.product import keep_x
 
 
 @triton.jit
+def number(code):
+    """Return the number that `layout.codes_of` made a code of."""
+    return code // 2 - 1
+
+
+@triton.jit
 def rounded(tile, PRECISION: tl.constexpr):
     """Return an operand of a product as its precision takes it: with "tf32" an fp32 tile is rounded to nearest. Tensor
     cores would cut the lower bits off, and the errors of a sum would not cancel."""
@@ -24,7 +30,7 @@ def rounded(tile, PRECISION: tl.constexpr):
     return tile
 
 
-@triton.jit(do_not_specialize=["M", "T", "first", "steps", "splits"])
+@triton.jit(do_not_specialize=["M", "first", "steps", "splits"])
 def down(
     x, a, part, seed, stride_xm, stride_xk, stride_ar, stride_ak, M, K, R, T, first, steps, splits,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -75,7 +81,7 @@ def sum_of_parts(part, first, parts, C, i, j, BLOCK_I: tl.constexpr, BLOCK_J: tl
     return total
 
 
-@triton.jit(do_not_specialize=["M", "scale", "c", "save_h", "has_bias", "splits", "steps", "ranges", "ends"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def up(
     part, b, bias, h, y, stride_bn, stride_br, stride_bias, M, N, R, scale, c, save_h, has_bias, splits, steps, ranges,
     ends,
@@ -84,18 +90,18 @@ def up(
     """h [M, R] = c · Σ part and y [M, N] = bias + s · h bᵀ of each layer.
 
     Grid: one program to each block of BLOCK_M rows and range of `steps` blocks of columns of y, layer after layer.
-    Layer i has `ranges` such ranges, and its programs end at number `ends`.
+    Layer i has `ranges` such ranges, and its programs end at number `ends`. These three are codes (`number`).
 
     Reads part, b, and bias where `has_bias`; writes y, contiguous, and h where `save_h`.
     """
     program = tl.program_id(0)
     RANK: tl.constexpr = CHUNKS * BLOCK_R
     for i in tl.static_range(len(b)):
-        begin = 0 if i == 0 else ends[i - 1]
-        if (program >= begin) & (program < ends[i]):
-            m = (program - begin) // ranges[i] * BLOCK_M
-            start = (program - begin) % ranges[i] * steps[i] * BLOCK_C
-            end = min(N[i], start + steps[i] * BLOCK_C)
+        begin = 0 if i == 0 else number(ends[i - 1])
+        if (program >= begin) & (program < number(ends[i])):
+            m = (program - begin) // number(ranges[i]) * BLOCK_M
+            start = (program - begin) % number(ranges[i]) * number(steps[i]) * BLOCK_C
+            end = min(N[i], start + number(steps[i]) * BLOCK_C)
             first = tl.cast(i * splits, tl.int64) * M
             wide: tl.constexpr = b[i].dtype.element_ty
             if CHUNKS == 1:

@@ -177,6 +177,19 @@ def other_kernels_are_not_mistaken_for_the_kept_one(driver: Driver) -> None:
     assert handles["aligned"] != handles["odd"]
 
 
+def another_number_of_rows_needs_no_other_kernel(driver: Driver) -> None:
+    """A step of training with a new length compiles nothing. M is 1 or a multiple of 16 in some, and so are the numbers
+    of blocks and parts that follow from it."""
+    for backend in (composite, one_launch):
+        loaded = set()
+        for M in (100, 128, 200, 333, 512, 777, 1000, 1024, 2048, 3000, 4096, 8192):
+            problem = Problem(M, 64, 64, 16, p=0.1)
+            problem.forward(backend)
+            problem.backward(backend)
+            loaded.add(driver.modules)
+        assert len(loaded) == 1, f"{backend.name} has compiled {max(loaded) - min(loaded)} kernels more"
+
+
 def hooks_and_settings_of_triton_are_heard(driver: Driver) -> None:
     q = _small()
     for _ in range(2):
@@ -267,6 +280,7 @@ CHECKS: dict[str, Callable[[Driver], None]] = {
         descriptors_describe_the_operands,
         nothing_is_launched_for_empty_problems,
         other_kernels_are_not_mistaken_for_the_kept_one,
+        another_number_of_rows_needs_no_other_kernel,
         hooks_and_settings_of_triton_are_heard,
         lists_and_masks_arrive,
         every_device_has_its_own_kernel_and_stream,
