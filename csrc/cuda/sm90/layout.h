@@ -26,7 +26,7 @@ LK_CONSTEXPR int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 LK_CONSTEXPR int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // The rank of an h, g, da or db tile: R padded with zeros to 16, 64 or 128. Above 128 there are two rank tiles of 128.
-// Tiles of rank 32 would save at most two hundredths of the products where N and K are 4096, and no reads of memory,
+// Tiles of rank 32 would save at most 2 % of the products where N and K are 4096, and no reads of memory,
 // because the padding is not loaded.
 LK_CONSTEXPR int padded_rank(int r) { return r <= 16 ? 16 : r <= 64 ? 64 : 128; }
 LK_CONSTEXPR int rank_tiles(int r) { return r <= 128 ? 1 : 2; }
