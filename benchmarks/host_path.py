@@ -37,6 +37,7 @@ class Row(NamedTuple):
 
 def measure(rounds: int) -> list[Row]:
     """Return the host's time of every pass: the least mean of ten calls, of so many rounds."""
+    torch.set_num_threads(1)  # a second thread would take its time for GEMMs as small as these
     sys.path.insert(0, str(HELPERS))
     from support.stand_in import driver
 
@@ -87,7 +88,6 @@ def main() -> int:
     """Print the table."""
     import triton
 
-    torch.set_num_threads(1)
     rows = [(row.backend, row.call, f"{row.microseconds:.1f}") for row in measure(rounds=500)]
     title = (
         f"Host time of a call, Triton {triton.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}"

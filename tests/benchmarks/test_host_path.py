@@ -11,7 +11,7 @@ from support.paths import ROOT
 
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
 
-CALL = "import benchmarks.host_path as h; print(*(row.microseconds for row in h.measure(rounds=3)))"
+CALL = "import benchmarks.host_path as h; print(*(row.microseconds for row in h.measure(rounds=100)))"
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler (cc) for the stand-in driver")
