@@ -129,7 +129,7 @@ def read(path: Path) -> Evidence:
         return Evidence(
             Identity(**content["identity"]),
             {key: Verdict(**kept) for key, kept in content["verdicts"].items()},
-            {Bucket(**kept.pop("bucket")): _timing(kept) for kept in content["timings"]},
+            {_bucket(kept["bucket"]): _timing(kept) for kept in content["timings"]},
             {key: dict(plan) for key, plan in content["plans"].items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -169,6 +169,13 @@ def _write(path: Path, evidence: Evidence) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _bucket(kept: dict[str, Any]) -> Bucket:
+    bucket = Bucket(**kept)
+    if not all(type(size) is int for size in (bucket.M, bucket.N, bucket.K, bucket.R)):
+        raise Unreadable(f"a bucket has sizes that are no integers: {kept}")
+    return bucket
 
 
 def _timing(kept: dict[str, Any]) -> Timing:

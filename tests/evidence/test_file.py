@@ -120,3 +120,11 @@ def test_a_class_is_named_by_everything_that_chooses_its_kernels() -> None:
 def test_buckets_hold_rows_and_ranks_up_to_powers_of_two(M: int, R: int, bucket: tuple[int, int]) -> None:
     found = file.bucket_of(call(M=M, R=R))
     assert found[3:7] == (bucket[0], 4096, 4096, bucket[1])
+
+
+def test_sizes_that_are_no_numbers_make_a_file_unreadable(tmp_path: Path) -> None:
+    """A file with a checksum that matches may still have been made by hand."""
+    path = tmp_path / "evidence.json"
+    file.add(path, Evidence(IDENTITY, timings={file.bucket_of(call())._replace(M="8"): TIMING}))
+    with pytest.raises(Unreadable, match="no integers"):
+        file.read(path)

@@ -244,8 +244,8 @@ def test_a_graph_gives_the_bits_of_a_call(backend, cuda, shape, p) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [16, 300])
 def test_a_layer_trains_under_reduce_overhead(backend, cuda, rows, p) -> None:
-    """torch.compile captures a graph of its own, in whose pool nothing may be left alive. Losses are those of the layer
-    that is not compiled, since the seeds are drawn from the same generator."""
+    """torch.compile captures a graph of its own, in whose pool nothing may be left alive. Without dropout the losses
+    are those of the layer that is not compiled. With dropout a compiled layer draws other seeds."""
     losses = []
     for compiled in (False, True):
         torch.manual_seed(2)
@@ -262,5 +262,5 @@ def test_a_layer_trains_under_reduce_overhead(backend, cuda, rows, p) -> None:
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
-    assert losses[0][-1] < losses[0][0]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02 if p == 0 else 0.2)
+    assert all(each[-1] < each[0] for each in losses)
+    assert p > 0 or losses[0] == pytest.approx(losses[1], rel=0.02)
