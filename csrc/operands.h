@@ -99,7 +99,17 @@ inline cpu::Branch branch(py::handle adapter, i64 K, Owners& owners) {
   return p;
 }
 
-inline const float* floats(py::handle tensor) { return static_cast<const float*>(address(tensor)); }
+inline const float* floats(py::handle tensor, const char* name, i64 count) {
+  return static_cast<const float*>(elements(tensor, name, count, 32));
+}
+
+// A scale for the whole of w [N, K], for each row, or for each block.
+inline void require_fp8_scales(const cpu::Quantized& w) {
+  const auto blocks = [](i64 n) { return (n + cpu::kFp8Block - 1) / cpu::kFp8Block; };
+  const i64 rows = w.scale_rows, cols = w.scale_cols;
+  if (cols == 1 && (rows == 1 || rows == w.N)) return;
+  require_size("the scales", {rows, cols}, blocks(w.N), blocks(w.K));
+}
 
 inline cpu::Quantized quantized(py::handle weight) {
   cpu::Quantized w{};
@@ -113,25 +123,31 @@ inline cpu::Quantized quantized(py::handle weight) {
   const Two size = two(get(weight, tensor_names.shape));
   w.N = size.first;
   w.K = size.second;
-  w.codes = static_cast<const uint8_t*>(address(get(weight, names.codes)));
+  w.codes = static_cast<const uint8_t*>(elements(get(weight, names.codes), "the codes", w.N * w.row_bytes(), 8));
   w.levels = w.four_bits() ? levels[index].data() : nullptr;
+  w.blocksize = integer(get(weight, names.blocksize));
+  if (w.four_bits() && w.blocksize < 1)
+    throw std::invalid_argument("a weight in 4 bits needs a blocksize of at least 1, got " +
+                                std::to_string(w.blocksize));
   const py::object scales = get(weight, names.scales);
-  w.scales = address(scales);
   w.scale_rows = w.scale_cols = 1;
   if (w.format == cpu::Format::fp8) {
     const Two blocks = two(get(scales, tensor_names.shape));
     w.scale_rows = blocks.first;
     w.scale_cols = blocks.second;
+    require_fp8_scales(w);
   }
-  w.blocksize = integer(get(weight, names.blocksize));
-  if (w.four_bits() && w.blocksize < 1)
-    throw std::invalid_argument("a weight in 4 bits needs a blocksize of at least 1, got " +
-                                std::to_string(w.blocksize));
+  const i64 count = w.four_bits()                   ? (w.N * w.K + w.blocksize - 1) / w.blocksize
+                    : w.format == cpu::Format::int8 ? w.N
+                                                    : w.scale_rows * w.scale_cols;
+  w.scales = elements(scales, "the scales", count, nested.is_none() ? 32 : 8);
   if (!nested.is_none()) {  // (table, absmax, offset)
     const Items parts(nested);
-    w.table = floats(parts[0]);
-    w.absmax = floats(parts[1]);
-    w.offset = *floats(parts[2]);
+    if (!w.four_bits() || parts.size() != 3)
+      throw std::invalid_argument("the nested scales of a weight in 4 bits are a table, absmax and an offset");
+    w.table = floats(parts[0], "the table", 256);
+    w.absmax = floats(parts[1], "the nested absmax", (count + cpu::kNested - 1) / cpu::kNested);
+    w.offset = *floats(parts[2], "the nested offset", 1);
   }
   return w;
 }

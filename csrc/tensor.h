@@ -62,11 +62,11 @@ struct DLExchange {
 
 // The Python objects that reading a tensor needs, made once, at import.
 struct TensorNames {
-  PyTypeObject* type;                                // torch.Tensor
-  std::array<PyObject*, 3> dtypes;                   // in the order of DType
-  PyObject *data_ptr, *stride, *contiguous, *numel;  // methods
-  PyObject *shape, *dtype;                           // attributes
-  const DLExchange* exchange;                        // null where this torch has none
+  PyTypeObject* type;                                                               // torch.Tensor
+  std::array<PyObject*, 3> dtypes;                                                  // in the order of DType
+  PyObject *data_ptr, *stride, *contiguous, *numel, *element_size, *is_contiguous;  // methods
+  PyObject *shape, *dtype;                                                          // attributes
+  const DLExchange* exchange;                                                       // null where this torch has none
 };
 
 inline TensorNames tensor_names;
@@ -88,6 +88,7 @@ inline void find_tensor_names() {
   tensor_names.dtypes = {kept(torch.attr("float32")), kept(torch.attr("bfloat16")), kept(torch.attr("float16"))};
   tensor_names.data_ptr = name("data_ptr"), tensor_names.stride = name("stride");
   tensor_names.contiguous = name("contiguous"), tensor_names.numel = name("numel");
+  tensor_names.element_size = name("element_size"), tensor_names.is_contiguous = name("is_contiguous");
   tensor_names.shape = name("shape"), tensor_names.dtype = name("dtype");
   tensor_names.exchange = find_exchange();
 }
@@ -137,6 +138,29 @@ inline void* address(py::handle tensor) {
   if (!data && integer(call(tensor, tensor_names.numel)))
     throw std::invalid_argument("the CPU kernels take tensors with memory, and a tensor on the meta device has none");
   return data;
+}
+
+// The address of `count` elements of `bits` bits each, one after the other in memory. A kernel would read beyond the
+// memory of a tensor that is smaller, and other elements of one that has strides.
+inline const void* elements(py::handle tensor, const char* name, i64 count, int bits) {
+  DLTensor t;
+  if (view_by_exchange(tensor, t) && t.data) {
+    i64 got = 1;
+    bool in_order = true;
+    for (int d = t.ndim - 1; d >= 0; got *= t.shape[d--]) in_order &= t.shape[d] == 1 || t.strides[d] == got;
+    if (got == count && t.type_bits == bits && in_order) return t.data;
+  } else if (integer(call(tensor, tensor_names.numel)) == count &&
+             integer(call(tensor, tensor_names.element_size)) * 8 == bits &&
+             PyObject_IsTrue(call(tensor, tensor_names.is_contiguous).ptr()) == 1) {
+    return address(tensor);
+  }
+  throw std::invalid_argument("the CPU kernels take " + std::string(name) +
+                              " of a quantised weight as a contiguous tensor of " + std::to_string(count) +
+                              " elements of " + std::to_string(bits) + " bits, got " +
+                              std::string(py::str(get(tensor, tensor_names.dtype))) + ", shape " +
+                              std::string(py::str(get(tensor, tensor_names.shape))) + ", strides " +
+                              std::string(py::str(call(tensor, tensor_names.stride))) +
+                              ": QuantizedWeight.check() tells all that does not fit");
 }
 
 // The DType that stands for a torch.dtype.

@@ -10,7 +10,6 @@ namespace lk::cpu {
 namespace {
 
 constexpr i64 kStrip = 128;  // rows of w per task of few rows of x; a divisor of kFp8Block
-constexpr i64 kFp8Block = 128;
 constexpr i64 kDepth = 1024;     // columns of decoded rows per product
 constexpr i64 kDecodeRows = 32;  // rows that are decoded together: a divisor of kFp8Block, a multiple of Gemm::width
 

@@ -5,6 +5,8 @@
 
 namespace lk::cpu {
 
+constexpr i64 kFp8Block = 128;  // the rows and columns of w that share a scale of fp8, where it is scaled by blocks
+
 struct Quantized {
   Format format;
   i64 N, K;

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.nn import merging
 from lora_kernels.nn.settings import LoRASettings
 
 
-class AdapterLinear(nn.Linear):
+class AdapterLinear(nn.Module):
     """A linear layer with the parameters lora_A [r, in] and lora_B [out, r] beside a frozen weight and bias.
+
+    It has the attributes of an ``nn.Linear`` but is none, as PEFT's and torchtune's layers are none: code that finds an
+    ``nn.Linear`` may build another layer from its weight and bias, and the adapter would be lost without a word.
 
     A subclass makes the weight, computes the forward, and says with `merged` and `unmerge` how its weight takes in the
     adapter and gets rid of it.
@@ -27,6 +32,9 @@ class AdapterLinear(nn.Linear):
     """The scheme by which the adapter was initialised. Every scheme but "kaiming" splits W into a new base and an
     adapter, and that adapter is valid with this module's base only."""
 
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
     r: int
     lora_alpha: float
     lora_dropout: float
@@ -37,13 +45,14 @@ class AdapterLinear(nn.Linear):
 
     def _add_adapter(self, settings: LoRASettings) -> None:
         """Freeze the weight and bias, and add the adapter with values still to be set."""
-        dtype, device = settings.dtype_beside(self.weight_dtype), self.weight.device
+        weight, bias = self._frozen()
+        dtype, device = settings.dtype_beside(self.weight_dtype), weight.device
         self.r, self.lora_alpha, self.lora_dropout = settings.r, settings.lora_alpha, settings.lora_dropout
         self.use_rslora, self.use_dora, self.backend = settings.use_rslora, settings.use_dora, settings.backend
         self.scaling = settings.scaling
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        weight.requires_grad_(False)
+        if bias is not None:
+            bias.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(self.r, self.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, self.r, dtype=dtype, device=device))
 
@@ -70,17 +79,9 @@ class AdapterLinear(nn.Linear):
         """Take the adapter out of `weight`. Does nothing where nothing is merged."""
         raise NotImplementedError
 
-    def _parts(self) -> tuple[Any, Any, Any, Any]:
-        """Return weight, bias, lora_A and lora_B.
-
-        They come from the dictionary of parameters, because nn.Module's attribute look-up takes about a microsecond for
-        each, in every call. In a replica of nn.DataParallel, and where a parameter is parametrised or pruned, some are
-        not in this dictionary.
-        """
-        p = self._parameters
-        if "weight" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
-            return p["weight"], p["bias"], p["lora_A"], p["lora_B"]
-        return self.weight, self.bias, self.lora_A, self.lora_B
+    def _frozen(self) -> tuple[Tensor, Tensor | None]:
+        """Return the stored weight, or the codes of a quantised one, and the bias."""
+        raise NotImplementedError
 
     def _warn_if_trained(self, lora_a: Tensor) -> None:
         """Warn in the forward of a merged module if its adapter would be trained were it not merged."""
@@ -89,21 +90,31 @@ class AdapterLinear(nn.Linear):
                 f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
             )
 
-    def reset_parameters(self) -> None:
-        """Give weight and bias new values as nn.Linear does, then the adapter. Frameworks call it after ``to_empty``
-        to materialise a model from the meta device."""
-        made = "lora_A" in self._parameters  # nn.Linear's constructor calls this before there is an adapter
-        if made:
-            self.unmerge()
-        super().reset_parameters()
-        if made:
-            self.reset_adapter()
-
     def reset_adapter(self) -> None:
-        """Give the adapter its first values: A Kaiming-uniform(√5), B zero. A merged module is unmerged first."""
+        """Give the adapter its first values: A Kaiming-uniform(√5), B zero. A merged module is unmerged first.
+
+        Raises ValueError where the weights are offloaded, because these values would be overwritten by the old ones.
+        """
+        self._refuse_offloaded()
         self.unmerge()
+        self._reset_adapter()
+
+    def _refuse_offloaded(self) -> None:
+        if hasattr(self, "_hf_hook"):  # without accelerate's hook a meta tensor is one that is to be filled later
+            merging.refuse_absent(self)
+
+    def _reset_adapter(self) -> None:
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLinear:
+        """Move and convert every tensor with `fn`. Where `fn` gives memory that nobody has written, as
+        ``Module.to_empty`` does, the adapter gets its first values: a checkpoint of the plain layer has none for it."""
+        emptied = self.lora_A.is_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+        super()._apply(fn, recurse)
+        if emptied and not self.lora_A.is_meta:
+            self._reset_adapter()
+        return self
 
     def _check_rank(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raise ValueError where the adapter in `state_dict` has another rank than this module's."""
@@ -117,7 +128,8 @@ class AdapterLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows beside the shapes."""
-        text = f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}"
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text += f", r={self.r}, scaling={self.scaling:g}"
         if self.lora_dropout:
             text += f", lora_dropout={self.lora_dropout:g}"
         if self.use_dora:

@@ -1,7 +1,9 @@
-"""`FusedLoRALinear`: an ``nn.Linear`` with a frozen weight and a trained low-rank update, in one call."""
+"""`FusedLoRALinear`: a linear layer with a frozen weight and a trained low-rank update, in one call."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,12 +15,15 @@ from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.init import split_named
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.dora import dora_linear
-from lora_kernels.ops.dora_norm import WeightNorms, ratio, weight_norm
+from lora_kernels.ops.dora_norm import ratio, weight_norm
 from lora_kernels.ops.linear import lora_linear
 
 
 class FusedLoRALinear(AdapterLinear):
-    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ with W and bias frozen: a drop-in for ``nn.Linear``.
+    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ with W and bias frozen: what an ``nn.Linear`` computes, and LoRA.
+
+    It is called as an ``nn.Linear`` is, and has its attributes, but is no subclass of it: code that looks for
+    ``nn.Linear`` may make another layer of the weight and bias, without the adapter.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv:2106.09685). A starts
     Kaiming-uniform(√5) and B zero, so a fresh module computes what its base computes.
@@ -46,7 +51,8 @@ class FusedLoRALinear(AdapterLinear):
 
     ``state_dict`` always holds the base weight and the adapter, merged or not. The state_dict of an ``nn.Linear`` can
     be loaded too. A and B then keep their values. So does m, unless it equals ‖W + s·B A‖, as a new m does: then it
-    becomes the norm with the loaded W.
+    becomes the norm with the loaded W. ``to_empty`` gives A and B their first values. It makes m NaN, since W has no
+    values yet; `reset_adapter`, or loading W, makes m the norm.
 
     Raises:
         ValueError: r below 1, lora_dropout outside [0, 1), a lora_alpha that is not finite; loading an adapter of
@@ -54,7 +60,11 @@ class FusedLoRALinear(AdapterLinear):
         TypeError: an adapter_dtype that does not go with the weight's dtype.
     """
 
-    _base: Tensor | None
+    weight: nn.Parameter
+
+    _base: nn.Parameter | None
+    """The base weight while merged: the very Parameter that `weight` was, which other modules may share. It stands
+    neither with the parameters nor with the buffers, because `state_dict` holds it as `weight`."""
 
     def __init__(
         self,
@@ -74,7 +84,13 @@ class FusedLoRALinear(AdapterLinear):
     ) -> None:
         settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend)
         settings.check()
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self._reset_base()
         self._add_adapter(settings)
 
     @classmethod
@@ -156,11 +172,23 @@ class FusedLoRALinear(AdapterLinear):
         super()._add_adapter(settings)
         if self.use_dora:
             self.lora_magnitude_vector = nn.Parameter(torch.empty_like(self.lora_B[:, 0]))
-        self._weight_norms = WeightNorms()
-        # The base weight while merged. As a buffer it moves with the module. It is not persistent, because state_dict
-        # holds it as `weight`.
-        self.register_buffer("_base", None, persistent=False)
+        self._base = None
         self.reset_adapter()
+
+    def _frozen(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+    def _parts(self) -> tuple[Any, Any, Any, Any]:
+        """Return weight, bias, lora_A and lora_B.
+
+        They come from the dictionary of parameters, because nn.Module's attribute look-up takes about a microsecond for
+        each, in every call. In a replica of nn.DataParallel, and where a parameter is parametrised or pruned, some are
+        not in this dictionary.
+        """
+        p = self._parameters
+        if "weight" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
+            return p["weight"], p["bias"], p["lora_A"], p["lora_B"]
+        return self.weight, self.bias, self.lora_A, self.lora_B
 
     def _start(self, init: str, *ab: Tensor) -> None:
         super()._start(init, *ab)
@@ -172,17 +200,18 @@ class FusedLoRALinear(AdapterLinear):
         """Whether `weight` holds W + s·B·A, or with DoRA d ⊙ that, at present."""
         return self._base is not None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., out_features] for x [..., in_features]. Raises what `lora_linear` raises."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return y [..., out_features] for x = `input` [..., in_features], which has the name that nn.Linear gives it.
+        Raises what `lora_linear` raises."""
         weight, bias, a, b = self._parts()
-        if self._buffers["_base"] is not None:
+        if self._base is not None:
             self._warn_if_trained(a)
-            return F.linear(x, weight, bias)
+            return F.linear(input, weight, bias)
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
             m = self._parameters.get("lora_magnitude_vector")
             return dora_linear(
-                x,
+                input,
                 weight,
                 a,
                 b,
@@ -190,14 +219,31 @@ class FusedLoRALinear(AdapterLinear):
                 scale=self.scaling,
                 bias=bias,
                 dropout_p=p,
-                weight_norm_sq=self._weight_norms.of(weight),
                 backend=self.backend,
             )
-        return lora_linear(x, weight, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
+        return lora_linear(input, weight, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
+
+    def reset_parameters(self) -> None:
+        """Give weight and bias new values as nn.Linear does, then the adapter. Frameworks call it after ``to_empty``
+        to materialise a model from the meta device. Raises what `reset_adapter` raises."""
+        self._refuse_offloaded()
+        self.unmerge()
+        self._reset_base()
+        self.reset_adapter()
+
+    def _reset_base(self) -> None:
+        weight, bias = self._frozen()
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(bias, -bound, bound)
 
     def reset_adapter(self) -> None:
         """Give the adapter its first values: A Kaiming-uniform(√5), B zero, m = ‖W‖. A merged module is unmerged
-        first."""
+        first.
+
+        Raises ValueError where the weights are offloaded, because these values would be overwritten by the old ones.
+        """
         super().reset_adapter()
         if self.use_dora:
             self._reset_magnitude()
@@ -208,44 +254,75 @@ class FusedLoRALinear(AdapterLinear):
 
     def _weight_norm(self) -> Tensor:
         """Return ‖W + s·B A‖, the magnitude with which d = 1."""
-        self._weight_norms.clear()
         return weight_norm(self.weight, self.lora_A, self.lora_B, float(self.scaling), self.lora_magnitude_vector)
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be trained later
     @torch.no_grad()
     def merge(self, safe: bool = True) -> None:
         """Put W + s·B·A, or with DoRA d ⊙ that, into `weight`, computed in fp64 and rounded once. The base weight stays
         in memory for `unmerge`.
 
-        With `safe` a result that is not finite raises ValueError and leaves the module as it was. Merging a merged
-        module does nothing.
+        A weight that other modules share, such as that of a tied output head, stays W for them. Merging a merged module
+        does nothing.
+
+        Raises:
+            ValueError: with `safe`, for a result that is not finite; for a weight that is parametrised, pruned,
+                sharded, or on the meta device, as that of an offloaded model is. The module is then as it was.
         """
         if self.merged:
             return
-        merged = self._merged_weight(safe)
-        self._base = self.weight.detach()
-        self.weight = nn.Parameter(merged, requires_grad=False)
+        merging.refuse_computed(self)
+        merged = nn.Parameter(self._merged_weight(safe), requires_grad=False)
+        base = cast(nn.Parameter, self._parameters["weight"])
+        self._parameters["weight"] = merged
+        self._keep_base(base)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put W back into `weight`, bit for bit as it was before `merge`. Does nothing where nothing is merged."""
-        if self._base is not None:
-            self.weight = nn.Parameter(self._base, requires_grad=False)
-            self._base = None
+        """Put W back as `weight`: the Parameter of before `merge`, so that what was tied to it is tied again. Does
+        nothing where nothing is merged.
 
+        Raises ValueError where the merged weight is parametrised, pruned or offloaded since. Nothing is changed.
+        """
+        base = self._base
+        if base is None:
+            return
+        merging.refuse_computed(self)
+        if not base.is_meta:
+            merging.refuse_absent(self)
+        self._keep_base(None)
+        self._parameters["weight"] = base
+
+    def _keep_base(self, base: nn.Parameter | None) -> None:
+        self.__dict__["_base"] = base  # nn.Module's __setattr__ would make it one of the parameters
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter. Raises ValueError for a new weight of a merged module: the adapter would be dropped."""
+        if name == "weight" and self.__dict__.get("_base") is not None:
+            raise ValueError("this module is merged: unmerge() it before it is given another weight")
+        super().register_parameter(name, param)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """Return an ``nn.Linear`` with weight W + s·B·A, as `merge` computes it, and a copy of the bias. This module
-        stays as it is."""
+        stays as it is. Raises what `merge` raises, but takes a parametrised or pruned weight."""
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight_dtype
         )
-        weight = self._merged_weight(safe=True) if self._base is None else self.weight.detach().clone()
+        if self._base is None:
+            weight = self._merged_weight(safe=True)
+        else:
+            merging.refuse_absent(self)
+            weight = self.weight.detach().clone()
         linear.weight = nn.Parameter(weight)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear.train(self.training)
 
     def _merged_weight(self, safe: bool) -> Tensor:
+        merging.refuse_absent(self)
+        merging.refuse_sharded(self)
         d = None
         if self.use_dora:  # computed by the same functions as the forward's d
             d = ratio(self.lora_magnitude_vector.detach(), self._weight_norm())
@@ -256,10 +333,33 @@ class FusedLoRALinear(AdapterLinear):
             merging.refuse_nonfinite(merged, self.scaling)
         return merged
 
+    def _reset_adapter(self) -> None:
+        super()._reset_adapter()
+        if self.use_dora:  # W has no values yet, so neither has its norm
+            nn.init.constant_(self.lora_magnitude_vector, math.nan)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRALinear:
+        """Move and convert every tensor with `fn`, also the base weight of a merged module."""
+        base = self._base
+        if base is None:
+            super()._apply(fn, recurse)
+            return self
+        self._parameters["_base"] = base  # so that torch treats it as every other parameter
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._keep_base(self._parameters.pop("_base"))
+        return self
+
+    def _magnitude_is_new(self) -> bool:
+        """Return whether m is the norm, or the NaN that it is after ``to_empty``."""
+        m = self.lora_magnitude_vector
+        return bool(m.isnan().all()) or torch.equal(m, self._weight_norm())
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base is not None:
-            destination[prefix + "weight"] = self._base
+            destination[prefix + "weight"] = self._base if keep_vars else self._base.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
@@ -270,15 +370,16 @@ class FusedLoRALinear(AdapterLinear):
         plain = not any(key in state_dict for key in keys)  # the state_dict of an nn.Linear, which has no adapter
         merged = self.merged
         self.unmerge()
-        follows = self.use_dora and plain and not self.weight.is_meta
-        follows = follows and torch.equal(self.lora_magnitude_vector, self._weight_norm())
+        follows = self.use_dora and plain and not self.weight.is_meta and self._magnitude_is_new()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            if self.lora_A.is_meta and not self.weight.is_meta:  # assign=True: the adapter has no values to keep
-                for name in (key.removeprefix(prefix) for key in keys):
-                    empty = torch.empty_like(old := getattr(self, name), device=self.weight.device)
-                    setattr(self, name, nn.Parameter(empty, requires_grad=old.requires_grad))
+            device = self._frozen()[0].device
+            if self.lora_A.is_meta and device.type != "meta":  # assign=True: the adapter has no values to keep
+                with torch.inference_mode(False):
+                    for name in (key.removeprefix(prefix) for key in keys):
+                        empty = torch.empty_like(old := getattr(self, name), device=device)
+                        setattr(self, name, nn.Parameter(empty, requires_grad=old.requires_grad))
                 self.reset_adapter()
         if follows:
             self._reset_magnitude()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels.quant.weight import QuantizedWeight
 
@@ -55,6 +55,43 @@ def refuse_nonfinite(merged: Tensor, scale: float) -> None:
             f"merging gives weights that are not finite (scaling {scale}): nothing was changed. "
             "Look at lora_A and lora_B"
         )
+
+
+def refuse_absent(module: nn.Module) -> None:
+    """Raise ValueError where a parameter of `module` is on the meta device, and has no values there."""
+    absent = [name for name, p in module._parameters.items() if p is not None and p.is_meta]
+    if absent:
+        raise ValueError(
+            f"{', '.join(absent)} of this {type(module).__name__} are on the meta device, which holds no values: nothing "
+            "was changed. If accelerate has offloaded the model, bring it back first with "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True), or load it without offloading; otherwise "
+            "load a checkpoint"
+        )
+
+
+def refuse_computed(module: nn.Module) -> None:
+    """Raise ValueError where `weight` is no Parameter of the module's own, but computed from others: merging could not
+    replace it."""
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"the weight of this {type(module).__name__} is parametrised, pruned or sharded, so merge() and unmerge() "
+            "cannot replace it: nothing was changed. Take to_linear(), or make the weight plain first, with "
+            'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight") or prune.remove(layer, "weight")'
+        )
+
+
+def refuse_sharded(module: Any) -> None:
+    """Raise ValueError where this process holds only a part of W, A or B: as a DTensor, or as FSDP1 leaves them."""
+    N, K, R = module.out_features, module.in_features, module.r
+    stored, _ = module._frozen()
+    for name, shape in (("weight", (N, K)), ("lora_A", (R, K)), ("lora_B", (N, R))):
+        t = getattr(module, name)
+        if t.shape != shape or hasattr(t, "placements") or hasattr(stored, "placements"):
+            raise ValueError(
+                f"{name} of this {type(module).__name__} is sharded, {type(t).__name__} {tuple(t.shape)} for {shape}: "
+                "nothing was changed. Gather the state with get_model_state_dict(..., "
+                "options=StateDictOptions(full_state_dict=True)), and merge a whole module that has loaded it"
+            )
 
 
 def report(merged: Tensor, q: QuantizedWeight, a: Tensor, b: Tensor, scale: float) -> MergeReport:

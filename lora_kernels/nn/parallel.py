@@ -16,15 +16,25 @@ Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models U
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from lora_kernels.core.dropout import draw_seed
+from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.ops.linear import lora_linear
 
@@ -39,8 +49,11 @@ class ColwiseLoRA(ColwiseParallel):
 
     Raises:
         TypeError: the module is no FusedLoRALinear.
-        ValueError: the module is merged, or uses DoRA.
+        ValueError: the module is merged or quantised, or uses DoRA.
     """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return _distributed(self, module, device_mesh)
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         parts = {"weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)}
@@ -56,12 +69,28 @@ class RowwiseLoRA(RowwiseParallel):
 
     Raises:
         TypeError: the module is no FusedLoRALinear.
-        ValueError: the module is merged, or uses DoRA.
+        ValueError: the module is merged or quantised, or uses DoRA.
     """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.desired_input_layouts = (Shard(-1),)
+        return _distributed(self, module, device_mesh)
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         parts = {"weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate()}
         _shard(module, _RowwiseLinear, device_mesh, parts)
+
+
+def _distributed(style: Any, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Return `module` with its parameters sharded and the hooks of torch's plans. Their own ``_apply`` does the same for
+    an nn.Linear only."""
+    return distribute_module(
+        module,
+        mesh,
+        style._partition_linear_fn,
+        partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts),
+        partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
+    )
 
 
 def _shard(module: nn.Module, kind: type[FusedLoRALinear], mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
@@ -72,6 +101,8 @@ def _shard(module: nn.Module, kind: type[FusedLoRALinear], mesh: DeviceMesh, pla
             f"this plan is for FusedLoRALinear, and the module is a {type(module).__name__}: take torch's "
             "ColwiseParallel or RowwiseParallel, or FusedLoRALinear.from_linear first"
         )
+    if isinstance(module, AdapterLinear.quantized_kind):
+        raise ValueError("a quantised weight cannot be sharded here: take the dense weight, or FSDP2")
     if module.use_dora:
         raise ValueError("there is no tensor parallel DoRA here, because its norms need whole rows of W + s·B·A")
     if module.merged:
@@ -112,9 +143,9 @@ class _ShardedLinear(FusedLoRALinear):
 class _ColwiseLinear(_ShardedLinear):
     """W, B and bias are sharded on N, and A is whole."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., N], sharded on N, for a replicated x [..., K]."""
-        whole = cast(DTensor, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return y [..., N], sharded on N, for a replicated x = `input` [..., K]."""
+        whole = cast(DTensor, input)
         local = whole.to_local(grad_placements=[Partial()])
         bias, a, b = (self._parameters[name] for name in ("bias", "lora_A", "lora_B"))
         y = self._own_part(local, _summed(a), _local(b), None if bias is None else _local(bias), 0)
@@ -127,9 +158,9 @@ class _ColwiseLinear(_ShardedLinear):
 class _RowwiseLinear(_ShardedLinear):
     """W and A are sharded on K, and B and bias are whole."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., N], still to be summed over the processes, for x [..., K] sharded on K."""
-        part = cast(DTensor, x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return y [..., N], still to be summed over the processes, for x = `input` [..., K] sharded on K."""
+        part = cast(DTensor, input)
         local, mesh = part.to_local(), part.device_mesh
         rank = mesh.get_local_rank()
         bias, a, b = (self._parameters[name] for name in ("bias", "lora_A", "lora_B"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,8 @@ from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import Nested, QuantizedWeight, quantize_like, quantize_weight
 
-_PARTS = ("weight_scales", "weight_table", "weight_absmax", "weight_offset")
-"""The buffers of a quantised weight beside its codes. The last three are None without double quantisation."""
+_PARTS = ("weight_codes", "weight_scales", "weight_table", "weight_absmax", "weight_offset")
+"""The tensors of a quantised weight: a parameter and buffers. The last three exist only with double quantisation."""
 
 
 class QuantizedLoRALinear(FusedLoRALinear):
@@ -33,11 +34,11 @@ class QuantizedLoRALinear(FusedLoRALinear):
     quantised.
 
     Attributes:
-        weight: the codes of the quantised W, as in `QuantizedWeight`.
+        weight: a property, the `QuantizedWeight` that the tensors below make up. It is no tensor, and its dtype is
+            `weight_dtype`: models that convert x to ``layer.weight.dtype`` get a floating dtype, not that of the codes.
+        weight_codes: a parameter, the codes of W, as in `QuantizedWeight`.
         weight_scales: a buffer, the scales of the codes.
-        weight_table: a buffer, the table of double quantisation, or None.
-        weight_absmax: a buffer, the absmax of double quantisation, or None.
-        weight_offset: a buffer, the offset of double quantisation, or None.
+        weight_table, weight_absmax, weight_offset: buffers, the parts of double quantisation. They exist only with it.
         format: "nf4", "fp4", "int8" or "fp8".
         blocksize: the blocksize of nf4 and fp4; 0 for the other formats.
 
@@ -46,6 +47,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
     ``state_dict`` has one more key, weight_format: the format, the blocksize and whether there is double quantisation,
     as a tensor of letters. A dense weight [out, in], such as that of an ``nn.Linear``, is quantised in the same way
     when it is loaded. Loading another format, other shapes or half a weight raises ValueError, with nothing changed.
+    Files of earlier versions, whose codes have the key weight, load too.
 
     Raises:
         ValueError: use_dora; and what `FusedLoRALinear` raises.
@@ -91,7 +93,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module.out_features, module.in_features = weight.shape
-        module._unmerged = None
+        module._unmerged = module._base = None
         module._put(weight)
         module.register_parameter("bias", bias)
         module._add_adapter(settings)
@@ -124,6 +126,11 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return cls.over(from_bnb(linear, dtype), linear.bias, **settings).train(linear.training)
 
     @property
+    def weight(self) -> QuantizedWeight:  # type: ignore[override]
+        """The stored weight, as `quantized_weight` returns it."""
+        return self.quantized_weight()
+
+    @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of the weight that was quantised."""
         return self._dtype
@@ -137,6 +144,16 @@ class QuantizedLoRALinear(FusedLoRALinear):
         """Return the stored weight. Its tensors are the module's own."""
         return self._assembled(self._parts()[0])
 
+    def _frozen(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight_codes, self.bias
+
+    def _parts(self) -> tuple[Any, Any, Any, Any]:
+        """Return the codes, bias, lora_A and lora_B, as `FusedLoRALinear` looks them up."""
+        p = self._parameters
+        if "weight_codes" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
+            return p["weight_codes"], p["bias"], p["lora_A"], p["lora_B"]
+        return self.weight_codes, self.bias, self.lora_A, self.lora_B
+
     def _assembled(self, codes: Tensor) -> QuantizedWeight:
         """Return the stored weight with these codes.
 
@@ -144,7 +161,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         codes in memory after hooks that offload a model have replaced the parameter.
         """
         parts: dict[str, Any] = self._buffers
-        table = parts["weight_table"]
+        table = parts.get("weight_table")
         nested = None if table is None else Nested(table, parts["weight_absmax"], parts["weight_offset"])
         N, K = codes.shape
         if self.blocksize:  # nf4 or fp4, which pack two elements in a byte
@@ -153,16 +170,27 @@ class QuantizedLoRALinear(FusedLoRALinear):
             self.format, (N, K), self._dtype, codes, parts["weight_scales"], self.blocksize, nested, checked=True
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., out_features] for x [..., in_features]. Raises what `lora_linear` raises."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return y [..., out_features] for x = `input` [..., in_features]. Raises what `lora_linear` raises."""
         codes, bias, a, b = self._parts()
         w = self._assembled(codes)
         if self._unmerged is not None:
             self._warn_if_trained(a)
-            return quantized_linear(x, w, bias, self.backend)
+            return quantized_linear(input, w, bias, self.backend)
         p = self.lora_dropout if self.training else 0.0
-        return lora_linear(x, w, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
+        return lora_linear(input, w, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
 
+    @torch.no_grad()
+    def _reset_base(self) -> None:
+        made = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=self.weight_codes.device, dtype=self._dtype
+        )
+        for own, new in zip(self.weight.tensors, quantize_like(made.weight, self.weight).tensors, strict=True):
+            own.copy_(new)
+        if self.bias is not None:
+            self.bias.copy_(made.bias)
+
+    @torch.inference_mode(False)  # what is made in inference mode could not be trained later
     @torch.no_grad()
     def merge(self, safe: bool = True, lossy: bool = False) -> MergeReport:  # type: ignore[override]
         """Store W + s·B·A, quantised again, and return how much that loses. The old weight is kept for `unmerge`.
@@ -172,7 +200,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
         Raises:
             ValueError: without `lossy`, because quantising again loses part of the update (`to_linear` loses nothing);
-                and for a result that is not finite. Nothing is changed.
+                for a result that is not finite; for a weight that is sharded, or on the meta device, as that of an
+                offloaded model is. Nothing is changed.
         """
         if not lossy:
             raise ValueError(
@@ -184,26 +213,43 @@ class QuantizedLoRALinear(FusedLoRALinear):
         before = self.quantized_weight()
         merged = self._merged_weight(safe=True, dtype=torch.float32)
         after = quantize_like(merged, before)
-        self._report = merging.report(merged, after, self.lora_A, self.lora_B, float(self.scaling))
+        report = merging.report(merged, after, self.lora_A, self.lora_B, float(self.scaling))
         self._put(after)
-        self._unmerged = before
-        return self._report
+        self._unmerged, self._report = before, report
+        return report
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the weight back that `merge` has replaced, bit for bit. Does nothing where nothing is merged."""
+        """Put the tensors back that `merge` has replaced. Does nothing where nothing is merged. Raises ValueError where
+        the merged weight was offloaded since."""
         if self._unmerged is not None:
+            if not self._unmerged.codes.is_meta:
+                merging.refuse_absent(self)
             self._put(self._unmerged)
             self._unmerged = None
 
     def _put(self, w: QuantizedWeight) -> None:
+        """Make the tensors of `w` the stored ones."""
+        codes, *scales = w.tensors
+        codes = codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, requires_grad=False)
         self.format, self.blocksize, self._dtype = w.format, w.blocksize, w.dtype
-        self.weight = nn.Parameter(w.codes, requires_grad=False)
-        parts = (w.scales, *(w.nested or (None, None, None)))
-        for name, part in zip(_PARTS, parts, strict=True):
+        self.register_parameter(_PARTS[0], codes)
+        for name, part in zip(_PARTS[1:], scales, strict=False):
             self.register_buffer(name, part)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter. Raises TypeError for a dense `weight`, as code that ties weights would set it."""
+        if name == "weight":
+            raise TypeError(
+                f"the weight of this {type(self).__name__} is stored in {self.format}, and no Parameter can take its "
+                'place: load_state_dict({"weight": w}, strict=False) quantises w'
+            )
+        super().register_parameter(name, param)
+
     def _merged_weight(self, safe: bool, dtype: torch.dtype | None = None) -> Tensor:
+        merging.refuse_absent(self)
+        merging.refuse_sharded(self)
         q = self._unmerged or self.quantized_weight()
         merged = merging.updated_weight(
             lambda rows: q.rows(rows.start, rows.stop, torch.float32),
@@ -218,14 +264,17 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLoRALinear:
         """Move every tensor with `fn`, and convert the dtype only of those that are no part of the quantised weight."""
-        own = {id(part) for part in (self.weight, *(self._buffers[name] for name in _PARTS))}
+        own = {id(part) for part in self.quantized_weight().tensors}
 
+        @functools.wraps(fn)  # its name tells the adapter of ``to_empty``
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
             return moved if id(t) not in own or moved.dtype == t.dtype else t.to(moved.device)
 
-        like = fn(torch.empty(0, dtype=self._dtype, device=self.weight.device))
+        like = fn(torch.empty(0, dtype=self._dtype, device=self.weight_codes.device))
         self._dtype = like.dtype
+        if self._unmerged is not None and self._unmerged.codes.is_meta:
+            self._unmerged = None  # it has no values that could be put back
         if self._unmerged is not None:
             self._unmerged = replace(self._unmerged.to(like.device), dtype=like.dtype)
         super()._apply(move, recurse)
@@ -234,14 +283,14 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         q = self._unmerged or self.quantized_weight()
-        for name, part in zip(("weight", *_PARTS), q.tensors, strict=False):
+        for name, part in zip(_PARTS, q.tensors, strict=False):
             destination[prefix + name] = part if keep_vars else part.detach()
         letters = list(self._signature().encode())
         destination[prefix + "weight_format"] = torch.tensor(letters, dtype=torch.uint8, device="cpu")
 
     def _signature(self) -> str:
         text = f"{self.format} {self.blocksize}" if self.blocksize else self.format
-        return text + (" double_quant" if self._buffers["weight_table"] is not None else "")
+        return text + (" double_quant" if "weight_table" in self._buffers else "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, _, unexpected_keys, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
@@ -258,8 +307,9 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def _stored_state(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         """Return `state_dict` with its weight in the stored format. Raises ValueError where anything in it does not fit
         this module: torch itself would cast other dtypes, and would load the parts that fit without the rest."""
-        names, key = ("weight", *_PARTS), prefix + "weight_format"
+        key = prefix + "weight_format"
         weight, mine = state_dict.get(prefix + "weight"), self.quantized_weight()
+        names = _PARTS[: len(mine.tensors)]
         nothing = "nothing was loaded into it"
         if key in state_dict:
             given = bytes(state_dict[key].tolist()).decode(errors="replace")
@@ -268,20 +318,27 @@ class QuantizedLoRALinear(FusedLoRALinear):
                     f"{prefix}weight is in format {given!r}, this module's in {self._signature()!r}: {nothing}. "
                     "Build it with that format"
                 )
-            missing = [name for name, _ in zip(names, mine.tensors, strict=False) if prefix + name not in state_dict]
+            if weight is not None and prefix + names[0] not in state_dict:  # the key of earlier versions
+                state_dict = {k: t for k, t in state_dict.items() if k != prefix + "weight"}
+                state_dict[prefix + names[0]] = weight
+            missing = [name for name in names if prefix + name not in state_dict]
             if missing:
                 raise ValueError(f"{key} is there, but not {', '.join(missing)}: {nothing}")
+            # With assign=True these become the stored tensors, and kernels read them as contiguous.
+            state_dict = state_dict | {prefix + name: state_dict[prefix + name].contiguous() for name in names}
         elif weight is not None and weight.is_floating_point() and weight.shape == mine.shape:
-            q = quantize_like(weight if self.weight.is_meta else weight.to(self.weight.device), mine)
-            parts = zip(names, q.tensors, strict=False)
-            state_dict = state_dict | {prefix + name: part for name, part in parts}
-        elif any(prefix + name in state_dict for name in names):
+            here = self.weight_codes.device
+            with torch.inference_mode(False):
+                q = quantize_like(weight if here.type == "meta" else weight.to(here), mine)
+            state_dict = {k: t for k, t in state_dict.items() if k != prefix + "weight"}
+            state_dict |= {prefix + name: part for name, part in zip(names, q.tensors, strict=True)}
+        elif weight is not None or any(prefix + name in state_dict for name in names):
             got = "nothing" if weight is None else f"{weight.dtype} {tuple(weight.shape)}"
             raise ValueError(
-                f"{prefix}weight must be dense, {mine.shape}, or come with weight_format as state_dict gives it; got "
-                f"{got}: {nothing}"
+                f"{prefix}weight must be dense, {mine.shape}, or come in parts with weight_format as state_dict gives "
+                f"them; got {got}: {nothing}"
             )
-        stored = dict(zip(names, mine.tensors, strict=False))
+        stored = dict(zip(names, mine.tensors, strict=True))
         for name, own in (stored | dict(self.named_parameters(recurse=False))).items():
             other = state_dict.get(prefix + name, own)
             if other.shape != own.shape:

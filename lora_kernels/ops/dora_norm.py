@@ -1,4 +1,4 @@
-"""The row norms that DoRA divides by, and the cache of the part of them that does not change.
+"""The row norms that DoRA divides by, computed from W in every call.
 
     n = ‖W + s·B A‖ by rows          d = m / n
 
@@ -13,11 +13,9 @@ eps·‖W‖² / n²: all digits are right unless B A takes away most of a row o
 
 from __future__ import annotations
 
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels.ops import registered
 from lora_kernels.ops.watched import watched
@@ -72,56 +70,3 @@ registered.library.define("dora_norm(Tensor w, Tensor a, Tensor b, float scale, 
 registered.library.impl("dora_norm", _run_norm, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_kernels::dora_norm", _fake_norm, lib=registered.library)
 _norm_op = torch.ops.lora_kernels.dora_norm.default
-
-
-class WeightNorms:
-    """A cache of ‖W‖² by rows, valid for as long as the weight holds the same numbers.
-
-    The numbers count as the same while the storage, its version (``Tensor._version``, which every in-place update
-    raises), the view of it and the dtype are the same. Loading, merging, ``.to()`` and in-place updates all change one
-    of these. The storage is held weakly, so that the cache keeps no old weight in memory and a new storage at the same
-    address is not taken for the old one. PyTorch does not count a write through ``weight.data`` or NumPy's view: call
-    `clear` after one.
-
-    A copy and an unpickled cache start empty. Under ``torch.compile``, during the capture of a CUDA graph, and for
-    inference tensors and tensor subclasses nothing is kept and `of` returns None: the norm is then computed each time.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Empty the cache."""
-        self._storage: Any = None
-        self._key: object = None
-        self._value: Tensor | None = None
-
-    def of(self, weight: Tensor) -> Tensor | None:
-        """Return ‖W‖² by rows [N], in fp32 at least, or None where nothing can be kept."""
-        if (
-            torch.compiler.is_compiling()
-            or type(weight) not in (Tensor, torch.nn.Parameter)
-            or weight.is_meta
-            or weight.is_inference()
-            or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
-        ):
-            return None
-        storage = weight.untyped_storage()
-        key = (weight._version, weight.dtype, weight.storage_offset(), weight.shape, weight.stride())
-        if self._storage is None or self._storage.cdata != storage._cdata or self._key != key:
-            self._value, self._key, self._storage = _norm_sq(weight.detach()), key, StorageWeakRef(storage)
-        return self._value
-
-    def __deepcopy__(self, memo: object) -> WeightNorms:
-        return WeightNorms()
-
-    def __reduce__(self) -> tuple[type[WeightNorms], tuple[()]]:
-        return WeightNorms, ()
-
-
-def _norm_sq(w: Tensor) -> Tensor:
-    """Return ‖W‖² by rows [N], in fp32 at least."""
-    wide = torch.promote_types(w.dtype, torch.float32)
-    step = w.shape[0] if w.dtype == wide else _WEIGHT_ROWS
-    norms = [torch.linalg.vector_norm(w[n : n + step].to(wide), dim=1) for n in range(0, w.shape[0], step)]
-    return torch.cat(norms).square_()

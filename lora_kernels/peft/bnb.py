@@ -14,7 +14,9 @@ Dettmers, Pagnoni, Holtzman and Zettlemoyer, "QLoRA", 2023 (arXiv:2305.14314).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
@@ -30,20 +32,47 @@ from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
 from lora_kernels.peft.linear import Fused
 from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb
-from lora_kernels.quant.weight import DTYPES, QuantizedWeight
+from lora_kernels.quant.weight import DTYPES, Nested, QuantizedWeight
+
+
+class _Layout(NamedTuple):
+    """The facts about the weight of a bitsandbytes layer that are read from it once."""
+
+    format: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    blocksize: int
+    nested: bool
+    codes: Tensor | None
+    """A copy of the codes in the order of `QuantizedWeight`, where bitsandbytes stores them in another. None where the
+    weight itself is in this order."""
+    scales: Tensor | None
+    """The scales that belong to such a copy."""
+
+
+class _Kept(NamedTuple):
+    """A reading of a weight, and what it was read from. The layer's tensors are held weakly, so that they are freed when
+    the layer gives them away."""
+
+    weight: Callable[[], Any]
+    state: Callable[[], Any]
+    scales: Callable[[], Any]
+    source: tuple[int, bool]
+    """The address of the weight, and whether bitsandbytes has packed it for the CPU."""
+    found: _Layout | str
+    """The layout, or why the weight cannot be read."""
 
 
 class _WeightCache:
-    """A cache of the weight of a bitsandbytes layer, valid for as long as bitsandbytes holds the same tensors.
+    """A cache of the layout of a bitsandbytes layer's weight, valid for as long as bitsandbytes holds the same tensors.
 
     Moving, merging, loading and re-packing replace one of the tensors, or put the weight at another address. The weight
     is then read again. A copy and an unpickled object start empty.
     """
 
     def __init__(self) -> None:
-        self.last: tuple[tuple[Any, ...], QuantizedWeight | str] | None = None
-        """The source of the last reading and its result. Both are replaced at once, because several threads may read
-        the same layer."""
+        self.last: _Kept | None = None
+        """The last reading. It is replaced as a whole, because several threads may read the same layer."""
 
     def read(self, base: Any) -> QuantizedWeight | str:
         """Return the weight of `base`, a Linear4bit or Linear8bitLt, or why it cannot be read."""
@@ -54,25 +83,63 @@ class _WeightCache:
             scales, packed = state.absmax, getattr(state, "packing_format_for_cpu", False)
         elif (scales := getattr(weight, "SCB", None)) is None:  # a Linear8bitLt moves it there in its first forward
             scales = getattr(getattr(base, "state", None), "SCB", None)
-        last = self.last
-        if torch.compiler.is_compiling():  # a compiler knows no addresses, so only the tensors are compared
-            address = last[0][3] if last is not None else 0
-        else:
+        kept = self.last
+        if not torch.compiler.is_compiling():  # a compiler knows no addresses; `prepare` has read the weight before
             with torch._C.DisableTorchFunctionSubclass():  # otherwise data_ptr() of a Params4bit takes microseconds
-                address = weight.data_ptr()
-        if last is not None:
-            source, found = last
-            if weight is source[0] and state is source[1] and scales is source[2] and (address, packed) == source[3:]:
-                return found
+                source = weight.data_ptr(), packed
+            if (
+                kept is None
+                or kept.weight() is not weight
+                or kept.state() is not state
+                or kept.scales() is not scales
+                or kept.source != source
+            ):
+                found = self._layout(base, weight)
+                kept = _Kept(self._weakly(weight), self._weakly(state), self._weakly(scales), source, found)
+                self.last = kept
+        if kept is None:
+            return "its base weight has not been read before torch.compile"
+        found = kept.found
+        if isinstance(found, str):
+            return found
+        codes, (N, K) = found.codes, found.shape
+        if codes is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                codes = weight.view(torch.uint8).view(N, K // 2) if found.blocksize else weight.view(N, K)
+        if found.scales is not None:
+            scales = found.scales
+        nested = Nested(state.state2.code, state.state2.absmax, state.offset) if found.nested else None
+        return QuantizedWeight(found.format, (N, K), found.dtype, codes, scales, found.blocksize, nested, checked=True)
+
+    @staticmethod
+    @torch.inference_mode(False)  # a copy of the codes is kept, and may be saved for a backward later
+    @torch.no_grad()
+    def _layout(base: Any, weight: Tensor) -> _Layout | str:
         try:
-            found = from_bnb(base)
+            q = from_bnb(base)
         except (TypeError, ValueError) as error:
-            found = f"its base weight cannot be read: {error}"
-        self.last = (weight, state, scales, address, packed), found
-        return found
+            return f"its base weight cannot be read: {error}"
+        own = q.codes.data_ptr() != weight.data_ptr()
+        nested = q.nested is not None
+        return _Layout(
+            q.format, q.shape, q.dtype, q.blocksize, nested, q.codes if own else None, q.scales if own else None
+        )
+
+    def _weakly(self, held: Any) -> Callable[[], Any]:
+        """Return a function that gives `held`, or None once nobody else holds it. This cache is then empty, so that it
+        keeps no copy of the codes either."""
+        if held is None:
+            return _nothing
+        cache = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            if (mine := cache()) is not None:
+                mine.clear()
+
+        return weakref.ref(held, forget)
 
     def clear(self) -> None:
-        """Empty the cache, so that it holds no tensors."""
+        """Empty the cache."""
         self.last = None
 
     def __deepcopy__(self, memo: object) -> _WeightCache:
@@ -80,6 +147,10 @@ class _WeightCache:
 
     def __reduce__(self) -> tuple[type[_WeightCache], tuple[()]]:
         return _WeightCache, ()
+
+
+def _nothing() -> None:
+    return None
 
 
 class _FusedBnb(Fused):

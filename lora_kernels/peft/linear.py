@@ -394,7 +394,6 @@ class FusedLinear(Fused, peft_layer.Linear):
         w: Any = operands.w
         a, b, _, scale, p, magnitude = adapter
         assert magnitude is not None
-        # ‖W‖² is computed in every call, because PEFT writes W through .data, which `WeightNorms` cannot notice.
         return dora_linear(
             x,
             w,
@@ -404,6 +403,5 @@ class FusedLinear(Fused, peft_layer.Linear):
             scale=scale,
             bias=operands.bias,
             dropout_p=p,
-            weight_norm_sq=None,
             backend=self._backend,
         )

@@ -122,6 +122,14 @@ class QuantizedWeight:
         """Return ``dequantize_weight(self, dtype)``."""
         return dequantize_weight(self, dtype)
 
+    def refuse_changed(self) -> None:
+        """Raise what `check` raises where a tensor is not contiguous, or codes or scales have another shape. A tensor
+        may have been replaced since `check`, and a kernel that takes its address would read beyond its memory."""
+        (N, K), packed = self.shape, 2 if self.blocksize else 1
+        fits = self.codes.shape == (N, K // packed) and tuple(self.scales.shape) in _scale_shapes(self)
+        if not fits or not all(tensor.is_contiguous() for tensor in self.tensors):
+            self.check()
+
     def check(self) -> QuantizedWeight:
         """Return this weight, after a check that its parts fit together. Raises TypeError for a part of another dtype,
         and ValueError for every other fault."""
@@ -258,25 +266,28 @@ def _check(q: QuantizedWeight) -> None:
         raise ValueError(f"the blocksize of {q.format} is {allowed}; got {q.blocksize}")
     if q.nested is not None and not four_bit:
         raise ValueError(f"nested scales go with nf4 and fp4; got them with {q.format}: give nested=None")
-    blocks = -(-N * K // q.blocksize) if four_bit else 0
-    scales: list[tuple[int, ...]]
-    if four_bit:
-        scales = [(blocks,)]
-    elif q.format == "int8":
-        scales = [(N,)]
-    else:
-        scales = [(1, 1), (N, 1), (-(-N // FP8_BLOCK), -(-K // FP8_BLOCK))]
+    scales = _scale_shapes(q)
     _fits("codes", q.codes, CODES[q.format], [(N, K // 2 if four_bit else K)], q)
     _fits("scales", q.scales, torch.float32 if q.nested is None else torch.uint8, scales, q)
     if q.nested is not None:
         _fits("nested.table", q.nested.table, torch.float32, [(256,)], q)
-        _fits("nested.absmax", q.nested.absmax, torch.float32, [(-(-blocks // NESTED_BLOCKSIZE),)], q)
+        _fits("nested.absmax", q.nested.absmax, torch.float32, [(-(-scales[0][0] // NESTED_BLOCKSIZE),)], q)
         _fits("nested.offset", q.nested.offset, torch.float32, [()], q)
     if len({tensor.device for tensor in q.tensors}) > 1:
         raise ValueError(
             "the tensors of a quantised weight lie on different devices: "
             f"{', '.join(str(tensor.device) for tensor in q.tensors)}. Move them to one before they are put together"
         )
+
+
+def _scale_shapes(q: QuantizedWeight) -> list[tuple[int, ...]]:
+    """Return the shapes that the scales of q may have."""
+    N, K = q.shape
+    if q.format == "int8":
+        return [(N,)]
+    if q.format == "fp8":
+        return [(1, 1), (N, 1), (-(-N // FP8_BLOCK), -(-K // FP8_BLOCK))]
+    return [(-(-N * K // q.blocksize),)]
 
 
 def _fits(name: str, tensor: Tensor, dtype: torch.dtype, shapes: list[tuple[int, ...]], q: QuantizedWeight) -> None:

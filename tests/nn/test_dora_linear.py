@@ -201,8 +201,7 @@ def test_a_layer_from_the_meta_device_can_be_filled():
     layer.load_state_dict(trained(6, 5, r=2).state_dict(), assign=True)
     assert torch.isfinite(layer(torch.randn(2, 6))).all()
     layer = FusedLoRALinear(6, 5, r=2, use_dora=True, device="meta").to_empty(device="cpu")
-    nn.Linear.reset_parameters(layer)
-    layer.reset_adapter()
+    layer.reset_parameters()
     assert torch.isfinite(layer(torch.randn(2, 6))).all()
 
 

@@ -59,6 +59,7 @@ def dense(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 def codes(w: QuantizedWeight, BLOCK_K: int) -> Codes:
     """Return w as an argument of the kernels that read it in tiles of BLOCK_K columns."""
+    w.refuse_changed()
     K, four_bit = w.shape[1], w.format in quant_tables.LEVELS
     by_block = w.format == "fp8" and w.scales.shape not in ((1, 1), (w.shape[0], 1))
     blocksize = w.blocksize if four_bit else FP8_BLOCK if by_block else 0
