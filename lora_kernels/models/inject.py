@@ -108,8 +108,8 @@ def apply_lora(
         model: any module. It is changed in place. The rules see a layer that stands at several places by its first
             name, and it is replaced at each place. Weights that are tied stay tied.
         r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend: as for `FusedLoRALinear`, but
-            lora_alpha is 8 by default, as in PEFT. adapter_dtype None is the weight's dtype; PEFT would choose fp32
-            beside fp16 and bf16.
+            lora_alpha is 8 by default, as in PEFT. As in PEFT too, the adapters are in fp32 beside fp16 and bf16
+            weights, unless adapter_dtype is the weights' dtype.
         target_modules: "all-linear" stands for every ``nn.Linear`` but the one that ``model.get_output_embeddings()``
             returns, if the model has that method. Another string is a regular expression that the whole dotted name
             must match. Several names choose the layers whose dotted name is one of them, or ends in ``.`` and one of
