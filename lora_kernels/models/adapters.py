@@ -29,7 +29,7 @@ from lora_kernels.models.adapter_files import (
     safetensors_torch,
     write_all,
 )
-from lora_kernels.models.inject import AdaptedLayer, ApplyReport
+from lora_kernels.models.reports import AdaptedLayer, ApplyReport
 from lora_kernels.models.targets import Rules, Selection, lora_layers, select, some
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.settings import LoRASettings, scaling_of
@@ -212,7 +212,7 @@ def _apply(model: nn.Module, selection: Selection, stored: StoredAdapters) -> Ap
     check_names(stored, {target.name for target in selection.targets}, model)
     for target in selection.targets:
         check_shapes(stored, target.name, target.settings.r, target.linear)
-    report = inject.replace(model, selection)
+    report = inject.put_layers(model, selection)
     layers = lora_layers(model)
     for name, adapter in stored.layers.items():
         _copy(layers[name], adapter)
