@@ -60,8 +60,9 @@ def rows() -> dict[str, Callable[[], Run]]:
 
 
 def fused_linear(M: int, K: int, N: int, R: int, dtype: str, p: float, backward: bool, dora: bool = False) -> Run:
-    """Return a function that computes one pass of a `FusedLoRALinear` in training mode."""
-    layer = lora_kernels.FusedLoRALinear(K, N, r=R, lora_dropout=p, use_dora=dora, dtype=DTYPES[dtype])
+    """Return a function that computes one pass of a `FusedLoRALinear` in training mode, with adapters in fp32."""
+    settings = {"r": R, "lora_dropout": p, "use_dora": dora, "adapter_dtype": torch.float32}
+    layer = lora_kernels.FusedLoRALinear(K, N, **settings, dtype=DTYPES[dtype])
     nn.init.normal_(layer.lora_B, std=0.02)
     return step(layer, torch.randn(M, K, dtype=DTYPES[dtype]), backward)
 
@@ -78,9 +79,9 @@ def peft_layer(M: int, dtype: str, p: float, backward: bool) -> Run:
 
 
 def quantised(M: int, dtype: str, backward: bool) -> Run:
-    """Return a function that computes one pass of a layer over a weight in nf4."""
+    """Return a function that computes one pass of a layer over a weight in nf4, with adapters in fp32."""
     linear = nn.Linear(2048, 2048, dtype=DTYPES[dtype])
-    layer = lora_kernels.FusedLoRALinear.from_linear(linear, r=16, quant="nf4")
+    layer = lora_kernels.FusedLoRALinear.from_linear(linear, r=16, quant="nf4", adapter_dtype=torch.float32)
     return step(layer, torch.randn(M, 2048, dtype=DTYPES[dtype]), backward)
 
 

@@ -44,8 +44,8 @@ class Shape:
 
     @property
     def size(self) -> str:
-        """dtype, sizes and rank, for people to read."""
-        adapters = "" if self.adapters == self.dtype else f", {SHORT[self.adapters]} adapters"
+        """dtype, sizes and rank, for people to read, and beside 16 bits the dtype of the adapters."""
+        adapters = f", {SHORT[self.adapters]} adapters" if self.dtype.itemsize == 2 else ""
         return f"{SHORT[self.dtype]} {self.M}×{self.K}→{self.N} r{self.R}{adapters}"
 
     @property

@@ -6,8 +6,10 @@ addmm_      the strongest composite of torch operations: an autograd.Function by
 merge       F.linear(x, w + s·b a, bias), formed in every step, with autograd through it; it has no dropout
 ours: NAME  this package, one variant for each back-end
 
-With all peers there are also PEFT with its adapters in the other dtype (fp32 is its default), PEFT's layer under
-torch.compile on a few shapes, and other projects' layers from their sources (`lora_kernels.bench.peers`).
+In one cell the adapters of PEFT and of this package have the same dtype, that of the shape. Both make adapters in fp32
+by default; adapters in 16 bits are asked for. With all peers there are also PEFT with its adapters in the other dtype,
+PEFT's layer under torch.compile on a few shapes, and other projects' layers from their sources
+(`lora_kernels.bench.peers`).
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from lora_kernels.models.adapter_files import (
     safetensors_torch,
     write_all,
 )
-from lora_kernels.models.inject import AdaptedLayer, ApplyReport
-from lora_kernels.models.targets import Rules, Selection, Target, lora_layers, select, some
+from lora_kernels.models.reports import AdaptedLayer, ApplyReport
+from lora_kernels.models.targets import Rules, Selection, lora_layers, select, some
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.settings import LoRASettings, scaling_of
 
@@ -94,7 +94,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     the model's.
 
     A plain model gets LoRA first, as by `apply_lora` with the config's settings: the adapters train and everything else
-    is frozen. A, B and m have the weight's dtype if the file has it too, and fp32 beside other fp16 and bf16 weights.
+    is frozen. A, B and m are in fp32 beside fp16 and bf16 weights, as in PEFT, and else have the weight's dtype.
 
     Whether the model is in training mode stays as it is. Whether its weights are those that the adapter was trained
     with cannot be checked: the files tell the base's names and shapes only.
@@ -210,23 +210,13 @@ def _bare(model: nn.Module) -> nn.Module:
 def _apply(model: nn.Module, selection: Selection, stored: StoredAdapters) -> ApplyReport:
     """Put LoRA layers with the values of `stored` into a plain model, and return the report."""
     check_names(stored, {target.name for target in selection.targets}, model)
-    targets = []
     for target in selection.targets:
         check_shapes(stored, target.name, target.settings.r, target.linear)
-        targets.append(_with_dtype(target, stored.layers[target.name]))
-    report = inject.replace(model, replace(selection, targets=targets))
+    report = inject.put_layers(model, selection)
     layers = lora_layers(model)
     for name, adapter in stored.layers.items():
         _copy(layers[name], adapter)
     return report
-
-
-def _with_dtype(target: Target, adapter: LayerAdapter) -> Target:
-    """Return `target`, with an fp32 adapter if its weight has 16 bits and `adapter` has another dtype."""
-    dtype = target.linear.weight.dtype
-    other = any(tensor.dtype != dtype for tensor in adapter if tensor is not None)
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) and other else None
-    return replace(target, settings=replace(target.settings, adapter_dtype=wide))
 
 
 def _fill(model: nn.Module, stored: StoredAdapters, alphas: dict[str, float], rslora: bool | None) -> ApplyReport:

@@ -6,77 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lora_kernels.backends import dispatch
-from lora_kernels.models.targets import Names, Rules, Selection, Target, by_reason, lora_layers, select, some
+from lora_kernels.models.reports import AdaptedLayer, ApplyReport, TrainableParameters
+from lora_kernels.models.targets import Names, Rules, Selection, Target, lora_layers, select, told_by_reason
+from lora_kernels.nn import dry_run, readers
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
-
-
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """A layer that got LoRA: one entry of an `ApplyReport`."""
-
-    name: str
-    r: int
-    lora_alpha: float
-    in_features: int
-    out_features: int
-    use_dora: bool = False
-    quant: str | None = None
-
-    @classmethod
-    def of(cls, name: str, layer: FusedLoRALinear) -> AdaptedLayer:
-        """Return the entry for `layer`."""
-        quant = layer.format if isinstance(layer, QuantizedLoRALinear) else None
-        return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora, quant)
-
-
-@dataclass(frozen=True)
-class ApplyReport:
-    """The layers that `apply_lora` replaced, and those that it left. ``str()`` of it is a table."""
-
-    layers: tuple[AdaptedLayer, ...]
-    passed_over: dict[str, str]
-    """The reason why a linear layer was left as it is, for each of these layers."""
-    unused: tuple[str, ...]
-    """Names and patterns that no layer matched. They are often typing errors, but PEFT accepts them too."""
-    quantised: tuple[int, int] | None = None
-    """The bytes of these layers' weights before and after quantisation; None where they were not quantised."""
-
-    def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers] + [len("module")])
-        lines = [f"{'module':<{width}}  {'r':>4}  {'alpha':>6}  in → out"]
-        for layer in self.layers:
-            kind = f"  {layer.quant}" if layer.quant else "  DoRA" if layer.use_dora else ""
-            shape = f"{layer.in_features} → {layer.out_features}{kind}"
-            lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {shape}")
-        if self.quantised is not None:
-            before, after = self.quantised
-            lines.append(f"their weights: {before:,} → {after:,} bytes ({100 * after / before:.1f} %)")
-        lines += [f"passed over, {reason}: {some(names)}" for reason, names in by_reason(self.passed_over).items()]
-        if self.unused:
-            lines.append(f"matched nothing: {', '.join(self.unused)}")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class TrainableParameters:
-    """The number of elements that a model trains, and the number that it holds."""
-
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        percent = 100 * self.trainable / max(self.total, 1)
-        return f"trainable: {self.trainable:,} of {self.total:,} ({percent:.2f} %)"
 
 
 def apply_lora(
@@ -99,6 +42,7 @@ def apply_lora(
     blocksize: int = 64,
     double_quant: bool = False,
     init: str = "kaiming",
+    verify: Any = None,
 ) -> ApplyReport:
     """Replace every ``nn.Linear`` layer that matches, in place, by a `FusedLoRALinear` over the same weight, and freeze
     every parameter outside the adapters. The rules and defaults are those of PEFT's ``LoraConfig``; PEFT itself is not
@@ -108,8 +52,8 @@ def apply_lora(
         model: any module. It is changed in place. The rules see a layer that stands at several places by its first
             name, and it is replaced at each place. Weights that are tied stay tied.
         r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend: as for `FusedLoRALinear`, but
-            lora_alpha is 8 by default, as in PEFT. adapter_dtype None is the weight's dtype; PEFT would choose fp32
-            beside fp16 and bf16.
+            lora_alpha is 8 by default, as in PEFT. As in PEFT too, the adapters are in fp32 beside fp16 and bf16
+            weights, unless adapter_dtype is the weights' dtype.
         target_modules: "all-linear" stands for every ``nn.Linear`` but the one that ``model.get_output_embeddings()``
             returns, if the model has that method. Another string is a regular expression that the whole dotted name
             must match. Several names choose the layers whose dotted name is one of them, or ends in ``.`` and one of
@@ -124,12 +68,19 @@ def apply_lora(
             one. The dense model and all quantised weights are in memory together for a moment.
         blocksize, double_quant: for nf4 and fp4, as in `quantize_weight`.
         init: as for `FusedLoRALinear.from_linear`.
+        verify: inputs of the model, with which `ApplyReport.verify` is run at the end: a mapping of keywords, a tuple
+            or list of arguments, or one argument. True stands for ``model.dummy_inputs``. There is a warning if an
+            adapter turns out to be without effect.
 
     "all-linear" leaves every module that is not exactly an ``nn.Linear`` as it is, and the report gives the reason.
     These are quantised layers, GPT-2's Conv1D (its checkpoints hold W transposed; use PEFT and `fuse`), subclasses
     (``nn.MultiheadAttention`` reads the weight of its out_proj without calling it, so an adapter would have no effect),
     layers whose weight is a subclass of Parameter (sharded, quantised), and layers with hooks, which would be lost.
     Where a pattern or a name matches such a module, or no linear layer at all, ValueError is raised.
+
+    The same holds for a layer whose parent reads its weight instead of calling it, as Mamba's mixers do with out_proj,
+    x_proj and dt_proj; "all-linear" also warns then. This is found in the source of the parent's forward. There is a
+    warning for a layer that its parent calls in some cases and reads in others, unless `verify` has looked.
 
     ``nn.TransformerEncoderLayer`` has a path for inference that reads the weights of linear1 and linear2 without
     calling them. It is switched off in layers that get an adapter there (activation_relu_or_gelu is set to 0, and
@@ -151,7 +102,28 @@ def apply_lora(
     selection = select(model, settings, rules)
     if backend is not None:
         dispatch.load(backend)
-    return replace(model, selection)
+    inputs = None if verify is None or verify is False else dry_run.inputs_for(model, verify)
+    report, undo = _replaced(model, selection)
+    if inputs is not None:
+        try:
+            report = report.verify(model, *inputs.args, **inputs.kwargs)
+        except BaseException:
+            undo()
+            raise
+    _warn(report, selection)
+    return report
+
+
+def _warn(report: ApplyReport, selection: Selection) -> None:
+    """Warn of linear layers that the model reads past an adapter, or may read."""
+    told = (
+        ("these adapters take no part in the forward", report.without_effect),
+        ("these layers got no adapter", selection.read),
+        ("whether these adapters have an effect is not certain, and verify=inputs finds out", report.doubted),
+    )
+    for what, reasons in told:
+        if reasons:
+            warnings.warn(f"{what}: {told_by_reason(reasons)}", stacklevel=3)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -229,9 +201,14 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     return TrainableParameters(sum(n for trained, n in sizes if trained), sum(n for _, n in sizes))
 
 
-def replace(model: nn.Module, selection: Selection) -> ApplyReport:
+def put_layers(model: nn.Module, selection: Selection) -> ApplyReport:
     """Replace every target by a `FusedLoRALinear`, freeze the rest and return the report. On an error nothing is
     changed."""
+    return _replaced(model, selection)[0]
+
+
+def _replaced(model: nn.Module, selection: Selection) -> tuple[ApplyReport, Callable[[], None]]:
+    """Do what `put_layers` does, and return the report and a function that undoes it."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         layers = [_adapted(target) for target in selection.targets]
@@ -247,13 +224,24 @@ def replace(model: nn.Module, selection: Selection) -> ApplyReport:
     for target, layer in zip(selection.targets, layers, strict=True):
         for place in places[id(target.linear)]:
             _put(model, place, layer)
-    _close_fast_paths(model)
-    return ApplyReport(
+    reopen = readers.close_fast_paths(model, FusedLoRALinear)
+
+    def undo() -> None:
+        reopen()
+        for target in selection.targets:
+            for place in places[id(target.linear)]:
+                _put(model, place, target.linear)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad = requires_grad
+
+    report = ApplyReport(
         tuple(AdaptedLayer.of(target.name, layer) for target, layer in zip(selection.targets, layers, strict=True)),
         selection.passed_over,
         selection.unused,
         (before, sum(layer.quantized_weight().nbytes for layer in packed)) if packed else None,
+        selection.doubted,
     )
+    return report, undo
 
 
 def _adapted(target: Target) -> FusedLoRALinear:
@@ -274,12 +262,3 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _close_fast_paths(model: nn.Module) -> None:
-    """Switch off the inference paths of nn.TransformerEncoder that read weights without calling their layers."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and lora_layers(module):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
-            module.use_nested_tensor = False

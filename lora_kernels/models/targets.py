@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels.nn import fit
+from lora_kernels.nn import fit, readers
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
 
@@ -53,6 +53,10 @@ class Selection:
     """The reason why a layer that looks linear is left as it is, for each of these layers."""
     unused: tuple[str, ...] = ()
     """The names and patterns of the rules that no target matches."""
+    doubted: dict[str, str] = field(default_factory=dict)
+    """The targets whose weights their parents may read without calling them, and how."""
+    read: dict[str, str] = field(default_factory=dict)
+    """Those of `passed_over` that "all-linear" leaves because their parents read their weights, and how."""
 
 
 def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
@@ -71,6 +75,8 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
     targets: list[Target] = []
     passed_over: dict[str, str] = {}
     unfit: dict[str, str] = {}
+    doubted: dict[str, str] = {}
+    read: dict[str, str] = {}
     for name, module in model.named_modules():
         if not name:
             continue
@@ -87,6 +93,12 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
             reason = "not in target_modules"
         else:
             reason = fit.why_not(module, in_place=True)
+            if not reason and (reading := readers.reading_in(model, name)):
+                if reading.always:
+                    reason = str(reading)
+                    read[name] = reason
+                else:
+                    doubted[name] = str(reading)
             if reason and not every:
                 unfit[name] = reason
                 continue
@@ -99,12 +111,13 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
             passed_over[name] = reason
     if unfit:
         raise ValueError(
-            f"target_modules match modules that cannot be replaced: {_told(unfit)}. Name others, or add these to "
-            "exclude_modules"
+            f"target_modules match modules that cannot be replaced: {told_by_reason(unfit)}. Name others, or add these "
+            "to exclude_modules"
         )
     if not targets:
         raise ValueError(_nothing(model, wanted, passed_over))
-    return Selection(targets, passed_over, _unused(rules, wanted, [target.name for target in targets]))
+    unused = _unused(rules, wanted, [target.name for target in targets])
+    return Selection(targets, passed_over, unused, doubted, read)
 
 
 def lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
@@ -152,7 +165,8 @@ def _unused(rules: Rules, wanted: str | tuple[str, ...], names: list[str]) -> tu
     return tuple(unused)
 
 
-def _told(reasons: Mapping[str, str]) -> str:
+def told_by_reason(reasons: Mapping[str, str]) -> str:
+    """Return the names that share each reason as text."""
     return "; ".join(f"{some(names)} ({reason})" for reason, names in by_reason(reasons).items())
 
 
@@ -198,7 +212,8 @@ def _nothing(model: nn.Module, wanted: str | Sequence[str], passed_over: dict[st
     asked = repr(wanted) if isinstance(wanted, str) else some([repr(n) for n in wanted])
     end = isinstance(wanted, str) and any(matches((wanted,), name) for name in passed_over)
     hint = f". A string is a regular expression for the whole name: [{wanted!r}] is for ends of names" if end else ""
-    return f"target_modules ({asked:.200}) match no nn.Linear to replace; the model has {_told(passed_over)}{hint}"
+    has = told_by_reason(passed_over)
+    return f"target_modules ({asked:.200}) match no nn.Linear to replace; the model has {has}{hint}"
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

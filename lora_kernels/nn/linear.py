@@ -36,8 +36,9 @@ class FusedLoRALinear(AdapterLinear):
         use_dora: weight-decomposed LoRA, y = d ⊙ (x Wᵀ + s·h Bᵀ) + bias with d = m / ‖W + s·B A‖ by rows (see
             `lora_kernels.dora_linear`). Dropout then acts on x in all that the adapter adds to the base. m starts as
             ‖W‖.
-        adapter_dtype: the dtype of A, B and m. None is the weight's dtype; beside an fp16 or bf16 weight it may be
-            fp32.
+        adapter_dtype: the dtype of A, B and m. None is fp32 beside an fp16 or bf16 weight, as in PEFT, and else the
+            weight's dtype. An adapter in 16 bits is asked for by the weight's dtype; at small learning rates its
+            elements are too coarse to move, and ``torch.amp.GradScaler`` refuses it in fp16.
         backend: the name of a back-end, which then serves every call or raises; None for the automatic choice.
 
     Attributes:

@@ -30,8 +30,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
     call of few rows.
 
     Make one with ``FusedLoRALinear.from_linear(linear, quant="nf4")``, `over` or `from_bnb`, not with the constructor.
-    x may have any dtype of `lora_linear`. A and B have `weight_dtype` by default, the dtype of the weight that was
-    quantised.
+    x may have any dtype of `lora_linear`. A and B are in fp32 by default. adapter_dtype may also be `weight_dtype`, the
+    dtype of the weight that was quantised.
 
     Attributes:
         weight: a property, the `QuantizedWeight` that the tensors below make up. It is no tensor, and its dtype is

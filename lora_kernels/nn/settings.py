@@ -43,10 +43,11 @@ class LoRASettings:
         return scaling_of(self.lora_alpha, self.r, self.use_rslora)
 
     def dtype_beside(self, weight: torch.dtype) -> torch.dtype:
-        """Return the dtype of A and B beside a W of dtype `weight`. Raises TypeError where adapter_dtype does not go
-        with it."""
-        dtype = self.adapter_dtype or weight
-        if dtype != weight and not (dtype == torch.float32 and weight in (torch.float16, torch.bfloat16)):
+        """Return the dtype of A and B beside a W of dtype `weight`: fp32 beside fp16 and bf16, as in PEFT, where
+        adapter_dtype is None. Raises TypeError where adapter_dtype does not go with the weight."""
+        default = torch.float32 if weight in (torch.float16, torch.bfloat16) else weight
+        dtype = self.adapter_dtype or default
+        if dtype not in (weight, default):
             raise TypeError(f"adapter_dtype must be the weight's ({weight}), or fp32 beside fp16 or bf16; got {dtype}")
         return dtype
 

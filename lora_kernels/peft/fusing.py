@@ -7,22 +7,24 @@ lists, and single calls, which a layer counts in ``passed_over``.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
+from lora_kernels.nn import dry_run, readers
 from lora_kernels.peft import groups as peft_groups
 from lora_kernels.peft import serving
-from lora_kernels.peft.groups import FAMILIES, SharedInput
+from lora_kernels.peft.groups import FAMILIES
 
 try:
     from peft.tuners.lora import LoraLayer, LoraModel
 
     from lora_kernels.peft.linear import Fused, FusedLinear
+    from lora_kernels.peft.report import FuseReport
 except ImportError as error:
     raise ImportError(
         f"fuse() and enable() work on models of PEFT, which cannot be imported ({error}): pip install peft. Plain "
@@ -44,39 +46,13 @@ def _fused_kind(kind: type) -> type[Fused] | None:
     return FusedLinear if kind is FusedLinear.peft_class else None
 
 
-@dataclass(frozen=True)
-class FuseReport:
-    """The result of `fuse`. ``str()`` of it is a table."""
-
-    fused: dict[str, str]
-    """The modules of which every adapter is on the fused path: name → size and adapters."""
-    not_fused: dict[str, str]
-    """The modules of which PEFT's own forward serves at least one adapter: name → reason."""
-    groups: dict[str, SharedInput] = field(default_factory=dict)
-    """The groups that ``fuse(group=...)`` has made: name of a module → its children that one call computes."""
-    calls: tuple[Call, ...] = ()
-    """The forwards of the fused layers, where the choice of a back-end depends on evidence about the device."""
-    backend: str | None = None
-    """The back-end that `fuse` was asked for."""
-
-    def __str__(self) -> str:
-        rows = [(name, "fused", what) for name, what in self.fused.items()]
-        rows += [(name, "not fused", why) for name, why in self.not_fused.items()]
-        head = f"{len(self.fused)} of {len(rows)} LoRA layers fused"
-        if not rows:
-            return f"{head}: the model has none"
-        rows += [(name, "grouped", str(group)) for name, group in self.groups.items()]
-        width = max(len(name) for name, _, _ in rows)
-        lines = [head, *(f"  {name:{width}}  {state:9}  {what}" for name, state, what in rows)]
-        return "\n".join([*lines, *filter(None, [serving.line(self.calls, self.backend)])])
-
-
 def fuse(
     model: nn.Module,
     *,
     strict: bool = False,
     backend: str | None = None,
     group: bool | Sequence[Sequence[str]] = False,
+    verify: Any = None,
 ) -> FuseReport:
     """Put every LoRA linear of a PEFT model on the fused path, and return a report.
 
@@ -92,21 +68,32 @@ def fuse(
             query/key/value of BERT and ViT). Other models need names, such as ``[("wq", "wk", "wv")]``. A group ends
             when its layers are called with different inputs (see its ``dissolved``). Layers over bitsandbytes' weights
             are not grouped.
+        verify: inputs of the model, with which `FuseReport.verify` is run at the end: a mapping of keywords, a tuple or
+            list of arguments, or one argument. True stands for ``model.dummy_inputs``.
 
     Returns:
         A report of the layers that are fused, those that are not, and why. A fused layer still leaves to PEFT single
-        calls that it cannot serve (see `FusedLinear.passed_over`).
+        calls that it cannot serve (see `FusedLinear.passed_over`). ``str()`` of the report also tells which of the
+        fused layers have had no fused call since.
+
+    A layer whose parent reads its weight instead of calling it is not fused, because neither this package nor PEFT can
+    compute its adapter there. This is found in the source of the parent's forward, and `verify` finds it in every case.
+    The path for inference of ``nn.TransformerEncoderLayer``, which does so, is switched off.
 
     Raises:
-        RuntimeError: with `strict`, where a layer or an adapter cannot be fused. The text holds the report.
-        ValueError: for an unknown back-end, or names in `group` that the model does not have; nothing is changed.
+        RuntimeError: with `strict`, where a layer or an adapter cannot be fused, or `verify` finds a layer that is not
+            computed by its fused forward. The text holds the report.
+        ValueError: for an unknown back-end, or names in `group` that the model does not have; nothing is changed. For
+            `verify` as in `FuseReport.verify`, and whatever the forward raises; no layer is fused then that was not
+            before.
     """
     if backend is not None and backend not in dispatch.BACKENDS:
         raise ValueError(f"there is no back-end {backend!r}: one of {', '.join(dispatch.BACKENDS)}, or None")
     families = FAMILIES if group is True else group or ()
     if families is not FAMILIES:
         peft_groups.check_families(model, families)
-    fused, not_fused, layers, calls = {}, {}, [], list[Call]()
+    inputs = None if verify is None or verify is False else dry_run.inputs_for(model, verify)
+    fused, not_fused, layers, calls = {}, {}, dict[str, tuple[Any, type[Fused]]](), list[Call]()
     layer: Any
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -116,18 +103,21 @@ def fuse(
             where = type(layer).__module__.removeprefix("peft.tuners.")
             not_fused[path] = f"a {where}.{type(layer).__name__}, not a plain linear"
             continue
-        base = kind.read_base(layer)
+        reading = readers.reading_in(model, path) if path else None
+        passed = str(reading) if reading is not None and reading.always else ""
+        base = passed or _why_patched(layer, kind) or kind.read_base(layer)
         if isinstance(base, str):
             not_fused[path] = base
             continue
-        layers.append((layer, kind))
+        layers[path] = layer, kind
         adapters = [kind.read_adapter(layer, name) for name in layer.lora_A]
         reasons = [why for why in adapters if isinstance(why, str)]
         if reasons:
             not_fused[path] = "; ".join(reasons)
         else:
             ranks = ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
-            fused[path] = f"{layer.in_features}→{layer.out_features}{kind.base_note(layer)}, {ranks}"
+            doubt = f"; but {reading}" if reading is not None else ""
+            fused[path] = f"{layer.in_features}→{layer.out_features}{kind.base_note(layer)}, {ranks}{doubt}"
             found = [serving.call_of_layer(base[0], each) for each in adapters if not isinstance(each, str)]
             calls += filter(None, found)
     if strict and not_fused:
@@ -135,19 +125,40 @@ def fuse(
             "fuse(strict=True) found LoRA layers that cannot be fused; nothing was changed.\n"
             f"{FuseReport(fused, not_fused)}"
         )
-    for layer, kind in layers:
+    new = [layer for layer, _ in layers.values() if not isinstance(layer, Fused)]
+    for layer, kind in layers.values():
         _swap(layer, kind, backend)
-    return FuseReport(fused, not_fused, peft_groups.group(model, FusedLinear, families), tuple(calls), backend)
+    reopen = readers.close_fast_paths(model, Fused)  # type: ignore[arg-type]
+    groups = peft_groups.group(model, FusedLinear, families)
+    refs = {name: weakref.ref(layers[name][0]) for name in fused}
+    report = FuseReport(fused, not_fused, groups, tuple(calls), backend, refs)
+    if inputs is None:
+        return report
+    try:
+        report = report.verify(model, *inputs.args, **inputs.kwargs)
+        if strict and report.not_fused:
+            raise RuntimeError(f"fuse(strict=True, verify=...) found layers that have no fused forward.\n{report}")
+    except BaseException:
+        reopen()
+        for layer in new:
+            _unfuse_one(layer)
+        raise
+    return report
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every fused layer of `model` its PEFT class back, as it was before `fuse`."""
     for layer in model.modules():
         if isinstance(layer, Fused):
-            _leave_group(layer, "unfuse was called")
-            for name in layer.own:
-                del layer.__dict__[name]
-            layer.__class__ = layer.peft_class  # type: ignore[assignment]
+            _unfuse_one(layer)
+
+
+def _unfuse_one(layer: Any) -> None:
+    _leave_group(layer, "unfuse was called")
+    for name in layer.own:
+        del layer.__dict__[name]
+    layer.__class__ = layer.peft_class
+    _rebind(layer)
 
 
 def _swap(layer: Any, kind: type[Fused], backend: str | None) -> None:
@@ -155,8 +166,26 @@ def _swap(layer: Any, kind: type[Fused], backend: str | None) -> None:
         layer.__class__ = kind
         layer.__dict__.update({name: make() for name, make in kind.own.items()})
         layer.prepare()
+        _rebind(layer)
     _leave_group(layer, "fuse was called again")
     layer._backend = backend
+
+
+def _why_patched(layer: Any, kind: type[Fused]) -> str:
+    """Return why calls of `layer` would not reach a fused forward; "" where they would. A hook of accelerate calls the
+    method that it has found on the layer before, which `_rebind` replaces."""
+    if "forward" not in layer.__dict__:
+        return ""
+    before = getattr(layer.__dict__.get("_old_forward"), "__func__", None)
+    if before in (kind.forward, kind.peft_class.forward):
+        return ""
+    return "its forward is replaced on the instance, so that a fused forward would not be reached"
+
+
+def _rebind(layer: Any) -> None:
+    """Make a hook of accelerate on `layer` call the forward of the layer's present class."""
+    if "_old_forward" in layer.__dict__:
+        layer._old_forward = type(layer).forward.__get__(layer)
 
 
 def _leave_group(layer: Any, reason: str) -> None:

@@ -145,13 +145,16 @@ def test_whatever_the_names_the_config_means_each_layer_and_no_other(tmp_path_fa
     assert {x.name: (x.r, x.lora_alpha) for x in load_adapter(bare, directory).layers} == wanted
 
 
-@pytest.mark.parametrize(("base", "file", "want"), [("half", "half", "half"), ("half", "float", "float")])
-def test_a_plain_model_gets_adapters_of_the_files_dtype(tmp_path, base, file, want):
-    base, file, want = (getattr(torch, name) for name in (base, file, want))
-    save_adapter(adapted(net(torch.float16), adapter_dtype=file), tmp_path)
-    model = net(base)
+@pytest.mark.parametrize("file", [torch.float16, torch.float32])
+def test_a_plain_model_in_16_bits_gets_adapters_in_fp32_whatever_the_files_dtype_is(tmp_path, file):
+    source = adapted(net(torch.float16), adapter_dtype=file)
+    save_adapter(source, tmp_path)
+    model = net(torch.float16)
     load_adapter(model, tmp_path)
-    assert {p.dtype for p in adapter_parameters(model)} == {want}
+    theirs = peft.PeftModel.from_pretrained(net(torch.float16), tmp_path)
+    assert {p.dtype for p in adapter_parameters(model)} == {torch.float32}
+    assert {p.dtype for n, p in theirs.named_parameters() if "lora_" in n} == {torch.float32}
+    assert torch.equal(model.head.lora_A, source.head.lora_A.float())
 
 
 def test_a_bf16_adapter_becomes_fp32_on_an_fp32_base(tmp_path):

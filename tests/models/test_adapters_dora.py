@@ -90,12 +90,12 @@ def test_a_transformers_models_adapter_goes_to_peft_and_back(tmp_path):
 
 
 def test_an_fp32_magnitude_beside_a_bf16_weight_stays_fp32(tmp_path):
-    save_adapter(adapted(net(torch.bfloat16), use_dora=True), tmp_path)
+    save_adapter(adapted(net(torch.bfloat16), use_dora=True, adapter_dtype=torch.bfloat16), tmp_path)
     edit_weights(tmp_path, lambda t: t.update({MAGNITUDE.format("head"): torch.full((4,), 1 / 3)}))
     model = net(torch.bfloat16)
     load_adapter(model, tmp_path)
     assert torch.equal(model.head.lora_magnitude_vector, torch.full((4,), 1 / 3))
-    assert {p.dtype for p in model.fc.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.fc.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_merged_and_switched_off_layers_are_saved_whole(tmp_path):

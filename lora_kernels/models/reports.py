@@ -1,0 +1,105 @@
+"""The reports on a plain model: which layers got LoRA, whether their adapters have an effect, and what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.models.targets import by_reason, lora_layers, some
+from lora_kernels.nn import dry_run
+from lora_kernels.nn.dry_run import Inputs, Watched
+from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.quantized import QuantizedLoRALinear
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """A layer that got LoRA: one entry of an `ApplyReport`."""
+
+    name: str
+    r: int
+    lora_alpha: float
+    in_features: int
+    out_features: int
+    use_dora: bool = False
+    quant: str | None = None
+
+    @classmethod
+    def of(cls, name: str, layer: FusedLoRALinear) -> AdaptedLayer:
+        """Return the entry for `layer`."""
+        quant = layer.format if isinstance(layer, QuantizedLoRALinear) else None
+        return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora, quant)
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """The layers that `apply_lora` replaced, and those that it left. ``str()`` of it is a table."""
+
+    layers: tuple[AdaptedLayer, ...]
+    passed_over: dict[str, str]
+    """The reason why a linear layer was left as it is, for each of these layers."""
+    unused: tuple[str, ...]
+    """Names and patterns that no layer matched. They are often typing errors, but PEFT accepts them too."""
+    quantised: tuple[int, int] | None = None
+    """The bytes of these layers' weights before and after quantisation; None where they were not quantised."""
+    doubted: dict[str, str] = field(default_factory=dict)
+    """The replaced layers whose weights their parents may read without calling them, and how. `verify` finds out."""
+    without_effect: dict[str, str] = field(default_factory=dict)
+    """The replaced layers whose adapters a forward passes over, and why, where `verify` has looked."""
+
+    def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> ApplyReport:
+        """Run ``model(*args, **kwargs)`` to see which adapters take part in it, and return the report with
+        `without_effect` filled in. Without inputs ``model.dummy_inputs`` are taken.
+
+        The forward runs once in training and once in evaluation mode, without gradients. Parameters, buffers, modes,
+        attributes of modules and random generators are as before afterwards. A layer is without effect if it is not
+        called in either, and if other code reads its weight past its adapter in one of them.
+
+        Raises:
+            ValueError: no inputs, and a model without dummy_inputs, or one that cannot run with them; a model without
+                `FusedLoRALinear`.
+        """
+        layers = lora_layers(model)
+        if not layers:
+            raise ValueError("the model has no FusedLoRALinear: apply_lora(model) first")
+        inputs = Inputs(args, kwargs) if args or kwargs else dry_run.inputs_for(model, True)
+        watched = {name: _watched(layer) for name, layer in layers.items() if not layer.merged}
+        return replace(self, doubted={}, without_effect=dry_run.passed_over(model, watched, inputs))
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers] + [len("module")])
+        lines = [f"{'module':<{width}}  {'r':>4}  {'alpha':>6}  in → out"]
+        for layer in self.layers:
+            kind = f"  {layer.quant}" if layer.quant else "  DoRA" if layer.use_dora else ""
+            shape = f"{layer.in_features} → {layer.out_features}{kind}"
+            lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {shape}")
+        if self.quantised is not None:
+            before, after = self.quantised
+            lines.append(f"their weights: {before:,} → {after:,} bytes ({100 * after / before:.1f} %)")
+        lines += [f"passed over, {reason}: {some(names)}" for reason, names in by_reason(self.passed_over).items()]
+        lines += [
+            f"without effect, {reason}: {some(names)}" for reason, names in by_reason(self.without_effect).items()
+        ]
+        lines += [f"in doubt, {reason}: {some(names)}" for reason, names in by_reason(self.doubted).items()]
+        if self.unused:
+            lines.append(f"matched nothing: {', '.join(self.unused)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class TrainableParameters:
+    """The number of elements that a model trains, and the number that it holds."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        percent = 100 * self.trainable / max(self.total, 1)
+        return f"trainable: {self.trainable:,} of {self.total:,} ({percent:.2f} %)"
+
+
+def _watched(layer: FusedLoRALinear) -> Watched:
+    own = [p for name, p in layer.named_parameters(recurse=False) if not name.startswith("lora_") and name != "bias"]
+    return Watched(layer, own, [layer.lora_A])

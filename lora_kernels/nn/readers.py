@@ -1,0 +1,147 @@
+"""Who reads the weight of a linear layer and does not call it, past any adapter: found in the source of its parent.
+
+A module's forward may hand ``self.proj.weight`` to a function instead of calling ``self.proj``. Then an adapter on proj
+has no effect there and gets no gradient. `reading` finds this in the parent's source. What it cannot see, such as a
+weight that is read from elsewhere, shows in a dry forward (`lora_kernels.nn.dry_run`).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+_HARMLESS = frozenset({"dtype", "device", "shape", "data", "requires_grad", "ndim", "size", "dim", "numel", "is_cuda"})
+"""What may be asked of a weight without its values."""
+
+_PARTS = ("weight", "bias")
+
+
+class Reading(NamedTuple):
+    """A method that reads a child's weight or bias itself."""
+
+    method: str
+    """The class and the method, such as "MultiheadAttention.forward"."""
+    always: bool
+    """Whether the child is never called beside that, so that an adapter on it could have no effect."""
+
+    def __str__(self) -> str:
+        how = "reads" if self.always else "may read"
+        return f"{self.method} {how} its weight or bias without calling it, past an adapter"
+
+
+def reading(parent: nn.Module, name: str) -> Reading | None:
+    """Return how the forward of `parent`, or a method that it calls, reads the weight or bias of its child `name`. None
+    where it does not, and where the class has no source.
+
+    The mixers of state-space models (Mamba and its relatives, known by their A_log) hand most of their weights to one
+    fused function where its kernel serves, so that what they may read counts as read always.
+    """
+    kind: Any = type(parent)
+    found = _readings(kind).get(name)
+    if found is not None and not found.always and isinstance(getattr(parent, "A_log", None), nn.Parameter):
+        return found._replace(always=True)
+    return found
+
+
+def reading_in(model: nn.Module, name: str) -> Reading | None:
+    """Return what `reading` returns for the module with the dotted name `name` in `model`."""
+    parent, _, child = name.rpartition(".")
+    return reading(model.get_submodule(parent), child)
+
+
+def close_fast_paths(model: nn.Module, kind: type[nn.Module]) -> Callable[[], None]:
+    """Switch off the inference paths of nn.TransformerEncoder that read the weights of linear1 and linear2 without
+    calling them, in each layer that holds a module of class `kind`. Returns a function that undoes it."""
+    closed: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        for encoder, name, off in _FAST_PATHS:
+            if isinstance(module, encoder) and any(isinstance(each, kind) for each in module.modules()):
+                closed.append((module, name, getattr(module, name)))
+                setattr(module, name, off)
+
+    def undo() -> None:
+        for module, name, value in closed:
+            setattr(module, name, value)
+
+    return undo
+
+
+_FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+"""Modules with a path for inference, and the attribute and its value that switch this path off."""
+
+
+@functools.cache  # a class does not change its source
+def _readings(kind: type[nn.Module]) -> dict[str, Reading]:
+    if kind is nn.TransformerEncoderLayer:  # `close_fast_paths` makes it call what it would read
+        return {}
+    read: dict[str, str] = {}
+    used: set[str] = set()
+    for owner, function in _methods_of_forward(kind):
+        for node, parent in _attributes_of_self(function):
+            if not isinstance(parent, ast.Attribute):
+                if not _is_asked_about(parent):
+                    used.add(node.attr)  # it is called, or handed to another function
+            elif parent.attr in _PARTS and _is_value(parent):
+                read.setdefault(node.attr, f"{owner.__name__}.{function.name}")
+    return {name: Reading(method, name not in used) for name, method in read.items()}
+
+
+def _methods_of_forward(kind: type[nn.Module]) -> Iterator[tuple[type, ast.FunctionDef]]:
+    """Yield forward and every method that it calls on self, in classes that are not torch's Module itself, with parents
+    noted in the tree."""
+    todo, seen = ["forward"], {"forward"}
+    while todo:
+        name = todo.pop()
+        owner = next((each for each in kind.__mro__ if name in each.__dict__), nn.Module)
+        if owner in (nn.Module, object) or (function := _source(owner, name)) is None:
+            continue
+        for node in ast.walk(function):
+            for child in ast.iter_child_nodes(node):
+                child.up = node  # type: ignore[attr-defined]
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_self(node.func.value):
+                called = node.func.attr
+                if called not in seen:
+                    seen.add(called)
+                    todo.append(called)
+        yield owner, function
+
+
+def _source(owner: type, name: str) -> ast.FunctionDef | None:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(owner.__dict__[name]))))
+    except (OSError, TypeError, SyntaxError):  # built in, made by exec, or no function at all
+        return None
+    first = tree.body[0]
+    return first if isinstance(first, ast.FunctionDef) else None
+
+
+def _attributes_of_self(function: ast.FunctionDef) -> Iterator[tuple[ast.Attribute, ast.AST]]:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and _is_self(node.value):
+            yield node, node.up  # type: ignore[attr-defined]
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def _is_value(node: ast.Attribute) -> bool:
+    """Return whether the values of ``self.child.weight`` are used: not its dtype, not whether it is there, and not as
+    the target of an assignment."""
+    up = node.up  # type: ignore[attr-defined]
+    if (isinstance(up, ast.Attribute) and up.attr in _HARMLESS) or isinstance(node.ctx, ast.Store):
+        return False
+    return not _is_asked_about(up) and not isinstance(up, ast.Compare)
+
+
+def _is_asked_about(up: ast.AST) -> bool:
+    return isinstance(up, ast.Call) and isinstance(up.func, ast.Name) and up.func.id in ("isinstance", "hasattr")

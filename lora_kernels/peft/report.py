@@ -1,0 +1,97 @@
+"""The report of `fuse`: which layers are fused, and which of them the model's forward really computes by their fused
+forward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.core.operands import Call
+from lora_kernels.nn import dry_run
+from lora_kernels.nn.dry_run import Inputs, Watched
+from lora_kernels.peft import serving
+from lora_kernels.peft.groups import SharedInput
+from lora_kernels.peft.linear import Fused
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """The result of `fuse`. ``str()`` of it is a table."""
+
+    fused: dict[str, str]
+    """The modules of which every adapter is on the fused path: name → size and adapters."""
+    not_fused: dict[str, str]
+    """The modules of which PEFT's own forward serves at least one adapter: name → reason."""
+    groups: dict[str, SharedInput] = field(default_factory=dict)
+    """The groups that ``fuse(group=...)`` has made: name of a module → its children that one call computes."""
+    calls: tuple[Call, ...] = ()
+    """The forwards of the fused layers, where the choice of a back-end depends on evidence about the device."""
+    backend: str | None = None
+    """The back-end that `fuse` was asked for."""
+    layers: Mapping[str, weakref.ref[Fused]] = field(default_factory=dict, repr=False, compare=False)
+    """The layers of `fused`, whose counters ``str()`` reads. They are not kept alive."""
+
+    def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> FuseReport:
+        """Run ``model(*args, **kwargs)`` to see which layers it computes by their fused forward, and return a report
+        in which the others are in `not_fused`, each with its reason. Without inputs ``model.dummy_inputs`` are taken.
+
+        The forward runs once in training and once in evaluation mode, without gradients. Parameters, buffers, modes,
+        counters, attributes of modules and random generators are as before afterwards. A layer stays in `fused` if one
+        of the two computes it by its fused forward, and if neither reads its weight past its adapter. Layers whose
+        adapters are merged or disabled at present are not judged.
+
+        Raises:
+            ValueError: no inputs, and a model without dummy_inputs, or one that cannot run with them.
+        """
+        inputs = Inputs(args, kwargs) if args or kwargs else dry_run.inputs_for(model, True)
+        layers = {name: layer for name, ref in self.layers.items() if isinstance(layer := ref(), Fused)}
+        watched = {name: found for name, layer in layers.items() if (found := _watched(layer))}
+        groups = [group for group in self.groups.values() if hasattr(group, "__dict__")]
+        over = dry_run.passed_over(model, watched, inputs, groups)
+        fused = {name: what for name, what in self.fused.items() if name not in over}
+        return replace(self, fused=fused, not_fused=self.not_fused | over)
+
+    def __str__(self) -> str:
+        calls = {name: layer for name, ref in self.layers.items() if isinstance(layer := ref(), Fused)}
+        ran = any(layer.fused_calls or layer.passed_over for layer in calls.values())
+        rows, idle = [], 0
+        for name, what in self.fused.items():
+            since = _since(calls[name]) if ran and name in calls else ""
+            idle += bool(since)
+            if name in self.layers and name not in calls:
+                since = ", but no longer"
+            rows.append((name, "fused", what + since))
+        rows += [(name, "not fused", why) for name, why in self.not_fused.items()]
+        head = f"{len(self.fused)} of {len(rows)} LoRA layers fused"
+        if idle:
+            head += f"; {idle} of them had no fused call so far, though the model has run"
+        if not rows:
+            return f"{head}: the model has none"
+        rows += [(name, "grouped", str(group)) for name, group in self.groups.items()]
+        width = max(len(name) for name, _, _ in rows)
+        lines = [head, *(f"  {name:{width}}  {state:9}  {what}" for name, state, what in rows)]
+        return "\n".join([*lines, *filter(None, [serving.line(self.calls, self.backend)])])
+
+
+def _since(layer: Fused) -> str:
+    """Return what a report adds about a layer that has had no fused call although the model has run."""
+    if layer.fused_calls:
+        return ""
+    if not layer.passed_over:
+        return ", not called so far"
+    reasons = "; ".join(f"{why} ({n} calls)" for why, n in layer.passed_over.most_common())
+    return f", left to PEFT in every call so far: {reasons}"
+
+
+def _watched(layer: Any) -> Watched | None:
+    """Return what a dry forward looks at in a fused layer; None for a layer that computes no adapter at present."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.merged or layer.disable_adapters or not active:
+        return None
+    base = [p for name, p in layer.base_layer.named_parameters(recurse=False) if name != "bias"]
+    a = [layer.lora_A[name].weight for name in active]
+    return Watched(layer, base, a, lambda: (layer.fused_calls, dict(layer.passed_over)))
