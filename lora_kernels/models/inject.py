@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -229,24 +229,31 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     return TrainableParameters(sum(n for trained, n in sizes if trained), sum(n for _, n in sizes))
 
 
-def replace(model: nn.Module, selection: Selection) -> ApplyReport:
-    """Replace every target by a `FusedLoRALinear`, freeze the rest and return the report. On an error nothing is
-    changed."""
+def replace(
+    model: nn.Module, selection: Selection, fill: Callable[[str, FusedLoRALinear], None] | None = None
+) -> ApplyReport:
+    """Replace every target by a `FusedLoRALinear`, freeze the rest and return the report. `fill` gets the name of each
+    new layer and the layer, to write values into its adapter. On an error nothing is changed."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    places = _places(model)
     try:
         layers = [_adapted(target) for target in selection.targets]
+        for target, layer in zip(selection.targets, layers, strict=True) if fill else ():
+            fill(target.name, layer)  # type: ignore[misc]
+        packed = [layer for layer in layers if isinstance(layer, QuantizedLoRALinear)]
+        before = sum(target.linear.weight.nbytes for target in selection.targets)
+        for parameter, _ in trained:
+            parameter.requires_grad = False  # not requires_grad_(), which a lazy layer's parameter refuses
+        for target, layer in zip(selection.targets, layers, strict=True):
+            for place in places[id(target.linear)]:
+                _put(model, place, layer)
     except BaseException:
+        for target in selection.targets:
+            for place in places[id(target.linear)]:
+                _put(model, place, target.linear)
         for parameter, requires_grad in trained:  # from_linear freezes the weights that it takes over
             parameter.requires_grad = requires_grad
         raise
-    for parameter, _ in trained:
-        parameter.requires_grad = False  # not requires_grad_(), which a lazy layer's parameter refuses
-    packed = [layer for layer in layers if isinstance(layer, QuantizedLoRALinear)]
-    before = sum(target.linear.weight.nbytes for target in selection.targets)
-    places = _places(model)
-    for target, layer in zip(selection.targets, layers, strict=True):
-        for place in places[id(target.linear)]:
-            _put(model, place, layer)
     _close_fast_paths(model)
     return ApplyReport(
         tuple(AdaptedLayer.of(target.name, layer) for target, layer in zip(selection.targets, layers, strict=True)),
