@@ -3,10 +3,12 @@ floor, by M and by R."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from lora_kernels.bench.shapes import BACKWARD, FORWARD, GRAPH
+from lora_kernels.core import atomic
 
 _BASELINES = {"PEFT": "#8c8c8c", "addmm_": "#d9a441", "merge": "#c05b4d"}
 _OURS = "#2a6f97"
@@ -56,8 +58,15 @@ def draw(document: dict[str, Any], path: Path) -> None:
         f"median of {document['rounds']} interleaved rounds, whiskers: quartiles",
         fontsize=8,
     )
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
+    """Write a figure to `path` as a whole or not at all."""
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:] or None, dpi=130)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    atomic.replace({path: image.getvalue()})
 
 
 def ours(document: dict[str, Any]) -> set[str]:
@@ -128,8 +137,7 @@ def draw_roofline(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{document['device']['name']}: time over the roofline's floor (1 = the measured GEMM or copy rate)"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    _write(figure, path)
 
 
 def _roofline_panel(axes: Any, document: dict[str, Any], axis: str, shapes: list[str], which: str) -> None:

@@ -10,14 +10,14 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from lora_kernels.core import atomic
 from lora_kernels.core.operands import Call, power_of_two
 from lora_kernels.evidence.identity import Identity
 
@@ -142,7 +142,7 @@ def add(path: Path, new: Evidence) -> Evidence:
     """Add `new` to a file and return what the file then holds. What the file held before is dropped where it cannot be
     read or has another identity. Raises OSError where the file cannot be written; it is then left as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with atomic.locked(path.with_name(f".{path.name}.lock")):  # what two processes add is not lost
         whole = new
         with contextlib.suppress(OSError, Unreadable):
             before = read(path)
@@ -161,14 +161,9 @@ def _write(path: Path, evidence: Evidence) -> None:
         ],
         "plans": {key: dict(plan) for key, plan in sorted(evidence.plans.items())},
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # In ASCII, because the message of an error may hold a path that is no UTF-8.
-        text = json.dumps({"sha256": _checksum(content), "content": content}, indent=1)
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    # In ASCII, because the message of an error may hold a path that is no UTF-8.
+    text = json.dumps({"sha256": _checksum(content), "content": content}, indent=1)
+    atomic.replace({path: f"{text}\n".encode()})
 
 
 def _bucket(kept: dict[str, Any]) -> Bucket:
@@ -187,13 +182,3 @@ def _timing(kept: dict[str, Any]) -> Timing:
 
 def _checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, so that what two processes add to it is not lost."""
-    import fcntl
-
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

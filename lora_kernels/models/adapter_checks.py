@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from lora_kernels.models.adapter_files import MAGNITUDE, StoredAdapters
+from lora_kernels.models.adapter_files import MAGNITUDE, LayerAdapter, StoredAdapters
+from lora_kernels.models.names import plain_names
+from lora_kernels.models.offload import value_of
 from lora_kernels.models.targets import some
 from lora_kernels.nn.linear import FusedLoRALinear
 
@@ -40,6 +43,68 @@ def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
             "move its state from and to a sharded one (options=StateDictOptions(full_state_dict=True))"
         )
 
+    flat = [
+        f"{name}.lora_{part} {tuple(p.shape)}"
+        for name, layer in layers.items()
+        for part, p, shape in (
+            ("A", layer.lora_A, (layer.r, layer.in_features)),
+            ("B", layer.lora_B, (layer.out_features, layer.r)),
+        )
+        if tuple(p.shape) != shape or not p.is_floating_point() or p.layout != torch.strided
+    ]
+    if flat:
+        raise ValueError(
+            f"these adapters are not dense matrices [r, in] and [out, r]: {some(flat)}; nothing was changed. If FSDP1 "
+            "has flattened them, do this inside `with FullyShardedDataParallel.summon_full_params(model):`"
+        )
+
+
+def values_of(model: nn.Module) -> dict[str, LayerAdapter]:
+    """Return the values of every adapter in `model` by plain name, also where accelerate has offloaded them. Raises
+    ValueError for one that has no values."""
+    values: dict[str, LayerAdapter] = {}
+    empty = []
+    for name, own_name, layer in plain_names(model):
+        if isinstance(layer, FusedLoRALinear):
+            keys = ["lora_A", "lora_B", *[f"lora_{MAGNITUDE}"] * layer.use_dora]
+            found = [value_of(model, own_name, key) for key in keys]
+            empty += [f"{name}.{key}" for key, value in zip(keys, found, strict=True) if value is None or value.is_meta]
+            values[name] = LayerAdapter(*found)  # type: ignore[arg-type]
+    if empty:
+        raise ValueError(
+            f"these adapters are on the meta device and have no values: {some(empty)}; nothing was saved. Give them "
+            "some first; if the model is offloaded, accelerate's hooks do not have these"
+        )
+    return values
+
+
+def refuse_empty(layers: dict[str, FusedLoRALinear]) -> None:
+    """Raise ValueError where an adapter is on the meta device, so that nothing can be written into it."""
+    empty = [name for name, layer in layers.items() if layer.lora_A.is_meta or layer.lora_B.is_meta]
+    if empty:
+        raise ValueError(
+            f"these adapters are on the meta device: {some(empty)}; nothing was loaded. Materialise them first, with "
+            "model.to_empty(device=...) for example. If accelerate has offloaded the model, load the adapter before "
+            "that, or take the hooks away with accelerate.hooks.remove_hook_from_submodules(model)"
+        )
+
+
+def check_ties(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> None:
+    """Raise ValueError where layers share a parameter for which the file has two values."""
+    first: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, layer in layers.items():
+        a, b, m = stored.layers[name]
+        for part, value in (("A", a), ("B", b), (MAGNITUDE, m)):
+            own = getattr(layer, f"lora_{part}", None)
+            if own is None or value is None:
+                continue
+            one, other = first.setdefault(id(own), (name, value))
+            if not torch.equal(other.to(own.dtype), value.to(own.dtype)):
+                raise ValueError(
+                    f"{stored.source}: lora_{part} of {one} and of {name} are one parameter in this model, and two "
+                    "different values in the file. Nothing was loaded. Give each layer a parameter of its own first"
+                )
+
 
 def check_kind(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> None:
     """Raise ValueError where the file holds DoRA adapters and the model's layers are plain LoRA, or the reverse."""
@@ -60,7 +125,7 @@ def check_kind(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> No
 
 def check_names(stored: StoredAdapters, want: set[str], model: nn.Module) -> None:
     """Raise ValueError where the file's adapters are not exactly those of the layers `want`."""
-    have, modules = set(stored.layers), dict(model.named_modules())
+    have, modules = set(stored.layers), {name: module for name, _, module in plain_names(model)}
     missing, surplus = sorted(want - have), sorted(have - want)
     problems = []
     if missing:

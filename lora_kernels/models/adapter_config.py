@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import warnings
+import stat
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lora_kernels.models.targets import Rules, by_pattern, matches, some
+from lora_kernels.models import patterns
+from lora_kernels.models.names import bare, plain_names, plain_rules
+from lora_kernels.models.targets import Rules, by_pattern, expressions_of, matches, some
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
 
@@ -24,7 +28,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "modules_to_save": (None, []),
     # These schemes set A and B only. The others (pissa, olora, loftq, corda, lora_ga) change the base as well.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
     "trainable_token_indices": (None, [], {}),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False,),
@@ -35,6 +39,10 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None, {}),
     "megatron_config": (None, {}),
     "ensure_weight_tying": (False,),
+    "kasa_config": (None,),  # scales the rank's dimensions, and cuts the smallest singular values off the base
+    "velora_config": (None,),  # approximates the gradients
+    "monteclora_config": (None,),  # adds noise in training
+    "enable_lora": (None,),  # of the first PEFT: loralib's MergedLinear
 }
 """The values of LoraConfig's fields that are supported: the adapter is A and B (and m) beside an unchanged
 ``nn.Linear``."""
@@ -47,8 +55,13 @@ _USED = {
 _WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "runtime_config", "merge_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
 }  # fmt: skip
-"""The fields that change nothing here. They are notes, or settings of features that `_SUPPORTED` excludes."""
+"""The fields that change nothing here. They are notes, settings of features that `_SUPPORTED` excludes, or settings of
+training beside the layer (the last three are of ms-swift)."""
+
+_MOST_BYTES = 64 << 20
+"""The size of the largest file that is read as a config. Real ones have a few kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,29 @@ class AdapterConfig:
     """The settings of every layer, but for the patterns in `rules`."""
     rules: Rules
     """The rules that choose the layers, with rank_pattern and alpha_pattern."""
+
+    def for_names(self, names: Collection[str], path: Path) -> AdapterConfig:
+        """Return the config for a model with these plain names: its rules without the names of wrappers, and checked to
+        be regular expressions that are matched with these names in bounded time. Raises ValueError otherwise."""
+        rules, plain = self.rules, plain_rules(names)
+        wanted, excluded = rules.target_modules, rules.exclude_modules or ()
+        own = Rules(
+            plain(wanted) if isinstance(wanted, str) else [plain(each) for each in wanted],
+            plain(excluded) if isinstance(excluded, str) else [plain(each) for each in excluded],
+            {plain(key): r for key, r in (rules.rank_pattern or {}).items()},
+            {plain(key): alpha for key, alpha in (rules.alpha_pattern or {}).items()},
+            rules.layers_to_transform,
+            rules.layers_pattern,
+        )
+        for field, expressions in expressions_of(own).items():
+            try:
+                patterns.check(expressions, names)
+            except ValueError as error:
+                way_out = "; name the layers instead, or load it with PEFT if you trust the file" * isinstance(
+                    error, patterns.TooSlow
+                )
+                raise ValueError(f"{path}: {field}: {error}{way_out}. Nothing was loaded") from None
+        return replace(self, rules=own)
 
     def rank(self, name: str) -> int:
         """Return r of the layer `name`."""
@@ -72,15 +108,16 @@ class AdapterConfig:
 
 
 def read_config(path: Path) -> AdapterConfig:
-    """Return the config in the file `path`, checked. Warns of fields that it does not know.
+    """Return the config in the file `path`, checked, but for its regular expressions: see `AdapterConfig.for_names`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut short or not JSON; it is not a config of LoRA; a field has a value that LoraConfig
-            does not allow, or asks for something that `FusedLoRALinear` does not compute.
+            does not allow, or asks for something that `FusedLoRALinear` does not compute; a field is not known here and
+            is not off (false, null, 0 or empty), because it may change what is computed.
     """
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(_bytes_of(path), object_pairs_hook=_without_doubles)
     except (FileNotFoundError, NotADirectoryError):
         more = f": {path.parent} is a file, and must be the directory of an adapter" if path.parent.is_file() else ""
         raise FileNotFoundError(f"there is no {path}{more}") from None
@@ -88,18 +125,23 @@ def read_config(path: Path) -> AdapterConfig:
         raise ValueError(f"{path} is cut short or not JSON ({error}); nothing was loaded") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: peft_type is {kind!r}; only 'LORA' is supported")
-    bad = [f"{k}={config[k]!r}" for k, allowed in _SUPPORTED.items() if k in config and config[k] not in allowed]
+        raise ValueError(f"{path}: peft_type is {kind!r:.200}; only 'LORA' is supported")
+    bad = [f"{k}={config[k]!r:.200}" for k, ok in _SUPPORTED.items() if k in config and config[k] not in ok]
     if bad:
         raise ValueError(
             f"{path}: not supported: {', '.join(bad)}. Load it with PEFT (PeftModel.from_pretrained), then "
             "lora_kernels.fuse(model)"
         )
-    _check_types(config, path)
-    _check_patterns(config, path)
-    unknown = sorted(k for k, v in config.items() if v and k not in _SUPPORTED.keys() | _USED | _WITHOUT_EFFECT)
+    unknown = [k for k, v in config.items() if v and k not in _SUPPORTED.keys() | _USED | _WITHOUT_EFFECT]
     if unknown:
-        warnings.warn(f"{path}: fields of a newer PEFT, not known here, are ignored: {some(unknown)}", stacklevel=3)
+        raise ValueError(
+            f"{path}: not known here, and may change what is computed: "
+            f"{some([f'{k:.100}={config[k]!r:.100}' for k in sorted(unknown)])}. Load it with a PEFT that knows this, "
+            "then lora_kernels.fuse(model); or remove it from the file, if it says nothing about A and B. Nothing was "
+            "loaded"
+        )
+    _check_types(config, path)
+    _check_numbers(config, path)
     return AdapterConfig(
         LoRASettings(
             r=config.get("r", 8),
@@ -134,25 +176,48 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+def _bytes_of(path: Path) -> bytes:
+    """Return what a file holds. Raises ValueError for what is no file, whose reading might never end, or too large."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > _MOST_BYTES:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than the {_MOST_BYTES:,} of any config")
+        return file.read(_MOST_BYTES)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Raises ValueError for a name that stands in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice!r:.100} stands twice in one object")
+    return found
+
+
 def _check_types(config: dict[str, Any], path: Path) -> None:
     """Raise ValueError for a field whose value, or a value inside it, has another type than in LoraConfig."""
     for key, types in _TYPES.items():
         value = config.get(key, None if type(None) in types else types[0]())
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        inside = (int, float) if isinstance(value, dict) else (int,) if key == "layers_to_transform" else (str,)
-        if not isinstance(value, types) or not all(isinstance(v, inside) for v in values):
-            raise ValueError(f"{path}: {key}={value!r} is not what LoraConfig has there")
+        inside = {"rank_pattern": (int,), "alpha_pattern": (int, float), "layers_to_transform": (int,)}.get(key, (str,))
+        # type() and not isinstance, because True is an int
+        if type(value) not in types or not all(type(v) in inside for v in values):
+            raise ValueError(f"{path}: {key}={value!r:.200} is not what LoraConfig has there")
 
 
-def _check_patterns(config: dict[str, Any], path: Path) -> None:
-    """Raise ValueError for a string that should be a regular expression and is none."""
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"):
-        value = config.get(key)
-        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+def _check_numbers(config: dict[str, Any], path: Path) -> None:
+    """Raise ValueError for an r, an alpha or a dropout that no layer can have."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for r in (config.get("r", 8), *ranks.values()):
+        for alpha in (config.get("lora_alpha", 8), *alphas.values()):
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{path}: {key}: {pattern!r} is no regular expression ({error})") from None
+                LoRASettings(r, alpha, config.get("lora_dropout", 0.0)).check()
+                if r >= 1 << 31:
+                    raise ValueError(f"r is {r}")
+            except (ValueError, OverflowError) as error:  # an integer may be too large for a float
+                raise ValueError(f"{path}: {error}") from None
 
 
 def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str, Any]:
@@ -169,9 +234,9 @@ def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str,
     # PEFT matches the names in a list with the ends of modules' names too. So a list is exact only if no other module's
     # name ends in one of them.
     names = sorted(layers)
-    exact = not any(name not in layers and matches(names, name) for name, _ in model.named_modules())
+    exact = not any(name not in layers and matches(names, name) for name, _, _ in plain_names(model))
     target = names if exact else "|".join(map(re.escape, names))
-    kind = type(model)
+    kind = type(bare(model))
     return {
         "peft_type": "LORA",
         "task_type": None,

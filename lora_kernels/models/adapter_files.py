@@ -1,20 +1,19 @@
 """The tensors of an adapter on disk, under PEFT's or loralib's keys.
 
-Tensors are checked when they are read. Of several files, all are replaced or none. Nothing is unpickled.
+Tensors are checked when they are read. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lora_kernels.models.adapter_config import CONFIG
+from lora_kernels.models.names import WRAPPER, plain_name
 from lora_kernels.models.targets import some
 
 WEIGHTS = "adapter_model.safetensors"
@@ -22,7 +21,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 MAGNITUDE = "magnitude_vector"
 # The magnitude's key has no ".weight": it was a parameter in the first PEFT with DoRA, and became a module later.
-PEFT_KEY = re.compile(rf"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB](?=\.weight)|{MAGNITUDE}$)(\.weight)?")
+PEFT_KEY = re.compile(
+    rf"({WRAPPER}\.)*base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB](?=\.weight)|{MAGNITUDE}$)(\.weight)?"
+)
 LORALIB_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])")
 
 
@@ -69,20 +70,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is cut short or not a safetensors file ({error}); nothing was loaded") from error
 
 
-def adapters_of(state: Mapping[str, Tensor], key: re.Pattern[str], dora: bool, source: str) -> StoredAdapters:
+def adapters_of(
+    state: Mapping[str, Tensor], key: re.Pattern[str], dora: bool, source: str, names: Collection[str]
+) -> StoredAdapters:
     """Return A and B, and with `dora` m, of each layer, from tensors whose names the regular expression `key` matches.
+    The layers have the names of the model, whose plain names are `names`, also where the file was written from a
+    wrapped model.
 
-    Raises ValueError for a name that `key` does not match, for a layer that lacks a part or has one too many, and for
-    shapes or dtypes that an adapter cannot have.
+    Raises ValueError for a name that `key` does not match, for a layer that lacks a part or has one too many or two
+    times, and for shapes or dtypes that an adapter cannot have.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    surplus = []
+    surplus, twice = [], []
     for k, tensor in sorted(state.items()):  # the order of a safetensors file differs between processes
         match = key.fullmatch(k)
         if match:
-            found.setdefault(match["layer"], {})[match["part"]] = tensor
+            layer = plain_name(match["layer"], names)
+            if match["part"] in found.setdefault(layer, {}):
+                twice.append(f"{layer}.lora_{match['part']}")
+            found[layer][match["part"]] = tensor
         else:
             surplus.append(k)
+    if twice:
+        raise ValueError(f"{source} has two values for {some(twice)}, with and without the name of a wrapper")
     if surplus:
         known = f"lora_A, lora_B or lora_{MAGNITUDE}" if dora else "lora_A or lora_B"
         raise ValueError(f"{source} has keys that are no {known}: {some(surplus)}; nothing was loaded")
@@ -113,32 +123,3 @@ def adapters_of(state: Mapping[str, Tensor], key: re.Pattern[str], dora: bool, s
                 f"{tuple(b.shape)}; nothing was loaded"
             )
     return StoredAdapters(source, adapters)
-
-
-def write_all(files: dict[Path, bytes]) -> None:
-    """Replace the files by these contents, in this order. On an error none is replaced."""
-    suffix = f".{os.getpid()}.tmp"  # several processes may save at once
-    new = {path: path.with_name(path.name + suffix) for path in files}
-    old = {path: path.with_name(path.name + ".old" + suffix) for path in files if path.exists()}
-    replaced: list[Path] = []
-    try:
-        for path, content in files.items():
-            with open(new[path], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, kept in old.items():  # to restore it from; a copy, since not every file system has links
-            shutil.copyfile(path, kept)
-        for path in files:
-            os.replace(new[path], path)
-            replaced.append(path)
-    except BaseException:
-        for path in replaced:
-            if path in old:
-                os.replace(old[path], path)
-            else:
-                path.unlink()
-        raise
-    finally:
-        for leftover in (*new.values(), *old.values()):
-            leftover.unlink(missing_ok=True)

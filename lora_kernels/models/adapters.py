@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.core import atomic
 from lora_kernels.models import inject
-from lora_kernels.models.adapter_checks import check_kind, check_names, check_shapes, refuse_unsaved_parts
-from lora_kernels.models.adapter_config import CONFIG, config_of, read_config
+from lora_kernels.models.adapter_checks import (
+    check_kind,
+    check_names,
+    check_shapes,
+    check_ties,
+    refuse_empty,
+    refuse_unsaved_parts,
+    values_of,
+)
+from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, config_of, read_config
 from lora_kernels.models.adapter_files import (
     LORALIB_KEY,
     MAGNITUDE,
@@ -27,8 +37,8 @@ from lora_kernels.models.adapter_files import (
     adapters_of,
     read_weights,
     safetensors_torch,
-    write_all,
 )
+from lora_kernels.models.names import plain_name, plain_names
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport
 from lora_kernels.models.targets import Rules, Selection, lora_layers, select, some
 from lora_kernels.nn.linear import FusedLoRALinear
@@ -57,27 +67,24 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ImportError: safetensors is not installed.
     """
     st = safetensors_torch()
-    model = _bare(model)
     layers = lora_layers(model)
     if not layers or "" in layers:
         what = "is a FusedLoRALinear itself: put it in a module, for a name" if layers else "has no FusedLoRALinear"
         raise ValueError(f"the model {what}; nothing was saved")
     refuse_unsaved_parts(layers)
-    own = {id(parameter) for parameter in inject.adapter_parameters(model)}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-    if others:
-        warnings.warn(f"these trained parameters are in no adapter and were not saved: {some(others)}", stacklevel=2)
+    values = values_of(model)
+    _warn_of_what_is_not_saved(model, layers)
     config = config_of(model, layers)
-    tensors = {}
-    for name, layer in layers.items():
-        a, b, m = _parameters(layer)
-        for part, tensor in (("A.weight", a), ("B.weight", b), (MAGNITUDE, m)):
-            if tensor is not None:
-                tensors[f"base_model.model.{name}.lora_{part}"] = tensor.detach().cpu().contiguous()
+    tensors = {
+        f"base_model.model.{name}.lora_{part}": value.to("cpu", copy=True).contiguous()  # tied ones become separate
+        for name, adapter in values.items()
+        for part, value in zip(("A.weight", "B.weight", MAGNITUDE), adapter, strict=True)
+        if value is not None
+    }
     weights = st.save(tensors, metadata={"format": "pt"})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_all(
+    atomic.replace(
         {
             directory / WEIGHTS: weights,
             directory / CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
@@ -111,12 +118,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
         ImportError: safetensors is not installed.
         After any of these, the model is unchanged.
     """
-    directory, model = Path(directory), _bare(model)
-    config = read_config(directory / CONFIG)
-    weights = directory / WEIGHTS
-    stored = adapters_of(read_weights(weights), PEFT_KEY, config.settings.use_dora, str(weights))
+    directory = Path(directory)
+    config, tensors = _read(directory)
+    names = {name: module for name, _, module in plain_names(model)}
+    config = config.for_names(names, directory / CONFIG)
+    stored = adapters_of(tensors, PEFT_KEY, config.settings.use_dora, str(directory / WEIGHTS), names)
     for name, (a, _, _) in stored.layers.items():
-        rank = config.rank(name)
+        rank = config.rank(name) if name in names else a.shape[0]
         if a.shape[0] != rank:
             raise ValueError(
                 f"{directory}: {name}.lora_A is {tuple(a.shape)}, but r (or rank_pattern) in {CONFIG} is {rank}: the "
@@ -124,7 +132,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
             )
     stored = stored._replace(source=str(directory))
     if lora_layers(model):
-        alphas = {name: config.alpha(name) for name in stored.layers}
+        alphas = {name: config.alpha(name) for name in stored.layers if name in names}
         return _fill(model, stored, alphas, config.settings.use_rslora)
     try:
         selection = select(model, config.settings, config.rules)
@@ -157,71 +165,120 @@ def load_loralib(
 
     Returns and raises as `load_adapter`.
     """
-    model = _bare(model)
     if isinstance(state, Mapping):
         state, source = dict(state), "the state dict"
     elif Path(state).suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(f"{state} is a pickle and is not opened here: pass torch.load(path, weights_only=True)")
     else:
         state, source = read_weights(Path(state)), str(state)
+    names = {name: module for name, _, module in plain_names(model)}
     biases = {key: state.pop(key) for key in list(state) if key.rpartition(".")[2] == "bias"}
-    stored = adapters_of(state, LORALIB_KEY, False, source)
-    own = dict(model.named_parameters())
-    bad = [key for key, value in biases.items() if key not in own or own[key].shape != value.shape]
+    stored = adapters_of(state, LORALIB_KEY, False, source, names)
+    values, bad = [], []
+    for key, value in biases.items():
+        own = getattr(names.get(plain_name(key.rpartition(".")[0], names)), "bias", None)
+        if isinstance(own, nn.Parameter) and own.shape == value.shape and value.is_floating_point():
+            values.append((own, value))
+        else:
+            bad.append(key)
     if bad:
         raise ValueError(f"{source}: the model has no such bias, or one of another shape: {some(bad)}")
     layers = lora_layers(model)
     if layers:
         alphas = {name: layer.lora_alpha if lora_alpha is None else lora_alpha for name, layer in layers.items()}
-        report = _fill(model, stored, alphas, None)
-    elif lora_alpha is None:
+        return _fill(model, stored, alphas, None, values)
+    if lora_alpha is None:
         raise ValueError("a loralib checkpoint does not hold lora_alpha: pass it (loralib's default is 1)")
-    else:
-        exact = "|".join(map(re.escape, stored.layers))
-        try:
-            selection = select(model, LoRASettings(lora_alpha=lora_alpha), Rules(exact))
-        except ValueError as error:
-            raise ValueError(f"{source} is of another base, or of layers not supported here: {error}") from None
-        targets = [
-            replace(target, settings=replace(target.settings, r=stored.layers[target.name].a.shape[0]))
-            for target in selection.targets
-        ]
-        report = _apply(model, replace(selection, targets=targets), stored)
-    with torch.no_grad():
-        for key, value in biases.items():
-            own[key].copy_(value)
-    return report
+    exact = "|".join(re.escape(name) for name in stored.layers if name in names) or re.escape(next(iter(stored.layers)))
+    try:
+        selection = select(model, LoRASettings(lora_alpha=lora_alpha), Rules(exact))
+    except ValueError as error:
+        raise ValueError(f"{source} is of another base, or of layers not supported here: {error}") from None
+    targets = [
+        replace(target, settings=replace(target.settings, r=stored.layers[target.name].a.shape[0]))
+        for target in selection.targets
+    ]
+    return _apply(model, replace(selection, targets=targets), stored, values)
+
+
+# --- out of the model ---
+
+
+def _warn_of_what_is_not_saved(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> None:
+    """Warn of what a reader of the files cannot know."""
+    own = {id(parameter) for parameter in inject.adapter_parameters(model)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if others:
+        warnings.warn(f"these trained parameters are in no adapter and were not saved: {some(others)}", stacklevel=3)
+    first: dict[int, str] = {}
+    tied = []
+    for name, layer in layers.items():
+        for key, p in layer.named_parameters(recurse=False):
+            if key.startswith("lora_") and first.setdefault(id(p), f"{name}.{key}") != f"{name}.{key}":
+                tied.append(f"{name}.{key} (to {first[id(p)]})")
+    if tied:
+        warnings.warn(
+            f"these adapters are tied: {some(tied)}. Each is saved with its values, but the files do not tell the tie: "
+            "tie them again in a new model before it trains",
+            stacklevel=3,
+        )
+    places: dict[int, set[tuple[int, str]]] = {id(layer): set() for layer in layers.values()}
+    for module in model.modules():
+        for child, inner in module._modules.items():
+            if id(inner) in places:
+                places[id(inner)].add((id(module), child))
+    several = [name for name, layer in layers.items() if len(places[id(layer)]) > 1]
+    if several:
+        warnings.warn(
+            f"these layers stand at several places of the model: {some(several)}. load_adapter adapts each place, but "
+            "PEFT the first one only",
+            stacklevel=3,
+        )
 
 
 # --- into the model ---
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of torch.compile and DistributedDataParallel, which change its names."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
+def _read(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Return what the two files of an adapter hold, which no `save_adapter` replaces in the meantime."""
+    if not directory.is_dir():
+        return read_config(directory / CONFIG), {}  # which raises the error
+    try:
+        atomic.finish(directory)
+    except OSError as error:
+        raise ValueError(
+            f"{directory}: a save was killed between its two files and cannot be finished ({error}). Call save_adapter "
+            "again, or load_adapter where the directory may be written. Nothing was loaded"
+        ) from error
+    with atomic.locked(directory, shared=True):
+        return read_config(directory / CONFIG), read_weights(directory / WEIGHTS)
 
 
-def _apply(model: nn.Module, selection: Selection, stored: StoredAdapters) -> ApplyReport:
-    """Put LoRA layers with the values of `stored` into a plain model, and return the report."""
+def _apply(
+    model: nn.Module, selection: Selection, stored: StoredAdapters, others: Sequence[tuple[nn.Parameter, Tensor]] = ()
+) -> ApplyReport:
+    """Put LoRA layers with the values of `stored` into a plain model, write `others`, and return the report."""
     check_names(stored, {target.name for target in selection.targets}, model)
     for target in selection.targets:
         check_shapes(stored, target.name, target.settings.r, target.linear)
-    report = inject.put_layers(model, selection)
-    layers = lora_layers(model)
-    for name, adapter in stored.layers.items():
-        _copy(layers[name], adapter)
-    return report
+
+    def fill(name: str, layer: FusedLoRALinear) -> None:
+        with _written(_pairs(layer, stored.layers[name])):
+            pass
+
+    with _written(others):
+        return inject.put_layers(model, selection, fill)
 
 
-def _fill(model: nn.Module, stored: StoredAdapters, alphas: dict[str, float], rslora: bool | None) -> ApplyReport:
-    """Write the values of `stored` into the layers of a model that has LoRA. An `rslora` of None leaves use_rslora as
-    it is."""
+def _fill(
+    model: nn.Module,
+    stored: StoredAdapters,
+    alphas: dict[str, float],
+    rslora: bool | None,
+    others: Sequence[tuple[nn.Parameter, Tensor]] = (),
+) -> ApplyReport:
+    """Write the values of `stored` into the layers of a model that has LoRA, and `others`. An `rslora` of None leaves
+    use_rslora as it is."""
     layers = lora_layers(model)
     refuse_unsaved_parts(layers)
     check_names(stored, set(layers), model)
@@ -233,20 +290,34 @@ def _fill(model: nn.Module, stored: StoredAdapters, alphas: dict[str, float], rs
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"these layers are merged: {some(merged)}. unmerge() them first")
-    for name, layer in layers.items():
-        _copy(layer, stored.layers[name])
-        layer.lora_alpha = alphas[name]
-        layer.use_rslora = layer.use_rslora if rslora is None else rslora
-        layer.scaling = scaling_of(layer.lora_alpha, layer.r, layer.use_rslora)
+    refuse_empty(layers)
+    check_ties(stored, layers)
+    with _written([*others, *(pair for name, layer in layers.items() for pair in _pairs(layer, stored.layers[name]))]):
+        for name, layer in layers.items():
+            layer.lora_alpha = alphas[name]
+            layer.use_rslora = layer.use_rslora if rslora is None else rslora
+            layer.scaling = scaling_of(layer.lora_alpha, layer.r, layer.use_rslora)
     return ApplyReport(tuple(AdaptedLayer.of(name, layer) for name, layer in layers.items()), {}, ())
 
 
-def _parameters(layer: FusedLoRALinear) -> LayerAdapter:
-    return LayerAdapter(layer.lora_A, layer.lora_B, layer.lora_magnitude_vector if layer.use_dora else None)
+def _pairs(layer: FusedLoRALinear, adapter: LayerAdapter) -> list[tuple[nn.Parameter, Tensor]]:
+    own = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector if layer.use_dora else None
+    return [(p, value) for p, value in zip(own, adapter, strict=True) if p is not None and value is not None]
 
 
-@torch.no_grad()
-def _copy(layer: FusedLoRALinear, adapter: LayerAdapter) -> None:
-    for parameter, value in zip(_parameters(layer), adapter, strict=True):
-        if parameter is not None and value is not None:
-            parameter.copy_(value)
+@contextlib.contextmanager
+def _written(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Write the values into the parameters. On an error, also in the body, every parameter has its old value again."""
+    before: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for parameter, value in values:
+                before.append((parameter, parameter.detach().clone()))
+                parameter.copy_(value)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, old in reversed(before):
+                with contextlib.suppress(RuntimeError):  # one that cannot be written, which was the error
+                    parameter.copy_(old)
+        raise

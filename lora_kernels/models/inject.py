@@ -201,38 +201,47 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     return TrainableParameters(sum(n for trained, n in sizes if trained), sum(n for _, n in sizes))
 
 
-def put_layers(model: nn.Module, selection: Selection) -> ApplyReport:
-    """Replace every target by a `FusedLoRALinear`, freeze the rest and return the report. On an error nothing is
-    changed."""
-    return _replaced(model, selection)[0]
+def put_layers(
+    model: nn.Module, selection: Selection, fill: Callable[[str, FusedLoRALinear], None] | None = None
+) -> ApplyReport:
+    """Replace every target by a `FusedLoRALinear`, freeze the rest and return the report. `fill` gets the name of each
+    new layer and the layer, to write values into its adapter. On an error nothing is changed."""
+    return _replaced(model, selection, fill)[0]
 
 
-def _replaced(model: nn.Module, selection: Selection) -> tuple[ApplyReport, Callable[[], None]]:
+def _replaced(
+    model: nn.Module, selection: Selection, fill: Callable[[str, FusedLoRALinear], None] | None = None
+) -> tuple[ApplyReport, Callable[[], None]]:
     """Do what `put_layers` does, and return the report and a function that undoes it."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        layers = [_adapted(target) for target in selection.targets]
-    except BaseException:
+    places = _places(model)
+
+    def put_back() -> None:
+        for target in selection.targets:
+            for place in places[id(target.linear)]:
+                _put(model, place, target.linear)
         for parameter, requires_grad in trained:  # from_linear freezes the weights that it takes over
             parameter.requires_grad = requires_grad
+
+    try:
+        layers = [_adapted(target) for target in selection.targets]
+        for target, layer in zip(selection.targets, layers, strict=True) if fill else ():
+            fill(target.name, layer)  # type: ignore[misc]
+        packed = [layer for layer in layers if isinstance(layer, QuantizedLoRALinear)]
+        before = sum(target.linear.weight.nbytes for target in selection.targets)
+        for parameter, _ in trained:
+            parameter.requires_grad = False  # not requires_grad_(), which a lazy layer's parameter refuses
+        for target, layer in zip(selection.targets, layers, strict=True):
+            for place in places[id(target.linear)]:
+                _put(model, place, layer)
+    except BaseException:
+        put_back()
         raise
-    for parameter, _ in trained:
-        parameter.requires_grad = False  # not requires_grad_(), which a lazy layer's parameter refuses
-    packed = [layer for layer in layers if isinstance(layer, QuantizedLoRALinear)]
-    before = sum(target.linear.weight.nbytes for target in selection.targets)
-    places = _places(model)
-    for target, layer in zip(selection.targets, layers, strict=True):
-        for place in places[id(target.linear)]:
-            _put(model, place, layer)
     reopen = readers.close_fast_paths(model, FusedLoRALinear)
 
     def undo() -> None:
         reopen()
-        for target in selection.targets:
-            for place in places[id(target.linear)]:
-                _put(model, place, target.linear)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad = requires_grad
+        put_back()
 
     report = ApplyReport(
         tuple(AdaptedLayer.of(target.name, layer) for target, layer in zip(selection.targets, layers, strict=True)),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from lora_kernels.models.names import bare, plain_names
 from lora_kernels.nn import fit, readers
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
@@ -37,7 +40,7 @@ class Target:
     """A layer to replace."""
 
     name: str
-    """Its first dotted name in the model."""
+    """Its first dotted name in the model, without the names of wrappers."""
     linear: nn.Linear
     """The layer itself."""
     settings: LoRASettings
@@ -70,30 +73,33 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
     if blocks and isinstance(wanted, str):
         raise ValueError("layers_to_transform goes with a list of target_modules, not with a string")
     every = isinstance(wanted, str) and wanted.lower() == "all-linear"
-    head = _output_head(model) if every else None
+    head = _output_head(bare(model)) if every else None
 
     targets: list[Target] = []
+    reached: list[str] = []
     passed_over: dict[str, str] = {}
     unfit: dict[str, str] = {}
     doubted: dict[str, str] = {}
     read: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for name, wrapped_name, module in plain_names(model):
         if not name:
             continue
         if every:
             matched = _looks_linear(module)
         else:
             # As in PEFT, layers_to_transform does not apply to a layer whose whole name is in target_modules.
-            matched = matches(wanted, name) and (not blocks or name in wanted or _block(name, lists) in blocks)
-        if matches(excluded, name):
+            matched = matches(wanted, name, wrapped_name) and (
+                not blocks or name in wanted or _block(name, lists) in blocks
+            )
+        if matches(excluded, name, wrapped_name):
             reason = "in exclude_modules"
         elif every and module is head:
             reason = "the output head"
         elif not matched:
             reason = "not in target_modules"
         else:
-            reason = fit.why_not(module, in_place=True)
-            if not reason and (reading := readers.reading_in(model, name)):
+            reason = _why_not_in_wrapper(wrapped_name) or fit.why_not(module, in_place=True)
+            if not reason and (reading := readers.reading_in(model, wrapped_name)):
                 if reading.always:
                     reason = str(reading)
                     read[name] = reason
@@ -104,9 +110,10 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
                 continue
         if not reason:
             assert isinstance(module, nn.Linear)
-            r = by_pattern(rules.rank_pattern, name, settings.r)
-            alpha = by_pattern(rules.alpha_pattern, name, settings.lora_alpha)
+            r = by_pattern(rules.rank_pattern, name, settings.r, wrapped_name)
+            alpha = by_pattern(rules.alpha_pattern, name, settings.lora_alpha, wrapped_name)
             targets.append(Target(name, module, replace(settings, r=r, lora_alpha=alpha)))
+            reached += [name, wrapped_name]
         elif _looks_linear(module):
             passed_over[name] = reason
     if unfit:
@@ -116,25 +123,26 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
         )
     if not targets:
         raise ValueError(_nothing(model, wanted, passed_over))
-    unused = _unused(rules, wanted, [target.name for target in targets])
-    return Selection(targets, passed_over, unused, doubted, read)
+    _warn_of_ddp(model, targets)
+    return Selection(targets, passed_over, _unused(rules, wanted, reached), doubted, read)
 
 
 def lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
-    """Return every `FusedLoRALinear` in `model` by its first name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoRALinear)}
+    """Return every `FusedLoRALinear` in `model` by its first name, without the names of wrappers."""
+    return {name: module for name, _, module in plain_names(model) if isinstance(module, FusedLoRALinear)}
 
 
-def matches(names: str | Sequence[str], name: str) -> bool:
-    """Return whether a dotted name matches `names`, as `Names` describes it."""
+def matches(names: str | Collection[str], *dotted: str) -> bool:
+    """Return whether one of the dotted names of a module matches `names`, as `Names` describes it."""
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(name == n or name.endswith(f".{n}") for n in names)
+        return any(re.fullmatch(names, name) for name in dotted)
+    return any(end in names for name in dotted for end in _ends(name))
 
 
-def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value of the first key that matches `name`, or its end after a dot; else `default`."""
-    key = _key(pattern or {}, name)
+def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any, *other_names: str) -> Any:
+    """Return the value of the first key that matches one of a module's names, or its end after a dot; else
+    `default`."""
+    key = _key(pattern or {}, name, *other_names)
     return default if key is None or not pattern else pattern[key]
 
 
@@ -152,13 +160,22 @@ def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     return names
 
 
-def _names(names: Names) -> str | tuple[str, ...]:
-    return names if isinstance(names, str) else tuple(names)
+def _names(names: Names) -> str | dict[str, None]:
+    # A dictionary keeps the order for the report, and a look-up in it takes the same time however many names there are.
+    return names if isinstance(names, str) else dict.fromkeys(names)
 
 
-def _unused(rules: Rules, wanted: str | tuple[str, ...], names: list[str]) -> tuple[str, ...]:
+def _ends(name: str) -> Iterator[str]:
+    """Yield a dotted name, and what follows each of its dots."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def _unused(rules: Rules, wanted: str | Collection[str], names: list[str]) -> tuple[str, ...]:
     """Return the names of `wanted` and the patterns of `rules` that match none of the targets' names."""
-    unused = [] if isinstance(wanted, str) else [n for n in wanted if not any(matches((n,), name) for name in names)]
+    ends = {end for name in names for end in _ends(name)}
+    unused = [] if isinstance(wanted, str) else [name for name in wanted if name not in ends]
     for kind, pattern in (("rank_pattern", rules.rank_pattern), ("alpha_pattern", rules.alpha_pattern)):
         used = {_key(pattern or {}, name) for name in names}
         unused += [f"{kind} {key}" for key in pattern or {} if key not in used]
@@ -170,14 +187,35 @@ def told_by_reason(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{some(names)} ({reason})" for reason, names in by_reason(reasons).items())
 
 
-def _key(pattern: Iterable[str], name: str) -> str | None:
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None)
+def expressions_of(rules: Rules) -> dict[str, dict[str, str]]:
+    """Return the regular expressions in `rules` by field: as they are written, and as `select` matches them with
+    names."""
+    lists = (rules.layers_pattern,) if isinstance(rules.layers_pattern, str) else tuple(rules.layers_pattern or ())
+    return {
+        "target_modules": {each: each for each in [rules.target_modules] if isinstance(each, str)},
+        "exclude_modules": {each: each for each in [rules.exclude_modules] if isinstance(each, str)},
+        "rank_pattern": {key: _END.format(key) for key in rules.rank_pattern or {}},
+        "alpha_pattern": {key: _END.format(key) for key in rules.alpha_pattern or {}},
+        "layers_pattern": {pattern: _BLOCK.format(pattern) for pattern in lists},
+    }
+
+
+_END = r"(.*\.)?({})$"
+_BLOCK = r".*\.{}\.(\d+)\."
+
+
+def _key(pattern: Iterable[str], *names: str) -> str | None:
+    return next((key for key in pattern if any(_compiled(_END.format(key)).match(name) for name in names)), None)
+
+
+# The module re keeps 512 patterns, and would compile each of more of them again for every layer.
+_compiled = functools.lru_cache(maxsize=1 << 14)(re.compile)
 
 
 def _block(name: str, lists: Sequence[str]) -> int | None:
     """Return the number of a layer's block in one of the named lists of blocks, or in any list where none is named."""
     for pattern in lists or (r"[^.]*",):
-        found = re.match(rf".*\.{pattern}\.(\d+)\.", name)
+        found = re.match(_BLOCK.format(pattern), name)
         if found:
             return int(found.group(1))
     return None
@@ -191,6 +229,26 @@ def _looks_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (leaf and ("Linear" in kind or kind == "Conv1D"))
 
 
+def _why_not_in_wrapper(wrapped_name: str) -> str:
+    """Return why a layer cannot be replaced inside the wrapper around it alone, or "" where it can."""
+    if wrapped_name.rpartition(".")[2] == "_orig_mod":
+        return "torch.compile has compiled this layer on its own and would go on calling it: apply LoRA, then compile"
+    return ""
+
+
+def _warn_of_ddp(model: nn.Module, targets: list[Target]) -> None:
+    """Warn if DistributedDataParallel, which reduces the gradients of the parameters that it was made with, is around a
+    target."""
+    inside = {id(target.linear) for target in targets}
+    kind = nn.parallel.DistributedDataParallel
+    if any(isinstance(ddp, kind) and any(id(m) in inside for m in ddp.modules()) for ddp in model.modules()):
+        warnings.warn(
+            "the model is in DistributedDataParallel already, which will not reduce the gradients of new adapters: "
+            "add LoRA first, then wrap the model",
+            stacklevel=4,
+        )
+
+
 def _refuse_adapted(model: nn.Module) -> None:
     layers = lora_layers(model)
     if layers:
@@ -202,9 +260,9 @@ def _refuse_adapted(model: nn.Module) -> None:
         raise ValueError("the model has layers of PEFT: call lora_kernels.fuse(model) instead")
 
 
-def _nothing(model: nn.Module, wanted: str | Sequence[str], passed_over: dict[str, str]) -> str:
+def _nothing(model: nn.Module, wanted: str | Collection[str], passed_over: dict[str, str]) -> str:
     """Return the error message for rules that match no layer."""
-    if isinstance(model, nn.Linear):
+    if isinstance(bare(model), nn.Linear):
         return "the model is an nn.Linear itself and cannot be replaced in place: FusedLoRALinear.from_linear(model)"
     if not passed_over:
         kinds = Counter(type(module).__name__ for module in model.modules())
@@ -219,4 +277,5 @@ def _nothing(model: nn.Module, wanted: str | Sequence[str], passed_over: dict[st
 def _output_head(model: nn.Module) -> nn.Module | None:
     """Return the module that ``model.get_output_embeddings()`` returns, or None where there is no such method."""
     get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    head = get() if callable(get) else None
+    return bare(head) if isinstance(head, nn.Module) else None

@@ -183,7 +183,11 @@ class QuantizedLoRALinear(FusedLoRALinear):
     @torch.no_grad()
     def _reset_base(self) -> None:
         made = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=self.weight_codes.device, dtype=self._dtype
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.weight_codes.device,
+            dtype=self._dtype,
         )
         for own, new in zip(self.weight.tensors, quantize_like(made.weight, self.weight).tensors, strict=True):
             own.copy_(new)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_kernels.core import atomic
 from lora_kernels.testing import machine
 
 SCHEMA = 1
@@ -30,11 +30,6 @@ def begin(device: torch.device, packages: Sequence[str], command: str | None = N
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    """Write JSON to `path` as a whole or not at all: to a file beside it first, which then replaces it."""
+    """Write JSON to `path` as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    atomic.replace({path: f"{json.dumps(document, indent=1, ensure_ascii=False)}\n".encode()})

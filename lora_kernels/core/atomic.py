@@ -1,0 +1,238 @@
+"""Files that are replaced as a whole or not at all, and the locks of those who write them.
+
+A save writes into a folder of its own inside the target's folder, marks it as ready, and renames what it has written.
+If the process is killed before the mark, the next save removes the folder. If it is killed after it, the next save or
+`finish` makes the renames that are missing. Nothing follows a symbolic link: a link in a file's place is replaced, and
+the file that it names stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+_SUFFIX = ".lora_kernels.tmp"
+"""The end of the name of every temporary folder."""
+_LOCK, _READY = "lock", "ready"
+"""Files in it: one that is locked as long as its process lives, and one that says that every new file is complete."""
+_WAIT = 60.0
+"""The seconds after which a lock that another process holds is an error."""
+
+
+def replace(files: Mapping[Path, bytes]) -> None:
+    """Replace files of one folder by these contents, in this order, and flush them to the disk.
+
+    A reader of one file sees the old content or the new, never a part. A reader that holds `locked(folder,
+    shared=True)` sees all files old or all new. Temporary folders that killed processes have left are removed. The new
+    files have the permissions that the process's umask gives.
+
+    Raises:
+        OSError: the folder cannot be written, the disk is full, or another process has held the folder's lock for a
+            minute. Every file is then as it was before.
+    """
+    folder = next(iter(files)).parent
+    try:
+        with _workspace(folder) as space:
+            for path, content in files.items():
+                with open(space / f"{path.name}.new", "xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            with locked(folder):
+                _swap(list(files), space)
+    except OSError as error:
+        if error.errno is None or isinstance(error, TimeoutError):
+            raise
+        names = " and ".join(path.name for path in files)
+        why = f"{error.strerror}; {names} could not be written and is as it was before"
+        raise OSError(error.errno, why, str(folder)) from error
+
+
+def finish(folder: Path) -> None:
+    """Finish a save of `replace` that was killed between its renames, so that a folder's files belong together.
+
+    Raises:
+        OSError: the renames cannot be made, as in a folder that may only be read.
+    """
+    if any(folder.glob(f".*{_SUFFIX}")):
+        with locked(folder) as alone:
+            if alone:
+                _settle(folder)
+
+
+@contextlib.contextmanager
+def locked(path: Path, shared: bool = False) -> Iterator[bool]:
+    """Hold the lock of a folder, or of a file that is made where there is none. Yields whether it is held.
+
+    Processes and threads exclude each other; those with `shared` do so only with those without. The lock of a folder
+    leaves no file behind, but on a network file system it holds between processes of one machine only; a file's holds
+    between machines too. Warns and goes on without a lock where the folder cannot be opened for reading, or the file
+    system has no locks.
+
+    Raises:
+        TimeoutError: another process has held the lock for a minute.
+    """
+    folder = path.is_dir()
+    try:
+        flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    except PermissionError as error:
+        if not folder:
+            raise
+        _warn_unlocked(path, error)
+        yield False
+        return
+    try:
+        held = True
+        try:
+            _acquire(descriptor, path, shared)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            _warn_unlocked(path, error)
+            held = False
+        yield held
+    finally:
+        _release(descriptor)
+
+
+def _acquire(descriptor: int, path: Path, shared: bool) -> None:
+    """Wait for a lock. It is asked for again and again, because a wait in the kernel could not be ended by a limit."""
+    import fcntl  # only Unix has it
+
+    until, pause = time.monotonic() + _WAIT, 0.001
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise TimeoutError(
+                    errno.ETIMEDOUT,
+                    f"another process has held the lock for {_WAIT:g} s; end it, or wait for it and try again",
+                    str(path),
+                ) from None
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+
+
+def _release(descriptor: int) -> None:
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        # Closing alone would leave the lock to a process that was forked in the meantime and shares the descriptor.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def _warn_unlocked(path: Path, error: OSError) -> None:
+    warnings.warn(
+        f"{path} cannot be locked ({error.strerror}): do not let several processes write there at once",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """Make a temporary folder in `folder`, and remove it at the end. Those of killed processes are settled first.
+
+    The lock of `folder` is held while one is made, so that one whose own lock nobody holds is abandoned.
+    """
+    descriptor = None
+    with locked(folder) as alone:
+        if alone:
+            _settle(folder)
+        space = Path(tempfile.mkdtemp(prefix=".", suffix=_SUFFIX, dir=folder))
+        try:
+            descriptor = os.open(space / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            _try_lock(descriptor)
+        except BaseException:
+            shutil.rmtree(space, ignore_errors=True)
+            raise
+    try:
+        yield space
+    finally:
+        shutil.rmtree(space, ignore_errors=True)
+        _release(descriptor)
+
+
+def _settle(folder: Path) -> None:
+    """Finish, or else remove, what killed processes of this user have left in `folder`, whose lock is held."""
+    for space in folder.glob(f".*{_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # its process is just removing it
+            status = space.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            ready, descriptor = (space / _READY).exists(), None
+            try:
+                descriptor = os.open(space / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:  # killed before it made its lock, or after it removed it
+                pass
+            except OSError:  # a folder that may only be read
+                if ready:
+                    raise
+                continue
+            try:
+                if descriptor is None or _try_lock(descriptor):
+                    for new in space.glob("*.new") if ready else ():
+                        os.replace(new, folder / new.stem)
+                    shutil.rmtree(space, ignore_errors=True)
+            finally:
+                if descriptor is not None:
+                    _release(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # in use, or no locks on this file system
+        return False
+    return True
+
+
+def _swap(paths: list[Path], space: Path) -> None:
+    """Rename the new files in `space` into the places of `paths`. On an error the old files are put back."""
+    new = {path: space / f"{path.name}.new" for path in paths}
+    old = {path: space / f"{path.name}.old" for path in paths if os.path.lexists(path)}
+    for path, kept in old.items():
+        try:
+            os.link(path, kept, follow_symlinks=False)
+        except OSError:  # not every file system has links, and a file of another user may not be linked
+            shutil.copyfile(path, kept, follow_symlinks=False)
+    ready = space / _READY
+    try:
+        ready.touch()
+        for path in paths:
+            os.replace(new[path], path)
+        _sync(paths[0].parent)
+    except BaseException:
+        ready.unlink(missing_ok=True)
+        for path in paths:
+            if os.path.lexists(new[path]):
+                continue  # this one was not replaced
+            if path in old:
+                os.replace(old[path], path)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's entries to the disk, where its file system can."""
+    with contextlib.suppress(OSError):  # the files themselves are whole and in place, whatever happens here
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,229 @@
+"""Files are replaced as a whole or not at all, whoever else writes, reads, is killed or has planted something there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import signal
+import stat
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_kernels.core import atomic
+
+NAMES = ("a", "b")
+
+
+def write(folder: Path, content: bytes) -> None:
+    atomic.replace({folder / name: content for name in NAMES})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def whole(content: bytes) -> dict[str, bytes]:
+    return dict.fromkeys(NAMES, content)
+
+
+def _write_many(folder: Path, number: int, times: int) -> None:
+    for _ in range(times):
+        write(folder, bytes([number]) * 70_000)
+
+
+def test_readers_see_one_writer_only_while_threads_and_processes_write(tmp_path: Path) -> None:
+    write(tmp_path, b"\0" * 70_000)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_write_many, args=(tmp_path, n, 20)) for n in (1, 2, 3)]
+    for process in processes:
+        process.start()
+    threads = [threading.Thread(target=_write_many, args=(tmp_path, n, 20)) for n in (4, 5, 6)]
+    for thread in threads:
+        thread.start()
+    pairs = 0
+    while any(each.is_alive() for each in (*threads, *processes)):
+        for name in NAMES:  # without the lock, each file alone is whole
+            text = (tmp_path / name).read_bytes()
+            assert text == text[:1] * 70_000
+        with atomic.locked(tmp_path, shared=True):  # with the lock, both are of one writer
+            a, b = ((tmp_path / name).read_bytes() for name in NAMES)
+        assert a == b
+        pairs += 1
+    for each in (*threads, *processes):
+        each.join()
+    assert pairs and [process.exitcode for process in processes] == [0, 0, 0]
+    assert contents(tmp_path).keys() == set(NAMES)
+
+
+def test_a_link_in_a_files_place_is_replaced_and_what_it_names_is_kept(tmp_path: Path) -> None:
+    folder, victim = tmp_path / "folder", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_bytes(b"precious")
+    (folder / "a").symlink_to(victim)
+    (folder / "b").symlink_to(tmp_path / "nowhere")
+    write(folder, b"new")
+    assert contents(folder) == whole(b"new") and not any(path.is_symlink() for path in folder.iterdir())
+    assert victim.read_bytes() == b"precious" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_failed_write_puts_links_back_as_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, victim = tmp_path / "folder", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_bytes(b"precious")
+    (folder / "a").symlink_to(victim)
+    monkeypatch.setattr(os, "replace", _failing(os.replace, 2))
+    with pytest.raises(OSError, match="no space"):
+        write(folder, b"new")
+    assert os.readlink(folder / "a") == str(victim) and victim.read_bytes() == b"precious"
+    assert os.listdir(folder) == ["a"]
+
+
+def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    for mask in (0o022, 0o027):
+        before = os.umask(mask)
+        try:
+            write(tmp_path, b"new")
+        finally:
+            os.umask(before)
+        assert [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()] == [0o666 & ~mask] * 2
+
+
+def _failing(real, count: int, error: BaseException | None = None):
+    calls = [0]
+
+    def function(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count:
+            raise error or OSError(errno.ENOSPC, "no space left on device")
+        return real(*args, **kwargs)
+
+    return function
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()], ids=["disk full", "interrupted"])
+@pytest.mark.parametrize(("module", "name", "count"), [(os, "fsync", 2), (os, "replace", 1), (os, "replace", 2)])
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("old", [True, False])
+def test_after_an_error_everything_is_as_it_was(tmp_path, monkeypatch, module, name, count, links, old, error) -> None:
+    if old:
+        write(tmp_path, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, _failing(getattr(module, name), count, error))
+        if not links:
+            patch.setattr(os, "link", _failing(os.link, 1))
+        with pytest.raises(KeyboardInterrupt if error else OSError) as raised:
+            write(tmp_path, b"new")
+    assert error or "a and b could not be written and is as it was before" in str(raised.value)
+    assert contents(tmp_path) == (whole(b"old") if old else {})
+    write(tmp_path, b"newer")
+    assert contents(tmp_path) == whole(b"newer")
+
+
+def test_a_folder_in_a_files_place_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(OSError, match="as it was before"):
+        write(tmp_path, b"new")
+    assert (tmp_path / "a").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def _killed_at(folder: Path, name: str, count: int) -> None:
+    """Write, and die without any cleaning up at the call `count` of the function `name` of the module os."""
+    real, calls = getattr(os, name), [0]
+
+    def function(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(os, name, function)
+    write(folder, b"half")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "left"),
+    [("fsync", 1, b"old"), ("fsync", 2, b"old"), ("link", 1, b"old"), ("replace", 1, b"half"), ("replace", 2, b"half")],
+)
+def test_what_a_killed_write_leaves_is_finished_or_removed(tmp_path: Path, name: str, count: int, left: bytes) -> None:
+    for settle, expected in ((atomic.finish, left), (lambda folder: write(folder, b"new"), b"new")):
+        write(tmp_path, b"old")
+        process = multiprocessing.get_context("fork").Process(target=_killed_at, args=(tmp_path, name, count))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert len(os.listdir(tmp_path)) == 3
+        settle(tmp_path)
+        assert contents(tmp_path) == whole(expected)
+
+
+def test_the_temporaries_of_a_living_writer_and_of_others_are_left(tmp_path: Path) -> None:
+    (tmp_path / ".notes.tmp").mkdir()
+    (tmp_path / f".planted{atomic._SUFFIX}").symlink_to(tmp_path / ".notes.tmp")
+    with atomic._workspace(tmp_path) as space:
+        (space / "a.new").write_bytes(b"unfinished")
+        write(tmp_path, b"new")
+        assert (space / "a.new").read_bytes() == b"unfinished"
+    assert sorted(os.listdir(tmp_path)) == [".notes.tmp", f".planted{atomic._SUFFIX}", *NAMES]
+
+
+def test_a_lock_that_is_never_given_back_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "_WAIT", 0.1)
+    with atomic.locked(tmp_path, shared=True):
+        with atomic.locked(tmp_path, shared=True):
+            pass
+        with pytest.raises(TimeoutError, match="another process has held the lock"):
+            write(tmp_path, b"new")
+    write(tmp_path, b"new")
+    assert contents(tmp_path) == whole(b"new")
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(atomic, "_WAIT", 0.5)
+    with atomic.locked(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        child.start()
+    try:
+        write(tmp_path, b"new")
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(RuntimeWarning, match="cannot be locked"):
+        write(tmp_path, b"new")
+    assert contents(tmp_path) == whole(b"new")
+
+
+def test_a_file_as_a_lock_is_made_and_no_link_is_followed(tmp_path: Path) -> None:
+    with atomic.locked(tmp_path / "x.lock") as held:
+        assert held
+    (tmp_path / "y.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError), atomic.locked(tmp_path / "y.lock"):  # noqa: PT011
+        pass
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_only_be_read_is_named(tmp_path: Path) -> None:
+    write(tmp_path, b"old")
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(PermissionError, match="as it was before"):
+            write(tmp_path, b"new")
+    finally:
+        tmp_path.chmod(0o755)
+    with contextlib.suppress(OSError):
+        assert contents(tmp_path) == whole(b"old")
