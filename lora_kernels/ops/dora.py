@@ -71,8 +71,8 @@ def dora_linear(
         y [..., N], in x's dtype, contiguous.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a magnitude of another dtype, ValueError
-            for a magnitude or weight_norm_sq that is not [N] on x's device.
+        TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a magnitude or weight_norm_sq of another
+            dtype, ValueError for a magnitude or weight_norm_sq that is not [N] on x's device.
     """
     layer = Layer(weight, lora_a, lora_b, scale, bias, dropout_p, seed)
     x, base, adapter, autocast = prepare("dora_linear", x, layer)
@@ -267,12 +267,14 @@ def _column_dot(u: Tensor, v: Tensor | None) -> Tensor:
 
 
 def _check_magnitude(w: Tensor, a: Tensor, magnitude: Tensor, weight_norm_sq: Tensor | None) -> None:
-    """Raise ValueError where m or ‖W‖² is not [N] on W's device, and TypeError where m has a dtype that it may not."""
+    """Raise ValueError where m or ‖W‖² is not [N] on W's device, and TypeError where they have a dtype that they may not."""
     for name, t in (("magnitude", magnitude), ("weight_norm_sq", weight_norm_sq)):
         if t is not None and (t.shape != w.shape[:1] or t.device != w.device):
             raise ValueError(
                 f"{name} must be [N], a number for each row of weight {tuple(w.shape)} on {w.device}; "
                 f"got {tuple(t.shape)} on {t.device}"
             )
+    if weight_norm_sq is not None and weight_norm_sq.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"weight_norm_sq must be fp32 or fp64, got {weight_norm_sq.dtype}")
     if magnitude.dtype not in (a.dtype, torch.float32) or (a.dtype == torch.float64 != magnitude.dtype):
         raise TypeError(f"magnitude must have lora_a's dtype ({a.dtype}), or fp32; got {magnitude.dtype}")
