@@ -85,15 +85,16 @@ def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
 
 
 def operator(rows: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    """Raise TypeError where the dtypes of an operator's operands are not those that the back-ends expect. `rows` is x or
-    dy, and w is dense. The public functions have converted their operands; others may call an operator as well."""
+    """Raise TypeError where the dtypes of an operator's operands are not those that the back-ends expect. `rows` is x
+    or dy, and w is dense. The public functions have converted their operands; others may call an operator as well."""
     dtype = rows.dtype
     fit = dtype in DTYPES and w.dtype == dtype and (bias is None or bias.dtype == dtype) and a.dtype == b.dtype
     if not fit or (a.dtype != dtype and not (a.dtype == torch.float32 and dtype in HALVES)):
         others = "" if bias is None else f", bias {bias.dtype}"
+        got = f"x or dy {dtype}, weight {w.dtype}, lora_a {a.dtype}, lora_b {b.dtype}{others}"
         raise TypeError(
-            "an operator of lora_kernels takes x, dy, weight and bias in one floating dtype, and lora_a and lora_b in the "
-            f"same, or fp32 beside 16 bits; got {dtype}, weight {w.dtype}, lora_a {a.dtype}, lora_b {b.dtype}{others}"
+            "an operator of lora_kernels takes x, dy, weight and bias in one floating dtype, and lora_a and lora_b in "
+            f"the same, or fp32 beside 16 bits; got {got}"
         )
 
 

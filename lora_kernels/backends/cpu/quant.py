@@ -67,7 +67,8 @@ def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tens
 
 
 def _own(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor, bias: Tensor | None = None) -> None:
-    """Write the product to y, plus the bias, with csrc/cpu/quant.cpp. x has a dtype of `_C.has_gemm`, or few rows of any dtype."""
+    """Write the product to y, plus the bias, with csrc/cpu/quant.cpp. x has a dtype of `_C.has_gemm`, or few rows of
+    any dtype."""
     _C.quantized_gemm(torch.get_num_threads(), x, w, transposed, y, bias)
 
 
