@@ -140,7 +140,7 @@ def _judge(
         faults = peer_faults(got[v.name], want) if not v.ours else []
         for part, value in got[v.name].items() if v.ours else ():
             for other in others:
-                verdict = judge.against_plain(part, value, want[part], got[other][part], dtype)
+                verdict = judge.against_plain(part, value, want[part], got[other][part])
                 finite = bool(torch.isfinite(value).all())
                 if verdict.fault or not finite:
                     faults.append(f"{verdict.fault or f'{part}: not finite'} (by {other})")

@@ -90,23 +90,24 @@ void backward(int threads, py::handle dys, py::handle x, py::handle bases, py::h
   lk::cpu::backward(threads, M, K, rows, out, branches);
 }
 
-void gemm(int threads, py::handle x, py::handle w, py::handle y, bool add) {
+void gemm(int threads, py::handle x, py::handle w, py::handle y, bool add, py::handle bias) {
   const View weight = view(w);
   const i64 M = view(x).size.first, N = weight.size.first, K = weight.size.second;
   const Operand rows = sized(input(x), "x", M, K);
-  const Operand out = sized(output(y), "y", M, N);
+  const Operand out = sized(output(y), "y", M, N), added = sized(input(bias), "bias", N, 1);
   py::gil_scoped_release unlocked;
   lk::cpu::gemm(threads, M, N, K, rows.tile, {weight.data, weight.stride.first, weight.dtype}, weight.stride.second,
-                out.tile, add);
+                out.tile, add, added.tile);
 }
 
-void quantized_gemm(int threads, py::handle x, py::handle w, bool transposed, py::handle y) {
+void quantized_gemm(int threads, py::handle x, py::handle w, bool transposed, py::handle y, py::handle bias) {
   const lk::cpu::Quantized weight = quantized(w);
   const i64 M = view(x).size.first;
   const Operand rows = sized(input(x), "x", M, transposed ? weight.N : weight.K);
-  const Operand out = sized(output(y), "y", M, transposed ? weight.K : weight.N);
+  const i64 columns = transposed ? weight.K : weight.N;
+  const Operand out = sized(output(y), "y", M, columns), added = sized(input(bias), "bias", columns, 1);
   py::gil_scoped_release unlocked;
-  lk::cpu::quantized_gemm(threads, M, weight, transposed, rows.tile, out.tile);
+  lk::cpu::quantized_gemm(threads, M, weight, transposed, rows.tile, out.tile, added.tile);
 }
 
 void dequantize(int threads, py::handle w, i64 n0, i64 k0, py::handle out) {
@@ -169,23 +170,23 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(). ValueError if this machine cannot run it.");
   m.def("forward", &forward,
         "Compute, for each base and adapter: h = c keep(x) a^T, then y += s h b^T + bias. Where products[i] is True, "
-        "y[i] is first written as x w^T. An h that is None is not written.");
+        "y[i] is first written as x w^T + bias, rounded once. An h that is None is not written.");
   m.def(
       "backward", &backward,
       "Compute, for each base and adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Where "
       "products[i] is True, dy[i] w is added to dx first; where all are True, dx need not hold anything before. A dx, "
       "da or db that is None is not written.");
   m.def("gemm", &gemm,
-        "Write y = x w^T, or add it to y. x has a dtype of has_gemm, or, without add, at most FEW_ROWS rows beside a w "
-        "whose rows are contiguous.");
+        "Write y = x w^T, or add it to y, or write y = x w^T + bias in 16 bits. x has a dtype of has_gemm, or, without "
+        "add and bias, at most FEW_ROWS rows beside a w whose rows are contiguous.");
   m.def("is_small", &lk::cpu::is_small,
         "Return whether forward and backward compute the base products of x [M, K] and w [N, K] faster than any GEMM.");
   m.def(
       "has_gemm", [](py::handle of) { return lk::cpu::gemm_of(dtype(of)); },
       "Return whether gemm and quantized_gemm take any number of rows of this dtype.");
   m.def("quantized_gemm", &quantized_gemm,
-        "Write y = x w^T, or, transposed, y = x w. x has a dtype of has_gemm, or, not transposed, at most FEW_ROWS "
-        "rows.");
+        "Write y = x w^T, or, transposed, y = x w; in 16 bits with a bias. x has a dtype of has_gemm, or, without both, "
+        "at most FEW_ROWS rows.");
   m.def("dequantize", &dequantize,
         "Write to out, dequantised, as many rows and columns of w as out has, from row n0 and column k0 on.");
   m.def("set_levels", &set_levels, "Set the 16 numbers that the codes of nf4 or fp4 stand for.");

@@ -12,6 +12,7 @@ y = x Wᵀ + bias + (d - 1) ⊙ (x̂ Wᵀ) + d ⊙ (s · h Bᵀ)
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.core import dropout
@@ -31,13 +32,12 @@ def lora_linear(
     """Return y [..., N] for x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R] and bias [N], in any floating
     dtype. It is differentiable by autograd in all of them.
 
-    Adapters of another dtype are converted to x's. `seed` (int64, one element) is needed where `dropout_p` > 0; the
-    mask is that of core/dropout.py.
+    The low-rank half is computed in the adapters' dtype, as PEFT computes it, and y has x's. `seed` (int64, one
+    element) is needed where `dropout_p` > 0; the mask is that of core/dropout.py.
     """
-    x_hat = _dropout(x, dropout_p, seed)
-    h = x_hat @ lora_a.to(x.dtype).mT
-    y = x @ weight.mT + scale * (h @ lora_b.to(x.dtype).mT)
-    return y if bias is None else y + bias
+    x_hat = _dropout(x.to(lora_a.dtype), dropout_p, seed)
+    h = x_hat @ lora_a.mT
+    return (F.linear(x, weight, bias) + scale * (h @ lora_b.mT)).to(x.dtype)
 
 
 def dora_linear(
@@ -53,11 +53,16 @@ def dora_linear(
     seed: Tensor | None = None,
 ) -> Tensor:
     """Return DoRA's y [..., N]. The operands are those of `lora_linear`, and the magnitude m [N]."""
-    x_hat = _dropout(x, dropout_p, seed)
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    d = magnitude.to(x.dtype) / torch.linalg.vector_norm((weight + scale * (b @ a)).detach(), dim=1)
-    y = x @ weight.mT + (d - 1) * (x_hat @ weight.mT) + d * (scale * (x_hat @ a.mT @ b.mT))
-    return y if bias is None else y + bias
+    a, b = lora_a, lora_b
+    x_hat = _dropout(x.to(a.dtype), dropout_p, seed)
+    d = magnitude / torch.linalg.vector_norm((weight + scale * (b @ a)).detach(), dim=1).to(magnitude.dtype)
+    low = scale * (x_hat @ a.mT @ b.mT)
+    base = F.linear(x, weight, bias)
+    if dropout_p > 0:
+        u = x_hat.to(x.dtype) @ weight.mT
+    else:  # as PEFT, which does not compute the product twice
+        u = base if bias is None else base - bias
+    return (base + (d - 1) * u + d * low).to(x.dtype)
 
 
 def _dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

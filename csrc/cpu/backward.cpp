@@ -196,7 +196,7 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
 #pragma omp single
       p.base->arrange();
 #pragma omp for schedule(dynamic, 1)  // without nowait, because the next branch adds to the same dx
-      for (i64 t = 0; t < p.base->strips(); ++t) p.base->strip(t);
+      for (i64 t = 0; t < p.base->strips(); ++t) p.base->strip(t, nullptr);
     }
 #pragma omp barrier
 

@@ -19,8 +19,15 @@ class FewRows {
   virtual void take(Scratch& scratch, int threads) = 0;  // is called in both passes of Scratch
   virtual void arrange() = 0;                            // prepares the rows: one thread calls it before any strip
   virtual i64 strips() const = 0;
-  virtual void strip(i64 t) = 0;  // computes columns of the result: any thread of the team calls it
+  // Computes columns of the result: any thread of the team calls it. The bias [N] of y may be null; a dx has none.
+  virtual void strip(i64 t, const float* bias) = 0;
 };
+
+// part[i, m] += bias[i] / factor, where `factor` multiplies the part when it is written
+inline void add_bias(Sums part, i64 rows, i64 M, const float* bias, float factor) {
+  for (i64 i = 0; bias && i < rows; ++i)
+    for (i64 m = 0; m < M; ++m) part.row(i)[m] += bias[i] / factor;
+}
 
 std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y);
 std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y);
@@ -41,7 +48,7 @@ inline void run(int threads, FewRows& few) {
   }
   few.arrange();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (i64 t = 0; t < few.strips(); ++t) few.strip(t);
+  for (i64 t = 0; t < few.strips(); ++t) few.strip(t, nullptr);
 }
 
 }  // namespace lk::cpu

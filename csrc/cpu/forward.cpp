@@ -37,6 +37,7 @@ struct Work {
         pack_b(make_grid(p.N, p.R, 128, p.R)),
         tiles(make_grid(M, p.N, kRows, in_place ? kFewWidth : kWidth)) {}
 
+  const float* bias(const Branch& p) const { return convert_bias ? bias32 : static_cast<const float*>(p.bias.data); }
   Sums h(const Branch& p) const { return {h32, p.R}; }
   Panel a(const Branch& p) const {
     return a_packed ? Panel{a_panel, ldk} : Panel{static_cast<const float*>(p.a.data), p.a.ld};
@@ -91,9 +92,9 @@ void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
   w.l.expand_rows({h.data, h.ld, DType::f32}, rows, p.R, c * p.scale, h.data);
 }
 
-// y += s h b^T + bias. `column` is memory of the calling thread for kWidth floats, used where b is read in place.
+// y += s h b^T, and the bias, unless the base product has it. `column` is memory of the calling thread for kWidth floats, used where b is read in place.
 void add_to_y(const Branch& p, const Work& w, bool in_place, float* column) {
-  const float* const bias = w.convert_bias ? w.bias32 : static_cast<const float*>(p.bias.data);
+  const float* const bias = p.base ? nullptr : w.bias(p);
 #pragma omp for schedule(dynamic, 1) nowait
   for (i64 t = 0; t < w.tiles.size(); ++t) {
     const i64 m0 = w.tiles.m0(t), n0 = w.tiles.k0(t), width = w.tiles.width(t), n = w.tiles.rows(t);
@@ -176,10 +177,11 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
         for (size_t i = 0; i < works.size(); ++i) finish_h(branches[i], works[i], m0, n);
       }
     }
-    for (const Branch& p : branches) {
+    for (size_t i = 0; i < works.size(); ++i) {
+      const Branch& p = branches[i];
       if (!p.base) continue;
 #pragma omp for schedule(dynamic, 1) nowait
-      for (i64 t = 0; t < p.base->strips(); ++t) p.base->strip(t);
+      for (i64 t = 0; t < p.base->strips(); ++t) p.base->strip(t, works[i].bias(p));
     }
 #pragma omp barrier
     if (in_place) {

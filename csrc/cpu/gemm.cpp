@@ -30,7 +30,7 @@ class Dense : public FewRows {
     if (convert(x_)) l_.dot_panel(x_, M_, K_, {x32_, ldx_});
   }
   i64 strips() const override { return ceil_div(N_, kStrip); }
-  void strip(i64 t) override {
+  void strip(i64 t, const float* bias) override {
     const float* const X = convert(x_) ? x32_ : static_cast<const float*>(x_.data);
     const i64 n0 = t * kStrip, n = std::min(kStrip, N_ - n0);
     const Sums part{parts_ + worker() * kStrip * M_, M_};
@@ -39,6 +39,7 @@ class Dense : public FewRows {
       l_.dot(w_.at(n0, k0), kKeepAll, {X + l_.dot_column(k0), ldx_}, {n, std::min(kDepth, K_ - k0), M_}, part, k0 > 0);
       k0 += kDepth;
     } while (k0 < K_);
+    add_bias(part, n, M_, bias ? bias + n0 : nullptr, 1.0f);
     kernels().write_t(part, n, M_, 1.0f, y_.at(0, n0));
   }
 
@@ -63,7 +64,7 @@ class DenseBack : public FewRows {
     if (convert(dy_)) kernels().read(dy_, M_, N_, 1.0f, {dy32_, N_});
   }
   i64 strips() const override { return ceil_div(K_, kColumns); }
-  void strip(i64 t) override {
+  void strip(i64 t, const float*) override {
     const i64 k0 = t * kColumns, width = std::min(kColumns, K_ - k0);
     const Tile out = dx_.at(0, k0), columns = w_.at(0, k0);
     Panel rows{static_cast<const float*>(dy_.data), dy_.ld}, panel{static_cast<const float*>(columns.data), w_.ld};
@@ -87,9 +88,10 @@ class DenseBack : public FewRows {
 
 }  // namespace
 
-void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add) {
-  if (!add && M <= kFewRows && stride_wk == 1) return run(team(threads, 2.0 * M * N * K), *few_rows(M, N, K, x, w, y));
-  gemm_by_panels(threads, M, N, K, x, y, add, 0, [&](i64 n0, i64 cols, i64 k0, i64 depth, float*, float* P) {
+void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add, Tile bias) {
+  if (!add && !bias && M <= kFewRows && stride_wk == 1)
+    return run(team(threads, 2.0 * M * N * K), *few_rows(M, N, K, x, w, y));
+  gemm_by_panels(threads, M, N, K, x, y, add, bias, 0, [&](i64 n0, i64 cols, i64 k0, i64 depth, float*, float* P) {
     const Gemm& g = *kernels().gemm(x.dtype);
     g.pack({w.at(n0, k0 * stride_wk).data, w.ld, stride_wk}, cols, depth, g.floats(depth), P);
   });

@@ -13,10 +13,14 @@ constexpr i64 kGemmRun = 32;         // passes over K begin at multiples of this
 constexpr i64 kGemmRowsLeast = 96;   // rows of y per task: with fewer, packing w would take too large a part
 constexpr i64 kGemmRowsMost = 1024;  // rows of y per task where their sums need memory beside y, 1.5 MB a thread
 
-// y [M, N] = x [M, K] w^T, or y += x w^T. pack(n0, cols, k0, depth, D, P) writes the panels of w[n0.., k0..] to P; D is
-// memory of `spare` floats that it may use. k0 is a multiple of kGemmRun.
+// y [M, N] = x [M, K] w^T, or y += x w^T, or y = x w^T + bias for a y in 16 bits, rounded once. pack(n0, cols, k0,
+// depth, D, P) writes the panels of w[n0.., k0..] to P; D is memory of `spare` floats that it may use. k0 is a multiple
+// of kGemmRun.
 template <class Pack>
-void gemm_by_panels(int threads, i64 M, i64 N, i64 K, Tile x, Tile y, bool add, i64 spare, const Pack& pack) {
+void gemm_by_panels(int threads, i64 M, i64 N, i64 K, Tile x, Tile y, bool add, Tile bias, i64 spare,
+                    const Pack& pack) {
+  if (bias && (add || y.dtype == DType::f32))
+    throw std::invalid_argument("a bias is added to a new product in 16 bits only; expand adds others");
   if (!kernels().gemm(x.dtype))
     throw std::invalid_argument(
         "there is no GEMM of many rows, of a strided w or with add for this dtype: has_gemm tells "
@@ -48,16 +52,16 @@ void gemm_by_panels(int threads, i64 M, i64 N, i64 K, Tile x, Tile y, bool add, 
     float* const P = panels + worker() * panel;
     float* const D = spares + worker() * spare;
     float* const S = sums + worker() * sum;
-    const Tile out = y.at(m0, n0);
+    const Tile out = y.at(m0, n0), addend = add ? out : bias ? bias.at(0, n0) : Tile{};
     const auto edge = [&](i64 pass) { return std::min(K, runs * pass / passes * kGemmRun); };
     for (i64 pass = 0; pass < passes; ++pass) {
       const i64 k0 = edge(pass), depth = edge(pass + 1) - k0;
       pack(n0, cols, k0, depth, D, P);
       if (sums_in_y)
         g.tile(x.at(m0, k0), P, rows, cols, depth,
-               {add || pass > 0, {static_cast<float*>(out.data), out.ld}, false, {}});
+               {add || pass > 0, {static_cast<float*>(out.data), out.ld}, {}, {}});
       else
-        g.tile(x.at(m0, k0), P, rows, cols, depth, {pass > 0, {S, width}, add, pass + 1 == passes ? out : Tile{}});
+        g.tile(x.at(m0, k0), P, rows, cols, depth, {pass > 0, {S, width}, addend, pass + 1 == passes ? out : Tile{}});
     }
   }
 }

@@ -45,7 +45,7 @@ template <class T>
 struct RowsOut {
   bool add_sum;
   Sums sum;
-  bool add_y;
+  Rows<const T> addend;
   Rows<T> y;
 };
 
@@ -74,8 +74,8 @@ void gemm_rows(const float* xs, const float* P, i64 cols, i64 depth, RowsOut<typ
         V::store(s, total, n);
         continue;
       }
-      typename Terms::T* const y = out.y.row(i) + v * W;
-      V::store(y, out.add_y ? V::add(V::load(y, n), total) : total, n);
+      const bool add = out.addend.data != nullptr;
+      V::store(out.y.row(i) + v * W, add ? V::add(V::load(out.addend.row(i) + v * W, n), total) : total, n);
     }
   }
 }
@@ -100,11 +100,10 @@ void gemm_tile(Tile x, const float* P, i64 rows, i64 cols, i64 depth, GemmOut ou
       if (depth % Terms::pair) xs[i * kGemmRow<Terms> + floats - 1] = 0.0f;  // the other half of a last pair
       __builtin_memcpy(xs + i * kGemmRow<Terms>, row<T>(x, m0 + i), depth * sizeof(T));
     }
-    const Rows<T> y{out.y ? row<T>(out.y, m0) : nullptr, out.y.ld};
+    const auto from = [&](Tile t, i64 n0) { return Rows<T>{t ? row<T>(t, m0) + n0 : nullptr, t.ld}; };
     for (i64 n0 = 0; n0 < cols; n0 += kGemmWidth)
-      gemm_group<Terms, MR>(
-          n, xs, P + n0 * floats, cols - n0 < kGemmWidth ? cols - n0 : kGemmWidth, floats,
-          RowsOut<T>{out.add_sum, out.sum.at(m0, n0), out.add_y, Rows<T>{y.data ? y.data + n0 : nullptr, y.ld}});
+      gemm_group<Terms, MR>(n, xs, P + n0 * floats, cols - n0 < kGemmWidth ? cols - n0 : kGemmWidth, floats,
+                            RowsOut<T>{out.add_sum, out.sum.at(m0, n0), from(out.addend, n0), from(out.y, n0)});
   }
 }
 

@@ -126,12 +126,11 @@ struct Strided {
   i64 stride_n, stride_k;
 };
 
-// Where a tile of the GEMM goes: s = (add_sum ? sum : 0) + x P; then y = (add_y ? y : 0) + s where y is given, else
-// sum = s.
+// Where a tile of the GEMM goes: s = (add_sum ? sum : 0) + x P; then y = addend + s where y is given, else sum = s.
 struct GemmOut {
   bool add_sum;
   Sums sum;
-  bool add_y;
+  Tile addend;  // of y's dtype: y itself, or a bias, whose row stride is 0; without data it counts as 0
   Tile y;
 };
 

@@ -97,7 +97,7 @@ class Codes : public FewRows {
     if (direct_) kernels().quant_x(w_.format, X, M_, w_.K);
   }
   i64 strips() const override { return ceil_div(w_.N, kStrip); }
-  void strip(i64 t) override {
+  void strip(i64 t, const float* bias) override {
     const i64 n0 = t * kStrip, n = std::min(kStrip, w_.N - n0);
     const Sums out{parts_ + worker() * kStrip * M_, M_};
     float* const room = rooms_ + worker() * room_;
@@ -105,7 +105,9 @@ class Codes : public FewRows {
       dot_codes(n0, n, room, out);
     else
       dot_decoded(n0, n, room, out);
-    kernels().write_t(out, n, M_, direct_ ? quant_factor(w_.format) : 1.0f, y_.at(0, n0));
+    const float factor = direct_ ? quant_factor(w_.format) : 1.0f;
+    add_bias(out, n, M_, bias ? bias + n0 : nullptr, factor);
+    kernels().write_t(out, n, M_, factor, y_.at(0, n0));
   }
 
  private:
@@ -167,14 +169,14 @@ void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 c
   }
 }
 
-void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y) {
-  if (M <= kFewRows && !transposed) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y));
+void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y, Tile bias) {
+  if (M <= kFewRows && !transposed && !bias) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y));
   const Gemm& g = *kernels().gemm(x.dtype);
   const i64 N = transposed ? w.K : w.N, K = transposed ? w.N : w.K;
   // some rows of w are decoded at a time, and stay in L1
   const i64 most = std::max(g.group, g.pair * g.depth) / g.pair, numbers = kDecodeRows * most;
   const i64 spare = numbers + kDecodeRows * segments(w);
-  gemm_by_panels(threads, M, N, K, x, y, false, spare, [&](i64 n0, i64 cols, i64 k0, i64 depth, float* D, float* P) {
+  gemm_by_panels(threads, M, N, K, x, y, false, bias, spare, [&](i64 n0, i64 cols, i64 k0, i64 depth, float* D, float* P) {
     const i64 column = g.floats(depth);
     for (i64 i = 0, rows; i < (transposed ? depth : cols); i += rows) {
       rows = std::min(kDecodeRows, (transposed ? depth : cols) - i);

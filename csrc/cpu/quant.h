@@ -27,6 +27,6 @@ void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 c
 
 // y = x w^T [M, N], or, transposed, y = x w [M, K]. x has a dtype of gemm_of, or, not transposed, at most kFewRows
 // rows.
-void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y);
+void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y, Tile bias);
 
 }  // namespace lk::cpu

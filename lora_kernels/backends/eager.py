@@ -8,8 +8,8 @@ Without dropout there is no elementwise pass: ``addmm_`` adds the low-rank term 
 dropout, torch operations draw the mask, a few megabytes at a time. That is slow, and the reason for the other
 back-ends.
 
-Where the adapters are fp32 beside an x in 16 bits, h and g are fp32. Products with them are made in bf16 beside an x
-in bf16, which has the range of fp32, and in fp32 beside an x in fp16, which has not.
+Where the adapters are fp32 beside an x in 16 bits, the low-rank half is computed in fp32, as PEFT computes it: a, b, h
+and g are not rounded. A few rows of x and dy are converted at a time.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
     """Return (y, h) of one layer."""
     w, bias = base
     y = F.linear(x, w, bias) if isinstance(w, Tensor) else _quantised(x, w, bias)
-    h = _product(_masked(x, adapter), adapter.a.t())
-    if adapter.p > 0:
-        h *= dropout.rescale(adapter.p)
+    h = _product(_masked(x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
     _add_product(y, h, adapter.b.t(), adapter.scale)
     return y, h if save_h else None
 
@@ -58,25 +56,19 @@ def _backward(
     need_dx, (need_da,), (need_db,) = needs
     dx = da = db = None
     if need_dx or need_da:
-        g = _product(dy, b)
-        g *= scale
+        g = _product(dy, b, scale, b.dtype)
     if need_dx:
         dx = dy @ w if isinstance(w, Tensor) else _quantised_transposed(dy, w)
         if p > 0:
-            dtype = _dtype_beside(dy, g)
-            low = (g.to(dtype) @ a.to(dtype)).mul_(dropout.rescale(p))
-            dx += _masked(low, adapter)
+            dx += _masked(_product(g, a, dropout.rescale(p), dy.dtype), adapter)
         else:
             _add_product(dx, g, a)
     if need_da:
         assert x is not None
-        da = _transposed_product(g, _masked(x, adapter), a.dtype)
-        if p > 0:
-            da *= dropout.rescale(p)
+        da = _transposed_product(g, _masked(x, adapter), dropout.rescale(p), a.dtype)
     if need_db:
         assert h is not None
-        db = _transposed_product(dy, h, b.dtype)
-        db *= scale
+        db = _transposed_product(dy, h, scale, b.dtype)
     return dx, da, db
 
 
@@ -127,48 +119,43 @@ def _masked(x: Tensor, adapter: Adapter) -> Tensor:
     return dropout.masked(x, adapter.p, adapter.seed)
 
 
-def _stores_sums(t: Tensor) -> bool:
-    """Return whether ``torch.mm`` can store the fp32 sums of a product of 16-bit operands: on NVIDIA GPUs, from torch
-    2.8 on."""
-    return t.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+def _product(u: Tensor, v: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """Return alpha · u v in `dtype`. alpha is applied before the rounding.
 
-
-def _dtype_beside(x: Tensor, h: Tensor) -> torch.dtype:
-    """Return the dtype in which products with h (or g) are made beside x (or dy): x's, unless it could not hold h."""
-    return h.dtype if x.dtype == torch.float16 else x.dtype
-
-
-def _product(u: Tensor, v: Tensor) -> Tensor:
-    """Return u v in v's dtype, which is u's, or fp32 beside a u in 16 bits."""
-    if u.dtype == v.dtype:
-        return u @ v
-    if _stores_sums(u):
-        return torch.mm(u, v.to(u.dtype), out_dtype=v.dtype)
-    out = torch.empty(u.shape[0], v.shape[1], dtype=v.dtype, device=u.device)
+    Where the dtypes differ, blocks of rows are computed in the wider one after another, so that u is not copied whole.
+    """
+    if u.dtype == v.dtype == dtype:
+        return _mm(u, v, alpha)
+    out = torch.empty(u.shape[0], v.shape[1], dtype=dtype, device=u.device)
+    wide = torch.promote_types(u.dtype, v.dtype)
+    v = v.to(wide)
     for m in range(0, u.shape[0], _ROWS):
-        torch.mm(u[m : m + _ROWS].to(v.dtype), v, out=out[m : m + _ROWS])
+        out[m : m + _ROWS] = (u[m : m + _ROWS].to(wide) @ v).mul_(alpha)
     return out
 
 
 def _add_product(y: Tensor, u: Tensor, v: Tensor, alpha: float = 1.0) -> None:
-    """Add alpha · u v to y in place. u and v have y's dtype, or fp32 beside a y in 16 bits."""
-    dtype = _dtype_beside(y, u)
-    if dtype == y.dtype:
-        y.addmm_(u.to(dtype), v.to(dtype), alpha=alpha)
+    """Add alpha · u v to y in place. u and v have y's dtype, or are fp32 beside a y in 16 bits."""
+    if u.dtype == y.dtype:
+        y.addmm_(u, v, alpha=alpha)
         return
     for m in range(0, y.shape[0], _ROWS):
         y[m : m + _ROWS].add_(u[m : m + _ROWS] @ v, alpha=alpha)
 
 
-def _transposed_product(u: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return uᵀ v in `dtype`. Where u or v has 16 bits beside an fp32 `dtype`, the result is not rounded through 16
-    bits: a GPU stores the fp32 sums, else blocks of rows are converted one after another, so that no operand is copied
-    whole."""
+def _transposed_product(u: Tensor, v: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """Return alpha · uᵀ v in `dtype`. alpha is applied before the rounding.
+
+    Where the dtypes differ, blocks of rows are converted one after another, so that no operand is copied whole.
+    """
     if u.dtype == v.dtype == dtype:
-        return u.t() @ v
-    if torch.bfloat16 in (u.dtype, v.dtype) and _stores_sums(u):
-        return torch.mm(u.to(torch.bfloat16).t(), v.to(torch.bfloat16), out_dtype=dtype)
+        return _mm(u.t(), v, alpha)
     out = torch.zeros(u.shape[1], v.shape[1], dtype=dtype, device=u.device)
     for m in range(0, u.shape[0], _ROWS):
         out.addmm_(u[m : m + _ROWS].to(dtype).t(), v[m : m + _ROWS].to(dtype))
-    return out
+    return out.mul_(alpha)
+
+
+def _mm(u: Tensor, v: Tensor, alpha: float) -> Tensor:
+    """Return alpha · u v, rounded once."""
+    return u @ v if alpha == 1 else torch.addmm(u.new_empty(1, 1), u, v, beta=0, alpha=alpha)

@@ -109,13 +109,13 @@ def _check(module: ModuleType, call: Call) -> Verdict:
             for turn in range(count):
                 problem = _Problem(call, M, R, turn)
                 want.append(problem.by_torch(torch.float64))
-                plain.append(problem.by_torch(call.dtype))
+                plain.append(problem.by_torch())
                 with torch.no_grad():
                     got.append(problem.by(module, call.op))
             faults = []
             for name in got[0]:
                 value, exact, near = (torch.cat([each[name] for each in turns]) for turns in (got, want, plain))
-                if fault := _fault(value, exact, near, call):
+                if fault := _fault(value, exact, near):
                     faults.append(f"{name}: {fault}")
         except torch.OutOfMemoryError:
             raise
@@ -134,10 +134,10 @@ def _no_saved_tensors_hooks() -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _fault(value: Tensor, exact: Tensor, plain: Tensor, call: Call) -> str | None:
+def _fault(value: Tensor, exact: Tensor, plain: Tensor) -> str | None:
     if not torch.isfinite(value).all():
         return "not finite"
-    return accuracy.errors_beside(value, exact, plain, call.dtype).fault
+    return accuracy.errors_beside(value, exact, plain).fault
 
 
 class _Problem:
@@ -163,19 +163,20 @@ class _Problem:
             self.bases.append(Base(w, draw(1, _N, 1.0)[0]))
             self.adapters.append(Adapter(a, b, 0.75, _P if call.dropout else 0.0, seed))
 
-    def by_torch(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return y and the gradients by the equation in plain torch. Those of several layers follow each other, and dx
-        is their sum."""
+    def by_torch(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return y and the gradients by the equation in plain torch, in `dtype` or the dtypes of the call. Those of
+        several layers follow each other, and dx is their sum."""
         results: dict[str, list[Tensor]] = {"y": [], "dx": [], "da": [], "db": []}
         for dy, (w, bias), (a, b, scale, p, seed) in zip(self.dys, self.bases, self.adapters, strict=True):
             assert bias is not None
-            dense = w.to(dtype) if isinstance(w, Tensor) else w.dequantize(dtype)
-            leaves = [t.detach().to(dtype).requires_grad_() for t in (self.x, a, b)]
+            outer = dtype or self.x.dtype
+            dense = w.to(outer) if isinstance(w, Tensor) else w.dequantize(outer)
+            leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (self.x, a, b)]
             with torch.enable_grad():
                 y = reference.lora_linear(
-                    leaves[0], dense, *leaves[1:], scale=scale, bias=bias.to(dtype), dropout_p=p, seed=seed
+                    leaves[0], dense, *leaves[1:], scale=scale, bias=bias.to(outer), dropout_p=p, seed=seed
                 )
-                gradients = torch.autograd.grad(y, leaves, dy.to(dtype))
+                gradients = torch.autograd.grad(y, leaves, dy.to(outer))
             for name, value in zip(results, (y.detach(), *gradients), strict=True):
                 results[name].append(value)
         dx = torch.stack(results.pop("dx")).sum(0)

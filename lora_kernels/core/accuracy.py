@@ -26,15 +26,15 @@ class Errors(NamedTuple):
         return None
 
 
-def errors_beside(value: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> Errors:
-    """Return the errors of `value` beside those of `plain`, the result of plain torch in the same dtype. `exact` is the
-    truth in fp64.
+def errors_beside(value: Tensor, exact: Tensor, plain: Tensor) -> Errors:
+    """Return the errors of `value` beside those of `plain`, the result of plain torch in the same dtypes. `exact` is
+    the truth in fp64.
 
     The RMS error may be at most 1.25 times that of plain torch. The largest error may be at most twice its largest plus
     eps times the largest value. A result needs about a thousand independent roundings for this to say something.
     """
     error, allowed = (value.double() - exact).abs(), (plain.double() - exact).abs()
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(plain.dtype).eps
     worst_allowed = 2 * allowed.max().item() + eps * exact.abs().max().item()
     return Errors(rms(error), 1.25 * rms(allowed), error.max().item(), worst_allowed)
 

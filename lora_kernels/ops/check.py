@@ -15,7 +15,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def operands(x: Tensor, layer: Layer, any_w: bool) -> None:
     """Raise TypeError or ValueError where x and a layer's operands do not fit together, or p is no probability below 1.
-    `any_w` allows W another dtype than x's.
+    `any_w` allows W another dtype of `DTYPES` than x's.
 
     All conditions stand in one expression, so that a call that is right takes little time. `_complain` finds out which
     of them does not hold.
@@ -25,7 +25,7 @@ def operands(x: Tensor, layer: Layer, any_w: bool) -> None:
     x_shape, w_shape, a_shape, b_shape = x.shape, w.shape, a.shape, b.shape
     if (
         dtype in DTYPES
-        and (w.dtype == dtype or any_w)
+        and (w.dtype == dtype or (any_w and w.dtype in DTYPES))
         and (adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype in HALVES))
         and b.dtype == adapter_dtype
         and ((x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu) or w.device == a.device == b.device == x.device)
@@ -52,6 +52,10 @@ def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
     dtypes = ", ".join(f"{name} {t.dtype}" for name, t in operands.items())
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be fp64, fp32, fp16 or bf16; got {dtypes}")
+    if any_w and w.dtype not in DTYPES:
+        raise TypeError(
+            f"weight must be fp64, fp32, fp16 or bf16, or a QuantizedWeight (quantize_weight); got {dtypes}"
+        )
     if (w.dtype != x.dtype and not any_w) or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(f"weight and bias must have x's dtype; got {dtypes}. Convert x, or run under torch.autocast")
     if a.dtype != b.dtype or (a.dtype != x.dtype and not (a.dtype == torch.float32 and x.dtype in HALVES)):
@@ -78,6 +82,20 @@ def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
         "weight requires a gradient, and lora_linear computes none for it, because W is frozen. "
         "Call weight.requires_grad_(False), or pass weight.detach()"
     )
+
+
+def operator(rows: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """Raise TypeError where the dtypes of an operator's operands are not those that the back-ends expect. `rows` is x
+    or dy, and w is dense. The public functions have converted their operands; others may call an operator as well."""
+    dtype = rows.dtype
+    fit = dtype in DTYPES and w.dtype == dtype and (bias is None or bias.dtype == dtype) and a.dtype == b.dtype
+    if not fit or (a.dtype != dtype and not (a.dtype == torch.float32 and dtype in HALVES)):
+        others = "" if bias is None else f", bias {bias.dtype}"
+        got = f"x or dy {dtype}, weight {w.dtype}, lora_a {a.dtype}, lora_b {b.dtype}{others}"
+        raise TypeError(
+            "an operator of lora_kernels takes x, dy, weight and bias in one floating dtype, and lora_a and lora_b in "
+            f"the same, or fp32 beside 16 bits; got {got}"
+        )
 
 
 def seed(given: Tensor | int, device: torch.device) -> Tensor:
@@ -111,9 +129,10 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
     TypeError for one that no float can stand for.
     """
     if isinstance(given, Tensor):
-        if given.numel() != 1 or not given.dtype.is_floating_point:
+        if given.numel() != 1 or given.dtype not in DTYPES:
             raise ValueError(
-                f"a tensor scale must be floating and have one element, got {given.dtype}, shape {tuple(given.shape)}"
+                "a tensor scale must be fp64, fp32, fp16 or bf16 and have one element, "
+                f"got {given.dtype}, shape {tuple(given.shape)}"
             )
         return 1.0, lora_b * given.reshape(()).to(lora_b.dtype)
     if not abs(given) < float("inf"):  # math.isfinite breaks torch.compile

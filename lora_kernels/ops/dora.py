@@ -5,6 +5,9 @@ arXiv:2402.09353), from the calls that `lora_linear` makes.
     p = 0:  z = x Wᵀ + s·h Bᵀ,  h = x Aᵀ                      y = d ⊙ z + bias
     p > 0:  u = x̂ Wᵀ,  B' = d ⊙ B,  h = x̂ Aᵀ                  y = x Wᵀ + bias + s·h B'ᵀ + (d - 1) ⊙ u
 
+In 16 bits z includes the bias, and y = d ⊙ z + (1 - d) ⊙ bias, because x Wᵀ + bias may fit where x Wᵀ overflows. What
+is elementwise is computed in fp32 there and rounded once.
+
 Dropout acts on all that DoRA adds to the base, so with dropout each direction takes a second base GEMM.
 
 The gradient to m needs Σₘ dy ⊙ z (or u), so z or u is saved beside LoRA's x and h. The other ways cost more.
@@ -71,8 +74,8 @@ def dora_linear(
         y [..., N], in x's dtype, contiguous.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a magnitude of another dtype, ValueError
-            for a magnitude or weight_norm_sq that is not [N] on x's device.
+        TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a magnitude or weight_norm_sq of another
+            dtype, ValueError for a magnitude or weight_norm_sq that is not [N] on x's device.
     """
     layer = Layer(weight, lora_a, lora_b, scale, bias, dropout_p, seed)
     x, base, adapter, autocast = prepare("dora_linear", x, layer)
@@ -121,7 +124,10 @@ class DoRALinearFunction(torch.autograd.Function):
         _, _, need_da, need_db, need_dd, *_ = ctx.needs_input_grad
         save_h = need_db or (need_dd and p > 0)
         y, h, z = _forward(x, Base(w, bias), Adapter(a, b, scale, p, seed), d, backend, save_h, need_dd)
-        ctx.save_for_backward(x if need_da else None, w, a, b, d, h if save_h else None, z if need_dd else None, seed)
+        within_z = bias if need_dd and p == 0 and x.dtype in check.HALVES else None
+        ctx.save_for_backward(
+            x if need_da else None, w, a, b, d, h if save_h else None, z if need_dd else None, seed, within_z
+        )
         ctx.dtype, ctx.how = x.dtype, how
         return y
 
@@ -152,6 +158,9 @@ def _forward(
     compiling = torch.compiler.is_compiling()
     if p == 0:
         way = registered if watched(x, w, a, b, None) else direct
+        if x.dtype in check.HALVES:
+            z, h = way.forward(x, base._replace(w=w), adapter, backend, save_h)
+            return _add_scaled(None if bias is None else (1 - d) * bias, z, d, None if save_z else z), h, z
         z, h = way.forward(x, Base(w), adapter, backend, save_h)
         factor = d.to(x.dtype)
         y = z * factor if save_z or compiling else z.mul_(factor)
@@ -163,6 +172,8 @@ def _forward(
     way = registered if watched(x, w, a, scaled, bias) else direct
     y, h = way.forward(x, Base(w, bias), Adapter(a, scaled, scale, p, seed), backend, save_h)
     u = way.base_gemm(way.keep_mask(x, p, seed, backend).mul_(x), w, backend)  # x̂ = c·keep ⊙ x: c goes with d - 1
+    if x.dtype in check.HALVES:
+        return _add_scaled(y, u, (d - 1) * dropout.rescale(p), y), h, u
     excess = _excess(d, p, x.dtype)
     rest = u * excess if save_z else u.mul_(excess)
     return y + rest if compiling else y.add_(rest), h, u
@@ -180,6 +191,8 @@ class _Saved(NamedTuple):
     z: Tensor | None
     """z, or u with dropout."""
     seed: Tensor | None
+    bias: Tensor | None
+    """[N], where z includes it and d needs a gradient."""
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -206,12 +219,22 @@ def _backward(
     dy: Tensor, saved: _Saved, adapter: Adapter, needs: Needs, need_dd: bool, backend: str | None
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, da, db, dd) without dropout."""
-    x, w, _, _, d, h, z, _ = saved
-    dd = _column_dot(dy, z).to(d.dtype) if need_dd else None
-    if not (needs.dx or needs.da[0] or needs.db[0]):
-        return None, None, None, dd
-    dz = dy * d.to(dy.dtype)
-    dx, da, db = _way(dz, w, adapter, x).backward(dz, x, Base(w), adapter, h, needs, backend)
+    x, w, a, b, d, h, z, _, bias = saved
+    dd = None
+    if need_dd:
+        dd = _column_dot(dy, z, bias).to(d.dtype)
+    dx = da = db = None
+    if dy.dtype != a.dtype and (needs.da[0] or needs.db[0]):
+        # The gradients of fp32 adapters come from dy and B' = d ⊙ B, because d ⊙ dy would be rounded to 16 bits.
+        scaled = adapter._replace(b=_scaled_rows(b, d))
+        _, da, low = _way(dy, w, scaled, x).backward(dy, x, Base(w), scaled, h, needs._replace(dx=False), backend)
+        db = _scaled_rows(low, d) if needs.db[0] else None
+        needs = Needs(needs.dx, (False,), (False,))
+    if needs.dx or needs.da[0] or needs.db[0]:
+        dz = dy * d.to(dy.dtype)
+        dx, *others = _way(dz, w, adapter, x).backward(dz, x, Base(w), adapter, h, needs, backend)
+        if needs.da[0] or needs.db[0]:
+            da, db = others
     return dx, da, db, dd
 
 
@@ -220,7 +243,7 @@ def _backward_dropout(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, da, db, dd) with dropout. The back-end computes the layer of B' = d ⊙ B, and returns the gradient of
     B'."""
-    x, w, a, b, d, h, u, seed = saved
+    x, w, a, b, d, h, u, seed, _ = saved
     scale, p = adapter.scale, adapter.p
     scaled = Adapter(a, _scaled_rows(b, d), scale, p, seed)
     way, need_db = _way(dy, w, scaled, x), needs.db[0]
@@ -246,33 +269,54 @@ def _scaled_rows(b: Tensor, d: Tensor) -> Tensor:
     return (b * d[:, None]).to(b.dtype)
 
 
+def _add_scaled(addend: Tensor | None, v: Tensor, factor: Tensor, out: Tensor | None) -> Tensor:
+    """Return addend + v ⊙ factor for v [M, N] in 16 bits, a factor [N] in fp32, and an addend [N] or [M, N]. It is
+    computed in fp32 and rounded once, in blocks of rows, so that nothing of size M×N is allocated in fp32. The result
+    is written into `out`, if that is given, except under a compiler, which fuses the whole."""
+    wide = factor.dtype
+    if torch.compiler.is_compiling():
+        scaled = v.to(wide) * factor
+        return (scaled if addend is None else scaled + addend).to(v.dtype)
+    (M, N), out = v.shape, torch.empty_like(v) if out is None else out
+    rows = max(1, _BLOCK.get(v.device.type, 1 << 24) // N)
+    for m in range(0, M, rows):
+        scaled = v[m : m + rows] * factor
+        if addend is not None:
+            scaled += addend if addend.dim() == 1 else addend[m : m + rows]
+        out[m : m + rows] = scaled
+    return out
+
+
 def _excess(d: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """Return c·(d - 1) [N]. The difference is formed before it is rounded to 16 bits."""
     return ((d - 1) * dropout.rescale(p)).to(dtype)
 
 
-def _column_dot(u: Tensor, v: Tensor | None) -> Tensor:
-    """Return Σₘ u ⊙ v [N], summed in fp32 at least. It is formed in blocks of rows, so that nothing of size M×N is
-    allocated; a compiler fuses the whole."""
+def _column_dot(u: Tensor, v: Tensor | None, minus: Tensor | None = None) -> Tensor:
+    """Return Σₘ u ⊙ (v - minus) [N] for `minus` [N], summed in fp32 at least. It is formed in blocks of rows, so that
+    nothing of size M×N is allocated; a compiler fuses the whole."""
     assert v is not None, "it is saved where d needs a gradient"
     wide = torch.promote_types(u.dtype, torch.float32)
     if torch.compiler.is_compiling():
-        return (u.to(wide) * v.to(wide)).sum(0)
+        return (u.to(wide) * (v.to(wide) if minus is None else v.to(wide) - minus)).sum(0)
     M, N = u.shape
     rows = max(1, _BLOCK.get(u.device.type, 1 << 24) // N)
     out = u.new_zeros(N, dtype=wide)
     for m in range(0, M, rows):
-        out += (u[m : m + rows].to(wide) * v[m : m + rows].to(wide)).sum(0)
+        block = v[m : m + rows].to(wide)
+        out += (u[m : m + rows].to(wide) * (block if minus is None else block - minus)).sum(0)
     return out
 
 
 def _check_magnitude(w: Tensor, a: Tensor, magnitude: Tensor, weight_norm_sq: Tensor | None) -> None:
-    """Raise ValueError where m or ‖W‖² is not [N] on W's device, and TypeError where m has a dtype that it may not."""
+    """Raise ValueError where m or ‖W‖² is not [N] on W's device, TypeError where one has a dtype that is refused."""
     for name, t in (("magnitude", magnitude), ("weight_norm_sq", weight_norm_sq)):
         if t is not None and (t.shape != w.shape[:1] or t.device != w.device):
             raise ValueError(
                 f"{name} must be [N], a number for each row of weight {tuple(w.shape)} on {w.device}; "
                 f"got {tuple(t.shape)} on {t.device}"
             )
+    if weight_norm_sq is not None and weight_norm_sq.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"weight_norm_sq must be fp32 or fp64, got {weight_norm_sq.dtype}")
     if magnitude.dtype not in (a.dtype, torch.float32) or (a.dtype == torch.float64 != magnitude.dtype):
         raise TypeError(f"magnitude must have lora_a's dtype ({a.dtype}), or fp32; got {magnitude.dtype}")

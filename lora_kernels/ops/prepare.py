@@ -78,7 +78,8 @@ def _as_autocast_asks(x: Tensor, layer: Layer, dtype: torch.dtype) -> tuple[Tens
     """Return x, bias, A and B in autocast's dtype, but fp32 A and B as they are."""
     w, a, b, scale, bias, p, seed = layer
     a, b = (t.to(dtype) if t.dtype in check.HALVES else t for t in (a, b))
-    bias = None if bias is None else bias.to(dtype)
+    if bias is not None and bias.dtype in check.DTYPES:  # what is no floating number is refused, not converted
+        bias = bias.to(dtype)
     return x.to(dtype), Layer(w, a, b, scale, bias, p, seed)  # torch 2.6 cannot trace NamedTuple._replace
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.core.operands import Adapter, Base, Gradients, MaybeTensors, Needs, Results, Tensors
-from lora_kernels.ops import direct
+from lora_kernels.ops import check, direct
 from lora_kernels.ops.autograd import as_dtype
 from lora_kernels.quant import weight as quant
 from lora_kernels.quant.weight import QuantizedWeight
@@ -140,6 +140,7 @@ def _each_or_empty(ts: MaybeTensors, likes: Iterable[Tensor]) -> list[Tensor]:
 def _run_forward(  # type: ignore[no-untyped-def]
     x, w, a, b, bias, scale, p, seed, backend, save_h, w_scales=None, w_format="dense", w_blocksize=0
 ):
+    check.operator(x, w if w_format == "dense" else x, a, b, bias)
     base = Base(whole_weight(w, w_scales, w_format, w_blocksize, x.dtype), bias)
     y, h = direct.forward(x, base, Adapter(a, b, scale, p, seed), backend, save_h)
     return y, _or_empty(h, a)
@@ -153,6 +154,7 @@ def _run_backward(  # type: ignore[no-untyped-def]
     dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db,
     w_scales=None, w_format="dense", w_blocksize=0,
 ):  # fmt: skip
+    check.operator(dy, w if w_format == "dense" else dy, a, b, None)
     base, adapter = Base(whole_weight(w, w_scales, w_format, w_blocksize, dy.dtype)), Adapter(a, b, scale, p, seed)
     dx, da, db = direct.backward(dy, x, base, adapter, h, Needs(need_dx, (need_da,), (need_db,)), backend)
     return _or_empty(dx, dy), _or_empty(da, a), _or_empty(db, b)
@@ -168,6 +170,11 @@ def _fake_backward(  # type: ignore
     )
 
 
+def _run_base_gemm(x, w, backend):  # type: ignore[no-untyped-def]
+    check.operator(x, w, w, w, None)
+    return direct.base_gemm(x, w, backend)
+
+
 def _fake_keep_mask(x, p, seed, backend):  # type: ignore
     return x.new_empty(x.shape)
 
@@ -177,6 +184,8 @@ def _fake_base_gemm(x, w, backend):  # type: ignore
 
 
 def _run_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore[no-untyped-def]
+    for own_w, own_a, own_b, own_bias in zip(w, a, b, bias, strict=True):
+        check.operator(x, own_w, own_a, own_b, own_bias)
     ys, hs = direct.forward_group(x, *_layers(w, bias, a, b, scale, p, seed), backend, save_h)
     return [*ys, *_each_or_empty(hs, a)]
 
@@ -193,6 +202,8 @@ def _fake_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h):  # t
 def _run_backward_group(  # type: ignore[no-untyped-def]
     dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db
 ):
+    for own_dy, own_w, own_a, own_b in zip(dy, w, a, b, strict=True):
+        check.operator(own_dy, own_w, own_a, own_b, None)
     bases, adapters = _layers(w, [None] * len(w), a, b, scale, p, seed)
     hs = [each if need else None for each, need in zip(h, need_db, strict=True)]
     needs = Needs(need_dx, tuple(need_da), tuple(need_db))
@@ -211,7 +222,7 @@ for _name, _run, _fake in (
     ("forward", _run_forward, _fake_forward),
     ("backward", _run_backward, _fake_backward),
     ("keep_mask", direct.keep_mask, _fake_keep_mask),
-    ("base_gemm", direct.base_gemm, _fake_base_gemm),
+    ("base_gemm", _run_base_gemm, _fake_base_gemm),
     ("forward_group", _run_forward_group, _fake_forward_group),
     ("backward_group", _run_backward_group, _fake_backward_group),
 ):

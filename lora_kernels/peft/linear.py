@@ -377,7 +377,7 @@ class FusedLinear(Fused, peft_layer.Linear):
         self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
     ) -> tuple[torch.dtype, torch.dtype] | str:
         given = x.dtype
-        if given not in check.DTYPES or (given != w.dtype and not autocast):
+        if given not in check.DTYPES or w.dtype not in check.DTYPES or (given != w.dtype and not autocast):
             return f"x is {given}, the base weight {w.dtype}"
         for name, adapter in adapters.items():
             dtype = adapter.a.dtype

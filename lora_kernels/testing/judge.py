@@ -1,9 +1,12 @@
 """The judge decides whether the numbers of a back-end are right.
 
-The truth is the equation in fp64. The tolerance comes from plain torch in the same dtype: a result may be about as far
-from the truth as plain torch is. The errors of plain torch on a few elements say little (on 9×8 elements those of MKL
-differ by a factor of 1.9 with the way the sum is written), so each element of a small result is held against the bound
-that follows from the number of roundings.
+The truth is the equation in fp64. The tolerance comes from plain torch in the same dtypes: a result may be about as far
+from the truth as plain torch is. Where the adapters are fp32 beside an x in 16 bits, plain torch computes the low-rank
+half in fp32, as PEFT does, so that their gradients are held against errors of fp32.
+
+The errors of plain torch on a few elements say little (on 9×8 elements those of MKL differ by a factor of 1.9 with the
+way the sum is written), so each element of a small result is held against the bound that follows from the number of
+roundings.
 
 The bench prints no number of a back-end whose results have not been judged right in the same run. The tests use the
 same judge.
@@ -155,7 +158,7 @@ def judge(
 ) -> list[Verdict]:
     """Return a verdict on every result in `got`; results that are None are left out.
 
-    A result must be as good as that of plain torch in the same dtype: its RMS error at most 1.25 × plain torch's, its
+    A result must be as good as that of plain torch in the same dtypes: its RMS error at most 1.25 × plain torch's, its
     largest error at most 2 × plain torch's largest + eps × the largest value. A result of fewer than `_ENOUGH`
     independent roundings (h and g have M·R elements, and dropout leaves a fraction 1 - p of x) is judged element by
     element: each must be within what rounding can do to it (Higham, Accuracy and Stability of Numerical Algorithms,
@@ -174,7 +177,7 @@ def judge(
         if fault := _unfit(value, want[name]):
             verdicts.append(Verdict(name, 0.0, 0.0, 0.0, 0.0, f"{name}: {fault}"))
         elif enough[name]:
-            verdicts.append(against_plain(name, value, want[name], plain[name], q.x.dtype))
+            verdicts.append(against_plain(name, value, want[name], plain[name]))
         else:
             verdicts.append(
                 against_bound(name, value, want[name], rounding_bound(name, q, want[name], magnitude[name]))
@@ -188,24 +191,26 @@ def _unfit(value: Tensor, exact: Tensor) -> str | None:
     return None if torch.isfinite(value).all() else "not finite"
 
 
-def against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> Verdict:
+def against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor) -> Verdict:
     """Return the verdict on a result with enough elements for statistics: its errors beside those of `plain`."""
-    errors = accuracy.errors_beside(value, exact, plain, dtype)
+    errors = accuracy.errors_beside(value, exact, plain)
     return Verdict(name, *errors, None if errors.fault is None else f"{name}: {errors.fault}")
 
 
 def rounding_bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
     """Return the largest error that rounding can cause in each element.
 
-    With u = eps / 2 it is the sum of: n·u of fp32 for a sum of n terms, and u of x's dtype for each of at most four
-    intermediate roundings (h or g, two scalings and a product; none for dbias), both times the sum of the terms'
-    magnitudes; the rounding of the result itself; and half a subnormal for each of these five.
+    With u = eps / 2 it is the sum of: n·u of fp32 for a sum of n terms, and u of the result's dtype for each of at most
+    four intermediate roundings (h or g, two scalings and a product; none for dbias), both times the sum of the terms'
+    magnitudes; the rounding of the result itself; and half a subnormal for each of these five. The result's dtype is
+    that of the adapters for their gradients, else that of x.
     """
     (M, K), (N, R) = q.x.shape, q.b.shape
     terms = {"y": K + R, "dx": N + R, "da": N + M, "db": K + M, "dbias": M}[name] + 8  # 8 for products and scalings
-    unit, own = (torch.finfo(dtype).eps / 2 for dtype in (torch.promote_types(q.x.dtype, torch.float32), q.x.dtype))
+    dtype = q.a.dtype if name in ("da", "db") else q.x.dtype
+    unit, own = (torch.finfo(each).eps / 2 for each in (torch.promote_types(dtype, torch.float32), dtype))
     relative = terms * unit + (4 * own if own > unit and name != "dbias" else 0.0)
-    return relative * magnitude + own * exact.abs() + 5 * own * torch.finfo(q.x.dtype).smallest_normal
+    return relative * magnitude + own * exact.abs() + 5 * own * torch.finfo(dtype).smallest_normal
 
 
 def against_bound(name: str, value: Tensor, exact: Tensor, bound: Tensor) -> Verdict:

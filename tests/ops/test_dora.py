@@ -94,7 +94,7 @@ def test_errors_are_no_larger_than_plain_torchs(dtypes, p, backend):
     m = magnitude(q)
     got, plain, want = run(q, m, backend=backend), plain_torch(q, m), truth(q, m)
     for name in NAMES:
-        verdict = judge.against_plain(name, got[name], want[name], plain[name], q.x.dtype)
+        verdict = judge.against_plain(name, got[name], want[name], plain[name])
         assert verdict.fault is None, verdict.fault
     assert got["da"].dtype == got["db"].dtype == got["dm"].dtype == dtypes[1]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_kernels import FusedLoRALinear, lora_linear
+from lora_kernels import FusedLoRALinear, dora_linear, lora_linear
+from lora_kernels.group import Layer, lora_linear_group
 
 
 def call(**changes):
@@ -62,6 +63,60 @@ BAD = [
 def test_bad_input_is_named(changes, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call(**changes)
+
+
+NO_WEIGHTS = (torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias", "magnitude", "scale", "weight_norm_sq"])
+@pytest.mark.parametrize("dtype", NO_WEIGHTS, ids=str)
+@pytest.mark.parametrize("function", ["lora_linear", "group", "dora_linear"])
+def test_autocast_makes_no_weights_of_what_is_no_floating_number(function, dtype, name):
+    given = {
+        "x": torch.randn(3, 8),
+        "weight": torch.randn(5, 8),
+        "lora_a": torch.randn(2, 8),
+        "lora_b": torch.randn(5, 2),
+        "scale": torch.ones(()),
+        "bias": torch.randn(5),
+        "magnitude": torch.ones(5),
+        "weight_norm_sq": torch.ones(5),
+    }
+    if function != "dora_linear" and name in ("magnitude", "weight_norm_sq"):
+        return
+    changed = given | {name: given[name].abs().clamp(max=1).mul(100).to(dtype)}
+    x, w, a, b, scale, bias, m, norm = changed.values()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises((TypeError, ValueError), match=str(dtype)):
+        if function == "lora_linear":
+            lora_linear(x, w, a, b, scale=scale, bias=bias)
+        elif function == "group":
+            lora_linear_group(x, [Layer(w, a, b, scale, bias)])
+        else:
+            dora_linear(x, w, a, b, m, scale=scale, bias=bias, weight_norm_sq=norm)
+
+
+def test_an_operator_refuses_dtypes_that_its_kernels_would_misread():
+    x, w, a, b, bias = (torch.randn(*size) for size in ((3, 8), (5, 8), (2, 8), (5, 2), (5,)))
+    ops, rest, codes = torch.ops.lora_kernels, (1.0, 0.0, None, None), w.to(torch.int8)
+    for changed in (
+        (x, w.half(), a, b, bias),
+        (x, w, a.half(), b, bias),
+        (x, w, a, b, bias.half()),
+        (x, codes, a, b, None),
+    ):
+        with pytest.raises(TypeError, match="one floating dtype"):
+            ops.forward(*changed, *rest, False)
+        *first, last = changed
+        rows, *layer = [[t] for t in first]
+        with pytest.raises(TypeError, match="one floating dtype"):
+            ops.forward_group(rows[0], *layer, [last], [1.0], [0.0], [None], None, [False])
+    h, dy = torch.randn(3, 2), torch.randn(3, 5)
+    with pytest.raises(TypeError, match=r"weight torch\.int8"):
+        ops.backward(dy, x, codes, a, b, h, *rest, True, True, True)
+    with pytest.raises(TypeError, match=r"weight torch\.int8"):
+        ops.backward_group([dy], x, [codes], [a], [b], [h], [1.0], [0.0], [None], None, True, [True], [True])
+    with pytest.raises(TypeError, match=r"weight torch\.float16"):
+        ops.base_gemm(x, w.half(), None)
 
 
 def test_good_input_passes():

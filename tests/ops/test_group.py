@@ -58,7 +58,7 @@ def judge_dx(dx: Tensor, qs: list[judge.Problem]) -> None:
     exact, eps = sum(want), torch.finfo(dx.dtype).eps
     if min(q.x.shape[0] * q.a.shape[0] * (1 - q.p) for q in qs) >= 1024:
         plain = sum(judge.evaluate(q)["dx"] for q in qs)
-        fault = judge.against_plain("dx", dx, exact, plain, dx.dtype).fault
+        fault = judge.against_plain("dx", dx, exact, plain).fault
     else:
         magnitudes = [judge.truth(q.absolute())["dx"] for q in qs]
         bound = sum(judge.rounding_bound("dx", q, w, m) + eps * m for q, w, m in zip(qs, want, magnitudes, strict=True))

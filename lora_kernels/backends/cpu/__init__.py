@@ -1,6 +1,6 @@
 """The CPU back-end. The low-rank half and its dropout are in csrc/cpu; the base GEMM is torch's or that of csrc/cpu.
 
-    h = c·(keep ⊙ x) aᵀ          y = x wᵀ, then y += s · h bᵀ + bias in place
+    h = c·(keep ⊙ x) aᵀ          y = x wᵀ + bias, then y += s · h bᵀ in place
     g = s · dy b                 dx = dy w, then dx += c · keep ⊙ (g a) in place
     da = c · gᵀ(keep ⊙ x)        db = s · dyᵀ h
 
@@ -10,6 +10,9 @@ exception: where x, a and b are bf16 and the processor multiplies bf16 (AVX512_B
 plain torch rounds them, and subnormals count as zero as in torch's own GEMM. The keep bits come from Philox inside the
 pass over x; no mask and no x̂ exist. Where x has few rows, x wᵀ is part of the same launch, and so is dy w where it
 is small. Nothing of size M×N or M×K is allocated beyond the results.
+
+In 16 bits the bias is added before x wᵀ is rounded, since the sum may fit where x wᵀ alone overflows. In fp32 it is
+added with s · h bᵀ, which saves torch's GEMM a pass over y.
 
 The kernels read operands with a stride between rows. An x, dy, a, b or h whose last stride is not 1 (a transposed view)
 is copied first; w may have any strides.
@@ -62,12 +65,15 @@ def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_
     hs: list[Tensor | None] = []
     for (a, *_), save in zip(adapters, save_h, strict=True):
         hs.append(a.new_empty(x.shape[0], a.shape[0]) if save else None)
-    ys, in_launch = [], []
-    for w, _ in bases:
-        y, launched = quant.start(x, w) if isinstance(w, QuantizedWeight) else gemm.start(x, w)
+    ys, rest, in_launch = [], [], []
+    for base in bases:
+        w, bias = base
+        early = bias if x.dtype != torch.float32 else None
+        y, launched = quant.start(x, w, early) if isinstance(w, QuantizedWeight) else gemm.start(x, w, early)
         ys.append(y)
+        rest.append(base if launched or early is None else Base(w))
         in_launch.append(launched)
-    _C.forward(torch.get_num_threads(), x, bases, adapters, ys, hs, in_launch)
+    _C.forward(torch.get_num_threads(), x, rest, adapters, ys, hs, in_launch)
     return ys, hs
 
 

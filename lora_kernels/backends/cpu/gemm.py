@@ -60,11 +60,11 @@ def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     return _torch(x, w, out)
 
 
-def start(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
-    """Return (y, in_launch).
+def start(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, bool]:
+    """Return (y, in_launch). A bias may be given for an x in 16 bits only.
 
-    Where `in_launch` is False, y [M, N] is x wᵀ. Where it is True, y is not yet written, and `_C.forward` computes x wᵀ
-    in its launch: for a small product, and for few rows of x where our own GEMM is chosen.
+    Where `in_launch` is False, y [M, N] is x wᵀ + bias, rounded once. Where it is True, y is not yet written, and
+    `_C.forward` computes that in its launch: for a small product, and for few rows of x where our own GEMM is chosen.
     """
     M, size, transposed = x.shape[0], w.numel(), w.stride()[1] != 1
     few = M <= _C.FEW_ROWS and not transposed
@@ -72,8 +72,8 @@ def start(x: Tensor, w: Tensor) -> tuple[Tensor, bool]:
         return x.new_empty(M, w.shape[0]), True
     served = M and size and (few or _C.has_gemm(x.dtype))
     if not served or chosen(_RACE, DTYPES[x.dtype], M, size, transposed, x, w) == "torch":
-        return F.linear(x, w), False
-    return (x.new_empty(M, w.shape[0]), True) if few else (own(x, w), False)
+        return F.linear(x, w, bias), False
+    return (x.new_empty(M, w.shape[0]), True) if few else (own(x, w, bias=bias), False)
 
 
 def is_small_backward(dy: Tensor, w: Tensor) -> bool:
@@ -81,13 +81,13 @@ def is_small_backward(dy: Tensor, w: Tensor) -> bool:
     return w.stride()[1] == 1 and _C.is_small(dy.shape[0], *w.shape)
 
 
-def own(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return what `base_gemm` returns, from csrc/cpu/gemm.cpp.
+def own(x: Tensor, w: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Return what `base_gemm` returns, from csrc/cpu/gemm.cpp; or x wᵀ + bias, for an x in 16 bits without `out`.
 
-    x has a dtype of `_C.has_gemm`; or, without `out`, at most `_C.FEW_ROWS` rows beside a w whose last stride is 1.
+    x has a dtype of `_C.has_gemm`; or, without both, at most `_C.FEW_ROWS` rows beside a w whose last stride is 1.
     """
     y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
-    _C.gemm(torch.get_num_threads(), x, w, y, out is not None)
+    _C.gemm(torch.get_num_threads(), x, w, y, out is not None, bias)
     return y
 
 

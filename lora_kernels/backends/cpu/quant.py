@@ -26,8 +26,9 @@ for _format, _levels in quant_tables.LEVELS.items():
     _C.set_levels(_format, _levels)
 
 
-def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> Tensor:
-    """Return x Wᵀ [M, N], or x W [M, K] where `transposed`, new and contiguous.
+def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False, bias: Tensor | None = None) -> Tensor:
+    """Return x Wᵀ [M, N], or x W [M, K] where `transposed`, new and contiguous. A bias may be given for an x in 16 bits
+    of more than `_C.FEW_ROWS` rows; the sum is rounded once.
 
     x [M, .] is fp32, bf16 or fp16, and its last stride is 1.
     """
@@ -38,23 +39,23 @@ def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False) -> T
     if M <= _C.FEW_ROWS and not transposed:
         _own(x, w, transposed, y)
     elif not _C.has_gemm(x.dtype):
-        _by_blocks(x, w, transposed, y)
+        _by_blocks(x, w, transposed, y, bias)
     else:
         kind = f"{w.format} {DTYPES[x.dtype]}"
-        getattr(_RACE, chosen(_RACE, kind, M, N * K, transposed, x, w, transposed, y))(x, w, transposed, y)
+        getattr(_RACE, chosen(_RACE, kind, M, N * K, transposed, x, w, transposed, y))(x, w, transposed, y, bias)
     return y
 
 
-def start(x: Tensor, w: QuantizedWeight) -> tuple[Tensor, bool]:
-    """Return (y, in_launch).
+def start(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> tuple[Tensor, bool]:
+    """Return (y, in_launch). A bias may be given for an x in 16 bits only.
 
-    Where `in_launch` is False, y [M, N] is x Wᵀ. Where it is True, y is not yet written, and `_C.forward` computes x Wᵀ
-    in its launch: where x has few rows.
+    Where `in_launch` is False, y [M, N] is x Wᵀ + bias, rounded once. Where it is True, y is not yet written, and
+    `_C.forward` computes that in its launch: where x has few rows.
     """
     M, (N, K) = x.shape[0], w.shape
     if M * N * K and M <= _C.FEW_ROWS:
         return x.new_empty(M, N), True
-    return quantized_gemm(x, w), False
+    return quantized_gemm(x, w, bias=bias), False
 
 
 def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tensor) -> Tensor:
@@ -65,13 +66,14 @@ def dequantize(w: QuantizedWeight, n0: int, n1: int, k0: int, k1: int, out: Tens
     return block
 
 
-def _own(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> None:
-    """Write the product to y, with csrc/cpu/quant.cpp. x has a dtype of `_C.has_gemm`, or few rows of any dtype."""
-    _C.quantized_gemm(torch.get_num_threads(), x, w, transposed, y)
+def _own(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor, bias: Tensor | None = None) -> None:
+    """Write the product to y, plus the bias, with csrc/cpu/quant.cpp. x has a dtype of `_C.has_gemm`, or few rows of
+    any dtype."""
+    _C.quantized_gemm(torch.get_num_threads(), x, w, transposed, y, bias)
 
 
-def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> None:
-    """Write the product to y, a few columns at a time, with torch's GEMM."""
+def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor, bias: Tensor | None = None) -> None:
+    """Write the product to y, plus the bias, a few columns at a time, with torch's GEMM."""
     N, K = w.shape
     inner, outer = (N, K) if transposed else (K, N)
     step = min(outer, max(16, _BLOCK_BYTES // (inner * x.element_size()) // 16 * 16))
@@ -82,7 +84,10 @@ def _by_blocks(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> No
             block = dequantize(w, 0, N, first, last, room)
         else:
             block = dequantize(w, first, last, 0, K, room).t()
-        torch.mm(x, block, out=y[:, first:last])
+        if bias is None:
+            torch.mm(x, block, out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last], x, block, out=y[:, first:last])
 
 
 _RACE = Race(_by_blocks, _own, 1.05)

@@ -58,7 +58,7 @@ def check(qs: list[judging.Problem], needs: Needs, ys, dx, das, dbs) -> None:
         plain = [judging.evaluate(q)["dx"] for q in qs]
         for each in plain[1:]:
             plain[0] += each
-        assert accuracy.errors_beside(dx, exact, plain[0], dx.dtype).fault is None
+        assert accuracy.errors_beside(dx, exact, plain[0]).fault is None
 
 
 @pytest.mark.parametrize("layers", [QKV, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["qkv", "mixed"])

@@ -68,11 +68,11 @@ def test_operands_of_any_strides_give_the_bits_of_contiguous_ones(dtype: torch.d
 def test_the_boundary_refuses_what_the_kernels_cannot_address() -> None:
     x, w = torch.randn(3, 8), torch.randn(4, 8)
     with pytest.raises(ValueError, match="last stride is 1, got 3"):
-        _C.gemm(1, x, w, torch.empty(4, 3).t(), False)
+        _C.gemm(1, x, w, torch.empty(4, 3).t(), False, None)
     with pytest.raises(TypeError, match=r"float32, bfloat16 and float16, not torch\.float64"):
-        _C.gemm(1, x.double(), w.double(), torch.empty(3, 4).double(), False)
+        _C.gemm(1, x.double(), w.double(), torch.empty(3, 4).double(), False, None)
     with pytest.raises(ValueError, match="one or two dimensions, got 3"):
-        _C.gemm(1, x[None], w, torch.empty(3, 4), False)
+        _C.gemm(1, x[None], w, torch.empty(3, 4), False, None)
     adapter = Adapter(torch.randn(2, 8), torch.randn(4, 2), 1.0)
     one, many = [torch.zeros(3, 4)], [torch.zeros(3, 4)] * 2
     for ys, hs in ((one, []), (many, [None])):
@@ -92,7 +92,7 @@ def test_the_boundary_refuses_operands_without_memory() -> None:
     adapter = Adapter(torch.randn(2, 8), torch.randn(4, 2), 1.0)
     for operands in ((x.to("meta"), w, y), (x, w.to("meta"), y), (x, w, y.to("meta"))):
         with pytest.raises(ValueError, match="meta device"):
-            _C.gemm(1, *operands, False)
+            _C.gemm(1, *operands, False, None)
     with pytest.raises(ValueError, match="no element"):
         _C.keep_mask(1, 0.5, torch.empty(0, dtype=torch.int64), torch.empty(3, 8))
     with pytest.raises(TypeError, match="needs x"):

@@ -114,7 +114,7 @@ def close(got: Tensor, bound: Bound, through_bf16: bool = False) -> None:
 
 
 def gemm(x: Tensor, w: Tensor, y: Tensor, threads: int = 2, add: bool = False) -> Tensor:
-    _C.gemm(threads, x, w, y, add)
+    _C.gemm(threads, x, w, y, add, None)
     return y
 
 
