@@ -9,25 +9,29 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kStrip = 128;  // rows of w per task of few rows of x; a divisor of kFp8Block
+constexpr i64 kStrip = 128;  // rows of w per task of few rows of x
 constexpr i64 kDepth = 1024;     // columns of decoded rows per product
-constexpr i64 kDecodeRows = 32;  // rows that are decoded together: a divisor of kFp8Block, a multiple of Gemm::width
+constexpr i64 kDecodeRows = 32;  // rows that are decoded together: a multiple of Gemm::width
 
 float scale_of(const Quantized& w, i64 i) {
   if (!w.table) return static_cast<const float*>(w.scales)[i];
   return w.table[static_cast<const uint8_t*>(w.scales)[i]] * w.absmax[i / kNested] + w.offset;
 }
 
-const float* fp8_scales(const Quantized& w, i64 n) {
-  const i64 row = w.scale_rows == 1 ? 0 : w.scale_rows == w.N && w.scale_cols == 1 ? n : n / kFp8Block;
-  return static_cast<const float*>(w.scales) + row * w.scale_cols;
-}
-
-// The scales of rows of w, one to every `segment` columns.
+// The scales of `rows` rows of w, one to every `segment` columns.
 struct Strip {
   const float* scales;
-  i64 lds, segment;
+  i64 lds, segment, rows;
 };
+
+// The scales of rows n0 and the next n - 1 of fp8; of fewer rows where a block of rows ends before.
+Strip fp8_strip(const Quantized& w, i64 n0, i64 n) {
+  const float* const scales = static_cast<const float*>(w.scales);
+  const i64 segment = w.scale_cols == 1 ? w.K : kFp8Block;
+  if (w.scale_rows == 1) return {scales, 0, segment, n};
+  if (w.scale_rows == w.N && w.scale_cols == 1) return {scales + n0, 1, segment, n};
+  return {scales + n0 / kFp8Block * w.scale_cols, 0, segment, std::min(n, kFp8Block - n0 % kFp8Block)};
+}
 
 // Whether every row of w consists of whole blocks, or every block of whole rows.
 bool has_segments(const Quantized& w) {
@@ -37,30 +41,36 @@ bool has_segments(const Quantized& w) {
 // The number of scales that strip_of may write for a row.
 i64 segments(const Quantized& w) { return w.four_bits() && w.K % w.blocksize == 0 ? w.K / w.blocksize : 1; }
 
-// The scales of n rows of a w that has segments. `room` holds n * segments(w) floats. Rows of fp8 lie in one block.
+// The scales of n rows of a w that has segments, or of the first of them. `room` holds n * segments(w) floats.
 Strip strip_of(const Quantized& w, i64 n0, i64 n, float* room) {
   const float* const scales = static_cast<const float*>(w.scales);
-  if (w.format == Format::int8) return {scales + n0, 1, w.K};
-  if (w.format == Format::fp8)
-    return {fp8_scales(w, n0), w.scale_rows == w.N && w.scale_cols == 1 ? 1 : 0, w.scale_cols == 1 ? w.K : kFp8Block};
+  if (w.format == Format::int8) return {scales + n0, 1, w.K, n};
+  if (w.format == Format::fp8) return fp8_strip(w, n0, n);
   const i64 S = segments(w);
   if (S * w.blocksize != w.K) {
     for (i64 i = 0; i < n; ++i) room[i] = scale_of(w, (n0 + i) * w.K / w.blocksize);
-    return {room, 1, w.K};
+    return {room, 1, w.K, n};
   }
-  if (!w.table) return {scales + n0 * S, S, w.blocksize};
+  if (!w.table) return {scales + n0 * S, S, w.blocksize, n};
   kernels().quant_scales(static_cast<const uint8_t*>(w.scales), n0 * S, n * S, w.table, w.absmax, w.offset, room);
-  return {room, S, w.blocksize};
+  return {room, S, w.blocksize, n};
 }
 
-QuantRows part(const Quantized& w, const Strip& s, i64 n0, i64 rows) {
-  return {w.format, w.codes + n0 * w.row_bytes(), w.row_bytes(), w.levels, s.scales, s.lds, s.segment, rows, w.K};
+QuantRows part(const Quantized& w, const Strip& s, i64 n0) {
+  return {w.format, w.codes + n0 * w.row_bytes(), w.row_bytes(), w.levels, s.scales, s.lds, s.segment, s.rows, w.K};
 }
 
 // Write w[n0.., k0..] to `out`, as rows of `cols` operands of `g`. `room` is memory for strip_of.
 void decode_rows(const Gemm& g, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, float* room, void* out) {
   const i64 size = static_cast<i64>(sizeof(float)) / g.pair;
-  if (has_segments(w)) return g.decode(part(w, strip_of(w, n0, rows, room), n0, rows), k0, cols, out);
+  if (has_segments(w)) {
+    for (i64 i = 0, some; i < rows; i += some) {
+      const Strip strip = strip_of(w, n0 + i, rows - i, room);
+      some = strip.rows;
+      g.decode(part(w, strip, n0 + i), k0, cols, static_cast<char*>(out) + i * cols * size);
+    }
+    return;
+  }
   for (i64 i = 0; i < rows; ++i) {
     const i64 first = (n0 + i) * w.K + k0, last = first + cols;  // positions in row-major w, which has the blocks
     for (i64 j = first, end; j < last; j = end) {
@@ -114,12 +124,15 @@ class Codes : public FewRows {
   // out[i, m], from the codes in registers
   void dot_codes(i64 n0, i64 n, float* room, Sums out) const {
     const auto dot = pairs_ ? pairs_->dot : kernels().quant_dot;
-    const Strip strip = strip_of(w_, n0, n, room);
-    const QuantRows rows = part(w_, strip, n0, n);
-    for (i64 i = 0; i < n; i += kQuantRows) {
-      for (i64 j = 0; j < kQuantRows * strip.lds; j += 16)  // the scales of the rows after the next
-        __builtin_prefetch(strip.scales + (i + 2 * kQuantRows) * strip.lds + j);
-      dot(rows.part(i, kQuantRows), {X_, ldx_}, M_, out.at(i, 0));
+    for (i64 first = 0; first < n;) {
+      const Strip strip = strip_of(w_, n0 + first, n - first, room);
+      const QuantRows rows = part(w_, strip, n0 + first);
+      for (i64 i = 0; i < strip.rows; i += kQuantRows) {
+        for (i64 j = 0; j < kQuantRows * strip.lds; j += 16)  // the scales of the rows after the next
+          __builtin_prefetch(strip.scales + (i + 2 * kQuantRows) * strip.lds + j);
+        dot(rows.part(i, kQuantRows), {X_, ldx_}, M_, out.at(first + i, 0));
+      }
+      first += strip.rows;
     }
   }
   // out[i, m], from a few rows of w that are decoded at a time, where blocks straddle rows

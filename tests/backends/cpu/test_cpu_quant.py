@@ -75,6 +75,24 @@ def test_products_are_within_what_rounding_can_do(name, transposed, isa):
                     judge(fill(cpu_quant._by_blocks, x, q, transposed), x, W)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_row_takes_the_scale_of_its_own_block(threads, isa):
+    """The rows that are decoded together begin anywhere in a block of fp8, as the threads share the columns of y."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for N, K in ((1023, 7), (560, 130)):
+            w = torch.randn(N, K) * torch.logspace(-2, 1, N)[:, None]
+            q = quantize_weight(w, "fp8", scaling="block")
+            W = q.dequantize(torch.float32)
+            for M in (5, 40):
+                x, dy = torch.randn(M, K), torch.randn(M, N)
+                judge(own(x, q, False), x, W.t())
+                judge(own(dy, q, True), dy, W)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_dequantising_gives_the_same_bits_as_in_torch(name, isa):
     for N, K in SHAPES:
