@@ -83,11 +83,19 @@ class AdapterLinear(nn.Module):
         """Return the stored weight, or the codes of a quantised one, and the bias."""
         raise NotImplementedError
 
-    def _warn_if_trained(self, lora_a: Tensor) -> None:
-        """Warn in the forward of a merged module if its adapter would be trained were it not merged."""
+    def _check_merged(self, lora_a: Tensor) -> None:
+        """Warn in the forward of a merged module if its adapter would be trained were it not merged. Raise ValueError
+        where accelerate has offloaded the merged module: it keeps the weights of ``state_dict``, which is W."""
         if self.training and lora_a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(
                 f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
+            )
+        hook = self.__dict__.get("_hf_hook")
+        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+            raise ValueError(
+                f"this {type(self).__name__} was merged when accelerate offloaded it, and accelerate has kept the weight "
+                "without the adapter. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) and unmerge(), "
+                "then offload the model"
             )
 
     def reset_adapter(self) -> None:

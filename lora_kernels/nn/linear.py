@@ -206,7 +206,7 @@ class FusedLoRALinear(AdapterLinear):
         Raises what `lora_linear` raises."""
         weight, bias, a, b = self._parts()
         if self._base is not None:
-            self._warn_if_trained(a)
+            self._check_merged(a)
             return F.linear(input, weight, bias)
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
@@ -254,8 +254,15 @@ class FusedLoRALinear(AdapterLinear):
         self.lora_magnitude_vector.copy_(self._weight_norm())
 
     def _weight_norm(self) -> Tensor:
-        """Return ‖W + s·B A‖, the magnitude with which d = 1."""
-        return weight_norm(self.weight, self.lora_A, self.lora_B, float(self.scaling), self.lora_magnitude_vector)
+        """Return ‖W + s·B A‖, the magnitude with which d = 1. Under FSDP2 it is sharded as m is, and every process must
+        make this call, which gathers W."""
+        w, a, b, m = self.weight, self.lora_A, self.lora_B, self.lora_magnitude_vector
+        if not hasattr(m, "placements"):
+            return weight_norm(w, a, b, float(self.scaling), m)
+        from torch.distributed.tensor import distribute_tensor  # heavy to import, and loaded already where m is sharded
+
+        w, a, b = (cast(Any, t).full_tensor() for t in (w, a, b))
+        return distribute_tensor(weight_norm(w, a, b, float(self.scaling), m), m.device_mesh, m.placements)
 
     @torch.inference_mode(False)  # what is made in inference mode could not be trained later
     @torch.no_grad()
@@ -352,10 +359,10 @@ class FusedLoRALinear(AdapterLinear):
             self._keep_base(self._parameters.pop("_base"))
         return self
 
-    def _magnitude_is_new(self) -> bool:
-        """Return whether m is the norm, or the NaN that it is after ``to_empty``."""
+    def _magnitude_is_new(self, or_norm: bool) -> bool:
+        """Return whether m is NaN, as it is after ``to_empty``, or with `or_norm` the norm."""
         m = self.lora_magnitude_vector
-        return bool(m.isnan().all()) or torch.equal(m, self._weight_norm())
+        return bool(m.isnan().all()) or (or_norm and torch.equal(m, self._weight_norm()))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -371,7 +378,7 @@ class FusedLoRALinear(AdapterLinear):
         plain = not any(key in state_dict for key in keys)  # the state_dict of an nn.Linear, which has no adapter
         merged = self.merged
         self.unmerge()
-        follows = self.use_dora and plain and not self.weight.is_meta and self._magnitude_is_new()
+        follows = self.use_dora and not self.weight.is_meta and self._magnitude_is_new(plain)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
@@ -382,7 +389,7 @@ class FusedLoRALinear(AdapterLinear):
                         empty = torch.empty_like(old := getattr(self, name), device=device)
                         setattr(self, name, nn.Parameter(empty, requires_grad=old.requires_grad))
                 self.reset_adapter()
-        if follows:
+        if follows and (plain or self._magnitude_is_new(False)):  # FSDP2 loads missing values from the module itself
             self._reset_magnitude()
         if merged:
             self.merge()

@@ -175,13 +175,21 @@ class QuantizedLoRALinear(FusedLoRALinear):
         codes, bias, a, b = self._parts()
         w = self._assembled(codes)
         if self._unmerged is not None:
-            self._warn_if_trained(a)
+            self._check_merged(a)
             return quantized_linear(input, w, bias, self.backend)
         p = self.lora_dropout if self.training else 0.0
         return lora_linear(input, w, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
 
+    def _refuse_sharded_codes(self) -> None:
+        if hasattr(self.weight_codes, "placements"):
+            raise ValueError(
+                f"the codes of this {type(self).__name__} are sharded, and a dense weight cannot be quantised into them: "
+                "load it before fully_shard, or load the state of a quantised model"
+            )
+
     @torch.no_grad()
     def _reset_base(self) -> None:
+        self._refuse_sharded_codes()
         made = nn.Linear(
             self.in_features,
             self.out_features,
@@ -332,6 +340,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
             state_dict = state_dict | {prefix + name: state_dict[prefix + name].contiguous() for name in names}
         elif weight is not None and weight.is_floating_point() and weight.shape == mine.shape:
             here = self.weight_codes.device
+            self._refuse_sharded_codes()
             with torch.inference_mode(False):
                 q = quantize_like(weight if here.type == "meta" else weight.to(here), mine)
             state_dict = {k: t for k, t in state_dict.items() if k != prefix + "weight"}
