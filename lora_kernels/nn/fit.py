@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def why_not(module: nn.Module, in_place: bool) -> str:
@@ -60,7 +61,9 @@ def _why_not_in_place(module: nn.Module) -> str:
             "code than its forward"
         )
     if type(module.weight) is not nn.Parameter:
-        return f"its weight is a {type(module.weight).__name__}, not a plain Parameter"
+        return (
+            _why_not_tensor(module.weight) or f"its weight is a {type(module.weight).__name__}, not a plain Parameter"
+        )
     return ""
 
 
@@ -69,7 +72,8 @@ def _why_not_on_its_own(module: nn.Module) -> str:
     if hasattr(module, "lora_A"):
         return f"this {kind.__name__} has an adapter, which would be lost: merge it first, with to_linear() for example"
     if getattr(kind, "forward", None) is not nn.Linear.forward:
-        return f"it must be an nn.Linear, and is a {kind.__name__} with a forward of its own"
+        name = f"{kind.__module__}.{kind.__name__}" if kind.__name__ == "Linear" else kind.__name__
+        return f"it must be an nn.Linear, and is a {name} with a forward of its own"
     if not isinstance(module.weight, nn.Parameter):
         return (
             "the weight of this nn.Linear is parametrised or pruned: make it plain first, with "
@@ -77,4 +81,16 @@ def _why_not_on_its_own(module: nn.Module) -> str:
         )
     if nn.parameter.is_lazy(module.weight):
         return f"this {kind.__name__} does not know its size yet: call the model once first"
-    return ""
+    return _why_not_tensor(module.weight)
+
+
+def _why_not_tensor(weight: Tensor) -> str:
+    """Return why the kernels cannot read the memory of a weight: it is made of other tensors, as torchao's quantised
+    and DTensor's sharded weights are."""
+    if not is_traceable_wrapper_subclass(weight):
+        return ""
+    return (
+        f"its weight is a {type(weight).__name__}, which holds other tensors and not W itself: start from the dense and "
+        'whole nn.Linear, with quant="nf4", "fp4", "int8" or "fp8" for a weight in 4 or 8 bits, or take PEFT\'s '
+        "get_peft_model, which serves torchao's weights"
+    )

@@ -43,7 +43,8 @@ def reading(parent: nn.Module, name: str) -> Reading | None:
     fused function where its kernel serves, so that what they may read counts as read always.
     """
     kind: Any = type(parent)
-    found = _readings(kind).get(name)
+    own: Any = parent.__dict__.get("forward")  # a patch of this one module
+    found = _readings(kind, getattr(own, "__func__", own)).get(name)
     if found is not None and not found.always and isinstance(getattr(parent, "A_log", None), nn.Parameter):
         return found._replace(always=True)
     return found
@@ -79,13 +80,13 @@ _FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
 """Modules with a path for inference, and the attribute and its value that switch this path off."""
 
 
-@functools.cache  # a class does not change its source
-def _readings(kind: type[nn.Module]) -> dict[str, Reading]:
+@functools.cache  # neither a class nor a function changes its source
+def _readings(kind: type[nn.Module], forward: Callable[..., Any] | None) -> dict[str, Reading]:
     if kind is nn.TransformerEncoderLayer:  # `close_fast_paths` makes it call what it would read
         return {}
     read: dict[str, str] = {}
     used: set[str] = set()
-    for owner, function in _methods_of_forward(kind):
+    for owner, function in _methods_of_forward(kind, forward):
         for node, parent in _attributes_of_self(function):
             if not isinstance(parent, ast.Attribute):
                 if not _is_asked_about(parent):
@@ -95,14 +96,19 @@ def _readings(kind: type[nn.Module]) -> dict[str, Reading]:
     return {name: Reading(method, name not in used) for name, method in read.items()}
 
 
-def _methods_of_forward(kind: type[nn.Module]) -> Iterator[tuple[type, ast.FunctionDef]]:
-    """Yield forward and every method that it calls on self, in classes that are not torch's Module itself, with parents
-    noted in the tree."""
+def _methods_of_forward(
+    kind: type[nn.Module], forward: Callable[..., Any] | None
+) -> Iterator[tuple[type, ast.FunctionDef]]:
+    """Yield `forward`, or the class's, and every method that it calls on self, in classes that are not torch's Module
+    itself, with parents noted in the tree."""
     todo, seen = ["forward"], {"forward"}
     while todo:
         name = todo.pop()
         owner = next((each for each in kind.__mro__ if name in each.__dict__), nn.Module)
-        if owner in (nn.Module, object) or (function := _source(owner, name)) is None:
+        method = owner.__dict__.get(name)
+        if name == "forward" and forward is not None:
+            owner, method = kind, forward
+        if owner in (nn.Module, object) or (function := _source(method)) is None:
             continue
         for node in ast.walk(function):
             for child in ast.iter_child_nodes(node):
@@ -115,9 +121,9 @@ def _methods_of_forward(kind: type[nn.Module]) -> Iterator[tuple[type, ast.Funct
         yield owner, function
 
 
-def _source(owner: type, name: str) -> ast.FunctionDef | None:
+def _source(method: Any) -> ast.FunctionDef | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(owner.__dict__[name]))))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(method))))
     except (OSError, TypeError, SyntaxError):  # built in, made by exec, or no function at all
         return None
     first = tree.body[0]

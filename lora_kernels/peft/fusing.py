@@ -61,7 +61,8 @@ def fuse(
 
     Args:
         model: a PeftModel, or any module with PEFT's LoRA layers inside.
-        strict: whether to raise, with nothing changed, where a layer or an adapter cannot be fused.
+        strict: whether to raise, with nothing changed, where a layer or an adapter cannot be fused, or the model has no
+            LoRA layer.
         backend: the name of a back-end, which then serves every call or raises; None for the automatic choice.
         group: the layers that read the same x and are computed by one call, each with its own dropout mask. True stands
             for the names in `lora_kernels.peft.groups.FAMILIES` (q/k/v and gate/up of Llama, Qwen, Mistral, Gemma;
@@ -81,8 +82,8 @@ def fuse(
     The path for inference of ``nn.TransformerEncoderLayer``, which does so, is switched off.
 
     Raises:
-        RuntimeError: with `strict`, where a layer or an adapter cannot be fused, or `verify` finds a layer that is not
-            computed by its fused forward. The text holds the report.
+        RuntimeError: with `strict`, where a layer or an adapter cannot be fused, there is none, or `verify` finds a
+            layer that is not computed by its fused forward. The text holds the report.
         ValueError: for an unknown back-end, or names in `group` that the model does not have; nothing is changed. For
             `verify` as in `FuseReport.verify`, and whatever the forward raises; no layer is fused then that was not
             before.
@@ -120,6 +121,8 @@ def fuse(
             fused[path] = f"{layer.in_features}→{layer.out_features}{kind.base_note(layer)}, {ranks}{doubt}"
             found = [serving.call_of_layer(base[0], each) for each in adapters if not isinstance(each, str)]
             calls += filter(None, found)
+    if strict and not fused and not not_fused:
+        raise RuntimeError("fuse(strict=True) found no LoRA layer of PEFT in this model")
     if strict and not_fused:
         raise RuntimeError(
             "fuse(strict=True) found LoRA layers that cannot be fused; nothing was changed.\n"

@@ -32,7 +32,7 @@ class FuseReport:
     """The forwards of the fused layers, where the choice of a back-end depends on evidence about the device."""
     backend: str | None = None
     """The back-end that `fuse` was asked for."""
-    layers: Mapping[str, weakref.ref[Fused]] = field(default_factory=dict, repr=False, compare=False)
+    layers: Mapping[str, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False, compare=False)
     """The layers of `fused`, whose counters ``str()`` reads. They are not kept alive."""
 
     def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> FuseReport:
@@ -56,14 +56,15 @@ class FuseReport:
         return replace(self, fused=fused, not_fused=self.not_fused | over)
 
     def __str__(self) -> str:
-        calls = {name: layer for name, ref in self.layers.items() if isinstance(layer := ref(), Fused)}
+        alive = {name: layer for name, ref in self.layers.items() if (layer := ref()) is not None}
+        calls = {name: layer for name, layer in alive.items() if isinstance(layer, Fused)}
         ran = any(layer.fused_calls or layer.passed_over for layer in calls.values())
         rows, idle = [], 0
         for name, what in self.fused.items():
             since = _since(calls[name]) if ran and name in calls else ""
             idle += bool(since)
-            if name in self.layers and name not in calls:
-                since = ", but no longer"
+            if name in alive and name not in calls:
+                since = ", but no longer: unfuse was called"
             rows.append((name, "fused", what + since))
         rows += [(name, "not fused", why) for name, why in self.not_fused.items()]
         head = f"{len(self.fused)} of {len(rows)} LoRA layers fused"
