@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_kernels.models import patterns
 from lora_kernels.models.names import bare, plain_names, plain_rules
-from lora_kernels.models.targets import Rules, by_pattern, expressions_of, matches, some
+from lora_kernels.models.targets import Rules, by_pattern, expressions_of, is_literal, matches, some
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
 
@@ -209,15 +209,15 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
 
 def _check_numbers(config: dict[str, Any], path: Path) -> None:
     """Raise ValueError for an r, an alpha or a dropout that no layer can have."""
+    r, alpha, dropout = config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for r in (config.get("r", 8), *ranks.values()):
-        for alpha in (config.get("lora_alpha", 8), *alphas.values()):
-            try:
-                LoRASettings(r, alpha, config.get("lora_dropout", 0.0)).check()
-                if r >= 1 << 31:
-                    raise ValueError(f"r is {r}")
-            except (ValueError, OverflowError) as error:  # an integer may be too large for a float
-                raise ValueError(f"{path}: {error}") from None
+    for one in {(r, alpha), *((each, alpha) for each in ranks.values()), *((r, each) for each in alphas.values())}:
+        try:
+            LoRASettings(*one, dropout).check()
+            if one[0] >= 1 << 31:
+                raise ValueError(f"r is {one[0]}")
+        except (ValueError, OverflowError) as error:  # an integer may be too large for a float
+            raise ValueError(f"{path}: {error}") from None
 
 
 def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str, Any]:
@@ -264,7 +264,6 @@ def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
     layers only, and otherwise regular expressions for whole names."""
     # The first key that matches counts. The file's keys are sorted, so the test must try them in that order.
     plain = {name: value for name, value in sorted(values.items()) if value != default}
-    literal = all(re.fullmatch(r"[\w.]+", name) for name in plain)
-    if literal and all(by_pattern(plain, name, default) == value for name, value in values.items()):
+    if all(map(is_literal, plain)) and all(by_pattern(plain, name, default) == value for name, value in values.items()):
         return plain
     return {"^" + re.escape(name): value for name, value in plain.items()}

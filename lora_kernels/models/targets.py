@@ -204,8 +204,27 @@ _END = r"(.*\.)?({})$"
 _BLOCK = r".*\.{}\.(\d+)\."
 
 
+def is_literal(pattern: str) -> bool:
+    """Return whether a regular expression consists of word characters and dots, so that it matches its own length."""
+    return _LITERAL.fullmatch(pattern) is not None
+
+
+_LITERAL = re.compile(r"[\w.]+")
+
+
 def _key(pattern: Iterable[str], *names: str) -> str | None:
-    return next((key for key in pattern if any(_compiled(_END.format(key)).match(name) for name in names)), None)
+    return next((key for key in pattern if any(_at_end(key, name) for name in names)), None)
+
+
+def _at_end(key: str, name: str) -> bool:
+    """Return whether `key` matches a name, or its end after a dot."""
+    if not is_literal(key):
+        return _compiled(_END.format(key)).match(name) is not None
+    # To compile a pattern takes longer than this, and a rank_pattern may have one for each layer.
+    start = len(name) - len(key)
+    if start < 0 or (start and name[start - 1] != "."):
+        return False
+    return name.endswith(key) or all(k in (c, ".") for k, c in zip(key, name[start:], strict=True))
 
 
 # The module re keeps 512 patterns, and would compile each of more of them again for every layer.
