@@ -3,6 +3,7 @@
     forward     h = c · (keep ⊙ x) aᵀ                          one pass over x, in parts of K
                 y₀ = bias + s · h bᵀ                            adds the parts and writes y₀
                 y = y₀ + x wᵀ                                   ``addmm_``
+    in fp16     y₁ = x wᵀ + bias, then y = y₁ + s · h bᵀ        since bias + s · h bᵀ may not fit where y does
     backward    g = s · dy b, db = s · dyᵀ h                    one pass over dy, and the sums of its parts
                 dx₀ = c · keep ⊙ (g a), da = c · gᵀ(keep ⊙ x)   one pass over x, and the sums of its parts
                 dx = dx₀ + dy w                                 ``addmm_``
@@ -16,8 +17,10 @@ half of a backward, and dx₀ is written once. A list is served in pieces where 
 number of layers times the largest BLOCK_R is above `tiles.max_rank_of_list`, or where the layers are asked for
 different gradients.
 
-Operands may have any strides. Where the adapters are fp32 beside an x in 16 bits, h and g stay in fp32. A quantised w
-is dequantised by one more launch, for the length of the call; a backward without dx skips it.
+Operands may have any strides. Where the adapters are fp32 beside an x in 16 bits, h and g stay in fp32. They and the
+gradients of a and b come from products of fp32, as in PEFT, in the precision of
+``torch.get_float32_matmul_precision()``. A quantised w is dequantised by one more launch, for the length of the call; a
+backward without dx skips it.
 """
 
 from __future__ import annotations
@@ -85,14 +88,16 @@ def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_
     ys: list[Tensor] = []
     hs: list[Tensor | None] = []
     with target.guard():
-        for (_, b, *_), save in zip(adapters, save_h, strict=True):
+        gemm_first = x.dtype == torch.float16
+        for (w, bias), (_, b, *_), save in zip(bases, adapters, save_h, strict=True):
             N, R = b.shape
-            ys.append(x.new_empty(M, N))
+            ys.append(F.linear(x, _dense(w, x.dtype), bias) if gemm_first else x.new_empty(M, N))
             hs.append(b.new_empty(M, R) if save else None)
-        for piece in _pieces(target, x.dtype, adapters):
-            forward_pass.low_rank(target.gpu, x, bases[piece], adapters[piece], ys[piece], hs[piece])
-        for y, (w, _) in zip(ys, bases, strict=True):
-            y.addmm_(x, _dense(w, x.dtype).t())
+        for piece in _pieces(target, adapters):
+            forward_pass.low_rank(target.gpu, x, bases[piece], adapters[piece], ys[piece], hs[piece], gemm_first)
+        if not gemm_first:
+            for y, (w, _) in zip(ys, bases, strict=True):
+                y.addmm_(x, _dense(w, x.dtype).t())
     return ys, hs
 
 
@@ -110,7 +115,7 @@ def backward(
             (R, K), N = a.shape, b.shape[0]
             das.append(a.new_empty(R, K) if need_da else None)
             dbs.append(b.new_empty(N, R) if need_db else None)
-        for piece in _pieces(target, dys[0].dtype, adapters, needs):
+        for piece in _pieces(target, adapters, needs):
             if not (needs.dx or needs.da[piece.start] or needs.db[piece.start]):
                 continue
             part = None
@@ -142,13 +147,13 @@ def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return w if isinstance(w, Tensor) else dense(w, dtype)
 
 
-def _pieces(target: Target, dtype: torch.dtype, adapters: Sequence[Adapter], needs: Needs | None = None) -> list[slice]:
+def _pieces(target: Target, adapters: Sequence[Adapter], needs: Needs | None = None) -> list[slice]:
     """Return the parts of a list of layers that one set of launches serves, in order. Within a part all layers are
     asked for the same of `needs`."""
     if len(adapters) == 1:
         return [slice(0, 1)]
     pieces = []
-    limit = tiles.max_rank_of_list(target.gpu.arch, dtype.itemsize)
+    limit = tiles.max_rank_of_list(target.gpu.arch, adapters[0].a.dtype.itemsize)
     start, largest = 0, 0
     for i, adapter in enumerate(adapters):
         larger, count = max(largest, tiles.block_r(adapter.a.shape[0])), i - start + 1

@@ -171,6 +171,7 @@ def _over_x(layout: Layout, wanted: Wanted) -> tuple[tuple[Frame, ...], int]:
         "blocks": blocks,
         "splits": splits,
         "DROPOUT": layout.dropout,
+        "PRECISION_DX": layout.precision_16,
     }
     if layout.chunks == 1:
         ways = [(wanted.dx, wanted.da)] if wanted.g else []

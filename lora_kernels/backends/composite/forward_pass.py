@@ -37,16 +37,17 @@ class Frames(NamedTuple):
 
 
 def low_rank(
-    gpu: Gpu, x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], ys: Tensors, hs: MaybeTensors
+    gpu: Gpu, x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], ys: Tensors, hs: MaybeTensors, add: bool
 ) -> None:
-    """Write y = bias + s · h bᵀ of every layer, and its h where that is not None."""
+    """Write y = bias + s · h bᵀ of every layer, or with `add` add s · h bᵀ to it. Write its h where that is not
+    None."""
     strides = [
         (*a.stride(), *b.stride(), 0 if bias is None else bias.stride(0))
         for (a, b, *_), (_, bias) in zip(adapters, bases, strict=True)
     ]
     has_bias = tuple([base.bias is not None for base in bases])
     save_h = tuple([h is not None for h in hs])
-    frames = _frames(layout_of(gpu, x, x, adapters, strides), has_bias, save_h)
+    frames = _frames(layout_of(gpu, x, x, adapters, strides), has_bias, save_h, add)
     part = x.new_empty(frames.floats, dtype=torch.float32)
     a, b, scale, _, seed = zip(*adapters, strict=True)
     frames.down.run(x=x, a=a, part=part, seed=seeds_of(seed, x))
@@ -62,7 +63,7 @@ def low_rank(
 
 
 @functools.lru_cache(maxsize=4096)
-def _frames(layout: Layout, has_bias: tuple[bool, ...], save_h: tuple[bool, ...]) -> Frames:
+def _frames(layout: Layout, has_bias: tuple[bool, ...], save_h: tuple[bool, ...], add: bool) -> Frames:
     M, N, layers = layout.M, layout.N, len(layout.N)
     ar, ak, bn, br, bias = layout.strides
     down, rows = down_frame(layout, layout.K, layout.x_strides, (ar, ak), layout.R, 0, layout.dropout)
@@ -84,5 +85,7 @@ def _frames(layout: Layout, has_bias: tuple[bool, ...], save_h: tuple[bool, ...]
         "steps": codes_of(steps for steps, _ in ways),
         "ranges": codes_of(ranges for _, ranges in ways),
         "ends": ends_of(programs),
+        "ADD": add,
+        "PRECISION": layout.precision_16,
     }
     return Frames(rows * layout.rank, down, Frame(up, sum(programs), arguments, options_of(tile)))

@@ -35,6 +35,9 @@ class Layout(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype]
     """The dtypes of x and of the adapters."""
     precision: str
+    """How products of fp32 operands are computed from which h, g, da and db come: "ieee" or "tf32"."""
+    precision_16: str
+    """How those are computed that give y and dx, which are rounded to x's dtype."""
 
     @property
     def block_r(self) -> int:
@@ -63,7 +66,8 @@ def layout_of(
     """Return the layout of a list. `rows` is x or a dy; `strides` has the strides of every operand, for each layer."""
     dtypes = rows.dtype, adapters[0].a.dtype
     layers = tuple([(a.shape, b.shape[0], p) for a, b, _, p, _ in adapters])
-    return _layout(gpu, rows.shape[0], layers, x.stride(), tuple(strides), dtypes, _precision(gpu, *dtypes))
+    precision = precision_of(dtypes[1])
+    return _layout(gpu, rows.shape[0], layers, x.stride(), tuple(strides), dtypes, precision)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,15 +77,13 @@ def _layout(
 ) -> Layout:  # fmt: skip
     a, N, p = zip(*layers, strict=True)
     by_operand = tuple(zip(*strides, strict=True))
-    return Layout(gpu, M, a[0][1], N, tuple(shape[0] for shape in a), by_operand, x_strides, p, dtypes, precision)
-
-
-def _precision(gpu: Gpu, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
-    """Return how products of fp32 operands are computed. With adapters in fp32 beside an x in 16 bits these are the
-    products with h and g; tf32 keeps as many bits of them as fp16, and the range of fp32."""
-    if dtype == adapter_dtype:
-        return precision_of(dtype)
-    return "tf32" if gpu.arch.startswith("sm_") and gpu.arch != "sm_75" else "ieee"
+    # Beside an x in bf16, tf32 keeps more bits of h and g than y and dx have. Beside fp16 it would not.
+    mixed = dtypes == (torch.bfloat16, torch.float32)
+    tf32 = mixed and gpu.arch.startswith("sm_") and gpu.arch != "sm_75"
+    ranks = tuple(shape[0] for shape in a)
+    return Layout(
+        gpu, M, a[0][1], N, ranks, by_operand, x_strides, p, dtypes, precision, "tf32" if tf32 else precision
+    )  # fmt: skip
 
 
 def down_frame(
@@ -110,7 +112,11 @@ def down_frame(
 
 
 def tile_of(layout: Layout, kernel: str) -> tiles.Tile:
-    return tiles.tile_of(kernel, layout.gpu.arch, layout.dtypes[0].itemsize, layout.M, layout.block_r)
+    # Beside an x in 16 bits the products of `up` alone are all in tf32, or none is.
+    rows_dtype, adapter_dtype = layout.dtypes
+    on_matrix_units = kernel == tiles.UP and layout.precision_16 == "tf32"
+    itemsize = (rows_dtype if on_matrix_units else adapter_dtype).itemsize
+    return tiles.tile_of(kernel, layout.gpu.arch, itemsize, layout.M, layout.block_r)
 
 
 def block_arguments(layout: Layout, tile: tiles.Tile) -> dict[str, Any]:

@@ -59,7 +59,8 @@ MATRIX: Tables = {
         OVER_X_OF_LIST: {16: Tile(16, 32, 4, 1), 32: Tile(16, 16, 4, 1), 64: Tile(16, 32, 8, 1)},
     },
 }
-"""The tiles for products that the matrix units of a GPU compute: those of an x in 16 bits, from sm_80 and on gfx9."""
+"""The tiles for products that the matrix units of a GPU compute: those of adapters in 16 bits, and `up` beside an x in
+bf16, from sm_80 and on gfx9."""
 
 FAMILIES: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": {OVER_X_OF_LIST: {64: Tile(32, 32, 8, 2)}},
@@ -89,7 +90,7 @@ ORDINARY: Tables = {
         OVER_X_OF_LIST: {16: Tile(16, 16, 4, 1), 32: Tile(16, 16, 4, 1), 64: Tile(16, 16, 8, 1)},
     },
 }
-"""The tiles for products that ordinary instructions may compute: those of an x in fp32, and all on sm_75 and
+"""The tiles for products that ordinary instructions may compute: those of adapters in fp32, and all on sm_75 and
 gfx1x. They take more registers. No block has 64 rows of a product under dropout: before 3.8 Triton computes such a
 product of fp32 on sm_100's tensor cores, in tf32 whatever precision was asked for."""
 
@@ -99,7 +100,7 @@ and a larger number costs more parts."""
 
 
 def uses_matrix_units(arch: str, itemsize: int) -> bool:
-    """Return whether `MATRIX` serves an x whose elements have `itemsize` bytes."""
+    """Return whether `MATRIX` serves adapters whose elements have `itemsize` bytes."""
     return itemsize == 2 and arch != "sm_75" and not arch.startswith("gfx1")
 
 
@@ -115,7 +116,8 @@ def block_r(R: int) -> int:
 
 
 def tile_of(kernel: str, arch: str, itemsize: int, M: int, BLOCK_R: int) -> Tile:
-    """Return the tile of a kernel for M rows of an x whose elements have `itemsize` bytes."""
+    """Return the tile of a kernel for M rows of x and adapters whose elements have `itemsize` bytes; for `up` those of
+    x."""
     if not uses_matrix_units(arch, itemsize):
         return ORDINARY[rows_of(M)][kernel][BLOCK_R]
     if rows_of(M) == MANY:

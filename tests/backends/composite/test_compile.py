@@ -52,14 +52,20 @@ def _entries() -> Iterator[Entry]:
             if rows == tiles.FEW and arch in ("sm_100", "sm_120"):
                 continue  # tiles for few rows are small: it takes too long to compile them for every architecture
             for BLOCK_R in tiles.MATRIX[rows][kernel]:
-                # fp32 adapters take more registers; the two types of 16 bits have instructions of their own.
-                yield Entry(arch, kernel, rows, BLOCK_R, BF16, SINGLE)
+                up, nvidia = kernel == tiles.UP, arch.startswith("sm_")
+                # The two types of 16 bits have instructions of their own; `up` takes more registers for fp32 adapters.
+                yield Entry(arch, kernel, rows, BLOCK_R, BF16, SINGLE if up and nvidia else BF16)
                 if rows == tiles.MANY:
                     yield Entry(arch, kernel, rows, BLOCK_R, HALF, HALF)
     for rows, kernel in itertools.product(ROWS, KERNELS):
         for BLOCK_R in tiles.ORDINARY[rows][kernel]:
             yield Entry("sm_75", kernel, rows, BLOCK_R, HALF, SINGLE)
             yield Entry("sm_80", kernel, rows, BLOCK_R, SINGLE, SINGLE)
+            yield Entry("sm_90", kernel, rows, BLOCK_R, BF16, SINGLE)
+            if rows == tiles.MANY:
+                yield Entry("sm_80", kernel, rows, BLOCK_R, BF16, SINGLE)
+                yield Entry("sm_100", kernel, rows, BLOCK_R, HALF, SINGLE)
+                yield Entry("gfx942", kernel, rows, BLOCK_R, BF16, SINGLE)
             if rows == tiles.MANY:
                 yield Entry("sm_100", kernel, rows, BLOCK_R, SINGLE, SINGLE)
                 yield Entry("sm_90", kernel, rows, BLOCK_R, SINGLE, SINGLE)
@@ -70,7 +76,7 @@ def _layers(entry: Entry) -> int:
     """Return the length of the longest list that the tile serves."""
     if entry.kernel != tiles.OVER_X_OF_LIST:
         return 1
-    return min(tiles.MAX_LAYERS, tiles.max_rank_of_list(entry.arch, entry.dtype.itemsize) // entry.BLOCK_R)
+    return min(tiles.MAX_LAYERS, tiles.max_rank_of_list(entry.arch, entry.adapter_dtype.itemsize) // entry.BLOCK_R)
 
 
 ENTRIES = [entry for entry in _entries() if entry.kernel != tiles.OVER_X_OF_LIST or _layers(entry) > 1]
@@ -100,7 +106,12 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Reports]:
 def test_a_tile_fits_its_architecture_and_uses_its_instructions(number: int, compiled: Reports) -> None:
     entry, report = ENTRIES[number], compiled[number]
     report.check(entry.arch)
-    matrix_units = entry.arch != "sm_75" and (entry.dtype.itemsize == 2 or entry.precision == "high")
+    if entry.dtype == entry.adapter_dtype:
+        in_16_bits = entry.dtype.itemsize == 2
+    else:  # beside bf16 the products with fp32 adapters that give y and dx are made in tf32, all others in fp32
+        tf32 = entry.dtype == BF16 and entry.arch.startswith("sm_")
+        in_16_bits = tf32 and entry.kernel in (tiles.UP, tiles.OVER_X, tiles.OVER_X_OF_LIST)
+    matrix_units = entry.arch != "sm_75" and (in_16_bits or entry.precision == "high")
     assert bool(report.tensor_core) == matrix_units
 
 

@@ -52,9 +52,9 @@ def test_results_are_right_for_every_dtype(dtypes: tuple[torch.dtype, torch.dtyp
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90", "gfx942"])
 def test_results_are_right_in_either_precision_of_fp32(arch: str, poison: None) -> None:
-    """With adapters in fp32 beside an x in fp16, products with h and g are made in tf32 where the architecture has
-    it."""
-    q = judging.problem(97, 70, 65, 16, dtype=torch.float16, adapter_dtype=torch.float32, p=0.3)
+    """With adapters in fp32 beside an x in bf16, the products that give y and dx are made in tf32 where the
+    architecture has it."""
+    q = judging.problem(97, 70, 65, 16, dtype=torch.bfloat16, adapter_dtype=torch.float32, p=0.3)
     judging.check(results(q, on=target(arch=arch)), q)
 
 
@@ -121,7 +121,7 @@ def test_saved_h_is_unscaled_and_has_the_dtype_of_the_adapters(adapter_dtype: to
     q = judging.problem(20, 50, 40, 3, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, p=0.3, scale=64.0)
     with interpreted() as backend:
         _, h = one_layer.forward_of(backend, q)
-    exact = dropout(q.x.double(), q.p, q.seed) @ q.a.bfloat16().double().t()
+    exact = dropout(q.x.double(), q.p, q.seed) @ q.a.double().t()
     assert h.dtype == adapter_dtype and h.is_contiguous()
     sums = 40 * torch.finfo(torch.float32).eps  # K roundings of sums near 1
     torch.testing.assert_close(h.double(), exact, rtol=torch.finfo(adapter_dtype).eps, atol=sums)
@@ -135,6 +135,21 @@ def test_h_in_fp32_does_not_overflow_where_x_is_fp16() -> None:
         y, h = one_layer.forward(backend, x, w, a, b, None, 1.0, 0.0, None, True)
     assert torch.equal(h, torch.full((17, 4), 256000.0))
     torch.testing.assert_close(y.float(), torch.full((17, 24), 1.024), rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32])
+def test_a_sum_that_fits_into_fp16_does_not_overflow_on_the_way(adapter_dtype: torch.dtype) -> None:
+    """x wᵀ is 70272 and bias + s · h bᵀ is -69600: each alone, or its rounding, is above the largest fp16."""
+    x, w, bias = (
+        torch.full((17, 64), 30.0).half(),
+        torch.full((24, 64), 36.6).half(),
+        torch.full((24,), -60000.0).half(),
+    )
+    a, b = torch.full((4, 64), 0.125).to(adapter_dtype), torch.full((24, 4), -10.0).to(adapter_dtype)
+    with interpreted() as backend:
+        y, _ = one_layer.forward(backend, x, w, a, b, bias, 1.0, 0.0, None, True)
+    want = torch.nn.functional.linear(x, w, bias).float() - 9600
+    torch.testing.assert_close(y.float(), want, rtol=2**-10, atol=8)
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e-3, 2.0**-101, 200.0])

@@ -111,8 +111,8 @@ def test_a_list_takes_one_set_of_launches(monkeypatch: pytest.MonkeyPatch) -> No
     assert launched == {"down": 1, "up": 1, "pass_over_dy": 1, "pass_over_x": 1, "add_parts": 2}
 
 
-def _adapter(R: int) -> Adapter:
-    return Adapter(torch.empty(R, 8), torch.empty(8, R), 1.0)
+def _adapter(R: int, dtype: torch.dtype) -> Adapter:
+    return Adapter(torch.empty(R, 8, dtype=dtype), torch.empty(8, R, dtype=dtype), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def _adapter(R: int) -> Adapter:
     ],
 )
 def test_a_list_is_served_in_pieces(ranks: list[int], dtype: torch.dtype, expected: list[tuple[int, int]]) -> None:
-    pieces = list(composite._pieces(target(), dtype, [_adapter(R) for R in ranks]))
+    pieces = list(composite._pieces(target(), [_adapter(R, dtype) for R in ranks]))
     assert [(piece.start, piece.stop) for piece in pieces] == expected
 
 

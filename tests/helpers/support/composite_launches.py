@@ -30,6 +30,6 @@ def launches(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Frame, "run", record)
-        forward_pass.low_rank(gpu, x, base, adapter, [y] * layers, [h] * layers)
+        forward_pass.low_rank(gpu, x, base, adapter, [y] * layers, [h] * layers, dtype == torch.float16)
         backward_pass.low_rank(gpu, [y] * layers, x, adapter, [h] * layers, x, [a] * layers, [b] * layers)
     return recorded

@@ -46,17 +46,18 @@ def pass_over_dy(
             end = min(M, start + blocks * BLOCK_M)
             if NEED_G:
                 b_tile = load_tile(b[i], stride_bn[i], stride_br[i], n, r, N[i], R[i], BLOCK_C, BLOCK_R)
-                b_tile = rounded(b_tile.to(dy[i].dtype.element_ty), PRECISION)
+                b_tile = rounded(b_tile, PRECISION)
                 g_part = part + (number(first_g[i]) + tile.to(tl.int64) * M) * RANK
             db = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
             for m in range(start, end, BLOCK_M):
                 dy_tile = load_tile(dy[i], stride_dym[i], stride_dyn[i], m, n, end, N[i], BLOCK_M, BLOCK_C)
                 h_tile = load_tile(h[i], stride_hm[i], stride_hr[i], m, r, end, R[i], BLOCK_M, BLOCK_R)
+                # dy is converted to the adapters' dtype, not they to its
+                dy_tile, h_tile = rounded(dy_tile.to(h_tile.dtype), PRECISION), rounded(h_tile, PRECISION)
                 if NEED_G:
-                    g = tl.dot(rounded(dy_tile, PRECISION), b_tile, input_precision=PRECISION)
+                    g = tl.dot(dy_tile, b_tile, input_precision=PRECISION)
                     store_tile(g_part, RANK, 1, g, m, r, end, RANK, BLOCK_M, BLOCK_R)
-                dy_tile, h_tile = rounded(dy_tile.T.to(h_tile.dtype), PRECISION), rounded(h_tile, PRECISION)
-                db = tl.dot(dy_tile, h_tile, db, input_precision=PRECISION)
+                db = tl.dot(dy_tile.T, h_tile, db, input_precision=PRECISION)
             db_part = part + (number(first_db[i]) + split.to(tl.int64) * N[i]) * RANK
             store_tile(db_part, RANK, 1, db, n, r, N[i], RANK, BLOCK_C, BLOCK_R)
 
@@ -65,7 +66,7 @@ def pass_over_dy(
 def pass_over_x(
     x, a, g, dx, part, seed, stride_xm, stride_xk, stride_ar, stride_ak, M, K, R, T, c, blocks, splits,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, PRECISION: tl.constexpr, PRECISION_DX: tl.constexpr,
 ):  # fmt: skip
     """dx [M, K] = Σ over the layers c · keep ⊙ (g a) with NEED_DX, and with NEED_DA parts of (keep ⊙ x)ᵀ g over
     `splits` ranges of `blocks` row blocks.
@@ -103,8 +104,8 @@ def pass_over_x(
                     j = chunk * BLOCK_R
                     g_tile = load_tile(g + i * rows, RANK, 1, m, j, end, RANK, BLOCK_M, BLOCK_R)
                     a_tile = load_tile(a[i], stride_ar[i], stride_ak[i], j, k, R[i], K, BLOCK_R, BLOCK_C)
-                    g_tile, a_tile = rounded(g_tile, PRECISION), rounded(a_tile, PRECISION)
-                    part_of_low = tl.dot(g_tile, a_tile, part_of_low, input_precision=PRECISION)
+                    g_tile, a_tile = rounded(g_tile, PRECISION_DX), rounded(a_tile, PRECISION_DX)
+                    part_of_low = tl.dot(g_tile, a_tile, part_of_low, input_precision=PRECISION_DX)
                 if DROPOUT:
                     low += tl.where(keep, part_of_low * c[i], 0.0)
                 else:

@@ -62,7 +62,8 @@ def down(
                 a_tile = load_tile(a[i], stride_ak[i], stride_ar[i], k, r, end, R[i], BLOCK_C, BLOCK_R)
                 if DROPOUT:
                     x_tile = keep_x(x_tile, key, m, k, T[i], BLOCK_M, BLOCK_C)
-                x_tile, a_tile = rounded(x_tile, PRECISION), rounded(a_tile.to(x_tile.dtype), PRECISION)
+                # x is converted to the adapters' dtype, not they to its
+                x_tile, a_tile = rounded(x_tile.to(a_tile.dtype), PRECISION), rounded(a_tile, PRECISION)
                 acc = tl.dot(x_tile, a_tile, acc, input_precision=PRECISION)
             RANK: tl.constexpr = CHUNKS * BLOCK_R
             at = part + (first + (i * splits + split).to(tl.int64) * M) * RANK
@@ -85,14 +86,15 @@ def sum_of_parts(part, first, parts, C, i, j, BLOCK_I: tl.constexpr, BLOCK_J: tl
 def up(
     part, b, bias, h, y, stride_bn, stride_br, stride_bias, M, N, R, scale, c, save_h, has_bias, splits, steps, ranges,
     ends,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, CHUNKS: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h [M, R] = c · Σ part and y [M, N] = bias + s · h bᵀ of each layer.
+    """h [M, R] = c · Σ part and y [M, N] = bias + s · h bᵀ of each layer, or with ADD y += s · h bᵀ.
 
     Grid: one program to each block of BLOCK_M rows and range of `steps` blocks of columns of y, layer after layer.
     Layer i has `ranges` such ranges, and its programs end at number `ends`. These three are codes (`number`).
 
-    Reads part, b, and bias where `has_bias`; writes y, contiguous, and h where `save_h`.
+    Reads part, b, bias where `has_bias`, and y with ADD; writes y, contiguous, and h where `save_h`.
     """
     program = tl.program_id(0)
     RANK: tl.constexpr = CHUNKS * BLOCK_R
@@ -119,8 +121,12 @@ def up(
                             store_tile(h[i], R[i], 1, h_tile, m, r, M, R[i], BLOCK_M, BLOCK_R)
                     b_tile = load_tile(b[i], stride_br[i], stride_bn[i], r, n, R[i], end, BLOCK_R, BLOCK_C)
                     acc = tl.dot(rounded(h_tile, PRECISION), rounded(b_tile, PRECISION), acc, input_precision=PRECISION)
-                # y = bias + s · h bᵀ
-                col = n + tl.arange(0, BLOCK_C)
-                at = bias[i] + col.to(tl.int64) * stride_bias[i]
-                add = tl.load(at, mask=(col < end) & (has_bias[i] != 0), other=0.0).to(tl.float32)
-                store_tile(y[i], N[i], 1, acc * scale[i] + add[None, :], m, n, M, end, BLOCK_M, BLOCK_C)
+                if ADD:
+                    # y += s · h bᵀ
+                    add = load_tile(y[i], N[i], 1, m, n, M, end, BLOCK_M, BLOCK_C).to(tl.float32)
+                else:
+                    # y = bias + s · h bᵀ
+                    col = n + tl.arange(0, BLOCK_C)
+                    at = bias[i] + col.to(tl.int64) * stride_bias[i]
+                    add = tl.load(at, mask=(col < end) & (has_bias[i] != 0), other=0.0).to(tl.float32)[None, :]
+                store_tile(y[i], N[i], 1, acc * scale[i] + add, m, n, M, end, BLOCK_M, BLOCK_C)
