@@ -1,0 +1,94 @@
+"""The fuzzer makes the same calls from the same seed, finds wrong numbers, and its calls find none in the package."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("lora_kernels._C", reason="the native CPU kernels are not built")
+from benchmarks import fuzz, fuzz_calls
+from benchmarks.fuzz_draw import MOST, Draw, is_exact, problems
+from lora_kernels import _C, lora_linear
+from lora_kernels.testing.judge import truth
+from lora_kernels.testing.terminal import Terminal
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_random_calls_have_no_faults(exact):
+    record = fuzz.run(1, range(40), exact, None, Terminal())
+    assert record.calls == 40 and not record.faults, "\n".join(record.faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", _C.cpu_isas())
+def test_many_random_calls_have_no_faults_with_any_instruction_set(name, exact):
+    record = fuzz.run(2, range(300), exact, name, Terminal())
+    assert record.calls == 300 and not record.faults, "\n".join(record.faults)
+    assert set(record.kinds) == set(fuzz.kinds())
+
+
+def test_a_call_is_a_function_of_the_seed_its_number_and_the_mode():
+    def said(seed, k, exact):
+        return fuzz.one(seed, k, exact, None)[0].said
+
+    assert said(3, 5, False) == said(3, 5, False)
+    assert len({tuple(said(*key)) for key in ((3, 5, False), (3, 6, False), (4, 5, False), (3, 5, True))}) == 4
+
+
+def test_exact_problems_have_exact_results_that_are_not_all_zero():
+    for k in range(60):
+        (one,) = problems(Draw(9, k, True), 1)
+        assert is_exact(one.q, MOST[one.q.x.dtype])
+        for name, value in truth(one.q).items():
+            assert torch.equal(value.to(one.q.x.dtype).double(), value), name
+    shares = [(truth(problems(Draw(9, k, True), 1)[0].q)["y"] != 0).double().mean().nan_to_num(1.0) for k in range(60)]
+    assert sum(shares) / 60 > 0.5
+
+
+class Wrong:
+    """`lora_linear` with one wrong element of y, where y has more than 30."""
+
+    def __init__(self, amount: float) -> None:
+        self.amount = amount
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        y = lora_linear(*args, **kwargs)
+        error = torch.zeros_like(y)
+        if y.numel() > 30:
+            error.view(-1)[30] = self.amount
+        return y + error
+
+
+def test_a_wrong_element_is_found_and_the_printed_command_repeats_it(monkeypatch, capsys):
+    monkeypatch.setattr(fuzz_calls, "lora_linear", Wrong(0.5))
+    assert fuzz.main(["--calls", "30", "--exact", "--seed", "4", "--isa", "baseline"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "y differs in 1 elements, at" in said
+    again = (
+        said.split("again: python -m benchmarks.fuzz ")[1].split(" ✗")[0].split("--isa baseline")[0] + "--isa baseline"
+    )
+    assert "--exact" in again and fuzz.main(again.split()) == 1
+    capsys.readouterr()
+    monkeypatch.undo()
+    assert fuzz.main(again.split()) == 0 and "no faults" in capsys.readouterr().out
+
+
+def test_an_exception_is_a_fault_and_many_faults_end_the_run(monkeypatch):
+    def broken(draw):
+        raise RuntimeError("no such memory")
+
+    monkeypatch.setattr(fuzz, "KINDS", {"lora_linear": (1.0, broken)})
+    record = fuzz.run(0, range(1000), False, None, Terminal())
+    assert record.calls == fuzz._ENOUGH and "no such memory" in record.faults[0]
+
+
+def test_a_write_into_an_operand_is_found():
+    x = torch.zeros(3, 4)
+    watched = fuzz_calls.Watched(x, None)
+    assert watched.faults() == []
+    x[1, 2] = 1.0
+    assert watched.faults() == ["an operand of shape (3, 4) was written"]
