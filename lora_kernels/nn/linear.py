@@ -18,6 +18,10 @@ from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.dora_norm import ratio, weight_norm
 from lora_kernels.ops.linear import lora_linear
 
+# torch.fx.symbolic_trace records a call of these functions as one node, as it does with those of torch.
+torch.fx.wrap("lora_linear")
+torch.fx.wrap("dora_linear")
+
 
 class FusedLoRALinear(AdapterLinear):
     """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ with W and bias frozen: what an ``nn.Linear`` computes, and LoRA.

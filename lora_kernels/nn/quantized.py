@@ -20,6 +20,8 @@ from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import Nested, QuantizedWeight, quantize_like, quantize_weight
 
+torch.fx.wrap("lora_linear")  # as in nn/linear.py
+
 _PARTS = ("weight_codes", "weight_scales", "weight_table", "weight_absmax", "weight_offset")
 """The tensors of a quantised weight: a parameter and buffers. The last three exist only with double quantisation."""
 

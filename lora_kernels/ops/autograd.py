@@ -23,6 +23,12 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def as_dense(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return dy in `dtype`, and with all its elements in memory where it is sparse. Of the other layouts than
+    torch.strided autograd allows none for the gradient of a dense y."""
+    return as_dtype(dy.to_dense() if dy.is_sparse else dy, dtype)
+
+
 def needs_plain_mode(dy: Tensor) -> bool:
     """Return whether a backward has to leave grad mode or autocast. Usually neither is on, and then asking takes less
     time than entering the contexts below."""

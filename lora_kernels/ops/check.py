@@ -35,7 +35,6 @@ def operands(x: Tensor, layer: Layer, any_w: bool) -> None:
         and w_shape[0] == b_shape[0] != 0
         and a_shape[0] == b_shape[1] != 0
         and 0 <= p < 1
-        and not w.requires_grad
         and (bias is None or (bias.dtype == dtype and bias.device == x.device and bias.shape == w_shape[:1]))
     ):
         return
@@ -76,11 +75,25 @@ def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
         raise ValueError(f"lora_a's first and lora_b's last dimension are the rank, but they differ; got {shapes}")
     if 0 in (*w.shape, a.shape[0]):
         raise ValueError(f"N, K and the rank must be at least 1; got {shapes}")
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {p}")
+    raise ValueError(f"dropout_p must lie in [0, 1), got {p}")
+
+
+def frozen(w: Tensor) -> Tensor:
+    """Return a W that requires a gradient as a constant, if its owner has frozen it and FSDP has not kept that. Raises
+    ValueError for any other W, because none of the operators gives a gradient for it.
+
+    FullyShardedDataParallel with use_orig_params=True puts frozen and trained parameters of a module into one flat
+    parameter, which is trained. In a forward the module's parameters are views of it.
+    """
+    flat: Any = None if torch.compiler.is_compiling() else w._base
+    if getattr(flat, "_is_flat_param", False):
+        for parameter, view in zip(flat._params or (), flat._tensors or (), strict=False):
+            if view is w and not parameter.requires_grad:
+                return w.detach()
+    cause = "" if w.grad_fn is None else f", because it is computed from a tensor that does ({w.grad_fn.name()})"
     raise ValueError(
-        "weight requires a gradient, and lora_linear computes none for it, because W is frozen. "
-        "Call weight.requires_grad_(False), or pass weight.detach()"
+        f"weight {tuple(w.shape)} requires a gradient{cause}, and none is computed for it here, because W is frozen. "
+        "Call weight.requires_grad_(False) before the model is wrapped, or pass weight.detach()"
     )
 
 

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs
-from lora_kernels.ops import check, direct, registered
+from lora_kernels.ops import check, direct, plain, registered
 from lora_kernels.ops.autograd import (
     apply,
+    as_dense,
     device_type,
     needs_plain_mode,
     no_autocast,
@@ -78,7 +78,12 @@ def dora_linear(
             dtype, ValueError for a magnitude or weight_norm_sq that is not [N] on x's device.
     """
     layer = Layer(weight, lora_a, lora_b, scale, bias, dropout_p, seed)
-    x, base, adapter, autocast = prepare("dora_linear", x, layer)
+    prepared = prepare("dora_linear", x, layer, backend)
+    if prepared is None:
+        if not plain.is_tracing():  # a trace warns of comparisons of sizes
+            _check_magnitude(weight, lora_a, magnitude, weight_norm_sq)
+        return plain.dora_linear(x, layer, magnitude)
+    x, base, adapter, autocast = prepared
     if autocast and magnitude.dtype in check.HALVES:
         magnitude = magnitude.to(adapter.a.dtype)
     _check_magnitude(weight, adapter.a, magnitude, weight_norm_sq)
@@ -98,7 +103,7 @@ def _apply(
     w: Any
     (w, bias), (a, b, scale, p, seed) = base, adapter
     d = ratio(magnitude, weight_norm(w, a, b, scale, magnitude, weight_norm_sq))
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or outlived(x, w, a, b, d, bias):
+    if torch.is_grad_enabled() or outlived(x, w, a, b, d, bias):
         return apply(DoRALinearFunction, x, w, a, b, d, bias, seed, (scale, p, backend))
     return _forward(x, base, adapter, d, backend, False, False)[0]
 
@@ -201,8 +206,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     # torch 2.6 cannot trace NamedTuple._replace, so w is converted before the tuple is made.
     saved, (scale, p, backend) = _Saved(x, w if w.dtype == ctx.dtype else w.to(ctx.dtype), *rest), ctx.how
     need_dx, _, need_da, need_db, need_dd, need_dbias, *_ = ctx.needs_input_grad
-    if dy.dtype != ctx.dtype:
-        dy = dy.to(ctx.dtype)
+    dy = as_dense(dy, ctx.dtype)
     needs, adapter = Needs(need_dx, (need_da,), (need_db,)), Adapter(saved.a, saved.b, scale, p, saved.seed)
     if not (need_dx or need_da or need_db or need_dd):
         dx = da = db = dd = None

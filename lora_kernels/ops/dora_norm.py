@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops import registered
+from lora_kernels.ops import flops, registered
 from lora_kernels.ops.watched import watched
 
 _WEIGHT_ROWS = 512
@@ -33,7 +33,10 @@ def weight_norm(
     rows where the caller has it.
     """
     square = None if weight_norm_sq is None else weight_norm_sq.detach()
-    norm_of = _norm_op if watched(w, w, a, b, square) else _run_norm
+    norm_of = _run_norm
+    if watched(w, w, a, b, square):
+        flops.register()
+        norm_of = _norm_op
     norm = norm_of(w, a.detach(), b.detach(), scale, square)
     return norm.to(magnitude.dtype).clamp_min(torch.finfo(magnitude.dtype).smallest_normal)
 

@@ -8,16 +8,17 @@ layer at a time run them once for each layer. Each layer has a dropout mask of i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs
-from lora_kernels.ops import direct, registered
+from lora_kernels.ops import direct, plain, registered
 from lora_kernels.ops.autograd import (
     apply,
+    as_dense,
     device_type,
     needs_plain_mode,
     no_autocast,
@@ -33,26 +34,35 @@ _FIELDS = 7
 """The number of the autograd Function's arguments that belong to one layer: w, bias, a, b, scale, p and seed."""
 
 
-def lora_linear_group(x: Tensor, layers: Sequence[Layer], *, backend: str | None = None) -> tuple[Tensor, ...]:
+def lora_linear_group(x: Tensor, layers: Iterable[Layer], *, backend: str | None = None) -> tuple[Tensor, ...]:
     """Return the y_i [..., N_i] of layers that read the same x [..., K], as `lora_linear` gives them one by one.
 
-    N, the rank, scale, bias, dropout and seed are each layer's own; A and B have the same dtype in all. Seeds that are
-    None are drawn in the order of the layers.
+    `layers` may be any iterable. N, the rank, scale, bias, dropout and seed are each layer's own; A and B have the same
+    dtype in all. Seeds that are None are drawn in the order of the layers.
 
     Raises:
         TypeError, ValueError: what `lora_linear` raises for any of the layers; no layers; adapters of several dtypes.
-        RuntimeError: from autograd, on double backward; in the transforms of torch.func that differentiate.
+        RuntimeError: from autograd, on double backward; for a named back-end in the transforms of torch.func that
+            differentiate.
     """
+    layers = tuple(layers)
     if not layers:
         raise ValueError("lora_linear_group needs at least one layer, got none")
     if len({layer.lora_a.dtype for layer in layers}) > 1:
         dtypes = ", ".join(str(layer.lora_a.dtype) for layer in layers)
         raise TypeError(f"adapters of one group must have one dtype, got {dtypes}: call lora_linear for each instead")
     parts: list[Any] = []
+    plain_ys: list[Tensor] = []
     rows = x
     for layer in layers:
-        rows, base, adapter, _ = prepare("lora_linear_group", rows, layer)
-        parts += [*base, *adapter]
+        prepared = prepare("lora_linear_group", rows, layer, backend)
+        if prepared is None:
+            plain_ys.append(plain.lora_linear(x, layer))
+        else:
+            rows, base, adapter, _ = prepared
+            parts += [*base, *adapter]
+    if plain_ys:
+        return tuple(plain_ys)
     rows = rows if x.dim() == 2 else rows.reshape(-1, x.shape[-1])
     with no_autocast(device_type(x)):
         ys = apply(LoRALinearGroupFunction, rows, backend, *parts)
@@ -99,7 +109,7 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None], x: Tensor | None, saved: 
     w, a, b, h, seed = (saved[i * count : (i + 1) * count] for i in range(5))
     grads: list[list[Tensor | None]] = [[None] * _FIELDS for _ in dys]
     dx = None
-    cast = {i: dy.to(ctx.dtype) for i, dy in enumerate(dys) if dy is not None}
+    cast = {i: as_dense(dy, ctx.dtype) for i, dy in enumerate(dys) if dy is not None}
     asked = [i for i in cast if need_dx or ctx.need_da[i] or ctx.need_db[i]]
     if asked:
         bases = [Base(w[i].to(ctx.dtype)) for i in asked]

@@ -1,6 +1,7 @@
 """`lora_linear`: y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ, with its autograd Function, and `explain`.
 
     lora_linear → prepare (autocast, checks) → LoRALinearFunction → direct or registered → a back-end
+                                             → plain, where no kernel can serve the call
 
 Outside autocast, a call that needs no gradient goes past the Function. A call that nothing observes goes past the
 registered operator.
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs, call_of
-from lora_kernels.ops import check, direct, registered
+from lora_kernels.ops import check, direct, plain, registered
 from lora_kernels.ops.autograd import (
     apply,
+    as_dense,
     device_type,
     needs_plain_mode,
     no_autocast,
@@ -48,7 +50,8 @@ def lora_linear(
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv:2106.09685).
 
     Args:
-        x: [..., K], fp64, fp32, fp16 or bf16. M is the product of its leading dimensions, 0 included.
+        x: [..., K], fp64, fp32, fp16 or bf16. M is the product of its leading dimensions, 0 included. A nested, sparse
+            or MKL-DNN x is computed in plain torch operations.
         weight: W [N, K], in x's dtype; must not require a gradient. Or a `QuantizedWeight` of 4 or 8 bits, beside an x
             of any dtype. It is dequantised in pieces, within the products. On a GPU it is dequantised as a whole,
             into memory that is free again after the call, unless `triton` serves a call of few rows of x.
@@ -68,6 +71,9 @@ def lora_linear(
 
     Under autocast x, weight and bias are converted to its dtype, and fp32 A and B are left as they are.
 
+    Calls that torch.jit.trace or torch.export records, and those inside a transform of torch.func or with tangents of
+    forward-mode AD, are computed in plain torch operations: see `lora_kernels.ops.plain`.
+
     Returns:
         y [..., N], in x's dtype, contiguous.
 
@@ -75,11 +81,15 @@ def lora_linear(
         TypeError: for dtypes other than the above, or a `seed` or `scale` that is no number.
         ValueError: for shapes that do not fit together, operands on different devices, a weight that requires a
             gradient, p outside [0, 1), a scale that is not finite, or a named back-end that is unknown or cannot serve
-            the call (with all its reasons).
-        RuntimeError: from autograd, on double backward; in the transforms of torch.func that differentiate.
+            the call (with all its reasons), a seed in a call that is recorded.
+        RuntimeError: from autograd, on double backward; for a named back-end in the transforms of torch.func that
+            differentiate.
     """
     layer = Layer(weight, lora_a, lora_b, scale, bias, dropout_p, seed)
-    x, base, adapter, autocast = prepare("lora_linear", x, layer, quantised=True)
+    prepared = prepare("lora_linear", x, layer, backend, quantised=True)
+    if prepared is None:
+        return plain.lora_linear(x, layer)
+    x, base, adapter, autocast = prepared
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if autocast:
         with no_autocast(x.device.type):
@@ -108,6 +118,8 @@ def explain(
     """
     layer = Layer(weight, lora_a, lora_b, 1.0, bias, dropout_p)
     check.operands(x, layer, isinstance(weight, QuantizedWeight))
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        weight = check.frozen(weight)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     call = call_of("forward", rows, Base(weight, bias), Adapter(lora_a, lora_b, 1.0, dropout_p))
     return dispatch.explain(call, backend)
@@ -182,8 +194,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, w, a, b, h, seed, *w_scales = ctx.saved_tensors
     need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
     (scale, p, backend, w_format, w_blocksize), dtype = ctx.how, ctx.dtype
-    if dy.dtype != dtype:
-        dy = dy.to(dtype)
+    if dy.dtype != dtype or dy.is_sparse:
+        dy = as_dense(dy, dtype)
     dx = da = db = None
     if need_dx or need_da or need_db:
         dense = w_format == "dense" and w.dtype == dtype

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.core.operands import Adapter, Base, Gradients, MaybeTensors, Needs, Results, Tensors
-from lora_kernels.ops import check, direct
+from lora_kernels.ops import check, direct, flops
 from lora_kernels.ops.autograd import as_dtype
 from lora_kernels.quant import weight as quant
 from lora_kernels.quant.weight import QuantizedWeight
@@ -51,6 +51,7 @@ library.define(
 
 def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool) -> tuple[Tensor, Tensor | None]:
     """Return (y [M, N], h [M, R]) of one layer; h has no elements unless `save_h`."""
+    flops.register()
     (w, bias), (a, b, scale, p, seed) = base, adapter
     w, *last = _parts(w)
     return _forward_op(x, w, a, b, bias, scale, p, seed, backend, save_h, *last)
@@ -61,6 +62,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (dx [M, K], da [R, K], db [N, R]) of one layer; a gradient that `needs` does not ask for has no
     elements."""
+    flops.register()
     (a, b, scale, p, seed), (need_dx, (need_da,), (need_db,)) = adapter, needs
     w, *last = _parts(base.w)
     return _backward_op(dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *last)
@@ -73,6 +75,7 @@ def keep_mask(x: Tensor, p: float, seed: Tensor, backend: str | None) -> Tensor:
 
 def base_gemm(x: Tensor, w: Tensor, backend: str | None) -> Tensor:
     """Return x Wᵀ [M, N]."""
+    flops.register()
     return _base_gemm_op(x, w, backend)
 
 
@@ -80,6 +83,7 @@ def forward_group(
     x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], backend: str | None, save_h: Sequence[bool]
 ) -> Results:
     """Return (ys, hs) of layers that read the same x; an h has no elements unless its `save_h`."""
+    flops.register()
     (w, bias), (a, b, scale, p, seed) = _columns(bases), _columns(adapters)
     out = _forward_group_op(x, w, a, b, bias, scale, p, seed, backend, save_h)
     return out[: len(w)], out[len(w) :]
@@ -91,6 +95,7 @@ def backward_group(
 ) -> Gradients:  # fmt: skip
     """Return (dx, das, dbs) of layers that read the same x; a gradient that `needs` does not ask for has no
     elements."""
+    flops.register()
     (w, _), (a, b, scale, p, seed) = _columns(bases), _columns(adapters)
     need_da, need_db = list(needs.da), list(needs.db)
     dx, *rest = _backward_group_op(dys, x, w, a, b, hs, scale, p, seed, backend, needs.dx, need_da, need_db)

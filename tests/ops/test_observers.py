@@ -104,22 +104,6 @@ def test_compiled_graphs_hold_the_operator(q):
     assert FORWARD in targets
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_exported_programs_hold_the_operator(q, strict):
-    class Module(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name in "wab":
-                self.register_buffer(name, getattr(q, name))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return lora_linear(x, self.w, self.a, self.b, scale=0.5)
-
-    with torch.no_grad():
-        program = torch.export.export(Module(), (q.x,), strict=strict)
-    assert FORWARD in [node.target for node in program.graph.nodes]
-
-
 def test_saved_tensor_hooks_see_what_is_saved_without_the_operator(q, calls):
     """The autograd Function saves through ``save_for_backward``, whether or not the operator computes its result."""
     packed: list[tuple[int, ...]] = []

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,14 +141,6 @@ def test_traced_graphs_hold_the_operator(tracing):
     assert torch.equal(graph(q.x), run(q.x))
 
 
-def test_jit_traces_hold_the_operator():
-    q = problem(5, 24, 16, 4)
-    with torch.no_grad():
-        graph = torch.jit.trace(lambda x: lora_linear(x, q.w, q.a, q.b, scale=0.5), (q.x,), check_trace=False)
-        assert "lora_kernels::forward" in str(graph.graph)
-        assert torch.equal(graph(2 * q.x), lora_linear(2 * q.x, q.w, q.a, q.b, scale=0.5))
-
-
 def test_subclasses_of_tensor_see_the_operator():
     class Mine(Tensor):
         ours: list[object] = []  # noqa: RUF012
@@ -180,21 +171,6 @@ def test_a_lazily_negated_operand_is_taken_at_its_value(which):
 
     with torch.no_grad():
         assert torch.equal(run(**given), run(**negative))
-
-
-def test_vmap_is_served_and_forward_mode_is_refused():
-    q = problem(5, 24, 16, 4)
-
-    def run(x):
-        return lora_linear(x, q.w, q.a, q.b, scale=0.5)
-
-    with torch.no_grad():
-        batched = torch.stack([q.x, 2 * q.x])
-        assert torch.allclose(torch.vmap(run)(batched), torch.stack([run(q.x), run(2 * q.x)]))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        run(forward_ad.make_dual(q.x, q.x))
-    with pytest.raises(RuntimeError, match=r"jvp|vmap|functorch"):
-        torch.func.jvp(run, (q.x,), (q.x,))
 
 
 def test_the_function_is_left_out_where_nothing_wants_a_gradient(monkeypatch):

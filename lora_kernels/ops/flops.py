@@ -1,0 +1,97 @@
+"""The FLOPs of the registered operators, for torch.utils.flop_counter.
+
+    forward    2·M·N·K + 2·M·R·(K + N)                       x Wᵀ, h = x̂ Aᵀ, h Bᵀ
+    backward   dx  2·M·N·K + 2·M·R·K + g                     dy W, g A
+               da  2·M·R·K + g                               gᵀ x̂
+               db  2·M·R·N                                   dyᵀ h
+               g   2·M·N·R, once                             dy B
+    DoRA       2·N·K·R + 2·R·R·(K + N), its norm             W Aᵀ, A Aᵀ, B (A Aᵀ)
+
+These are the products that plain torch counts for the same layers, whichever back-end computes them and whatever the
+format of W is. Masks, sums and the dequantising of W are not counted, as torch counts none of its own.
+
+torch.utils.flop_counter imports Triton, so it is not imported here. `register` is called before an operator is, and
+does its work only where somebody else has imported that module.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def register() -> None:
+    """Register the formulas with torch's FLOP counter if it is loaded, and with every active counter, which has copied
+    torch's table when it was made. A formula that a counter was given by its user stays."""
+    module: Any = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    packets = {getattr(torch.ops.lora_kernels, name): formula for name, formula in FORMULAS.items()}
+    for packet, formula in packets.items():
+        if packet not in module.flop_registry:
+            module.register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, module.FlopCounterMode):
+            for packet in packets:
+                counter.flop_registry.setdefault(packet, module.flop_registry[packet])
+
+
+# torch passes a formula the arguments of the operator, with the shape of a tensor in place of each tensor.
+
+
+def _forward(x: Any, w: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    (M, K), N, R = x, b[0], a[0]
+    return 2 * M * (N * K + R * (K + N))
+
+
+def _backward(  # type: ignore[no-untyped-def]
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *_: Any, **__: Any
+) -> int:
+    (M, N), (R, K) = dy, a
+    total = 0
+    if need_dx:
+        total += 2 * M * K * (N + R)
+    if need_dx or need_da:
+        total += 2 * M * N * R
+    if need_da:
+        total += 2 * M * R * K
+    if need_db:
+        total += 2 * M * R * N
+    return total
+
+
+def _forward_group(x: Any, w: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return sum(_forward(x, *each) for each in zip(w, a, b, strict=True))
+
+
+def _backward_group(  # type: ignore[no-untyped-def]
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, **_: Any
+) -> int:
+    rows = zip(dy, w, a, b, need_da, need_db, strict=True)
+    return sum(_backward(dy, x, w, a, b, *[None] * 5, need_dx, da, db) for dy, w, a, b, da, db in rows)
+
+
+def _base_gemm(x: Any, w: Any, *_: Any, **__: Any) -> int:
+    (M, K), N = x, w[0]
+    return 2 * M * N * K
+
+
+def _dora_norm(w: Any, a: Any, *_: Any, **__: Any) -> int:
+    (N, K), R = w, a[0]
+    return 2 * N * K * R + 2 * R * R * (K + N)
+
+
+FORMULAS = {
+    "forward": _forward,
+    "backward": _backward,
+    "forward_group": _forward_group,
+    "backward_group": _backward_group,
+    "base_gemm": _base_gemm,
+    "dora_norm": _dora_norm,
+}
+"""The formula of each operator that multiplies matrices, by the operator's name."""
