@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
 from lora_kernels.nn import dry_run, readers
 from lora_kernels.peft import groups as peft_groups
-from lora_kernels.peft import serving
+from lora_kernels.peft import known, serving
 from lora_kernels.peft.groups import FAMILIES
 
 try:
@@ -34,16 +34,18 @@ except ImportError as error:
 __all__ = ["FuseReport", "FusedLinear", "disable", "enable", "fuse", "unfuse"]
 
 
-def _fused_kind(kind: type) -> type[Fused] | None:
-    """Return the fused class that replaces PEFT's class `kind`, or None where there is none. A fused `kind` is returned
-    itself."""
+def _fused_kind(kind: type) -> type[Fused] | str:
+    """Return the fused class that replaces PEFT's class `kind`, or why none may. A fused `kind` is returned itself."""
     if issubclass(kind, Fused):
         return kind
+    found: type[Fused] | None = FusedLinear if kind is FusedLinear.peft_class else None
     if kind.__module__ == "peft.tuners.lora.bnb":  # PEFT has it only beside bitsandbytes
         from lora_kernels.peft import bnb as peft_bnb
 
-        return peft_bnb.KINDS.get(kind)
-    return FusedLinear if kind is FusedLinear.peft_class else None
+        found = peft_bnb.KINDS.get(kind)
+    if found is None:
+        return f"a {kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}, not a plain linear"
+    return known.why_not_lora(kind) or found
 
 
 def fuse(
@@ -100,9 +102,8 @@ def fuse(
         if not isinstance(layer, LoraLayer):
             continue
         kind = _fused_kind(type(layer))
-        if kind is None:
-            where = type(layer).__module__.removeprefix("peft.tuners.")
-            not_fused[path] = f"a {where}.{type(layer).__name__}, not a plain linear"
+        if isinstance(kind, str):
+            not_fused[path] = kind
             continue
         reading = readers.reading_in(model, path) if path else None
         passed = str(reading) if reading is not None and reading.always else ""
@@ -196,25 +197,39 @@ def _leave_group(layer: Any, reason: str) -> None:
         layer._group.dissolve(reason)
 
 
-_create = LoraModel.__dict__["_create_new_module"]
+class _FusingFactory:
+    """A factory of LoRA layers, `before`, whose layers are fused while `enable` is in force."""
 
+    enabled: ClassVar = False
 
-def _create_fused(*args: Any, **kwargs: Any) -> Any:
-    module = _create.__func__(*args, **kwargs)
-    # Base and adapter are not checked here. They may still change, and every forward checks them.
-    if kind := _fused_kind(type(module)):
-        _swap(module, kind, None)
-    return module
+    def __init__(self, before: Any) -> None:
+        self.before = before
+        """The static method that `enable` found: PEFT's own, or another package's around it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.before.__func__(*args, **kwargs)
+        # Base and adapter are not checked here. They may still change, and every forward checks them.
+        if self.enabled and not isinstance(kind := _fused_kind(type(module)), str):
+            _swap(module, kind, None)
+        return module
 
 
 def enable() -> None:
     """Fuse every LoRA linear that PEFT makes from now on, until `disable`.
 
-    It is for code that builds the PEFT model itself, such as TRL's trainers. Calling it twice does no more than once.
+    It is for code that builds the PEFT model itself, such as TRL's trainers, and the ``add_adapter`` and
+    ``load_adapter`` of transformers and diffusers. Layers that were made before stay as they are. Calling it twice does
+    no more than once.
     """
-    LoraModel._create_new_module = staticmethod(_create_fused)  # type: ignore[method-assign]
+    _FusingFactory.enabled = True
+    found = LoraModel.__dict__["_create_new_module"]
+    if not isinstance(found.__func__, _FusingFactory):
+        LoraModel._create_new_module = staticmethod(_FusingFactory(found))  # type: ignore[method-assign]
 
 
 def disable() -> None:
     """Undo `enable`: layers that PEFT makes from now on are not fused. Fused layers stay fused until `unfuse`."""
-    LoraModel._create_new_module = _create  # type: ignore[method-assign]
+    _FusingFactory.enabled = False
+    found = LoraModel.__dict__["_create_new_module"].__func__
+    if isinstance(found, _FusingFactory):  # otherwise another package has put its own around ours
+        LoraModel._create_new_module = found.before  # type: ignore[method-assign]

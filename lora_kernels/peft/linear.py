@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import lora_linear
+from lora_kernels.peft import known
 from lora_kernels.peft.groups import SharedInput
 from lora_kernels.peft.reading import (
     OneAdapter,
@@ -38,6 +40,9 @@ from lora_kernels.quant.weight import QuantizedWeight
 
 _IGNORED = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
 """Keywords of PEFT's variants of LoRA. Plain LoRA accepts and ignores them."""
+
+_DORA_UNKNOWN = known.why_not_dora(DoraLinearVariant.forward, DoraLinearLayer.forward)
+"""Why DoRA of the installed PEFT cannot be fused; "" for the versions that this package knows."""
 
 _DROPOUTS = (nn.Identity, nn.Dropout)
 """PEFT's modules for a dropout of 0, and for others."""
@@ -147,8 +152,6 @@ class Fused:
                 active.append(name)  # a comprehension is one more frame in every forward
         if not active:
             return ""
-        if variants and (len(active) > 1 or names is not None) and any(name in variants for name in active):
-            return "a DoRA adapter beside others"
         adapters = {}
         dropout = False
         for name in active:
@@ -158,6 +161,8 @@ class Fused:
             adapters[name] = adapter
             if adapter.p > 0:  # a branch, because a compiler may have p as a symbol
                 dropout = True
+        if variants and (len(active) > 1 or names is not None) and any(name in variants for name in active):
+            return "a DoRA adapter beside others"  # `read_adapter` has refused all other variants
         if names is None and len(adapters) < len(active):
             return "an adapter that is active twice"
         dtypes = self._dtypes(x, w, adapters, autocast_of(x))
@@ -365,6 +370,8 @@ class FusedLinear(Fused, peft_layer.Linear):
         kind = type(layer.lora_variant[name])
         if kind is not DoraLinearVariant:
             return f"adapter {name!r} is a {kind.__name__}"
+        if _DORA_UNKNOWN:
+            return _DORA_UNKNOWN
         if layer.fan_in_fan_out:
             return f"adapter {name!r} is DoRA over a Conv1D"
         if layer.lora_B[name].bias is not None:

@@ -1,0 +1,64 @@
+"""Whether PEFT's own forward is one that the fused path may stand in for.
+
+A fused layer computes the result of PEFT's forward without calling it. So the forward must be one that this package
+knows: PEFT's own function, which uses only the attributes and functions that PEFT 0.19 to 0.21 use there. A newer PEFT
+may use something new in it (a gate, another kind of variant, a hook), and another package may replace it. Such a layer
+is left to PEFT, with the name of what is new. A change that uses nothing new is not noticed here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+_LORA_USES = """
+VARIANT_KWARG_KEYS __base__ _cast_input_dtype _check_forward_args _mixed_batch_forward active_adapter active_adapters
+adapter_names alora_offsets append base_layer clone disable_adapters dtype enumerate forward get is_autocast_enabled
+keys lora_A lora_B lora_dropout lora_variant merged pop result scaling set to torch unmerge weight x
+"""
+_LORA = frozenset(_LORA_USES.split())
+"""What PEFT's forwards of plain LoRA use. `lora_variant` holds the variants of LoRA, which a fused layer looks at."""
+
+_DORA_USES = """
+F Identity adapter_name base_layer base_result bias dequantize_module_weight detach dtype fan_in_fan_out get_base_layer
+get_lora_weight get_weight_norm isinstance linear lora_A lora_B lora_dropout lora_magnitude_vector lora_weight nn
+scaling to training transpose view weight
+"""
+_DORA = frozenset(_DORA_USES.split())
+"""What the forwards of PEFT's DoRA use."""
+
+
+def why_not_lora(peft_class: type[Any]) -> str:
+    """Return why the fused path may not stand in for the forward of `peft_class`, a LoRA linear of PEFT, or "" where it
+    may."""
+    return _unknown(peft_class.forward, _LORA) or _unknown(peft_class._mixed_batch_forward, _LORA)
+
+
+def why_not_dora(*forwards: Callable[..., Any]) -> str:
+    """Return why the fused path may not stand in for DoRA, which PEFT computes with the functions `forwards`, or ""
+    where it may."""
+    return next(filter(None, (_unknown(forward, _DORA) for forward in forwards)), "")
+
+
+@functools.cache  # a model has hundreds of layers of one class
+def _unknown(function: Callable[..., Any], known: frozenset[str]) -> str:
+    name = getattr(function, "__qualname__", repr(function))
+    home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else type(function).__module__
+    if not isinstance(function, FunctionType) or home.partition(".")[0] != "peft":
+        return f"PEFT's {name} has been replaced by a function of {home}"
+    if new := sorted(set(_used(function.__code__)) - known):
+        return f"PEFT's {name} uses {', '.join(new)}, which this version of lora_kernels does not know"
+    return ""
+
+
+def _used(code: CodeType) -> Iterator[str]:
+    """Yield the attributes, global names, keywords and names in strings that a function uses."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _used(constant)
+        for text in constant if isinstance(constant, tuple) else (constant,):
+            if isinstance(text, str) and text.isidentifier():
+                yield text
