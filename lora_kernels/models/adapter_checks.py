@@ -143,7 +143,7 @@ def check_names(stored: StoredAdapters, want: set[str], model: nn.Module) -> Non
         )
 
 
-def check_shapes(stored: StoredAdapters, name: str, r: int, linear: nn.Linear) -> None:
+def check_shapes(stored: StoredAdapters, name: str, r: int, linear: nn.Linear | FusedLoRALinear) -> None:
     """Raise ValueError where the adapter of `name` does not have rank r or does not fit `linear`."""
     a, b, _ = stored.layers[name]  # adapters_of has checked that m has as many elements as B has rows
     want = (r, linear.in_features), (linear.out_features, r)

@@ -68,7 +68,7 @@ class AdapterLinear(nn.Module):
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of W, which x is expected in."""
-        return self.weight.dtype
+        return self._frozen()[0].dtype
 
     @property
     def merged(self) -> bool:
@@ -93,9 +93,9 @@ class AdapterLinear(nn.Module):
         hook = self.__dict__.get("_hf_hook")
         if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
             raise ValueError(
-                f"this {type(self).__name__} was merged when accelerate offloaded it, and accelerate has kept the weight "
-                "without the adapter. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) and unmerge(), "
-                "then offload the model"
+                f"this {type(self).__name__} was merged when accelerate offloaded it, and accelerate has kept the "
+                "weight without the adapter. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) and "
+                "unmerge(), then offload the model"
             )
 
     def reset_adapter(self) -> None:

@@ -266,7 +266,8 @@ class FusedLoRALinear(AdapterLinear):
         from torch.distributed.tensor import distribute_tensor  # heavy to import, and loaded already where m is sharded
 
         w, a, b = (cast(Any, t).full_tensor() for t in (w, a, b))
-        return distribute_tensor(weight_norm(w, a, b, float(self.scaling), m), m.device_mesh, m.placements)
+        norm, like = weight_norm(w, a, b, float(self.scaling), m), cast(Any, m)
+        return distribute_tensor(norm, like.device_mesh, like.placements)
 
     @torch.inference_mode(False)  # what is made in inference mode could not be trained later
     @torch.no_grad()

@@ -62,8 +62,8 @@ def refuse_absent(module: nn.Module) -> None:
     absent = [name for name, p in module._parameters.items() if p is not None and p.is_meta]
     if absent:
         raise ValueError(
-            f"{', '.join(absent)} of this {type(module).__name__} are on the meta device, which holds no values: nothing "
-            "was changed. If accelerate has offloaded the model, bring it back first with "
+            f"{', '.join(absent)} of this {type(module).__name__} are on the meta device, which holds no values: "
+            "nothing was changed. If accelerate has offloaded the model, bring it back first with "
             "accelerate.hooks.remove_hook_from_module(model, recurse=True), or load it without offloading; otherwise "
             "load a checkpoint"
         )

@@ -82,8 +82,8 @@ class RowwiseLoRA(RowwiseParallel):
 
 
 def _distributed(style: Any, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Return `module` with its parameters sharded and the hooks of torch's plans. Their own ``_apply`` does the same for
-    an nn.Linear only."""
+    """Return `module` with its parameters sharded and the hooks of torch's plans. Their own ``_apply`` does the same
+    for an nn.Linear only."""
     return distribute_module(
         module,
         mesh,

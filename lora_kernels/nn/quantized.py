@@ -55,6 +55,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         ValueError: use_dora; and what `FusedLoRALinear` raises.
     """
 
+    weight_codes: nn.Parameter
     format: str
     blocksize: int
     _dtype: torch.dtype
@@ -185,20 +186,15 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def _refuse_sharded_codes(self) -> None:
         if hasattr(self.weight_codes, "placements"):
             raise ValueError(
-                f"the codes of this {type(self).__name__} are sharded, and a dense weight cannot be quantised into them: "
-                "load it before fully_shard, or load the state of a quantised model"
+                f"the codes of this {type(self).__name__} are sharded, and a dense weight cannot be quantised into "
+                "them: load it before fully_shard, or load the state of a quantised model"
             )
 
     @torch.no_grad()
     def _reset_base(self) -> None:
         self._refuse_sharded_codes()
-        made = nn.Linear(
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            device=self.weight_codes.device,
-            dtype=self._dtype,
-        )
+        K, N = self.in_features, self.out_features
+        made = nn.Linear(K, N, self.bias is not None, device=self.weight_codes.device, dtype=self._dtype)
         for own, new in zip(self.weight.tensors, quantize_like(made.weight, self.weight).tensors, strict=True):
             own.copy_(new)
         if self.bias is not None:

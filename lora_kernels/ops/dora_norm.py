@@ -13,7 +13,6 @@ eps·‖W‖² / n²: all digits are right unless B A takes away most of a row o
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 

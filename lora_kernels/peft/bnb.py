@@ -51,8 +51,8 @@ class _Layout(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """A reading of a weight, and what it was read from. The layer's tensors are held weakly, so that they are freed when
-    the layer gives them away."""
+    """A reading of a weight, and what it was read from. The layer's tensors are held weakly, so that they are freed
+    when the layer gives them away."""
 
     weight: Callable[[], Any]
     state: Callable[[], Any]
@@ -77,7 +77,7 @@ class _WeightCache:
     def read(self, base: Any) -> QuantizedWeight | str:
         """Return the weight of `base`, a Linear4bit or Linear8bitLt, or why it cannot be read."""
         weight = base._parameters["weight"]
-        state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
+        state: Any = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
         packed = False
         if state is not None:
             scales, packed = state.absmax, getattr(state, "packing_format_for_cpu", False)

@@ -76,6 +76,10 @@ class QuantizedWeight:
         """The device of the tensors."""
         return self.codes.device
 
+    def size(self, dim: int | None = None) -> tuple[int, int] | int:
+        """Return the shape, or one of its numbers, as `Tensor.size` does."""
+        return self.shape if dim is None else self.shape[dim]
+
     @property
     def is_cpu(self) -> bool:
         """Whether the tensors lie in the memory of the CPU."""

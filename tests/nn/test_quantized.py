@@ -294,7 +294,10 @@ def changed(state: dict[str, torch.Tensor], **values) -> dict[str, torch.Tensor]
         (lambda s: changed(s, weight_format=None, weight=s["weight_codes"]), r"must be dense, \(40, 72\).*uint8"),
         (lambda s: changed(s, weight_format=None), "come in parts with weight_format.*got nothing"),
         (lambda s: changed(s, weight_codes=s["weight_codes"][:, 1:]), r"weight_codes is \(40, 35\), here \(40, 36\)"),
-        (lambda s: changed(s, weight_codes=s["weight_codes"].float()), r"weight_codes is torch.float32, here torch.uint8"),
+        (
+            lambda s: changed(s, weight_codes=s["weight_codes"].float()),
+            r"weight_codes is torch.float32, here torch.uint8",
+        ),
         (lambda s: changed(s, weight_scales=s["weight_scales"].half()), r"weight_scales is torch.float16"),
         (lambda s: changed(s, bias=s["bias"][1:]), r"bias is \(39,\), here \(40,\)"),
         (lambda s: changed(s, lora_B=s["lora_B"][1:]), r"lora_B is \(39, 4\), here \(40, 4\)"),
