@@ -106,7 +106,7 @@ def apply_lora(
     report, undo = _replaced(model, selection)
     if inputs is not None:
         try:
-            report = report.verify(model, *inputs.args, **inputs.kwargs)
+            report = report.verified_with(model, inputs)
         except BaseException:
             undo()
             raise

@@ -61,10 +61,13 @@ class ApplyReport:
             ValueError: no inputs, and a model without dummy_inputs, or one that cannot run with them; a model without
                 `FusedLoRALinear`.
         """
+        return self.verified_with(model, Inputs(args, kwargs) if args or kwargs else dry_run.inputs_for(model, True))
+
+    def verified_with(self, model: nn.Module, inputs: Inputs) -> ApplyReport:
+        """Return what `verify` returns, for inputs as one object."""
         layers = lora_layers(model)
         if not layers:
             raise ValueError("the model has no FusedLoRALinear: apply_lora(model) first")
-        inputs = Inputs(args, kwargs) if args or kwargs else dry_run.inputs_for(model, True)
         watched = {name: _watched(layer) for name, layer in layers.items() if not layer.merged}
         return replace(self, doubted={}, without_effect=dry_run.passed_over(model, watched, inputs))
 

@@ -90,7 +90,7 @@ def _why_not_tensor(weight: Tensor) -> str:
     if not is_traceable_wrapper_subclass(weight):
         return ""
     return (
-        f"its weight is a {type(weight).__name__}, which holds other tensors and not W itself: start from the dense and "
-        'whole nn.Linear, with quant="nf4", "fp4", "int8" or "fp8" for a weight in 4 or 8 bits, or take PEFT\'s '
+        f"its weight is a {type(weight).__name__}, which holds other tensors and not W itself: start from the dense "
+        'and whole nn.Linear, with quant="nf4", "fp4", "int8" or "fp8" for a weight in 4 or 8 bits, or take PEFT\'s '
         "get_peft_model, which serves torchao's weights"
     )

@@ -126,8 +126,13 @@ def _source(method: Any) -> ast.FunctionDef | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(method))))
     except (OSError, TypeError, SyntaxError):  # built in, made by exec, or no function at all
         return None
-    first = tree.body[0]
-    return first if isinstance(first, ast.FunctionDef) else None
+    function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+        return None
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and node.id == function.args.args[0].arg:
+            node.id = "self"  # a patch may call it otherwise
+    return function
 
 
 def _attributes_of_self(function: ast.FunctionDef) -> Iterator[tuple[ast.Attribute, ast.AST]]:

@@ -139,7 +139,7 @@ def fuse(
     if inputs is None:
         return report
     try:
-        report = report.verify(model, *inputs.args, **inputs.kwargs)
+        report = report.verified_with(model, inputs)
         if strict and report.not_fused:
             raise RuntimeError(f"fuse(strict=True, verify=...) found layers that have no fused forward.\n{report}")
     except BaseException:

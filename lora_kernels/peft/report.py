@@ -47,7 +47,10 @@ class FuseReport:
         Raises:
             ValueError: no inputs, and a model without dummy_inputs, or one that cannot run with them.
         """
-        inputs = Inputs(args, kwargs) if args or kwargs else dry_run.inputs_for(model, True)
+        return self.verified_with(model, Inputs(args, kwargs) if args or kwargs else dry_run.inputs_for(model, True))
+
+    def verified_with(self, model: nn.Module, inputs: Inputs) -> FuseReport:
+        """Return what `verify` returns, for inputs as one object."""
         layers = {name: layer for name, ref in self.layers.items() if isinstance(layer := ref(), Fused)}
         watched = {name: found for name, layer in layers.items() if (found := _watched(layer))}
         groups = [group for group in self.groups.values() if hasattr(group, "__dict__")]

@@ -1,0 +1,98 @@
+"""A parent that reads a child's weight without calling the child is found in the source of its forward."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_kernels import FusedLoRALinear
+from lora_kernels.nn import readers
+
+
+class Parent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("read", "in_a_method", "either", "cast", "asked", "called", "rebuilt", "biased"):
+            setattr(self, name, nn.Linear(4, 4))
+
+    def forward(self, x):
+        x = F.linear(x, self.read.weight, None)
+        x = self._rest(x)
+        x = self.either(x) if self.training else x @ self.either.weight.t()
+        if isinstance(self.asked.weight, torch.Tensor) and self.cast.weight.dtype != torch.int8:
+            x = x.to(self.cast.weight.dtype).to(self.cast.weight.device)
+        return self.called(self.cast(self.asked(x)))
+
+    def _rest(self, x):
+        if isinstance(self.in_a_method, nn.Linear):
+            x = x @ self.in_a_method.weight
+        return x + self.biased.bias
+
+    def fuse_weights(self):  # not a part of forward
+        return torch.cat([self.called.weight, self.rebuilt.weight])
+
+
+@pytest.mark.parametrize(
+    ("name", "always"),
+    [
+        *(("read", True), ("in_a_method", True), ("biased", True), ("either", False)),
+        *((name, None) for name in ("cast", "asked", "called", "rebuilt", "absent")),
+    ],
+)
+def test_what_forward_reads_and_never_calls_is_told_from_the_rest(name, always):
+    found = readers.reading(Parent(), name)
+    assert (found and found.always) == always
+    if name == "in_a_method":
+        assert str(found) == "Parent._rest reads its weight or bias without calling it, past an adapter"
+    if name == "either":
+        assert "Parent.forward may read" in str(found)
+
+
+def test_a_subclass_has_the_methods_of_its_bases():
+    class Child(Parent):
+        def _rest(self, x):
+            return x
+
+    assert readers.reading(Child(), "read").always
+    assert readers.reading(Child(), "in_a_method") is None
+
+
+def test_a_state_space_mixer_counts_as_reading_what_it_may_read():
+    mixer = Parent()
+    mixer.A_log = nn.Parameter(torch.zeros(4))
+    assert readers.reading(mixer, "either").always and readers.reading(mixer, "called") is None
+
+
+def test_a_forward_on_the_instance_is_the_one_that_counts():
+    def forward(module, x):
+        return F.linear(x, module.called.weight) + module.read(x)
+
+    parent = Parent()
+    parent.forward = types.MethodType(forward, parent)
+    assert readers.reading(parent, "called").always and readers.reading(parent, "read") is None
+    assert readers.reading(Parent(), "called") is None
+
+
+def test_a_class_without_source_is_read_by_nobody_we_know_of():
+    made: dict = {}
+    exec("def forward(self, x): return x @ self.read.weight", made)
+    assert readers.reading(type("Made", (nn.Module,), {"forward": made["forward"]})(), "read") is None
+
+
+def test_torchs_own_attention_reads_out_proj():
+    assert readers.reading(nn.MultiheadAttention(4, 2), "out_proj").always
+
+
+def test_the_inference_path_of_an_encoder_is_closed_and_can_be_opened_again():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    before = encoder.use_nested_tensor
+    encoder.layers[0].linear1 = FusedLoRALinear(8, 16)
+    undo = readers.close_fast_paths(encoder, FusedLoRALinear)
+    assert [layer.activation_relu_or_gelu for layer in encoder.layers] == [0, 1]
+    assert not encoder.use_nested_tensor
+    undo()
+    assert encoder.layers[0].activation_relu_or_gelu == 1 and encoder.use_nested_tensor == before
