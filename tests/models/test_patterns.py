@@ -38,16 +38,17 @@ def deep() -> torch.nn.Module:
     return model
 
 
+HANGING = {
+    "rank_pattern": {"rank_pattern": {BOMB: 4}},
+    "target_modules": {"target_modules": BOMB},
+    "exclude_modules": {"exclude_modules": BOMB},
+    "alpha_pattern": {"alpha_pattern": {BOMB: 4}},
+    "layers_pattern": {"layers_to_transform": [0], "layers_pattern": BOMB, "target_modules": ["fc"]},
+}
+
+
 @pytest.mark.parametrize(
-    "fields",
-    [
-        {"target_modules": BOMB},
-        {"exclude_modules": BOMB},
-        {"rank_pattern": {BOMB: 4}},
-        {"alpha_pattern": {BOMB: 4}},
-        {"layers_to_transform": [0], "layers_pattern": BOMB, "target_modules": ["fc"]},
-    ],
-    ids=lambda fields: next(reversed(fields)) if "layers_pattern" not in fields else "layers_pattern",
+    "fields", [pytest.param(HANGING[k], id=k, marks=[pytest.mark.slow] * (k != "rank_pattern")) for k in HANGING]
 )
 def test_a_pattern_that_would_hang_is_refused(tmp_path, short, fields):
     save_adapter(adapted(net()), tmp_path)
