@@ -195,7 +195,7 @@ HEADERS = {
     "a header longer than the file": lambda h: _safetensors(h, size=1 << 30),
     "a header of 2^63 bytes": lambda h: _safetensors(h, size=1 << 63),
     "a deep header": lambda h: _safetensors(b"[" * 100_000 + b"]" * 100_000),
-    "nothing": lambda h: b"",
+    "no bytes": lambda h: b"",
     "a zip, as torch.save writes": lambda h: b"PK\x03\x04" + b"\0" * 100,
 }
 
@@ -204,6 +204,12 @@ HEADERS = {
 def test_a_file_of_tensors_whose_header_lies_is_refused(directory, case):
     (directory / WEIGHTS).write_bytes(HEADERS[case](_header(directory)))
     refused(directory, "cut short or not a safetensors file|lacks|holds no adapter")
+
+
+@pytest.mark.parametrize("size", [1 << 20, 1 << 40])
+def test_a_file_of_tensors_of_another_size_is_not_read(directory, size):
+    os.truncate(directory / WEIGHTS, size)
+    refused(directory, "cut short or not a safetensors file")
 
 
 NAMES = {
