@@ -52,7 +52,7 @@ def replace(files: Mapping[Path, bytes]) -> None:
         if error.errno is None or isinstance(error, TimeoutError):
             raise
         names = " and ".join(path.name for path in files)
-        why = f"{error.strerror}; {names} could not be written and is as it was before"
+        why = f"{error.strerror}, so {names} could not be written; nothing was changed"
         raise OSError(error.errno, why, str(folder)) from error
 
 
@@ -183,12 +183,21 @@ def _settle(folder: Path) -> None:
                 continue
             try:
                 if descriptor is None or _try_lock(descriptor):
-                    for new in space.glob("*.new") if ready else ():
+                    for new in _unrenamed(space) if ready else ():
                         os.replace(new, folder / new.stem)
                     shutil.rmtree(space, ignore_errors=True)
             finally:
                 if descriptor is not None:
                     _release(descriptor)
+
+
+def _unrenamed(space: Path) -> list[Path]:
+    """Return the new files in `space` that are still to be renamed: none if another program has written a newer file in
+    the place of one of them."""
+    new = sorted(space.glob("*.new"))
+    since = (space / _READY).stat().st_mtime_ns
+    places = [space.parent / path.stem for path in new]
+    return [] if any(place.exists() and place.stat().st_mtime_ns > since for place in places) else new
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -64,6 +64,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         more = f" ({pickled.name} is a pickle and is not read: save it anew as safetensors)" if pickled.exists() else ""
         raise FileNotFoundError(f"there is no {path}{more}")
     try:
+        with st.safe_open(path, "pt"):  # compares the header with the file's size before so many bytes are read
+            pass
         # The file is read, not mapped into memory, so that a later change of it changes nothing here.
         return st.load(path.read_bytes())
     except Exception as error:  # a broken header raises several types beside SafetensorError

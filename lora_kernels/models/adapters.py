@@ -52,18 +52,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     A and B are written in their own dtype under ``base_model.model.<name>.lora_A.weight`` and ``.lora_B.weight``,
     DoRA's m under ``.lora_magnitude_vector``. Values of r and lora_alpha that differ between layers go to rank_pattern
     and alpha_pattern. lora_alpha is written and `scaling` is not, so that a layer which is switched off by
-    ``scaling = 0`` is saved whole. A merged layer's adapter is saved too. Trained parameters outside the adapters are
-    not saved: a warning names them.
+    ``scaling = 0`` is saved whole. A merged layer's adapter is saved too, and so is that of a model that accelerate has
+    offloaded. Trained parameters outside the adapters are not saved: a warning names them.
 
-    Both files are written in full, and flushed to the disk, under temporary names in the same directory. Then renames
-    put them in the place of the old ones, the weights first and the config last. An error on the way leaves the old
-    files as they were. So does a crash of the machine, unless it comes between the two renames. The weights are then
-    new and the config is old, which matters only if r, lora_alpha or the layers have changed.
+    The names in the file are those of the model without wrappers (torch.compile, activation checkpointing, DDP, FSDP,
+    ...) around it or around parts of it. Tied adapters are written for each layer: a warning says that the tie is not
+    saved.
+
+    Both files are written in full, and flushed to the disk, in a temporary folder inside `directory`. Then renames put
+    them in the place of the old ones, the weights first and the config last. An error on the way leaves the old files
+    as they were. Several threads and processes may save at once: each reader of one file sees a whole one, and
+    `load_adapter`, which takes the directory's lock, sees two files of one save. What a killed save has left is removed
+    by the next one; if it was killed between the two renames, the next `save_adapter` or `load_adapter` makes the
+    second. A symbolic link in the place of a file is replaced, and the file that it names is kept.
 
     Raises:
         ValueError: the model has no `FusedLoRALinear`; it is one itself, and so has no name to save under; its layers
-            have further parameters, or sharded ones; or they differ in use_rslora or use_dora, of which the format has
-            one for all.
+            have further parameters, or sharded or flattened ones, or ones without values (on the meta device); or they
+            differ in use_rslora or use_dora, of which the format has one for all.
+        OSError: the files cannot be written: no permission, no space, or another process that has held the directory's
+            lock for a minute.
         ImportError: safetensors is not installed.
     """
     st = safetensors_torch()
@@ -103,6 +111,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     A plain model gets LoRA first, as by `apply_lora` with the config's settings: the adapters train and everything else
     is frozen. A, B and m are in fp32 beside fp16 and bf16 weights, as in PEFT, and else have the weight's dtype.
 
+    Names are those without wrappers (torch.compile, activation checkpointing, DDP, FSDP, ...), in the model and in the
+    file. So a file that was saved from a wrapped model goes into a plain one, and the reverse.
+
+    The config's regular expressions are Python's. What is more than a name is first tried with the model's names in a
+    process of its own, and refused if it takes more than two seconds of processor time.
+
     Whether the model is in training mode stays as it is. Whether its weights are those that the adapter was trained
     with cannot be checked: the files tell the base's names and shapes only.
 
@@ -114,9 +128,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
         ValueError: a file that is cut short or is not what its name says; keys that are missing or that the model has
             no place for; other shapes or ranks; DoRA into layers without it, or the reverse; a config with something
             that `FusedLoRALinear` does not compute (lora_bias, modules_to_save, an initialisation that changes the
-            base, ...); a merged layer, or a sharded one.
+            base, ...), or with a field that is not known here and not off; a regular expression that takes too long; a
+            merged layer, a sharded one, or one on the meta device, as in an offloaded model; two values for tied
+            parameters.
         ImportError: safetensors is not installed.
-        After any of these, the model is unchanged.
+        After any error, also one that is not listed here, the model is unchanged.
     """
     directory = Path(directory)
     config, tensors = _read(directory)

@@ -37,6 +37,7 @@ for written, used in patterns:
     for name in names:
         compiled.fullmatch(name)
         compiled.match(name)
+print("done")
 """
 
 
@@ -80,10 +81,12 @@ def check(patterns: Mapping[str, str], names: Collection[str]) -> None:
         raise TooSlow(f"they take more than {_WALL_SECONDS} s") from None
     except OSError as error:
         raise ValueError(f"they cannot be tried, because {sys.executable!r} does not start ({error})") from error
-    if done.returncode < 0:  # the kernel ends the process at its limit
+    if done.stdout.strip() == b"done":
+        return
+    # At its limit the kernel ends the process. A program that ignores SIGCHLD sees 0 for every end of a process.
+    if done.returncode <= 0:
         raise TooSlow(f"they take more than {CPU_SECONDS} s of processor time for the names of this model")
-    if done.returncode:
-        raise ValueError(done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:500])
+    raise ValueError(done.stderr.decode(errors="replace").strip().rpartition("\n")[2][:500])
 
 
 def _compile(*patterns: str) -> None:

@@ -147,9 +147,11 @@ def by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any, *othe
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """Return the first `most` names as text, and the number of the others."""
+    """Return the first `most` names as text, and the number of the others. Long names are cut, and letters that
+    a terminal would obey are escaped, since the names may be those of a hostile file."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    shown = (name if name.isprintable() else ascii(name)[1:-1] for name in names[:most])
+    return ", ".join(name if len(name) <= 300 else f"{name[:300]}..." for name in shown) + more
 
 
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:

@@ -118,7 +118,7 @@ def test_after_an_error_everything_is_as_it_was(tmp_path, monkeypatch, module, n
             patch.setattr(os, "link", _failing(os.link, 1))
         with pytest.raises(KeyboardInterrupt if error else OSError) as raised:
             write(tmp_path, b"new")
-    assert error or "a and b could not be written and is as it was before" in str(raised.value)
+    assert error or "a and b could not be written; nothing was changed" in str(raised.value)
     assert contents(tmp_path) == (whole(b"old") if old else {})
     write(tmp_path, b"newer")
     assert contents(tmp_path) == whole(b"newer")
@@ -127,7 +127,7 @@ def test_after_an_error_everything_is_as_it_was(tmp_path, monkeypatch, module, n
 def test_a_folder_in_a_files_place_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
     (tmp_path / "b").mkdir()
-    with pytest.raises(OSError, match="as it was before"):
+    with pytest.raises(OSError, match="nothing was changed"):
         write(tmp_path, b"new")
     assert (tmp_path / "a").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["a", "b"]
 
@@ -160,6 +160,18 @@ def test_what_a_killed_write_leaves_is_finished_or_removed(tmp_path: Path, name:
         assert len(os.listdir(tmp_path)) == 3
         settle(tmp_path)
         assert contents(tmp_path) == whole(expected)
+
+
+def test_a_killed_write_is_not_finished_over_what_another_program_has_written(tmp_path: Path) -> None:
+    write(tmp_path, b"old")
+    process = multiprocessing.get_context("fork").Process(target=_killed_at, args=(tmp_path, "replace", 2))
+    process.start()
+    process.join()
+    time.sleep(0.02)
+    for name in NAMES:
+        (tmp_path / name).write_bytes(b"newer")
+    atomic.finish(tmp_path)
+    assert contents(tmp_path) == whole(b"newer")
 
 
 def test_the_temporaries_of_a_living_writer_and_of_others_are_left(tmp_path: Path) -> None:
@@ -221,7 +233,7 @@ def test_a_folder_that_may_only_be_read_is_named(tmp_path: Path) -> None:
     write(tmp_path, b"old")
     tmp_path.chmod(0o555)
     try:
-        with pytest.raises(PermissionError, match="as it was before"):
+        with pytest.raises(PermissionError, match="nothing was changed"):
             write(tmp_path, b"new")
     finally:
         tmp_path.chmod(0o755)

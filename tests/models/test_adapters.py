@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
+import signal
+import threading
 import warnings
 
 import hypothesis.strategies as hs
@@ -218,6 +221,48 @@ def test_a_failure_in_the_middle_of_saving_leaves_the_old_adapter(tmp_path, monk
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == files
     load_adapter(base, tmp_path)
     assert torch.equal(run(base), run(old))
+
+
+def test_what_is_loaded_is_of_one_save_while_threads_save(tmp_path):
+    """Each saver has a rank and an alpha of its own, so that files of two saves do not fit together."""
+    base = net()
+    models = {r: adapted(copy.deepcopy(base), r=r, lora_alpha=10 * r) for r in (1, 2, 3)}
+    want = {r: run(model) for r, model in models.items()}
+    save_adapter(models[1], tmp_path)
+    threads = [
+        threading.Thread(target=lambda m=m: [save_adapter(m, tmp_path) for _ in range(12)]) for m in models.values()
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        model = copy.deepcopy(base)
+        rank = load_adapter(model, tmp_path).layers[0].r
+        assert torch.equal(run(model), want[rank])
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
+def test_a_save_that_was_killed_between_its_files_is_finished_by_the_next_load(tmp_path):
+    base = net()
+    save_adapter(adapted(copy.deepcopy(base), r=2), tmp_path)
+    new = adapted(copy.deepcopy(base), r=2, lora_alpha=100)
+
+    def die() -> None:
+        real = os.replace
+
+        def replace(source, target):
+            if str(target).endswith(CONFIG):
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+
+        os.replace = replace
+        save_adapter(new, tmp_path)
+
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join()
+    assert len(os.listdir(tmp_path)) == 3
+    load_adapter(base, tmp_path)
+    assert torch.equal(run(base), run(new)) and sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
 
 
 def test_a_first_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
