@@ -92,7 +92,8 @@ void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
   w.l.expand_rows({h.data, h.ld, DType::f32}, rows, p.R, c * p.scale, h.data);
 }
 
-// y += s h b^T, and the bias, unless the base product has it. `column` is memory of the calling thread for kWidth floats, used where b is read in place.
+// y += s h b^T, and the bias, unless the base product has it. `column` is memory of the calling thread for kWidth
+// floats, used where b is read in place.
 void add_to_y(const Branch& p, const Work& w, bool in_place, float* column) {
   const float* const bias = p.base ? nullptr : w.bias(p);
 #pragma omp for schedule(dynamic, 1) nowait

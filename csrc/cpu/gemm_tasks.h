@@ -58,8 +58,7 @@ void gemm_by_panels(int threads, i64 M, i64 N, i64 K, Tile x, Tile y, bool add, 
       const i64 k0 = edge(pass), depth = edge(pass + 1) - k0;
       pack(n0, cols, k0, depth, D, P);
       if (sums_in_y)
-        g.tile(x.at(m0, k0), P, rows, cols, depth,
-               {add || pass > 0, {static_cast<float*>(out.data), out.ld}, {}, {}});
+        g.tile(x.at(m0, k0), P, rows, cols, depth, {add || pass > 0, {static_cast<float*>(out.data), out.ld}, {}, {}});
       else
         g.tile(x.at(m0, k0), P, rows, cols, depth, {pass > 0, {S, width}, addend, pass + 1 == passes ? out : Tile{}});
     }

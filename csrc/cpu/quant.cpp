@@ -189,7 +189,7 @@ void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Til
   // some rows of w are decoded at a time, and stay in L1
   const i64 most = std::max(g.group, g.pair * g.depth) / g.pair, numbers = kDecodeRows * most;
   const i64 spare = numbers + kDecodeRows * segments(w);
-  gemm_by_panels(threads, M, N, K, x, y, false, bias, spare, [&](i64 n0, i64 cols, i64 k0, i64 depth, float* D, float* P) {
+  const auto pack = [&](i64 n0, i64 cols, i64 k0, i64 depth, float* D, float* P) {
     const i64 column = g.floats(depth);
     for (i64 i = 0, rows; i < (transposed ? depth : cols); i += rows) {
       rows = std::min(kDecodeRows, (transposed ? depth : cols) - i);
@@ -201,7 +201,8 @@ void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Til
         g.pack({D, depth, 1}, rows, depth, column, P + i * column);
       }
     }
-  });
+  };
+  gemm_by_panels(threads, M, N, K, x, y, false, bias, spare, pack);
 }
 
 }  // namespace lk::cpu

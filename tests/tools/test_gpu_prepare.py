@@ -251,8 +251,7 @@ def test_kernels_are_found_where_they_were_brought(tmp_path):
 
 
 def test_the_kernels_that_verify_runs_are_compiled(monkeypatch):
-    """All of them have the types, constants and options of a kernel that is compiled. `verify` gives a backward an h in
-    x's dtype; beside adapters in fp32 `composite` itself saves it in fp32, and that kernel is compiled."""
+    """All of them have the types, constants and options of a kernel that is compiled."""
     pytest.importorskip("triton")
     from lora_kernels.backends.triton import device
 
@@ -271,10 +270,7 @@ def test_the_kernels_that_verify_runs_are_compiled(monkeypatch):
         compiled, launched = launched, set()
         for setting, size, op in passes_of_verify():
             for name in gpu_triton_cache.BACKENDS:
-                h_dtype = setting.adapter_dtype if name == "composite" else setting.dtype
-                run_of(importlib.import_module(f"lora_kernels.backends.{name}"), op)(
-                    operands(setting, size, h_dtype), {}
-                )
+                run_of(importlib.import_module(f"lora_kernels.backends.{name}"), op)(operands(setting, size), {})
     assert len(launched) > 50 and launched <= compiled
 
 
@@ -289,7 +285,7 @@ def passes_of_verify():
         yield wanted.timed._replace(p=timed.p), timed.size, timed.op
 
 
-def operands(setting, size, h_dtype):
+def operands(setting, size):
     """Return the operands that `verify` makes, as tensors without memory."""
     (M, K, N, R), result = size, object.__new__(Operands)
 
@@ -299,5 +295,5 @@ def operands(setting, size, h_dtype):
     a, b = empty(R, K, dtype=setting.adapter_dtype), empty(N, R, dtype=setting.adapter_dtype)
     seed = empty(dtype=torch.int64) if setting.p else None
     result.q = SimpleNamespace(x=empty(M, K), dy=empty(M, N), a=a, b=b, bias=None, scale=0.75, p=setting.p, seed=seed)
-    result.w, result.h = empty(N, K), empty(M, R, dtype=h_dtype)
+    result.w, result.h = empty(N, K), empty(M, R, dtype=setting.adapter_dtype)
     return result

@@ -16,9 +16,8 @@ namespace lk::sm90 {
 struct Operands {
   int device;  // ordinal of the device
   int M, N, K, R;
-  bool bf16;           // whether x, w, bias, y, h, dy and dx are bf16; else they are fp16
-  bool adapters_fp32;  // whether a, b, da and db are fp32; else they have the type of x
-  const void* x;       // null in a backward without da
+  bool bf16;      // whether all tensors are bf16; else they are fp16
+  const void* x;  // null in a backward without da
   const void* w;
   const void* a;
   const void* b;

@@ -189,12 +189,8 @@ __device__ __forceinline__ void store_gradient_tile(const Consumer<S>& c, const 
                                                     int rank_stride) {
   const int first = tile.columns + c.group * 64;
   const int64_t origin = static_cast<int64_t>(first) * column_stride + static_cast<int64_t>(tile.rank) * rank_stride;
-  if (p.adapters_fp32)
-    store_gradient(static_cast<float*>(to) + origin, d, factor, c.thread, columns - first, p.R - tile.rank,
-                   column_stride, rank_stride);
-  else
-    store_gradient(static_cast<T*>(to) + origin, d, factor, c.thread, columns - first, p.R - tile.rank, column_stride,
-                   rank_stride);
+  store_gradient(static_cast<T*>(to) + origin, d, factor, c.thread, columns - first, p.R - tile.rank, column_stride,
+                 rank_stride);
 }
 
 template <class T, int BN, int RP, class S>

@@ -17,9 +17,9 @@ T* pointer(uintptr_t address) {
 
 // The operands that both passes take, by name. Pointers are integers, 0 for null.
 template <class ARGS>
-ARGS operands(int device, int M, int N, int K, int R, bool bf16, bool adapters_fp32, uintptr_t x, uintptr_t w,
-              uintptr_t a, uintptr_t b, int64_t ldx, int64_t ldw, int64_t lda, int64_t ldb, float scale, uintptr_t seed,
-              uint32_t threshold, float rescale, uintptr_t stream, int columns, int cluster) {
+ARGS operands(int device, int M, int N, int K, int R, bool bf16, uintptr_t x, uintptr_t w, uintptr_t a, uintptr_t b,
+              int64_t ldx, int64_t ldw, int64_t lda, int64_t ldb, float scale, uintptr_t seed, uint32_t threshold,
+              float rescale, uintptr_t stream, int columns, int cluster) {
   ARGS args{};
   args.device = device;
   args.M = M;
@@ -27,7 +27,6 @@ ARGS operands(int device, int M, int N, int K, int R, bool bf16, bool adapters_f
   args.K = K;
   args.R = R;
   args.bf16 = bf16;
-  args.adapters_fp32 = adapters_fp32;
   args.x = pointer<void>(x);
   args.w = pointer<void>(w);
   args.a = pointer<void>(a);
@@ -51,10 +50,9 @@ py::class_<ARGS> bind_args(py::module_& m, const char* name, int (*workspace)(co
                            int (*launch)(const ARGS*)) {
   return py::class_<ARGS>(m, name)
       .def(py::init(&operands<ARGS>), py::kw_only(), py::arg("device"), py::arg("M"), py::arg("N"), py::arg("K"),
-           py::arg("R"), py::arg("bf16"), py::arg("adapters_fp32"), py::arg("x"), py::arg("w"), py::arg("a"),
-           py::arg("b"), py::arg("ldx"), py::arg("ldw"), py::arg("lda"), py::arg("ldb"), py::arg("scale"),
-           py::arg("seed"), py::arg("threshold"), py::arg("rescale"), py::arg("stream"), py::arg("columns"),
-           py::arg("cluster"))
+           py::arg("R"), py::arg("bf16"), py::arg("x"), py::arg("w"), py::arg("a"), py::arg("b"), py::arg("ldx"),
+           py::arg("ldw"), py::arg("lda"), py::arg("ldb"), py::arg("scale"), py::arg("seed"), py::arg("threshold"),
+           py::arg("rescale"), py::arg("stream"), py::arg("columns"), py::arg("cluster"))
       .def(
           "workspace",
           [workspace](const ARGS& args) {

@@ -79,10 +79,7 @@ template <class T, int MP, class S>
 __device__ __forceinline__ void finish_y(const Consumer<S>& c, const DecodeParams& p, float (&d)[MP / 2], int row) {
   if (c.thread == 0) wait_for(p.counters + kDecodeReady, decode_ready_target(p.plan));
   group_sync(c.group);
-  if (p.adapters_fp32)
-    add_low_rank<float, MP>(c, p, d, row);
-  else
-    add_low_rank<T, MP>(c, p, d, row);
+  add_low_rank<T, MP>(c, p, d, row);
 #pragma unroll
   for (int i = 0; i < MP / 2; ++i) {
     const int n = row + fragment_row(c.thread, i), m = fragment_col(c.thread, i);

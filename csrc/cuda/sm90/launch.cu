@@ -82,19 +82,17 @@ bool aligned(const void* p, int64_t ld) { return reinterpret_cast<uintptr_t>(p) 
 // A tensor map cannot describe rows that overlap, such as one row expanded.
 bool apart(int rows, int columns, int64_t ld) { return rows == 1 || ld >= columns; }
 
-// A matrix that TMA reads: the operand itself, or its conversion in scratch.
+// A matrix that TMA reads: the operand itself, or its copy in scratch.
 struct Matrix {
   const void* p;
   int64_t ld;
 };
 
-// Returns the matrix that TMA reads for an operand. Plans a conversion where TMA cannot read the operand itself.
-Matrix readable(const void* p, int rows, int columns, int64_t ld, bool fp32, Scratch& scratch, PrepJob& job,
-                int& chunks) {
-  if (!fp32 && aligned(p, ld) && apart(rows, columns, ld)) return {p, ld};
+// Returns the matrix that TMA reads for an operand. Plans a copy where TMA cannot read the operand itself.
+Matrix readable(const void* p, int rows, int columns, int64_t ld, Scratch& scratch, PrepJob& job, int& chunks) {
+  if (aligned(p, ld) && apart(rows, columns, ld)) return {p, ld};
   const int pitch = round_up(columns, 8);
-  job = {p,   scratch.take(static_cast<size_t>(rows) * pitch * 2), ld, rows, columns, pitch, prep_chunks(rows, pitch),
-         fp32};
+  job = {p, scratch.take(static_cast<size_t>(rows) * pitch * 2), ld, rows, columns, pitch, prep_chunks(rows, pitch)};
   chunks += job.chunks;
   return {job.to, pitch};
 }
@@ -146,7 +144,7 @@ struct Decode {
   Decode(const ForwardArgs& o, int sms) {
     common(o, p);
     Scratch scratch(o.scratch);
-    a = readable(o.a, o.R, o.K, o.lda, o.adapters_fp32, scratch, p.prep[0], p.plan.prep);
+    a = readable(o.a, o.R, o.K, o.lda, scratch, p.prep[0], p.plan.prep);
     p.plan.a_tiles = ceil_div(o.R, kTileM);
     p.plan.w_tiles = ceil_div(o.N, kTileM);
     p.plan.blocks = ceil_div(o.K, kTileK);
@@ -159,7 +157,6 @@ struct Decode {
     p.counter_count = decode_counters(p.plan);
     p.b = o.b;
     p.ldb = o.ldb;
-    p.adapters_fp32 = o.adapters_fp32;
     p.bias = o.bias;
     p.y = o.y;
     p.h = o.h;
@@ -188,8 +185,8 @@ struct Forward {
     Scratch scratch(o.scratch);
     Plan& plan = p.plan;
     plan.cluster = tiling.cluster;
-    a = readable(o.a, o.R, o.K, o.lda, o.adapters_fp32, scratch, p.prep[0], plan.prep);
-    b = readable(o.b, o.N, o.R, o.ldb, o.adapters_fp32, scratch, p.prep[1], plan.prep);
+    a = readable(o.a, o.R, o.K, o.lda, scratch, p.prep[0], plan.prep);
+    b = readable(o.b, o.N, o.R, o.ldb, scratch, p.prep[1], plan.prep);
     plan.prep = round_up(plan.prep, plan.cluster);
     plan.rank_tiles = rank_tiles(o.R);
     plan.blocks = plan.tiles_m = round_up(ceil_div(o.M, kTileM), plan.cluster);
@@ -231,17 +228,17 @@ struct Backward {
     plan.rank_tiles = rank_tiles(o.R);
     const int row_blocks = round_up(ceil_div(o.M, kTileM), plan.cluster);
     if (need_g) {
-      b = readable(o.b, o.N, o.R, o.ldb, o.adapters_fp32, scratch, p.prep[0], plan.prep);
+      b = readable(o.b, o.N, o.R, o.ldb, scratch, p.prep[0], plan.prep);
       plan.blocks = row_blocks;
       p.g_pointer = scratch.take(static_cast<size_t>(o.M) * p.pitch * 2);
     }
     if (o.dx != nullptr) {
-      a = readable(o.a, o.R, o.K, o.lda, o.adapters_fp32, scratch, p.prep[1], plan.prep);
+      a = readable(o.a, o.R, o.K, o.lda, scratch, p.prep[1], plan.prep);
       plan.tiles_m = row_blocks;
       plan.tiles_n = ceil_div(o.K, tiling.columns);
     }
     if (o.db != nullptr) {
-      h = readable(o.h, o.M, o.R, o.R, false, scratch, p.prep[2], plan.prep);
+      h = readable(o.h, o.M, o.R, o.R, scratch, p.prep[2], plan.prep);
       plan.db_tiles = round_up(ceil_div(o.N, 128), plan.cluster) * plan.rank_tiles;
       plan.db_splits = gradient_splits(plan.db_tiles, o.M, sms);
       p.db_partials = partials(scratch, plan.db_tiles, plan.db_splits);
@@ -255,7 +252,6 @@ struct Backward {
     p.counter_count = counters(plan);
     p.da = o.da;
     p.db = o.db;
-    p.adapters_fp32 = o.adapters_fp32;
     needed = {static_cast<size_t>(p.counter_count), scratch.bytes()};
   }
   cudaError_t run(const BackwardArgs& o, int sms) {

@@ -9,15 +9,14 @@
 
 namespace lk::sm90 {
 
-// The conversion of an operand that TMA cannot read, because it is fp32 or its rows are no multiple of 16 bytes. The
-// result has 16 bits and a row stride of `pitch`, a multiple of 8. The columns from `cols` to `pitch` are never used:
+// The copy of an operand that TMA cannot read, because its rows are no multiple of 16 bytes or lie too close together.
+// The copy has a row stride of `pitch`, a multiple of 8. The columns from `cols` to `pitch` are never used:
 // the tensor maps end at `cols`.
 struct PrepJob {
   const void* from;
   void* to;
   int64_t ld;
   int rows, cols, pitch, chunks;
-  bool fp32;
 };
 constexpr int kPrepJobs = 3;
 
@@ -51,7 +50,6 @@ struct BackwardParams : Common {
   void* g_pointer;
   void *da, *db;  // or null
   float *da_partials, *db_partials;
-  bool adapters_fp32;
   Plan plan;
 };
 
@@ -59,7 +57,6 @@ struct DecodeParams : Common {
   CUtensorMap x, w, a;
   const void* b;
   int64_t ldb;
-  bool adapters_fp32;
   const void* bias;  // or null
   void *y, *h;       // h or null
   float* h_sum;      // [R, MP], fp32: h transposed

@@ -242,11 +242,11 @@ __device__ __forceinline__ void mask_box(const Dropout& dropout, uint32_t box, i
   group_sync(group);
 }
 
-// Converts a chunk of an adapter to T. All consumers of a block call it.
-template <class T, class FROM>
-__device__ __forceinline__ void convert_chunk(const PrepJob& job, int chunk, int consumer) {
+// Copies a chunk of an operand of type T. All consumers of a block call it.
+template <class T>
+__device__ __forceinline__ void copy_chunk(const PrepJob& job, int chunk, int consumer) {
   const int64_t total = static_cast<int64_t>(job.rows) * job.pitch;
-  const FROM* const from = static_cast<const FROM*>(job.from);
+  const T* const from = static_cast<const T*>(job.from);
 #pragma unroll 1
   for (int i = 0; i < kPrepChunk / (kConsumers * 8); ++i) {
     const int64_t at = static_cast<int64_t>(chunk) * kPrepChunk + (i * kConsumers + consumer) * 8;
@@ -265,12 +265,7 @@ __device__ __forceinline__ void prep_item(const Common& p, int chunk) {
   const int consumer = threadIdx.x - 128;
   for (int j = 0; j < kPrepJobs; ++j) {
     const PrepJob& job = p.prep[j];
-    if (chunk >= 0 && chunk < job.chunks) {
-      if (job.fp32)
-        convert_chunk<T, float>(job, chunk, consumer);
-      else
-        convert_chunk<T, T>(job, chunk, consumer);
-    }
+    if (chunk >= 0 && chunk < job.chunks) copy_chunk<T>(job, chunk, consumer);
     chunk -= job.chunks;
   }
   __threadfence();

@@ -171,7 +171,8 @@ def _over_x(layout: Layout, wanted: Wanted) -> tuple[tuple[Frame, ...], int]:
         "blocks": blocks,
         "splits": splits,
         "DROPOUT": layout.dropout,
-        "PRECISION_DX": layout.precision_16,
+        # The tile of a list has no registers left for operands of the tensor cores beside those of ordinary products.
+        "PRECISION_DX": layout.precision_16 if len(layout.N) == 1 else layout.precision,
     }
     if layout.chunks == 1:
         ways = [(wanted.dx, wanted.da)] if wanted.g else []

@@ -5,8 +5,9 @@ Each launch is persistent and warp-specialised: TMA loads, wgmma, and work items
 --tune``, says so. Calls with M up to 64 and no dropout take a kernel that splits K and streams w once.
 
 x, w and dy are read through tensor maps. A tensor whose last stride is not 1, or whose rows or base address are not
-multiples of 16 bytes, is copied first. a and b are read with any row stride and alignment; where they are fp32, or
-their rows are no multiple of 16 bytes, the launch itself converts them to x's dtype.
+multiples of 16 bytes, is copied first. a and b are read with any row stride and alignment; where their rows are no
+multiple of 16 bytes, the launch itself copies them. Adapters in fp32 are refused: the kernels keep h and g in x's
+dtype, where h may overflow and gradients in fp32 would have errors of 16 bits.
 
 The counters and scratch memory of a launch come from `backends.workspace`.
 """
@@ -56,8 +57,11 @@ def why_not(call: Call) -> list[str]:
             reasons.append(fault)
     if call.dtype not in _DTYPES:
         reasons.append(f"serves fp16 and bf16, not {call.dtype}")
-    if call.adapter_dtype not in (call.dtype, torch.float32):
-        reasons.append(f"serves adapters in x's dtype or in fp32, not {call.adapter_dtype}")
+    if call.adapter_dtype != call.dtype:
+        reasons.append(
+            f"serves adapters in x's dtype, not {call.adapter_dtype} beside {call.dtype}: it keeps h and g in 16 bits. "
+            "triton and composite serve fp32 adapters"
+        )
     for label, size in (("N", call.N), ("K", call.K)):
         if size % launch.MULTIPLE:
             reasons.append(f"{label} must be a multiple of {launch.MULTIPLE}, got {size}")
@@ -83,7 +87,7 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
     h = x.new_empty(M, adapter.a.shape[0]) if save_h else None
     if M > 0:
         launch.launch_forward(_plan("forward", M, base, adapter), x, base, adapter, y, h)
-    return y, None if h is None else h.to(adapter.a.dtype)
+    return y, h
 
 
 def _backward(
@@ -96,7 +100,6 @@ def _backward(
     db = (b.new_empty if M else b.new_zeros)(b.shape) if need_db else None
     if M > 0 and (need_dx or need_da or need_db):
         plan = _plan("backward", M, base, adapter)
-        h = None if h is None else h.to(dy.dtype)  # the kernels keep h in x's dtype
         launch.launch_backward(plan, dy, x, base, adapter, h, GradientBuffers(dx, da, db))
     return dx, da, db
 

@@ -107,7 +107,6 @@ def operands(plan: Sm90Plan, M: int, x: Tensor | None, base: Base, adapter: Adap
         "K": w.shape[1],
         "R": a.shape[0],
         "bf16": w.dtype == torch.bfloat16,
-        "adapters_fp32": a.dtype == torch.float32,
         "x": _address(x),
         "w": _address(w),
         "a": _address(a),

@@ -2,6 +2,9 @@
 
 The kernels are checked in Triton's interpreter, and every entry of the tables of plans is compiled ahead of time.
 
+Where the adapters are fp32 beside an x in 16 bits, h and g are fp32, and the products with them, a and b keep the
+precision of fp32 (three products in tf32 on the tensor cores).
+
 Operands may have any strides. Where x, w and dy are aligned, Hopper and Blackwell read them through tensor-map
 descriptors.
 
@@ -75,11 +78,11 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
     M, N, R = x.shape[0], base.w.shape[0], adapter.a.shape[0]
     with target.guard():
         y = x.new_empty(M, N)
-        h = x.new_empty(M, R)
+        h = adapter.a.new_empty(M, R)
         plan = _plan("forward", target, x, base.w, adapter)
         base = base._replace(w=quantised.as_planned(base.w, plan, x.dtype))
         launch.forward_launch(target, plan, x, base, adapter, launch.Outputs(y, h, save_h)).run()
-    return y, h.to(adapter.a.dtype) if save_h else None
+    return y, h if save_h else None
 
 
 def _backward(
@@ -100,10 +103,9 @@ def _backward(
         dx = dy.new_empty(M, K) if need_dx else None
         da = a.new_empty(R, K) if need_da else None
         db = b.new_empty(N, R) if need_db else None
-        g = dy.new_empty(M, R)
+        g = a.new_empty(M, R)
         out = launch.GradientBuffers(dx, da, db, g)
-        saved = launch.Saved(x, None if h is None else h.to(dy.dtype))
-        launch.backward_launch(target, plan, dy, saved, base, adapter, out).run()
+        launch.backward_launch(target, plan, dy, launch.Saved(x, h), base, adapter, out).run()
     return dx, da, db
 
 

@@ -44,8 +44,7 @@ def _forward(plan: Sm90Plan, operands: Operands, out: dict[str, Tensor]) -> None
 
 def _backward(plan: Sm90Plan, operands: Operands, out: dict[str, Tensor]) -> None:
     q, gradients = operands.q, GradientBuffers(out["dx"], out["da"], out["db"])
-    h = operands.h.to(q.dy.dtype)
-    launch.launch_backward(plan, q.dy, q.x, operands.base, operands.adapter, h, gradients)
+    launch.launch_backward(plan, q.dy, q.x, operands.base, operands.adapter, operands.h, gradients)
 
 
 def describe(plan: Sm90Plan) -> str:

@@ -111,8 +111,7 @@ class Operands:
         They hold NaN, so that the results of an earlier plan, left in the same memory, cannot pass for a result.
         """
         q = self.q
-        low = self.h.to(q.x.dtype)  # the launches of triton and cuda keep h and g in x's dtype
-        like = {"y": q.dy, "h": low, "dx": q.x, "da": q.a, "db": q.b, "g": low}
+        like = {"y": q.dy, "h": self.h, "dx": q.x, "da": q.a, "db": q.b, "g": self.h}
         return {name: torch.full_like(t, torch.nan) for name, t in like.items()}
 
 

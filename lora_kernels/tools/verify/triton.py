@@ -47,6 +47,6 @@ class TritonSubject:
     def _backward(self, plan: Plan, operands: Operands, room: dict[str, Tensor]) -> None:
         dy, base = operands.q.dy, operands.base
         base = base._replace(w=quantised.as_planned(base.w, plan, dy.dtype))
-        saved = launching.Saved(operands.q.x, operands.h.to(dy.dtype))
+        saved = launching.Saved(operands.q.x, operands.h)
         out = launching.GradientBuffers(room["dx"], room["da"], room["db"], room["g"])
         launching.backward_launch(self.target, plan, dy, saved, base, operands.adapter, out).run()

@@ -61,9 +61,10 @@ def _entries() -> Iterator[Entry]:
         for BLOCK_R in tiles.ORDINARY[rows][kernel]:
             yield Entry("sm_75", kernel, rows, BLOCK_R, HALF, SINGLE)
             yield Entry("sm_80", kernel, rows, BLOCK_R, SINGLE, SINGLE)
-            yield Entry("sm_90", kernel, rows, BLOCK_R, BF16, SINGLE)
+            if kernel != tiles.UP:
+                yield Entry("sm_90", kernel, rows, BLOCK_R, BF16, SINGLE)
             if rows == tiles.MANY:
-                yield Entry("sm_80", kernel, rows, BLOCK_R, BF16, SINGLE)
+                yield Entry("sm_80", kernel, rows, BLOCK_R, HALF, SINGLE)
                 yield Entry("sm_100", kernel, rows, BLOCK_R, HALF, SINGLE)
                 yield Entry("gfx942", kernel, rows, BLOCK_R, BF16, SINGLE)
             if rows == tiles.MANY:
@@ -110,8 +111,9 @@ def test_a_tile_fits_its_architecture_and_uses_its_instructions(number: int, com
         in_16_bits = entry.dtype.itemsize == 2
     else:  # beside bf16 the products with fp32 adapters that give y and dx are made in tf32, all others in fp32
         tf32 = entry.dtype == BF16 and entry.arch.startswith("sm_")
-        in_16_bits = tf32 and entry.kernel in (tiles.UP, tiles.OVER_X, tiles.OVER_X_OF_LIST)
-    matrix_units = entry.arch != "sm_75" and (in_16_bits or entry.precision == "high")
+        in_16_bits = tf32 and entry.kernel in (tiles.UP, tiles.OVER_X)
+    in_fp32 = entry.arch == "gfx942"  # whose matrix units multiply fp32 without rounding it
+    matrix_units = entry.arch != "sm_75" and (in_16_bits or in_fp32 or entry.precision == "high")
     assert bool(report.tensor_core) == matrix_units
 
 

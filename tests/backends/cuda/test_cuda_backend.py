@@ -13,7 +13,7 @@ from lora_kernels.backends.cuda import launch
 from lora_kernels.core.operands import Adapter, Base, Call
 from lora_kernels.plans.sm90 import BY_RULE
 
-SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.float32, 100, 64, 72, 12, True)
+SERVED = Call("forward", torch.device("cuda", 0), torch.bfloat16, torch.bfloat16, 100, 64, 72, 12, True)
 
 
 @pytest.fixture
@@ -36,8 +36,9 @@ def test_a_hopper_call_is_served() -> None:
     ("change", "reason"),
     [
         ({"device": torch.device("cpu")}, "not on cpu"),
-        ({"dtype": torch.float32}, "not torch.float32"),
+        ({"dtype": torch.float32, "adapter_dtype": torch.float32}, "not torch.float32"),
         ({"adapter_dtype": torch.float16}, "not torch.float16"),
+        ({"adapter_dtype": torch.float32}, "not torch.float32 beside torch.bfloat16: it keeps h and g in 16 bits"),
         ({"N": 100}, "N must be a multiple of 8, got 100"),
         ({"K": 4}, "K must be a multiple of 8, got 4"),
         ({"R": 257}, "got 257"),

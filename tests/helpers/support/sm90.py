@@ -43,7 +43,6 @@ class Operands(ctypes.Structure):
     _fields_ = [
         *((field, _INT) for field in ("device", "M", "N", "K", "R")),
         ("bf16", _BOOL),
-        ("adapters_fp32", _BOOL),
         *((field, _POINTER) for field in ("x", "w", "a", "b")),
         *((field, _LONG) for field in ("ldx", "ldw", "lda", "ldb")),
         ("scale", _FLOAT),
@@ -135,7 +134,7 @@ class Device:
 
     def _operands(self, args: Operands, M: int, x, w, a, b, scale: float, p: float, seed) -> None:
         args.M, (args.N, args.K), args.R = M, w.shape, a.shape[0]
-        args.bf16, args.adapters_fp32 = w.dtype == torch.bfloat16, a.dtype == torch.float32
+        args.bf16 = w.dtype == torch.bfloat16
         args.x, args.w, args.a, args.b = map(_ptr, (x, w, a, b))
         args.ldx, args.ldw, args.lda, args.ldb = (0 if t is None else t.stride(0) for t in (x, w, a, b))
         args.scale, args.threshold, args.rescale = scale, dropout.threshold(p), dropout.rescale(p)

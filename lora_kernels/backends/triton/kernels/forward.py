@@ -6,8 +6,9 @@ yet run on a GPU.
 w is dense, or `quant.Codes` in the redundant kernel. Codes are dequantised tile by tile as the K loop comes to them:
 every row block of x reads all codes once.
 
-`s · h bᵀ` goes into the accumulators of `x wᵀ` with h in x's dtype, as it is saved: (acc / s + h bᵀ) · s, so that no
-operand of the tensor cores is rounded twice. `inverse` is 1/s, and `R_up` is R, or 0 where s is 0.
+`s · h bᵀ` goes into the accumulators of `x wᵀ` with h in the adapters' dtype, as it is saved: (acc / s + h bᵀ) · s, so
+that no operand of the tensor cores is rounded twice. `inverse` is 1/s, and `R_up` is R, or 0 where s is 0. Where the
+adapters are fp32 beside an x in 16 bits, the products with a and b are made in fp32, in the precision PRECISION.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -125,8 +126,8 @@ def store_redundant(
     if SAVE_H and n == 0:
         store_tile(h, R, 1, h_tile, m, 0, M, R, BLOCK_M, BLOCK_R)
     # y = x wᵀ + s · h bᵀ + bias
-    b_tile = load_tile(b, stride_br, stride_bn, 0, n, R_up, N, BLOCK_R, BLOCK_N).to(y.dtype.element_ty)
-    acc = tl.dot(h_tile.to(y.dtype.element_ty), b_tile, acc * inverse, input_precision=PRECISION)
+    b_tile = load_tile(b, stride_br, stride_bn, 0, n, R_up, N, BLOCK_R, BLOCK_N)
+    acc = tl.dot(h_tile.to(b_tile.dtype), b_tile, acc * inverse, input_precision=PRECISION)
     store_y(y, acc * scale, bias, stride_bias, m, n, M, N, BLOCK_M, BLOCK_N, HAS_BIAS)
 
 
@@ -167,12 +168,12 @@ def forward_redundant(
         x_tile = load_tile(x, stride_xm, stride_xk, m, k, M, end, BLOCK_M, BLOCK_K)
         w_tile = load_q(Operand(w, stride_wn, stride_wk, N, READ=W), level, n, k, end_w, BLOCK_N, BLOCK_K)
         w_tile = w_tile.to(x_tile.dtype)
-        a_tile = load_tile(a, stride_ak, stride_ar, k, 0, end, R, BLOCK_K, BLOCK_R).to(x_tile.dtype)
+        a_tile = load_tile(a, stride_ak, stride_ar, k, 0, end, R, BLOCK_K, BLOCK_R)
         # acc = x wᵀ, h = (keep ⊙ x) aᵀ
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
         if DROPOUT:
             x_tile = keep_x(x_tile, key, m, k, T, BLOCK_M, BLOCK_K)
-        h_tile = tl.dot(x_tile, a_tile, h_tile, input_precision=PRECISION)
+        h_tile = tl.dot(x_tile.to(a_tile.dtype), a_tile, h_tile, input_precision=PRECISION)
     last = True
     if SPLIT:
         parts = tl.cdiv(K, steps * BLOCK_K)

@@ -84,8 +84,8 @@ def product(
 ):
     """Return acc[i, j] + Σ_t p[i, t] q[j, t], t in [start, end), for the tile [BLOCK.I, BLOCK.J] at (i, j).
 
-    Every product of the two passes is this one. p and q are `Operand`, mask is `Mask`, BLOCK is `Blocks`. q is
-    converted to p's dtype. STAGES = 1 keeps the loop from being pipelined.
+    Every product of the two passes is this one. p and q are `Operand`, mask is `Mask`, BLOCK is `Blocks`. p is
+    converted to q's dtype where that is fp32 in memory, else q to p's. STAGES = 1 keeps the loop from being pipelined.
     """
     level = 0
     if q.READ == "codes":
@@ -100,5 +100,7 @@ def product(
             p_tile = keep_x(p_tile, mask.seed, i, t, mask.T, BLOCK.I, BLOCK.T)
         elif mask.KEEP == "xT":
             p_tile = tl.where(keep_tile(mask.seed, t, i, mask.T, BLOCK.T, BLOCK.I).T, p_tile, 0.0)
+        if q.READ == "" and q_tile.dtype == tl.float32:
+            p_tile = p_tile.to(tl.float32)
         acc = tl.dot(p_tile, q_tile.to(p_tile.dtype), acc, input_precision=PRECISION)
     return acc
