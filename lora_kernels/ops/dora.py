@@ -37,6 +37,7 @@ from lora_kernels.ops.autograd import (
 )
 from lora_kernels.ops.dora_norm import ratio, weight_norm
 from lora_kernels.ops.prepare import prepare
+from lora_kernels.ops.sums import column_sum
 from lora_kernels.ops.watched import watched
 
 _BLOCK = {"cpu": 1 << 18}
@@ -213,7 +214,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     else:
         run = _backward_dropout if p > 0 else _backward
         dx, da, db, dd = run(dy, saved, adapter, needs, need_dd, backend)
-    dbias = dy.sum(0) if need_dbias else None
+    dbias = column_sum(dy) if need_dbias else None
     return (
         dx if need_dx else None, None, da if need_da else None, db if need_db else None, dd if need_dd else None, dbias,
     )  # fmt: skip
@@ -308,7 +309,7 @@ def _column_dot(u: Tensor, v: Tensor | None, minus: Tensor | None = None) -> Ten
     out = u.new_zeros(N, dtype=wide)
     for m in range(0, M, rows):
         block = v[m : m + rows].to(wide)
-        out += (u[m : m + rows].to(wide) * (block if minus is None else block - minus)).sum(0)
+        out += column_sum(u[m : m + rows].to(wide) * (block if minus is None else block - minus))
     return out
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops import flops, registered
+from lora_kernels.ops.direct import base_gemm
+from lora_kernels.ops.sums import row_norm
 from lora_kernels.ops.watched import watched
 
 _WEIGHT_ROWS = 512
@@ -53,13 +55,21 @@ def _run_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, weight_norm_sq: Ten
     square = w.new_empty(w.shape[0], dtype=wide) if weight_norm_sq is None else weight_norm_sq.to(wide)
     low = torch.empty_like(b, memory_format=torch.contiguous_format)
     step = w.shape[0] if w.dtype == wide else _WEIGHT_ROWS
+    # MKL divides these products among its threads along K. This is not `fixed`, because every call enters it.
+    in_order = w.is_cpu and torch.are_deterministic_algorithms_enabled()
     for n in range(0, w.shape[0], step):
         rows = slice(n, n + step)
         block = w[rows].to(wide)
-        torch.mm(block, a.t(), out=low[rows])
+        if in_order:
+            low[rows] = base_gemm(block, a, None)
+        else:
+            torch.mm(block, a.t(), out=low[rows])
         if weight_norm_sq is None:
-            square[rows] = torch.linalg.vector_norm(block, dim=1).square_()
-    low = torch.addmm(low, b, a @ a.t(), beta=2 * scale, alpha=scale * scale)
+            square[rows] = row_norm(block).square_()
+    if in_order:
+        low.mul_(2 * scale).add_(base_gemm(b, base_gemm(a, a, None), None), alpha=scale * scale)
+    else:
+        low = torch.addmm(low, b, a @ a.t(), beta=2 * scale, alpha=scale * scale)
     norm_sq = (low * b).sum(1).add_(square)
     return torch.maximum(norm_sq, square * torch.finfo(wide).eps).sqrt_()
 

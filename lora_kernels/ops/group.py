@@ -26,6 +26,7 @@ from lora_kernels.ops.autograd import (
     refuse_double_backward,
 )
 from lora_kernels.ops.prepare import prepare
+from lora_kernels.ops.sums import column_sum
 from lora_kernels.ops.watched import watched
 
 __all__ = ["Layer", "lora_linear_group"]
@@ -124,5 +125,5 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None], x: Tensor | None, saved: 
             grads[i][2] = da if ctx.need_da[i] else None
             grads[i][3] = db if ctx.need_db[i] else None
     for i, dy in cast.items():
-        grads[i][1] = dy.sum(0) if ctx.need_dbias[i] else None
+        grads[i][1] = column_sum(dy) if ctx.need_dbias[i] else None
     return (dx if need_dx else None, None, *(grad for row in grads for grad in row))

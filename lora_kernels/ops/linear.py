@@ -28,6 +28,7 @@ from lora_kernels.ops.autograd import (
 )
 from lora_kernels.ops.prepare import prepare, recorded
 from lora_kernels.ops.registered import whole_weight
+from lora_kernels.ops.sums import column_sum
 from lora_kernels.ops.watched import watched
 from lora_kernels.quant.weight import QuantizedWeight
 
@@ -203,5 +204,5 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         way = registered if watched(dy, w, a, b, x) else direct
         needs = Needs(need_dx, (need_da,), (need_db,))
         dx, da, db = way.backward(dy, x, base, Adapter(a, b, scale, p, seed), h, needs, backend)
-    dbias = dy.sum(0) if need_dbias else None
+    dbias = column_sum(dy) if need_dbias else None
     return dx if need_dx else None, None, da if need_da else None, db if need_db else None, dbias
