@@ -96,5 +96,6 @@ class _RefuseDoubleBackward(torch.autograd.Function):
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             f"{ctx.name} has no double backward: its gradients cannot be differentiated again. Leave create_graph=True "
-            "away, or compute this layer in plain torch, x @ W.T + scale * (x @ A.T @ B.T), for second derivatives"
+            "away. For second derivatives take torch.func.hessian or torch.func.jvp, or compute this layer in plain "
+            "torch, x @ W.T + scale * (x @ A.T @ B.T), or with PEFT after lora_kernels.unfuse(model)"
         )

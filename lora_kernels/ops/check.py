@@ -47,6 +47,7 @@ def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
     operands: dict[str, Any] = {"x": x, "weight": w, "lora_a": a, "lora_b": b} | (
         {} if bias is None else {"bias": bias}
     )
+    _refuse_shards(operands)
     shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in operands.items())
     dtypes = ", ".join(f"{name} {t.dtype}" for name, t in operands.items())
     if x.dtype not in DTYPES:
@@ -76,6 +77,22 @@ def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
     if 0 in (*w.shape, a.shape[0]):
         raise ValueError(f"N, K and the rank must be at least 1; got {shapes}")
     raise ValueError(f"dropout_p must lie in [0, 1), got {p}")
+
+
+def _refuse_shards(operands: dict[str, Any]) -> None:
+    """Raise ValueError where an operand is the part of a parameter that another library has left on this process."""
+    for name, t in operands.items():
+        if hasattr(t, "ds_shape") and t.numel() == 0:
+            raise ValueError(
+                f"{name} has no elements, because DeepSpeed ZeRO-3 has partitioned it; its shape is "
+                f"{tuple(t.ds_shape)}. Call its module, whose hooks gather it, or call under "
+                "deepspeed.zero.GatheredParameters"
+            )
+        if getattr(t, "_fsdp_flattened", False) and t.dim() < 2 and name != "bias":
+            raise ValueError(
+                f"{name} is a shard of FullyShardedDataParallel, {tuple(t.shape)}. Call the wrapped model, whose "
+                "forward gathers it, or call under FullyShardedDataParallel.summon_full_params"
+            )
 
 
 def frozen(w: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ These calls are
 * those that torch.jit.trace or torch.export records: what is recorded is saved, and must run without this package,
 * those inside a transform of torch.func (grad, vmap, jvp, ...) and with tangents of forward-mode AD, which find nothing
   to differentiate in a kernel,
-* those with a nested, sparse or MKL-DNN x, whose memory no kernel reads.
+* those with a nested, sparse or MKL-DNN x, whose memory no kernel reads,
+* those with an x of a subclass that has a ``__torch_dispatch__`` of its own, as DTensor: it knows torch's operators.
 
 Everything is then as in PEFT's own forward: the dtypes of all steps, autocast, and dropout, which is torch's unless the
 caller gives a seed. Every tensor gets its derivative, W too. A back-end that is named never gives way to this; the
@@ -36,6 +37,9 @@ from lora_kernels.quant.weight import QuantizedWeight
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 """Whether torch.export records the call. torch 2.6 does not tell; there the operator is recorded."""
 
+_SERVE_EVERY_OPERATOR = frozenset(("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor"))
+"""Subclasses of torch that serve every operator, also ours. They are named, because not every process imports them."""
+
 
 def is_tracing() -> bool:
     """Return whether torch.jit.trace records the call."""
@@ -56,7 +60,7 @@ def serves(name: str, x: Tensor, layer: Layer, backend: str | None) -> bool:
     if backend is not None:
         _refuse_backend(name, x, backend, dense, tracing, transformed, differentiates)
         return False
-    if dense and not (tracing or transformed or differentiates or is_exporting()):
+    if dense and not (tracing or transformed or differentiates or is_exporting() or _dispatches(x)):
         return False
     w, a, b, scale, bias, p, seed = layer
     frozen: Tensor | QuantizedWeight = w if isinstance(w, QuantizedWeight) else w.detach()
@@ -144,6 +148,14 @@ def _four_bits(w: QuantizedWeight) -> Tensor:
     codes = torch.stack((w.codes >> 4, w.codes & 15), -1).flatten().long()
     blocks = F.pad(levels[codes], (0, absmax.shape[0] * w.blocksize - N * K))
     return (blocks.view(-1, w.blocksize) * absmax[:, None]).flatten()[: N * K].view(N, K)
+
+
+def _dispatches(x: Tensor) -> bool:
+    """Return whether x is of a subclass with a ``__torch_dispatch__`` of its own, except for those of torch that serve
+    every operator."""
+    kind = type(x)
+    of_torch = kind.__module__.startswith("torch.") and kind.__name__ in _SERVE_EVERY_OPERATOR
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not of_torch
 
 
 def _tensors(x: Tensor, layer: Layer) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from lora_kernels.core.dropout import draw_seed
 from lora_kernels.core.operands import Adapter, Base, Layer
 from lora_kernels.ops import check, plain
 from lora_kernels.ops.autograd import outlived
+from lora_kernels.ops.watched import PLAIN
 from lora_kernels.quant.weight import QuantizedWeight
 
 _AUTOCAST = (torch.float32, *check.HALVES)
@@ -44,6 +45,7 @@ def prepare(name: str, x: Tensor, layer: Layer, backend: str | None, quantised: 
     compiling = torch.compiler.is_compiling()
     if (
         x.layout is not strided
+        or type(x) not in PLAIN
         or x.is_nested
         or _transforms_active()
         or (plain.is_exporting() if compiling else _is_tracing() or forward_ad._current_level >= 0)

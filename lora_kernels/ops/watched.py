@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
+PLAIN = frozenset((Tensor, nn.Parameter))
 """The types of tensor that have no ``__torch_function__`` or ``__torch_dispatch__`` of their own."""
 
 
@@ -60,11 +60,11 @@ def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) ->
         or _profiler_enabled()
         or forward_ad._current_level >= 0
         or not (x.is_cpu or x.is_cuda)
-        or type(x) not in _PLAIN
-        or type(w) not in _PLAIN
-        or type(a) not in _PLAIN
-        or type(b) not in _PLAIN
-        or (other is not None and (type(other) not in _PLAIN or other.is_neg() or other._is_zerotensor()))
+        or type(x) not in PLAIN
+        or type(w) not in PLAIN
+        or type(a) not in PLAIN
+        or type(b) not in PLAIN
+        or (other is not None and (type(other) not in PLAIN or other.is_neg() or other._is_zerotensor()))
         or x.is_neg()
         or x._is_zerotensor()
         or _is_legacy_batched(x)

@@ -331,7 +331,7 @@ class FusedLinear(Fused, peft_layer.Linear):
             and (bias is None or bias.dtype == dtype)
             and p < 1
             and not has_hooks(base, down, up, dropout)
-            and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+            and not torch.is_autocast_enabled("cpu" if x.is_cpu or x.is_meta else x.device.type)
         )
         if not served:
             return None

@@ -90,10 +90,10 @@ def weight_and_bias(module: Any) -> tuple[Any, Any]:
 
 
 def autocast_of(x: Tensor) -> torch.dtype | None:
-    """Return the dtype to which autocast converts x. None where autocast is off, and for an fp64 x, which it leaves as
-    it is."""
+    """Return the dtype to which autocast converts x. None where autocast is off, for an fp64 x, which it leaves as it
+    is, and on the meta device, which has none."""
     device = device_type(x)
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

@@ -167,3 +167,22 @@ def test_a_merge_that_overflows_changes_nothing():
     assert torch.equal(layer.weight, before) and not layer.merged
     layer.merge(safe=False)
     assert layer.merged
+
+
+@pytest.mark.parametrize(("mark", "value", "words"), [
+    ("ds_shape", torch.Size((6, 8)), r"DeepSpeed ZeRO-3 has partitioned it; its shape is \(6, 8\)"),
+    ("_fsdp_flattened", True, r"a shard of FullyShardedDataParallel, \(0,\)"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b"])
+def test_a_partitioned_parameter_names_who_has_partitioned_it(name, mark, value, words):
+    operands = {"weight": torch.ones(6, 8), "lora_a": torch.ones(2, 8), "lora_b": torch.ones(6, 2)}
+    operands[name] = torch.empty(0)
+    setattr(operands[name], mark, value)
+    with pytest.raises(ValueError, match=f"{name}.*{words}"):
+        lora_linear(torch.ones(3, 8), scale=1.0, **operands)
+
+
+def test_a_weight_that_is_computed_from_trained_tensors_is_named_as_such():
+    w = torch.ones(6, 8, requires_grad=True) * 2
+    with pytest.raises(ValueError, match=r"weight \(6, 8\) requires a gradient, because it is computed.*MulBackward"):
+        lora_linear(torch.ones(3, 8), w, torch.ones(2, 8), torch.ones(6, 2), scale=1.0)

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import lora_kernels
 from lora_kernels import FusedLoRALinear, lora_linear
@@ -270,3 +271,39 @@ def test_layers_of_a_group_may_come_from_an_iterator():
     check({"y": ys[1]}, q)
     with pytest.raises(ValueError, match="at least one layer"):
         lora_linear_group(q.x, iter(()))
+
+
+class Wrapper(Tensor):
+    """A tensor around another one that knows torch's own operators and no others, as DTensor does."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten", func
+        args, kwargs = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_subclass_sees_the_operators_of_torch(kind):
+    model, inner = KINDS[kind](), torch.randn(5, K)
+    x = Wrapper(inner).requires_grad_()
+    y = model(x)
+    torch.testing.assert_close(y.inner, model(inner))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    inner.requires_grad_()
+    (want,) = torch.autograd.grad(model(inner).sum(), inner)
+    torch.testing.assert_close(dx.inner, want)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_the_meta_device_gives_shapes(kind):
+    y = KINDS[kind]().to("meta")(torch.empty(3, 5, K, device="meta"))
+    assert y.is_meta and y.shape == (3, 5, N)
