@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHORT ?=
+PEFT ?=
 
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 PYTHON_FILES := lora_kernels tests benchmarks docs examples scripts csrc setup.py
@@ -11,6 +12,7 @@ PYTHON_FILES := lora_kernels tests benchmarks docs examples scripts csrc setup.p
 
 help:
 	@echo "make test       set up and run the tests that a contributor runs (up to 6 minutes on 2 cores)"
+	@echo "                (PEFT=0.19.1: with that version of PEFT instead of the pinned one)"
 	@echo "make test-slow  run the rest: emulated and interpreted GPU kernels, ahead-of-time compiles, long runs"
 	@echo "make demo       fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
 	@echo "make bench      measure against PEFT and the frozen layer; writes benchmarks/results/ and the docs' figures"
@@ -29,11 +31,18 @@ $(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
 	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-test: $(VENV)/.installed
-	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -m "not slow"
+# Another PEFT lies in a folder of its own, before .venv on the path.
+build/peft-%: $(VENV)/.requirements
+	$(BIN)/pip install --quiet --no-deps --target $@ peft==$*
 
-test-slow: $(VENV)/.installed
-	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -m slow
+OTHER_PEFT := $(if $(PEFT),build/peft-$(PEFT))
+WITH_PEFT := $(if $(PEFT),PYTHONPATH=$(CURDIR)/$(OTHER_PEFT))
+
+test: $(VENV)/.installed $(OTHER_PEFT)
+	$(WITH_PEFT) LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -m "not slow"
+
+test-slow: $(VENV)/.installed $(OTHER_PEFT)
+	$(WITH_PEFT) LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -m slow
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py $(if $(SHORT),--short)

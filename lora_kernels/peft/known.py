@@ -9,7 +9,7 @@ is left to PEFT, with the name of what is new. A change that uses nothing new is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -33,24 +33,29 @@ _DORA = frozenset(_DORA_USES.split())
 def why_not_lora(peft_class: type[Any]) -> str:
     """Return why the fused path may not stand in for the forward of `peft_class`, a LoRA linear of PEFT, or "" where it
     may."""
-    return _unknown(peft_class.forward, _LORA) or _unknown(peft_class._mixed_batch_forward, _LORA)
+    return _unknown(peft_class, "forward", _LORA) or _unknown(peft_class, "_mixed_batch_forward", _LORA)
 
 
-def why_not_dora(*forwards: Callable[..., Any]) -> str:
-    """Return why the fused path may not stand in for DoRA, which PEFT computes with the functions `forwards`, or ""
-    where it may."""
-    return next(filter(None, (_unknown(forward, _DORA) for forward in forwards)), "")
+def why_not_dora(variant: type[Any], magnitude: type[Any]) -> str:
+    """Return why the fused path may not stand in for DoRA, which PEFT's class `variant` computes with a `magnitude`, or
+    "" where it may."""
+    return _unknown(variant, "forward", _DORA) or _unknown(magnitude, "forward", _DORA)
+
+
+def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:
+    function = getattr(owner, name)
+    what = f"PEFT's {owner.__name__}.{name}"
+    home = function.__globals__["__name__"] if isinstance(function, FunctionType) else type(function).__module__
+    if home.partition(".")[0] != "peft":
+        return f"{what} has been replaced by a function of {home}"
+    if new := _new(function, known):
+        return f"{what} uses {', '.join(new)}, which this version of lora_kernels does not know"
+    return ""
 
 
 @functools.cache  # a model has hundreds of layers of one class
-def _unknown(function: Callable[..., Any], known: frozenset[str]) -> str:
-    name = getattr(function, "__qualname__", repr(function))
-    home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else type(function).__module__
-    if not isinstance(function, FunctionType) or home.partition(".")[0] != "peft":
-        return f"PEFT's {name} has been replaced by a function of {home}"
-    if new := sorted(set(_used(function.__code__)) - known):
-        return f"PEFT's {name} uses {', '.join(new)}, which this version of lora_kernels does not know"
-    return ""
+def _new(function: FunctionType, known: frozenset[str]) -> list[str]:
+    return sorted(set(_used(function.__code__)) - known)
 
 
 def _used(code: CodeType) -> Iterator[str]:

