@@ -17,7 +17,8 @@ from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
 from lora_kernels.peft import groups as peft_groups
 from lora_kernels.peft import serving
-from lora_kernels.peft.groups import FAMILIES, SharedInput
+from lora_kernels.peft.groups import FAMILIES
+from lora_kernels.peft.shared import SharedInput
 
 try:
     from peft.tuners.lora import LoraLayer, LoraModel
@@ -161,7 +162,7 @@ def _swap(layer: Any, kind: type[Fused], backend: str | None) -> None:
 
 def _leave_group(layer: Any, reason: str) -> None:
     if layer._group is not None:
-        layer._group.dissolve(reason)
+        layer._group.leave(layer, reason)
 
 
 _create = LoraModel.__dict__["_create_new_module"]
