@@ -26,6 +26,7 @@ PLAIN = frozenset((Tensor, nn.Parameter))
 # The private functions of torch that every call asks.
 _included_keys = torch._C._dispatch_tls_local_include_set
 _function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiler_enabled = torch._C._autograd._profiler_enabled
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -72,3 +73,8 @@ def watched(x: Tensor, w: Tensor, a: Tensor, b: Tensor, other: Tensor | None) ->
         or a.is_neg()
         or b.is_neg()
     )
+
+
+def observers() -> tuple[int, int, int]:
+    """Return what is active of the modes, transforms and tracers that may see an operator."""
+    return _included_keys().raw_repr(), _function_modes(), _dispatch_modes()

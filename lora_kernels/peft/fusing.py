@@ -194,7 +194,7 @@ def _rebind(layer: Any) -> None:
 
 def _leave_group(layer: Any, reason: str) -> None:
     if layer._group is not None:
-        layer._group.dissolve(reason)
+        layer._group.leave(layer, reason)
 
 
 class _FusingFactory:

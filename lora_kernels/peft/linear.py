@@ -26,7 +26,7 @@ from lora_kernels.ops import check
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.peft import known
-from lora_kernels.peft.groups import SharedInput
+from lora_kernels.peft.groups import Group
 from lora_kernels.peft.reading import (
     OneAdapter,
     Operands,
@@ -53,7 +53,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class Fused:
     """The fused forward of PEFT's LoRA linears. A subclass inherits from this class and then from `peft_class`.
 
-    A forward asks its group first (`SharedInput.take`), and then `plain_operands`, which serves the most frequent case.
+    A forward asks its group first (`Group.take`), and then `plain_operands`, which serves the most frequent case.
     Every other forward reads the whole layer (`read`). Then it computes (`_compute`), or leaves the call to PEFT's own
     forward.
     Subclasses define how the base is read (`read_base`), which variants of LoRA they serve (`variant_reason`) and in
@@ -79,7 +79,7 @@ class Fused:
     fused_calls: int
     passed_over: Counter[str]
     _backend: str | None
-    _group: SharedInput | None
+    _group: Group | None
     _modules: Any
     lora_A: Any
     lora_B: Any
@@ -99,15 +99,15 @@ class Fused:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's forward returns for x [..., in_features]; ``adapter_names`` has one name for each element
         of x's first dimension."""
-        group = self._group
-        if group is not None and not args and not kwargs and (y := group.take(self, x)) is not None:
-            if not torch.compiler.is_compiling():
+        if not (args or kwargs or torch.compiler.is_compiling()):
+            group = self._group
+            if group is not None and (y := group.take(self, x)) is not None:
+                self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
+                return y
+            if (short := self.plain_operands(x)) is not None:
                 self.__dict__["fused_calls"] += 1
-            return y
-        if not (args or kwargs or torch.compiler.is_compiling()) and (short := self.plain_operands(x)) is not None:
-            self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
-            w, a, b, scale, bias, p = short
-            return lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
+                w, a, b, scale, bias, p = short
+                return lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
         names = kwargs.get("adapter_names") if kwargs else None
         operands = self.read(x, args, kwargs, names)
         if isinstance(operands, str):

@@ -18,6 +18,7 @@ from support.old_torch import compiles_whole_models  # noqa: E402
 from support.peft_models import fused_layers, randomise  # noqa: E402
 
 import lora_kernels  # noqa: E402
+from lora_kernels.peft import shared  # noqa: E402
 from lora_kernels.peft.fusing import FusedLinear  # noqa: E402
 
 IDS = torch.tensor(tiny_llama.sequences(4))
@@ -37,6 +38,16 @@ def step(model: nn.Module, seed: int = 3) -> dict[str, torch.Tensor]:
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def calls_of_groups(monkeypatch) -> list[int]:
+    """Return a list that grows by the number of layers at every call of a group."""
+    calls: list[int] = []
+    inner = shared.lora_linear_group
+    monkeypatch.setattr(
+        shared, "lora_linear_group", lambda x, layers, **kw: calls.append(len(layers)) or inner(x, layers, **kw)
+    )
+    return calls
 
 
 def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
@@ -69,18 +80,12 @@ def test_a_grouped_model_trains_under_activation_checkpointing(reentrant):
         model.enable_input_require_grads()
         model.train()
     same(step(grouped), step(single))
-    assert all(group.calls == 2 and not group._ys for group in report.groups.values())
+    assert all(group.calls == 2 for group in report.groups.values())
 
 
 def test_one_call_serves_all_layers_of_a_group(monkeypatch):
-    from lora_kernels.peft import groups as peft_groups
-
     _, grouped, _ = pair()
-    calls = []
-    inner = peft_groups.lora_linear_group
-    monkeypatch.setattr(
-        peft_groups, "lora_linear_group", lambda x, layers, **kw: calls.append(len(layers)) or inner(x, layers, **kw)
-    )
+    calls = calls_of_groups(monkeypatch)
     step(grouped)
     assert calls == [3, 2, 3, 2]
 
@@ -132,16 +137,19 @@ def cross(**kwargs) -> nn.Module:
     return model
 
 
-def test_a_group_with_different_inputs_ends():
+def test_keys_and_values_of_a_second_input_are_one_call(monkeypatch):
     model, x, other = cross(), torch.randn(3, 8), torch.randn(3, 8)
     want = model(x, other)
     report = lora_kernels.fuse(model, group=True)
+    calls = calls_of_groups(monkeypatch)
     for _ in range(2):
         torch.testing.assert_close(model(x, other), want)
     (group,) = report.groups.values()
-    assert group.dissolved == "key reads another input than the rest" and "dissolved: key" in str(report)
-    assert group.calls == 1 and not group._ys
-    assert not model.base_model.model._forward_hooks and not model.base_model.model._forward_pre_hooks
+    assert calls == [2, 2] and group.calls == 2 and group.dissolved is None
+    got = model(x, x)
+    assert calls == [2, 2, 3]
+    lora_kernels.unfuse(model)
+    torch.testing.assert_close(got, model(x, x))
 
 
 def test_an_input_changed_in_place_is_another_input():
@@ -170,12 +178,10 @@ def test_nothing_is_left_from_a_forward_that_failed():
 
     torch.manual_seed(0)
     model = get_peft_model(Fails(), LoraConfig(r=2, target_modules=["query", "key", "value"], init_lora_weights=False))
-    report = lora_kernels.fuse(model, group=True)
-    (group,) = report.groups.values()
+    lora_kernels.fuse(model, group=True)
     x = torch.randn(3, 8)
     with pytest.raises(RuntimeError, match="on purpose"):
         model(x, None)
-    assert not group._ys and group._x is None
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(0.5)
@@ -189,7 +195,7 @@ def test_layers_called_past_their_parent_compute_for_themselves():
     report = lora_kernels.fuse(model, group=True)
     model.base_model.model.key(x)
     (group,) = report.groups.values()
-    assert group.calls == 0 and not group._ys and group.dissolved is None
+    assert group.calls == 0 and group.dissolved is None
 
 
 def test_named_layers_are_grouped_where_they_are_equally_wide():
@@ -226,7 +232,7 @@ def test_a_copy_and_a_pickle_have_groups_of_their_own():
     single, grouped, report = pair()
     for twin in (copy.deepcopy(grouped), pickle.loads(pickle.dumps(grouped))):
         same(step(twin), step(single))
-        groups = {layer._group for layer in fused_layers(twin)} - {None}
+        groups = {layer._group.report for layer in fused_layers(twin) if layer._group is not None}
         assert len(groups) == 4 and all(group.calls == 1 for group in groups)
         assert groups.isdisjoint(report.groups.values())
     assert all(group.calls == 0 for group in report.groups.values())
