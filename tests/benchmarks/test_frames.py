@@ -14,7 +14,7 @@ LIMITS = {
     "LoRA forward + backward": 28,
     "LoRA without gradients": 15,
     "nf4 forward": 23,
-    "DoRA forward": 34,
+    "DoRA forward": 33,
     "PEFT, fused, forward": 22,
 }
 """The most frames of the package that a call may enter on Python 3.10 and 3.11. Later versions inline comprehensions

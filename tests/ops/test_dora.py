@@ -252,6 +252,32 @@ def test_no_more_than_x_h_and_z_is_saved(p):
 # --- W may change between two calls ---
 
 
+BEHIND = {
+    "data": lambda w: w.data.mul_(3),
+    "view of data": lambda w: w.data[1].zero_(),
+    "numpy": lambda w: w.detach().numpy().fill(0.5),
+    "set": lambda w: w.data.set_(torch.randn(5, 7).untyped_storage()),
+    "storage": lambda w: w.untyped_storage().copy_(torch.randn(5, 7).untyped_storage()),
+    "swap": lambda w: torch.utils.swap_tensors(w, nn.Parameter(torch.randn(5, 7), requires_grad=False)),
+    "new data": lambda w: setattr(w, "data", torch.randn(5, 7)),
+    "foreach": lambda w: torch._foreach_mul_([w.data], 2.0),
+}
+"""Writes into W that PyTorch does not count in its version, and some that change the tensor's memory."""
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("write", BEHIND)
+def test_a_write_that_torch_does_not_count_is_seen(write, train):
+    layer, x = trained(7, 5, r=2).train(train), torch.randn(3, 7)
+    layer(x)
+    BEHIND[write](layer.weight)
+    want = reference.dora_linear(
+        x, layer.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, scale=layer.scaling, bias=layer.bias
+    )
+    with torch.set_grad_enabled(train):
+        torch.testing.assert_close(layer(x), want)
+
+
 @pytest.mark.parametrize("change", ["in place", "load", "assign", "double", "merge", "swap"])
 def test_the_module_follows_its_weight(change):
     layer, x = trained(7, 5, r=2), torch.randn(3, 7)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -239,6 +242,57 @@ def test_the_weight_is_read_once_and_shared(monkeypatch):
     down.weight.quant_state.absmax = down.weight.quant_state.absmax.clone()
     model(x)
     assert reads == [up, down]
+
+
+@pytest.mark.parametrize("net", [Net, Net8])
+def test_a_weight_that_the_layer_gives_away_is_freed(net):
+    model = make(net())
+    lora_kernels.fuse(model, strict=True)
+    model(torch.randn(4, 64))
+    layer = fused_layers(model)[0]
+    old, storage = weakref.ref(layer.base_layer.weight), StorageWeakRef(layer.base_layer.weight.untyped_storage())
+    layer.base_layer.weight = make(net()).base_model.model.up.base_layer.weight
+    state = getattr(layer.base_layer, "state", None)
+    if state is not None:  # bitsandbytes itself holds the weight of a Linear8bitLt here
+        state.CB = None
+    gc.collect()
+    assert old() is None and storage.expired()
+
+
+@pytest.mark.parametrize("how", ["copy", "merge", "replace"])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_layer_that_was_read_in_inference_mode_can_train_afterwards(how, double):
+    model, x = make(Net(compress_statistics=double)), torch.randn(4, 64)
+    lora_kernels.fuse(model, strict=True)
+    model(x)
+    if how == "copy":
+        model = copy.deepcopy(model)
+    elif how == "merge":
+        model.merge_adapter()
+        model.unmerge_adapter()
+    else:
+        for layer in fused_layers(model):
+            layer.base_layer.weight.data = layer.base_layer.weight.data.clone()
+    with torch.inference_mode():
+        model.eval()(x)
+    model.train()(x).sum().backward()
+    assert all(layer.lora_A["default"].weight.grad is not None for layer in fused_layers(model))
+
+
+def test_parts_of_a_quant_state_that_are_replaced_are_read_in_the_next_call():
+    model, x = make(Net(compress_statistics=True)), torch.randn(4, 64)
+    lora_kernels.fuse(model, strict=True)
+    before = model(x)
+    for layer in fused_layers(model):
+        state = layer.base_layer.weight.quant_state
+        state.offset, state.state2.absmax = state.offset * 3, state.state2.absmax * 2
+    plain = copy.deepcopy(model)
+    lora_kernels.unfuse(plain)
+    assert not torch.allclose(model(x), before)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    state.state2.absmax = torch.ones(64)[::2][:1].expand(2)
+    with pytest.raises(ValueError, match="the nested absmax of a quantised weight as a contiguous tensor"):
+        model(x)
 
 
 @pytest.mark.parametrize("net", [Net, Net8])

@@ -123,6 +123,16 @@ def test_parts_that_do_not_fit_together_are_named(format, spoil, error, match):
         QuantizedLoRALinear.over(spoil(q))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_a_part_that_was_replaced_after_the_check_is_named(format, part):
+    q = quantize_weight(torch.randn(6, 64), format).check()
+    q.refuse_changed()
+    for other in (getattr(q, part)[:2], getattr(q, part)[:1].expand_as(getattr(q, part))):
+        with pytest.raises(ValueError, match=f"{part} of {format}.*must be"):
+            replace(q, **{part: other}).refuse_changed()
+
+
 def test_a_bias_of_another_size_is_named():
     with pytest.raises(ValueError, match=r"the bias \(5,\) does not fit a weight of \(6, 64\)"):
         QuantizedLoRALinear.over(quantize_weight(torch.randn(6, 64)), nn.Parameter(torch.zeros(5)))

@@ -346,3 +346,9 @@ def test_refusals_name_the_format() -> None:
         assert all(triton.why_not(call._replace(w_format=format)) == [] for format in ("dense", *FORMATS))
         (reason,) = triton.why_not(call._replace(w_format="int3"))
         assert "int3" in reason and "nf4" in reason
+
+
+def test_kernels_take_no_addresses_of_strided_tensors() -> None:
+    q = quantize_weight(torch.randn(48, 64), "int8")
+    with pytest.raises(ValueError, match=r"codes of int8.*must be contiguous"):
+        quantised.codes(dataclasses.replace(q, codes=q.codes.t().contiguous().t(), checked=True), 16)

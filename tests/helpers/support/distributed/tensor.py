@@ -177,6 +177,8 @@ def what_is_refused(folder: Path) -> None:
     merged.up.merge()
     refuses(ValueError, "unmerge()", lambda: parallelize_module(merged, mesh, PLAN))
     dora = nn.ModuleDict({"up": FusedLoRALinear(K, N, use_dora=True)})
+    packed = nn.ModuleDict({"up": FusedLoRALinear.from_linear(nn.Linear(K, N), quant="int8")})
+    refuses(ValueError, "cannot be sharded here", lambda: parallelize_module(packed, mesh, {"up": ColwiseLoRA()}))
     refuses(ValueError, "no tensor parallel DoRA", lambda: parallelize_module(dora, mesh, {"up": ColwiseLoRA()}))
     model = parallelize_module(tensor_parallel_block(N, False), mesh, PLAN)
     for layer in (model.up, model.down):
