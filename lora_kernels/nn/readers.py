@@ -37,7 +37,7 @@ class Reading(NamedTuple):
 
 def reading(parent: nn.Module, name: str) -> Reading | None:
     """Return how the forward of `parent`, or a method that it calls, reads the weight or bias of its child `name`. None
-    where it does not, and where the class has no source.
+    where it does not, and where the class has no source. A dotted name stands for a module further inside.
 
     The mixers of state-space models (Mamba and its relatives, known by their A_log) hand most of their weights to one
     fused function where its kernel serves, so that what they may read counts as read always.
@@ -51,9 +51,16 @@ def reading(parent: nn.Module, name: str) -> Reading | None:
 
 
 def reading_in(model: nn.Module, name: str) -> Reading | None:
-    """Return what `reading` returns for the module with the dotted name `name` in `model`."""
-    parent, _, child = name.rpartition(".")
-    return reading(model.get_submodule(parent), child)
+    """Return how the parent of the module with the dotted name `name` in `model` reads its weight, or else how another
+    module around it may do so, as in ``self.attention.proj.weight``."""
+    parts = name.split(".")
+    around = model.get_submodule(".".join(parts[:-1]))
+    found = reading(around, parts[-1])
+    for depth in range(len(parts) - 2, -1, -1):
+        if found is not None:
+            break
+        found = reading(model.get_submodule(".".join(parts[:depth])), ".".join(parts[depth:]))
+    return found
 
 
 def close_fast_paths(model: nn.Module, kind: type[nn.Module]) -> Callable[[], None]:
@@ -88,12 +95,15 @@ def _readings(kind: type[nn.Module], forward: Callable[..., Any] | None) -> dict
     used: set[str] = set()
     for owner, function in _methods_of_forward(kind, forward):
         for node, parent in _attributes_of_self(function):
-            if not isinstance(parent, ast.Attribute):
-                if not _is_asked_about(parent):
-                    used.add(node.attr)  # it is called, or handed to another function
-            elif parent.attr in _PARTS and _is_value(parent):
-                read.setdefault(node.attr, f"{owner.__name__}.{function.name}")
-    return {name: Reading(method, name not in used) for name, method in read.items()}
+            if not isinstance(parent, ast.Attribute) and not _is_asked_about(parent):
+                used.add(node.attr)  # it is called, or handed to another function
+            name: str = node.attr
+            while isinstance(parent, ast.Attribute) and parent.attr not in _PARTS:
+                name, parent = f"{name}.{parent.attr}", parent.up  # type: ignore[attr-defined]
+            if isinstance(parent, ast.Attribute) and _is_value(parent):
+                read.setdefault(name, f"{owner.__name__}.{function.name}")
+    # What lies further inside is called by its own parent.
+    return {name: Reading(method, "." not in name and name not in used) for name, method in read.items()}
 
 
 def _methods_of_forward(

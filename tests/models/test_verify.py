@@ -33,14 +33,15 @@ class Attention(nn.Module):
 
 
 class Outside(nn.Module):
-    """A model that reads the o of its attention itself."""
+    """A model that reads the o of its attention by a way that the source does not show."""
 
     def __init__(self, fused: bool = False) -> None:
         super().__init__()
         self.attention = Attention(fused)
 
     def forward(self, x):
-        return F.linear(self.attention(x), self.attention.o.weight)
+        attention = self.attention
+        return F.linear(attention(x), attention.o.weight)
 
 
 def quietly(model, **settings):

@@ -52,6 +52,22 @@ def test_what_forward_reads_and_never_calls_is_told_from_the_rest(name, always):
         assert "Parent.forward may read" in str(found)
 
 
+def test_a_module_around_the_parent_may_read_too():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Parent()
+
+        def forward(self, x):
+            return self.inner(x).to(self.inner.cast.weight.dtype) @ self.inner.called.weight
+
+    model = nn.Sequential(nn.Sequential(Around()))
+    found = readers.reading_in(model, "0.0.inner.called")
+    assert not found.always and str(found).startswith("Around.forward may read")
+    assert readers.reading_in(model, "0.0.inner.read").always
+    assert readers.reading_in(model, "0.0.inner.cast") is None and readers.reading_in(model, "0.0.inner") is None
+
+
 def test_a_subclass_has_the_methods_of_its_bases():
     class Child(Parent):
         def _rest(self, x):

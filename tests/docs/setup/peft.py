@@ -2,7 +2,7 @@
 
 import peft
 import torch
-from support.page_names import Attention
+from support.page_names import Attention, x
 
 
 class Named(torch.nn.Module):

@@ -108,5 +108,5 @@ MODELS: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "mobilebert": (mobilebert, _TEXT, {"dense", "decoder"}),
 }
 """By name: how the model is made, its inputs, and the last names of the layers whose weights are read."""
-SLOW = {"falcon_mamba", "bamba", "zamba2", "mobilebert", "bloom", "mamba2", "xvector", "t5"}
+SLOW = {"falcon_mamba", "bamba", "zamba2", "mobilebert", "bloom", "mamba2", "xvector", "t5", "jamba", "llama"}
 """Those that the fast tests leave out."""
