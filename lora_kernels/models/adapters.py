@@ -281,6 +281,7 @@ def _apply(
         targets.append(_with_dtype(target, stored.layers[target.name]))
 
     def fill(name: str, layer: FusedLoRALinear) -> None:
+        refuse_empty({name: layer})
         with _written(_pairs(layer, stored.layers[name])):
             pass
 
