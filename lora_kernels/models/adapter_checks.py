@@ -108,6 +108,17 @@ def check_ties(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> No
                 )
 
 
+def _part_of(have: set[str], modules: dict[str, nn.Module]) -> str:
+    """Return the sentence about the cause of names that do not fit."""
+    first = min(have).partition(".")[0]
+    if all(name.startswith(f"{first}.") and name.removeprefix(f"{first}.") in modules for name in have):
+        return f"It was saved from a module that holds this one as {some([first])!r}: save and load the same module"
+    for child, module in modules.items():
+        if child and "." not in child and all(f"{child}.{name}" in modules for name in have):
+            return f"Its names are those of modules inside {child!r} (a {type(module).__name__}): load it into that one"
+    return "Is the model the base that the adapter was made for, with LoRA in the same places?"
+
+
 def check_kind(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> None:
     """Raise ValueError where the file holds DoRA adapters and the model's layers are plain LoRA, or the reverse."""
     source, adapters = stored
@@ -143,17 +154,6 @@ def check_names(stored: StoredAdapters, want: set[str], model: nn.Module) -> Non
             f"{stored.source} does not fit this model: {'; '.join(problems)}. Nothing was loaded. "
             f"{_part_of(have, modules)}"
         )
-
-
-def _part_of(have: set[str], modules: dict[str, nn.Module]) -> str:
-    """Return the sentence about the cause of names that do not fit."""
-    first = min(have).partition(".")[0]
-    if all(name.startswith(f"{first}.") and name.removeprefix(f"{first}.") in modules for name in have):
-        return f"It was saved from a module that holds this one as {some([first])!r}: save and load the same module"
-    for child, module in modules.items():
-        if child and "." not in child and all(f"{child}.{name}" in modules for name in have):
-            return f"Its names are those of modules inside {child!r} (a {type(module).__name__}): load it into that one"
-    return "Is the model the base that the adapter was made for, with LoRA in the same places?"
 
 
 def check_shapes(stored: StoredAdapters, name: str, r: int, linear: nn.Linear) -> None:
