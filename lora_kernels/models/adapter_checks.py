@@ -49,13 +49,14 @@ def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
         for part, p, shape in (
             ("A", layer.lora_A, (layer.r, layer.in_features)),
             ("B", layer.lora_B, (layer.out_features, layer.r)),
+            *([(MAGNITUDE, layer.lora_magnitude_vector, (layer.out_features,))] if layer.use_dora else ()),
         )
         if tuple(p.shape) != shape or not p.is_floating_point() or p.layout != torch.strided
     ]
     if flat:
         raise ValueError(
-            f"these adapters are not dense matrices [r, in] and [out, r]: {some(flat)}; nothing was changed. If FSDP1 "
-            "has flattened them, do this inside `with FullyShardedDataParallel.summon_full_params(model):`"
+            f"these adapters are not dense, of the shapes [r, in], [out, r] and [out]: {some(flat)}; nothing was "
+            "changed. If FSDP1 has flattened them, do this inside `with FSDP.summon_full_params(model):`"
         )
 
 
@@ -107,6 +108,17 @@ def check_ties(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> No
                 )
 
 
+def _part_of(have: set[str], modules: dict[str, nn.Module]) -> str:
+    """Return the sentence about the cause of names that do not fit."""
+    first = min(have).partition(".")[0]
+    if all(name.startswith(f"{first}.") and name.removeprefix(f"{first}.") in modules for name in have):
+        return f"It was saved from a module that holds this one as {some([first])!r}: save and load the same module"
+    for child, module in modules.items():
+        if child and "." not in child and all(f"{child}.{name}" in modules for name in have):
+            return f"Its names are those of modules inside {child!r} (a {type(module).__name__}): load it into that one"
+    return "Is the model the base that the adapter was made for, with LoRA in the same places?"
+
+
 def check_kind(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> None:
     """Raise ValueError where the file holds DoRA adapters and the model's layers are plain LoRA, or the reverse."""
     source, adapters = stored
@@ -139,8 +151,8 @@ def check_names(stored: StoredAdapters, want: set[str], model: nn.Module) -> Non
         problems.append(f"it has adapters for layers that are not to get any: {some(present)}")
     if problems:
         raise ValueError(
-            f"{stored.source} does not fit this model: {'; '.join(problems)}. Nothing was loaded. Is the model the "
-            "base that the adapter was made for, with LoRA in the same places?"
+            f"{stored.source} does not fit this model: {'; '.join(problems)}. Nothing was loaded. "
+            f"{_part_of(have, modules)}"
         )
 
 

@@ -115,7 +115,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     file. So a file that was saved from a wrapped model goes into a plain one, and the reverse.
 
     The config's regular expressions are Python's. What is more than a name is first tried with the model's names in a
-    process of its own, and refused if it takes more than two seconds of processor time.
+    process of its own, and refused if it takes more than a second of processor time.
 
     Whether the model is in training mode stays as it is. Whether its weights are those that the adapter was trained
     with cannot be checked: the files tell the base's names and shapes only.
@@ -279,6 +279,7 @@ def _apply(
         check_shapes(stored, target.name, target.settings.r, target.linear)
 
     def fill(name: str, layer: FusedLoRALinear) -> None:
+        refuse_empty({name: layer})
         with _written(_pairs(layer, stored.layers[name])):
             pass
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_kernels.backends import dispatch
+from lora_kernels.models.names import plain_names
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport, TrainableParameters
 from lora_kernels.models.targets import Names, Rules, Selection, Target, lora_layers, select, told_by_reason
 from lora_kernels.nn import dry_run, readers
@@ -134,13 +135,21 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     Other modules whose weights were tied to a merged one keep W.
 
     Raises:
-        ValueError: there is no `FusedLoRALinear`, or merging one gives weights that are not finite.
+        ValueError: there is no `FusedLoRALinear`, merging one gives weights that are not finite, or torch.compile has
+            compiled one on its own.
         NotImplementedError: a layer is tensor parallel.
         After any of these, the model is unchanged.
     """
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no FusedLoRALinear: nothing to merge")
+    own = {name: own_name for name, own_name, _ in plain_names(model)}
+    compiled = [name or "the model" for name in layers if own[name].rpartition(".")[2] == "_orig_mod"]
+    if compiled:
+        raise ValueError(
+            f"torch.compile has compiled these layers on their own, and would go on calling them: {some(compiled)}. "
+            "Put the layer itself, which is the wrapper's _orig_mod, in the wrapper's place first"
+        )
     # All merges are tried before anything is changed. Keeping their results would hold every weight twice in memory.
     for name, layer in layers.items():
         try:

@@ -139,8 +139,11 @@ def test_an_adapter_without_values_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"on the meta device and have no values: fc\.lora_A.*nothing was saved"):
         save_adapter(model, tmp_path / "x")
     save_adapter(adapted(net()), tmp_path)
-    with pytest.raises(ValueError, match=r"on the meta device: fc"):
-        load_adapter(model, tmp_path)
+    for empty in (model, net().to("meta")):
+        before = [id(module) for module in empty.modules()]
+        with pytest.raises(ValueError, match=r"on the meta device: fc"):
+            load_adapter(empty, tmp_path)
+        assert [id(module) for module in empty.modules()] == before
 
 
 def _replace(name: str, make):
@@ -151,6 +154,7 @@ def _replace(name: str, make):
 
 
 REFUSED = {
+    "a magnitude of FSDP1": (_replace("lora_magnitude_vector", lambda m: m[:2]), r"head\.lora_magnitude_vector \(2,\)"),
     "flattened by FSDP1": (_replace("lora_A", lambda a: a.flatten()), r"head\.lora_A \(48,\).*summon_full_params"),
     "a shard of FSDP1": (_replace("lora_B", lambda b: b.new_empty(0)), r"head\.lora_B \(0,\).*summon_full_params"),
     "sparse": (_replace("lora_A", lambda a: a.to_sparse()), "not dense"),
@@ -162,7 +166,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_file_cannot_hold_is_refused(tmp_path, case):
     change, words = REFUSED[case]
-    model = adapted(net())
+    model = adapted(net(), use_dora="magnitude" in case)
     save_adapter(model, tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     change(model)

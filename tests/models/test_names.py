@@ -137,6 +137,26 @@ def test_a_layer_that_is_compiled_on_its_own_is_not_replaced():
         apply_lora(model, target_modules=["head"])
 
 
+def test_a_fused_layer_that_is_compiled_on_its_own_is_not_merged_away():
+    model = adapted(net())
+    want = run(model)
+    model.head = compiled(model.head)
+    with pytest.raises(ValueError, match=r"compiled these layers on their own.*: head\. Put"):
+        merge_and_unload(model)
+    torch.testing.assert_close(run(model), want)
+    model.head = model.head._orig_mod
+    torch.testing.assert_close(run(merge_and_unload(model)), want)
+
+
+def test_a_file_of_a_module_around_or_inside_the_model_is_told(tmp_path):
+    save_adapter(named("model", adapted(net())), tmp_path / "around")
+    save_adapter(adapted(net()), tmp_path / "inside")
+    with pytest.raises(ValueError, match="from a module that holds this one as 'model'"):
+        load_adapter(adapted(net()), tmp_path / "around")
+    with pytest.raises(ValueError, match=r"modules inside 'model' \(a Sequential\)"):
+        load_adapter(named("model", adapted(net())), tmp_path / "inside")
+
+
 def test_the_output_head_of_a_wrapped_model_is_left_out():
     class Model(nn.Module):
         def __init__(self):

@@ -28,11 +28,6 @@ BOMB = "([a-z.]+)+!"
 """It takes 2^n steps for a name of n letters. The names of this model have up to 9, so the test makes a longer one."""
 
 
-@pytest.fixture
-def short(monkeypatch):
-    monkeypatch.setattr(patterns, "CPU_SECONDS", 1)
-
-
 def deep() -> torch.nn.Module:
     model = net()
     model.add_module("b", torch.nn.Sequential(OrderedDict({"a" * 40: torch.nn.Identity()})))
@@ -51,7 +46,7 @@ HANGING = {
 @pytest.mark.parametrize(
     "fields", [pytest.param(HANGING[k], id=k, marks=[pytest.mark.slow] * (k != "rank_pattern")) for k in HANGING]
 )
-def test_a_pattern_that_would_hang_is_refused(tmp_path, short, fields):
+def test_a_pattern_that_would_hang_is_refused(tmp_path, fields):
     save_adapter(adapted(net()), tmp_path)
     edit_config(tmp_path, **fields)
     model, errors = deep(), []
@@ -120,7 +115,7 @@ def test_plain_names_start_no_process(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_program_that_ignores_the_end_of_processes_is_protected_too(tmp_path, short):
+def test_a_program_that_ignores_the_end_of_processes_is_protected_too(tmp_path):
     save_adapter(adapted(net()), tmp_path)
     edit_config(tmp_path, exclude_modules=BOMB)
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
