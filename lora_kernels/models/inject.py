@@ -16,7 +16,7 @@ from torch import nn
 from lora_kernels.backends import dispatch
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport, TrainableParameters
-from lora_kernels.models.targets import Names, Rules, Selection, Target, lora_layers, select, told_by_reason
+from lora_kernels.models.targets import Names, Rules, Selection, Target, lora_layers, select, some, told_by_reason
 from lora_kernels.nn import dry_run, readers
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.quantized import QuantizedLoRALinear

@@ -8,8 +8,10 @@ from support import judging
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import FusedLoRALinear, explain, lora_linear
+from lora_kernels import FusedLoRALinear, explain, fuse, lora_linear
+from lora_kernels.backends import cpu
 from lora_kernels.core import dropout
+from lora_kernels.group import Layer, lora_linear_group
 
 ops = torch.ops.lora_kernels
 
@@ -51,6 +53,54 @@ def test_no_more_than_x_and_h_is_saved(dtypes, p):
     assert judging.saved_bytes(lambda: layer(x)) <= h_bytes + 64
     layer.lora_B.requires_grad_(False)
     assert judging.saved_bytes(lambda: layer(x)) <= 64
+
+
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
+def test_every_kind_of_layer_saves_x_and_h_in_the_adapters_dtype(dtypes):
+    M, N, K, R = 64, 96, 128, 8
+    dtype, adapter_dtype = dtypes
+    x = torch.randn(M, K, dtype=dtype, requires_grad=True)
+    x_bytes, h_bytes = M * K * dtype.itemsize, M * R * adapter_dtype.itemsize
+    linear = nn.Linear(K, N, dtype=dtype)
+    for format in ("nf4", "fp4", "int8", "fp8"):
+        layer = FusedLoRALinear.from_linear(linear, r=R, adapter_dtype=adapter_dtype, quant=format)
+        codes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in layer.buffers()}
+        assert judging.saved_bytes(lambda layer=layer: layer(x)) <= x_bytes + h_bytes + sum(codes.values()) + 64
+    a, b = torch.randn(R, K, dtype=adapter_dtype), torch.randn(N, R, dtype=adapter_dtype)
+    a, b, w = nn.Parameter(a), nn.Parameter(b), nn.Parameter(linear.weight, requires_grad=False)
+    group = [Layer(w, a, b, 1.0, None, 0.1)] * 3
+    assert judging.saved_bytes(lambda: lora_linear_group(x, group)) <= x_bytes + 3 * (h_bytes + 64)
+
+
+@pytest.mark.parametrize("dtypes", judging.DTYPES, ids=str)
+def test_a_fused_layer_of_peft_saves_x_and_h_in_the_adapters_dtype(dtypes):
+    peft = pytest.importorskip("peft")
+    M, N, K, R = 64, 96, 80, 8
+    model = nn.Sequential(nn.Linear(K, N, dtype=dtypes[0]))
+    config = peft.LoraConfig(r=R, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=dtypes[1] == torch.float32)
+    fuse(model)
+    x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
+    allowed = M * K * dtypes[0].itemsize + M * R * dtypes[1].itemsize + 64
+    assert judging.saved_bytes(lambda: model(x)) <= allowed
+
+
+def test_no_h_is_kept_where_no_gradient_is_wanted():
+    layer, x = FusedLoRALinear(80, 96, r=8, adapter_dtype=torch.float32, dtype=torch.bfloat16), torch.randn(64, 80)
+    asked = []
+
+    def forward(x, bases, adapters, save_h):
+        asked.extend(save_h)
+        return cpu_forward(x, bases, adapters, save_h)
+
+    cpu_forward = cpu.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "forward", forward)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                layer(x.bfloat16())
+                torch.func.vmap(layer)(x.bfloat16()[None])
+    assert asked == [False] * 4
 
 
 def test_no_copy_of_the_weight_is_saved_under_autocast():

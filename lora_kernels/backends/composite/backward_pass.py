@@ -98,7 +98,8 @@ def low_rank(
 def _frames(layout: Layout, wanted: Wanted) -> Frames:
     M, K, N, R, layers = layout.M, layout.K, layout.N, layout.R, len(layout.N)
     _, _, bn, br, dym, dyn, hm, hr = layout.strides
-    both = wanted.g and wanted.db and layout.block_r <= tiles.MAX_BOTH
+    same = layout.dtypes[0] == layout.dtypes[1]  # else the blocks of dy are small, and the parts of g many
+    both = wanted.g and wanted.db and same and layout.block_r <= tiles.MAX_BOTH
     sums: list[_Sum] = []
     rows, downs = 0, []
     over_dy: Frame | None = None

@@ -94,6 +94,12 @@ ORDINARY: Tables = {
 gfx1x. They take more registers. No block has 64 rows of a product under dropout: before 3.8 Triton computes such a
 product of fp32 on sm_100's tensor cores, in tf32 whatever precision was asked for."""
 
+CONVERTED: dict[str, dict[str, dict[int, Tile]]] = {
+    "sm_10": {OVER_DY: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 8, 2)}},
+}
+"""Other tiles than those of `ORDINARY`, for many rows, where a product would have 64 rows that the kernel has converted
+to fp32, which Triton before 3.8 puts onto sm_100's tensor cores too: by the beginning of the architecture's name."""
+
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """The number of programs that a launch should have at least, for each multiprocessor: enough loads are under way then,
 and a larger number costs more parts."""
@@ -118,13 +124,12 @@ def block_r(R: int) -> int:
 def tile_of(kernel: str, arch: str, itemsize: int, M: int, BLOCK_R: int) -> Tile:
     """Return the tile of a kernel for M rows of x and adapters whose elements have `itemsize` bytes; for `up` those of
     x."""
-    if not uses_matrix_units(arch, itemsize):
-        return ORDINARY[rows_of(M)][kernel][BLOCK_R]
+    matrix = uses_matrix_units(arch, itemsize)
     if rows_of(M) == MANY:
-        for family, table in FAMILIES.items():
+        for family, table in (FAMILIES if matrix else CONVERTED).items():
             if arch.startswith(family) and BLOCK_R in table.get(kernel, {}):
                 return table[kernel][BLOCK_R]
-    return MATRIX[rows_of(M)][kernel][BLOCK_R]
+    return (MATRIX if matrix else ORDINARY)[rows_of(M)][kernel][BLOCK_R]
 
 
 def rows_of(M: int) -> str:
