@@ -7,7 +7,7 @@ lists, and single calls, which a layer counts in ``passed_over``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,7 @@ def fuse(
     *,
     strict: bool = False,
     backend: str | None = None,
-    group: bool | Sequence[Sequence[str]] = False,
+    group: bool | Iterable[Iterable[str]] = False,
 ) -> FuseReport:
     """Put every LoRA linear of a PEFT model on the fused path, and return a report.
 
@@ -103,8 +103,11 @@ def fuse(
     """
     if backend is not None and backend not in dispatch.BACKENDS:
         raise ValueError(f"there is no back-end {backend!r}: one of {', '.join(dispatch.BACKENDS)}, or None")
-    families = FAMILIES if group is True else group or ()
-    if families is not FAMILIES:
+    families: Any = FAMILIES
+    if group is not True:
+        families = group or ()
+        if not isinstance(families, str):  # iterators can be read only once
+            families = [family if isinstance(family, str) else tuple(family) for family in families]
         peft_groups.check_families(model, families)
     fused, not_fused, layers, calls = {}, {}, [], list[Call]()
     layer: Any
