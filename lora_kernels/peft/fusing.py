@@ -7,7 +7,7 @@ lists, and single calls, which a layer counts in ``passed_over``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,7 @@ def fuse(
     *,
     strict: bool = False,
     backend: str | None = None,
-    group: bool | Iterable[Iterable[str]] = False,
+    group: bool | Sequence[Sequence[str]] = False,
 ) -> FuseReport:
     """Put every LoRA linear of a PEFT model on the fused path, and return a report.
 
