@@ -50,9 +50,8 @@ def no_autocast(device: str) -> AbstractContextManager[object]:
 
 def outlived(*operands: Any) -> bool:
     """Return whether one of the operands is a tensor that has outlived a transform of torch.func. Its memory does not
-    hold its value, and ``Function.apply`` takes it out of its wrapper. A compiler traces no such tensor."""
-    if torch.compiler.is_compiling():
-        return False
+    hold its value, and ``Function.apply`` takes it out of its wrapper. Not to be asked while compiling: a compiler
+    traces no such tensor."""
     is_dead = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
     for each in operands:  # noqa: SIM110 - any() would enter a frame for each operand
         if isinstance(each, Tensor) and is_dead(each):

@@ -104,7 +104,7 @@ def _apply(
     w: Any
     (w, bias), (a, b, scale, p, seed) = base, adapter
     d = ratio(magnitude, weight_norm(w, a, b, scale, magnitude, weight_norm_sq))
-    if torch.is_grad_enabled() or outlived(x, w, a, b, d, bias):
+    if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and outlived(x, w, a, b, d, bias)):
         return apply(DoRALinearFunction, x, w, a, b, d, bias, seed, (scale, p, backend))
     return _forward(x, base, adapter, d, backend, False, False)[0]
 

@@ -23,10 +23,14 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def register() -> None:
     """Register the formulas with torch's FLOP counter if it is loaded, and with every active counter, which has copied
-    torch's table when it was made. A formula that a counter was given by its user stays."""
+    torch's table when it was made. A formula that a counter was given by its user stays.
+
+    Nothing is done while compiling: torch.compile leaves a call under a counter to eager mode.
+    """
+    if torch.compiler.is_compiling():
+        return
     module: Any = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return

@@ -91,7 +91,8 @@ def lora_linear(
     if prepared is None:
         return plain.lora_linear(x, layer)
     x, base, adapter, autocast = prepared
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, x.shape[-1])
     if autocast:
         with no_autocast(x.device.type):
             y = _apply(rows, base, adapter, backend)
@@ -99,7 +100,7 @@ def lora_linear(
         y = _apply(rows, base, adapter, backend)
     else:
         y, _ = _forward(rows, base, adapter, backend, False)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return y if flat else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def explain(

@@ -79,7 +79,7 @@ def recorded(x: Tensor, base: Base, adapter: Adapter) -> bool:
     return (
         torch.is_grad_enabled()
         and (x.requires_grad or a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad))
-    ) or outlived(x, base.w, a, b, bias)
+    ) or (not torch.compiler.is_compiling() and outlived(x, base.w, a, b, bias))
 
 
 def _as_autocast_asks(x: Tensor, layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Layer]:

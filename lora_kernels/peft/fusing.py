@@ -92,8 +92,11 @@ def fuse(
     """
     if backend is not None and backend not in dispatch.BACKENDS:
         raise ValueError(f"there is no back-end {backend!r}: one of {', '.join(dispatch.BACKENDS)}, or None")
-    families = FAMILIES if group is True else group or ()
-    if families is not FAMILIES:
+    families: Any = FAMILIES
+    if group is not True:
+        families = group or ()
+        if not isinstance(families, str):  # iterators can be read only once
+            families = [family if isinstance(family, str) else tuple(family) for family in families]
         peft_groups.check_families(model, families)
     inputs = None if verify is None or verify is False else dry_run.inputs_for(model, verify)
     fused, not_fused, layers, calls = {}, {}, dict[str, tuple[Any, type[Fused]]](), list[Call]()

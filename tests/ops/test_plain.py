@@ -109,8 +109,11 @@ def test_a_traced_group_is_its_layers():
     torch.testing.assert_close(traced(run, q.x)(2 * q.x), run(2 * q.x))
 
 
+EXPORTED = ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dora", "nf4", "peft", "merged"))]
+
+
 @pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
-@pytest.mark.parametrize("kind", ["plain", "dora", "nf4", "peft", "merged"])
+@pytest.mark.parametrize("kind", EXPORTED)
 def test_an_exported_program_needs_no_package(kind, strict):
     model, x = KINDS[kind]().eval(), torch.randn(3, 5, K)
     rows = torch.export.Dim("rows", min=1, max=64)
