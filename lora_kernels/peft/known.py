@@ -45,7 +45,7 @@ def why_not_dora(variant: type[Any], magnitude: type[Any]) -> str:
 def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:
     function = getattr(owner, name)
     what = f"PEFT's {owner.__name__}.{name}"
-    home = function.__globals__["__name__"] if isinstance(function, FunctionType) else type(function).__module__
+    home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else type(function).__module__
     if home.partition(".")[0] != "peft":
         return f"{what} has been replaced by a function of {home}"
     if new := _new(function.__code__, known):
