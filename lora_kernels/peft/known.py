@@ -45,17 +45,17 @@ def why_not_dora(variant: type[Any], magnitude: type[Any]) -> str:
 def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:
     function = getattr(owner, name)
     what = f"PEFT's {owner.__name__}.{name}"
-    home = function.__globals__["__name__"] if isinstance(function, FunctionType) else type(function).__module__
+    home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else type(function).__module__
     if home.partition(".")[0] != "peft":
         return f"{what} has been replaced by a function of {home}"
-    if new := _new(function, known):
+    if new := _new(function.__code__, known):
         return f"{what} uses {', '.join(new)}, which this version of lora_kernels does not know"
     return ""
 
 
-@functools.cache  # a model has hundreds of layers of one class
-def _new(function: FunctionType, known: frozenset[str]) -> list[str]:
-    return sorted(set(_used(function.__code__)) - known)
+@functools.cache  # a model has hundreds of layers of one class, and a code object never changes
+def _new(code: CodeType, known: frozenset[str]) -> list[str]:
+    return sorted(set(_used(code)) - known)
 
 
 def _used(code: CodeType) -> Iterator[str]:
