@@ -87,7 +87,7 @@ def _since(layer: Fused) -> str:
         return ""
     if not layer.passed_over:
         return ", not called so far"
-    reasons = "; ".join(f"{why} ({n} calls)" for why, n in layer.passed_over.most_common())
+    reasons = "; ".join(f"{why} ({n} call{'s' if n > 1 else ''})" for why, n in layer.passed_over.most_common())
     return f", left to PEFT in every call so far: {reasons}"
 
 
