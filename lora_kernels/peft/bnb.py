@@ -105,7 +105,8 @@ class _WeightCache:
         codes, (N, K) = found.codes, found.shape
         if codes is None:
             with torch._C.DisableTorchFunctionSubclass():
-                codes = weight.view(torch.uint8).view(N, K // 2) if found.blocksize else weight.view(N, K)
+                stored = weight if weight.dtype == torch.uint8 else weight.view(torch.uint8)  # for jit.trace
+                codes = stored.view(N, K // 2) if found.blocksize else weight.view(N, K)
         if found.scales is not None:
             scales = found.scales
         nested = Nested(state.state2.code, state.state2.absmax, state.offset) if found.nested else None
