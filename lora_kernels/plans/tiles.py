@@ -85,8 +85,9 @@ class Case(NamedTuple):
 
     @property
     def itemsize(self) -> int:
-        """The bytes of one element of x."""
-        return self.dtypes[0].itemsize
+        """The bytes of one element of the adapters, or of x where that is wider: beside fp32 adapters,
+        products are made on ordinary cores, and take the tiles of fp32."""
+        return max(dtype.itemsize for dtype in self.dtypes)
 
 
 # Kinds of launch:
@@ -139,14 +140,14 @@ _16_BIT: dict[str, dict[str, Tile]] = {
 # tf32 whatever precision was asked for.
 _32_BIT: dict[str, Tile] = {
     "decode16": Tile(max_rank=32, BLOCK_M=16, BLOCK_N=32, BLOCK_K=16, BLOCK_R=32, num_warps=4, num_stages=2),
-    "tickets": Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=4, num_stages=2),
+    "tickets": Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=8, num_stages=2),
     "backward": Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=64, BLOCK_T=16, num_warps=8, num_stages=3),
 }
 
 TABLES: dict[tuple[str, int], dict[str, Tile]] = {(arch, 2): table for arch, table in _16_BIT.items()} | {
     (arch, 4): _32_BIT for arch in _16_BIT if arch != "sm_100"
 }
-"""(architecture, bytes per element of x) → kind of launch → tile. The back-end refuses what is not here."""
+"""(architecture, bytes per element of the adapters) → kind of launch → tile. The back-end refuses what is not here."""
 
 _SERVED_BY = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
 """sm_87 has sm_80's shared memory, sm_103 is an sm_100 and sm_121 an sm_120."""

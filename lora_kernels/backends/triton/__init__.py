@@ -2,8 +2,8 @@
 
 The kernels are checked in Triton's interpreter, and every entry of the tables of plans is compiled ahead of time.
 
-Where the adapters are fp32 beside an x in 16 bits, h and g are fp32, and the products with them, a and b keep the
-precision of fp32 (three products in tf32 on the tensor cores).
+Where the adapters are fp32 beside an x in 16 bits, h and g are fp32, and the products with them, a and b are made in
+fp32, in the precision of ``torch.get_float32_matmul_precision()``. The tiles are then those of fp32.
 
 Operands may have any strides. Where x, w and dy are aligned, Hopper and Blackwell read them through tensor-map
 descriptors.
@@ -53,8 +53,10 @@ def why_not(call: Call) -> list[str]:
         reasons.append(f"serves tensors on an NVIDIA GPU, not on {call.device}")
     elif (arch := tiles.resolve(target.gpu.arch)) is None:
         reasons.append(f"serves NVIDIA GPUs from sm_80, not {target.gpu.arch}; the back-end composite serves others")
-    elif call.dtype == torch.float32 and (arch, 4) not in tiles.TABLES:
-        reasons.append(f"serves fp16 and bf16 on {target.gpu.arch}: Triton rounds products of fp32 there")
+    elif torch.float32 in (call.dtype, call.adapter_dtype) and (arch, 4) not in tiles.TABLES:
+        reasons.append(
+            f"serves x and adapters in fp16 and bf16 on {target.gpu.arch}: Triton rounds products of fp32 there"
+        )
     if call.w_format not in ("dense", *FORMATS):
         reasons.append(f"serves a dense weight or one in {', '.join(FORMATS)}, not {call.w_format}")
     return reasons

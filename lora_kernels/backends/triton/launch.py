@@ -86,7 +86,7 @@ def forward_launch(target: Target, plan: Plan, x: Tensor, base: Base, adapter: A
     (w, bias), (a, b, scale, p, seed), tile = base, adapter, plan.tile
     strides = (*x.stride(), *_stored(w).stride(), *a.stride(), *b.stride(), None if bias is None else bias.stride(0))
     (M, K), (N, R) = x.shape, b.shape
-    layout = Layout(M, N, K, R, strides, _precision(x.dtype, a.dtype), p, seed is not None)
+    layout = Layout(M, N, K, R, strides, precision_of(a.dtype), p, seed is not None)
     frame, counters, floats = _forward_frame(target.gpu, plan, layout, out.save_h)
     sync, part = workspace(x.device, target, counters, floats)
     others = {
@@ -138,7 +138,7 @@ def backward_launch(
     h = g if saved.h is None else saved.h
     strides = (*dy.stride(), *x.stride(), *_stored(w).stride(), *a.stride(), *b.stride(), *h.stride())
     (M, N), (R, K) = dy.shape, a.shape
-    layout = Layout(M, N, K, R, strides, _precision(dy.dtype, a.dtype), p, seed is not None)
+    layout = Layout(M, N, K, R, strides, precision_of(a.dtype), p, seed is not None)
     frame, counters, floats = _backward_frame(target.gpu, plan, layout, out.needs)
     sync, part = workspace(dy.device, target, counters, floats)
     others = {
@@ -270,13 +270,6 @@ def scaling(scale: float, R: int) -> dict[str, float | int]:
     if abs(scale) < 2.0**-100:
         return {"scale": 1.0, "inverse": 1.0, "R_up": 0}
     return {"scale": scale, "inverse": 1.0 / scale, "R_up": R}
-
-
-def _precision(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
-    """Return how the products of fp32 operands are computed. Where the adapters alone are fp32, the tiles are those of
-    an x in 16 bits, which suit tensor cores only: three products in tf32 give the precision of fp32 there."""
-    precision = precision_of(adapter_dtype)
-    return "tf32x3" if precision == "ieee" and adapter_dtype != dtype else precision
 
 
 def precision_of(dtype: torch.dtype) -> str:

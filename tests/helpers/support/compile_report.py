@@ -110,8 +110,8 @@ def launch_of(
     """Return the back-end's launch for the largest rank of the plan's tile; w [4096, 4096] is dense by default."""
     target = Target(Gpu(arch, 132), contextlib.nullcontext, lambda: 0, lambda: False)
     N, K, R = 4096, 4096, plan.tile.BLOCK_R
-    x, y, h, bias = (empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (M, R), (N,)))
-    a, b = empty(R, K, dtype=adapter_dtype), empty(N, R, dtype=adapter_dtype)
+    x, y, bias = (empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (N,)))
+    a, b, h = (empty(*shape, dtype=adapter_dtype) for shape in ((R, K), (N, R), (M, R)))
     seed = empty(dtype=torch.int64) if p else None
     base = Base(empty(N, K, dtype=dtype) if w is None else w, bias)
     adapter = Adapter(a, b, 0.75, p, seed)
