@@ -68,9 +68,9 @@ def fuse(
         backend: the name of a back-end, which then serves every call or raises; None for the automatic choice.
         group: the layers that read the same x and are computed by one call, each with its own dropout mask. True stands
             for the names in `lora_kernels.peft.groups.FAMILIES` (q/k/v and gate/up of Llama, Qwen, Mistral, Gemma;
-            query/key/value of BERT and ViT). Other models need names, such as ``[("wq", "wk", "wv")]``. A group ends
-            when its layers are called with different inputs (see its ``dissolved``). Layers over bitsandbytes' weights
-            are not grouped.
+            query/key/value of BERT and ViT). Other models need names, such as ``[("wq", "wk", "wv")]``. A layer that
+            is called with another x computes alone. So do layers inside torch.compile, and for tensors of inference
+            mode. Layers over bitsandbytes' weights are not grouped.
         verify: inputs of the model, with which `FuseReport.verify` is run at the end: a mapping of keywords, a tuple or
             list of arguments, or one argument. True stands for ``model.dummy_inputs``.
 

@@ -146,7 +146,12 @@ class Forward:
                 self._over = True  # every layer computes alone to the end of this forward
                 report.passed_over[f"{report.names[i]}: {sources}"] += 1
                 return None
-            reads.append((sources, _versions(sources)))
+            try:
+                reads.append((sources, _versions(sources)))
+            except RuntimeError:
+                self._over = True
+                report.passed_over[f"{report.names[i]}: its weights are tensors of inference mode"] += 1
+                return None
             layers.append(_layer(sources))
         state = _state(x)
         y, *others = lora_linear_group(x, layers, backend=first._backend)
@@ -190,20 +195,13 @@ def _sources(layer: Any, x: Tensor) -> tuple[Any, ...] | str:
     computation; or why no group can compute them."""
     short: tuple[Any, ...] | None = layer.plain_operands(x)
     if short is not None:
-        w, a, b, *_ = short
-        return (
-            "its weights are tensors of inference mode"
-            if w.is_inference() or a.is_inference() or b.is_inference()
-            else short
-        )
+        return short
     whole = layer.read(x)
     if isinstance(whole, str):
         return whole or "no adapter is to be computed"
     adapter, *more = whole.adapters.values()
     if more or adapter.magnitude is not None:
         return "several adapters, or DoRA"
-    if any(isinstance(t, Tensor) and t.is_inference() for t in (whole.w, *adapter)):
-        return "its weights are tensors of inference mode"
     return whole.w, adapter.a, adapter.b, adapter.scale, whole.bias, adapter.p, adapter.b_bias, whole.inner
 
 
@@ -217,13 +215,16 @@ def _layer(sources: tuple[Any, ...]) -> Layer:
 
 
 def _versions(sources: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what changes when one of the operands is written to, or begins or ceases to want a gradient."""
-    version, wanted = 0, []
-    for t in sources:
+    """Return what changes when one of the operands is written to, or begins or ceases to want a gradient. Raises
+    RuntimeError for tensors of inference mode."""
+    w, a, b, scale, bias, _, *more = sources
+    version = w._version + a._version + b._version  # none of them ever decreases
+    wanted = a.requires_grad + 2 * b.requires_grad
+    for t in (scale, bias, *more):
         if isinstance(t, Tensor):
-            version += t._version  # none of them ever decreases
-            wanted.append(t.requires_grad)
-    return version, *wanted
+            version += t._version
+            wanted = 2 * wanted + t.requires_grad
+    return version, wanted
 
 
 def _same(before: tuple[Any, ...], now: tuple[Any, ...] | str) -> bool:

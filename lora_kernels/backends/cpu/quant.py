@@ -100,7 +100,8 @@ def _room(count: int, dtype: torch.dtype) -> Tensor:
     nbytes = count * dtype.itemsize
     kept: Tensor | None = getattr(_kept, "room", None)
     if kept is None or kept.nbytes < nbytes:
-        kept = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        with torch.inference_mode(False):  # it outlives the mode of the call
+            kept = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         if nbytes <= _BLOCK_BYTES:
             _kept.room = kept
     return kept[:nbytes].view(dtype)
