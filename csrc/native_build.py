@@ -4,6 +4,7 @@ Environment:
     CXX                           the C++ compiler (default: the first of c++, g++, clang++ that works)
     LORA_KERNELS_CUDA             auto (default): build `_cuda` if nvcc is found; 0: never; 1: fail without nvcc
     CUDA_HOME, CUDA_PATH          the CUDA toolkit whose bin/nvcc is used (default: see `native_nvcc.wanted_nvcc`)
+    LORA_KERNELS_SANITIZE         sanitizers of `_C`, such as address,undefined: for tests, which preload libasan
     LORA_KERNELS_REQUIRE_NATIVE   1: fail without a working C++ compiler; otherwise the package installs as pure Python
     MAX_JOBS                      the number of files that ninja compiles at a time
 """
@@ -47,6 +48,17 @@ def _compiles(command: list[str], source: str) -> str:
         except OSError as error:
             return str(error)
         return "" if done.returncode == 0 else (done.stderr or f"exit status {done.returncode}").strip()
+
+
+def _sanitizers() -> list[str]:
+    """Return the flags of the sanitizers that were asked for.
+
+    -O1, and no checks of what ASan finds too, because the files of vector instructions would take minutes.
+    """
+    names = os.environ.get("LORA_KERNELS_SANITIZE")
+    if not names:
+        return []
+    return [f"-fsanitize={names}", "-fno-sanitize=null,object-size,vptr", "-fno-sanitize-recover=all", "-O1", "-g1"]
 
 
 def find_cxx() -> tuple[list[str], str]:
@@ -139,7 +151,7 @@ class BuildNative(build_ext):
 
     def _cpu(self, ninja: Ninja, target: str, cxx: list[str]) -> None:
         """Add the steps of `_C`. Tables of kernels get the flags of their instruction sets; other files get none."""
-        common = [*CXX_FLAGS, *self._includes(), *(["-DLK_X86"] if IS_X86 else [])]
+        common = [*CXX_FLAGS, *self._includes(), *(["-DLK_X86"] if IS_X86 else []), *_sanitizers()]
         openmp = [] if _compiles([*cxx, "-fopenmp"], "#include <omp.h>\nint main() { return 0; }\n") else ["-fopenmp"]
         cpu = ROOT / "csrc" / "cpu"
         objects = []
@@ -169,4 +181,6 @@ class BuildNative(build_ext):
         ninja.build("nvlink", objects, target, ["-cudart=static", "-Xlinker=--gc-sections,-s"])
 
     def _link_flags(self) -> list[str]:
+        if sanitizers := _sanitizers():
+            return sanitizers
         return ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--gc-sections", "-s"]
