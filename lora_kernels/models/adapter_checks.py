@@ -15,7 +15,7 @@ from lora_kernels.nn.linear import FusedLoRALinear
 def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
     """Raise ValueError where an adapter file cannot hold all of a layer: where it has further parameters, or sharded
     ones, or a base weight that its initialisation has changed."""
-    known = {"weight", "weight_codes", "bias", "lora_A", "lora_B", f"lora_{MAGNITUDE}"}
+    known = {"weight", "bias", "lora_A", "lora_B", f"lora_{MAGNITUDE}"}
     more = [
         f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters() if key not in known
     ]

@@ -205,7 +205,7 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     """Return how many elements `model` trains, and how many it holds. Shared parameters count once, and a quantised
     weight counts as many elements as the dense one."""
     packed = [layer for layer in lora_layers(model).values() if isinstance(layer, QuantizedLoRALinear)]
-    elements = {id(layer.weight_codes): layer.in_features * layer.out_features for layer in packed}
+    elements = {id(layer.weight): layer.in_features * layer.out_features for layer in packed}
     sizes = [(p.requires_grad, elements.get(id(p), p.numel())) for p in model.parameters()]
     return TrainableParameters(sum(n for trained, n in sizes if trained), sum(n for _, n in sizes))
 

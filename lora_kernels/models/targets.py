@@ -105,6 +105,8 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
                     read[name] = reason
                 else:
                     doubted[name] = str(reading)
+            if not reason and settings.quant and (method := readers.conversion_in(model, wrapped_name)):
+                doubted[name] = f"{method} may convert x to the dtype of its weight, and quantised codes are int8"
             if reason and not every:
                 unfit[name] = reason
                 continue

@@ -34,6 +34,7 @@ class AdapterLinear(nn.Module):
 
     in_features: int
     out_features: int
+    weight: nn.Parameter
     bias: nn.Parameter | None
     r: int
     lora_alpha: float
@@ -45,7 +46,7 @@ class AdapterLinear(nn.Module):
 
     def _add_adapter(self, settings: LoRASettings) -> None:
         """Freeze the weight and bias, and add the adapter with values still to be set."""
-        weight, bias = self._frozen()
+        weight, bias = self.weight, self.bias
         dtype, device = settings.dtype_beside(self.weight_dtype), weight.device
         self.r, self.lora_alpha, self.lora_dropout = settings.r, settings.lora_alpha, settings.lora_dropout
         self.use_rslora, self.use_dora, self.backend = settings.use_rslora, settings.use_dora, settings.backend
@@ -68,7 +69,7 @@ class AdapterLinear(nn.Module):
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of W, which x is expected in."""
-        return self._frozen()[0].dtype
+        return self.weight.dtype
 
     @property
     def merged(self) -> bool:
@@ -79,9 +80,10 @@ class AdapterLinear(nn.Module):
         """Take the adapter out of `weight`. Does nothing where nothing is merged."""
         raise NotImplementedError
 
-    def _frozen(self) -> tuple[Tensor, Tensor | None]:
-        """Return the stored weight, or the codes of a quantised one, and the bias."""
-        raise NotImplementedError
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The shape of `weight`, which holds a quantised W as codes."""
+        return self.out_features, self.in_features
 
     def _check_merged(self, lora_a: Tensor) -> None:
         """Warn in the forward of a merged module if its adapter would be trained were it not merged. Raise ValueError

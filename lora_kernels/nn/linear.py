@@ -180,9 +180,6 @@ class FusedLoRALinear(AdapterLinear):
         self._base = None
         self.reset_adapter()
 
-    def _frozen(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight, self.bias
-
     def _parts(self) -> tuple[Any, Any, Any, Any]:
         """Return weight, bias, lora_A and lora_B.
 
@@ -237,7 +234,7 @@ class FusedLoRALinear(AdapterLinear):
         self.reset_adapter()
 
     def _reset_base(self) -> None:
-        weight, bias = self._frozen()
+        weight, bias = self.weight, self.bias
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         if bias is not None:
             bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
@@ -387,7 +384,7 @@ class FusedLoRALinear(AdapterLinear):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            device = self._frozen()[0].device
+            device = self.weight.device
             if self.lora_A.is_meta and device.type != "meta":  # assign=True: the adapter has no values to keep
                 with torch.inference_mode(False):
                     for name in (key.removeprefix(prefix) for key in keys):

@@ -83,10 +83,9 @@ def refuse_computed(module: nn.Module) -> None:
 def refuse_sharded(module: Any) -> None:
     """Raise ValueError where this process holds only a part of W, A or B: as a DTensor, or as FSDP1 leaves them."""
     N, K, R = module.out_features, module.in_features, module.r
-    stored, _ = module._frozen()
-    for name, shape in (("weight", (N, K)), ("lora_A", (R, K)), ("lora_B", (N, R))):
+    for name, shape in (("weight", module.stored_shape), ("lora_A", (R, K)), ("lora_B", (N, R))):
         t = getattr(module, name)
-        if t.shape != shape or hasattr(t, "placements") or hasattr(stored, "placements"):
+        if t.shape != shape or hasattr(t, "placements"):
             raise ValueError(
                 f"{name} of this {type(module).__name__} is sharded, {type(t).__name__} {tuple(t.shape)} for {shape}: "
                 "nothing was changed. Gather the state with get_model_state_dict(..., "

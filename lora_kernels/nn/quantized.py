@@ -17,12 +17,13 @@ from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.merging import MergeReport
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.linear import lora_linear
+from lora_kernels.ops.plain import is_recorded
 from lora_kernels.quant.bnb import from_bnb
-from lora_kernels.quant.weight import Nested, QuantizedWeight, quantize_like, quantize_weight
+from lora_kernels.quant.weight import CODES, Nested, QuantizedWeight, quantize_like, quantize_weight
 
 torch.fx.wrap("lora_linear")  # as in nn/linear.py
 
-_PARTS = ("weight_codes", "weight_scales", "weight_table", "weight_absmax", "weight_offset")
+_PARTS = ("weight", "weight_scales", "weight_table", "weight_absmax", "weight_offset")
 """The tensors of a quantised weight: a parameter and buffers. The last three exist only with double quantisation."""
 
 
@@ -36,9 +37,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
     dtype of the weight that was quantised.
 
     Attributes:
-        weight: a property, the `QuantizedWeight` that the tensors below make up. It is no tensor, and its dtype is
-            `weight_dtype`: models that convert x to ``layer.weight.dtype`` get a floating dtype, not that of the codes.
-        weight_codes: a parameter, the codes of W, as in `QuantizedWeight`.
+        weight: a parameter, the codes of W as they are in `QuantizedWeight`, but as int8 in every format. Models that
+            convert x to ``layer.weight.dtype`` leave it as it is beside an int8 weight, as transformers' T5 does.
         weight_scales: a buffer, the scales of the codes.
         weight_table, weight_absmax, weight_offset: buffers, the parts of double quantisation. They exist only with it.
         format: "nf4", "fp4", "int8" or "fp8".
@@ -55,7 +55,6 @@ class QuantizedLoRALinear(FusedLoRALinear):
         ValueError: use_dora; and what `FusedLoRALinear` raises.
     """
 
-    weight_codes: nn.Parameter
     format: str
     blocksize: int
     _dtype: torch.dtype
@@ -129,11 +128,6 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return cls.over(from_bnb(linear, dtype), linear.bias, **settings).train(linear.training)
 
     @property
-    def weight(self) -> QuantizedWeight:  # type: ignore[override]
-        """The stored weight, as `quantized_weight` returns it."""
-        return self.quantized_weight()
-
-    @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of the weight that was quantised."""
         return self._dtype
@@ -144,18 +138,24 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return self._unmerged is not None
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Return the stored weight. Its tensors are the module's own."""
+        """Return the stored weight. Its tensors are the module's own, or views of them."""
+        return _of_format(self._stored())
+
+    def _stored(self) -> QuantizedWeight:
+        """Return the stored weight with the parameter `weight` itself as its codes."""
         return self._assembled(self._parts()[0])
 
-    def _frozen(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight_codes, self.bias
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The shape of the codes. Those of 4 bits lie two to a byte."""
+        return self.out_features, self.in_features // (2 if self.blocksize else 1)
 
     def _parts(self) -> tuple[Any, Any, Any, Any]:
         """Return the codes, bias, lora_A and lora_B, as `FusedLoRALinear` looks them up."""
         p = self._parameters
-        if "weight_codes" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
-            return p["weight_codes"], p["bias"], p["lora_A"], p["lora_B"]
-        return self.weight_codes, self.bias, self.lora_A, self.lora_B
+        if "weight" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
+            return p["weight"], p["bias"], p["lora_A"], p["lora_B"]
+        return self.weight, self.bias, self.lora_A, self.lora_B
 
     def _assembled(self, codes: Tensor) -> QuantizedWeight:
         """Return the stored weight with these codes.
@@ -176,7 +176,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features]. Raises what `lora_linear` raises."""
         codes, bias, a, b = self._parts()
-        w = self._assembled(codes)
+        w = self._assembled(codes if self.format == "int8" or is_recorded() else codes.view(CODES[self.format]))
         if self._unmerged is not None:
             self._check_merged(a)
             return quantized_linear(input, w, bias, self.backend)
@@ -184,7 +184,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return lora_linear(input, w, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
 
     def _refuse_sharded_codes(self) -> None:
-        if hasattr(self.weight_codes, "placements"):
+        if hasattr(self.weight, "placements"):
             raise ValueError(
                 f"the codes of this {type(self).__name__} are sharded, and a dense weight cannot be quantised into "
                 "them: load it before fully_shard, or load the state of a quantised model"
@@ -194,8 +194,9 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def _reset_base(self) -> None:
         self._refuse_sharded_codes()
         K, N = self.in_features, self.out_features
-        made = nn.Linear(K, N, self.bias is not None, device=self.weight_codes.device, dtype=self._dtype)
-        for own, new in zip(self.weight.tensors, quantize_like(made.weight, self.weight).tensors, strict=True):
+        made = nn.Linear(K, N, self.bias is not None, device=self.weight.device, dtype=self._dtype)
+        before = self.quantized_weight()
+        for own, new in zip(before.tensors, quantize_like(made.weight, before).tensors, strict=True):
             own.copy_(new)
         if self.bias is not None:
             self.bias.copy_(made.bias)
@@ -220,7 +221,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
             )
         if self._unmerged is not None:
             return self._report
-        before = self.quantized_weight()
+        before = self._stored()
         merged = self._merged_weight(safe=True, dtype=torch.float32)
         after = quantize_like(merged, before)
         report = merging.report(merged, after, self.lora_A, self.lora_B, float(self.scaling))
@@ -242,25 +243,27 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def _put(self, w: QuantizedWeight) -> None:
         """Make the tensors of `w` the stored ones."""
         codes, *scales = w.tensors
-        codes = codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, requires_grad=False)
+        if not isinstance(codes, nn.Parameter) or codes.dtype != torch.int8:
+            codes = nn.Parameter(codes.detach().view(torch.int8), requires_grad=False)
         self.format, self.blocksize, self._dtype = w.format, w.blocksize, w.dtype
         self.register_parameter(_PARTS[0], codes)
         for name, part in zip(_PARTS[1:], scales, strict=False):
             self.register_buffer(name, part)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Add a parameter. Raises TypeError for a dense `weight`, as code that ties weights would set it."""
-        if name == "weight":
+        """Add a parameter. Raises TypeError for a `weight` that holds no codes, as code that ties weights sets one."""
+        if name == "weight" and param is not None and param.dtype != torch.int8:
             raise TypeError(
-                f"the weight of this {type(self).__name__} is stored in {self.format}, and no Parameter can take its "
-                'place: load_state_dict({"weight": w}, strict=False) quantises w'
+                f"the weight of this {type(self).__name__} is stored in {self.format}, and a Parameter in "
+                f"{param.dtype} cannot take its place: "
+                'load_state_dict({"weight": w}, strict=False) quantises w'
             )
         super().register_parameter(name, param)
 
     def _merged_weight(self, safe: bool, dtype: torch.dtype | None = None) -> Tensor:
         merging.refuse_absent(self)
         merging.refuse_sharded(self)
-        q = self._unmerged or self.quantized_weight()
+        q = _of_format(self._unmerged or self._stored())
         merged = merging.updated_weight(
             lambda rows: q.rows(rows.start, rows.stop, torch.float32),
             self.lora_A,
@@ -274,14 +277,14 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLoRALinear:
         """Move every tensor with `fn`, and convert the dtype only of those that are no part of the quantised weight."""
-        own = {id(part) for part in self.quantized_weight().tensors}
+        own = {id(part) for part in self._stored().tensors}
 
         @functools.wraps(fn)  # its name tells the adapter of ``to_empty``
         def move(t: Tensor) -> Tensor:
             moved = fn(t)
             return moved if id(t) not in own or moved.dtype == t.dtype else t.to(moved.device)
 
-        like = fn(torch.empty(0, dtype=self._dtype, device=self.weight_codes.device))
+        like = fn(torch.empty(0, dtype=self._dtype, device=self.weight.device))
         self._dtype = like.dtype
         if self._unmerged is not None and self._unmerged.codes.is_meta:
             self._unmerged = None  # it has no values that could be put back
@@ -292,7 +295,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        q = self._unmerged or self.quantized_weight()
+        q = self._unmerged or self._stored()
         for name, part in zip(_PARTS, q.tensors, strict=False):
             destination[prefix + name] = part if keep_vars else part.detach()
         letters = list(self._signature().encode())
@@ -318,7 +321,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         """Return `state_dict` with its weight in the stored format. Raises ValueError where anything in it does not fit
         this module: torch itself would cast other dtypes, and would load the parts that fit without the rest."""
         key = prefix + "weight_format"
-        weight, mine = state_dict.get(prefix + "weight"), self.quantized_weight()
+        weight, mine = state_dict.get(prefix + "weight"), self._stored()
         names = _PARTS[: len(mine.tensors)]
         nothing = "nothing was loaded into it"
         if key in state_dict:
@@ -328,21 +331,21 @@ class QuantizedLoRALinear(FusedLoRALinear):
                     f"{prefix}weight is in format {given!r}, this module's in {self._signature()!r}: {nothing}. "
                     "Build it with that format"
                 )
-            if weight is not None and prefix + names[0] not in state_dict:  # the key of earlier versions
-                state_dict = {k: t for k, t in state_dict.items() if k != prefix + "weight"}
-                state_dict[prefix + names[0]] = weight
             missing = [name for name in names if prefix + name not in state_dict]
             if missing:
                 raise ValueError(f"{key} is there, but not {', '.join(missing)}: {nothing}")
             # With assign=True these become the stored tensors, and kernels read them as contiguous.
             state_dict = state_dict | {prefix + name: state_dict[prefix + name].contiguous() for name in names}
+            codes = state_dict[prefix + "weight"]
+            if codes.dtype == CODES[self.format]:  # as earlier versions stored them
+                state_dict[prefix + "weight"] = codes.view(torch.int8)
         elif weight is not None and weight.is_floating_point() and weight.shape == mine.shape:
-            here = self.weight_codes.device
+            here = self.weight.device
             self._refuse_sharded_codes()
             with torch.inference_mode(False):
                 q = quantize_like(weight if here.type == "meta" else weight.to(here), mine)
-            state_dict = {k: t for k, t in state_dict.items() if k != prefix + "weight"}
-            state_dict |= {prefix + name: part for name, part in zip(names, q.tensors, strict=True)}
+            parts = (q.codes.view(torch.int8), *q.tensors[1:])
+            state_dict = state_dict | {prefix + name: part for name, part in zip(names, parts, strict=True)}
         elif weight is not None or any(prefix + name in state_dict for name in names):
             got = "nothing" if weight is None else f"{weight.dtype} {tuple(weight.shape)}"
             raise ValueError(
@@ -361,6 +364,12 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows beside the shapes."""
         return f"{super().extra_repr()}, quant={self._signature()!r}"
+
+
+def _of_format(w: QuantizedWeight) -> QuantizedWeight:
+    """Return w with its codes in the dtype of its format."""
+    native = CODES[w.format]
+    return w if w.codes.dtype == native else replace(w, codes=w.codes.detach().view(native))
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, backend: str | None = None) -> Tensor:

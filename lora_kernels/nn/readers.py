@@ -63,6 +63,19 @@ def reading_in(model: nn.Module, name: str) -> Reading | None:
     return found
 
 
+def conversion_in(model: nn.Module, name: str) -> str:
+    """Return the method of the parent of the module with the dotted name `name` that reads the dtype of its weight, as
+    in ``x.to(self.proj.weight.dtype)``, with no exception for int8; "" where there is none.
+
+    The codes of a quantised layer are int8, and an x that is converted to that is lost.
+    """
+    above, _, child = name.rpartition(".")
+    parent = model.get_submodule(above)
+    kind: Any = type(parent)
+    own: Any = parent.__dict__.get("forward")
+    return _conversions(kind, getattr(own, "__func__", own)).get(child, "")
+
+
 def close_fast_paths(model: nn.Module, kind: type[nn.Module]) -> Callable[[], None]:
     """Switch off the inference paths of nn.TransformerEncoder that read the weights of linear1 and linear2 without
     calling them, in each layer that holds a module of class `kind`. Returns a function that undoes it."""
@@ -97,13 +110,34 @@ def _readings(kind: type[nn.Module], forward: Callable[..., Any] | None) -> dict
         for node, parent in _attributes_of_self(function):
             if not isinstance(parent, ast.Attribute) and not _is_asked_about(parent):
                 used.add(node.attr)  # it is called, or handed to another function
-            name: str = node.attr
-            while isinstance(parent, ast.Attribute) and parent.attr not in _PARTS:
-                name, parent = f"{name}.{parent.attr}", parent.up  # type: ignore[attr-defined]
+            name, parent = _part(node)
             if isinstance(parent, ast.Attribute) and _is_value(parent):
                 read.setdefault(name, f"{owner.__name__}.{function.name}")
     # What lies further inside is called by its own parent.
     return {name: Reading(method, "." not in name and name not in used) for name, method in read.items()}
+
+
+@functools.cache
+def _conversions(kind: type[nn.Module], forward: Callable[..., Any] | None) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for owner, function in _methods_of_forward(kind, forward):
+        if any(isinstance(node, ast.Attribute) and node.attr == "int8" for node in ast.walk(function)):
+            continue
+        for node, _ in _attributes_of_self(function):
+            name, part = _part(node)
+            up = getattr(part, "up", None)
+            if isinstance(part, ast.Attribute) and isinstance(up, ast.Attribute) and up.attr == "dtype":
+                found.setdefault(name, f"{owner.__name__}.{function.name}")
+    return found
+
+
+def _part(node: ast.Attribute) -> tuple[str, ast.AST]:
+    """Return the dotted name of the child that ``self.child`` begins, and what follows it: an Attribute if that is the
+    child's weight or bias."""
+    name, parent = node.attr, node.up  # type: ignore[attr-defined]
+    while isinstance(parent, ast.Attribute) and parent.attr not in _PARTS:
+        name, parent = f"{name}.{parent.attr}", parent.up  # type: ignore[attr-defined]
+    return name, parent
 
 
 def _methods_of_forward(

@@ -51,7 +51,9 @@ def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
     shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in operands.items())
     dtypes = ", ".join(f"{name} {t.dtype}" for name, t in operands.items())
     if x.dtype not in DTYPES:
-        raise TypeError(f"x must be fp64, fp32, fp16 or bf16; got {dtypes}")
+        codes = x.dtype == torch.int8 and not isinstance(w, Tensor)
+        why = ". Perhaps x was converted to the dtype of a quantised layer's codes: take layer.weight_dtype" * codes
+        raise TypeError(f"x must be fp64, fp32, fp16 or bf16; got {dtypes}{why}")
     if any_w and w.dtype not in DTYPES:
         raise TypeError(
             f"weight must be fp64, fp32, fp16 or bf16, or a QuantizedWeight (quantize_weight); got {dtypes}"

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,11 @@ _SERVE_EVERY_OPERATOR = frozenset(("FakeTensor", "FunctionalTensor", "AsyncColle
 def is_tracing() -> bool:
     """Return whether torch.jit.trace records the call."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def is_recorded() -> bool:
+    """Return whether torch.jit.trace or torch.export records the call."""
+    return is_exporting() if torch.compiler.is_compiling() else torch._C._is_tracing()
 
 
 def serves(name: str, x: Tensor, layer: Layer, backend: str | None) -> bool:
@@ -132,22 +138,38 @@ def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Return W, dequantised to `dtype` where it is quantised."""
     if not isinstance(w, QuantizedWeight):
         return w
-    if is_tracing():
-        with warnings.catch_warnings():  # about the sizes of W, which a trace makes constants
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-            return _four_bits(w).to(dtype) if w.blocksize else w.rows(0, w.shape[0], dtype)
-    return _four_bits(w).to(dtype) if w.blocksize and is_exporting() else w.rows(0, w.shape[0], dtype)
+    if not is_tracing():
+        return _recorded(w, dtype) if is_exporting() else w.rows(0, w.shape[0], dtype)
+    with warnings.catch_warnings():  # about the sizes of W, which a trace makes constants
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return _recorded(w, dtype)
+
+
+def _recorded(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Return W, dequantised to `dtype` by operations that TorchScript and ONNX have."""
+    if w.blocksize:
+        return _four_bits(w).to(dtype)
+    if w.codes.dtype == torch.int8 and w.format == "fp8":
+        w = replace(w, codes=_fp8(w.codes))
+    return w.rows(0, w.shape[0], dtype)
 
 
 def _four_bits(w: QuantizedWeight) -> Tensor:
-    """Return W [N, K] of nf4 or fp4 in fp32, by operations that TorchScript and ONNX have. They take 24 bytes for each
-    element, and `QuantizedWeight.rows` takes 4."""
+    """Return W [N, K] of nf4 or fp4 in fp32, for codes in signed or unsigned bytes. It takes more memory than
+    `QuantizedWeight.rows`, which TorchScript and ONNX cannot record."""
     N, K = w.shape
     absmax = w.absmax()
     levels = torch.tensor(tables.LEVELS[w.format], dtype=torch.float32, device=w.device)  # a kept one is not recorded
-    codes = torch.stack((w.codes >> 4, w.codes & 15), -1).flatten().long()
+    codes = w.codes.int()
+    codes = torch.stack(((codes >> 4) & 15, codes & 15), -1).flatten().long()
     blocks = F.pad(levels[codes], (0, absmax.shape[0] * w.blocksize - N * K))
     return (blocks.view(-1, w.blocksize) * absmax[:, None]).flatten()[: N * K].view(N, K)
+
+
+def _fp8(codes: Tensor) -> Tensor:
+    """Return the values of e4m3 codes that are stored as int8, in fp32. TorchScript and ONNX know no view in another
+    dtype."""
+    return torch.tensor(tables.fp8_values(), dtype=torch.float32, device=codes.device)[codes.int() & 255]
 
 
 def _dispatches(x: Tensor) -> bool:

@@ -11,6 +11,7 @@ dynamic  the 256 levels in which double quantisation stores absmax: for i = 0 ..
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -118,3 +119,13 @@ def nearest8(v: Tensor) -> Tensor:
 
     point = ((v + 1) * 0.5 * 65535 + 0.5).floor()  # fused or not, the sum has the same floor for every fp32 v
     return torch.bucketize(point * 2 / 65535 - 1, _kept("dynamic midpoints", v.device, midpoints)).to(torch.uint8)
+
+
+def fp8_values() -> list[float]:
+    """Return the value of each of the 256 codes of e4m3: (1 + m/8)·2^(e - 7), or m/8·2^-6 for e = 0, and NaN for the
+    largest code of either sign (arXiv:2209.05433)."""
+    values = []
+    for code in range(128):
+        e, m = divmod(code, 8)
+        values.append(math.nan if code == 127 else math.ldexp(m / 8 + (e > 0), max(e, 1) - 7))
+    return values + [-value for value in values]

@@ -136,7 +136,7 @@ def test_a_dora_that_has_no_w_yet_computes_nan_and_no_old_memory():
 def test_reset_parameters_gives_a_quantised_layer_a_new_weight(quant, poisoned):
     layer = on_meta(QUANTS[quant])[0].to_empty(device="cpu")
     layer.reset_parameters()
-    w, x = layer.weight.dequantize(torch.float32), torch.randn(2, 64)
+    w, x = layer.quantized_weight().dequantize(torch.float32), torch.randn(2, 64)
     assert 0.05 < w.std() < 0.1  # uniform in ±1/8
     torch.testing.assert_close(layer(x), nn.functional.linear(x, w, layer.bias))
 

@@ -3,6 +3,8 @@ or leaves them alone, and the adapter stays."""
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -75,15 +77,30 @@ def test_a_parametrised_weight_is_read_as_it_is_computed(change):
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight + update, layer.bias))
 
 
-@pytest.mark.parametrize("quant", [None, "nf4", "fp4", "int8", "fp8"])
-def test_a_model_that_casts_to_the_weights_dtype_gets_a_floating_one(quant):
-    """T5 converts x to ``wo.weight.dtype``, and xLSTM's head and Wav2Vec2's project_q are called so too."""
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8", "fp8"])
+def test_an_x_in_the_dtype_of_the_codes_is_refused_with_the_way_out(quant):
+    """Wav2Vec2's project_q and xLSTM's head convert x to the dtype of a weight, whatever it is."""
     layer, x = trained(quant=quant), torch.randn(3, 64)
-    assert layer.weight.dtype == torch.float32 and tuple(layer.weight.shape) == (32, 64)
-    assert isinstance(layer.weight, torch.Tensor) == (quant is None)
-    assert torch.equal(layer(x.to(layer.weight.dtype)), layer(x))
-    layer.half()
-    assert layer.weight.dtype == torch.float16 and layer.weight.device == torch.device("cpu")
+    assert layer.weight.dtype == torch.int8
+    with pytest.raises(TypeError, match=r"dtype of a quantised layer's codes: take layer\.weight_dtype"):
+        layer(x.to(layer.weight.dtype))
+    assert torch.equal(layer(x.to(layer.weight_dtype)), layer(x))
+
+
+def test_apply_lora_warns_of_a_model_that_converts_x_to_the_dtype_of_quantised_codes():
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.proj(x.to(self.proj.weight.dtype))
+
+    with pytest.warns(UserWarning, match=r"proj.*Head.forward may convert x to the dtype of its weight"):
+        apply_lora(Head(), r=4, quant="nf4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_lora(Head(), r=4)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "fp8", "int8"])
@@ -103,4 +120,4 @@ def test_no_parameter_takes_the_place_of_a_quantised_weight():
     layer = trained(quant="nf4")
     with pytest.raises(TypeError, match=r"stored in nf4.*load_state_dict"):
         layer.weight = nn.Parameter(torch.randn(32, 64))
-    assert layer.weight.format == "nf4"
+    assert layer.quantized_weight().format == "nf4"

@@ -220,7 +220,7 @@ def test_a_deepcopy_and_an_unpickled_module_compute_the_same(settings, merged):
     buffer.seek(0)
     for other in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
         assert other.merged == merged and torch.equal(other(x), layer(x))
-        assert other.weight_codes.data_ptr() != layer.weight_codes.data_ptr()
+        assert other.weight.data_ptr() != layer.weight.data_ptr()
         other.unmerge()
         assert same_bits(stored(other), before)
 
@@ -291,13 +291,10 @@ def changed(state: dict[str, torch.Tensor], **values) -> dict[str, torch.Tensor]
         (lambda s: trained(quant="nf4", blocksize=128).state_dict(), r"in format 'nf4 128', this module's in 'nf4 64'"),
         (lambda s: trained(quant="nf4", double_quant=True).state_dict(), r"in format 'nf4 64 double_quant'"),
         (lambda s: changed(s, weight_scales=None), "is there, but not weight_scales"),
-        (lambda s: changed(s, weight_format=None, weight=s["weight_codes"]), r"must be dense, \(40, 72\).*uint8"),
-        (lambda s: changed(s, weight_format=None), "come in parts with weight_format.*got nothing"),
-        (lambda s: changed(s, weight_codes=s["weight_codes"][:, 1:]), r"weight_codes is \(40, 35\), here \(40, 36\)"),
-        (
-            lambda s: changed(s, weight_codes=s["weight_codes"].float()),
-            r"weight_codes is torch.float32, here torch.uint8",
-        ),
+        (lambda s: changed(s, weight_format=None), r"must be dense, \(40, 72\).*int8"),
+        (lambda s: changed(s, weight_format=None, weight=None), "come in parts with weight_format.*got nothing"),
+        (lambda s: changed(s, weight=s["weight"][:, 1:]), r"weight is \(40, 35\), here \(40, 36\)"),
+        (lambda s: changed(s, weight=s["weight"].float()), r"weight is torch.float32, here torch.int8"),
         (lambda s: changed(s, weight_scales=s["weight_scales"].half()), r"weight_scales is torch.float16"),
         (lambda s: changed(s, bias=s["bias"][1:]), r"bias is \(39,\), here \(40,\)"),
         (lambda s: changed(s, lora_B=s["lora_B"][1:]), r"lora_B is \(39, 4\), here \(40, 4\)"),
@@ -386,7 +383,7 @@ def test_from_bnb_shares_the_weight_and_computes_the_same():
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     linear, x = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu"), torch.randn(3, 64)
     layer = FusedLoRALinear.from_bnb(linear, r=4)
-    assert layer.weight_codes.data_ptr() == linear.weight.data_ptr() and layer.format == "nf4"
+    assert layer.weight.data_ptr() == linear.weight.data_ptr() and layer.format == "nf4"
     torch.testing.assert_close(layer(x), linear(x))
     eight = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu").eval()
     layer = QuantizedLoRALinear.from_bnb(eight, dtype=torch.float32, r=4)

@@ -21,7 +21,7 @@ FORMATS = {
     "int8": {"quant": "int8"},
     "fp8": {"quant": "fp8"},
 }
-PARTS = ("weight_codes", "weight_scales", "weight_table", "weight_absmax")
+PARTS = ("weight", "weight_scales", "weight_table", "weight_absmax")
 
 
 @pytest.fixture(params=FORMATS)
@@ -54,7 +54,7 @@ def test_a_file_of_any_strides_loads_into_contiguous_tensors(layer, rows):
     state |= {name: strided(t) for name, t in state.items() if name in PARTS}
     assert not all(t.is_contiguous() for t in state.values())
     layer.load_state_dict(through_torch_save(state), assign=True)
-    assert all(t.is_contiguous() for t in layer.weight.tensors)
+    assert all(t.is_contiguous() for t in layer.quantized_weight().tensors)
     assert torch.equal(layer(x), want)
 
 
@@ -62,19 +62,20 @@ def test_expanded_scales_are_loaded_with_memory_of_their_own():
     layer, x = FusedLoRALinear.from_linear(nn.Linear(64, 512), r=2, quant="int8"), torch.randn(2, 64)
     state = layer.state_dict() | {"weight_scales": torch.ones(1).expand(512)}
     layer.load_state_dict(through_torch_save(state), assign=True)
-    w = layer.weight.dequantize(torch.float32)
+    w = layer.quantized_weight().dequantize(torch.float32)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, w, layer.bias))
 
 
-def test_a_file_whose_codes_have_the_key_of_earlier_versions_loads(layer):
+def test_a_file_whose_codes_have_the_dtype_of_their_format_loads(layer):
+    """Earlier versions stored the codes of nf4 and fp4 as uint8, and those of fp8 as float8_e4m3fn."""
     x = torch.randn(3, 64)
     want, state = layer(x), {name: t.clone() for name, t in layer.state_dict().items()}
-    state["weight"] = state.pop("weight_codes")
-    with torch.no_grad():
-        layer.weight_codes.view(torch.uint8).zero_()
-    model = nn.Sequential(layer)
-    model.load_state_dict({f"0.{name}": t for name, t in state.items()})
-    assert torch.equal(model(x), want) and "0.weight_codes" in model.state_dict()
+    state["weight"] = state["weight"].view(layer.quantized_weight().codes.dtype)
+    for assign in (False, True):
+        with torch.no_grad():
+            layer.weight.zero_()
+        layer.load_state_dict(state, assign=assign)
+        assert torch.equal(layer(x), want) and layer.weight.dtype == torch.int8
 
 
 def replace_data(layer: QuantizedLoRALinear, name: str, t: Tensor) -> None:
@@ -82,7 +83,7 @@ def replace_data(layer: QuantizedLoRALinear, name: str, t: Tensor) -> None:
 
 
 def replace_tensor(layer: QuantizedLoRALinear, name: str, t: Tensor) -> None:
-    setattr(layer, name, nn.Parameter(t, requires_grad=False) if name == "weight_codes" else t)
+    setattr(layer, name, nn.Parameter(t, requires_grad=False) if name == "weight" else t)
 
 
 @pytest.mark.parametrize("replace", [replace_data, replace_tensor])

@@ -52,6 +52,20 @@ def test_what_forward_reads_and_never_calls_is_told_from_the_rest(name, always):
         assert "Parent.forward may read" in str(found)
 
 
+def test_a_conversion_of_x_to_the_dtype_of_a_weight_is_found_where_int8_is_no_exception():
+    class Converting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.other(self.proj(x.to(self.proj.weight.dtype)))
+
+    model = nn.Sequential(Converting(), Parent())
+    assert readers.conversion_in(model, "0.proj") == "Converting.forward"
+    assert readers.conversion_in(model, "0.other") == readers.conversion_in(model, "1.cast") == ""
+
+
 def test_a_module_around_the_parent_may_read_too():
     class Around(nn.Module):
         def __init__(self) -> None:
