@@ -73,7 +73,7 @@ class Shape:
     @property
     def saved_limit(self) -> int:
         """The bytes that may be saved for the backward: x, h and 64 more."""
-        return (self.M * self.K + self.M * self.R) * self.dtype.itemsize + 64
+        return self.M * (self.K * self.dtype.itemsize + self.R * self.adapters.itemsize) + 64
 
 
 class Cell(NamedTuple):

@@ -88,10 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # fp32 is left out: its speed depends on torch.get_float32_matmul_precision(), which is no part of the evidence.
     add("--dtype", choices=("bf16", "fp16"), default="bf16", help="dtype of x and w (default: bf16)")
     add(
-        "--fp32-adapters",
-        action="store_true",
-        help="time adapters in fp32, which is PEFT's default, instead of x's dtype",
-    )
+        "--adapters", choices=("fp32", "x"), default="fp32",
+        help="the dtype of A and B that is timed: fp32, as apply_lora and PEFT make them, or x's own (default: fp32)",
+    )  # fmt: skip
     add("--quant", choices=FORMATS, help="the format of a quantised w (default: a dense w)")
     add("--double-quant", action="store_true", help="with --quant nf4 or fp4: quantise its scales too, as in QLoRA")
     add(
@@ -135,9 +134,8 @@ def wanted(args: argparse.Namespace) -> Wanted | str:
     except ValueError as error:
         return f"--model: {error}"
     dtype = {short: each for each, short in SHORT.items()}[args.dtype]
-    adapter_dtype = torch.float32 if args.fp32_adapters else dtype
+    adapter_dtype = torch.float32 if args.adapters == "fp32" else dtype
     timed = Setting(dtype, adapter_dtype, 0.0, args.quant, args.double_quant)
-    # PEFT makes fp32 adapters beside a model in 16 bits unless it is told not to.
     judged = [timed._replace(adapter_dtype=each) for each in (dtype, torch.float32)]
     passes = [
         Pass(each, p, op)

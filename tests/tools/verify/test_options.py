@@ -124,12 +124,13 @@ def test_by_default_llama_is_timed_in_training_and_decoding() -> None:
         "1x4096x4096:16 p=0 forward", "16x4096x4096:16 p=0 forward",
     ]  # fmt: skip
     assert {each.adapter_dtype for each in found.judged} == {torch.bfloat16, torch.float32}
+    assert found.timed[:2] == (torch.bfloat16, torch.float32)
     quick = wanted("--quick")
     assert len(quick.passes) < len(found.passes) and quick.rounds < found.rounds and quick.most == 1
 
 
 def test_types_are_those_that_were_asked_for() -> None:
-    found = wanted("--dtype", "fp16", "--fp32-adapters", "--quant", "nf4", "--double-quant", "--shapes", "8x8x8:4")
-    assert found.timed[:2] == (torch.float16, torch.float32) and found.timed.w_format == "nf4 nested"
+    found = wanted("--dtype", "fp16", "--adapters", "x", "--quant", "nf4", "--double-quant", "--shapes", "8x8x8:4")
+    assert found.timed[:2] == (torch.float16, torch.float16) and found.timed.w_format == "nf4 nested"
     assert all(each.quant == "nf4" and each.dtype == torch.float16 for each in found.judged)
     assert [str(each) for each in found.passes] == ["8x8x8:4 p=0 forward"]
