@@ -120,10 +120,11 @@ def _rest(document: dict[str, Any]) -> str:
     mine = [m for m in document["memory"] if m["backend"]]
     if mine:
         over = [m for m in mine if m["saved_bytes"] > m["saved_limit"]]
+        bound = "x + M·r·(adapter bytes) + 64 bytes"
         parts.append(
-            "Saved for the backward: at most x + M·r·(adapter bytes) + 64 bytes, with and without dropout."
+            f"Saved for the backward: at most {bound}, with and without dropout."
             if not over
-            else f"Saved for the backward: above x + M·r·(adapter bytes) + 64 bytes in {len(over)} of {len(mine)} cells."
+            else f"Saved for the backward: above {bound} in {len(over)} of {len(mine)} cells."
         )
     compared = [e for e in document["timings"] if e["automatic"] and e["over_peft"]]
     if compared:
