@@ -17,7 +17,6 @@ from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.merging import MergeReport
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.linear import lora_linear
-from lora_kernels.ops.plain import is_recorded
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import CODES, Nested, QuantizedWeight, quantize_like, quantize_weight
 
@@ -138,11 +137,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return self._unmerged is not None
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Return the stored weight. Its tensors are the module's own, or views of them."""
-        return _of_format(self._stored())
-
-    def _stored(self) -> QuantizedWeight:
-        """Return the stored weight with the parameter `weight` itself as its codes."""
+        """Return the stored weight. Its tensors are the module's own."""
         return self._assembled(self._parts()[0])
 
     @property
@@ -176,7 +171,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features]. Raises what `lora_linear` raises."""
         codes, bias, a, b = self._parts()
-        w = self._assembled(codes if self.format == "int8" or is_recorded() else codes.view(CODES[self.format]))
+        w = self._assembled(codes)
         if self._unmerged is not None:
             self._check_merged(a)
             return quantized_linear(input, w, bias, self.backend)
@@ -196,8 +191,9 @@ class QuantizedLoRALinear(FusedLoRALinear):
         K, N = self.in_features, self.out_features
         made = nn.Linear(K, N, self.bias is not None, device=self.weight.device, dtype=self._dtype)
         before = self.quantized_weight()
-        for own, new in zip(before.tensors, quantize_like(made.weight, before).tensors, strict=True):
-            own.copy_(new)
+        new = quantize_like(made.weight, before)
+        for own, part in zip(before.tensors, (new.codes.view(torch.int8), *new.tensors[1:]), strict=True):
+            own.copy_(part)
         if self.bias is not None:
             self.bias.copy_(made.bias)
 
@@ -221,7 +217,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
             )
         if self._unmerged is not None:
             return self._report
-        before = self._stored()
+        before = self.quantized_weight()
         merged = self._merged_weight(safe=True, dtype=torch.float32)
         after = quantize_like(merged, before)
         report = merging.report(merged, after, self.lora_A, self.lora_B, float(self.scaling))
@@ -263,7 +259,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def _merged_weight(self, safe: bool, dtype: torch.dtype | None = None) -> Tensor:
         merging.refuse_absent(self)
         merging.refuse_sharded(self)
-        q = _of_format(self._unmerged or self._stored())
+        q = self._unmerged or self.quantized_weight()
         merged = merging.updated_weight(
             lambda rows: q.rows(rows.start, rows.stop, torch.float32),
             self.lora_A,
@@ -277,7 +273,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLoRALinear:
         """Move every tensor with `fn`, and convert the dtype only of those that are no part of the quantised weight."""
-        own = {id(part) for part in self._stored().tensors}
+        own = {id(part) for part in self.quantized_weight().tensors}
 
         @functools.wraps(fn)  # its name tells the adapter of ``to_empty``
         def move(t: Tensor) -> Tensor:
@@ -295,7 +291,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        q = self._unmerged or self._stored()
+        q = self._unmerged or self.quantized_weight()
         for name, part in zip(_PARTS, q.tensors, strict=False):
             destination[prefix + name] = part if keep_vars else part.detach()
         letters = list(self._signature().encode())
@@ -321,7 +317,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         """Return `state_dict` with its weight in the stored format. Raises ValueError where anything in it does not fit
         this module: torch itself would cast other dtypes, and would load the parts that fit without the rest."""
         key = prefix + "weight_format"
-        weight, mine = state_dict.get(prefix + "weight"), self._stored()
+        weight, mine = state_dict.get(prefix + "weight"), self.quantized_weight()
         names = _PARTS[: len(mine.tensors)]
         nothing = "nothing was loaded into it"
         if key in state_dict:
@@ -364,12 +360,6 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows beside the shapes."""
         return f"{super().extra_repr()}, quant={self._signature()!r}"
-
-
-def _of_format(w: QuantizedWeight) -> QuantizedWeight:
-    """Return w with its codes in the dtype of its format."""
-    native = CODES[w.format]
-    return w if w.codes.dtype == native else replace(w, codes=w.codes.detach().view(native))
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, backend: str | None = None) -> Tensor:

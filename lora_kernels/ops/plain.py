@@ -47,11 +47,6 @@ def is_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
-def is_recorded() -> bool:
-    """Return whether torch.jit.trace or torch.export records the call."""
-    return is_exporting() if torch.compiler.is_compiling() else torch._C._is_tracing()
-
-
 def serves(name: str, x: Tensor, layer: Layer, backend: str | None) -> bool:
     """Return whether the functions below serve a call that `prepare` has found to be unusual, after a check of its
     operands. `name` is the public function, for errors.

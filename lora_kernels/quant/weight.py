@@ -60,7 +60,7 @@ class QuantizedWeight:
     """The dtype of the weight that was quantised, which `dequantize` gives by default: fp32, bf16 or fp16."""
     codes: Tensor
     """nf4 and fp4: uint8 [N, K/2], with element 2j of a row in the high nibble of byte j and element 2j + 1 in the low
-    one. int8: int8 [N, K]. fp8: float8_e4m3fn [N, K]."""
+    one. int8: int8 [N, K]. fp8: float8_e4m3fn [N, K]. The same bytes as int8 stand for them in every format."""
     scales: Tensor
     """nf4 and fp4: absmax of each block, [⌈NK / blocksize⌉], in fp32, or in uint8 beside `nested`. int8: absmax of each
     row, fp32 [N]. fp8: fp32 [1, 1], [N, 1] or [⌈N/128⌉, ⌈K/128⌉]."""
@@ -230,7 +230,7 @@ def dequantize_weight(q: QuantizedWeight, dtype: torch.dtype | None = None) -> T
 def _rows_4bit(q: QuantizedWeight, n0: int, n1: int) -> Tensor:
     K, size = q.shape[1], q.blocksize
     start, end = n0 * K, n1 * K
-    codes = q.codes[n0:n1].reshape(-1)
+    codes = _in_format(q)[n0:n1].reshape(-1)
     pairs = tables.pairs(q.format, q.device)
     w = pairs.index_select(0, codes.int()).view(torch.float32)
     first = start // size
@@ -251,7 +251,12 @@ def _rows_int8(q: QuantizedWeight, n0: int, n1: int) -> Tensor:
 
 
 def _rows_fp8(q: QuantizedWeight, n0: int, n1: int) -> Tensor:
-    return q.codes[n0:n1].float().mul_(encode.fp8_spread(q.scales, q.shape, n0, n1))
+    return _in_format(q)[n0:n1].float().mul_(encode.fp8_spread(q.scales, q.shape, n0, n1))
+
+
+def _in_format(q: QuantizedWeight) -> Tensor:
+    """Return the codes of q in the dtype of its format."""
+    return q.codes.view(CODES[q.format]) if q.codes.dtype == torch.int8 else q.codes
 
 
 def _check(q: QuantizedWeight) -> None:
@@ -271,7 +276,8 @@ def _check(q: QuantizedWeight) -> None:
     if q.nested is not None and not four_bit:
         raise ValueError(f"nested scales go with nf4 and fp4; got them with {q.format}: give nested=None")
     scales = _scale_shapes(q)
-    _fits("codes", q.codes, CODES[q.format], [(N, K // 2 if four_bit else K)], q)
+    codes = torch.int8 if q.codes.dtype == torch.int8 else CODES[q.format]
+    _fits("codes", q.codes, codes, [(N, K // 2 if four_bit else K)], q)
     _fits("scales", q.scales, torch.float32 if q.nested is None else torch.uint8, scales, q)
     if q.nested is not None:
         _fits("nested.table", q.nested.table, torch.float32, [(256,)], q)

@@ -49,7 +49,7 @@ def stored(layer: QuantizedLoRALinear) -> list[torch.Tensor]:
 
 def same_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(
-        a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        a.element_size() == b.element_size() and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
         for a, b in zip((t.reshape(-1) for t in one), (t.reshape(-1) for t in other), strict=True)
     )
 

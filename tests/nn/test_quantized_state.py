@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels import FusedLoRALinear
 from lora_kernels.nn.quantized import QuantizedLoRALinear
-from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
+from lora_kernels.quant.weight import CODES, QuantizedWeight, quantize_weight
 
 FORMATS = {
     "nf4": {"quant": "nf4"},
@@ -70,7 +70,7 @@ def test_a_file_whose_codes_have_the_dtype_of_their_format_loads(layer):
     """Earlier versions stored the codes of nf4 and fp4 as uint8, and those of fp8 as float8_e4m3fn."""
     x = torch.randn(3, 64)
     want, state = layer(x), {name: t.clone() for name, t in layer.state_dict().items()}
-    state["weight"] = state["weight"].view(layer.quantized_weight().codes.dtype)
+    state["weight"] = state["weight"].view(CODES[layer.format])
     for assign in (False, True):
         with torch.no_grad():
             layer.weight.zero_()

@@ -71,7 +71,7 @@ def codes(w: QuantizedWeight, BLOCK_K: int) -> Codes:
     # The kernel does not read what a format lacks, but every argument needs a tensor of some type.
     nested = w.nested or (w.scales,) * 3
     return Codes(
-        w.codes.view(torch.uint8) if w.format == "fp8" else w.codes,
+        w.codes if w.format == "int8" else w.codes.view(torch.uint8),
         quant_tables.levels(w.format, w.device) if four_bit else w.scales,
         w.scales,
         *nested,

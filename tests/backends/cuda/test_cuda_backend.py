@@ -82,7 +82,7 @@ def test_all_reasons_are_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing driver and a missing extension are reasons like any other, not exceptions."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "lora_kernels._cuda", None)
-    reasons = cuda.why_not(SERVED._replace(N=9, dtype=torch.float64))
+    reasons = cuda.why_not(SERVED._replace(N=9, dtype=torch.float64, adapter_dtype=torch.float64))
     parts = ("driver", "_cuda is not there", "float64", "N must")
     assert len(reasons) == len(parts)
     assert all(any(part in reason for reason in reasons) for part in parts)
