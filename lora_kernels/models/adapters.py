@@ -131,6 +131,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
             base, ...), or with a field that is not known here and not off; a regular expression that takes too long; a
             merged layer, a sharded one, or one on the meta device, as in an offloaded model; two values for tied
             parameters.
+        TimeoutError: a save has held the directory's lock for a minute.
         ImportError: safetensors is not installed.
         After any error, also one that is not listed here, the model is unchanged.
     """
