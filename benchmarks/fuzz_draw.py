@@ -35,7 +35,7 @@ exact."""
 
 
 class Layered(NamedTuple):
-    """One problem, and the quantised weight that stands for its w, which is then the dequantised one in fp32."""
+    """A problem. Over a quantised W it has the codes too, and w in the problem is the dequantised W in fp32."""
 
     q: Problem
     codes: QuantizedWeight | None
@@ -73,7 +73,8 @@ class Draw:
         return hit
 
     def size(self, name: str, most: int, least: int = 1) -> int:
-        """Return a size whose logarithm is uniform; one in three is even, one in six a multiple of 64 beside 1."""
+        """Return a size between `least` and `most`, whose logarithm is uniform. One in three is then made even, and one
+        in six a multiple of 64, if `most` is 64 or more."""
         n = round(least * (most / least) ** self.random.random())
         kind = self.random.randrange(6)
         return self.say(name, n + n % 2 if kind < 2 else max(64, n // 64 * 64) if kind == 2 and most >= 64 else n)
@@ -203,7 +204,8 @@ def quantised(draw: Draw, N: int, K: int, format: str) -> QuantizedWeight:
 def _exact_codes(
     draw: Draw, N: int, K: int, name: str, scaling: str, blocksize: int, nested: bool, dtype: torch.dtype
 ) -> QuantizedWeight:
-    """Return codes that stand for -2 to 2, with scales that are 1 and 2, and what these formats multiply them by."""
+    """Return a quantised weight whose elements are small integers: codes of -2 to 2, and scales that dequantise them
+    exactly."""
 
     def some(values: Sequence[float], *shape: int) -> Tensor:
         return torch.tensor(values)[torch.randint(len(values), shape, generator=draw.generator)]

@@ -114,8 +114,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     Names are those without wrappers (torch.compile, activation checkpointing, DDP, FSDP, ...), in the model and in the
     file. So a file that was saved from a wrapped model goes into a plain one, and the reverse.
 
-    The config's regular expressions are Python's. What is more than a name is first tried with the model's names in a
-    process of its own, and refused if it takes more than a second of processor time.
+    The config's regular expressions are Python's. Those with repetitions or groups are first tried with the model's
+    names in a process of their own, and refused if they take more than a second of processor time.
 
     Whether the model is in training mode stays as it is. Whether its weights are those that the adapter was trained
     with cannot be checked: the files tell the base's names and shapes only.
@@ -131,6 +131,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
             base, ...), or with a field that is not known here and not off; a regular expression that takes too long; a
             merged layer, a sharded one, or one on the meta device, as in an offloaded model; two values for tied
             parameters.
+        TimeoutError: a save has held the directory's lock for a minute.
         ImportError: safetensors is not installed.
         After any error, also one that is not listed here, the model is unchanged.
     """

@@ -79,9 +79,9 @@ def apply_lora(
     layers whose weight is a subclass of Parameter (sharded, quantised), and layers with hooks, which would be lost.
     Where a pattern or a name matches such a module, or no linear layer at all, ValueError is raised.
 
-    The same holds for a layer whose parent reads its weight instead of calling it, as Mamba's mixers do with out_proj,
-    x_proj and dt_proj; "all-linear" also warns then. This is found in the source of the parent's forward. There is a
-    warning for a layer that its parent calls in some cases and reads in others, unless `verify` has looked.
+    A layer whose parent reads its weight instead of calling it, as Mamba's mixers do with out_proj, x_proj and dt_proj,
+    is refused in the same two ways, and "all-linear" also warns. This is found in the source of the parent's forward.
+    There is a warning for a layer that its parent calls in some cases and reads in others, unless `verify` has looked.
 
     ``nn.TransformerEncoderLayer`` has a path for inference that reads the weights of linear1 and linear2 without
     calling them. It is switched off in layers that get an adapter there (activation_relu_or_gelu is set to 0, and

@@ -1,8 +1,8 @@
 """The check of a file's regular expressions, before they are used.
 
 A regular expression of a few characters can keep Python's ``re`` busy for ever, in C code that no other thread can
-interrupt. So what is not plain runs once in a process of its own, with a time limit. It stays Python's ``re``, with
-everything that people write for it.
+interrupt. So every pattern with a repetition or a group is first tried in a process of its own, with a time limit. The
+patterns stay those of Python's ``re``, with everything that people write for it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class ApplyReport:
 
         The forward runs once in training and once in evaluation mode, without gradients. Parameters, buffers, modes,
         attributes of modules and random generators are as before afterwards. A layer is without effect if it is not
-        called in either, and if other code reads its weight past its adapter in one of them.
+        called in either, or if other code reads its weight past its adapter in one of them.
 
         Raises:
             ValueError: no inputs, and a model without dummy_inputs, or one that cannot run with them; a model without

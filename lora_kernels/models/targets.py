@@ -209,7 +209,8 @@ _BLOCK = r".*\.{}\.(\d+)\."
 
 
 def is_literal(pattern: str) -> bool:
-    """Return whether a regular expression consists of word characters and dots, so that it matches its own length."""
+    """Return whether a regular expression consists of word characters and dots, so that it matches only texts as
+    long as itself."""
     return _LITERAL.fullmatch(pattern) is not None
 
 

@@ -1,5 +1,5 @@
-"""A dry forward: which adapters of a model take part in it, found by running it once in training and once in evaluation
-mode, with nothing changed.
+"""A dry forward: it runs a model once in training and once in evaluation mode, to see which adapters take part, and
+puts the model back as it was (`lora_kernels.nn.unchanged` says what of it).
 
 A layer with an adapter can be passed over. Other code may read its weight and never call it, a patch may replace its
 forward, or the model may not use it. The operands of every operator tell these apart: an adapter is computed where an

@@ -41,8 +41,8 @@ class FusedLoRALinear(AdapterLinear):
             `lora_kernels.dora_linear`). Dropout then acts on x in all that the adapter adds to the base. m starts as
             ‖W‖.
         adapter_dtype: the dtype of A, B and m. None is fp32 beside an fp16 or bf16 weight, as in PEFT, and else the
-            weight's dtype. An adapter in 16 bits is asked for by the weight's dtype; at small learning rates its
-            elements are too coarse to move, and ``torch.amp.GradScaler`` refuses it in fp16.
+            weight's dtype. The dtype of a 16-bit weight gives an adapter in 16 bits. At small learning rates such an
+            adapter rounds its updates away, and ``torch.amp.GradScaler`` refuses it in fp16.
         backend: the name of a back-end, which then serves every call or raises; None for the automatic choice.
 
     Attributes:

@@ -32,12 +32,12 @@ class QuantizedLoRALinear(FusedLoRALinear):
     call of few rows.
 
     Make one with ``FusedLoRALinear.from_linear(linear, quant="nf4")``, `over` or `from_bnb`, not with the constructor.
-    x may have any dtype of `lora_linear`. A and B are in fp32 by default. adapter_dtype may also be `weight_dtype`, the
-    dtype of the weight that was quantised.
+    x may have any dtype of `lora_linear`. A and B are in fp32 by default. The other adapter_dtype is `weight_dtype`,
+    the dtype of the weight that was quantised.
 
     Attributes:
         weight: a parameter, the codes of W as they are in `QuantizedWeight`, but as int8 in every format. Models that
-            convert x to ``layer.weight.dtype`` leave it as it is beside an int8 weight, as transformers' T5 does.
+            convert x to ``layer.weight.dtype``, such as transformers' T5, do not convert it if that dtype is int8.
         weight_scales: a buffer, the scales of the codes.
         weight_table, weight_absmax, weight_offset: buffers, the parts of double quantisation. They exist only with it.
         format: "nf4", "fp4", "int8" or "fp8".
@@ -48,7 +48,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
     ``state_dict`` has one more key, weight_format: the format, the blocksize and whether there is double quantisation,
     as a tensor of letters. A dense weight [out, in], such as that of an ``nn.Linear``, is quantised in the same way
     when it is loaded. Loading another format, other shapes or half a weight raises ValueError, with nothing changed.
-    Files of earlier versions, whose codes have the key weight, load too.
+    Files of earlier versions, whose codes may be uint8 or float8, load too.
 
     Raises:
         ValueError: use_dora; and what `FusedLoRALinear` raises.
@@ -247,7 +247,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
             self.register_buffer(name, part)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Add a parameter. Raises TypeError for a `weight` that holds no codes, as code that ties weights sets one."""
+        """Add a parameter. Raises TypeError for a `weight` that holds no codes, which code that ties
+        weights may set."""
         if name == "weight" and param is not None and param.dtype != torch.int8:
             raise TypeError(
                 f"the weight of this {type(self).__name__} is stored in {self.format}, and a Parameter in "

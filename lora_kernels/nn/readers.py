@@ -1,8 +1,8 @@
-"""Who reads the weight of a linear layer and does not call it, past any adapter: found in the source of its parent.
+"""A search for code that reads the weight of a linear layer instead of calling the layer, in the source of its parent.
 
 A module's forward may hand ``self.proj.weight`` to a function instead of calling ``self.proj``. Then an adapter on proj
-has no effect there and gets no gradient. `reading` finds this in the parent's source. What it cannot see, such as a
-weight that is read from elsewhere, shows in a dry forward (`lora_kernels.nn.dry_run`).
+has no effect there and gets no gradient. `reading` finds such code in the parent's source. What it cannot see, such as
+a weight that is read from elsewhere, shows in a dry forward (`lora_kernels.nn.dry_run`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 _HARMLESS = frozenset({"dtype", "device", "shape", "data", "requires_grad", "ndim", "size", "dim", "numel", "is_cuda"})
-"""What may be asked of a weight without its values."""
+"""Attributes and methods of a weight whose use does not count as reading it."""
 
 _PARTS = ("weight", "bias")
 
@@ -143,8 +143,9 @@ def _part(node: ast.Attribute) -> tuple[str, ast.AST]:
 def _methods_of_forward(
     kind: type[nn.Module], forward: Callable[..., Any] | None
 ) -> Iterator[tuple[type, ast.FunctionDef]]:
-    """Yield `forward`, or the class's, and every method that it calls on self, in classes that are not torch's Module
-    itself, with parents noted in the tree."""
+    """Yield the syntax tree of a forward, and of every method that is called on self from there, each with the class
+    that defines it. The forward is `forward`, or that of `kind` where this is None. Methods of nn.Module itself are
+    left out. Each node gets the attribute `up`, which is the node around it."""
     todo, seen = ["forward"], {"forward"}
     while todo:
         name = todo.pop()

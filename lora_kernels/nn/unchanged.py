@@ -1,5 +1,4 @@
-"""A model that is only looked at: `unchanged` sees the operands of the operators that a block runs, and puts back every
-change of the model."""
+"""`unchanged`: a context that notes the operands of every operator in it, and in the end undoes changes of a model."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ class Operands(TorchDispatchMode):
         writes = schema is not None and (schema.is_mutable or "batch_norm" in schema.name)
         if writes:
             self._keep(tensors)
-        # A view reads no values. Its result has the same storage, so that who computes with it is seen.
+        # A view reads no values. Its result has the same storage, so that an operator that computes with it is seen.
         if writes or schema is None or not any(result.alias_info for result in schema.returns):
             self.read.update(map(storage, tensors))
         return func(*args, **kwargs)
@@ -59,8 +58,8 @@ class Operands(TorchDispatchMode):
 
 
 def storage(t: Tensor) -> int:
-    """Return a number that tensors have in common if they share their memory; 0 for a tensor without memory of its own
-    kind, such as a sparse one."""
+    """Return a number that tensors have in common if they share their memory; 0 for a tensor that has no single
+    storage, such as a sparse one."""
     try:
         return t.untyped_storage()._cdata
     except NotImplementedError:

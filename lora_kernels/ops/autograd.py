@@ -24,8 +24,8 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_dense(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return dy in `dtype`, and with all its elements in memory where it is sparse. Of the other layouts than
-    torch.strided autograd allows none for the gradient of a dense y."""
+    """Return dy in `dtype`. A sparse dy is made dense; autograd allows no further layout but torch.strided for the
+    gradient of a dense y."""
     return as_dtype(dy.to_dense() if dy.is_sparse else dy, dtype)
 
 

@@ -26,10 +26,11 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
 
 
 class Group:
-    """The object that the layers of a group hold, and nothing else: it dies with the last of them, and its hooks go.
+    """A group of layers. Only its layers refer to it, so it is freed with the last of them, and its hooks are removed
+    then.
 
-    It holds neither the layers nor their parent. What a forward keeps is in `here`, which is another one in each
-    thread. A copy, or an unpickled group, belongs to the copies of the layers.
+    It refers neither to the layers nor to their parent. What a forward keeps is in `here`, which has a separate value
+    in each thread. A copy, or an unpickled group, belongs to the copies of the layers.
     """
 
     def __init__(self, report: SharedInput) -> None:
@@ -61,7 +62,7 @@ class Group:
 
 
 class _Here(threading.local):
-    """What belongs to this thread."""
+    """The part of a group that each thread has for itself."""
 
     forward: Forward | None = None
     """The forward of the parent that is running. After an exception that is no Exception, such as KeyboardInterrupt,

@@ -1,9 +1,10 @@
 """What one forward of a module has computed for layers that read the same x and are yet to be called.
 
 It is kept from the call of the first layer to that of the last, in one forward of their parent and in one thread. It
-belongs to everything that it was computed from: x and its version, the operands of each layer and their versions,
-autocast, inference mode, and what observes operators. Nothing passes from one forward to the next. So a recomputation
-of activation checkpointing makes the same calls as its forward did, saves the same tensors and draws the same masks.
+is valid only while everything that it was computed from is the same: x and its version, the operands of each layer
+and their versions, autocast, inference mode, and what observes operators. Nothing passes from one forward to the next.
+So a recomputation of activation checkpointing makes the same calls as its forward did, saves the same tensors and
+draws the same masks.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ class Forward:
         alone.
 
         The saved tensors and the masks of dropout depend on which layers are computed together, so this must be the
-        same in a forward and in its recomputation. What differs between the two decides nothing here. Grad mode does:
-        it is off in a forward under reentrant checkpointing, and on when it is recomputed.
+        same in a forward and in its recomputation. So nothing that may differ between the two decides here. Grad mode
+        differs: it is off in a forward under reentrant checkpointing, and on in the recomputation. It is therefore
+        compared with that at the beginning of the same forward.
         """
         parent, report = self._parent(), group.report
         if parent is None or self._over:

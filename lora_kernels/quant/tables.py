@@ -52,7 +52,7 @@ def _kept(name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor
     if table is None or torch.compiler.is_compiling():
         with torch.inference_mode(False):
             table = make().to(device)
-        # A FakeTensor must not outlive its mode, nor what a transform of torch.func makes its transform.
+        # A FakeTensor must not outlive its mode, nor a tensor of a torch.func transform that transform.
         transformed = torch._C._are_functorch_transforms_active()
         if type(table) is Tensor and not transformed and not torch.compiler.is_compiling():
             _made[name, device] = table

@@ -35,9 +35,9 @@ class Layout(NamedTuple):
     dtypes: tuple[torch.dtype, torch.dtype]
     """The dtypes of x and of the adapters."""
     precision: str
-    """How products of fp32 operands are computed from which h, g, da and db come: "ieee" or "tf32"."""
+    """The precision of the products of fp32 operands that give h, g, da and db: "ieee" or "tf32"."""
     precision_16: str
-    """How those are computed that give y and dx, which are rounded to x's dtype."""
+    """The precision of those that give y and dx, which are rounded to x's dtype."""
 
     @property
     def block_r(self) -> int:

@@ -97,8 +97,8 @@ product of fp32 on sm_100's tensor cores, in tf32 whatever precision was asked f
 CONVERTED: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_10": {OVER_DY: {16: Tile(32, 32, 4, 2), 32: Tile(32, 32, 4, 2), 64: Tile(32, 32, 8, 2)}},
 }
-"""Other tiles than those of `ORDINARY`, for many rows, where a product would have 64 rows that the kernel has converted
-to fp32, which Triton before 3.8 puts onto sm_100's tensor cores too: by the beginning of the architecture's name."""
+"""Other tiles than those of `ORDINARY`, for many rows, by the beginning of the architecture's name. Triton before 3.8
+puts products of 64 rows that the kernel has converted to fp32 onto sm_100's tensor cores; these tiles avoid it."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """The number of programs that a launch should have at least, for each multiprocessor: enough loads are under way then,
