@@ -80,7 +80,11 @@ class Draw:
         return self.say(name, n + n % 2 if kind < 2 else max(64, n // 64 * 64) if kind == 2 and most >= 64 else n)
 
     def layout(self, name: str, t: Tensor) -> Tensor:
-        """Return the numbers of a matrix in another place of memory. An expanded matrix repeats the first row."""
+        """Return the numbers of a matrix in another place of memory. An expanded matrix repeats the first row.
+
+        What lies between the numbers is NaN, so that a result shows whether it was read. It is 99 for x and dy in bf16:
+        torch's own GEMM multiplies the elements between such rows by 0.
+        """
         if self.random.random() < 0.6 or not t.numel():
             return t
         layout, (rows, cols) = self.pick(name, LAYOUTS), t.shape
@@ -90,7 +94,8 @@ class Draw:
             return t[:1].expand(rows, cols)
 
         def room(*size: int) -> Tensor:
-            return torch.full(size, 99.0).to(t.dtype)
+            between = 99.0 if t.dtype == torch.bfloat16 and name in ("x", "dy") else float("nan")
+            return torch.full(size, between).to(t.dtype)
 
         if layout == "offset":
             return room(t.numel() + 1)[1:].view(rows, cols).copy_(t)

@@ -15,6 +15,7 @@ from benchmarks.fuzz_calls import (
     compare,
     dora_faults,
     missing,
+    norm_within,
     results,
     run_layer,
     surroundings,
@@ -59,11 +60,11 @@ def module(draw: Draw) -> list[str]:
     with surroundings(draw):
         y = run_layer(draw, layer, x)
         got = results(y, q.dy, own)
+        norm = norm_within(q, own["m"]) if use_dora else None
     faults = missing(y, got, own)
-    if not use_dora:
+    if norm is None:
         return faults + wrong(draw, got, one, q)
-    m = layer.lora_magnitude_vector.detach()
-    return faults + dora_faults(draw, q, m, weight_norm(q.w, q.a, q.b, q.scale, m), got)
+    return faults + dora_faults(draw, q, own["m"].detach(), norm, got)
 
 
 def made(draw: Draw, one: Layered, use_dora: bool) -> tuple[FusedLoRALinear, Problem]:

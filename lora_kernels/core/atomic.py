@@ -25,6 +25,8 @@ _LOCK, _READY = "lock", "ready"
 """Files in it: one that is locked as long as its process lives, and one that says that every new file is complete."""
 _WAIT = 60.0
 """The seconds after which a lock that another process holds is an error."""
+_MOST_BYTES = 64 << 20
+"""The size of the largest file of settings or findings that is read. Real ones have some kilobytes."""
 
 
 def replace(files: Mapping[Path, bytes]) -> None:
@@ -54,6 +56,22 @@ def replace(files: Mapping[Path, bytes]) -> None:
         names = " and ".join(path.name for path in files)
         why = f"{error.strerror}, so {names} could not be written; nothing was changed"
         raise OSError(error.errno, why, str(folder)) from error
+
+
+def contents(path: Path) -> bytes:
+    """Return what a small file holds.
+
+    Raises:
+        ValueError: it is no regular file, so that reading might never end, or it has more than 64 MiB.
+        OSError: it cannot be read.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > _MOST_BYTES:
+            raise ValueError(f"it has {status.st_size:,} bytes, and at most {_MOST_BYTES:,} are read")
+        return file.read(_MOST_BYTES)
 
 
 def finish(folder: Path) -> None:

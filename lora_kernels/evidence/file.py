@@ -120,7 +120,7 @@ def today() -> str:
 def read(path: Path) -> Evidence:
     """Return the evidence in a file. Raises OSError, or `Unreadable` with a sentence."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(atomic.contents(path))
         content = document["content"]
         if document["sha256"] != _checksum(content):
             raise Unreadable("its checksum does not match: it was edited or cut short")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -14,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels.core import atomic
 from lora_kernels.models import patterns
 from lora_kernels.models.names import bare, plain_names, plain_rules
 from lora_kernels.models.targets import Rules, by_pattern, expressions_of, is_literal, matches, some
@@ -59,9 +58,6 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 """The fields that change nothing here. They are notes, settings of features that `_SUPPORTED` excludes, or settings of
 training beside the layer (the last three are of ms-swift)."""
-
-_MOST_BYTES = 64 << 20
-"""The size of the largest file that is read as a config. Real ones have a few kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def read_config(path: Path) -> AdapterConfig:
             is not off (false, null, 0 or empty), because it may change what is computed.
     """
     try:
-        config = json.loads(_bytes_of(path), object_pairs_hook=_without_doubles)
+        config = json.loads(atomic.contents(path), object_pairs_hook=_without_doubles)
     except (FileNotFoundError, NotADirectoryError):
         more = f": {path.parent} is a file, and must be the directory of an adapter" if path.parent.is_file() else ""
         raise FileNotFoundError(f"there is no {path}{more}") from None
@@ -174,17 +170,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "layers_to_transform": (list, int, type(None)),
     "layers_pattern": (list, str, type(None)),
 }
-
-
-def _bytes_of(path: Path) -> bytes:
-    """Return what a file holds. Raises ValueError for what is no file, whose reading might never end, or too large."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
-        if status.st_size > _MOST_BYTES:
-            raise ValueError(f"it has {status.st_size:,} bytes, more than the {_MOST_BYTES:,} of any config")
-        return file.read(_MOST_BYTES)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -71,25 +71,29 @@ def apply(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Any
     return super(torch.autograd.Function, function).apply(x, *rest)  # type: ignore[misc]
 
 
-def refuse_double_backward(name: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def refuse_double_backward(
+    name: str, grads: tuple[Tensor | None, ...], *operands: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Return `grads`, the results of a backward. With ``create_graph=True`` they raise RuntimeError where they are
-    differentiated again.
+    differentiated again. `operands` are the tensors that they were computed from.
 
     PyTorch's once_differentiable raises only where dy itself requires a gradient. Otherwise its gradients look like
-    constants, and a gradient penalty on dx would silently give nothing to A and B.
+    constants, and a gradient penalty on dx would silently give nothing to A and B. The operands are inputs here,
+    because ``torch.autograd.grad`` visits only what leads to the tensors that it is asked for.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RefuseDoubleBackward.apply(torch.empty(0, device="cpu", requires_grad=True), name, *grads)
+        anchor = torch.empty(0, device="cpu", requires_grad=True)
+        return _RefuseDoubleBackward.apply(name, len(grads), *grads, anchor, *operands)
     return grads
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):
-    """The identity, whose backward raises."""
+    """The first tensors, whose backward raises."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, name: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.name = name
-        return grads
+        return tensors[:count]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -140,12 +140,13 @@ class DoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, da, db, dd and dbias, and None for each that is not needed."""
+        saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
         if needs_plain_mode(dy):
             with no_graph(), no_autocast(device_type(dy)):
-                grads = _gradients(ctx, dy)
-            grads = refuse_double_backward("dora_linear", grads)
+                grads = _gradients(ctx, dy, *saved)
+            grads = refuse_double_backward("dora_linear", grads, dy, *saved)
         else:
-            grads = _gradients(ctx, dy)
+            grads = _gradients(ctx, dy, *saved)
         return *grads, None, None
 
 
@@ -201,9 +202,8 @@ class _Saved(NamedTuple):
     """[N], where z includes it and d needs a gradient."""
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor, x: Any, w: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     """Return (dx, None, da, db, dd, dbias), and None for each that is not needed."""
-    x, w, *rest = ctx.saved_tensors
     # torch 2.6 cannot trace NamedTuple._replace, so w is converted before the tuple is made.
     saved, (scale, p, backend) = _Saved(x, w if w.dtype == ctx.dtype else w.to(ctx.dtype), *rest), ctx.how
     need_dx, _, need_da, need_db, need_dd, need_dbias, *_ = ctx.needs_input_grad

@@ -49,6 +49,10 @@ def lora_linear_group(x: Tensor, layers: Iterable[Layer], *, backend: str | None
     layers = tuple(layers)
     if not layers:
         raise ValueError("lora_linear_group needs at least one layer, got none")
+    if not isinstance(layers[0], Layer):
+        raise TypeError(
+            f"layers must be an iterable of lora_kernels.group.Layer, got a {type(layers[0]).__name__} in it"
+        )
     if len({layer.lora_a.dtype for layer in layers}) > 1:
         dtypes = ", ".join(str(layer.lora_a.dtype) for layer in layers)
         raise TypeError(f"adapters of one group must have one dtype, got {dtypes}: call lora_linear for each instead")
@@ -101,7 +105,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
             return _gradients(ctx, dys, x, saved)
         with no_graph(), no_autocast(device_type(saved[0])):
             grads = _gradients(ctx, dys, x, saved)
-        return refuse_double_backward("lora_linear_group", grads)
+        return refuse_double_backward("lora_linear_group", grads, *dys, x, *saved)
 
 
 def _gradients(ctx: Any, dys: Sequence[Tensor | None], x: Tensor | None, saved: list[Any]) -> tuple[Tensor | None, ...]:

@@ -171,12 +171,13 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, da, db and dbias, and None for each that is not needed."""
+        saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
         if needs_plain_mode(dy):
             with no_graph(), no_autocast(device_type(dy)):
-                grads = _gradients(ctx, dy)
-            grads = refuse_double_backward("lora_linear", grads)
+                grads = _gradients(ctx, dy, *saved)
+            grads = refuse_double_backward("lora_linear", grads, dy, *saved)
         else:
-            grads = _gradients(ctx, dy)
+            grads = _gradients(ctx, dy, *saved)
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
@@ -191,9 +192,10 @@ def _forward(
     return way.forward(x, base, adapter, backend, save_h)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(  # type: ignore[no-untyped-def]
+    ctx: Any, dy: Tensor, x, w, a, b, h, seed, *w_scales
+) -> tuple[Tensor | None, ...]:
     """Return (dx, None, da, db, dbias), and None for each that is not needed."""
-    x, w, a, b, h, seed, *w_scales = ctx.saved_tensors
     need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
     (scale, p, backend, w_format, w_blocksize), dtype = ctx.how, ctx.dtype
     if dy.dtype != dtype or dy.is_sparse:

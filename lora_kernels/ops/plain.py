@@ -107,9 +107,10 @@ def dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
     x_hat = _dropout(x, p, seed)
     low = _low_rank(x_hat, a, b, scale)
     if p == 0:
-        z = F.linear(x, w)
+        within = bias is not None and x.dtype in check.HALVES  # x Wᵀ + bias may fit where x Wᵀ overflows
+        z = F.linear(x, w, bias if within else None)
         y = (z + low) * d
-        return as_dtype(y if bias is None else y + bias, z.dtype)
+        return as_dtype(y if bias is None else y + (bias * (1 - d) if within else bias), z.dtype)
     y = F.linear(x, w, bias)
     return as_dtype(y + F.linear(x_hat, w) * (d - 1) + low * d, y.dtype)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import reference
-from lora_kernels.core import accuracy
+from lora_kernels.core import accuracy, dropout
 from lora_kernels.core.operands import Adapter, Base
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.weight import QuantizedWeight
@@ -162,13 +162,14 @@ def judge(
     largest error at most 2 × plain torch's largest + eps × the largest value. A result of fewer than `_ENOUGH`
     independent roundings (h and g have M·R elements, and dropout leaves a fraction 1 - p of x) is judged element by
     element: each must be within what rounding can do to it (Higham, Accuracy and Stability of Numerical Algorithms,
-    2002, section 3.1).
+    2002, section 3.1). So is every result in fp64, where plain torch is the truth itself.
 
     A caller that knows ``truth(q)`` and ``evaluate(q)`` passes them as `want` and `plain`.
     """
     want = truth(q) if want is None else want
     results = {name: value for name, value in got.items() if value is not None}
-    enough = {name: (1 - q.p) * min(want[name].numel(), q.x.shape[0] * q.a.shape[0]) >= _ENOUGH for name in results}
+    most = 0 if q.x.dtype == torch.float64 else (1 - q.p) * q.x.shape[0] * q.a.shape[0]
+    enough = {name: min((1 - q.p) * want[name].numel(), most) >= _ENOUGH for name in results}
     if plain is None:
         plain = evaluate(q) if any(enough.values()) else {}
     magnitude = {} if all(enough.values()) else truth(q.absolute())
@@ -202,15 +203,25 @@ def rounding_bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> T
 
     With u = eps / 2 it is the sum of: n·u of fp32 for a sum of n terms, and u of the result's dtype for each of at most
     four intermediate roundings (h or g, two scalings and a product; none for dbias), both times the sum of the terms'
-    magnitudes; the rounding of the result itself; and half a subnormal for each of these five. The result's dtype is
-    that of the adapters for their gradients, else that of x.
+    magnitudes; the rounding of the result itself; half a subnormal for each of these five; and half a subnormal of the
+    adapters' dtype for each element of h or g, times the numbers that it is multiplied by. The result's dtype is that
+    of the adapters for their gradients, else that of x.
     """
     (M, K), (N, R) = q.x.shape, q.b.shape
     terms = {"y": K + R, "dx": N + R, "da": N + M, "db": K + M, "dbias": M}[name] + 8  # 8 for products and scalings
     dtype = q.a.dtype if name in ("da", "db") else q.x.dtype
     unit, own = (torch.finfo(each).eps / 2 for each in (torch.promote_types(dtype, torch.float32), dtype))
     relative = terms * unit + (4 * own if own > unit and name != "dbias" else 0.0)
-    return relative * magnitude + own * exact.abs() + 5 * own * torch.finfo(dtype).smallest_normal
+    of_adapter, c, s = torch.finfo(q.a.dtype), dropout.rescale(q.p) if q.p else 1.0, abs(q.scale)
+    factors = {
+        "y": lambda: s * q.b.double().abs().sum(1),
+        "dx": lambda: c * q.a.double().abs().sum(0),
+        "da": lambda: c * q.x.double().abs().sum(0),
+        "db": lambda: s * q.dy.double().abs().sum(0)[:, None],
+        "dbias": lambda: torch.zeros((), dtype=torch.float64, device=q.x.device),
+    }[name]()
+    tiny = 5 * own * torch.finfo(dtype).smallest_normal + of_adapter.eps / 2 * of_adapter.smallest_normal * factors
+    return relative * magnitude + own * exact.abs() + tiny
 
 
 def against_bound(name: str, value: Tensor, exact: Tensor, bound: Tensor) -> Verdict:

@@ -49,6 +49,30 @@ def test_exact_problems_have_exact_results_that_are_not_all_zero():
     assert sum(shares) / 60 > 0.5
 
 
+@pytest.mark.parametrize(
+    ("seed", "k"),
+    [
+        pytest.param(0, 60, id="the bias is within a z in bf16"),
+        pytest.param(1, 694, id="fp64, with many elements"),
+        pytest.param(1, 1375, id="the norm of a row that is nearly 0, under deterministic algorithms"),
+        pytest.param(11, 3392, id="a g of subnormals in fp16"),
+    ],
+)
+def test_calls_whose_rounding_is_large_have_no_faults(seed, k):
+    assert fuzz.one(seed, k, False, None)[2] == []
+
+
+@pytest.mark.parametrize("name", ["x", "w", "a", "b", "dy", "bias"])
+def test_what_lies_between_the_numbers_of_an_operand_shows_when_it_is_read(name):
+    kept, nan = torch.ones(4, 6, dtype=torch.float16), 0
+    for k in range(100):
+        t = Draw(0, k, False).layout(name, kept)
+        assert torch.equal(t, kept)
+        whole = torch.as_strided(t, (t.untyped_storage().nbytes() // 2,), (1,), 0)
+        nan += bool(torch.isnan(whole).any())
+    assert nan > 10
+
+
 class Wrong:
     """`lora_linear` with one wrong element of y, where y has more than 30."""
 

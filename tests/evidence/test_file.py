@@ -129,3 +129,17 @@ def test_sizes_that_are_no_numbers_make_a_file_unreadable(tmp_path: Path) -> Non
     file.add(path, Evidence(IDENTITY, timings={file.bucket_of(call())._replace(M="8"): TIMING}))
     with pytest.raises(Unreadable, match="no integers"):
         file.read(path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "endless"])
+def test_what_is_no_regular_file_is_unreadable(tmp_path: Path, make) -> None:
+    make(tmp_path / "evidence.json")
+    with pytest.raises(Unreadable, match="no regular file"):
+        file.read(tmp_path / "evidence.json")
+
+
+def test_a_file_that_is_too_large_is_unreadable(tmp_path: Path) -> None:
+    with open(tmp_path / "evidence.json", "wb") as large:
+        large.truncate(65 << 20)
+    with pytest.raises(Unreadable, match="bytes"):
+        file.read(tmp_path / "evidence.json")

@@ -91,7 +91,9 @@ def test_double_backward_is_refused():
     y = dora_linear(x, q.w, q.a, q.b, m, scale=1.0)
     (dx,) = torch.autograd.grad(y, (x,), q.dy, create_graph=True)
     with pytest.raises(RuntimeError, match="dora_linear has no double backward"):
-        dx.square().sum().backward()
+        dx.square().sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="dora_linear has no double backward"):
+        torch.autograd.grad(dx.sum(), m, allow_unused=True)
 
 
 @pytest.mark.parametrize(

@@ -160,13 +160,23 @@ def test_leading_dimensions_autocast_and_tensor_scales_are_served():
             assert y.dtype == torch.bfloat16 and torch.equal(y, want)
 
 
+def test_what_is_no_layer_is_named_in_the_error():
+    (q,) = problems((4, 6, (5, 2)))
+    layer = Layer(q.w, q.a, q.b, 1.0)
+    for layers, kind in ((layer, "Tensor"), ({"q": layer}, "str"), ([(q.w, q.a, q.b, 1.0)], "tuple")):
+        with pytest.raises(TypeError, match=f"iterable of lora_kernels.*Layer, got a {kind}"):
+            lora_linear_group(q.x, layers)
+
+
 def test_double_backward_is_refused():
     qs = problems((4, 6, (5, 2), (3, 2)))
-    x = qs[0].x.requires_grad_()
+    x, b = qs[0].x.requires_grad_(), qs[1].b.requires_grad_()
     ys = lora_linear_group(x, [Layer(q.w, q.a, q.b, 1.0) for q in qs])
     (dx,) = torch.autograd.grad(ys[0].sum() + ys[1].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="lora_linear_group has no double backward"):
-        dx.sum().backward()
+        dx.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="lora_linear_group has no double backward"):
+        torch.autograd.grad(dx.sum(), b, allow_unused=True)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])

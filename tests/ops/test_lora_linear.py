@@ -118,6 +118,17 @@ def test_double_backward_is_refused(dy_requires_grad):
     for first in (dx, da):
         with pytest.raises(RuntimeError, match="no double backward"):
             first.square().sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="no double backward"):  # not None: dx and da depend on a, on x and on dy
+            torch.autograd.grad(first.sum(), x if first is da else a, allow_unused=True, retain_graph=True)
+
+
+def test_double_backward_is_refused_where_dy_depends_on_y():
+    q = judging.problem(4, 5, 6, 2)
+    x = q.x.requires_grad_()
+    y = lora_linear(x, q.w, q.a, q.b, scale=1.0)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        torch.autograd.grad(dx.sum(), x, allow_unused=True)
 
 
 def test_a_dy_of_another_dtype_is_converted():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, lora_linear
+from lora_kernels import FusedLoRALinear, dora_linear, lora_linear
 from lora_kernels.ops.group import Layer, lora_linear_group
 from lora_kernels.testing.judge import check, problem
 
@@ -310,3 +310,15 @@ def test_a_subclass_sees_the_operators_of_torch(kind):
 def test_the_meta_device_gives_shapes(kind):
     y = KINDS[kind]().to("meta")(torch.empty(3, 5, K, device="meta"))
     assert y.is_meta and y.shape == (3, 5, N)
+
+
+def test_a_trace_of_dora_adds_the_bias_before_the_rounding():
+    x, w, bias = torch.ones(4, 64).half(), torch.full((8, 64), 70000 / 64).half(), torch.full((8,), -60000.0).half()
+    m = 0.999 * w.float().norm(dim=1)
+
+    def layer(x):
+        return dora_linear(x, w, torch.zeros(2, 64), torch.zeros(8, 2), m, scale=1.0, bias=bias)
+
+    want = 0.999 * 64 * w[0, 0].double() - 60000
+    for y in (layer(x), torch.jit.trace(layer, x)(x)):
+        assert (y.double() - want).abs().max() <= 8 * 2.0**-11 * want + 0.999 * 8
