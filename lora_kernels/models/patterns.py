@@ -62,7 +62,7 @@ def check(patterns: Mapping[str, str], names: Collection[str]) -> None:
     """
     if len(patterns) * len(names) > _MOST_MATCHES:
         raise TooSlow(f"{len(patterns):,} patterns for {len(names):,} names are too many")
-    expressions = {written: used for written, used in patterns.items() if not is_literal(written)}
+    expressions = {written: used for written, used in patterns.items() if not is_literal(used)}
     if len(expressions) > _MOST_EXPRESSIONS:
         raise TooSlow(f"{len(expressions):,} regular expressions are too many")
     tried = []

@@ -68,8 +68,8 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
     _refuse_adapted(model)
     wanted, excluded = _names(rules.target_modules), _names(rules.exclude_modules or ())
     lists = (rules.layers_pattern,) if isinstance(rules.layers_pattern, str) else tuple(rules.layers_pattern or ())
-    blocks = rules.layers_to_transform
-    blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks or ())
+    numbers = rules.layers_to_transform
+    blocks = frozenset((numbers,) if isinstance(numbers, int) else numbers or ())
     if blocks and isinstance(wanted, str):
         raise ValueError("layers_to_transform goes with a list of target_modules, not with a string")
     every = isinstance(wanted, str) and wanted.lower() == "all-linear"
@@ -192,14 +192,14 @@ def told_by_reason(reasons: Mapping[str, str]) -> str:
 
 
 def expressions_of(rules: Rules) -> dict[str, dict[str, str]]:
-    """Return the regular expressions in `rules` by field: as they are written, and as `select` matches them with
-    names."""
+    """Return the regular expressions in `rules` by field: as they are written, and as `select` matches them with names.
+    A literal key of rank_pattern or alpha_pattern is not compiled, and stays as it is written."""
     lists = (rules.layers_pattern,) if isinstance(rules.layers_pattern, str) else tuple(rules.layers_pattern or ())
     return {
         "target_modules": {each: each for each in [rules.target_modules] if isinstance(each, str)},
         "exclude_modules": {each: each for each in [rules.exclude_modules] if isinstance(each, str)},
-        "rank_pattern": {key: _END.format(key) for key in rules.rank_pattern or {}},
-        "alpha_pattern": {key: _END.format(key) for key in rules.alpha_pattern or {}},
+        "rank_pattern": {key: key if is_literal(key) else _END.format(key) for key in rules.rank_pattern or {}},
+        "alpha_pattern": {key: key if is_literal(key) else _END.format(key) for key in rules.alpha_pattern or {}},
         "layers_pattern": {pattern: _BLOCK.format(pattern) for pattern in lists},
     }
 
@@ -232,14 +232,15 @@ def _at_end(key: str, name: str) -> bool:
     return name.endswith(key) or all(k in (c, ".") for k, c in zip(key, name[start:], strict=True))
 
 
-# The module re keeps 512 patterns, and would compile each of more of them again for every layer.
-_compiled = functools.lru_cache(maxsize=1 << 14)(re.compile)
+# The module re keeps 512 patterns, and would compile each of more of them again for every layer. A file may have 10,000
+# in each of three fields (`patterns.check`), which are used in turns.
+_compiled = functools.lru_cache(maxsize=1 << 15)(re.compile)
 
 
 def _block(name: str, lists: Sequence[str]) -> int | None:
     """Return the number of a layer's block in one of the named lists of blocks, or in any list where none is named."""
     for pattern in lists or (r"[^.]*",):
-        found = re.match(_BLOCK.format(pattern), name)
+        found = _compiled(_BLOCK.format(pattern)).match(name)
         if found:
             return int(found.group(1))
     return None

@@ -140,6 +140,8 @@ class FusedLoRALinear(AdapterLinear):
         return cls.from_settings(linear, settings)
 
     @classmethod
+    @torch.inference_mode(False)  # what is made in inference mode could not be trained later
+    @torch.no_grad()
     def from_settings(cls, linear: nn.Linear, settings: LoRASettings) -> FusedLoRALinear:
         """Return what `from_linear` returns, for its keywords as one object."""
         settings.check()

@@ -85,6 +85,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
         return cls._over(weight, bias, settings)
 
     @classmethod
+    @torch.inference_mode(False)  # what is made in inference mode could not be trained later
+    @torch.no_grad()
     def _over(cls, weight: QuantizedWeight, bias: nn.Parameter | None, settings: LoRASettings) -> QuantizedLoRALinear:
         settings.check()
         _refuse_dora(settings, weight.format)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-_HARMLESS = frozenset({"dtype", "device", "shape", "data", "requires_grad", "ndim", "size", "dim", "numel", "is_cuda"})
+_HARMLESS = frozenset({"dtype", "device", "shape", "requires_grad", "ndim", "size", "dim", "numel", "is_cuda"})
 """Attributes and methods of a weight whose use does not count as reading it."""
 
 _PARTS = ("weight", "bias")
@@ -102,8 +102,6 @@ _FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
 
 @functools.cache  # neither a class nor a function changes its source
 def _readings(kind: type[nn.Module], forward: Callable[..., Any] | None) -> dict[str, Reading]:
-    if kind is nn.TransformerEncoderLayer:  # `close_fast_paths` makes it call what it would read
-        return {}
     read: dict[str, str] = {}
     used: set[str] = set()
     for owner, function in _methods_of_forward(kind, forward):
@@ -143,27 +141,49 @@ def _part(node: ast.Attribute) -> tuple[str, ast.AST]:
 def _methods_of_forward(
     kind: type[nn.Module], forward: Callable[..., Any] | None
 ) -> Iterator[tuple[type, ast.FunctionDef]]:
-    """Yield the syntax tree of a forward, and of every method that is called on self from there, each with the class
-    that defines it. The forward is `forward`, or that of `kind` where this is None. Methods of nn.Module itself are
-    left out. Each node gets the attribute `up`, which is the node around it."""
-    todo, seen = ["forward"], {"forward"}
+    """Yield the syntax tree of a forward, and of every method that is called from there on self, by ``super()`` or as
+    ``Class.method(self, ...)``, each with the class that defines it. The forward is `forward`, or that of `kind` where
+    this is None. Methods of nn.Module itself are left out. Each node gets the attribute `up`, which is the node around
+    it."""
+    mro = kind.__mro__
+    todo = [("forward", 0)]  # the name of a method, and the place in the mro from which on it is looked for
+    seen = set(todo)
     while todo:
-        name = todo.pop()
-        owner = next((each for each in kind.__mro__ if name in each.__dict__), nn.Module)
+        name, first = todo.pop()
+        place = next((i for i in range(first, len(mro)) if name in mro[i].__dict__), len(mro) - 1)
+        owner = mro[place]
         method = owner.__dict__.get(name)
-        if name == "forward" and forward is not None:
-            owner, method = kind, forward
-        if owner in (nn.Module, object) or (function := _source(method)) is None:
+        if (name, first) == ("forward", 0) and forward is not None:
+            place, owner, method = -1, kind, forward
+        if owner in _NOT_READ or (function := _source(method)) is None:
             continue
         for node in ast.walk(function):
             for child in ast.iter_child_nodes(node):
                 child.up = node  # type: ignore[attr-defined]
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_self(node.func.value):
-                called = node.func.attr
-                if called not in seen:
-                    seen.add(called)
-                    todo.append(called)
+            called = _method_called(node, mro, place)
+            if called is not None and called not in seen:
+                seen.add(called)
+                todo.append(called)
         yield owner, function
+
+
+_NOT_READ: tuple[type, ...] = (nn.TransformerEncoderLayer, nn.Module, object)
+"""Classes whose methods are not looked at. `close_fast_paths` makes the first one call what it would read."""
+
+
+def _method_called(node: ast.AST, mro: tuple[type, ...], place: int) -> tuple[str, int] | None:
+    """Return the name of the method that a node calls on self, and the place in the mro from which on it is looked for;
+    None for other nodes. The node stands in a method of ``mro[place]``."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return None
+    of, name = node.func.value, node.func.attr
+    if _is_self(of):
+        return name, 0
+    if isinstance(of, ast.Call) and isinstance(of.func, ast.Name) and of.func.id == "super":
+        return name, place + 1
+    if isinstance(of, ast.Name) and node.args and _is_self(node.args[0]):
+        return next(((name, i) for i, each in enumerate(mro) if each.__name__ == of.id), None)
+    return None
 
 
 def _source(method: Any) -> ast.FunctionDef | None:
@@ -194,6 +214,8 @@ def _is_value(node: ast.Attribute) -> bool:
     """Return whether the values of ``self.child.weight`` are used: not its dtype, not whether it is there, and not as
     the target of an assignment."""
     up = node.up  # type: ignore[attr-defined]
+    if isinstance(up, ast.Attribute) and up.attr == "data":  # the values themselves, under another name
+        up = up.up  # type: ignore[attr-defined]
     if (isinstance(up, ast.Attribute) and up.attr in _HARMLESS) or isinstance(node.ctx, ast.Store):
         return False
     return not _is_asked_about(up) and not isinstance(up, ast.Compare)

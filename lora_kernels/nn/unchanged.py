@@ -70,11 +70,13 @@ def storage(t: Tensor) -> int:
 def unchanged(model: nn.Module, others: Iterable[object] = ()) -> Iterator[Operands]:
     """Run a block under `Operands`. Afterwards these are as before: the attributes of every module of `model` and of
     every object of `others`, with the containers among them; the values of parameters, buffers and other tensors that
-    modules hold; and the random generators of torch, Python and NumPy."""
+    modules hold; and the random generators of torch, Python and NumPy, with the torch.Generators among the attributes.
+    """
     objects = [*model.modules(), *others]
     attributes = [(each, dict(each.__dict__)) for each in objects]
     containers = [(value, copy.copy(value)) for _, own in attributes for value in own.values() if _is_container(value)]
     tensors = [t for _, own in attributes for t in own.values() if isinstance(t, Tensor)]
+    generators = [(g, g.get_state()) for _, own in attributes for g in own.values() if isinstance(g, torch.Generator)]
     operands = Operands([*model.parameters(), *model.buffers(), *tensors])
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
@@ -84,6 +86,8 @@ def unchanged(model: nn.Module, others: Iterable[object] = ()) -> Iterator[Opera
             yield operands
     finally:
         operands.restore()
+        for generator, state in generators:
+            generator.set_state(state)
         random.setstate(states[0])
         if numpy is not None:
             numpy.random.set_state(states[1])

@@ -13,7 +13,7 @@ from support import adapter_models
 from support.adapter_models import adapted, assert_unchanged, edit_config, run, state
 
 from lora_kernels import load_adapter, save_adapter
-from lora_kernels.models import patterns
+from lora_kernels.models import patterns, targets
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("safetensors.torch")
@@ -156,3 +156,17 @@ def test_many_names_take_no_time(tmp_path):
     start = time.monotonic()
     assert len(load_adapter(net(), tmp_path).layers) == 4
     assert time.monotonic() - start < 10
+
+
+def test_the_cache_has_room_for_every_pattern_that_a_file_may_have():
+    assert targets._compiled.cache_parameters()["maxsize"] >= 3 * patterns._MOST_EXPRESSIONS
+
+
+def test_names_of_lists_of_blocks_are_patterns_and_may_be_too_many(tmp_path):
+    model = adapted(net())
+    save_adapter(model, tmp_path)
+    edit_config(
+        tmp_path, target_modules=["fc"], layers_to_transform=[0], layers_pattern=[f"h{i}" for i in range(10_001)]
+    )
+    with pytest.raises(ValueError, match="layers_pattern: 10,001 regular expressions are too many"):
+        load_adapter(net(), tmp_path)

@@ -92,6 +92,23 @@ def test_other_objects_keep_their_attributes():
     assert group.calls == 0
 
 
+class Random(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        return x + torch.rand(2, generator=self.generator)
+
+
+def test_a_generator_that_a_module_holds_is_as_before():
+    model = Random()
+    before = model.generator.get_state()
+    with unchanged(model):
+        model(torch.zeros(2))
+    assert torch.equal(model.generator.get_state(), before)
+
+
 class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

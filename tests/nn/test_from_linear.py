@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from lora_kernels import FusedLoRALinear
+from lora_kernels import FusedLoRALinear, QuantizedLoRALinear, quantize_weight
 
 
 class Twice(nn.Module):
@@ -95,3 +95,21 @@ def test_a_pruned_parameter_is_used_and_trained(name):
     if name != "weight":
         pruned = getattr(layer, f"{name}_mask") == 0
         assert getattr(layer, f"{name}_orig").grad[pruned].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"init": "pissa"}, {"quant": "nf4"}, {"quant": "int8"}])
+def test_a_layer_that_is_made_in_inference_mode_can_train(settings):
+    linear, x = nn.Linear(8, 8), torch.randn(3, 8)
+    with torch.inference_mode():
+        layer = FusedLoRALinear.from_linear(linear, r=2, **settings)
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.lora_B.grad is not None and not layer.lora_B.is_inference()
+
+
+def test_a_layer_over_a_quantised_weight_that_is_made_in_inference_mode_can_train():
+    weight, x = quantize_weight(torch.randn(8, 8), "nf4"), torch.randn(3, 8)
+    with torch.inference_mode():
+        layer = QuantizedLoRALinear.over(weight, r=2)
+    layer(x).sum().backward()
+    assert layer.lora_B.grad is not None

@@ -91,6 +91,43 @@ def test_a_subclass_has_the_methods_of_its_bases():
     assert readers.reading(Child(), "in_a_method") is None
 
 
+class ReadsByBase(Parent):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class ReadsByName(Parent):
+    def forward(self, x):
+        return Parent.forward(self, x)
+
+
+class ReadsInBase(ReadsByBase):
+    def _rest(self, x):
+        return super()._rest(x)
+
+
+@pytest.mark.parametrize("kind", [ReadsByBase, ReadsByName, ReadsInBase])
+def test_a_base_whose_forward_is_called_reads_too(kind):
+    for name in ("read", "in_a_method"):
+        found = readers.reading(kind(), name)
+        assert found and found.always and found.method.startswith("Parent.")
+    assert readers.reading(kind(), "called") is None
+
+
+class ReadsData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.cast = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(x.to(self.cast.weight.data.dtype), self.read.weight.data)
+
+
+def test_the_data_of_a_weight_is_its_values():
+    assert readers.reading(ReadsData(), "read").always
+    assert readers.reading(ReadsData(), "cast") is None
+
+
 def test_a_state_space_mixer_counts_as_reading_what_it_may_read():
     mixer = Parent()
     mixer.A_log = nn.Parameter(torch.zeros(4))

@@ -36,11 +36,12 @@ def calls(count: int) -> int:
 
 
 def overflow() -> None:
-    """Read beyond the codes of a weight whose shape says that there are more."""
+    """Read beyond the codes of a weight, whose memory has been made smaller than its shape says."""
     from lora_kernels import _C
     from lora_kernels.quant.weight import QuantizedWeight
 
-    codes = torch.zeros(4, 8, dtype=torch.int8)
+    codes = torch.zeros(64, 64, dtype=torch.int8)
+    codes.untyped_storage().resize_(32)
     _C.dequantize(1, QuantizedWeight("int8", (64, 64), torch.float32, codes, torch.ones(64)), 0, 0, torch.empty(64, 64))
 
 
