@@ -44,7 +44,12 @@ _16_BIT: dict[str, dict[str, Tile]] = {
     "sm_86": _SM_86,
     "sm_89": _SM_86,
     "sm_90": _SM_90,
-    "sm_100": _SM_90 | {"backward": replace(_BACKWARD, BLOCK_C=128)},  # narrower parts of da and db spill
+    # Narrower parts of da and db spill, and so does a third stage.
+    "sm_100": _SM_90
+    | {
+        "decode16_wide": replace(_SM_90["decode16_wide"], num_stages=2),
+        "backward": replace(_BACKWARD, BLOCK_C=128),
+    },
     "sm_120": _SM_86,
 }
 

@@ -144,9 +144,11 @@ _32_BIT: dict[str, Tile] = {
     "backward": Tile(BLOCK_M=64, BLOCK_N=16, BLOCK_K=64, BLOCK_R=32, BLOCK_C=64, BLOCK_T=16, num_warps=8, num_stages=3),
 }
 
-TABLES: dict[tuple[str, int], dict[str, Tile]] = {(arch, 2): table for arch, table in _16_BIT.items()} | {
-    (arch, 4): _32_BIT for arch in _16_BIT if arch != "sm_100"
-}
+TABLES: dict[tuple[str, int], dict[str, Tile]] = (
+    {(arch, 2): table for arch, table in _16_BIT.items()}
+    | {(arch, 4): _32_BIT for arch in _16_BIT if arch != "sm_100"}
+    | {("sm_120", 4): _32_BIT | {"backward": replace(_32_BIT["backward"], num_stages=2)}}  # a third stage spills
+)
 """(architecture, bytes per element of the adapters) → kind of launch → tile. The back-end refuses what is not here."""
 
 _SERVED_BY = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}

@@ -35,27 +35,31 @@ FORMATS = ("nf4", "fp4", "int8", "fp8")
 
 class Entry(NamedTuple):
     """An entry of the tables, or the kernel "dequantise", with a format. `most` is the variant that asks most of the
-    compiler: double quantisation in 4 bits, dropout and, for x in 16 bits, adapters in fp32."""
+    compiler: double quantisation in 4 bits, and dropout."""
 
     arch: str
     kind: str
     format: str
     dtype: torch.dtype
     most: bool
+    adapter_dtype: torch.dtype = torch.bfloat16
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return "-".join([self.arch, self.kind, self.format, dtype, *["most"] * self.most])
+        dtypes = (str(t).removeprefix("torch.") for t in (self.dtype, self.adapter_dtype))
+        return "-".join([self.arch, self.kind, self.format, *dtypes, *["most"] * self.most])
 
 
 def _entries() -> Iterator[Entry]:
     for (arch, itemsize), table in quant_tiles.TABLES.items():
         for kind in table:
             # sm_86 and sm_89 are the same to the compiler.
-            if arch != "sm_86":
-                yield Entry(arch, kind, "nf4", torch.float32 if itemsize == 4 else torch.bfloat16, True)
+            if arch == "sm_86":
+                continue
+            yield Entry(arch, kind, "nf4", torch.bfloat16, True, torch.float32 if itemsize == 4 else torch.bfloat16)
+            if itemsize == 4:
+                yield Entry(arch, kind, "nf4", torch.float32, True, torch.float32)
     for arch in ARCHITECTURES:
-        yield Entry(arch, "decode64", "fp8", torch.float16, True)
+        yield Entry(arch, "decode64", "fp8", torch.float16, True, torch.float16)
         for kind in ("decode16", "backward"):
             # nf4 is fp4 with other levels.
             yield from (Entry(arch, kind, format, torch.bfloat16, False) for format in FORMATS if format != "nf4")
@@ -84,17 +88,16 @@ def launch_of(entry: Entry) -> Launch:
     w, dtype = weight_of(entry), entry.dtype
     if entry.kind == "dequantise":
         return quantised.dequantise_launch(w, empty(N, K, dtype=dtype))
-    tile = quant_tiles.TABLES[entry.arch, dtype.itemsize][entry.kind]
+    tile = quant_tiles.TABLES[entry.arch, entry.adapter_dtype.itemsize][entry.kind]
     decode = entry.kind.startswith("decode")
     plan = tiles.Plan(decode, tile, 8, within=True)
-    adapter_dtype = torch.float32 if entry.most and dtype == torch.bfloat16 else dtype
     p, M = 0.1 if entry.most else 0.0, tile.BLOCK_M if decode else 4096
-    return compile_report.launch_of(entry.arch, plan, dtype, adapter_dtype, p, w, M)
+    return compile_report.launch_of(entry.arch, plan, dtype, entry.adapter_dtype, p, w, M)
 
 
 def _code(number: int) -> tuple[object, ...]:
     entry = ENTRIES[number]
-    tile = quant_tiles.TABLES[entry.arch, entry.dtype.itemsize].get(entry.kind)
+    tile = quant_tiles.TABLES[entry.arch, entry.adapter_dtype.itemsize].get(entry.kind)
     return (None if entry.arch in ONE_CODE else entry.arch, tile, *entry[1:])
 
 
@@ -114,12 +117,12 @@ def test_an_entry_fits_its_architecture_and_uses_its_instructions(number: int, c
     report.check(entry.arch)
     if entry.kind == "dequantise" or entry.dtype == torch.float32:
         assert not report.tensor_core, "rounds fp32 operands"
-    elif entry.arch in ("sm_90", "sm_100") and "decode16" not in entry.kind and entry.dtype != torch.float32:
+    elif entry.arch in ("sm_90", "sm_100") and "decode16" not in entry.kind and entry.adapter_dtype != torch.float32:
         wanted = "wgmma.mma_async" if entry.arch == "sm_90" else "tcgen05.mma"
         assert list(report.tensor_core) == [wanted], f"falls back to {list(report.tensor_core)}"
     else:
         assert report.tensor_core, "no tensor-core instructions"
-    if entry.dtype != torch.float32:
+    if entry.adapter_dtype != torch.float32:
         # In fp32 the product itself is made of these.
         assert "fma.rn.f32" not in report.assembly, "a weight is contracted"
     if entry.kind != "dequantise":
@@ -128,7 +131,7 @@ def test_an_entry_fits_its_architecture_and_uses_its_instructions(number: int, c
 
 
 def test_every_tile_and_format_is_compiled() -> None:
-    tested = {quant_tiles.TABLES[e.arch, e.dtype.itemsize][e.kind] for e in ENTRIES if e.kind != "dequantise"}
+    tested = {quant_tiles.TABLES[e.arch, e.adapter_dtype.itemsize][e.kind] for e in ENTRIES if e.kind != "dequantise"}
     assert tested == {tile for table in quant_tiles.TABLES.values() for tile in table.values()}
     assert {(e.arch, e.format) for e in ENTRIES} >= {(arch, format) for arch in ARCHITECTURES for format in FORMATS}
     assert set(FORMATS) == set(CODES)

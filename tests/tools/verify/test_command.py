@@ -24,7 +24,7 @@ from lora_kernels.evidence.file import Bucket, Evidence, Verdict
 from lora_kernels.tools.verify import processes
 
 KEYS = ("composite forward all bfloat16+bfloat16", "triton forward all bfloat16+bfloat16")
-SHAPE = ("--shapes", "2048x64x48:16", "--dropout", "0")
+SHAPE = ("--shapes", "2048x64x48:16", "--dropout", "0", "--adapters", "x")
 PASSES = ("2048x64x48:16 p=0 forward", "2048x64x48:16 p=0 backward")
 SETTING = {"dtype": "bfloat16", "adapter_dtype": "bfloat16", "p": 0.0, "quant": None, "double_quant": False}
 CLASSES = [

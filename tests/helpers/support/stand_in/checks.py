@@ -109,7 +109,7 @@ ARGUMENTS: dict[str, tuple[Any, dict[str, list[str]], dict[str, Any]]] = {
 """(back-end, the kernels launched, the problem) of the checks of all arguments."""
 MORE_ARGUMENTS: dict[str, tuple[Any, dict[str, list[str]], dict[str, Any]]] = {
     "composite, all sizes 1": (composite, COMPOSITE, {"M": 3, "N": 1, "K": 1, "R": 1}),
-    "composite, fp32 adapters": (composite, COMPOSITE, {"M": 20, "N": 24, "K": 40, "R": 16, "adapters": FP32}),
+    "composite, fp32 adapters": (composite, WIDE, {"M": 20, "N": 24, "K": 40, "R": 16, "adapters": FP32}),
     "composite, rank 40": (composite, WIDE, {"M": 130, "N": 136, "K": 264, "R": 40}),
     "composite, unaligned": (composite, COMPOSITE, {"M": 20, "N": 24, "K": 40, "R": 13, "view": 1, "bias": False}),
     "all sizes 1": (one_launch, TICKETS, {"M": 200, "N": 1, "K": 1, "R": 1}),
