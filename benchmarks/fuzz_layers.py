@@ -71,7 +71,7 @@ def made(draw: Draw, one: Layered, use_dora: bool) -> tuple[FusedLoRALinear, Pro
     """Return a layer with the operands of a problem, and the problem with the layer's own scale."""
     q = one.q
     settings: dict[str, Any] = {
-        "r": q.a.shape[0], "lora_alpha": abs(q.scale or 1.0) * q.a.shape[0], "lora_dropout": q.p,
+        "r": q.a.shape[0], "lora_alpha": abs(q.scale) * q.a.shape[0], "lora_dropout": q.p,
         "use_dora": use_dora, "adapter_dtype": q.a.dtype,
     }  # fmt: skip
     bias = None if q.bias is None else nn.Parameter(q.bias.detach(), requires_grad=False)

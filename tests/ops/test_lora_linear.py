@@ -12,6 +12,7 @@ from lora_kernels import FusedLoRALinear, explain, fuse, lora_linear
 from lora_kernels.backends import cpu
 from lora_kernels.core import dropout
 from lora_kernels.group import Layer, lora_linear_group
+from lora_kernels.ops import check
 
 ops = torch.ops.lora_kernels
 
@@ -83,6 +84,16 @@ def test_a_fused_layer_of_peft_saves_x_and_h_in_the_adapters_dtype(dtypes):
     x = torch.randn(M, K, dtype=dtypes[0], requires_grad=True)
     allowed = M * K * dtypes[0].itemsize + M * R * dtypes[1].itemsize + 64
     assert judging.saved_bytes(lambda: model(x)) <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scale_in_a_tensor_is_not_rounded_to_16_bits(dtype):
+    """1.3 lies 0.25 % beside the nearest number of bf16."""
+    b = torch.randn(64, 8).to(dtype).requires_grad_()
+    one, scaled = check.scale(torch.tensor(1.3), b)
+    assert one == 1.0 and torch.equal(scaled, (b.float() * 1.3).to(dtype))
+    scaled.sum().backward()
+    assert torch.equal(b.grad, torch.full_like(b, 1.3))
 
 
 def test_no_h_is_kept_where_no_gradient_is_wanted():
