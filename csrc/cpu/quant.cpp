@@ -9,7 +9,7 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kStrip = 128;  // rows of w per task of few rows of x
+constexpr i64 kStrip = 128;      // rows of w per task of few rows of x
 constexpr i64 kDepth = 1024;     // columns of decoded rows per product
 constexpr i64 kDecodeRows = 32;  // rows that are decoded together: a multiple of Gemm::width
 
