@@ -60,6 +60,8 @@ def one(seed: int, k: int, exact: bool, isa: str | None) -> tuple[Draw, str, lis
     kind = draw.random.choices(names, [KINDS[name][0] for name in names])[0]
     best = _C.cpu_isa()
     drawn = draw.pick("isa", _C.cpu_isas())
+    if isa is not None:
+        draw.said[-1] = f"isa={isa}"
     try:
         _C.set_cpu_isa(isa or drawn)
         faults = KINDS[kind][1](draw)
