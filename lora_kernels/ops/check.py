@@ -166,7 +166,8 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
                 "a tensor scale must be fp64, fp32, fp16 or bf16 and have one element, "
                 f"got {given.dtype}, shape {tuple(given.shape)}"
             )
-        return 1.0, lora_b * given.reshape(())  # a scalar: it is not rounded to the dtype of B on a CPU
+        # Without dimensions it does not change the dtype of the product, and a CPU does not round it to that dtype.
+        return 1.0, lora_b * given.reshape(())
     if not abs(given) < float("inf"):  # math.isfinite breaks torch.compile
         raise ValueError(f"scale must be finite, got {given}")
     if torch.compiler.is_compiling():

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.layer_kinds import KINDS
 from torch import nn
 
 from lora_kernels import FusedLoRALinear, apply_lora, quantize_weight
 
-QUANTS = {
-    "dense": {},
-    "dora": {"use_dora": True},
-    "nf4": {"quant": "nf4"},
-    "double": {"quant": "nf4", "double_quant": True},
-    "int8": {"quant": "int8"},
-    "fp8": {"quant": "fp8"},
-}
 
-
-@pytest.fixture(params=QUANTS)
+@pytest.fixture(params=KINDS)
 def settings(request):
-    return QUANTS[request.param]
+    return KINDS[request.param]
 
 
 def model() -> nn.Module:
@@ -134,7 +126,7 @@ def test_a_dora_that_has_no_w_yet_computes_nan_and_no_old_memory():
 
 @pytest.mark.parametrize("quant", ["nf4", "double", "int8", "fp8"])
 def test_reset_parameters_gives_a_quantised_layer_a_new_weight(quant, poisoned):
-    layer = on_meta(QUANTS[quant])[0].to_empty(device="cpu")
+    layer = on_meta(KINDS[quant])[0].to_empty(device="cpu")
     layer.reset_parameters()
     w, x = layer.quantized_weight().dequantize(torch.float32), torch.randn(2, 64)
     assert 0.05 < w.std() < 0.1  # uniform in ±1/8

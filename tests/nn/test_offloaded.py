@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.layer_kinds import KINDS
 from torch import nn
 
 from lora_kernels import FusedLoRALinear, merge_and_unload
@@ -12,20 +13,12 @@ from lora_kernels import FusedLoRALinear, merge_and_unload
 accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import remove_hook_from_module  # noqa: E402
 
-SETTINGS = {
-    "dense": {},
-    "dora": {"use_dora": True},
-    "nf4": {"quant": "nf4"},
-    "double": {"quant": "nf4", "double_quant": True},
-    "int8": {"quant": "int8"},
-    "fp8": {"quant": "fp8"},
-}
 REFUSED = "meta device.*accelerate has offloaded.*remove_hook_from_module"
 
 
-@pytest.fixture(params=SETTINGS)
+@pytest.fixture(params=KINDS)
 def settings(request):
-    return SETTINGS[request.param]
+    return KINDS[request.param]
 
 
 def model(**settings) -> nn.Sequential:
