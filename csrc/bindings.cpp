@@ -124,6 +124,19 @@ void keep_mask(int threads, double p, py::handle seed, py::handle out) {
   lk::cpu::keep_mask(threads, drop, to.size.first, to.size.second, to.tile);
 }
 
+void row_norm(int threads, py::handle w, py::handle a, py::handle b, double scale, py::handle n) {
+  require(w, "w");
+  require(a, "a");
+  require(b, "b");
+  const i64 N = view(w).size.first, K = view(w).size.second, R = view(a).size.first;
+  const Operand weight = input(w), own_a = sized(input(a), "a", R, K), own_b = sized(input(b), "b", N, R);
+  const Operand out = sized(output(n), "n", N, 1);
+  if (out.tile.dtype != DType::f32) throw py::type_error("row_norm writes norms in float32");
+  py::gil_scoped_release unlocked;
+  lk::cpu::row_norm(threads, N, K, R, weight.tile, own_a.tile, own_b.tile, static_cast<float>(scale),
+                    static_cast<float*>(out.tile.data));
+}
+
 void set_levels(const std::string& format, const std::array<float, 16>& values) {
   if (format != "nf4" && format != "fp4") throw std::invalid_argument("only nf4 and fp4 have levels, not " + format);
   levels[format == "fp4"] = values;
@@ -192,6 +205,7 @@ PYBIND11_MODULE(_C, m) {
         "Write to out, dequantised, as many rows and columns of w as out has, from row n0 and column k0 on.");
   m.def("set_levels", &set_levels, "Set the 16 numbers that the codes of nf4 or fp4 stand for.");
   m.def("keep_mask", &keep_mask, "Write 1 to out where dropout keeps an element, else 0.");
+  m.def("row_norm", &row_norm, "Write n = ||w + scale b a|| by rows, in float32.");
   m.def("dropout_rule", &dropout_rule, "Return (threshold, rescale) for the probability p of dropout.");
   m.def("philox", &philox, "Return Philox4x32-10 of one counter and key.");
   m.def("keep_bits", &keep_bits,

@@ -56,7 +56,6 @@ def dora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
-    weight_norm_sq: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return y = x Wᵀ + bias + (d - 1) ⊙ (x̂ Wᵀ) + d ⊙ scale·(x̂ Aᵀ) Bᵀ with d = m / ‖W + scale·B A‖ by rows and
@@ -68,42 +67,38 @@ def dora_linear(
         x, weight, lora_a, lora_b, scale, bias, dropout_p, seed, backend: as for `lora_linear`.
         magnitude: m [N], in A's dtype or fp32 (fp64 beside an fp64 A). The norm is rounded to m's dtype, so that
             m = `weight_norm` gives d = 1 exactly.
-        weight_norm_sq: ‖W‖² by rows [N], fp32 or fp64, where the caller keeps it. It is computed where it is None, and
-            its values are not checked against `weight`.
 
     Returns:
         y [..., N], in x's dtype, contiguous.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a magnitude or weight_norm_sq of another
-            dtype, ValueError for a magnitude or weight_norm_sq that is not [N] on x's device.
+        TypeError, ValueError, RuntimeError: as `lora_linear`; TypeError for a magnitude of another dtype, ValueError
+            for a magnitude that is not [N] on x's device.
     """
     layer = Layer(weight, lora_a, lora_b, scale, bias, dropout_p, seed)
     prepared = prepare("dora_linear", x, layer, backend)
     if prepared is None:
         if not plain.is_tracing():  # a trace warns of comparisons of sizes
-            _check_magnitude(weight, lora_a, magnitude, weight_norm_sq)
+            _check_magnitude(weight, lora_a, magnitude)
         return plain.dora_linear(x, layer, magnitude)
     x, base, adapter, autocast = prepared
     if autocast and magnitude.dtype in check.HALVES:
         magnitude = magnitude.to(adapter.a.dtype)
-    _check_magnitude(weight, adapter.a, magnitude, weight_norm_sq)
+    _check_magnitude(weight, adapter.a, magnitude)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if autocast:
         with no_autocast(x.device.type):
-            y = _apply(rows, base, adapter, magnitude, weight_norm_sq, backend)
+            y = _apply(rows, base, adapter, magnitude, backend)
     else:
-        y = _apply(rows, base, adapter, magnitude, weight_norm_sq, backend)
+        y = _apply(rows, base, adapter, magnitude, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _apply(
-    x: Tensor, base: Base, adapter: Adapter, magnitude: Tensor, weight_norm_sq: Tensor | None, backend: str | None
-) -> Tensor:
+def _apply(x: Tensor, base: Base, adapter: Adapter, magnitude: Tensor, backend: str | None) -> Tensor:
     """Return y, through the autograd Function where one may be needed."""
     w: Any
     (w, bias), (a, b, scale, p, seed) = base, adapter
-    d = ratio(magnitude, weight_norm(w, a, b, scale, magnitude, weight_norm_sq))
+    d = ratio(magnitude, weight_norm(w, a, b, scale, magnitude))
     if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and outlived(x, w, a, b, d, bias)):
         return apply(DoRALinearFunction, x, w, a, b, d, bias, seed, (scale, p, backend))
     return _forward(x, base, adapter, d, backend, False, False)[0]
@@ -313,15 +308,12 @@ def _column_dot(u: Tensor, v: Tensor | None, minus: Tensor | None = None) -> Ten
     return out
 
 
-def _check_magnitude(w: Tensor, a: Tensor, magnitude: Tensor, weight_norm_sq: Tensor | None) -> None:
-    """Raise ValueError where m or ‖W‖² is not [N] on W's device, TypeError where one has a dtype that is refused."""
-    for name, t in (("magnitude", magnitude), ("weight_norm_sq", weight_norm_sq)):
-        if t is not None and (t.shape != w.shape[:1] or t.device != w.device):
-            raise ValueError(
-                f"{name} must be [N], a number for each row of weight {tuple(w.shape)} on {w.device}; "
-                f"got {tuple(t.shape)} on {t.device}"
-            )
-    if weight_norm_sq is not None and weight_norm_sq.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weight_norm_sq must be fp32 or fp64, got {weight_norm_sq.dtype}")
+def _check_magnitude(w: Tensor, a: Tensor, magnitude: Tensor) -> None:
+    """Raise ValueError where m is not [N] on W's device, TypeError where it has a dtype that is refused."""
+    if magnitude.shape != w.shape[:1] or magnitude.device != w.device:
+        raise ValueError(
+            f"magnitude must be [N], a number for each row of weight {tuple(w.shape)} on {w.device}; "
+            f"got {tuple(magnitude.shape)} on {magnitude.device}"
+        )
     if magnitude.dtype not in (a.dtype, torch.float32) or (a.dtype == torch.float64 != magnitude.dtype):
         raise TypeError(f"magnitude must have lora_a's dtype ({a.dtype}), or fp32; got {magnitude.dtype}")

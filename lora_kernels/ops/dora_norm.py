@@ -6,6 +6,9 @@ The norm is factored (arXiv:2603.22276), with nothing of W's size beside W:
 
     n² = ‖W‖² + rowsum((2s·W Aᵀ + s²·B (A Aᵀ)) ⊙ B)
 
+On a CPU one native kernel reads W once (csrc/cpu/row_norm.cpp). Elsewhere, and for a W that it does not take, torch
+operations do the same.
+
 Where B A cancels a row of W, the terms of this sum cancel too, and rounding may leave 0 or less. n² is therefore kept
 at or above eps·‖W‖² (eps of the dtype it is summed in), so that d stays finite. Above that, n's relative error is about
 eps·‖W‖² / n²: all digits are right unless B A takes away most of a row of W.
@@ -13,32 +16,36 @@ eps·‖W‖² / n²: all digits are right unless B A takes away most of a row o
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lora_kernels.ops import flops, registered
+from lora_kernels.ops.autograd import outlived
 from lora_kernels.ops.direct import base_gemm
-from lora_kernels.ops.sums import row_norm
+from lora_kernels.ops.sums import row_squares
 from lora_kernels.ops.watched import watched
 
+_KERNEL = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of the native kernel."""
+
 _WEIGHT_ROWS = 512
-"""The number of rows of a 16-bit W that are converted to fp32 at a time. A W in fp32 or fp64 is read as a whole."""
+"""The number of rows of W that are converted or squared at a time. A W in fp32 or fp64 on a GPU is read as a whole."""
 
 
-def weight_norm(
-    w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor, weight_norm_sq: Tensor | None = None
-) -> Tensor:
+def weight_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
     """Return n = ‖W + scale·B A‖ by rows [N], rounded to the dtype of `magnitude`: the magnitude with which d = 1.
 
-    A row of zeros has the dtype's smallest normal number, so that its d is 0 and not 0/0. `weight_norm_sq` is ‖W‖² by
-    rows where the caller has it.
+    A row of zeros has the dtype's smallest normal number, so that its d is 0 and not 0/0. n does not depend on the
+    back-end, so that d stays 1 whichever of them serves the layer.
     """
-    square = None if weight_norm_sq is None else weight_norm_sq.detach()
     norm_of = _run_norm
-    if watched(w, w, a, b, square):
+    if watched(w, w, a, b, None) or outlived(w, a, b):  # an operator takes a tensor out of a wrapper that is dead
         flops.register()
         norm_of = _norm_op
-    norm = norm_of(w, a.detach(), b.detach(), scale, square)
+    norm = norm_of(w, a.detach(), b.detach(), scale)
     return norm.to(magnitude.dtype).clamp_min(torch.finfo(magnitude.dtype).smallest_normal)
 
 
@@ -48,13 +55,27 @@ def ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
     return magnitude.to(wide) / norm.to(wide)
 
 
-def _run_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, weight_norm_sq: Tensor | None) -> Tensor:
+@functools.cache
+def _native() -> Any:
+    """Return the module of the CPU kernels, or None where they are not built."""
+    try:
+        from lora_kernels import _C
+    except ImportError:
+        return None
+    return _C
+
+
+def _run_norm(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return n [N] in the widest dtype of W, A and fp32."""
+    if w.is_cpu and w.dtype in _KERNEL and a.dtype in _KERNEL and w.stride()[1] == 1 and (native := _native()):
+        norm = w.new_empty(w.shape[0], dtype=torch.float32)
+        native.row_norm(torch.get_num_threads(), w, a, b, scale, norm)
+        return norm
     wide = torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32)
     a, b = a.to(wide), b.to(wide)
-    square = w.new_empty(w.shape[0], dtype=wide) if weight_norm_sq is None else weight_norm_sq.to(wide)
+    square = w.new_empty(w.shape[0], dtype=wide)
     low = torch.empty_like(b, memory_format=torch.contiguous_format)
-    step = w.shape[0] if w.dtype == wide else _WEIGHT_ROWS
+    step = w.shape[0] if w.dtype == wide and not w.is_cpu else _WEIGHT_ROWS
     # MKL divides these products among its threads along K. This is not `fixed`, because every call enters it.
     in_order = w.is_cpu and torch.are_deterministic_algorithms_enabled()
     for n in range(0, w.shape[0], step):
@@ -64,8 +85,7 @@ def _run_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, weight_norm_sq: Ten
             low[rows] = base_gemm(block, a, None)
         else:
             torch.mm(block, a.t(), out=low[rows])
-        if weight_norm_sq is None:
-            square[rows] = row_norm(block).square_()
+        square[rows] = row_squares(block)
     if in_order:
         low.mul_(2 * scale).add_(base_gemm(b, base_gemm(a, a, None), None), alpha=scale * scale)
     else:
@@ -74,11 +94,11 @@ def _run_norm(w: Tensor, a: Tensor, b: Tensor, scale: float, weight_norm_sq: Ten
     return torch.maximum(norm_sq, square * torch.finfo(wide).eps).sqrt_()
 
 
-def _fake_norm(w, a, b, scale, weight_norm_sq):  # type: ignore
+def _fake_norm(w, a, b, scale):  # type: ignore
     return w.new_empty(w.shape[0], dtype=torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32))
 
 
-registered.library.define("dora_norm(Tensor w, Tensor a, Tensor b, float scale, Tensor? weight_norm_sq) -> Tensor")
+registered.library.define("dora_norm(Tensor w, Tensor a, Tensor b, float scale) -> Tensor")
 registered.library.impl("dora_norm", _run_norm, "CompositeExplicitAutograd")
 torch.library.register_fake("lora_kernels::dora_norm", _fake_norm, lib=registered.library)
 _norm_op = torch.ops.lora_kernels.dora_norm.default

@@ -28,11 +28,13 @@ def column_sum(u: Tensor) -> Tensor:
     return (sums[0] if len(sums) == 1 else torch.cat(sums)).to(u.dtype)
 
 
-def row_norm(u: Tensor) -> Tensor:
-    """Return ‖u‖ by rows [N] for u [N, K]."""
+def row_squares(u: Tensor) -> Tensor:
+    """Return ‖u‖² by rows [N] for u [N, K]. On a CPU it takes memory of u's size."""
+    if not u.is_cpu:
+        return torch.linalg.vector_norm(u, dim=1).square_()
     if u.shape[0] == 1 and fixed(u):  # torch divides a sum with one result among its threads, but not with two
-        return torch.linalg.vector_norm(u.expand(2, -1), dim=1)[:1]
-    return torch.linalg.vector_norm(u, dim=1)
+        return u.square().expand(2, -1).sum(1)[:1]
+    return u.square().sum(1)  # in parts, so that its error is smaller than that of torch.linalg.vector_norm
 
 
 def _sum(u: Tensor, wide: torch.dtype) -> Tensor:

@@ -82,6 +82,8 @@ def test_the_boundary_refuses_what_the_kernels_cannot_address() -> None:
         _C.backward(1, one, x, [Base(w)], [adapter], [], None, [None], [None], [False])
     with pytest.raises(ValueError, match="needs one adapter at least, got none"):
         _C.backward(1, [], x, [], [], [], None, [], [], [])
+    with pytest.raises(TypeError, match="norms in float32"):
+        _C.row_norm(1, w, torch.randn(2, 8), torch.randn(4, 2), 1.0, torch.empty(4).half())
     with pytest.raises(ValueError, match="only nf4 and fp4"):
         _C.set_levels("int8", [0.0] * 16)
 
@@ -109,20 +111,22 @@ def test_the_boundary_refuses_operands_without_memory() -> None:
         _C.dequantize(1, replace(quantize_weight(w), format=3), 0, 0, torch.empty(4, 8))
 
 
-@pytest.mark.parametrize("name", ["x", "w", "bias", "lora_a", "lora_b", "y", "h", "dy", "dx", "da", "db"])
+@pytest.mark.parametrize("name", ["x", "w", "bias", "lora_a", "lora_b", "y", "h", "dy", "dx", "da", "db", "n"])
 @pytest.mark.parametrize("cut", [0, 1])
 def test_the_boundary_refuses_operands_of_another_size(name: str, cut: int) -> None:
     """A kernel would read or write beyond the memory of an operand that is too small."""
     M, N, K, R = 3, 4, 8, 2
     sizes = {"x": (M, K), "w": (N, K), "bias": (N,), "lora_a": (R, K), "lora_b": (N, R), "y": (M, N), "h": (M, R),
-             "dy": (M, N), "dx": (M, K), "da": (R, K), "db": (N, R)}  # fmt: skip
+             "dy": (M, N), "dx": (M, K), "da": (R, K), "db": (N, R), "n": (N,)}  # fmt: skip
     if cut >= len(sizes[name]):
-        pytest.skip("a bias has one dimension")
+        pytest.skip(f"{name} has one dimension")
     backward = name in ("x", "lora_a", "dy", "dx", "da", "db")
 
     def run(sizes: dict[str, tuple[int, ...]]) -> None:
         t = {key: torch.zeros(size) for key, size in sizes.items()}
         bases, adapters = [Base(t["w"], t["bias"])], [Adapter(t["lora_a"], t["lora_b"], 1.0)]
+        if name in ("w", "lora_a", "lora_b", "n"):
+            _C.row_norm(1, t["w"], t["lora_a"], t["lora_b"], 1.0, t["n"])
         _C.forward(1, t["x"], bases, adapters, [t["y"]], [t["h"]], [True])
         if backward:
             _C.backward(1, [t["dy"]], t["x"], bases, adapters, [t["h"]], t["dx"], [t["da"]], [t["db"]], [True])
@@ -148,6 +152,9 @@ def test_the_boundary_refuses_operands_that_are_missing() -> None:
             _C.forward(1, x, [base], [adapter], [y], [h], [True])
         with pytest.raises(TypeError, match=f"needs {missing}, got None"):
             _C.backward(1, [y], x, [base], [adapter], [h], torch.zeros(3, 8), [None], [None], [True])
+    for operands, missing in (((None, a, b), "w"), ((w, None, b), "a"), ((w, a, None), "b")):
+        with pytest.raises(TypeError, match=f"needs {missing}, got None"):
+            _C.row_norm(1, *operands, 1.0, torch.empty(4))
     with pytest.raises(ValueError, match="blocksize of at least 1, got -1"):
         _C.dequantize(1, replace(quantize_weight(w, "nf4"), blocksize=-1), 0, 0, torch.empty(4, 8))
 

@@ -146,6 +146,9 @@ def test_reads_and_writes_stay_inside_the_operands(
 
     want_y, want_h = q.forward(1)
     want = q.backward(1)
+    weight = torch.randn(shape[1], shape[2]).to(dtype)
+    want_n = row_norm(weight, q.a, q.b, torch.empty(shape[1]))
+    assert torch.equal(row_norm(fenced(weight), fenced(q.a), fenced(q.b), fenced(want_n)), want_n)
     for name in ("x", "dy", "a", "b", "bias", "h", "y", "dx"):
         setattr(q, name, fenced(getattr(q, name)))
     q.y.clone = lambda: q.y  # type: ignore[method-assign]
@@ -164,6 +167,11 @@ def test_reads_and_writes_stay_inside_the_operands(
             assert torch.equal(gemm(fenced(x), w, fenced(y)), want_y)
     for _, page in pages:
         protect(page, read_write=True)
+
+
+def row_norm(w: Tensor, a: Tensor, b: Tensor, n: Tensor) -> Tensor:
+    _C.row_norm(1, w, a, b, 0.5, n.fill_(math.nan))
+    return n
 
 
 def protect(page: int, read_write: bool = False) -> None:
