@@ -19,7 +19,7 @@ call is refused instead. Under torch.export it is recorded as the operator of th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -83,6 +83,12 @@ def serves(name: str, x: Tensor, layer: Layer, backend: str | None) -> bool:
 
 def lora_linear(x: Tensor, layer: Layer) -> Tensor:
     """Return y of one layer, for an x of any layout. `serves` has checked the operands."""
+    if x.layout is not torch.strided and not x.is_nested:
+        return _of_a_layout(_lora_linear, x, layer)
+    return _lora_linear(x, layer)
+
+
+def _lora_linear(x: Tensor, layer: Layer) -> Tensor:
     w, a, b, scale, bias, p, seed = layer
     scale, b = check.scale(scale, b)
     y = F.linear(x, _dense(w, x.dtype), bias)
@@ -96,6 +102,12 @@ def dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
             f"x is {_kind(x)}, and torch cannot multiply such a tensor by DoRA's d. Make a nested x with "
             "layout=torch.jagged, and call to_dense() on an MKL-DNN x"
         )
+    if x.layout is not torch.strided and not x.is_nested:
+        return _of_a_layout(_dora_linear, x, layer, magnitude)
+    return _dora_linear(x, layer, magnitude)
+
+
+def _dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
     w, a, b, scale, bias, p, seed = layer
     assert isinstance(w, Tensor), "DoRA has no quantised weight"
     scale, b = check.scale(scale, b)
@@ -113,6 +125,23 @@ def dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
         return as_dtype(y if bias is None else y + (bias * (1 - d) if within else bias), z.dtype)
     y = F.linear(x, w, bias)
     return as_dtype(y + F.linear(x_hat, w) * (d - 1) + low * d, y.dtype)
+
+
+def _of_a_layout(equation: Callable[..., Tensor], x: Tensor, layer: Layer, *rest: Tensor) -> Tensor:
+    """Return the result of an equation for a sparse or MKL-DNN x. Raises ValueError with the layout and the way out
+    where torch cannot compute it."""
+    if layer.dropout_p > 0:
+        raise ValueError(
+            f"x is {_kind(x)}, and torch has no dropout for such a tensor; got p = {layer.dropout_p}. Call to_dense() "
+            "on x, switch dropout off with eval(), or set lora_dropout to 0"
+        )
+    try:
+        return equation(x, layer, *rest)
+    except RuntimeError as error:
+        raise ValueError(
+            f"x is {_kind(x)}, {x.dtype}, {tuple(x.shape)}, and torch cannot compute a linear layer of it. Call "
+            f"to_dense() on x. torch says: {str(error).partition('.')[0]}"
+        ) from error
 
 
 def _low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -215,6 +215,25 @@ def test_an_x_of_another_layout_gives_what_it_gives_dense(kind, layout):
     torch.testing.assert_close(y if y.layout is torch.strided else y.to_dense(), model(x))
 
 
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc", "to_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse CS")
+def test_dropout_of_a_layout_that_torch_cannot_drop_is_refused(kind, layout):
+    model, x = KINDS[kind](0.5).train(), torch.randn(5, K)
+    if "dora" in kind and layout == "to_mkldnn":
+        return  # refused without dropout too
+    with pytest.raises(ValueError, match=r"layout torch\.\w+, and torch has no dropout.*p = 0\.5.*to_dense\(\)"):
+        model(getattr(x, layout)())
+    model.eval()
+    model(getattr(x, layout)())
+
+
+def test_a_sparse_x_that_torch_cannot_multiply_is_named():
+    for x in (torch.randn(2, 5, K).to_sparse(), torch.randn(5, K).to_sparse(1)):
+        with pytest.raises(ValueError, match=r"layout torch\.sparse_coo.*torch\.float32.*to_dense\(\).*torch says"):
+            ours()(x)
+
+
 def test_a_named_backend_is_not_recorded_in_a_trace_and_is_in_an_exported_program():
     model, x = ours(backend="cpu").eval(), torch.randn(5, K)
     with pytest.raises(ValueError, match=r"torch\.jit\.trace.*backend='cpu' was asked for.*backend=None.*Merged"):
