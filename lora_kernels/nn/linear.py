@@ -317,8 +317,9 @@ class FusedLoRALinear(AdapterLinear):
     @torch.inference_mode(False)
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with weight W + s·B·A, as `merge` computes it, and a copy of the bias. This module
-        stays as it is. Raises what `merge` raises, but takes a parametrised or pruned weight."""
+        """Return an ``nn.Linear`` with weight W + s·B·A, as `merge` computes it, and a copy of the bias in
+        `weight_dtype`. This module stays as it is. Raises what `merge` raises, but takes a parametrised or pruned
+        weight."""
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight_dtype
         )
@@ -329,7 +330,7 @@ class FusedLoRALinear(AdapterLinear):
             weight = self.weight.detach().clone()
         linear.weight = nn.Parameter(weight)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+            linear.bias = nn.Parameter(self.bias.detach().to(self.weight_dtype, copy=True))
         return linear.train(self.training)
 
     def _merged_weight(self, safe: bool) -> Tensor:

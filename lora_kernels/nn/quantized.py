@@ -16,6 +16,8 @@ from lora_kernels.nn.init import split_named
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.merging import MergeReport
 from lora_kernels.nn.settings import LoRASettings
+from lora_kernels.ops import check
+from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import CODES, Nested, QuantizedWeight, quantize_like, quantize_weight
@@ -32,8 +34,9 @@ class QuantizedLoRALinear(FusedLoRALinear):
     call of few rows.
 
     Make one with ``FusedLoRALinear.from_linear(linear, quant="nf4")``, `over` or `from_bnb`, not with the constructor.
-    x may have any dtype of `lora_linear`. A and B are in fp32 by default. The other adapter_dtype is `weight_dtype`,
-    the dtype of the weight that was quantised.
+    x may have any dtype of `lora_linear`. A bias of another dtype, as bitsandbytes' layers often have, is converted to
+    x's in each call. A and B are in fp32 by default. The other adapter_dtype is `weight_dtype`, the dtype of the weight
+    that was quantised.
 
     Attributes:
         weight: a parameter, the codes of W as they are in `QuantizedWeight`, but as int8 in every format. Models that
@@ -174,6 +177,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
         """Return y [..., out_features] for x = `input` [..., in_features]. Raises what `lora_linear` raises."""
         codes, bias, a, b = self._parts()
         w = self._assembled(codes)
+        if bias is not None and bias.dtype != input.dtype:
+            bias = bias_beside(input, bias)
         if self._unmerged is not None:
             self._check_merged(a)
             return quantized_linear(input, w, bias, self.backend)
@@ -363,6 +368,14 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows beside the shapes."""
         return f"{super().extra_repr()}, quant={self._signature()!r}"
+
+
+def bias_beside(x: Tensor, bias: Tensor) -> Tensor:
+    """Return `bias` in x's dtype, as bitsandbytes' layers use it. Under autocast, which converts both, and where either
+    is no floating number, it is returned as it is."""
+    if bias.dtype in check.DTYPES and x.dtype in check.DTYPES and autocast_of(x) is None:
+        return bias.to(x.dtype)
+    return bias
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, backend: str | None = None) -> Tensor:

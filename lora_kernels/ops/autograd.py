@@ -41,6 +41,15 @@ def no_graph() -> AbstractContextManager[object]:
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
+def autocast_of(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to which autocast converts x. None where autocast is off, for an fp64 x, which it leaves as it
+    is, and on the meta device, which has none."""
+    device = device_type(x)
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """Return a context without autocast, entering ``torch.autocast`` only where it is on."""
     if device != "meta" and torch.is_autocast_enabled(device):

@@ -58,8 +58,15 @@ def _complain(x: Tensor, layer: Layer, any_w: bool) -> None:
         raise TypeError(
             f"weight must be fp64, fp32, fp16 or bf16, or a QuantizedWeight (quantize_weight); got {dtypes}"
         )
-    if (w.dtype != x.dtype and not any_w) or (bias is not None and bias.dtype != x.dtype):
-        raise TypeError(f"weight and bias must have x's dtype; got {dtypes}. Convert x, or run under torch.autocast")
+    if w.dtype != x.dtype and not any_w:
+        raise TypeError(f"weight must have x's dtype; got {dtypes}. Convert x, or run under torch.autocast")
+    if bias is not None and bias.dtype != x.dtype:
+        if bias.dtype not in DTYPES:
+            raise TypeError(f"bias must be fp64, fp32, fp16 or bf16; got {dtypes}. Dequantise or convert the bias")
+        raise TypeError(
+            f"bias must have x's dtype; got {dtypes}. Convert the bias once, with "
+            f"layer.bias.data = layer.bias.data.to({x.dtype}) for example"
+        )
     if a.dtype != b.dtype or (a.dtype != x.dtype and not (a.dtype == torch.float32 and x.dtype in HALVES)):
         raise TypeError(
             f"lora_a and lora_b must both have x's dtype, or both fp32 beside an fp16 or bf16 x; got {dtypes}"

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
@@ -23,7 +23,8 @@ from lora_kernels.peft.groups import FAMILIES
 try:
     from peft.tuners.lora import LoraLayer, LoraModel
 
-    from lora_kernels.peft.linear import Fused, FusedLinear
+    from lora_kernels.peft.linear import Fused, FusedLinear, why_not_biased
+    from lora_kernels.peft.reading import PeftAdapter
     from lora_kernels.peft.report import FuseReport
 except ImportError as error:
     raise ImportError(
@@ -117,6 +118,9 @@ def fuse(
         layers[path] = layer, kind
         adapters = [kind.read_adapter(layer, name) for name in layer.lora_A]
         reasons = [why for why in adapters if isinstance(why, str)]
+        biased = any(isinstance(each, PeftAdapter) and each.b_bias is not None for each in adapters)
+        if biased and isinstance(base[0], Tensor):
+            reasons += filter(None, [why_not_biased(base[0].dtype)])
         if reasons:
             not_fused[path] = "; ".join(reasons)
         else:

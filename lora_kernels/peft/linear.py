@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
+from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.peft import known
@@ -32,7 +33,6 @@ from lora_kernels.peft.reading import (
     Operands,
     PeftAdapter,
     as_one_adapter,
-    autocast_of,
     only_eager,
     weight_and_bias,
 )
@@ -48,6 +48,16 @@ _DROPOUTS = (nn.Identity, nn.Dropout)
 """PEFT's modules for a dropout of 0, and for others."""
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def why_not_biased(dtype: torch.dtype) -> str:
+    """Return why adapters with a bias in lora_B cannot be fused in a computation in `dtype`, or "" where they can.
+
+    The kernels take one bias, in the dtype of the computation. In 16 bits the sum of the base's bias and s times that
+    of lora_B may overflow, or have digits below those that 16 bits hold, where y has neither because x Wᵀ cancels most
+    of it. PEFT adds the second bias in fp32.
+    """
+    return f"lora_bias beside {dtype}: the sum of the two biases would be rounded to it" * (dtype in check.HALVES)
 
 
 class Fused:
@@ -153,7 +163,7 @@ class Fused:
         if not active:
             return ""
         adapters = {}
-        dropout = False
+        dropout = biased = False
         for name in active:
             adapter = self.read_adapter(self, name)
             if isinstance(adapter, str):
@@ -161,6 +171,8 @@ class Fused:
             adapters[name] = adapter
             if adapter.p > 0:  # a branch, because a compiler may have p as a symbol
                 dropout = True
+            if adapter.b_bias is not None:
+                biased = True
         if variants and (len(active) > 1 or names is not None) and any(name in variants for name in active):
             return "a DoRA adapter beside others"  # `read_adapter` has refused all other variants
         if names is None and len(adapters) < len(active):
@@ -169,6 +181,8 @@ class Fused:
         if isinstance(dtypes, str):
             return dtypes
         inner, outer = dtypes
+        if biased and (reason := why_not_biased(inner)):
+            return reason
         if self._backend is None and (dropout or self.quantised_base):
             # Without a kernel, masks and weights of 4 or 8 bits become tensors by dozens of torch operations. Then
             # PEFT's own forward is the faster one, and serves the call unless a back-end was asked for by name.
@@ -249,7 +263,7 @@ class Fused:
         if len(adapters) > 1 and any(each.p for each in adapters.values()):
             first, *later = list(adapters)
             operands = operands._replace(adapters={first: adapters[first]})
-        w, a, b, scale, bias, p = as_one_adapter(operands, x.dtype)
+        w, a, b, scale, bias, p = as_one_adapter(operands)
         y = lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
         if not later:
             return y

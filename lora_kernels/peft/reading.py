@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
-from lora_kernels.ops.autograd import device_type
 from lora_kernels.quant.weight import QuantizedWeight
 
 
@@ -54,17 +53,16 @@ OneAdapter = tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Ten
 """(w, a, b, scale, bias, p), as `lora_linear` takes them."""
 
 
-def as_one_adapter(operands: Operands, bias_dtype: torch.dtype) -> OneAdapter:
+def as_one_adapter(operands: Operands) -> OneAdapter:
     """Return the operands of `lora_linear` for all adapters. Several of them become one, whose rank is the sum of
-    theirs; the caller makes sure that they have no dropout. The adapters' own biases are added to the base's, in
-    `bias_dtype`."""
+    theirs; the caller makes sure that they have no dropout. The adapters' own biases are added to the base's."""
     w, bias, adapters, inner, _ = operands
     for adapter in adapters.values():
         if adapter.b_bias is not None:
-            term = adapter.b_bias * adapter.scale
+            term = adapter.b_bias.to(inner) * adapter.scale
             bias = term if bias is None else bias + term
-    if bias is not None and bias.dtype != bias_dtype:
-        bias = bias.to(bias_dtype)
+    if bias is not None and bias.dtype != inner and isinstance(w, QuantizedWeight):
+        bias = bias.to(inner)  # as bitsandbytes does; beside a dense W, torch refuses a bias of another dtype
     a, b, _, scale, p, _ = adapter  # the only adapter, or the last of several: these replace a, b and scale
     if len(adapters) > 1:
         a = torch.cat([each.a for each in adapters.values()])
@@ -87,15 +85,6 @@ def weight_and_bias(module: Any) -> tuple[Any, Any]:
         return parameters["weight"], parameters["bias"]
     except KeyError:
         return module.weight, module.bias
-
-
-def autocast_of(x: Tensor) -> torch.dtype | None:
-    """Return the dtype to which autocast converts x. None where autocast is off, for an fp64 x, which it leaves as it
-    is, and on the meta device, which has none."""
-    device = device_type(x)
-    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 ROWS = 2048

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.group import Layer, lora_linear_group
 from lora_kernels.ops.watched import observers
-from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter, autocast_of
+from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
 
 
 class SharedInput:
@@ -212,7 +213,7 @@ def _layer(sources: tuple[Any, ...]) -> Layer:
     if len(sources) > 6:
         w, a, b, scale, bias, p, b_bias, inner = sources
         whole = Operands(w, bias, {"": PeftAdapter(a, b, b_bias, scale, p)}, inner, inner)
-        sources = as_one_adapter(whole, w.dtype)
+        sources = as_one_adapter(whole)
     return Layer(*sources)
 
 

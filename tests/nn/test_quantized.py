@@ -389,3 +389,35 @@ def test_from_bnb_shares_the_weight_and_computes_the_same():
     layer = QuantizedLoRALinear.from_bnb(eight, dtype=torch.float32, r=4)
     assert layer.format == "int8" and layer.lora_A.dtype == torch.float32 and not layer.training
     torch.testing.assert_close(layer(x), eight.train()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_a_bias_of_another_dtype_is_converted_as_bitsandbytes_does(kind, dtype):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    how = {"compute_dtype": dtype} if kind == "Linear4bit" else {"has_fp16_weights": False}
+    linear = getattr(bnb.nn, kind)(64, 32, **how).to("cpu")
+    linear.bias.data = torch.randn(32, dtype=torch.float32 if dtype != torch.float32 else torch.bfloat16)
+    given, x = linear.bias.detach().clone(), torch.randn(40, 64, dtype=dtype)
+    layer = FusedLoRALinear.from_bnb(linear, r=4, dtype=dtype)
+    layer.bias.requires_grad_(True)
+    y = layer(x)
+    y.sum().backward()
+    assert layer.bias.dtype == given.dtype and torch.equal(layer.bias, given), "the parameter stays as it is"
+    assert layer.bias.grad.dtype == given.dtype and torch.all(layer.bias.grad == 40)
+    truth = x.double() @ dense(layer).double().t() + given.to(dtype).double()
+    theirs = linear(x)  # converts its bias for good
+    rounded = torch.finfo(dtype).eps * truth.abs().max()
+    assert y.dtype == dtype and (y - truth).abs().max() <= (theirs - truth).abs().max() + rounded
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    merged = layer.to_linear()
+    assert merged.bias.dtype == merged.weight.dtype == dtype and merged(x).dtype == dtype
+    layer.merge(lossy=True)
+    assert layer(x).dtype == dtype
+
+
+@pytest.mark.parametrize("other", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_quantised_layer_with_a_bias_takes_an_x_of_any_dtype(settings, other):
+    layer = trained(nn.Linear(72, 40), **settings)
+    assert layer(torch.randn(3, 72, dtype=other)).dtype == other

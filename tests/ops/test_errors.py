@@ -65,6 +65,27 @@ def test_bad_input_is_named(changes, error, message):
         call(**changes)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_way_out_for_a_bias_of_another_dtype_works(dtype, autocast):
+    """Autocast leaves an fp64 x as it is, so it is no way out for it. torch refuses such a bias too."""
+    x, bias = torch.randn(3, 8, dtype=dtype), torch.randn(5)
+    layer = FusedLoRALinear(8, 5, dtype=dtype)
+    layer.bias.data = bias
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        if autocast and dtype == torch.bfloat16:
+            assert layer(x).dtype == dtype
+            return
+        with pytest.raises(TypeError, match=f"bias must have x's dtype.*bias torch.float32.*to.{dtype}") as error:
+            layer(x)
+        assert "autocast" not in str(error.value)
+        layer.bias.data = layer.bias.data.to(dtype)  # what the message says
+        assert layer(x).dtype == dtype
+        layer.bias = torch.nn.Parameter(bias.to(torch.int8), requires_grad=False)
+        with pytest.raises(TypeError, match=r"bias must be fp64, fp32, fp16 or bf16.*bias torch\.int8"):
+            layer(x)
+
+
 NO_WEIGHTS = (torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
 
 

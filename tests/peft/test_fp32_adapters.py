@@ -43,3 +43,37 @@ def test_gradients_are_as_near_as_pefts(kind, dtype, isa):
                 continue
             errors = [rms(each[name].double() - want[name]) for each in ({name: got}, theirs)]
             assert errors[0] <= 1.25 * errors[1], (backend, name, errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapters", ["fp32", "same"])
+@pytest.mark.parametrize("biases", [(1.0, 1.0), (900.0, 0.01), (60000.0, 10000.0), (0.0, 1e-9)], ids=str)
+def test_a_bias_of_lora_b_loses_no_more_than_in_peft(biases, adapters, dtype):
+    """x Wᵀ cancels most of the base's bias. The sum of the two biases may overflow, and has more digits than 16 bits
+    hold."""
+    of_base, of_b = biases
+    config = peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights=False, lora_bias=True)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(K, N, dtype=dtype)), config)
+    layer = model.base_model.model[0]
+    x, dy = torch.randn(128, K).to(dtype), torch.randn(128, N).to(dtype)
+    with torch.no_grad():
+        layer.base_layer.bias.copy_(of_base * (1 + torch.rand(N) / 16))
+        layer.lora_B["default"].bias.copy_(of_b * (1 + torch.rand(N)) / layer.scaling["default"] / 2)
+        x[:, 0] = 1 + torch.rand(128) / 32
+        layer.base_layer.weight[:, 0] = -layer.base_layer.bias
+    if adapters == "same":
+        model.to(dtype)
+    dy[:, 1::2] *= 1 if dtype == torch.bfloat16 else 300  # sums of dy in fp16 overflow
+    dy[:, 3::4] = dy[:, 3::4].abs()
+    truth = copy.deepcopy(model).double()
+    want = gradients(truth, x.double(), dy.double()) | {"y": truth(x.double()).detach()}
+    theirs = gradients(model, x, dy) | {"y": model(x).detach()}
+    fused = copy.deepcopy(model)
+    report = fuse(fused)
+    for name, got in (gradients(fused, x, dy) | {"y": fused(x).detach()}).items():
+        assert got.dtype == theirs[name].dtype
+        ours, peers = (rms(each.double() - want[name]) for each in (got, theirs[name]))
+        assert ours <= 1.25 * peers, (name, ours, peers)
+    reason = f"lora_bias beside {dtype}: the sum of the two biases would be rounded to it"
+    assert fused.base_model.model[0].passed_over == {reason: 2}
+    assert list(report.not_fused.values()) == [reason]
