@@ -1,9 +1,9 @@
 """What one forward of a module has computed for layers that read the same x and are yet to be called.
 
 It is kept from the call of the first layer to that of the last, in one forward of their parent and in one thread. It
-is valid only while everything that it was computed from is the same: x and its version, the operands of each layer
-and their versions, autocast, inference mode, and what observes operators. Nothing passes from one forward to the next.
-So a recomputation of activation checkpointing makes the same calls as its forward did, saves the same tensors and
+is valid only while everything that it was computed from is the same: x, its version and its address, the operands of
+each layer and theirs, autocast, inference mode, and what observes operators. Nothing passes from one forward to the
+next. So a recomputation of activation checkpointing makes the same calls as its forward did, saves the same tensors and
 draws the same masks.
 """
 
@@ -190,7 +190,11 @@ def _has_hooks(layer: Any) -> bool:
 
 def _state(x: Tensor) -> tuple[Any, ...]:
     """Return everything that y depends on beside the operands of the layer."""
-    return x._version, x.requires_grad, torch.is_inference_mode_enabled(), autocast_of(x), observers()
+    try:
+        address = x.data_ptr()
+    except RuntimeError:  # a nested, sparse or wrapped x has no memory of its own
+        address = 0
+    return x._version, address, x.requires_grad, torch.is_inference_mode_enabled(), autocast_of(x), observers()
 
 
 def _sources(layer: Any, x: Tensor) -> tuple[Any, ...] | str:
@@ -218,16 +222,18 @@ def _layer(sources: tuple[Any, ...]) -> Layer:
 
 
 def _versions(sources: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what changes when one of the operands is written to, or begins or ceases to want a gradient. Raises
-    RuntimeError for tensors of inference mode."""
+    """Return what changes when one of the operands is written to, is given other memory, as by ``w.data = new``, or
+    begins or ceases to want a gradient. Raises RuntimeError for tensors of inference mode."""
     w, a, b, scale, bias, _, *more = sources
     version = w._version + a._version + b._version  # none of them ever decreases
     wanted = a.requires_grad + 2 * b.requires_grad
+    others = []
     for t in (scale, bias, *more):
         if isinstance(t, Tensor):
             version += t._version
             wanted = 2 * wanted + t.requires_grad
-    return version, wanted
+            others.append(t.data_ptr())
+    return version, wanted, w.data_ptr(), a.data_ptr(), b.data_ptr(), *others
 
 
 def _same(before: tuple[Any, ...], now: tuple[Any, ...] | str) -> bool:

@@ -238,6 +238,14 @@ def _write(t: torch.Tensor) -> None:
         t.mul_(2)
 
 
+def _replace(t: torch.Tensor) -> None:
+    t.data = 2 * t.detach()
+
+
+def _doubled(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: 2 * t for name, t in module.state_dict().items()}
+
+
 CHANGES = {
     "x": lambda self, x: _write(x),
     "a view of x": lambda self, x: _write(x[0]),
@@ -253,16 +261,34 @@ CHANGES = {
         self.k_proj.lora_B["default"], "weight", nn.Parameter(torch.ones_like(self.k_proj.lora_B["default"].weight))
     ),
     "layer": lambda self, x: setattr(self, "k_proj", self.k_proj.base_layer),
+    "x.data": lambda self, x: setattr(x, "data", 2 * x.detach()),
+    "A.data": lambda self, x: _replace(self.k_proj.lora_A["default"].weight),
+    "B.data": lambda self, x: _replace(self.v_proj.lora_B["default"].weight),
+    "W.data": lambda self, x: _replace(self.v_proj.base_layer.weight),
+    "bias.data": lambda self, x: _replace(self.k_proj.base_layer.bias),
+    "scaling.data": lambda self, x: self.k_proj.scaling["default"].set_(torch.tensor(9.0)),
+    "swapped with a new one": lambda self, x: torch.utils.swap_tensors(
+        self.k_proj.lora_A["default"].weight, nn.Parameter(torch.ones(4, WIDTH))
+    ),
+    "swapped with each other": lambda self, x: torch.utils.swap_tensors(
+        self.k_proj.base_layer.weight, self.v_proj.base_layer.weight
+    ),
+    "load_state_dict": lambda self, x: self.load_state_dict(_doubled(self)),
+    "load_state_dict by assignment": lambda self, x: self.load_state_dict(_doubled(self), assign=True),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_what_is_changed_in_a_forward_is_computed_anew(change, mode, monkeypatch):
+    if "swapped" in change and mode is torch.enable_grad:
+        pytest.skip("torch swaps no tensor that a graph holds")
     monkeypatch.setattr(Between, "happens", staticmethod(CHANGES[change]))
     ys = []
     for group in (True, None):
         module = make(Between, group=group)
+        if change == "scaling.data":
+            module.k_proj.scaling["default"] = torch.tensor(2.0)
         with mode():
             x = inputs(5)[0].detach() * 1.0
             ys.append(module(x).detach().clone())
