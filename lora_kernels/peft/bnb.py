@@ -29,7 +29,7 @@ from lora_kernels.nn.fit import has_hooks
 from lora_kernels.nn.quantized import quantized_linear
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
-from lora_kernels.peft.linear import Fused
+from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import DTYPES, Nested, QuantizedWeight

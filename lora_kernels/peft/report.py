@@ -14,7 +14,7 @@ from lora_kernels.core.operands import Call
 from lora_kernels.nn import dry_run
 from lora_kernels.nn.dry_run import Inputs, Watched
 from lora_kernels.peft import serving
-from lora_kernels.peft.linear import Fused
+from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.shared import SharedInput
 
 

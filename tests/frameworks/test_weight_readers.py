@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from support.tiny_readers import IDS, MODELS, SLOW  # noqa: E402
 
 from lora_kernels import FusedLoRALinear, apply_lora, fuse  # noqa: E402
-from lora_kernels.peft.linear import Fused  # noqa: E402
+from lora_kernels.peft.fused import Fused  # noqa: E402
 
 KINDS = [pytest.param(kind, marks=[pytest.mark.slow] if kind in SLOW else []) for kind in MODELS]
 

@@ -15,7 +15,7 @@ from support.peft_models import fused_layers, make, run, same
 
 import lora_kernels
 from lora_kernels.backends import dispatch
-from lora_kernels.peft.linear import Fused
+from lora_kernels.peft.fused import Fused
 
 DROPOUT = "no kernel for dropout here, and PEFT's own forward is faster than plain torch operations"
 

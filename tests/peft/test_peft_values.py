@@ -101,8 +101,8 @@ def test_several_active_adapters_give_pefts_sum(p, monkeypatch):
     fused_equals_peft(model, torch.randn(5, 24))
     model.train()
     calls = []
-    original = lora_kernels.peft.linear.lora_linear
-    monkeypatch.setattr("lora_kernels.peft.linear.lora_linear", lambda *a, **k: calls.append(k) or original(*a, **k))
+    original = lora_kernels.peft.fused.lora_linear
+    monkeypatch.setattr("lora_kernels.peft.fused.lora_linear", lambda *a, **k: calls.append(k) or original(*a, **k))
     model(torch.randn(5, 24))
     assert [call["dropout_p"] for call in calls] == [p]
 

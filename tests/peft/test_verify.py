@@ -12,7 +12,7 @@ from support.peft_models import Net, fused_layers, make
 from torch import nn
 
 from lora_kernels import fuse, unfuse
-from lora_kernels.peft.linear import Fused
+from lora_kernels.peft.fused import Fused
 
 X = torch.randn(4, 24)
 

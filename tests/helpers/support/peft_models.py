@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels.core import dropout
-from lora_kernels.peft.linear import Fused
+from lora_kernels.peft.fused import Fused
 
 
 class Net(nn.Module):

@@ -1,0 +1,296 @@
+"""`Fused`: the forward that every kind of PEFT's LoRA linears shares on the fused path.
+
+A layer's class is changed to a subclass that overrides ``forward`` alone, so that merging, saving, loading, swapping,
+switching and deleting adapters stay PEFT's. A call that the kernels cannot serve goes to PEFT's own forward, and its
+reason is counted. The result, for plain LoRA and for DoRA, is the one that PEFT defines. For plain LoRA it is
+
+    result = base(x) + Σ over active adapters of scaling · lora_B(lora_A(dropout(x)))
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, nn
+
+from lora_kernels.nn.fit import has_hooks
+from lora_kernels.ops import check
+from lora_kernels.ops.autograd import autocast_of
+from lora_kernels.ops.linear import lora_linear
+from lora_kernels.peft.groups import Group
+from lora_kernels.peft.reading import (
+    OneAdapter,
+    Operands,
+    PeftAdapter,
+    as_one_adapter,
+    only_eager,
+    weight_and_bias,
+)
+from lora_kernels.quant.weight import QuantizedWeight
+
+_IGNORED = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
+"""Keywords of PEFT's variants of LoRA. Plain LoRA accepts and ignores them."""
+
+DROPOUTS = (nn.Identity, nn.Dropout)
+"""PEFT's modules for a dropout of 0, and for others."""
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def why_not_biased(dtype: torch.dtype) -> str:
+    """Return why adapters with a bias in lora_B cannot be fused in a computation in `dtype`, or "" where they can.
+
+    The kernels take one bias, in the dtype of the computation. In 16 bits the sum of the base's bias and s times that
+    of lora_B may overflow, or have digits below those that 16 bits hold, where y has neither because x Wᵀ cancels most
+    of it. PEFT adds the second bias in fp32.
+    """
+    return f"lora_bias beside {dtype}: the sum of the two biases would be rounded to it" * (dtype in check.HALVES)
+
+
+class Fused:
+    """The fused forward of PEFT's LoRA linears. A subclass inherits from this class and then from `peft_class`.
+
+    A forward asks its group first (`Group.take`), and then `plain_operands`, which serves the most frequent case.
+    Every other forward reads the whole layer (`read`). Then it computes (`_compute`), or leaves the call to PEFT's own
+    forward.
+    Subclasses define how the base is read (`read_base`), which variants of LoRA they serve (`variant_reason`) and in
+    which dtypes a call is computed (`_dtypes`).
+
+    Attributes:
+        fused_calls: the number of forwards on the fused path (not counted inside ``torch.compile``).
+        passed_over: the number of forwards that were left to PEFT, by reason.
+    """
+
+    peft_class: ClassVar[type[Any]]
+    """PEFT's class."""
+    quantised_base: ClassVar[bool] = False
+    """Whether the base weight has 4 or 8 bits."""
+    own: ClassVar[dict[str, Callable[[], Any]]] = {
+        "fused_calls": int,
+        "passed_over": Counter,
+        "_backend": lambda: None,
+        "_group": lambda: None,
+    }
+    """The attributes that a fused layer has beside PEFT's, and the functions that make their first values."""
+
+    fused_calls: int
+    passed_over: Counter[str]
+    _backend: str | None
+    _group: Group | None
+    _modules: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_variant: Any
+    scaling: Any
+    active_adapters: Any
+    disable_adapters: Any
+    merged: Any
+    base_layer: Any
+    """The layer that PEFT wraps. `read_base` refuses another tuner's layer there. So get_base_layer(), whose search
+    takes microseconds, is not needed."""
+    cast_input_dtype_enabled: Any
+    _cast_input_dtype: Any
+    _check_forward_args: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what PEFT's forward returns for x [..., in_features]; ``adapter_names`` has one name for each element
+        of x's first dimension."""
+        if not (args or kwargs or torch.compiler.is_compiling()):
+            group = self._group
+            if group is not None and (y := group.take(self, x)) is not None:
+                self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
+                return y
+            if (short := self.plain_operands(x)) is not None:
+                self.__dict__["fused_calls"] += 1
+                w, a, b, scale, bias, p = short
+                return lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
+        names = kwargs.get("adapter_names") if kwargs else None
+        operands = self.read(x, args, kwargs, names)
+        if isinstance(operands, str):
+            if operands and not torch.compiler.is_compiling():
+                self.passed_over[operands] += 1
+            return self.peft_class.forward(self, x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.__dict__["fused_calls"] += 1
+        if names is None:
+            return self._compute(x, operands)
+        self._check_forward_args(x, adapter_names=names)
+        return self._compute_by_sample(x, operands, names)
+
+    def plain_operands(self, x: Tensor) -> OneAdapter | None:
+        """Return the operands of a forward without further arguments in the most frequent case, or None where `read`
+        has to look.
+
+        They are those that `read` and `as_one_adapter` give. A kind of layer overrides this method where these two
+        would take longer than the kernels of a small layer.
+        """
+        return None
+
+    def read(
+        self, x: Tensor, args: Any = (), kwargs: Mapping[str, Any] = _NOTHING, names: list[str] | None = None
+    ) -> Operands | str:
+        """Return the operands of a forward with these arguments, or why PEFT's own forward serves it: "" where no
+        adapter is to be computed."""
+        # Every forward that neither a group nor `plain_operands` serves runs this. It reads the layer once, and avoids
+        # nn.Module's slow attribute look-up.
+        if self.disable_adapters or self.merged:
+            return "" if names is None else "adapter_names beside disabled or merged adapters"
+        if args or (kwargs and any(key != "adapter_names" and key not in _IGNORED for key in kwargs)):
+            return "further arguments for the base layer"
+        base = self.read_base(self)
+        if isinstance(base, str):
+            return base
+        w, bias = base
+        present, variants = self._modules["lora_A"]._modules, self.lora_variant
+        active = []
+        for name in self.active_adapters if names is None else dict.fromkeys(names):
+            if name in present:
+                active.append(name)  # a comprehension is one more frame in every forward
+        if not active:
+            return ""
+        adapters = {}
+        dropout = biased = False
+        for name in active:
+            adapter = self.read_adapter(self, name)
+            if isinstance(adapter, str):
+                return adapter
+            adapters[name] = adapter
+            if adapter.p > 0:  # a branch, because a compiler may have p as a symbol
+                dropout = True
+            if adapter.b_bias is not None:
+                biased = True
+        if variants and (len(active) > 1 or names is not None) and any(name in variants for name in active):
+            return "a DoRA adapter beside others"  # `read_adapter` has refused all other variants
+        if names is None and len(adapters) < len(active):
+            return "an adapter that is active twice"
+        dtypes = self._dtypes(x, w, adapters, autocast_of(x))
+        if isinstance(dtypes, str):
+            return dtypes
+        inner, outer = dtypes
+        if biased and (reason := why_not_biased(inner)):
+            return reason
+        if self._backend is None and (dropout or self.quantised_base):
+            # Without a kernel, masks and weights of 4 or 8 bits become tensors by dozens of torch operations. Then
+            # PEFT's own forward is the faster one, and serves the call unless a back-end was asked for by name.
+            (N, K), a = w.shape, adapters[active[0]].a
+            w_format = w.format if isinstance(w, QuantizedWeight) else "dense"
+            pair = (inner, torch.float32 if a.dtype == torch.float32 else inner)
+            if only_eager(x.device, pair, (N, K, a.shape[0]), dropout, w_format):
+                what = "dropout" if w_format == "dense" else f"a weight in {w_format}"
+                return f"no kernel for {what} here, and PEFT's own forward is faster than plain torch operations"
+        return Operands(w, bias, adapters, inner, outer)
+
+    @staticmethod
+    def read_base(layer: Any) -> tuple[Tensor | QuantizedWeight, Tensor | None] | str:
+        """Return W [N, K] and the bias [N] of the base of `layer`, which may not be fused yet, or why no adapter can be
+        fused with it."""
+        raise NotImplementedError
+
+    @classmethod
+    def read_adapter(cls, layer: Any, name: str) -> PeftAdapter | str:
+        """Return adapter `name` of `layer`, which may not be fused yet, or why it cannot be fused."""
+        dora = name in layer.lora_variant
+        if dora and (reason := cls.variant_reason(layer, name)):
+            return reason
+        modules = layer._modules
+        down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        dropout = modules["lora_dropout"]._modules[name]
+        a: Any = None
+        a_bias = None
+        linear = type(down) is nn.Linear and type(up) is nn.Linear
+        if linear:
+            a, a_bias = weight_and_bias(down)
+        if not linear or a_bias is not None:
+            return f"adapter {name!r} consists of a {type(down).__name__} and a {type(up).__name__}"
+        b, b_bias = weight_and_bias(up)
+        for weight in (a, b):
+            if type(weight) not in (nn.Parameter, Tensor):
+                return f"adapter {name!r} has a {type(weight).__name__}"
+        if a.dtype != b.dtype:
+            return f"adapter {name!r} has lora_A in {a.dtype} and lora_B in {b.dtype}"
+        if has_hooks(down) or has_hooks(up):
+            return f"adapter {name!r} has hooks, which the fused path would pass over"
+        kind = type(dropout)
+        if kind not in DROPOUTS or has_hooks(dropout):
+            return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
+        p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
+        if p >= 1:
+            return f"adapter {name!r} drops everything: p = {dropout.p}"
+        magnitude = layer.lora_magnitude_vector[name].weight if dora else None
+        return PeftAdapter(a, b, b_bias, layer.scaling[name], p, magnitude)
+
+    @staticmethod
+    def variant_reason(layer: Any, name: str) -> str | None:
+        """Return why adapter `name`, which is not plain LoRA, cannot be fused; None where it can."""
+        raise NotImplementedError
+
+    @staticmethod
+    def base_note(layer: Any) -> str:
+        """Return the text that follows the size of the base in a report."""
+        return ""
+
+    def prepare(self) -> None:
+        """Do the work that a layer needs once, before its first fused forward."""
+
+    def _dtypes(
+        self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
+    ) -> tuple[torch.dtype, torch.dtype] | str:
+        """Return the dtypes in which the call is computed and returned (`Operands.inner`, `Operands.outer`), or why the
+        dtypes of x, W and the adapters cannot be served together. `autocast` is `autocast_of(x)`."""
+        raise NotImplementedError
+
+    def _compute(self, x: Tensor, operands: Operands) -> Tensor:
+        """Return y of the base with every adapter of `operands`."""
+        adapters = operands.adapters
+        adapter = next(iter(adapters.values()))
+        if adapter.magnitude is not None:  # it is the only one: `read` leaves DoRA beside other adapters to PEFT
+            return self._compute_dora(x, operands, adapter)
+        later: list[str] = []
+        if len(adapters) > 1 and any(each.p for each in adapters.values()):
+            first, *later = list(adapters)
+            operands = operands._replace(adapters={first: adapters[first]})
+        w, a, b, scale, bias, p = as_one_adapter(operands)
+        y = lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
+        if not later:
+            return y
+        dtype = y.dtype
+        for name in later:  # every adapter has a dropout mask of its own
+            low = self._cast_input_dtype(x, adapters[name].a.dtype)
+            y = y + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](low))) * self.scaling[name]
+        return y.to(dtype)
+
+    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
+        """Return y of the base with the DoRA adapter `adapter`."""
+        raise NotImplementedError
+
+    def _compute_base(self, x: Tensor, operands: Operands) -> Tensor:
+        """Return the result of the base without an adapter."""
+        return self.base_layer(x)
+
+    def _compute_by_sample(self, x: Tensor, operands: Operands, names: list[str]) -> Tensor:
+        """Return y, where sample i of x is computed with the adapter ``names[i]``, by one call for each adapter."""
+        order: list[int] = []
+        parts = []
+        for name in dict.fromkeys(names):
+            indices = [i for i, other in enumerate(names) if other == name]
+            order += indices
+            adapter = operands.adapters.get(name)
+            if adapter is None:
+                parts.append(self._compute_base(x[indices], operands))
+            else:
+                parts.append(self._compute(x[indices], operands._replace(adapters={name: adapter})))
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(parts)[torch.tensor(back, device=x.device)]
+
+    def _get_name(self) -> str:
+        return self.peft_class.__name__  # so that repr() begins with PEFT's name, lora.Linear
+
+    def extra_repr(self) -> str:
+        """Return the note that ``repr`` shows for a fused layer."""
+        return "fused by lora_kernels"
