@@ -66,6 +66,18 @@ class AdapterLinear(nn.Module):
             self.lora_A.copy_(ab[0])
             self.lora_B.copy_(ab[1])
 
+    def _parts(self) -> tuple[Any, Any, Any, Any]:
+        """Return weight, bias, lora_A and lora_B.
+
+        They come from the dictionary of parameters, because nn.Module's attribute look-up takes about a microsecond for
+        each, in every call. In a replica of nn.DataParallel, and where a parameter is parametrised or pruned, some are
+        not in this dictionary.
+        """
+        p = self._parameters
+        if "weight" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
+            return p["weight"], p["bias"], p["lora_A"], p["lora_B"]
+        return self.weight, self.bias, self.lora_A, self.lora_B
+
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype of W, which x is expected in."""
@@ -100,6 +112,18 @@ class AdapterLinear(nn.Module):
                 "unmerge(), then offload the model"
             )
 
+    def reset_parameters(self) -> None:
+        """Give weight and bias new values as nn.Linear does, then the adapter. Frameworks call it after ``to_empty``
+        to materialise a model from the meta device. Raises what `reset_adapter` raises."""
+        self._refuse_offloaded()
+        self.unmerge()
+        self._reset_base()
+        self.reset_adapter()
+
+    def _reset_base(self) -> None:
+        """Give weight and bias new values."""
+        raise NotImplementedError
+
     def reset_adapter(self) -> None:
         """Give the adapter its first values: A Kaiming-uniform(√5), B zero. A merged module is unmerged first.
 
@@ -125,16 +149,6 @@ class AdapterLinear(nn.Module):
         if emptied and not self.lora_A.is_meta:
             self._reset_adapter()
         return self
-
-    def _check_rank(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Raise ValueError where the adapter in `state_dict` has another rank than this module's."""
-        for key, dim in ((prefix + "lora_A", 0), (prefix + "lora_B", 1)):
-            if key in state_dict and state_dict[key].shape[dim] != self.r:
-                rank = state_dict[key].shape[dim]
-                raise ValueError(
-                    f"{key} {tuple(state_dict[key].shape)} is of rank {rank}, this module of r={self.r}: "
-                    f"nothing was loaded into it. Build it with r={rank}"
-                )
 
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows beside the shapes."""

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.nn import fit, merging
+from lora_kernels.nn import construct, fit, loading, magnitude, merging
 from lora_kernels.nn.base import AdapterLinear
-from lora_kernels.nn.init import split_named
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.dora import dora_linear
-from lora_kernels.ops.dora_norm import ratio, weight_norm
+from lora_kernels.ops.dora_norm import ratio
 from lora_kernels.ops.linear import lora_linear
 
 # torch.fx.symbolic_trace records a call of these functions as one node, as it does with those of torch.
@@ -149,26 +148,7 @@ class FusedLoRALinear(AdapterLinear):
             raise TypeError(reason)
         if settings.quant is not None:
             return cls.quantized_kind.from_dense(linear, settings)
-        if settings.double_quant:
-            raise ValueError('double_quant is for quant="nf4" and quant="fp4", and quant is None')
-        if not linear.weight.is_floating_point():
-            raise TypeError(
-                f"the weight of this {type(linear).__name__} is {linear.weight.dtype}, quantised already: "
-                "QuantizedLoRALinear.from_bnb takes the layers of bitsandbytes"
-            )
-        split, weight, start = split_named(settings.init, None), cast(nn.Parameter, linear.weight), ()
-        if split is not None:
-            base, *start = split(weight, settings.r, settings.scaling)
-            weight = nn.Parameter(base, requires_grad=False)
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module.in_features, module.out_features = linear.in_features, linear.out_features
-        module.register_parameter("weight", weight)
-        module.register_parameter("bias", linear.bias)
-        module.training = linear.training
-        module._add_adapter(settings)
-        module._start(settings.init, *start)
-        return module
+        return cast(FusedLoRALinear, construct.over_dense(cls, linear, settings))
 
     @classmethod
     def from_bnb(cls, linear: nn.Linear, **settings: Any) -> FusedLoRALinear:
@@ -181,18 +161,6 @@ class FusedLoRALinear(AdapterLinear):
             self.lora_magnitude_vector = nn.Parameter(torch.empty_like(self.lora_B[:, 0]))
         self._base = None
         self.reset_adapter()
-
-    def _parts(self) -> tuple[Any, Any, Any, Any]:
-        """Return weight, bias, lora_A and lora_B.
-
-        They come from the dictionary of parameters, because nn.Module's attribute look-up takes about a microsecond for
-        each, in every call. In a replica of nn.DataParallel, and where a parameter is parametrised or pruned, some are
-        not in this dictionary.
-        """
-        p = self._parameters
-        if "weight" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
-            return p["weight"], p["bias"], p["lora_A"], p["lora_B"]
-        return self.weight, self.bias, self.lora_A, self.lora_B
 
     def _start(self, init: str, *ab: Tensor) -> None:
         super()._start(init, *ab)
@@ -227,14 +195,6 @@ class FusedLoRALinear(AdapterLinear):
             )
         return lora_linear(input, weight, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
 
-    def reset_parameters(self) -> None:
-        """Give weight and bias new values as nn.Linear does, then the adapter. Frameworks call it after ``to_empty``
-        to materialise a model from the meta device. Raises what `reset_adapter` raises."""
-        self._refuse_offloaded()
-        self.unmerge()
-        self._reset_base()
-        self.reset_adapter()
-
     def _reset_base(self) -> None:
         weight, bias = self.weight, self.bias
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
@@ -254,19 +214,7 @@ class FusedLoRALinear(AdapterLinear):
 
     @torch.no_grad()
     def _reset_magnitude(self) -> None:
-        self.lora_magnitude_vector.copy_(self._weight_norm())
-
-    def _weight_norm(self) -> Tensor:
-        """Return ‖W + s·B A‖, the magnitude with which d = 1. Under FSDP2 it is sharded as m is, and every process must
-        make this call, which gathers W."""
-        w, a, b, m = self.weight, self.lora_A, self.lora_B, self.lora_magnitude_vector
-        if not hasattr(m, "placements"):
-            return weight_norm(w, a, b, float(self.scaling), m)
-        from torch.distributed.tensor import distribute_tensor  # heavy to import, and loaded already where m is sharded
-
-        w, a, b = (cast(Any, t).full_tensor() for t in (w, a, b))
-        norm, like = weight_norm(w, a, b, float(self.scaling), m), cast(Any, m)
-        return distribute_tensor(norm, like.device_mesh, like.placements)
+        self.lora_magnitude_vector.copy_(magnitude.norm_of(self))
 
     @torch.inference_mode(False)  # what is made in inference mode could not be trained later
     @torch.no_grad()
@@ -320,25 +268,17 @@ class FusedLoRALinear(AdapterLinear):
         """Return an ``nn.Linear`` with weight W + s·B·A, as `merge` computes it, and a copy of the bias in
         `weight_dtype`. This module stays as it is. Raises what `merge` raises, but takes a parametrised or pruned
         weight."""
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight_dtype
-        )
         if self._base is None:
-            weight = self._merged_weight(safe=True)
-        else:
-            merging.refuse_absent(self)
-            weight = self.weight.detach().clone()
-        linear.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().to(self.weight_dtype, copy=True))
-        return linear.train(self.training)
+            return merging.plain_linear(self, self._merged_weight(safe=True))
+        merging.refuse_absent(self)
+        return merging.plain_linear(self, self.weight.detach().clone())
 
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
         merging.refuse_sharded(self)
         d = None
         if self.use_dora:  # computed by the same functions as the forward's d
-            d = ratio(self.lora_magnitude_vector.detach(), self._weight_norm())
+            d = ratio(self.lora_magnitude_vector.detach(), magnitude.norm_of(self))
         merged = merging.updated_weight(
             self.weight.__getitem__, self.lora_A, self.lora_B, float(self.scaling), self.weight.dtype, d
         )
@@ -364,11 +304,6 @@ class FusedLoRALinear(AdapterLinear):
             self._keep_base(self._parameters.pop("_base"))
         return self
 
-    def _magnitude_is_new(self, or_norm: bool) -> bool:
-        """Return whether m is NaN, as it is after ``to_empty``, or with `or_norm` the norm."""
-        m = self.lora_magnitude_vector
-        return bool(m.isnan().all()) or (or_norm and torch.equal(m, self._weight_norm()))
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base is not None:
@@ -376,25 +311,21 @@ class FusedLoRALinear(AdapterLinear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
-        self._check_rank(state_dict, prefix)
+        loading.check_rank(self, state_dict, prefix)
         keys = [prefix + "lora_A", prefix + "lora_B"]
         if self.use_dora:
             keys.append(prefix + "lora_magnitude_vector")
         plain = not any(key in state_dict for key in keys)  # the state_dict of an nn.Linear, which has no adapter
         merged = self.merged
         self.unmerge()
-        follows = self.use_dora and not self.weight.is_meta and self._magnitude_is_new(plain)
+        follows = self.use_dora and not self.weight.is_meta and magnitude.is_new(self, plain)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            device = self.weight.device
-            if self.lora_A.is_meta and device.type != "meta":  # assign=True: the adapter has no values to keep
-                with torch.inference_mode(False):
-                    for name in (key.removeprefix(prefix) for key in keys):
-                        empty = torch.empty_like(old := getattr(self, name), device=device)
-                        setattr(self, name, nn.Parameter(empty, requires_grad=old.requires_grad))
+            if self.lora_A.is_meta and not self.weight.is_meta:  # assign=True: the adapter has no values to keep
+                loading.put_adapter_beside(self, self.weight.device)
                 self.reset_adapter()
-        if follows and (plain or self._magnitude_is_new(False)):  # FSDP2 loads missing values from the module itself
+        if follows and (plain or magnitude.is_new(self, False)):  # FSDP2 loads missing values from the module itself
             self._reset_magnitude()
         if merged:
             self.merge()

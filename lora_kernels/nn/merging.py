@@ -48,6 +48,16 @@ def updated_weight(
     return made
 
 
+def plain_linear(layer: Any, merged: Tensor) -> nn.Linear:
+    """Return an ``nn.Linear`` with the weight `merged` and a copy of the bias of `layer` in its ``weight_dtype``."""
+    has_bias, dtype = layer.bias is not None, layer.weight_dtype
+    linear = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(merged)
+    if has_bias:
+        linear.bias = nn.Parameter(layer.bias.detach().to(dtype, copy=True))
+    return linear.train(layer.training)
+
+
 def refuse_nonfinite(merged: Tensor, scale: float) -> None:
     """Raise ValueError for a merged weight that is not finite."""
     if not torch.isfinite(merged).all():

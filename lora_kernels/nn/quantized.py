@@ -5,27 +5,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import merging
+from lora_kernels.nn import construct, loading, merging
 from lora_kernels.nn.base import AdapterLinear
-from lora_kernels.nn.init import split_named
 from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.loading import PARTS
 from lora_kernels.nn.merging import MergeReport
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.bnb import from_bnb
-from lora_kernels.quant.weight import CODES, Nested, QuantizedWeight, quantize_like, quantize_weight
+from lora_kernels.quant.weight import Nested, QuantizedWeight, quantize_like
 
 torch.fx.wrap("lora_linear")  # as in nn/linear.py
-
-_PARTS = ("weight", "weight_scales", "weight_table", "weight_absmax", "weight_offset")
-"""The tensors of a quantised weight: a parameter and buffers. The last three exist only with double quantisation."""
 
 
 class QuantizedLoRALinear(FusedLoRALinear):
@@ -85,42 +82,13 @@ class QuantizedLoRALinear(FusedLoRALinear):
             TypeError: parts of another dtype.
         """
         settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend)
-        return cls._over(weight, bias, settings)
-
-    @classmethod
-    @torch.inference_mode(False)  # what is made in inference mode could not be trained later
-    @torch.no_grad()
-    def _over(cls, weight: QuantizedWeight, bias: nn.Parameter | None, settings: LoRASettings) -> QuantizedLoRALinear:
-        settings.check()
-        _refuse_dora(settings, weight.format)
-        weight.check()
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"the bias {tuple(bias.shape)} does not fit a weight of {weight.shape}")
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module.out_features, module.in_features = weight.shape
-        module._unmerged = module._base = None
-        module._put(weight)
-        module.register_parameter("bias", bias)
-        module._add_adapter(settings)
-        return module
+        return cast(QuantizedLoRALinear, construct.over_codes(cls, weight, bias, settings))
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, settings: LoRASettings) -> QuantizedLoRALinear:
         """Return a module over `linear`'s weight, quantised as `settings` say, and its bias. The caller has checked
         that `linear` fits, with `fit.why_not`. `FusedLoRALinear.from_linear` documents the other errors."""
-        format = settings.quant
-        assert format is not None
-        _refuse_dora(settings, format)
-        how: dict[str, Any] = {"blocksize": settings.blocksize, "double_quant": settings.double_quant}
-        split, start = split_named(settings.init, format), ()
-        if split is None:
-            weight = quantize_weight(linear.weight, format, **how)
-        else:
-            weight, *start, _ = split(linear.weight, settings.r, settings.scaling, format=format, **how)
-        module = cls._over(weight, linear.bias, settings)
-        module._start(settings.init, *start)
-        return module.train(linear.training)
+        return cast(QuantizedLoRALinear, construct.over_quantised(cls, linear, settings))
 
     @classmethod
     def from_bnb(cls, linear: nn.Linear, *, dtype: torch.dtype | None = None, **settings: Any) -> QuantizedLoRALinear:
@@ -150,13 +118,6 @@ class QuantizedLoRALinear(FusedLoRALinear):
         """The shape of the codes. Those of 4 bits lie two to a byte."""
         return self.out_features, self.in_features // (2 if self.blocksize else 1)
 
-    def _parts(self) -> tuple[Any, Any, Any, Any]:
-        """Return the codes, bias, lora_A and lora_B, as `FusedLoRALinear` looks them up."""
-        p = self._parameters
-        if "weight" in p and "bias" in p and "lora_A" in p and "lora_B" in p:
-            return p["weight"], p["bias"], p["lora_A"], p["lora_B"]
-        return self.weight, self.bias, self.lora_A, self.lora_B
-
     def _assembled(self, codes: Tensor) -> QuantizedWeight:
         """Return the stored weight with these codes.
 
@@ -185,16 +146,9 @@ class QuantizedLoRALinear(FusedLoRALinear):
         p = self.lora_dropout if self.training else 0.0
         return lora_linear(input, w, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
 
-    def _refuse_sharded_codes(self) -> None:
-        if hasattr(self.weight, "placements"):
-            raise ValueError(
-                f"the codes of this {type(self).__name__} are sharded, and a dense weight cannot be quantised into "
-                "them: load it before fully_shard, or load the state of a quantised model"
-            )
-
     @torch.no_grad()
     def _reset_base(self) -> None:
-        self._refuse_sharded_codes()
+        loading.refuse_sharded_codes(self)
         K, N = self.in_features, self.out_features
         made = nn.Linear(K, N, self.bias is not None, device=self.weight.device, dtype=self._dtype)
         before = self.quantized_weight()
@@ -249,8 +203,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
         if not isinstance(codes, nn.Parameter) or codes.dtype != torch.int8:
             codes = nn.Parameter(codes.detach().view(torch.int8), requires_grad=False)
         self.format, self.blocksize, self._dtype = w.format, w.blocksize, w.dtype
-        self.register_parameter(_PARTS[0], codes)
-        for name, part in zip(_PARTS[1:], scales, strict=False):
+        self.register_parameter(PARTS[0], codes)
+        for name, part in zip(PARTS[1:], scales, strict=False):
             self.register_buffer(name, part)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -300,14 +254,10 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         q = self._unmerged or self.quantized_weight()
-        for name, part in zip(_PARTS, q.tensors, strict=False):
+        for name, part in zip(PARTS, q.tensors, strict=False):
             destination[prefix + name] = part if keep_vars else part.detach()
-        letters = list(self._signature().encode())
+        letters = list(loading.signature(self).encode())
         destination[prefix + "weight_format"] = torch.tensor(letters, dtype=torch.uint8, device="cpu")
-
-    def _signature(self) -> str:
-        text = f"{self.format} {self.blocksize}" if self.blocksize else self.format
-        return text + (" double_quant" if "weight_table" in self._buffers else "")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, _, unexpected_keys, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
@@ -316,58 +266,14 @@ class QuantizedLoRALinear(FusedLoRALinear):
                 f"{prefix or 'the module'}: the adapter is merged, and merging what is loaded would lose part of it: "
                 "unmerge() before loading"
             )
-        self._check_rank(state_dict, prefix)
-        state_dict = self._stored_state(state_dict, prefix)
+        loading.check_rank(self, state_dict, prefix)
+        state_dict = loading.stored_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         unexpected_keys[:] = [name for name in unexpected_keys if name != prefix + "weight_format"]
 
-    def _stored_state(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """Return `state_dict` with its weight in the stored format. Raises ValueError where anything in it does not fit
-        this module: torch itself would cast other dtypes, and would load the parts that fit without the rest."""
-        key = prefix + "weight_format"
-        weight, mine = state_dict.get(prefix + "weight"), self.quantized_weight()
-        names = _PARTS[: len(mine.tensors)]
-        nothing = "nothing was loaded into it"
-        if key in state_dict:
-            given = bytes(state_dict[key].tolist()).decode(errors="replace")
-            if given != self._signature():
-                raise ValueError(
-                    f"{prefix}weight is in format {given!r}, this module's in {self._signature()!r}: {nothing}. "
-                    "Build it with that format"
-                )
-            missing = [name for name in names if prefix + name not in state_dict]
-            if missing:
-                raise ValueError(f"{key} is there, but not {', '.join(missing)}: {nothing}")
-            # With assign=True these become the stored tensors, and kernels read them as contiguous.
-            state_dict = state_dict | {prefix + name: state_dict[prefix + name].contiguous() for name in names}
-            codes = state_dict[prefix + "weight"]
-            if codes.dtype == CODES[self.format]:  # as earlier versions stored them
-                state_dict[prefix + "weight"] = codes.view(torch.int8)
-        elif weight is not None and weight.is_floating_point() and weight.shape == mine.shape:
-            here = self.weight.device
-            self._refuse_sharded_codes()
-            with torch.inference_mode(False):
-                q = quantize_like(weight if here.type == "meta" else weight.to(here), mine)
-            parts = (q.codes.view(torch.int8), *q.tensors[1:])
-            state_dict = state_dict | {prefix + name: part for name, part in zip(names, parts, strict=True)}
-        elif weight is not None or any(prefix + name in state_dict for name in names):
-            got = "nothing" if weight is None else f"{weight.dtype} {tuple(weight.shape)}"
-            raise ValueError(
-                f"{prefix}weight must be dense, {mine.shape}, or come in parts with weight_format as state_dict gives "
-                f"them; got {got}: {nothing}"
-            )
-        stored = dict(zip(names, mine.tensors, strict=True))
-        for name, own in (stored | dict(self.named_parameters(recurse=False))).items():
-            other = state_dict.get(prefix + name, own)
-            if other.shape != own.shape:
-                raise ValueError(f"{prefix}{name} is {tuple(other.shape)}, here {tuple(own.shape)}: {nothing}")
-            if name in stored and other.dtype != own.dtype:
-                raise ValueError(f"{prefix}{name} is {other.dtype}, here {own.dtype}: {nothing}")
-        return state_dict
-
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows beside the shapes."""
-        return f"{super().extra_repr()}, quant={self._signature()!r}"
+        return f"{super().extra_repr()}, quant={loading.signature(self)!r}"
 
 
 def bias_beside(x: Tensor, bias: Tensor) -> Tensor:
@@ -382,14 +288,6 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, ba
     """Return x Wᵀ + bias, as `lora_linear` computes it with an adapter of zeros."""
     N, K = weight.shape
     return lora_linear(x, weight, x.new_zeros(1, K), x.new_zeros(N, 1), scale=0.0, bias=bias, backend=backend)
-
-
-def _refuse_dora(settings: LoRASettings, format: str) -> None:
-    if settings.use_dora:
-        raise ValueError(
-            f"use_dora over a quantised weight ({format}) is not supported: its norm needs the dequantised W in every "
-            "step. Leave out use_dora or quant"
-        )
 
 
 AdapterLinear.quantized_kind = QuantizedLoRALinear

@@ -1,0 +1,83 @@
+"""A fused layer made over the weight of another layer, or over a weight in 4 or 8 bits: what `from_linear`, `over` and
+`from_bnb` do."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lora_kernels.nn.init import split_named
+from lora_kernels.nn.settings import LoRASettings
+from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
+
+
+def over_dense(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
+    """Return a layer of class `kind`, a `FusedLoRALinear`, over `linear`'s own weight and bias, or over the base that
+    the initialisation makes. `FusedLoRALinear.from_linear` documents the errors."""
+    if settings.double_quant:
+        raise ValueError('double_quant is for quant="nf4" and quant="fp4", and quant is None')
+    if not linear.weight.is_floating_point():
+        raise TypeError(
+            f"the weight of this {type(linear).__name__} is {linear.weight.dtype}, quantised already: "
+            "QuantizedLoRALinear.from_bnb takes the layers of bitsandbytes"
+        )
+    split, weight, start = split_named(settings.init, None), cast(nn.Parameter, linear.weight), ()
+    if split is not None:
+        base, *start = split(weight, settings.r, settings.scaling)
+        weight = nn.Parameter(base, requires_grad=False)
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.in_features, module.out_features = linear.in_features, linear.out_features
+    module.register_parameter("weight", weight)
+    module.register_parameter("bias", linear.bias)
+    module.training = linear.training
+    module._add_adapter(settings)
+    module._start(settings.init, *start)
+    return module
+
+
+@torch.inference_mode(False)  # what is made in inference mode could not be trained later
+@torch.no_grad()
+def over_codes(kind: Any, weight: QuantizedWeight, bias: nn.Parameter | None, settings: LoRASettings) -> Any:
+    """Return a layer of class `kind`, a `QuantizedLoRALinear`, over `weight`, whose tensors are shared, and `bias`.
+    `QuantizedLoRALinear.over` documents the errors."""
+    settings.check()
+    _refuse_dora(settings, weight.format)
+    weight.check()
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"the bias {tuple(bias.shape)} does not fit a weight of {weight.shape}")
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.out_features, module.in_features = weight.shape
+    module._unmerged = module._base = None
+    module._put(weight)
+    module.register_parameter("bias", bias)
+    module._add_adapter(settings)
+    return module
+
+
+def over_quantised(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
+    """Return a layer of class `kind`, a `QuantizedLoRALinear`, over `linear`'s weight, quantised as `settings` say, and
+    its bias."""
+    format = settings.quant
+    assert format is not None
+    _refuse_dora(settings, format)
+    how: dict[str, Any] = {"blocksize": settings.blocksize, "double_quant": settings.double_quant}
+    split, start = split_named(settings.init, format), ()
+    if split is None:
+        weight = quantize_weight(linear.weight, format, **how)
+    else:
+        weight, *start, _ = split(linear.weight, settings.r, settings.scaling, format=format, **how)
+    module = over_codes(kind, weight, linear.bias, settings)
+    module._start(settings.init, *start)
+    return module.train(linear.training)
+
+
+def _refuse_dora(settings: LoRASettings, format: str) -> None:
+    if settings.use_dora:
+        raise ValueError(
+            f"use_dora over a quantised weight ({format}) is not supported: its norm needs the dequantised W in every "
+            "step. Leave out use_dora or quant"
+        )
