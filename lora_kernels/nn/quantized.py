@@ -16,8 +16,6 @@ from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.loading import PARTS
 from lora_kernels.nn.merging import MergeReport
 from lora_kernels.nn.settings import LoRASettings
-from lora_kernels.ops import check
-from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import Nested, QuantizedWeight, quantize_like
@@ -138,8 +136,6 @@ class QuantizedLoRALinear(FusedLoRALinear):
         """Return y [..., out_features] for x = `input` [..., in_features]. Raises what `lora_linear` raises."""
         codes, bias, a, b = self._parts()
         w = self._assembled(codes)
-        if bias is not None and bias.dtype != input.dtype:
-            bias = bias_beside(input, bias)
         if self._unmerged is not None:
             self._check_merged(a)
             return quantized_linear(input, w, bias, self.backend)
@@ -274,14 +270,6 @@ class QuantizedLoRALinear(FusedLoRALinear):
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows beside the shapes."""
         return f"{super().extra_repr()}, quant={loading.signature(self)!r}"
-
-
-def bias_beside(x: Tensor, bias: Tensor) -> Tensor:
-    """Return `bias` in x's dtype, as bitsandbytes' layers use it. Under autocast, which converts both, and where either
-    is no floating number, it is returned as it is."""
-    if bias.dtype in check.DTYPES and x.dtype in check.DTYPES and autocast_of(x) is None:
-        return bias.to(x.dtype)
-    return bias
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, backend: str | None = None) -> Tensor:

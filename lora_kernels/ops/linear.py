@@ -20,6 +20,7 @@ from lora_kernels.ops import check, direct, plain, registered
 from lora_kernels.ops.autograd import (
     apply,
     as_dense,
+    autocast_of,
     device_type,
     needs_plain_mode,
     no_autocast,
@@ -61,7 +62,8 @@ def lora_linear(
         lora_b: B [N, R], in A's dtype.
         scale: s, α/R for plain LoRA and α/√R for rsLoRA; finite. A tensor of one element stays on its device (s·B is
             then formed in B's dtype, and the gradient reaches `scale` if it wants one).
-        bias: [N], in x's dtype.
+        bias: [N], in x's dtype. Beside a `QuantizedWeight` it may have another dtype, as in bitsandbytes' layers. It is
+            then converted to x's.
         dropout_p: p in [0, 1): the probability with which an element of x is dropped in the low-rank branch. Applied
             whenever it is above 0; there is no training flag here.
         seed: the seed of the mask, an int in [0, 2⁶³) or an int64 tensor of one element on x's device. Where it is
@@ -86,6 +88,8 @@ def lora_linear(
         RuntimeError: from autograd, on double backward; for a named back-end in the transforms of torch.func that
             differentiate.
     """
+    if bias is not None and isinstance(weight, QuantizedWeight) and bias.dtype != x.dtype:
+        bias = _bias_beside(x, bias)
     layer = Layer(weight, lora_a, lora_b, scale, bias, dropout_p, seed)
     prepared = prepare("lora_linear", x, layer, backend, quantised=True)
     if prepared is None:
@@ -118,6 +122,8 @@ def explain(
 
     The arguments are those of `lora_linear` without scale and seed, and the same errors are raised.
     """
+    if bias is not None and isinstance(weight, QuantizedWeight) and bias.dtype != x.dtype:
+        bias = _bias_beside(x, bias)
     layer = Layer(weight, lora_a, lora_b, 1.0, bias, dropout_p)
     check.operands(x, layer, isinstance(weight, QuantizedWeight))
     if isinstance(weight, Tensor) and weight.requires_grad:
@@ -125,6 +131,14 @@ def explain(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     call = call_of("forward", rows, Base(weight, bias), Adapter(lora_a, lora_b, 1.0, dropout_p))
     return dispatch.explain(call, backend)
+
+
+def _bias_beside(x: Tensor, bias: Tensor) -> Tensor:
+    """Return `bias` in x's dtype. Under autocast, which converts both, and where either is no floating number, which
+    the checks refuse, it is returned as it is."""
+    if bias.dtype in check.DTYPES and x.dtype in check.DTYPES and autocast_of(x) is None:
+        return bias.to(x.dtype)
+    return bias
 
 
 def _apply(x: Tensor, base: Base, adapter: Adapter, backend: str | None) -> Tensor:

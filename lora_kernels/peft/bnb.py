@@ -227,7 +227,6 @@ class _FusedBnb(Fused):
         w, bias, _, inner, outer = operands
         assert isinstance(w, QuantizedWeight)
         with no_autocast(x.device.type):
-            bias = None if bias is None else bias.to(inner)
             return quantized_linear(x.to(inner), w, bias, self._backend).to(outer)
 
     def _settle(self, x: Tensor) -> None:

@@ -61,8 +61,6 @@ def as_one_adapter(operands: Operands) -> OneAdapter:
         if adapter.b_bias is not None:
             term = adapter.b_bias.to(inner) * adapter.scale
             bias = term if bias is None else bias + term
-    if bias is not None and bias.dtype != inner and isinstance(w, QuantizedWeight):
-        bias = bias.to(inner)  # as bitsandbytes does; beside a dense W, torch refuses a bias of another dtype
     a, b, _, scale, p, _ = adapter  # the only adapter, or the last of several: these replace a, b and scale
     if len(adapters) > 1:
         a = torch.cat([each.a for each in adapters.values()])
