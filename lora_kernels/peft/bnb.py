@@ -183,6 +183,12 @@ class _FusedBnb(Fused):
         return (_WeightCache() if cache is None else cache).read(layer._modules["base_layer"])
 
     @staticmethod
+    def known_dtype(layer: Any) -> torch.dtype | None:
+        """Return the compute_dtype of a Linear4bit. A Linear8bitLt computes in x's dtype."""
+        dtype: torch.dtype | None = getattr(layer.base_layer, "compute_dtype", None)
+        return dtype
+
+    @staticmethod
     def variant_reason(layer: Any, name: str) -> str:
         """Return why the adapter's variant cannot be fused: over a quantised weight no variant can."""
         kind = type(layer.lora_variant[name])

@@ -231,6 +231,11 @@ class Fused:
         raise NotImplementedError
 
     @staticmethod
+    def known_dtype(layer: Any) -> torch.dtype | None:
+        """Return the dtype in which a call is computed outside autocast, where it does not depend on x."""
+        raise NotImplementedError
+
+    @staticmethod
     def base_note(layer: Any) -> str:
         """Return the text that follows the size of the base in a report."""
         return ""

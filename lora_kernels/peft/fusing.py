@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
@@ -120,8 +120,8 @@ def fuse(
         adapters = [kind.read_adapter(layer, name) for name in layer.lora_A]
         reasons = [why for why in adapters if isinstance(why, str)]
         biased = any(isinstance(each, PeftAdapter) and each.b_bias is not None for each in adapters)
-        if biased and isinstance(base[0], Tensor):
-            reasons += filter(None, [why_not_biased(base[0].dtype)])
+        if biased and (dtype := kind.known_dtype(layer)):
+            reasons += filter(None, [why_not_biased(dtype)])
         if reasons:
             not_fused[path] = "; ".join(reasons)
         else:

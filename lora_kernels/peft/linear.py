@@ -97,6 +97,12 @@ class FusedLinear(Fused, peft_layer.Linear):
         return weight.t() if transposed else weight, bias
 
     @staticmethod
+    def known_dtype(layer: Any) -> torch.dtype:
+        """Return the dtype of W."""
+        dtype: torch.dtype = weight_and_bias(layer.base_layer)[0].dtype
+        return dtype
+
+    @staticmethod
     def variant_reason(layer: Any, name: str) -> str | None:
         """Return why the adapter's variant is not a DoRA that can be fused; None where it is."""
         kind = type(layer.lora_variant[name])

@@ -63,8 +63,10 @@ def as_one_adapter(operands: Operands) -> OneAdapter:
             bias = term if bias is None else bias + term
     a, b, _, scale, p, _ = adapter  # the only adapter, or the last of several: these replace a, b and scale
     if len(adapters) > 1:
-        a = torch.cat([each.a for each in adapters.values()])
-        b = torch.cat([each.b * each.scale for each in adapters.values()], 1)
+        # In 16 bits s·B would be rounded, and the gradient of s·B may overflow where that of B, s times it, does not.
+        wide = torch.promote_types(a.dtype, torch.float32)
+        a = torch.cat([each.a.to(wide) for each in adapters.values()])
+        b = torch.cat([each.b.to(wide) * each.scale for each in adapters.values()], 1)
         scale = 1.0
     # Adapters in 16 bits may stand beside a bitsandbytes base that computes in fp32.
     if inner == torch.float32 and not a.dtype == b.dtype == inner:

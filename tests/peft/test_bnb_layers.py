@@ -388,3 +388,13 @@ def test_bitsandbytes_is_not_needed():
         "assert len(lora_kernels.fuse(m).fused) == 1 and 'lora_kernels.peft.bnb' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_bias_of_lora_b_is_pefts_in_16_bits():
+    """The bias of lora_B would be rounded to 16 bits. The report says so where compute_dtype shows it."""
+    model = make(Net(compute_dtype=BF16), lora_bias=True, target_modules=["up"])
+    why = f"lora_bias beside {BF16}: the sum of the two biases would be rounded to it"
+    report = lora_kernels.fuse(model)
+    assert list(report.not_fused.values()) == [why]
+    model(torch.randn(5, 64, dtype=BF16))
+    assert fused_layers(model)[0].passed_over == {why: 1}

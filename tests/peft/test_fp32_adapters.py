@@ -77,3 +77,29 @@ def test_a_bias_of_lora_b_loses_no_more_than_in_peft(biases, adapters, dtype):
     reason = f"lora_bias beside {dtype}: the sum of the two biases would be rounded to it"
     assert fused.base_model.model[0].passed_over == {reason: 2}
     assert list(report.not_fused.values()) == [reason]
+
+
+@pytest.mark.parametrize("alphas", [(1, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("adapters", ["fp32", "same"])
+def test_two_adapters_of_small_scales_lose_no_more_than_in_peft(adapters, alphas):
+    """s times B is not rounded to fp16, and no gradient overflows before it is multiplied by s."""
+    made = [
+        peft.LoraConfig(r=8, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False, rank_pattern={})
+        for alpha in alphas
+    ]
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(K, N, dtype=torch.float16)), made[0])
+    model.add_adapter("other", made[1])
+    model.base_model.set_adapter(["default", "other"])
+    layer = model.base_model.model[0]
+    for name, alpha in zip(("default", "other"), alphas, strict=True):
+        layer.scaling[name] = alpha / 1024
+    if adapters == "same":
+        model.half()
+    x, dy = 40 * torch.rand(128, K).half(), 60 * torch.rand(128, N).half()
+    want = gradients(copy.deepcopy(model).double(), x.double(), dy.double())
+    theirs = gradients(model, x, dy)
+    fused = copy.deepcopy(model)
+    fuse(fused, strict=True)
+    for name, got in gradients(fused, x, dy).items():
+        ours, peers = (rms(each.double() - want[name]) for each in (got, theirs[name]))
+        assert ours <= 1.25 * peers, (name, ours, peers)
