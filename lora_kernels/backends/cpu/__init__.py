@@ -66,12 +66,14 @@ def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_
     for (a, *_), save in zip(adapters, save_h, strict=True):
         hs.append(a.new_empty(x.shape[0], a.shape[0]) if save else None)
     ys, rest, in_launch = [], [], []
+    bias_first = x.dtype != torch.float32
     for base in bases:
         w, bias = base
-        early = bias if x.dtype != torch.float32 else None
-        y, launched = quant.start(x, w, early) if isinstance(w, QuantizedWeight) else gemm.start(x, w, early)
+        if not bias_first:
+            bias = None
+        y, launched = quant.start(x, w, bias) if isinstance(w, QuantizedWeight) else gemm.start(x, w, bias)
         ys.append(y)
-        rest.append(base if launched or early is None else Base(w))
+        rest.append(base if launched or bias is None else Base(w))
         in_launch.append(launched)
     _C.forward(torch.get_num_threads(), x, rest, adapters, ys, hs, in_launch)
     return ys, hs
