@@ -118,6 +118,6 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor) -> Tensor:
-    """Return x wᵀ [M, N] for a dense w of any strides."""
-    return gemm.base_gemm(x if x.stride()[1] == 1 else x.contiguous(), w)
+def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x wᵀ + bias [M, N] for a dense w of any strides. A bias may be given for an x in 16 bits only."""
+    return gemm.base_gemm(x if x.stride()[1] == 1 else x.contiguous(), w, bias=bias)
