@@ -105,13 +105,13 @@ def apply_lora(
         dispatch.load(backend)
     inputs = None if verify is None or verify is False else dry_run.inputs_for(model, verify)
     report, undo = _replaced(model, selection)
-    if inputs is not None:
-        try:
+    try:
+        if inputs is not None:
             report = report.verified_with(model, inputs)
-        except BaseException:
-            undo()
-            raise
-    _warn(report, selection)
+        _warn(report, selection)  # which raises where warnings are errors
+    except BaseException:
+        undo()
+        raise
     return report
 
 
