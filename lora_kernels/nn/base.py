@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import merging
+from lora_kernels.nn import merging, offload
 from lora_kernels.nn.settings import LoRASettings
 
 
@@ -87,17 +87,21 @@ class AdapterLinear(nn.Module):
 
     def _check_merged(self, lora_a: Tensor) -> None:
         """Warn in the forward of a merged module if its adapter would be trained were it not merged. Raise ValueError
-        where accelerate has offloaded the merged module: it keeps the weights of ``state_dict``, which is W."""
+        where accelerate has offloaded the module after it was merged: it keeps the weights of ``state_dict``, which is
+        W."""
         if self.training and lora_a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(
                 f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
             )
-        hook = self.__dict__.get("_hf_hook")
-        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+        self._refuse_lost_merge()
+
+    def _refuse_lost_merge(self) -> None:
+        """Raise ValueError for a merged module that accelerate has offloaded since it was merged."""
+        if offload.hook_of(self) is not None and not offload.has_replaced(self, "weight"):
             raise ValueError(
                 f"this {type(self).__name__} was merged when accelerate offloaded it, and accelerate has kept the "
                 "weight without the adapter. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) and "
-                "unmerge(), then offload the model"
+                "unmerge(), then offload the model, and merge it after that"
             )
 
     def reset_adapter(self) -> None:

@@ -111,7 +111,7 @@ def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(settings):
     layers, trained = dict(model.named_modules()), {name: p.requires_grad for name, p in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="got no adapter|take no part"):
+        with pytest.raises(UserWarning, match=r"got no adapter|take no part"):
             apply_lora(model, **settings)
     assert dict(model.named_modules()) == layers
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
