@@ -209,7 +209,7 @@ class FusedLoRALinear(AdapterLinear):
         Raises what `lora_linear` raises."""
         weight, bias, a, b = self._parts()
         if self._base is not None:
-            self._check_merged(a)
+            self._check_merged(weight, self._base, a)
             return F.linear(input, weight, bias)
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
@@ -289,7 +289,7 @@ class FusedLoRALinear(AdapterLinear):
             merged = nn.Parameter(self._merged_weight(safe), requires_grad=False)
             base = offload.as_kept(self, cast(nn.Parameter, self._parameters["weight"]), "weight")
             self._parameters["weight"] = merged
-        self._keep_base(base)
+        self._keep_base(base, merged if offload.hook_of(self) is None else None)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -311,8 +311,9 @@ class FusedLoRALinear(AdapterLinear):
             self._parameters["weight"] = base
         self._keep_base(None)
 
-    def _keep_base(self, base: nn.Parameter | None) -> None:
-        self.__dict__["_base"] = base  # nn.Module's __setattr__ would make it one of the parameters
+    def _keep_base(self, base: nn.Parameter | None, merged: nn.Parameter | None = None) -> None:
+        # nn.Module's __setattr__ would make them parameters of the module.
+        self.__dict__.update(_base=base, _merged_as=merged)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter. Raises ValueError for a new weight of a merged module: the adapter would be dropped."""
@@ -370,7 +371,7 @@ class FusedLoRALinear(AdapterLinear):
         try:
             super()._apply(fn, recurse)
         finally:
-            self._keep_base(self._parameters.pop("_base"))
+            self.__dict__["_base"] = self._parameters.pop("_base")
         return self
 
     def _magnitude_is_new(self, or_norm: bool) -> bool:

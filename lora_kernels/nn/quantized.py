@@ -175,7 +175,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         codes, bias, a, b = self._parts()
         w = self._assembled(codes)
         if self._unmerged is not None:
-            self._check_merged(a)
+            self._check_merged(codes, self._unmerged.codes, a)
             return quantized_linear(input, w, bias, self.backend)
         p = self.lora_dropout if self.training else 0.0
         return lora_linear(input, w, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
@@ -228,6 +228,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
                 before = before.to("cpu")
             self._put(after)
         self._unmerged, self._report = before, report
+        self.__dict__["_merged_as"] = None if offload.hook_of(self) else self._parameters["weight"]
         return report
 
     @torch.inference_mode(False)
@@ -242,7 +243,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
             with offload.onloaded(self):
                 here = self.weight.device
                 self._put(before if before.device == here else before.to(here))  # merged while it was offloaded
-            self._unmerged = None
+            self._unmerged = self.__dict__["_merged_as"] = None
 
     def _put(self, w: QuantizedWeight) -> None:
         """Make the tensors of `w` the stored ones."""

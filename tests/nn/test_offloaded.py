@@ -169,6 +169,45 @@ def test_values_that_a_module_around_keeps_are_refused_with_the_way_out(settings
     assert torch.equal(net(x), want)
 
 
+def test_a_merged_layer_notices_that_a_module_around_it_has_put_w_back(settings):
+    net, x = model(**settings).eval(), torch.randn(3, 64)
+    want, lossy = net(x), {"lossy": True} if "quant" in settings else {}
+    net[0].merge(**lossy)
+    merged = net(x)
+    accelerate.cpu_offload(net, execution_device="cpu", offload_buffers=True, preload_module_classes=["Sequential"])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"its weight is W without the adapter.*unmerge\(\)"):
+            net(x)
+    remove_hook_from_module(net, recurse=True)
+    net[0].unmerge()
+    assert torch.equal(net(x), want)
+    net[0].merge(**lossy)
+    assert torch.equal(net(x), merged)
+
+
+def test_a_merged_layer_takes_another_parameter_of_the_same_values(settings):
+    net, x = model(**settings).eval(), torch.randn(3, 64)
+    lossy = {"lossy": True} if "quant" in settings else {}
+    net[0].merge(**lossy)
+    want, copied = net(x), copy.deepcopy(net)
+    for each in (net, copied):
+        assert each[0]._merged_as is each[0].weight
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            each.double().float()
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(before)
+        assert each[0]._merged_as is each[0].weight and torch.equal(each(x), want)
+        each[0]._parameters["weight"] = nn.Parameter(each[0].weight.detach().clone(), requires_grad=False)
+        assert torch.equal(each(x), want) and each[0]._merged_as is each[0].weight
+    zero = model(**settings)
+    nn.init.zeros_(zero[0].lora_B)
+    zero[0].merge(**lossy)
+    zero[0]._parameters["weight"] = nn.Parameter(zero[0].weight.detach().clone(), requires_grad=False)
+    zero.eval()(x)  # the merged weight is W here
+
+
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_a_merged_layer_is_not_computed_from_what_accelerate_has_kept(quant):
     """accelerate keeps the tensors of state_dict(), which has the weight without the adapter."""
