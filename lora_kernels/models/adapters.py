@@ -44,8 +44,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no `FusedLoRALinear`; it is one itself, and so has no name to save under; its layers
-            have further parameters, or sharded or flattened ones, or ones without values (on the meta device); or they
-            differ in use_rslora or use_dora, of which the format has one for all.
+            have further parameters, or sharded or flattened ones, or ones without values (on the meta device), or a
+            lora_alpha or lora_dropout that is no finite number; or they differ in use_rslora or use_dora, of which the
+            format has one for all.
         OSError: the files cannot be written: no permission, no space, or another process that has held the directory's
             lock for a minute.
         ImportError: safetensors is not installed.
