@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all, and the locks of those who write them.
+"""Files that are replaced as a whole or not at all.
 
 A save writes into a folder of its own inside the target's folder, marks it as ready, and renames what it has written.
 If the process is killed before the mark, the next save removes the folder. If it is killed after it, the next save or
@@ -14,10 +14,10 @@ import os
 import shutil
 import stat
 import tempfile
-import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from lora_kernels.core.locks import locked, release, try_lock
 
 _SUFFIX = ".lora_kernels.tmp"
 """The end of the name of every temporary folder."""
@@ -26,8 +26,6 @@ _LOCK, _READY = "lock", "ready"
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 """The errors of opening what has the name of a temporary folder: it was just removed, is a file or a link, or nobody
 may look into it. None is what a save leaves."""
-_WAIT = 60.0
-"""The seconds after which a lock that another process holds is an error."""
 _MOST_BYTES = 64 << 20
 """The size of the largest file of settings or findings that is read. Real ones have some kilobytes."""
 
@@ -90,79 +88,6 @@ def finish(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, shared: bool = False) -> Iterator[bool]:
-    """Hold the lock of a folder, or of a file that is made where there is none. Yields whether it is held.
-
-    Processes and threads exclude each other; those with `shared` do so only with those without. The lock of a folder
-    leaves no file behind, but on a network file system it holds between processes of one machine only; a file's holds
-    between machines too. Warns and goes on without a lock where the folder cannot be opened for reading, or the file
-    system has no locks.
-
-    Raises:
-        TimeoutError: another process has held the lock for a minute.
-    """
-    folder = path.is_dir()
-    try:
-        flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    except PermissionError as error:
-        if not folder:
-            raise
-        _warn_unlocked(path, error)
-        yield False
-        return
-    try:
-        held = True
-        try:
-            _acquire(descriptor, path, shared)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            _warn_unlocked(path, error)
-            held = False
-        yield held
-    finally:
-        _release(descriptor)
-
-
-def _acquire(descriptor: int, path: Path, shared: bool) -> None:
-    """Wait for a lock. It is asked for again and again, because a wait in the kernel could not be ended by a limit."""
-    import fcntl  # only Unix has it
-
-    until, pause = time.monotonic() + _WAIT, 0.001
-    while True:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise TimeoutError(
-                    errno.ETIMEDOUT,
-                    f"another process has held the lock for {_WAIT:g} s; end it, or wait for it and try again",
-                    str(path),
-                ) from None
-        time.sleep(pause)
-        pause = min(2 * pause, 0.02)
-
-
-def _release(descriptor: int) -> None:
-    import fcntl
-
-    with contextlib.suppress(OSError):
-        # Closing alone would leave the lock to a process that was forked in the meantime and shares the descriptor.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
-
-
-def _warn_unlocked(path: Path, error: OSError) -> None:
-    warnings.warn(
-        f"{path} cannot be locked ({error.strerror}): do not let several processes write there at once",
-        RuntimeWarning,
-        stacklevel=5,
-    )
-
-
-@contextlib.contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
     """Make a temporary folder in `folder`, and remove it at the end. Those of killed processes are settled first.
 
@@ -175,7 +100,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
         space = Path(tempfile.mkdtemp(prefix=".", suffix=_SUFFIX, dir=folder))
         try:
             descriptor = os.open(space / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            _try_lock(descriptor)
+            try_lock(descriptor)
         except BaseException:
             shutil.rmtree(space, ignore_errors=True)
             raise
@@ -183,7 +108,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
         yield space
     finally:
         shutil.rmtree(space, ignore_errors=True)
-        _release(descriptor)
+        release(descriptor)
 
 
 def _settle(folder: Path) -> None:
@@ -205,8 +130,8 @@ def _settle(folder: Path) -> None:
                 continue
             lock = _lock_in(inside)
             if isinstance(lock, int):
-                opened.callback(_release, lock)
-                if not _try_lock(lock):
+                opened.callback(release, lock)
+                if not try_lock(lock):
                     continue
             # Without a lock file its process was killed before it made the file, or after it had put the files in place
             # and removed it.
@@ -259,16 +184,6 @@ def _unrenamed(space: int, folder: Path) -> list[str]:
             if stat.S_ISDIR(place.st_mode) or place.st_mtime_ns > ready.st_mtime_ns:
                 return []
     return names
-
-
-def _try_lock(descriptor: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # in use, or no locks on this file system
-        return False
-    return True
 
 
 def _swap(paths: list[Path], space: Path) -> None:

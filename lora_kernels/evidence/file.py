@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels.core import atomic
+from lora_kernels.core import atomic, locks
 from lora_kernels.core.operands import Call, power_of_two
 from lora_kernels.evidence.identity import Identity
 
@@ -144,7 +144,7 @@ def add(path: Path, new: Evidence) -> Evidence:
     """Add `new` to a file and return what the file then holds. What the file held before is dropped where it cannot be
     read or has another identity. Raises OSError where the file cannot be written; it is then left as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.locked(path.with_name(f".{path.name}.lock")):  # what two processes add is not lost
+    with locks.locked(path.with_name(f".{path.name}.lock")):  # what two processes add is not lost
         whole = new
         with contextlib.suppress(OSError, Unreadable):
             before = read(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_kernels.core import atomic
+from lora_kernels.core import atomic, locks
 from lora_kernels.models import inject
 from lora_kernels.models.adapter_checks import refuse_unsaved_parts, values_of
 from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, config_of, read_config
@@ -180,5 +180,5 @@ def _read(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             f"{directory}: a save was killed between its two files and cannot be finished ({error}). Call save_adapter "
             "again, or load_adapter where the directory may be written. Nothing was loaded"
         ) from error
-    with atomic.locked(directory, shared=True):
+    with locks.locked(directory, shared=True):
         return read_config(directory / CONFIG), read_weights(directory / WEIGHTS)
