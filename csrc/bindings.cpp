@@ -191,7 +191,7 @@ PYBIND11_MODULE(_C, m) {
       "da or db that is None is not written.");
   m.def("gemm", &gemm,
         "Write y = x w^T, or add it to y, or write y = x w^T + bias in 16 bits. x has a dtype of has_gemm, or, without "
-        "add and bias, at most FEW_ROWS rows beside a w whose rows are contiguous.");
+        "add, at most FEW_ROWS rows beside a w whose rows are contiguous.");
   m.def("is_small", &lk::cpu::is_small,
         "Return whether forward and backward compute the base products of x [M, K] and w [N, K] faster than any GEMM.");
   m.def(

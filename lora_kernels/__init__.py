@@ -13,7 +13,7 @@ from lora_kernels.ops.linear import explain, lora_linear
 from lora_kernels.quant.weight import QuantizedWeight, dequantize_weight, quantize_weight
 
 if TYPE_CHECKING:
-    from lora_kernels.models.adapters import load_adapter, load_loralib, save_adapter
+    from lora_kernels.models.adapters import load_adapter, save_adapter
     from lora_kernels.models.inject import (
         adapter_parameters,
         apply_lora,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         merge_and_unload,
         trainable_parameters,
     )
+    from lora_kernels.models.loralib import load_loralib
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "models.adapters": ("load_adapter", "load_loralib", "save_adapter"),
+    "models.adapters": ("load_adapter", "save_adapter"),
     "models.inject": (
         "adapter_parameters",
         "apply_lora",
@@ -62,6 +63,7 @@ _LAZY = {
         "merge_and_unload",
         "trainable_parameters",
     ),
+    "models.loralib": ("load_loralib",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
     "ops.group": ("lora_linear_group",),
     "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "grid.h"
+#include "isa.h"
 #include "quant.h"
 #include "scratch.h"
 
@@ -39,16 +40,22 @@ bool is_small(i64 M, i64 N, i64 K);
 // dx = dy w, or dx += dy w, where is_small
 std::unique_ptr<FewRows> few_rows_back(i64 M, i64 N, i64 K, Tile dy, Tile w, Tile dx, bool add);
 
-// Compute the whole product with a team of its own.
-inline void run(int threads, FewRows& few) {
+// Compute the whole product with a team of its own. The bias [N] may be absent.
+inline void run(int threads, FewRows& few, i64 N = 0, Tile bias = {}) {
+  const bool convert = bias && bias.dtype != DType::f32;
+  const float* added = convert ? nullptr : static_cast<const float*>(bias.data);
   Scratch scratch;
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) scratch.reserve();
     few.take(scratch, threads);
+    if (float* const bias32 = scratch.floats(convert ? N : 0); convert && pass) {
+      kernels().read(bias, 1, N, 1.0f, {bias32, N});
+      added = bias32;
+    }
   }
   few.arrange();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (i64 t = 0; t < few.strips(); ++t) few.strip(t, nullptr);
+  for (i64 t = 0; t < few.strips(); ++t) few.strip(t, added);
 }
 
 }  // namespace lk::cpu

@@ -89,8 +89,8 @@ class DenseBack : public FewRows {
 }  // namespace
 
 void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add, Tile bias) {
-  if (!add && !bias && M <= kFewRows && stride_wk == 1)
-    return run(team(threads, 2.0 * M * N * K), *few_rows(M, N, K, x, w, y));
+  if (!add && M <= kFewRows && stride_wk == 1)
+    return run(team(threads, 2.0 * M * N * K), *few_rows(M, N, K, x, w, y), N, bias);
   gemm_by_panels(threads, M, N, K, x, y, add, bias, 0, [&](i64 n0, i64 cols, i64 k0, i64 depth, float*, float* P) {
     const Gemm& g = *kernels().gemm(x.dtype);
     g.pack({w.at(n0, k0 * stride_wk).data, w.ld, stride_wk}, cols, depth, g.floats(depth), P);

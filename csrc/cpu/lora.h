@@ -52,7 +52,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
 void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Branch>& branches);
 
 // The base GEMM: y = x w^T [M, N], or y += x w^T, or y = x w^T + bias for a y in 16 bits. w(n, k) lies at n w.ld + k
-// stride_wk. x has a dtype of gemm_of, or, without add and bias, at most kFewRows rows beside a w with stride_wk 1.
+// stride_wk. x has a dtype of gemm_of, or, without add, at most kFewRows rows beside a w with stride_wk 1.
 void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add, Tile bias);
 
 // Whether the GEMM takes any number of rows of this dtype: fp32, and bf16 where the processor multiplies it.

@@ -80,8 +80,8 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return dropout.keep_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
 
 
-def base_gemm(x: Tensor, w: Tensor) -> Tensor:
-    return F.linear(x, w)
+def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, w, bias)
 
 
 def _blocks(w: QuantizedWeight) -> list[tuple[int, int]]:

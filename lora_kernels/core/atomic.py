@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all, and the locks of those who write them.
+"""Files that are replaced as a whole or not at all.
 
 A save writes into a folder of its own inside the target's folder, marks it as ready, and renames what it has written.
 If the process is killed before the mark, the next save removes the folder. If it is killed after it, the next save or
@@ -14,17 +14,18 @@ import os
 import shutil
 import stat
 import tempfile
-import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from lora_kernels.core.locks import locked, release, try_lock
 
 _SUFFIX = ".lora_kernels.tmp"
 """The end of the name of every temporary folder."""
 _LOCK, _READY = "lock", "ready"
 """Files in it: one that is locked as long as its process lives, and one that says that every new file is complete."""
-_WAIT = 60.0
-"""The seconds after which a lock that another process holds is an error."""
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
+"""The errors of opening what has the name of a temporary folder: it was just removed, is a file or a link, or nobody
+may look into it. None is what a save leaves."""
 _MOST_BYTES = 64 << 20
 """The size of the largest file of settings or findings that is read. Real ones have some kilobytes."""
 
@@ -87,79 +88,6 @@ def finish(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, shared: bool = False) -> Iterator[bool]:
-    """Hold the lock of a folder, or of a file that is made where there is none. Yields whether it is held.
-
-    Processes and threads exclude each other; those with `shared` do so only with those without. The lock of a folder
-    leaves no file behind, but on a network file system it holds between processes of one machine only; a file's holds
-    between machines too. Warns and goes on without a lock where the folder cannot be opened for reading, or the file
-    system has no locks.
-
-    Raises:
-        TimeoutError: another process has held the lock for a minute.
-    """
-    folder = path.is_dir()
-    try:
-        flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    except PermissionError as error:
-        if not folder:
-            raise
-        _warn_unlocked(path, error)
-        yield False
-        return
-    try:
-        held = True
-        try:
-            _acquire(descriptor, path, shared)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            _warn_unlocked(path, error)
-            held = False
-        yield held
-    finally:
-        _release(descriptor)
-
-
-def _acquire(descriptor: int, path: Path, shared: bool) -> None:
-    """Wait for a lock. It is asked for again and again, because a wait in the kernel could not be ended by a limit."""
-    import fcntl  # only Unix has it
-
-    until, pause = time.monotonic() + _WAIT, 0.001
-    while True:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise TimeoutError(
-                    errno.ETIMEDOUT,
-                    f"another process has held the lock for {_WAIT:g} s; end it, or wait for it and try again",
-                    str(path),
-                ) from None
-        time.sleep(pause)
-        pause = min(2 * pause, 0.02)
-
-
-def _release(descriptor: int) -> None:
-    import fcntl
-
-    with contextlib.suppress(OSError):
-        # Closing alone would leave the lock to a process that was forked in the meantime and shares the descriptor.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
-
-
-def _warn_unlocked(path: Path, error: OSError) -> None:
-    warnings.warn(
-        f"{path} cannot be locked ({error.strerror}): do not let several processes write there at once",
-        RuntimeWarning,
-        stacklevel=5,
-    )
-
-
-@contextlib.contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
     """Make a temporary folder in `folder`, and remove it at the end. Those of killed processes are settled first.
 
@@ -172,7 +100,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
         space = Path(tempfile.mkdtemp(prefix=".", suffix=_SUFFIX, dir=folder))
         try:
             descriptor = os.open(space / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            _try_lock(descriptor)
+            try_lock(descriptor)
         except BaseException:
             shutil.rmtree(space, ignore_errors=True)
             raise
@@ -180,52 +108,82 @@ def _workspace(folder: Path) -> Iterator[Path]:
         yield space
     finally:
         shutil.rmtree(space, ignore_errors=True)
-        _release(descriptor)
+        release(descriptor)
 
 
 def _settle(folder: Path) -> None:
-    """Finish, or else remove, what killed processes of this user have left in `folder`, whose lock is held."""
+    """Finish, or else remove, what killed processes of this user have left in `folder`, whose lock is held.
+
+    A folder that no save of this user can have left is not finished: its files are removed where that is possible.
+
+    Raises OSError where new files are complete but cannot be put in their places."""
     for space in folder.glob(f".*{_SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError):  # its process is just removing it
-            status = space.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-                continue
-            ready, descriptor = (space / _READY).exists(), None
+        with contextlib.ExitStack() as opened:
             try:
-                descriptor = os.open(space / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except FileNotFoundError:  # killed before it made its lock, or after it removed it
-                pass
-            except OSError:  # a folder that may only be read
-                if ready:
-                    raise
+                inside = os.open(space, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno in _NO_FOLDER:
+                    continue
+                raise
+            opened.callback(os.close, inside)
+            if os.fstat(inside).st_uid != os.geteuid():
                 continue
+            lock = _lock_in(inside)
+            if isinstance(lock, int):
+                opened.callback(release, lock)
+                if not try_lock(lock):
+                    continue
+            # Without a lock file its process was killed before it made the file, or after it had put the files in place
+            # and removed it.
             try:
-                if descriptor is None or _try_lock(descriptor):
-                    for new in _unrenamed(space) if ready else ():
-                        os.replace(new, folder / new.stem)
-                    shutil.rmtree(space, ignore_errors=True)
-            finally:
-                if descriptor is not None:
-                    _release(descriptor)
+                for name in _unrenamed(inside, folder) if isinstance(lock, int) else ():
+                    os.replace(f"{name}.new", folder / name, src_dir_fd=inside)
+            except OSError as error:
+                why = (
+                    f"{error.strerror}: what a killed save has left in {space} cannot be put in place (make both "
+                    "folders writable, or remove it to keep the other files)"
+                )
+                raise OSError(error.errno, why, str(folder)) from error
+            shutil.rmtree(space, ignore_errors=True)  # it follows no links
 
 
-def _unrenamed(space: Path) -> list[Path]:
-    """Return the new files in `space` that are still to be renamed: none if another program has written a newer file in
-    the place of one of them."""
-    new = sorted(space.glob("*.new"))
-    since = (space / _READY).stat().st_mtime_ns
-    places = [space.parent / path.stem for path in new]
-    return [] if any(place.exists() and place.stat().st_mtime_ns > since for place in places) else new
+def _lock_in(space: int) -> int | None:
+    """Return a descriptor of the lock in a temporary folder; None where there is no file that a save has made."""
+    status = _regular(space, _LOCK)
+    if status is None:
+        return None
+    for mode in (os.O_RDWR, os.O_RDONLY):  # a network file system locks what is open for writing only
+        with contextlib.suppress(OSError):  # it is only readable, or not even that
+            return os.open(_LOCK, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=space)
+    return None
 
 
-def _try_lock(descriptor: int) -> bool:
-    import fcntl
-
+def _regular(space: int, name: str) -> os.stat_result | None:
+    """Return the status of a file in a folder; None where there is no regular file of this name."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # in use, or no locks on this file system
-        return False
-    return True
+        status = os.stat(name, dir_fd=space, follow_symlinks=False)
+    except (FileNotFoundError, PermissionError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _unrenamed(space: int, folder: Path) -> list[str]:
+    """Return the names of the files that are still to be renamed from a temporary folder into `folder`.
+
+    There are none if the new files are not complete, if another program has written a newer file or made a folder in
+    the place of one of them, or if something is among them that no save makes."""
+    ready = _regular(space, _READY)
+    if ready is None:
+        return []
+    names = sorted(name.removesuffix(".new") for name in os.listdir(space) if name.endswith(".new"))
+    for name in names:
+        if name in ("", ".", "..") or _regular(space, f"{name}.new") is None:
+            return []
+        with contextlib.suppress(FileNotFoundError):
+            place = os.lstat(folder / name)
+            if stat.S_ISDIR(place.st_mode) or place.st_mtime_ns > ready.st_mtime_ns:
+                return []
+    return names
 
 
 def _swap(paths: list[Path], space: Path) -> None:

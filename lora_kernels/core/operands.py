@@ -104,7 +104,10 @@ def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter, layers: int = 1
     w_format = w.format if isinstance(w, QuantizedWeight) else "dense"
     M = rows.shape[0]
     M = 1 << (M - 1).bit_length() if M else 0  # `power_of_two`, without the time of a call
-    return Call(op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], adapter.p > 0, w_format, layers)
+    # Every call makes this tuple. ``Call(...)`` would enter one more Python function.
+    return tuple.__new__(
+        Call, (op, rows.device, rows.dtype, a.dtype, M, N, K, a.shape[0], adapter.p > 0, w_format, layers)
+    )
 
 
 def power_of_two(n: int) -> int:

@@ -10,6 +10,8 @@ import contextlib
 import datetime
 import hashlib
 import json
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora_kernels.core import atomic
+from lora_kernels.core import atomic, locks
 from lora_kernels.core.operands import Call, power_of_two
 from lora_kernels.evidence.identity import Identity
 
@@ -127,12 +129,12 @@ def read(path: Path) -> Evidence:
         if content["schema"] != SCHEMA:
             raise Unreadable(f"its schema is {content['schema']}, and this version reads {SCHEMA}")
         return Evidence(
-            Identity(**content["identity"]),
-            {key: Verdict(**kept) for key, kept in content["verdicts"].items()},
+            _identity(content["identity"]),
+            {key: _verdict(key, kept) for key, kept in content["verdicts"].items()},
             {_bucket(kept["bucket"]): _timing(kept) for kept in content["timings"]},
-            {key: dict(plan) for key, plan in content["plans"].items()},
+            {key: _checked(f"plan {key!r}", plan, isinstance(plan, dict)) for key, plan in content["plans"].items()},
         )
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         if isinstance(error, Unreadable):
             raise
         raise Unreadable(f"{type(error).__name__}: {error}") from error
@@ -142,7 +144,7 @@ def add(path: Path, new: Evidence) -> Evidence:
     """Add `new` to a file and return what the file then holds. What the file held before is dropped where it cannot be
     read or has another identity. Raises OSError where the file cannot be written; it is then left as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.locked(path.with_name(f".{path.name}.lock")):  # what two processes add is not lost
+    with locks.locked(path.with_name(f".{path.name}.lock")):  # what two processes add is not lost
         whole = new
         with contextlib.suppress(OSError, Unreadable):
             before = read(path)
@@ -166,18 +168,60 @@ def _write(path: Path, evidence: Evidence) -> None:
     atomic.replace({path: f"{text}\n".encode()})
 
 
+def _checked(what: str, value: Any, fits: bool) -> Any:
+    """Return a value that `fits`, and raise `Unreadable` for any other. The text shows the beginning of a long one."""
+    if not fits:
+        raise Unreadable(f"its {what} is {reprlib.repr(value)}")
+    return value
+
+
+def _identity(kept: dict[str, Any]) -> Identity:
+    found = Identity(**kept)
+    for name, value in found._asdict().items():
+        kind = int if name == "multiprocessors" else str
+        may_miss = name in ("triton", "ptxas", "extension")
+        _checked(name, value, type(value) is kind or (may_miss and value is None))
+    return found
+
+
+def _verdict(key: str, kept: dict[str, Any]) -> Verdict:
+    found = Verdict(**kept)
+    _checked(f"result of {key!r}", found.result, found.result in (RIGHT, WRONG, STUCK, BROKEN))
+    _checked(f"reason of {key!r}", found.why, isinstance(found.why, str))
+    _date(found.date)
+    return found
+
+
 def _bucket(kept: dict[str, Any]) -> Bucket:
     bucket = Bucket(**kept)
-    if not all(type(size) is int for size in (bucket.M, bucket.N, bucket.K, bucket.R)):
-        raise Unreadable(f"a bucket has sizes that are no integers: {kept}")
+    _checked("bucket's op", bucket.op, bucket.op in ("forward", "backward"))
+    for name in ("dtype", "adapter_dtype", "w_format"):
+        _checked(f"bucket's {name}", value := getattr(bucket, name), isinstance(value, str))
+    for name in ("M", "N", "K", "R"):
+        _checked(f"bucket's {name}", value := getattr(bucket, name), type(value) is int and 0 <= value < 1 << 63)
+    _checked("bucket's dropout", bucket.dropout, isinstance(bucket.dropout, bool))
     return bucket
 
 
 def _timing(kept: dict[str, Any]) -> Timing:
-    ratios = {
-        variant: (float(low), float(middle), float(high)) for variant, (low, middle, high) in kept["ratios"].items()
-    }
-    return Timing(float(kept["frozen_seconds"]), ratios, str(kept["date"]))
+    seconds = kept["frozen_seconds"]
+    _checked("frozen_seconds", seconds, _is_time(seconds))
+    ratios = {}
+    for variant, found in kept["ratios"].items():
+        fits = isinstance(found, list) and len(found) == 3 and all(map(_is_time, found)) and found == sorted(found)
+        low, middle, high = map(float, _checked(f"ratio of {variant!r}", found, fits))
+        ratios[variant] = low, middle, high
+    return Timing(float(seconds), ratios, _date(kept["date"]))
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= float(value) < float("inf")
+
+
+def _date(value: Any) -> str:
+    """Return a date in the form of `today`. Raises `Unreadable` for anything else."""
+    fits = isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII) is not None
+    return str(_checked("date", value, fits))
 
 
 def _checksum(content: Any) -> str:

@@ -7,9 +7,9 @@ from torch import nn
 
 from lora_kernels.models.adapter_files import MAGNITUDE, LayerAdapter, StoredAdapters
 from lora_kernels.models.names import plain_names
-from lora_kernels.models.offload import value_of
 from lora_kernels.models.targets import some
 from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.offload import value_of
 
 
 def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:

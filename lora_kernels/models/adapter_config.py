@@ -207,7 +207,17 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
 
 def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str, Any]:
     """Return the fields of LoraConfig that a reader of these layers' adapters needs. The others keep PEFT's defaults.
-    Raises ValueError where layers differ in use_rslora or use_dora, because a config has one value of each."""
+    Raises ValueError where layers differ in use_rslora or use_dora, because a config has one value of each, and where a
+    layer's settings are such that no reader would take them."""
+    for name, layer in layers.items():
+        for key in ("r", "lora_alpha", "lora_dropout"):
+            value = getattr(layer, key)
+            if isinstance(value, bool) or not isinstance(value, _TYPES[key]):
+                raise ValueError(f"{name}: {key} is {value!r:.100}, a {type(value).__name__}; nothing was saved")
+        try:
+            LoRASettings(layer.r, layer.lora_alpha, layer.lora_dropout).check()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; nothing was saved") from None
     for setting in ("use_rslora", "use_dora"):
         having = [name for name, layer in layers.items() if getattr(layer, setting)]
         if having and len(having) < len(layers):
@@ -226,7 +236,7 @@ def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str,
         "peft_type": "LORA",
         "task_type": None,
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,

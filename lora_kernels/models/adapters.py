@@ -1,48 +1,24 @@
-"""Adapters on disk: `save_adapter` and `load_adapter` in PEFT's format, and `load_loralib`."""
+"""Adapters on disk in PEFT's format: `save_adapter` and `load_adapter`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from lora_kernels.core import atomic
+from lora_kernels.core import atomic, locks
 from lora_kernels.models import inject
-from lora_kernels.models.adapter_checks import (
-    check_kind,
-    check_names,
-    check_shapes,
-    check_ties,
-    refuse_empty,
-    refuse_unsaved_parts,
-    values_of,
-)
+from lora_kernels.models.adapter_checks import refuse_unsaved_parts, values_of
 from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, config_of, read_config
-from lora_kernels.models.adapter_files import (
-    LORALIB_KEY,
-    MAGNITUDE,
-    PEFT_KEY,
-    WEIGHTS,
-    LayerAdapter,
-    StoredAdapters,
-    adapters_of,
-    read_weights,
-    safetensors_torch,
-)
-from lora_kernels.models.names import plain_name, plain_names
-from lora_kernels.models.reports import AdaptedLayer, ApplyReport
-from lora_kernels.models.targets import Rules, Selection, lora_layers, select, some
+from lora_kernels.models.adapter_files import MAGNITUDE, PEFT_KEY, WEIGHTS, adapters_of, read_weights, safetensors_torch
+from lora_kernels.models.adapter_values import apply_stored, fill_stored
+from lora_kernels.models.names import plain_names
+from lora_kernels.models.reports import ApplyReport
+from lora_kernels.models.targets import lora_layers, select, some
 from lora_kernels.nn.linear import FusedLoRALinear
-from lora_kernels.nn.settings import LoRASettings, scaling_of
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -68,8 +44,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no `FusedLoRALinear`; it is one itself, and so has no name to save under; its layers
-            have further parameters, or sharded or flattened ones, or ones without values (on the meta device); or they
-            differ in use_rslora or use_dora, of which the format has one for all.
+            have further parameters, or sharded or flattened ones, or ones without values (on the meta device), or a
+            lora_alpha or lora_dropout that is no finite number; or they differ in use_rslora or use_dora, of which the
+            format has one for all.
         OSError: the files cannot be written: no permission, no space, or another process that has held the directory's
             lock for a minute.
         ImportError: safetensors is not installed.
@@ -150,75 +127,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     stored = stored._replace(source=str(directory))
     if lora_layers(model):
         alphas = {name: config.alpha(name) for name in stored.layers if name in names}
-        return _fill(model, stored, alphas, config.settings.use_rslora)
+        return fill_stored(model, stored, alphas, config.settings.use_rslora)
     try:
         selection = select(model, config.settings, config.rules)
     except ValueError as error:
         raise ValueError(
             f"{directory} is an adapter of another base, or of layers not supported here: {error}"
         ) from None
-    return _apply(model, selection, stored)
-
-
-def load_loralib(
-    model: nn.Module,
-    state: Mapping[str, Tensor] | str | os.PathLike[str],
-    *,
-    lora_alpha: float | None = None,
-) -> ApplyReport:
-    """Load the result of ``loralib.lora_state_dict`` into `model`: ``<name>.lora_A`` [r, in], ``<name>.lora_B``
-    [out, r].
-
-    Args:
-        model: a model with `FusedLoRALinear` layers exactly where the state has adapters, with its ranks; or a plain
-            model, which gets such layers, as by `apply_lora`, with everything else frozen.
-        state: the dictionary, or a safetensors file. A ``.pt`` file is a pickle and is not opened here: pass
-            ``torch.load(path, weights_only=True)``.
-        lora_alpha: loralib's files do not contain it. A plain model needs it (loralib's own default is 1); None leaves
-            that of existing layers as it is.
-
-    Biases in the state (``lora_state_dict(model, bias="all")``) are written into the parameters of that name.
-    loralib's MergedLinear, Embedding and convolutions are refused, and so are layers with DoRA.
-
-    Returns and raises as `load_adapter`.
-    """
-    if isinstance(state, Mapping):
-        state, source = dict(state), "the state dict"
-    elif Path(state).suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        raise ValueError(f"{state} is a pickle and is not opened here: pass torch.load(path, weights_only=True)")
-    else:
-        state, source = read_weights(Path(state)), str(state)
-    names = {name: module for name, _, module in plain_names(model)}
-    biases = {key: state.pop(key) for key in list(state) if key.rpartition(".")[2] == "bias"}
-    stored = adapters_of(state, LORALIB_KEY, False, source, names)
-    values, bad = [], []
-    for key, value in biases.items():
-        own = getattr(names.get(plain_name(key.rpartition(".")[0], names)), "bias", None)
-        if isinstance(own, nn.Parameter) and own.shape == value.shape and value.is_floating_point():
-            values.append((own, value))
-        else:
-            bad.append(key)
-    if bad:
-        raise ValueError(f"{source}: the model has no such bias, or one of another shape: {some(bad)}")
-    layers = lora_layers(model)
-    if layers:
-        alphas = {name: layer.lora_alpha if lora_alpha is None else lora_alpha for name, layer in layers.items()}
-        return _fill(model, stored, alphas, None, values)
-    if lora_alpha is None:
-        raise ValueError("a loralib checkpoint does not hold lora_alpha: pass it (loralib's default is 1)")
-    exact = "|".join(re.escape(name) for name in stored.layers if name in names) or re.escape(next(iter(stored.layers)))
-    try:
-        selection = select(model, LoRASettings(lora_alpha=lora_alpha), Rules(exact))
-    except ValueError as error:
-        raise ValueError(f"{source} is of another base, or of layers not supported here: {error}") from None
-    targets = [
-        replace(target, settings=replace(target.settings, r=stored.layers[target.name].a.shape[0]))
-        for target in selection.targets
-    ]
-    return _apply(model, replace(selection, targets=targets), stored, values)
-
-
-# --- out of the model ---
+    return apply_stored(model, selection, stored)
 
 
 def _warn_of_what_is_not_saved(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> None:
@@ -253,9 +169,6 @@ def _warn_of_what_is_not_saved(model: nn.Module, layers: dict[str, FusedLoRALine
         )
 
 
-# --- into the model ---
-
-
 def _read(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Return what the two files of an adapter hold, which no `save_adapter` replaces in the meantime."""
     if not directory.is_dir():
@@ -267,75 +180,5 @@ def _read(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
             f"{directory}: a save was killed between its two files and cannot be finished ({error}). Call save_adapter "
             "again, or load_adapter where the directory may be written. Nothing was loaded"
         ) from error
-    with atomic.locked(directory, shared=True):
+    with locks.locked(directory, shared=True):
         return read_config(directory / CONFIG), read_weights(directory / WEIGHTS)
-
-
-def _apply(
-    model: nn.Module, selection: Selection, stored: StoredAdapters, others: Sequence[tuple[nn.Parameter, Tensor]] = ()
-) -> ApplyReport:
-    """Put LoRA layers with the values of `stored` into a plain model, write `others`, and return the report."""
-    check_names(stored, {target.name for target in selection.targets}, model)
-    for target in selection.targets:
-        check_shapes(stored, target.name, target.settings.r, target.linear)
-
-    def fill(name: str, layer: FusedLoRALinear) -> None:
-        refuse_empty({name: layer})
-        with _written(_pairs(layer, stored.layers[name])):
-            pass
-
-    with _written(others):
-        return inject.put_layers(model, selection, fill)
-
-
-def _fill(
-    model: nn.Module,
-    stored: StoredAdapters,
-    alphas: dict[str, float],
-    rslora: bool | None,
-    others: Sequence[tuple[nn.Parameter, Tensor]] = (),
-) -> ApplyReport:
-    """Write the values of `stored` into the layers of a model that has LoRA, and `others`. An `rslora` of None leaves
-    use_rslora as it is."""
-    layers = lora_layers(model)
-    refuse_unsaved_parts(layers)
-    check_names(stored, set(layers), model)
-    check_kind(stored, layers)
-    for name, layer in layers.items():
-        check_shapes(stored, name, layer.r, layer)
-        if not math.isfinite(alphas[name]):
-            raise ValueError(f"{stored.source}: lora_alpha of {name} is {alphas[name]}")
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
-        raise ValueError(f"these layers are merged: {some(merged)}. unmerge() them first")
-    refuse_empty(layers)
-    check_ties(stored, layers)
-    with _written([*others, *(pair for name, layer in layers.items() for pair in _pairs(layer, stored.layers[name]))]):
-        for name, layer in layers.items():
-            layer.lora_alpha = alphas[name]
-            layer.use_rslora = layer.use_rslora if rslora is None else rslora
-            layer.scaling = scaling_of(layer.lora_alpha, layer.r, layer.use_rslora)
-    return ApplyReport(tuple(AdaptedLayer.of(name, layer) for name, layer in layers.items()), {}, ())
-
-
-def _pairs(layer: FusedLoRALinear, adapter: LayerAdapter) -> list[tuple[nn.Parameter, Tensor]]:
-    own = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector if layer.use_dora else None
-    return [(p, value) for p, value in zip(own, adapter, strict=True) if p is not None and value is not None]
-
-
-@contextlib.contextmanager
-def _written(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """Write the values into the parameters. On an error, also in the body, every parameter has its old value again."""
-    before: list[tuple[nn.Parameter, Tensor]] = []
-    try:
-        with torch.no_grad():
-            for parameter, value in values:
-                before.append((parameter, parameter.detach().clone()))
-                parameter.copy_(value)
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for parameter, old in reversed(before):
-                with contextlib.suppress(RuntimeError):  # one that cannot be written, which was the error
-                    parameter.copy_(old)
-        raise

@@ -17,7 +17,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport, TrainableParameters
 from lora_kernels.models.targets import Names, Rules, Selection, Target, lora_layers, select, some, told_by_reason
-from lora_kernels.nn import dry_run, readers
+from lora_kernels.nn import dry_run, offload, readers
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
@@ -105,13 +105,13 @@ def apply_lora(
         dispatch.load(backend)
     inputs = None if verify is None or verify is False else dry_run.inputs_for(model, verify)
     report, undo = _replaced(model, selection)
-    if inputs is not None:
-        try:
+    try:
+        if inputs is not None:
             report = report.verified_with(model, inputs)
-        except BaseException:
-            undo()
-            raise
-    _warn(report, selection)
+        _warn(report, selection)  # which raises where warnings are errors
+    except BaseException:
+        undo()
+        raise
     return report
 
 
@@ -132,7 +132,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     `FusedLoRALinear.merge`). Returns `model`, or the new layer where `model` is a `FusedLoRALinear` itself.
 
     Every parameter is frozen afterwards, as PEFT leaves it: call ``requires_grad_()`` on those that are to train.
-    Other modules whose weights were tied to a merged one keep W.
+    Other modules whose weights were tied to a merged one keep W. The layers of an offloaded model (accelerate) stay
+    offloaded; their merged weights are kept in the CPU's memory.
 
     Raises:
         ValueError: there is no `FusedLoRALinear`, merging one gives weights that are not finite, or torch.compile has
@@ -159,6 +160,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     places = _places(model)
     for layer in layers.values():
         linear = layer.to_linear().requires_grad_(False)
+        offload.offload_like(layer, linear)
         if layer is model:
             return linear
         for place in places[id(layer)]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import merging
+from lora_kernels.nn import merging, offload
 from lora_kernels.nn.settings import LoRASettings
 
 
@@ -43,6 +43,10 @@ class AdapterLinear(nn.Module):
     use_dora: bool
     backend: str | None
     scaling: float
+
+    _merged_as: Tensor | None = None
+    """The Parameter that `merge` has put in as `weight`, or one in its place that has been found not to be W. None
+    where the merged weight is offloaded."""
 
     def _add_adapter(self, settings: LoRASettings) -> None:
         """Freeze the weight and bias, and add the adapter with values still to be set."""
@@ -97,19 +101,37 @@ class AdapterLinear(nn.Module):
         """The shape of `weight`, which holds a quantised W as codes."""
         return self.out_features, self.in_features
 
-    def _check_merged(self, lora_a: Tensor) -> None:
-        """Warn in the forward of a merged module if its adapter would be trained were it not merged. Raise ValueError
-        where accelerate has offloaded the merged module: it keeps the weights of ``state_dict``, which is W."""
-        if self.training and lora_a.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    def _check_merged(self, weight: Tensor, base: Tensor, lora_a: Tensor) -> None:
+        """Check the forward of a merged module, with `weight` as its weight and `base` as W. Warn if its adapter would
+        be trained were it not merged. Raise ValueError where `weight` is W again: accelerate, for example, offloads the
+        values of ``state_dict``, which are W."""
+        if torch.compiler.is_compiling():
+            return
+        if self.training and lora_a.requires_grad and torch.is_grad_enabled():
             warnings.warn(
                 f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
             )
-        hook = self.__dict__.get("_hf_hook")
-        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+        self._refuse_lost_merge()
+        before = self._merged_as
+        if before is None or weight is before or not _are_plain(weight, base, before):
+            return
+        if _same(weight, base) and not _same(before, base):
+            raise ValueError(
+                f"this {type(self).__name__} is merged, but its weight is W without the adapter: other code has put "
+                "the weight of state_dict() there, as accelerate does where it offloads the modules around this one. "
+                "Call unmerge(), after accelerate.hooks.remove_hook_from_module(model, recurse=True) if the model is "
+                "offloaded, and merge again"
+            )
+        if weight._base is None:  # FSDP gives views, which must not be kept
+            self.__dict__["_merged_as"] = weight
+
+    def _refuse_lost_merge(self) -> None:
+        """Raise ValueError for a merged module that accelerate has offloaded since it was merged."""
+        if offload.hook_of(self) is not None and not offload.has_replaced(self, "weight"):
             raise ValueError(
                 f"this {type(self).__name__} was merged when accelerate offloaded it, and accelerate has kept the "
                 "weight without the adapter. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) and "
-                "unmerge(), then offload the model"
+                "unmerge(), then offload the model, and merge it after that"
             )
 
     def reset_parameters(self) -> None:
@@ -145,7 +167,10 @@ class AdapterLinear(nn.Module):
         """Move and convert every tensor with `fn`. Where `fn` gives memory that nobody has written, as
         ``Module.to_empty`` does, the adapter gets its first values: a checkpoint of the plain layer has none for it."""
         emptied = self.lora_A.is_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+        known = self._merged_as is not None and self._parameters.get("weight") is self._merged_as
         super()._apply(fn, recurse)
+        if known:
+            self.__dict__["_merged_as"] = self._parameters["weight"]
         if emptied and not self.lora_A.is_meta:
             self._reset_adapter()
         return self
@@ -163,3 +188,16 @@ class AdapterLinear(nn.Module):
         if self.backend is not None:
             text += f", backend={self.backend!r}"
         return text + (", merged" if self.merged else "")
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Return whether the values of these tensors can be compared."""
+    plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors)
+    return plain and not torch._C._are_functorch_transforms_active()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two matrices are equal. Most that are not differ in their first row."""
+    return one.shape == other.shape and all(
+        torch.equal(one[rows], other[rows].to(one.device, one.dtype)) for rows in (slice(1), slice(1, None))
+    )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.nn import construct, fit, loading, magnitude, merging
+from lora_kernels.nn import construct, fit, loading, magnitude, merging, offload
 from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.dora import dora_linear
@@ -177,7 +177,7 @@ class FusedLoRALinear(AdapterLinear):
         Raises what `lora_linear` raises."""
         weight, bias, a, b = self._parts()
         if self._base is not None:
-            self._check_merged(a)
+            self._check_merged(weight, self._base, a)
             return F.linear(input, weight, bias)
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
@@ -223,38 +223,45 @@ class FusedLoRALinear(AdapterLinear):
         in memory for `unmerge`.
 
         A weight that other modules share, such as that of a tied output head, stays W for them. Merging a merged module
-        does nothing.
+        does nothing. Where accelerate has offloaded the module, the merged weight is kept in the CPU's memory, and the
+        next forward takes it.
 
         Raises:
             ValueError: with `safe`, for a result that is not finite; for a weight that is parametrised, pruned,
-                sharded, or on the meta device, as that of an offloaded model is. The module is then as it was.
+                sharded, or on the meta device. The module is then as it was.
         """
         if self.merged:
             return
         merging.refuse_computed(self)
-        merged = nn.Parameter(self._merged_weight(safe), requires_grad=False)
-        base = cast(nn.Parameter, self._parameters["weight"])
-        self._parameters["weight"] = merged
-        self._keep_base(base)
+        with offload.onloaded(self):
+            merged = nn.Parameter(self._merged_weight(safe), requires_grad=False)
+            base = offload.as_kept(self, cast(nn.Parameter, self._parameters["weight"]), "weight")
+            self._parameters["weight"] = merged
+        self._keep_base(base, merged if offload.hook_of(self) is None else None)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put W back as `weight`: the Parameter of before `merge`, so that what was tied to it is tied again. Does
         nothing where nothing is merged.
 
-        Raises ValueError where the merged weight is parametrised, pruned or offloaded since. Nothing is changed.
+        Raises ValueError where the merged weight is parametrised or pruned, or was offloaded after it was merged.
+        Nothing is changed.
         """
         base = self._base
         if base is None:
             return
         merging.refuse_computed(self)
-        if not base.is_meta:
+        if not (base.is_meta or offload.has_replaced(self, "weight")):
             merging.refuse_absent(self)
+            if base.device != self.weight.device:  # it was merged while it was offloaded, and is so no longer
+                base = nn.Parameter(base.to(self.weight.device), base.requires_grad)
+        with offload.onloaded(self):
+            self._parameters["weight"] = base
         self._keep_base(None)
-        self._parameters["weight"] = base
 
-    def _keep_base(self, base: nn.Parameter | None) -> None:
-        self.__dict__["_base"] = base  # nn.Module's __setattr__ would make it one of the parameters
+    def _keep_base(self, base: nn.Parameter | None, merged: nn.Parameter | None = None) -> None:
+        # nn.Module's __setattr__ would make them parameters of the module.
+        self.__dict__.update(_base=base, _merged_as=merged)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter. Raises ValueError for a new weight of a merged module: the adapter would be dropped."""
@@ -266,12 +273,15 @@ class FusedLoRALinear(AdapterLinear):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """Return an ``nn.Linear`` with weight W + s·B·A, as `merge` computes it, and a copy of the bias in
-        `weight_dtype`. This module stays as it is. Raises what `merge` raises, but takes a parametrised or pruned
-        weight."""
-        if self._base is None:
-            return merging.plain_linear(self, self._merged_weight(safe=True))
-        merging.refuse_absent(self)
-        return merging.plain_linear(self, self.weight.detach().clone())
+        `weight_dtype`. This module stays as it is. That of an offloaded module is on the device of its forward, and is
+        not offloaded. Raises what `merge` raises, but takes a parametrised or pruned weight."""
+        if self.merged:
+            self._refuse_lost_merge()
+        with offload.onloaded(self):
+            if self._base is None:
+                return merging.plain_linear(self, self._merged_weight(safe=True))
+            merging.refuse_absent(self)
+            return merging.plain_linear(self, self.weight.detach().clone())
 
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
@@ -301,7 +311,7 @@ class FusedLoRALinear(AdapterLinear):
         try:
             super()._apply(fn, recurse)
         finally:
-            self._keep_base(self._parameters.pop("_base"))
+            self.__dict__["_base"] = self._parameters.pop("_base")
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import construct, loading, merging
+from lora_kernels.nn import construct, loading, merging, offload
 from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.loading import PARTS
@@ -137,7 +137,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         codes, bias, a, b = self._parts()
         w = self._assembled(codes)
         if self._unmerged is not None:
-            self._check_merged(a)
+            self._check_merged(codes, self._unmerged.codes, a)
             return quantized_linear(input, w, bias, self.backend)
         p = self.lora_dropout if self.training else 0.0
         return lora_linear(input, w, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
@@ -164,8 +164,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
         Raises:
             ValueError: without `lossy`, because quantising again loses part of the update (`to_linear` loses nothing);
-                for a result that is not finite; for a weight that is sharded, or on the meta device, as that of an
-                offloaded model is. Nothing is changed.
+                for a result that is not finite; for a weight that is sharded, or on the meta device. Nothing is
+                changed.
         """
         if not lossy:
             raise ValueError(
@@ -174,24 +174,31 @@ class QuantizedLoRALinear(FusedLoRALinear):
             )
         if self._unmerged is not None:
             return self._report
-        before = self.quantized_weight()
-        merged = self._merged_weight(safe=True, dtype=torch.float32)
-        after = quantize_like(merged, before)
-        report = merging.report(merged, after, self.lora_A, self.lora_B, float(self.scaling))
-        self._put(after)
+        with offload.onloaded(self):
+            before = self.quantized_weight()
+            merged = self._merged_weight(safe=True, dtype=torch.float32)
+            after = quantize_like(merged, before)
+            report = merging.report(merged, after, self.lora_A, self.lora_B, float(self.scaling))
+            if offload.hook_of(self) is not None:
+                before = before.to("cpu")
+            self._put(after)
         self._unmerged, self._report = before, report
+        self.__dict__["_merged_as"] = None if offload.hook_of(self) else self._parameters["weight"]
         return report
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the tensors back that `merge` has replaced. Does nothing where nothing is merged. Raises ValueError where
-        the merged weight was offloaded since."""
-        if self._unmerged is not None:
-            if not self._unmerged.codes.is_meta:
+        the module was offloaded after it was merged."""
+        before = self._unmerged
+        if before is not None:
+            if not (before.codes.is_meta or offload.has_replaced(self, "weight")):
                 merging.refuse_absent(self)
-            self._put(self._unmerged)
-            self._unmerged = None
+            with offload.onloaded(self):
+                here = self.weight.device
+                self._put(before if before.device == here else before.to(here))  # merged while it was offloaded
+            self._unmerged = self.__dict__["_merged_as"] = None
 
     def _put(self, w: QuantizedWeight) -> None:
         """Make the tensors of `w` the stored ones."""
@@ -243,7 +250,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
         if self._unmerged is not None and self._unmerged.codes.is_meta:
             self._unmerged = None  # it has no values that could be put back
         if self._unmerged is not None:
-            self._unmerged = replace(self._unmerged.to(like.device), dtype=like.dtype)
+            kept = self._unmerged if self.weight.is_meta else self._unmerged.to(like.device)  # or it is offloaded
+            self._unmerged = replace(kept, dtype=like.dtype)
         super()._apply(move, recurse)
         return self
 

@@ -25,8 +25,8 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def as_dense(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """Return dy in `dtype`. A sparse dy is made dense; autograd allows no further layout but torch.strided for the
-    gradient of a dense y."""
-    return as_dtype(dy.to_dense() if dy.is_sparse else dy, dtype)
+    gradient of a dense y. torch 2.6 cannot trace the question for the layout, and a compiler traces no sparse dy."""
+    return as_dtype(dy.to_dense() if not torch.compiler.is_compiling() and dy.is_sparse else dy, dtype)
 
 
 def needs_plain_mode(dy: Tensor) -> bool:

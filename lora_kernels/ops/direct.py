@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from lora_kernels.backends import dispatch
@@ -41,10 +42,14 @@ def keep_mask(x: Tensor, p: float, seed: Tensor, backend: str | None) -> Tensor:
     return dispatch.pick(call, backend).keep_mask(x, p, seed)
 
 
-def base_gemm(x: Tensor, w: Tensor, backend: str | None) -> Tensor:
-    """Return x Wᵀ [M, N], from the back-end that would serve a layer of rank 1 over W."""
-    call = Call("forward", x.device, x.dtype, x.dtype, x.shape[0], w.shape[0], w.shape[1], 1, False)
-    return dispatch.pick(call, backend).base_gemm(x, w)
+def base_gemm(
+    x: Tensor, w: Tensor, backend: str | None, bias: Tensor | None = None, adapter_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return x Wᵀ + bias [M, N], from the back-end that would serve a layer of rank 1 over W, with adapters in x's
+    dtype where `adapter_dtype` is None. A bias may be given for an x in 16 bits only."""
+    dtypes = x.dtype, adapter_dtype or x.dtype
+    call = Call("forward", x.device, *dtypes, x.shape[0], w.shape[0], w.shape[1], 1, False)
+    return dispatch.pick(call, backend).base_gemm(x, w, bias)
 
 
 def forward_group(

@@ -3,10 +3,12 @@ arXiv:2402.09353), from the calls that `lora_linear` makes.
 
     n = ‖W + s·B A‖ by rows, a constant for autograd          d = m / n
     p = 0:  z = x Wᵀ + s·h Bᵀ,  h = x Aᵀ                      y = d ⊙ z + bias
+            in 16 bits with fp32 A and B: u = x Wᵀ            y = d ⊙ u + s·h B'ᵀ + bias
     p > 0:  u = x̂ Wᵀ,  B' = d ⊙ B,  h = x̂ Aᵀ                  y = x Wᵀ + bias + s·h B'ᵀ + (d - 1) ⊙ u
 
-In 16 bits z includes the bias, and y = d ⊙ z + (1 - d) ⊙ bias, because x Wᵀ + bias may fit where x Wᵀ overflows. What
-is elementwise is computed in fp32 there and rounded once.
+In 16 bits z, and u where p = 0, include the bias, and (1 - d) ⊙ bias is added in its place, because x Wᵀ + bias may
+fit where x Wᵀ overflows. What is elementwise is computed in fp32 there and rounded once. Beside fp32 A and B, s·h B'ᵀ
+is not rounded before that either, as in PEFT: a z in 16 bits would cost m's gradient digits.
 
 Dropout acts on all that DoRA adds to the base, so with dropout each direction takes a second base GEMM.
 
@@ -36,13 +38,10 @@ from lora_kernels.ops.autograd import (
     refuse_double_backward,
 )
 from lora_kernels.ops.dora_norm import ratio, weight_norm
+from lora_kernels.ops.dora_passes import add_low_rank, add_scaled, column_dot, excess, scaled_rows
 from lora_kernels.ops.prepare import prepare
 from lora_kernels.ops.sums import column_sum
 from lora_kernels.ops.watched import watched
-
-_BLOCK = {"cpu": 1 << 18}
-"""The number of elements of dy that are multiplied by z at a time, by device type: on a CPU they stay in its cache.
-Other devices take 2²⁴."""
 
 
 def dora_linear(
@@ -105,8 +104,12 @@ def _apply(x: Tensor, base: Base, adapter: Adapter, magnitude: Tensor, backend: 
 
 
 class DoRALinearFunction(torch.autograd.Function):
-    """DoRA's autograd Function. It saves x only if A needs a gradient, h [M, R] only if B does (with dropout, also if d
-    does), z or u [M, N] only if d does, the seed, and references to w, a, b and d. No mask and no x̂ are saved."""
+    """DoRA's autograd Function.
+
+    It saves x only if A needs a gradient, h [M, R] only if B does (with dropout, and with fp32 adapters beside 16 bits,
+    also if d does), z or u [M, N] only if d does, the seed, and references to w, a, b and d. No mask and no x̂ are
+    saved.
+    """
 
     @staticmethod
     def forward(
@@ -123,7 +126,7 @@ class DoRALinearFunction(torch.autograd.Function):
         """Return y. `how` is (scale, p, backend)."""
         scale, p, backend = how
         _, _, need_da, need_db, need_dd, *_ = ctx.needs_input_grad
-        save_h = need_db or (need_dd and p > 0)
+        save_h = need_db or (need_dd and (p > 0 or a.dtype != x.dtype))
         y, h, z = _forward(x, Base(w, bias), Adapter(a, b, scale, p, seed), d, backend, save_h, need_dd)
         within_z = bias if need_dd and p == 0 and x.dtype in check.HALVES else None
         ctx.save_for_backward(
@@ -160,9 +163,14 @@ def _forward(
     compiling = torch.compiler.is_compiling()
     if p == 0:
         way = registered if watched(x, w, a, b, None) else direct
+        if a.dtype != x.dtype:
+            u = way.base_gemm(x, w, backend, bias, a.dtype)
+            addend = None if bias is None else (1 - d) * bias
+            y, h = add_low_rank(addend, u, d, x, a, scaled_rows(b, d) * scale)
+            return y, h, u
         if x.dtype in check.HALVES:
             z, h = way.forward(x, base._replace(w=w), adapter, backend, save_h)
-            return _add_scaled(None if bias is None else (1 - d) * bias, z, d, None if save_z else z), h, z
+            return add_scaled(None if bias is None else (1 - d) * bias, z, d, None if save_z else z), h, z
         z, h = way.forward(x, Base(w), adapter, backend, save_h)
         factor = d.to(x.dtype)
         y = z * factor if save_z or compiling else z.mul_(factor)
@@ -170,14 +178,14 @@ def _forward(
             y = y + bias if compiling else y.add_(bias)
         return y, h, z
     assert seed is not None
-    scaled = _scaled_rows(b, d)
+    scaled = scaled_rows(b, d)
     way = registered if watched(x, w, a, scaled, bias) else direct
     y, h = way.forward(x, Base(w, bias), Adapter(a, scaled, scale, p, seed), backend, save_h)
     u = way.base_gemm(way.keep_mask(x, p, seed, backend).mul_(x), w, backend)  # x̂ = c·keep ⊙ x: c goes with d - 1
     if x.dtype in check.HALVES:
-        return _add_scaled(y, u, (d - 1) * dropout.rescale(p), y), h, u
-    excess = _excess(d, p, x.dtype)
-    rest = u * excess if save_z else u.mul_(excess)
+        return add_scaled(y, u, (d - 1) * dropout.rescale(p), y), h, u
+    factor = excess(d, p, x.dtype)
+    rest = u * factor if save_z else u.mul_(factor)
     return y + rest if compiling else y.add_(rest), h, u
 
 
@@ -191,7 +199,7 @@ class _Saved(NamedTuple):
     d: Tensor
     h: Tensor | None
     z: Tensor | None
-    """z, or u with dropout."""
+    """z, or u with dropout or fp32 adapters."""
     seed: Tensor | None
     bias: Tensor | None
     """[N], where z includes it and d needs a gradient."""
@@ -220,16 +228,18 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, da, db, dd) without dropout."""
     x, w, a, b, d, h, z, _, bias = saved
-    dd = None
-    if need_dd:
-        dd = _column_dot(dy, z, bias).to(d.dtype)
-    dx = da = db = None
-    if dy.dtype != a.dtype and (needs.da[0] or needs.db[0]):
+    dx = da = db = dd = None
+    if dy.dtype != a.dtype and (needs.da[0] or needs.db[0] or need_dd):
         # The gradients of fp32 adapters come from dy and B' = d ⊙ B, because d ⊙ dy would be rounded to 16 bits.
-        scaled = adapter._replace(b=_scaled_rows(b, d))
-        _, da, low = _way(dy, w, scaled, x).backward(dy, x, Base(w), scaled, h, needs._replace(dx=False), backend)
-        db = _scaled_rows(low, d) if needs.db[0] else None
+        scaled = adapter._replace(b=scaled_rows(b, d))
+        some = Needs(False, needs.da, (needs.db[0] or need_dd,))
+        _, da, low = _way(dy, w, scaled, x).backward(dy, x, Base(w), scaled, h, some, backend)
+        if need_dd:  # Σₘ dy ⊙ (u + s·h Bᵀ), where s·dyᵀ h is `low`
+            dd = ((low * b).sum(1, dtype=d.dtype) + column_dot(dy, z, bias)).to(d.dtype)
+        db = scaled_rows(low, d) if needs.db[0] else None
         needs = Needs(needs.dx, (False,), (False,))
+    elif need_dd:
+        dd = column_dot(dy, z, bias).to(d.dtype)
     if needs.dx or needs.da[0] or needs.db[0]:
         dz = dy * d.to(dy.dtype)
         dx, *others = _way(dz, w, adapter, x).backward(dz, x, Base(w), adapter, h, needs, backend)
@@ -245,16 +255,16 @@ def _backward_dropout(
     B'."""
     x, w, a, b, d, h, u, seed, _ = saved
     scale, p = adapter.scale, adapter.p
-    scaled = Adapter(a, _scaled_rows(b, d), scale, p, seed)
+    scaled = Adapter(a, scaled_rows(b, d), scale, p, seed)
     way, need_db = _way(dy, w, scaled, x), needs.db[0]
     dx, da, low = way.backward(dy, x, Base(w), scaled, h, Needs(needs.dx, needs.da, (need_db or need_dd,)), backend)
     db = dd = None
     if need_dd:  # Σₘ dy ⊙ (c·u + s·h Bᵀ), where s·dyᵀ h is `low`
-        dd = torch.add((low * b).sum(1, dtype=d.dtype), _column_dot(dy, u), alpha=dropout.rescale(p)).to(d.dtype)
+        dd = torch.add((low * b).sum(1, dtype=d.dtype), column_dot(dy, u), alpha=dropout.rescale(p)).to(d.dtype)
     if need_db:
-        db = _scaled_rows(low, d)
+        db = scaled_rows(low, d)
     if needs.dx:
-        part = way.base_gemm(dy * _excess(d, p, dy.dtype), w.t(), backend)
+        part = way.base_gemm(dy * excess(d, p, dy.dtype), w.t(), backend)
         dx += part.mul_(way.keep_mask(part, p, seed, backend))
     return dx, da, db, dd
 
@@ -262,50 +272,6 @@ def _backward_dropout(
 def _way(dy: Tensor, w: Tensor, adapter: Adapter, x: Tensor | None) -> Any:
     """Return `direct`, or `registered` where something observes the backward."""
     return registered if watched(dy, w, adapter.a, adapter.b, x) else direct
-
-
-def _scaled_rows(b: Tensor, d: Tensor) -> Tensor:
-    """Return d ⊙ B [N, R], in B's dtype."""
-    return (b * d[:, None]).to(b.dtype)
-
-
-def _add_scaled(addend: Tensor | None, v: Tensor, factor: Tensor, out: Tensor | None) -> Tensor:
-    """Return addend + v ⊙ factor for v [M, N] in 16 bits, a factor [N] in fp32, and an addend [N] or [M, N]. It is
-    computed in fp32 and rounded once, in blocks of rows, so that nothing of size M×N is allocated in fp32. The result
-    is written into `out`, if that is given, except under a compiler, which fuses the whole."""
-    wide = factor.dtype
-    if torch.compiler.is_compiling():
-        scaled = v.to(wide) * factor
-        return (scaled if addend is None else scaled + addend).to(v.dtype)
-    (M, N), out = v.shape, torch.empty_like(v) if out is None else out
-    rows = max(1, _BLOCK.get(v.device.type, 1 << 24) // N)
-    for m in range(0, M, rows):
-        scaled = v[m : m + rows] * factor
-        if addend is not None:
-            scaled += addend if addend.dim() == 1 else addend[m : m + rows]
-        out[m : m + rows] = scaled
-    return out
-
-
-def _excess(d: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """Return c·(d - 1) [N]. The difference is formed before it is rounded to 16 bits."""
-    return ((d - 1) * dropout.rescale(p)).to(dtype)
-
-
-def _column_dot(u: Tensor, v: Tensor | None, minus: Tensor | None = None) -> Tensor:
-    """Return Σₘ u ⊙ (v - minus) [N] for `minus` [N], summed in fp32 at least. It is formed in blocks of rows, so that
-    nothing of size M×N is allocated; a compiler fuses the whole."""
-    assert v is not None, "it is saved where d needs a gradient"
-    wide = torch.promote_types(u.dtype, torch.float32)
-    if torch.compiler.is_compiling():
-        return (u.to(wide) * (v.to(wide) if minus is None else v.to(wide) - minus)).sum(0)
-    M, N = u.shape
-    rows = max(1, _BLOCK.get(u.device.type, 1 << 24) // N)
-    out = u.new_zeros(N, dtype=wide)
-    for m in range(0, M, rows):
-        block = v[m : m + rows].to(wide)
-        out += column_sum(u[m : m + rows].to(wide) * (block if minus is None else block - minus))
-    return out
 
 
 def _check_magnitude(w: Tensor, a: Tensor, magnitude: Tensor) -> None:

@@ -212,7 +212,7 @@ def _gradients(  # type: ignore[no-untyped-def]
     """Return (dx, None, da, db, dbias), and None for each that is not needed."""
     need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
     (scale, p, backend, w_format, w_blocksize), dtype = ctx.how, ctx.dtype
-    if dy.dtype != dtype or dy.is_sparse:
+    if dy.dtype != dtype or (not torch.compiler.is_compiling() and dy.is_sparse):
         dy = as_dense(dy, dtype)
     dx = da = db = None
     if need_dx or need_da or need_db:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, strided
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from lora_kernels.core.dropout import draw_seed
 from lora_kernels.core.operands import Adapter, Base, Layer
 from lora_kernels.ops import check, plain
 from lora_kernels.ops.autograd import outlived
-from lora_kernels.ops.watched import PLAIN
 from lora_kernels.quant.weight import QuantizedWeight
 
 _AUTOCAST = (torch.float32, *check.HALVES)
@@ -23,17 +21,11 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _is_tracing = torch._C._is_tracing
 
 
-class Prepared(NamedTuple):
-    """The operands of a call, checked."""
+Prepared = tuple[Tensor, Base, Adapter, bool]
+"""The operands of a call, checked, as (x, base, adapter, autocast).
 
-    x: Tensor
-    """[..., K], in autocast's dtype where autocast is on."""
-    base: Base
-    """W in its own dtype. Under autocast it is converted in the forward and again in the backward, so that no copy of
-    it is saved in between."""
-    adapter: Adapter
-    autocast: bool
-    """Whether autocast is on for x's device."""
+x is [..., K], in autocast's dtype where autocast is on for x's device, as `autocast` tells. W is in its own dtype: it
+is converted in the forward and again in the backward, so that no copy of it is saved in between."""
 
 
 def prepare(name: str, x: Tensor, layer: Layer, backend: str | None, quantised: bool = False) -> Prepared | None:
@@ -45,7 +37,7 @@ def prepare(name: str, x: Tensor, layer: Layer, backend: str | None, quantised: 
     compiling = torch.compiler.is_compiling()
     if (
         x.layout is not strided
-        or type(x) not in PLAIN
+        or (type(x) is not Tensor and type(x) is not Parameter)  # torch 2.6 cannot trace a look-up in a set of types
         or x.is_nested
         or _transforms_active()
         or (plain.is_exporting() if compiling else _is_tracing() or forward_ad._current_level >= 0)
@@ -69,7 +61,7 @@ def prepare(name: str, x: Tensor, layer: Layer, backend: str | None, quantised: 
     drawn = None
     if p > 0:
         drawn = draw_seed(x.device) if seed is None else check.seed(seed, x.device)
-    return Prepared(x, Base(w, bias), Adapter(a, b, scale, p, drawn), autocast)
+    return x, Base(w, bias), Adapter(a, b, scale, p, drawn), autocast
 
 
 def recorded(x: Tensor, base: Base, adapter: Adapter) -> bool:

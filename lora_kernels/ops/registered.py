@@ -38,7 +38,9 @@ library.define(
     f"str? backend, bool need_dx, bool need_da, bool need_db, {_QUANTISED}) -> (Tensor dx, Tensor da, Tensor db)"
 )
 library.define("keep_mask(Tensor x, float p, Tensor seed, str? backend) -> Tensor")
-library.define("base_gemm(Tensor x, Tensor w, str? backend) -> Tensor")
+library.define(
+    "base_gemm(Tensor x, Tensor w, str? backend, Tensor? bias=None, ScalarType? adapter_dtype=None) -> Tensor"
+)
 library.define(f"forward_group(Tensor x, {_LAYERS}Tensor?[] bias, {_SETTINGS}bool[] save_h) -> Tensor[]")
 library.define(
     f"backward_group(Tensor[] dy, Tensor? x, {_LAYERS}Tensor[] h, {_SETTINGS}"
@@ -73,10 +75,12 @@ def keep_mask(x: Tensor, p: float, seed: Tensor, backend: str | None) -> Tensor:
     return _keep_mask_op(x, p, seed, backend)
 
 
-def base_gemm(x: Tensor, w: Tensor, backend: str | None) -> Tensor:
-    """Return x Wᵀ [M, N]."""
+def base_gemm(
+    x: Tensor, w: Tensor, backend: str | None, bias: Tensor | None = None, adapter_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return x Wᵀ + bias [M, N]."""
     flops.register()
-    return _base_gemm_op(x, w, backend)
+    return _base_gemm_op(x, w, backend, bias, adapter_dtype)
 
 
 def forward_group(
@@ -175,16 +179,16 @@ def _fake_backward(  # type: ignore
     )
 
 
-def _run_base_gemm(x, w, backend):  # type: ignore[no-untyped-def]
-    check.operator(x, w, w, w, None)
-    return direct.base_gemm(x, w, backend)
+def _run_base_gemm(x, w, backend, bias=None, adapter_dtype=None):  # type: ignore[no-untyped-def]
+    check.operator(x, w, w, w, bias)
+    return direct.base_gemm(x, w, backend, bias, adapter_dtype)
 
 
 def _fake_keep_mask(x, p, seed, backend):  # type: ignore
     return x.new_empty(x.shape)
 
 
-def _fake_base_gemm(x, w, backend):  # type: ignore
+def _fake_base_gemm(x, w, backend, bias=None, adapter_dtype=None):  # type: ignore
     return x.new_empty(x.shape[0], w.shape[0])
 
 

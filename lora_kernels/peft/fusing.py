@@ -8,8 +8,8 @@ lists, and single calls, which a layer counts in ``passed_over``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from lora_kernels.core.operands import Call
 from lora_kernels.nn import dry_run, readers
 from lora_kernels.peft import groups as peft_groups
 from lora_kernels.peft import known, serving
-from lora_kernels.peft.groups import FAMILIES
+from lora_kernels.peft.groups import FAMILIES, Group
 
 try:
     from peft.tuners.lora import LoraLayer, LoraModel
@@ -89,8 +89,8 @@ def fuse(
         RuntimeError: with `strict`, where a layer or an adapter cannot be fused, there is none, or `verify` finds a
             layer that is not computed by its fused forward. The text holds the report.
         ValueError: for an unknown back-end, or names in `group` that the model does not have; nothing is changed. For
-            `verify` as in `FuseReport.verify`, and whatever the forward raises; no layer is fused then that was not
-            before.
+            `verify` as in `FuseReport.verify`, and whatever the forward raises; then no layer is fused that was not
+            before, and those that were keep their groups and back-ends.
     """
     if backend is not None and backend not in dispatch.BACKENDS:
         raise ValueError(f"there is no back-end {backend!r}: one of {', '.join(dispatch.BACKENDS)}, or None")
@@ -138,24 +138,50 @@ def fuse(
             f"{FuseReport(fused, not_fused)}"
         )
     new = [layer for layer, _ in layers.values() if not isinstance(layer, Fused)]
-    for layer, kind in layers.values():
-        _swap(layer, kind, backend)
-    reopen = readers.close_fast_paths(model, Fused)  # type: ignore[arg-type]
-    groups = peft_groups.group(model, FusedLinear, families)
-    refs = {name: weakref.ref(layers[name][0]) for name in fused}
-    report = FuseReport(fused, not_fused, groups, tuple(calls), backend, refs)
-    if inputs is None:
-        return report
+    before = [_Fusion.of(layer) for layer, _ in layers.values() if isinstance(layer, Fused)]
+    reopen: Callable[[], None] | None = None
     try:
+        for layer, kind in layers.values():
+            _swap(layer, kind, backend)
+        reopen = readers.close_fast_paths(model, Fused)  # type: ignore[arg-type]
+        groups = peft_groups.group(model, FusedLinear, families)
+        refs = {name: weakref.ref(layers[name][0]) for name in fused}
+        report = FuseReport(fused, not_fused, groups, tuple(calls), backend, refs)
+        if inputs is None:
+            return report
         report = report.verified_with(model, inputs)
         if strict and report.not_fused:
             raise RuntimeError(f"fuse(strict=True, verify=...) found layers that have no fused forward.\n{report}")
     except BaseException:
-        reopen()
+        if reopen is not None:
+            reopen()
         for layer in new:
-            _unfuse_one(layer)
+            if isinstance(layer, Fused):
+                _unfuse_one(layer)
+        for each in before:
+            each.put_back()
         raise
     return report
+
+
+class _Fusion(NamedTuple):
+    """What `fuse` changes in a layer that is fused already."""
+
+    layer: Any
+    backend: str | None
+    group: Group | None
+    reason: str
+    """The reason for which the group would end."""
+
+    @classmethod
+    def of(cls, layer: Any) -> _Fusion:
+        group = layer._group
+        return cls(layer, layer._backend, group, "" if group is None else group.reason)
+
+    def put_back(self) -> None:
+        self.layer._backend, self.layer._group = self.backend, self.group
+        if self.group is not None:
+            self.group.reason = self.reason
 
 
 def unfuse(model: nn.Module) -> None:

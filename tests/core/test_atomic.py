@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.core import atomic
+from lora_kernels.core import atomic, locks
 
 NAMES = ("a", "b")
 
@@ -50,7 +50,7 @@ def test_readers_see_one_writer_only_while_threads_and_processes_write(tmp_path:
         for name in NAMES:  # without the lock, each file alone is whole
             text = (tmp_path / name).read_bytes()
             assert text == text[:1] * 70_000
-        with atomic.locked(tmp_path, shared=True):  # with the lock, both are of one writer
+        with locks.locked(tmp_path, shared=True):  # with the lock, both are of one writer
             a, b = ((tmp_path / name).read_bytes() for name in NAMES)
         assert a == b
         pairs += 1
@@ -184,10 +184,115 @@ def test_the_temporaries_of_a_living_writer_and_of_others_are_left(tmp_path: Pat
     assert sorted(os.listdir(tmp_path)) == [".notes.tmp", f".planted{atomic._SUFFIX}", *NAMES]
 
 
+def _planted(folder: Path, elsewhere: Path, what: str) -> Path:
+    """Make a temporary folder, as a save killed between its renames leaves it but for `what`."""
+    space = folder / f".planted{atomic._SUFFIX}"
+    if what == "a link to a folder":
+        space.symlink_to(elsewhere)
+        return space
+    space.mkdir(mode=0o700)
+    (space / atomic._LOCK).touch()
+    (space / "a.new").write_bytes(b"planted")
+    (space / atomic._READY).touch()
+    lock, new = space / atomic._LOCK, space / "a.new"
+    if what in ("a folder as the lock", "a link as the lock", "a pipe as the lock", "no lock"):
+        lock.unlink()
+        if what == "a folder as the lock":
+            lock.mkdir()
+        elif what == "a link as the lock":
+            lock.symlink_to(elsewhere / "lock")
+        elif what == "a pipe as the lock":
+            os.mkfifo(lock)
+    elif what == "a lock that nobody may open":
+        lock.chmod(0)
+    elif what in ("a folder as a new file", "a link as a new file"):
+        new.unlink()
+        if what == "a folder as a new file":
+            new.mkdir()
+        else:
+            new.symlink_to(elsewhere / "lock")
+    elif what == "a link as the mark":
+        (space / atomic._READY).unlink()
+        (space / atomic._READY).symlink_to(elsewhere / "lock")
+    elif what.startswith("a new file named "):
+        new.rename(space / what.split()[-1])
+    elif what.startswith("mode "):
+        space.chmod(int(what.split()[-1], 8))
+    return space
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a link to a folder",
+        "a folder as the lock",
+        "a link as the lock",
+        "a pipe as the lock",
+        "no lock",
+        pytest.param(
+            "a lock that nobody may open", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may open it")
+        ),
+        "a folder as a new file",
+        "a link as a new file",
+        "a link as the mark",
+        "a new file named .new",
+        "a new file named ..new",
+        "a new file named ...new",
+        pytest.param("mode 000", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may look into it")),
+        pytest.param("mode 400", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may look into it")),
+    ],
+)
+def test_what_no_save_has_left_stops_neither_readers_nor_writers(tmp_path: Path, what: str) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    for name in (atomic._LOCK, atomic._READY, "a.new"):
+        (elsewhere / name).write_bytes(b"precious")
+    write(folder, b"old")
+    space = _planted(folder, elsewhere, what)
+    try:
+        atomic.finish(folder)
+        assert {name: (folder / name).read_bytes() for name in NAMES} == whole(b"old")
+        write(folder, b"new")
+        assert {name: (folder / name).read_bytes() for name in NAMES} == whole(b"new")
+        assert not (folder / "a").is_symlink()
+        assert space.is_symlink() or what.startswith("mode") or not space.exists()
+    finally:
+        if not space.is_symlink() and space.exists():
+            space.chmod(0o700)
+    assert all(path.read_bytes() == b"precious" for path in elsewhere.iterdir()) and len(os.listdir(elsewhere)) == 3
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["a folder in the place", "complete"])
+def test_a_killed_save_is_finished_unless_a_folder_is_in_the_place(tmp_path: Path, made: bool) -> None:
+    space = _planted(tmp_path, tmp_path, "nothing")
+    if made:
+        (tmp_path / "a").mkdir()
+        os.utime(tmp_path / "a", (0, 0))
+    atomic.finish(tmp_path)
+    assert not space.exists() and (tmp_path / "a").is_dir() == made
+    assert made or contents(tmp_path) == {"a": b"planted"}
+
+
+def test_a_killed_save_that_cannot_be_finished_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, b"old")
+    space = _planted(tmp_path, tmp_path, "nothing")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", _failing(os.replace, 1, OSError(errno.EROFS, "Read-only file system")))
+        with pytest.raises(OSError, match=f"Read-only file system.*{space.name}.*remove it"):
+            atomic.finish(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", _failing(os.replace, 1, OSError(errno.EROFS, "Read-only file system")))
+        with pytest.raises(OSError, match=f"{space.name}.*remove it.*a and b could not be written"):
+            write(tmp_path, b"new")
+    atomic.finish(tmp_path)
+    assert contents(tmp_path) == {"a": b"planted", "b": b"old"}
+
+
 def test_a_lock_that_is_never_given_back_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_WAIT", 0.1)
-    with atomic.locked(tmp_path, shared=True):
-        with atomic.locked(tmp_path, shared=True):
+    monkeypatch.setattr(locks, "_WAIT", 0.1)
+    with locks.locked(tmp_path, shared=True):
+        with locks.locked(tmp_path, shared=True):
             pass
         with pytest.raises(TimeoutError, match="another process has held the lock"):
             write(tmp_path, b"new")
@@ -196,8 +301,8 @@ def test_a_lock_that_is_never_given_back_is_an_error(tmp_path: Path, monkeypatch
 
 
 def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(atomic, "_WAIT", 0.5)
-    with atomic.locked(tmp_path):
+    monkeypatch.setattr(locks, "_WAIT", 0.5)
+    with locks.locked(tmp_path):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
         child.start()
     try:
@@ -220,10 +325,11 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_file_as_a_lock_is_made_and_no_link_is_followed(tmp_path: Path) -> None:
-    with atomic.locked(tmp_path / "x.lock") as held:
+    with locks.locked(tmp_path / "x.lock") as held:
         assert held
     (tmp_path / "y.lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError), atomic.locked(tmp_path / "y.lock"):
+    told = r"cannot serve as a lock.*remove what is there.*y\.lock"
+    with pytest.raises(OSError, match=told), locks.locked(tmp_path / "y.lock"):
         pass
     assert not (tmp_path / "victim").exists()
 

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 
 import pytest
-from support.fake_gpu import IDENTITY, call
+from support.fake_gpu import CPU, IDENTITY, call, fake_gpu
 
-from lora_kernels.evidence import file
+from lora_kernels.evidence import file, find
 from lora_kernels.evidence.file import Evidence, Timing, Unreadable, Verdict
 
 RIGHT = Verdict(file.RIGHT, "", "2026-11-28")
@@ -123,12 +123,91 @@ def test_buckets_hold_rows_and_ranks_up_to_powers_of_two(M: int, R: int, bucket:
     assert found[3:7] == (bucket[0], 4096, 4096, bucket[1])
 
 
-def test_sizes_that_are_no_numbers_make_a_file_unreadable(tmp_path: Path) -> None:
+def _identity(**odd):
+    return lambda content: content["identity"].update(odd)
+
+
+def _verdict(**odd):
+    return lambda content: content["verdicts"]["a"].update(odd)
+
+
+def _timing(**odd):
+    return lambda content: content["timings"][0].update(odd)
+
+
+def _bucket(**odd):
+    return lambda content: content["timings"][0]["bucket"].update(odd)
+
+
+def _ratio(odd):
+    return lambda content: content["timings"][0]["ratios"].update(eager=odd)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_identity(multiprocessors="132"), "multiprocessors is '132'"),
+        (_identity(multiprocessors=True), "multiprocessors is True"),
+        (_identity(driver=580), "driver is 580"),
+        (_identity(triton=["3"]), "triton is .'3'."),
+        (_verdict(result="rightish"), "result of 'a' is 'rightish'"),
+        (_verdict(result=["right"]), "result of 'a' is .'right'."),
+        (_verdict(result=None), "result of 'a' is None"),
+        (_verdict(why=0), "reason of 'a' is 0"),
+        (_verdict(date=20261128), "date is 20261128"),
+        (_verdict(date="x" * 10_000_000), "date is 'xxx"),
+        (_verdict(more=1), "more"),
+        *[(_bucket(**{size: odd}), f"{size} is ") for size in "MNKR" for odd in ("8", -1, True, 8.0, None, 10**30)],
+        (_bucket(M=[1] * 100_000), r"M is \[1, 1, 1"),
+        (_bucket(op="sideways"), "op is 'sideways'"),
+        (_bucket(op={}), "op is {}"),
+        (_bucket(dropout="no"), "dropout is 'no'"),
+        (_bucket(dropout=1), "dropout is 1"),
+        (_bucket(dtype=None), "dtype is None"),
+        (_bucket(w_format=0), "w_format is 0"),
+        *[
+            (_timing(frozen_seconds=odd), "frozen_seconds is ")
+            for odd in ("0.1", -1.0, True, None, float("nan"), float("inf"), [])
+        ],
+        (_timing(frozen_seconds=10**400), "OverflowError"),
+        (_timing(date=None), "date is None"),
+        *[
+            (_ratio(odd), "ratio of 'eager' is ")
+            for odd in (
+                "123",
+                [1.0, 2.0],
+                [1.0] * 100_000,
+                ["1", "2", "3"],
+                [1.0, float("nan"), 2.0],
+                [1.0, 2.0, float("inf")],
+                [-1.0, 1.0, 2.0],
+                [True, True, True],
+                [3.0, 2.0, 1.0],
+                {"a": 1, "b": 2, "c": 3},
+                None,
+                1.0,
+            )
+        ],
+        (lambda content: content.update(verdicts=[]), "AttributeError"),
+        (lambda content: content.update(timings={"a": 1}), "TypeError"),
+        (lambda content: content["plans"].update(key=[["columns", 256]]), "plan 'key' is "),
+        (lambda content: content["plans"].update(key=1), "plan 'key' is 1"),
+    ],
+)
+def test_values_of_odd_kinds_make_a_file_unreadable(tmp_path: Path, change, told: str) -> None:
     """A file with a checksum that matches may still have been made by hand."""
     path = tmp_path / "evidence.json"
-    file.add(path, Evidence(IDENTITY, timings={file.bucket_of(call())._replace(M="8"): TIMING}))
-    with pytest.raises(Unreadable, match="no integers"):
+    file.add(path, Evidence(IDENTITY, {"a": STUCK}, {file.bucket_of(call()): TIMING}, {"key": PLAN}))
+    content = json.loads(path.read_text())["content"]
+    change(content)
+    path.write_text(json.dumps({"sha256": file._checksum(content), "content": content}))
+    with pytest.raises(Unreadable, match=told) as raised:
         file.read(path)
+    assert len(str(raised.value)) < 200
+    with fake_gpu(tmp_path / "home"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv(find.VARIABLE, str(path))
+        with pytest.warns(RuntimeWarning, match=rf"{path} is ignored: .*{told}"):
+            assert find.of(CPU) == Evidence(IDENTITY)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "endless"])

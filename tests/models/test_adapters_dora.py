@@ -21,8 +21,9 @@ from support.adapter_models import (
 )
 
 from lora_kernels import FusedLoRALinear
-from lora_kernels.models.adapters import load_adapter, load_loralib, save_adapter
+from lora_kernels.models.adapters import load_adapter, save_adapter
 from lora_kernels.models.inject import adapter_parameters, apply_lora, merge_and_unload
+from lora_kernels.models.loralib import load_loralib
 
 peft = pytest.importorskip("peft")
 st = pytest.importorskip("safetensors.torch")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import hypothesis.strategies as hs
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from support.adapter_models import CONFIG, WEIGHTS, adapted, assert_unchanged, edit_config, edit_weights, net, state
 from torch import nn
 
+from lora_kernels import FusedLoRALinear
 from lora_kernels.models.adapters import load_adapter, save_adapter
 
 peft = pytest.importorskip("peft")
@@ -172,3 +175,29 @@ def test_without_safetensors_the_error_says_how_to_install_it(tmp_path, monkeypa
     for call in (save_adapter, load_adapter):
         with pytest.raises(ImportError, match=r"pip install lora_kernels\[adapters\]"):
             call(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *[("lora_alpha", odd) for odd in (float("nan"), float("inf"), "4", None, True, torch.tensor(3.0))],
+        *[("lora_dropout", odd) for odd in (1.0, -0.1, float("nan"), torch.tensor(0.1))],
+    ],
+)
+def test_settings_that_no_reader_takes_are_not_saved(tmp_path, setting, value):
+    model = adapted(net())
+    save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    layer = next(each for each in model.modules() if isinstance(each, FusedLoRALinear))
+    setattr(layer, setting, value)
+    for directory in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match=f"{setting}.*nothing was saved"):
+            save_adapter(model, directory)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_whose_name_is_a_path_is_saved(tmp_path):
+    model = adapted(net())
+    model.name_or_path = Path("/models/base")
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "/models/base"

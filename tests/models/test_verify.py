@@ -105,6 +105,18 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was(encoder):
     assert not encoder or model.layers[0].activation_relu_or_gelu == 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"verify": X}], ids=["", "verify"])
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(settings):
+    model = Outside(fused=True)
+    layers, trained = dict(model.named_modules()), {name: p.requires_grad for name, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"got no adapter|take no part"):
+            apply_lora(model, **settings)
+    assert dict(model.named_modules()) == layers
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+
+
 def test_dummy_inputs_serve_where_a_model_has_them():
     assert quietly(llama(), verify=True).without_effect == {}
     model = llama()

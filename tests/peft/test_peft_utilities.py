@@ -107,3 +107,25 @@ def test_a_name_may_come_back_as_another_kind_of_adapter():
     assert not lora_kernels.fuse(model, strict=True).not_fused
     same(run(model, x), run(plain, x))
     assert all(layer.fused_calls == 1 for layer in fused_layers(model))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_an_offloaded_model_merges_as_peft_merges_it(on_disk, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    plain, x = make().eval(), torch.randn(4, 24)
+    randomise(plain)
+    fused, want = copy.deepcopy(plain), plain(x)
+    lora_kernels.fuse(fused, strict=True)
+    for name, model in (("fused", fused), ("plain", plain)):
+        if on_disk:
+            accelerate.disk_offload(model, tmp_path / name, execution_device="cpu")
+        else:
+            accelerate.cpu_offload(model, execution_device="cpu")
+    for change in ("merge_adapter", "unmerge_adapter", "merge_and_unload"):
+        results = []
+        for model in (fused, plain):
+            after = getattr(model, change)() or model
+            results.append(after(x))
+            assert all(p.is_meta for p in after.parameters())
+        assert torch.equal(*results)
+        torch.testing.assert_close(results[0], want)

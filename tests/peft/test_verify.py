@@ -188,6 +188,61 @@ def test_strict_with_verify_raises_and_fuses_nothing():
     assert len(fused_layers(model)) == 2  # they were fused before
 
 
+@pytest.mark.parametrize("bad", ["inputs", "strict", "interrupted", "grouping"])
+def test_a_failed_call_leaves_layers_that_were_fused_before_as_they_were(monkeypatch, bad):
+    class Attention(nn.Module):
+        """q and k are called; v is too, but where it is told so it is read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(24, 24) for _ in range(3))
+            self.read = False
+
+        def forward(self, x):
+            v = F.linear(x, self.v_proj.base_layer.weight) if self.read else self.v_proj(x)
+            return self.q_proj(x) + self.k_proj(x) + v
+
+    inner = Attention()
+    model = get_peft_model(inner, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    before = fuse(model, group=[("q_proj", "k_proj")], backend="eager")
+    unfuse(inner.v_proj)
+    layers = (inner.q_proj, inner.k_proj)
+    hooks = len(inner._forward_pre_hooks), len(inner._forward_hooks)
+    inner.read = bad == "strict"
+    error, inputs = RuntimeError, X
+    if bad == "inputs":
+        error, inputs = ValueError, torch.randn(2, 5)
+    elif bad == "interrupted":
+        error = KeyboardInterrupt
+        inner.register_forward_hook(handle := Interrupting())
+    elif bad == "grouping":
+        monkeypatch.setattr("lora_kernels.peft.groups.Group.hook", Interrupting())
+        error = KeyboardInterrupt
+    with pytest.raises(error):
+        fuse(model, group=True, strict=True, verify=inputs)
+    if bad == "interrupted":
+        handle.off = True
+        inner._forward_hooks.popitem()
+    inner.read = False
+    assert len(fused_layers(model)) == 2 and not isinstance(inner.v_proj, Fused)
+    assert [layer._backend for layer in layers] == ["eager", "eager"]
+    assert (len(inner._forward_pre_hooks), len(inner._forward_hooks)) == hooks
+    (group,) = before.groups.values()
+    assert layers[0]._group is layers[1]._group and layers[0]._group.report is group
+    model(X)
+    assert group.dissolved is None and group.calls == 1
+    unfuse(model)
+    assert group.dissolved == "unfuse was called"
+
+
+class Interrupting:
+    off = False
+
+    def __call__(self, *_, **__):
+        if not self.off:
+            raise KeyboardInterrupt
+
+
 def test_disabled_and_merged_adapters_are_not_judged():
     model = make()
     report = fuse(model)

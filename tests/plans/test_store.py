@@ -120,6 +120,57 @@ def test_an_entry_that_is_no_plan_is_named_in_a_warning_and_ignored(kept: dict) 
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [
+        *[
+            ("forward", {name: odd})
+            for name in ("split", "redundant", "within")
+            for odd in ("1", -1, 10**30, None, [1])
+        ],
+        ("forward", {"split": True}),
+        ("backward", {"redundant": True}),
+        *[
+            ("forward", {"tile": {name: odd}})
+            for name in ("BLOCK_M", "BLOCK_K", "BLOCK_R", "GROUP_M", "num_warps", "num_stages", "tma")
+            for odd in ("32", 0, -16, 1.5, True if name != "tma" else 1, 2**40)
+        ],
+        ("forward", {"tile": {"BLOCK_N": 48}}),
+        ("forward", {"tile": {"num_warps": 3}}),
+        ("forward", {"tile": {"max_rank": "16"}}),
+        ("forward", {"tile": {"BLOCK_C": 64, "BLOCK_T": 32}}),
+        ("backward", {"tile": {"BLOCK_C": 0}}),
+        ("backward", {"tile": {"BLOCK_T": None}}),
+    ],
+)
+def test_a_plan_that_no_launch_can_have_is_named_in_a_warning_and_ignored(op: str, change: dict) -> None:
+    table, key = plan_of(op), store.key(op, CASE)
+    kept = store.written(OTHER if op == "forward" else tiles.Plan(False, BACKWARD, 3))
+    kept["tile"] |= change.get("tile", {})
+    find.add(CPU, plans={key: kept | {name: odd for name, odd in change.items() if name != "tile"}})
+    choose.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"{op} bfloat16.*ignored: ValueError: "):
+        assert contents(plan_of(op)) == contents(table)
+
+
+def test_a_redundant_plan_that_holds_too_small_a_rank_is_ignored() -> None:
+    case = CASE._replace(R=64)
+    find.add(CPU, plans={store.key("forward", case): store.written(OTHER)})
+    choose.cache_clear()
+    with pytest.warns(RuntimeWarning, match="redundant is true, with BLOCK_R 16"):
+        assert not choose.plan("forward", case, GPU).redundant
+
+
+@pytest.mark.parametrize(
+    "odd", [{"columns": "256", "cluster": 1}, {"columns": 64, "cluster": 1}, {"columns": 0, "cluster": 2}]
+)
+def test_a_plan_that_the_kernels_are_not_compiled_for_is_ignored(odd: dict) -> None:
+    find.add(CPU, plans={store.sm90_key("forward", CASE): odd})
+    choose.cache_clear()
+    with pytest.warns(RuntimeWarning, match="not compiled for"):
+        assert choose.sm90_plan("forward", CASE, CPU) == BY_RULE
+
+
 def test_both_back_ends_share_the_evidence() -> None:
     """A plan of one back-end is never taken for a plan of the other."""
     tickets = tiles.Plan(False, tiles.TABLES["sm_90", 2]["tickets"], 1)

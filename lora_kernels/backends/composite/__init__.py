@@ -139,8 +139,8 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor) -> Tensor:
-    return F.linear(x, w)
+def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, w, bias)
 
 
 def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:

@@ -66,12 +66,14 @@ def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_
     for (a, *_), save in zip(adapters, save_h, strict=True):
         hs.append(a.new_empty(x.shape[0], a.shape[0]) if save else None)
     ys, rest, in_launch = [], [], []
+    bias_first = x.dtype != torch.float32
     for base in bases:
         w, bias = base
-        early = bias if x.dtype != torch.float32 else None
-        y, launched = quant.start(x, w, early) if isinstance(w, QuantizedWeight) else gemm.start(x, w, early)
+        if not bias_first:
+            bias = None
+        y, launched = quant.start(x, w, bias) if isinstance(w, QuantizedWeight) else gemm.start(x, w, bias)
         ys.append(y)
-        rest.append(base if launched or early is None else Base(w))
+        rest.append(base if launched or bias is None else Base(w))
         in_launch.append(launched)
     _C.forward(torch.get_num_threads(), x, rest, adapters, ys, hs, in_launch)
     return ys, hs
@@ -116,6 +118,6 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor) -> Tensor:
-    """Return x wᵀ [M, N] for a dense w of any strides."""
-    return gemm.base_gemm(x if x.stride()[1] == 1 else x.contiguous(), w)
+def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x wᵀ + bias [M, N] for a dense w of any strides. A bias may be given for an x in 16 bits only."""
+    return gemm.base_gemm(x if x.stride()[1] == 1 else x.contiguous(), w, bias=bias)

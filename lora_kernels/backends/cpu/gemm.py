@@ -48,16 +48,17 @@ _choices: dict[tuple[str, int, bool, int, int], str] = {}
 """The choices of this process, "torch" or "own", by class of calls."""
 
 
-def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return x wᵀ [M, N], new and contiguous; or with `out` add it to `out`, and return that.
+def base_gemm(x: Tensor, w: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Return x wᵀ [M, N], new and contiguous; or with `out` add it to `out`, and return that. Without `out` and for an
+    x in 16 bits a bias may be given; x wᵀ + bias is then rounded once.
 
     The last stride of x [M, K] is 1; w [N, K] has any strides.
     """
     M, size, transposed = x.shape[0], w.numel(), w.stride()[1] != 1
     few = out is None and M <= _C.FEW_ROWS and not transposed
     if M and size and (few or _C.has_gemm(x.dtype)):
-        return getattr(_RACE, chosen(_RACE, DTYPES[x.dtype], M, size, transposed, x, w))(x, w, out)
-    return _torch(x, w, out)
+        return getattr(_RACE, chosen(_RACE, DTYPES[x.dtype], M, size, transposed, x, w))(x, w, out, bias)
+    return _torch(x, w, out, bias)
 
 
 def start(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, bool]:
@@ -84,15 +85,15 @@ def is_small_backward(dy: Tensor, w: Tensor) -> bool:
 def own(x: Tensor, w: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Return what `base_gemm` returns, from csrc/cpu/gemm.cpp; or x wᵀ + bias, for an x in 16 bits without `out`.
 
-    x has a dtype of `_C.has_gemm`; or, without both, at most `_C.FEW_ROWS` rows beside a w whose last stride is 1.
+    x has a dtype of `_C.has_gemm`; or, without `out`, at most `_C.FEW_ROWS` rows beside a w whose last stride is 1.
     """
     y = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
     _C.gemm(torch.get_num_threads(), x, w, y, out is not None, bias)
     return y
 
 
-def _torch(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    return F.linear(x, w) if out is None else out.addmm_(x, w.t())
+def _torch(x: Tensor, w: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, w, bias) if out is None else out.addmm_(x, w.t())
 
 
 _RACE = Race(_torch, own, 0.95)

@@ -115,9 +115,9 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor) -> Tensor:
-    """Return x Wᵀ [M, N]."""
-    return F.linear(x, w)
+def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x Wᵀ + bias [M, N]."""
+    return F.linear(x, w, bias)
 
 
 def _plan(op: str, M: int, base: Base, adapter: Adapter) -> Sm90Plan:

@@ -124,8 +124,8 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor) -> Tensor:
-    return F.linear(x, w)
+def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, w, bias)
 
 
 def _plan(op: str, target: Target, rows: Tensor, w: Tensor | QuantizedWeight, adapter: Adapter) -> tiles.Plan:

@@ -102,6 +102,20 @@ def test_a_launch_with_small_base_products_of_a_backward_gives_dx(
     assert torch.equal(run(1, unread(), [True, True], [dy.contiguous() for dy in dys]), both)
 
 
+@pytest.mark.parametrize("dtype", X_DTYPES)
+def test_a_product_of_few_rows_is_rounded_once_with_its_bias(isa: str, dtype: torch.dtype) -> None:
+    for M, N, K in ((1, 1, 1), (3, 77, 130), (16, 300, 513)):
+        x, w, bias = torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+        x[0], w[0], bias[0] = 0, 0, 3
+        exact = x.double() @ w.double().t() + bias.double()
+        size = x.double().abs() @ w.double().abs().t() + bias.double().abs()
+        for threads in (1, 3):
+            y = torch.full((M, N), math.nan, dtype=dtype)
+            _C.gemm(threads, x, w, y, False, bias)
+            bound = (K + 2) * 2**-24 * size + torch.finfo(dtype).eps / 2 * (exact.abs() + (K + 2) * 2**-24 * size)
+            assert ((y.double() - exact).abs() <= bound).all()
+
+
 def test_small_base_products_are_computed_in_the_launch(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small layer needs no call of a GEMM, forward or backward. Without vector instructions, and for larger layers,
     there is one."""

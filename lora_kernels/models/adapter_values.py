@@ -1,0 +1,95 @@
+"""The values of stored adapters in a model: in new layers, or in the layers that it has. All are written, or none."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.models import inject
+from lora_kernels.models.adapter_checks import (
+    check_kind,
+    check_names,
+    check_shapes,
+    check_ties,
+    refuse_empty,
+    refuse_unsaved_parts,
+)
+from lora_kernels.models.adapter_files import LayerAdapter, StoredAdapters
+from lora_kernels.models.reports import AdaptedLayer, ApplyReport
+from lora_kernels.models.targets import Selection, lora_layers, some
+from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.settings import scaling_of
+
+
+def apply_stored(
+    model: nn.Module, selection: Selection, stored: StoredAdapters, others: Sequence[tuple[nn.Parameter, Tensor]] = ()
+) -> ApplyReport:
+    """Put LoRA layers with the values of `stored` into a plain model, write `others`, and return the report."""
+    check_names(stored, {target.name for target in selection.targets}, model)
+    for target in selection.targets:
+        check_shapes(stored, target.name, target.settings.r, target.linear)
+
+    def fill(name: str, layer: FusedLoRALinear) -> None:
+        refuse_empty({name: layer})
+        with _written(_pairs(layer, stored.layers[name])):
+            pass
+
+    with _written(others):
+        return inject.put_layers(model, selection, fill)
+
+
+def fill_stored(
+    model: nn.Module,
+    stored: StoredAdapters,
+    alphas: dict[str, float],
+    rslora: bool | None,
+    others: Sequence[tuple[nn.Parameter, Tensor]] = (),
+) -> ApplyReport:
+    """Write the values of `stored` into the layers of a model that has LoRA, and `others`. An `rslora` of None leaves
+    use_rslora as it is."""
+    layers = lora_layers(model)
+    refuse_unsaved_parts(layers)
+    check_names(stored, set(layers), model)
+    check_kind(stored, layers)
+    for name, layer in layers.items():
+        check_shapes(stored, name, layer.r, layer)
+        if not math.isfinite(alphas[name]):
+            raise ValueError(f"{stored.source}: lora_alpha of {name} is {alphas[name]}")
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"these layers are merged: {some(merged)}. unmerge() them first")
+    refuse_empty(layers)
+    check_ties(stored, layers)
+    with _written([*others, *(pair for name, layer in layers.items() for pair in _pairs(layer, stored.layers[name]))]):
+        for name, layer in layers.items():
+            layer.lora_alpha = alphas[name]
+            layer.use_rslora = layer.use_rslora if rslora is None else rslora
+            layer.scaling = scaling_of(layer.lora_alpha, layer.r, layer.use_rslora)
+    return ApplyReport(tuple(AdaptedLayer.of(name, layer) for name, layer in layers.items()), {}, ())
+
+
+def _pairs(layer: FusedLoRALinear, adapter: LayerAdapter) -> list[tuple[nn.Parameter, Tensor]]:
+    own = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector if layer.use_dora else None
+    return [(p, value) for p, value in zip(own, adapter, strict=True) if p is not None and value is not None]
+
+
+@contextlib.contextmanager
+def _written(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Write the values into the parameters. On an error, also in the body, every parameter has its old value again."""
+    before: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for parameter, value in values:
+                before.append((parameter, parameter.detach().clone()))
+                parameter.copy_(value)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, old in reversed(before):
+                with contextlib.suppress(RuntimeError):  # one that cannot be written, which was the error
+                    parameter.copy_(old)
+        raise
