@@ -18,6 +18,8 @@ from lora_kernels.peft import known
 from lora_kernels.peft.fused import DROPOUTS, Fused
 from lora_kernels.peft.reading import OneAdapter, Operands, PeftAdapter, only_eager, weight_and_bias
 
+_any_autocast = torch._C._is_any_autocast_enabled  # without the time of asking for one device by its name
+
 _DORA_UNKNOWN = known.why_not_dora(DoraLinearVariant, DoraLinearLayer)
 """Why DoRA of the installed PEFT cannot be fused; "" for the versions that this package knows."""
 
@@ -31,7 +33,7 @@ class FusedLinear(Fused, peft_layer.Linear):
 
     def plain_operands(self, x: Tensor) -> OneAdapter | None:
         """Return the operands of a forward with one adapter of plain LoRA over an nn.Linear that has x's dtype, outside
-        of autocast. None in every other case, and where anything is unusual."""
+        of autocast for any device. None in every other case, and where anything is unusual."""
         names, modules = self.active_adapters, self._modules
         if len(names) != 1 or self.disable_adapters or self.merged or self.lora_variant or self.fan_in_fan_out:
             return None
@@ -63,7 +65,7 @@ class FusedLinear(Fused, peft_layer.Linear):
             and (bias is None or bias.dtype == dtype)
             and p < 1
             and not has_hooks(base, down, up, dropout)
-            and not torch.is_autocast_enabled("cpu" if x.is_cpu or x.is_meta else x.device.type)
+            and not _any_autocast()
         )
         if not served:
             return None
