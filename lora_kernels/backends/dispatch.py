@@ -8,7 +8,6 @@ import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
-from lora_kernels.backends import proven
 from lora_kernels.core.operands import Call
 
 AUTOMATIC: dict[str, tuple[str, ...]] = {
@@ -57,8 +56,14 @@ def automatic(call: Call) -> str:
     back-end in the order of the call's device type that can serve the call."""
     able = [name for name in _order(call) if not refusals(name, call)]
     if call.device.type in BY_EVIDENCE:
-        return proven.choose(call, able, load).name
+        return _proven().choose(call, able, load).name
     return able[0]
+
+
+def _proven() -> ModuleType:
+    """Return the module that reads evidence. It is imported where a GPU asks, since it would take a quarter of the time
+    in which the package is imported."""
+    return importlib.import_module("lora_kernels.backends.proven")
 
 
 def cache_clear() -> None:
@@ -141,7 +146,8 @@ def _known(call: Call) -> dict[str, str]:
     """Return what is known about the back-ends for a call on a GPU."""
     if call.device.type not in BY_EVIDENCE:
         return {}
-    return proven.choose(call, [name for name in _order(call) if not refusals(name, call)], load).known
+    able = [name for name in _order(call) if not refusals(name, call)]
+    return dict(_proven().choose(call, able, load).known)
 
 
 def _order(call: Call) -> tuple[str, ...]:

@@ -103,5 +103,7 @@ def only_eager(
     """Return whether the automatic choice is `eager`, which has no kernel, for the forward or the backward of such
     calls. `dtypes` are those of x and the adapter, and `shape` is (N, K, R). The number of rows is that of training:
     a layer is not left to PEFT if `eager` is the choice for few rows only."""
-    call = Call("forward", device, *dtypes, ROWS, *shape, dropout, w_format)
-    return dispatch.automatic(call) == "eager" or dispatch.automatic(Call("backward", *call[1:])) == "eager"
+    facts = device, *dtypes, ROWS, *shape, dropout, w_format, 1
+    # Every forward with dropout makes these tuples. ``Call(...)`` would enter one more Python function for each.
+    forward, backward = tuple.__new__(Call, ("forward", *facts)), tuple.__new__(Call, ("backward", *facts))
+    return dispatch.automatic(forward) == "eager" or dispatch.automatic(backward) == "eager"
