@@ -56,6 +56,7 @@ def test_exact_problems_have_exact_results_that_are_not_all_zero():
         pytest.param(1, 694, id="fp64, with many elements"),
         pytest.param(1, 1375, id="the norm of a row that is nearly 0, under deterministic algorithms"),
         pytest.param(11, 3392, id="a g of subnormals in fp16"),
+        pytest.param(12, 13249, id="a dy whose rows are all alike"),
     ],
 )
 def test_calls_whose_rounding_is_large_have_no_faults(seed, k):
