@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from benchmarks.fuzz_calls import (
     Results,
     compare,
-    dora_faults,
     missing,
-    norm_within,
     results,
     run_layer,
     surroundings,
     unequal,
     wrong,
 )
+from benchmarks.fuzz_dora import dora_faults, norm_within
 from benchmarks.fuzz_draw import FORMATS, Draw, Layered, problems
 from lora_kernels import FusedLoRALinear, QuantizedLoRALinear, fuse
 from lora_kernels.core import dropout
