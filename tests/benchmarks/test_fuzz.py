@@ -63,6 +63,13 @@ def test_calls_whose_rounding_is_large_have_no_faults(seed, k):
     assert fuzz.one(seed, k, False, None)[2] == []
 
 
+@pytest.mark.parametrize(
+    "k", [pytest.param(1105, id="a strided W is copied"), pytest.param(1169, id="the layer's mask keeps more")]
+)
+def test_exact_calls_of_layers_are_judged_by_what_the_layer_has(k):
+    assert fuzz.one(1537, k, True, "baseline")[2] == []
+
+
 @pytest.mark.parametrize("name", ["x", "w", "a", "b", "dy", "bias"])
 def test_what_lies_between_the_numbers_of_an_operand_shows_when_it_is_read(name):
     kept, nan = torch.ones(4, 6, dtype=torch.float16), 0
