@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import fuzz_calls, fuzz_layers
+from benchmarks import fuzz_calls, fuzz_dora, fuzz_layers
 from benchmarks.fuzz_draw import Draw
 from lora_kernels import _C
 from lora_kernels.testing.terminal import Terminal, terminal
@@ -30,7 +30,7 @@ from lora_kernels.testing.terminal import Terminal, terminal
 KINDS: dict[str, tuple[float, Callable[[Draw], list[str]]]] = {
     "lora_linear": (0.5, fuzz_calls.linear),
     "group": (0.14, fuzz_calls.group),
-    "dora_linear": (0.14, fuzz_calls.dora),
+    "dora_linear": (0.14, fuzz_dora.dora),
     "module": (0.2, fuzz_layers.module),
     "peft": (0.02, fuzz_layers.peft),
 }

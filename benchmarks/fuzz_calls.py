@@ -1,6 +1,7 @@
-"""The kinds of random calls of `benchmarks.fuzz`, and what decides whether their results are right.
+"""The random calls of `lora_linear` and `lora_linear_group`, and what decides whether their results are right.
 
-A kind is a function of a `Draw`. It makes a call through a public function or a layer, and returns what is wrong.
+A kind of call of `benchmarks.fuzz` is a function of a `Draw`. It makes a call and returns what is wrong. Further kinds
+are in `fuzz_dora.py` and `fuzz_layers.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.fuzz_draw import FORMATS, MOST, Draw, Layered, is_exact, problems
-from lora_kernels import dora_linear, lora_linear, lora_linear_group
-from lora_kernels.core import dropout
+from lora_kernels import lora_linear, lora_linear_group
 from lora_kernels.core.operands import Layer
-from lora_kernels.ops.dora_norm import weight_norm
 from lora_kernels.quant.weight import QuantizedWeight
 from lora_kernels.testing.judge import Problem, against_bound, judge, over_codes, rounding_bound, truth
 
@@ -239,106 +238,6 @@ def compare(draw: Draw, name: str, value: Tensor, exact: Tensor, bound: Tensor) 
         return unequal({name: value}, {name: exact})
     fault = against_bound(name, value, exact, bound).fault if torch.isfinite(value).all() else f"{name} is not finite"
     return [fault] if fault else []
-
-
-def dora(draw: Draw) -> list[str]:
-    """`dora_linear`. The magnitude is the norm times 1 or 2 in exact mode, so that d is exact."""
-    (one,) = problems(draw, dora=True)
-    q, tensors = one.q, leaves(draw, one.q)
-    dtype = torch.promote_types(q.a.dtype, torch.float32) if draw.chance("wide-m", 0.5) else q.a.dtype
-    norm = weight_norm(q.w, q.a, q.b, q.scale, torch.empty(0, dtype=dtype))
-    factor = torch.randint(0, 2, norm.shape, generator=draw.generator).double().exp2() if draw.exact else (
-        0.5 + torch.rand(norm.shape, generator=draw.generator, dtype=torch.float64)
-    )  # fmt: skip
-    m = (norm.double() * factor).to(dtype).requires_grad_(draw.random.random() < 0.7)
-    backend = draw.pick("backend", (None, "cpu", "eager")) if q.x.dtype != torch.float64 else None
-    watched = Watched(q.x, q.w, q.a, q.b, q.bias, q.dy, m)
-
-    def call() -> Results:
-        for t in (*tensors.values(), m):
-            t.grad = None
-        y = dora_linear(
-            tensors["x"], q.w, tensors["a"], tensors["b"], m, scale=q.scale, bias=tensors.get("bias"), dropout_p=q.p,
-            seed=q.seed, backend=backend,
-        )  # fmt: skip
-        return results(y, q.dy, tensors | {"m": m})
-
-    with surroundings(draw):
-        got, faults = twice(draw, call)
-        norm = norm_within(q, m)
-    faults += missing(got["y"], got, tensors | {"m": m}) + watched.faults()
-    return faults + dora_faults(draw, q, m.detach(), norm, got)
-
-
-def norm_within(q: Problem, m: Tensor) -> Tensor:
-    """Return the norm as a call computes it. Where W + s·B A is nearly 0, its digits depend on the number of threads
-    and on deterministic algorithms, so it is computed again within the surroundings of the call."""
-    return weight_norm(q.w, q.a, q.b, q.scale, m.detach())
-
-
-def dora_faults(draw: Draw, q: Problem, m: Tensor, norm: Tensor, got: Results) -> list[str]:
-    """Return the faults of results of DoRA, and of the norm."""
-    faults = norm_faults(q, norm)
-    d, wide = m.double() / norm.double(), q.to(torch.float64)
-    want = scaled(wide, d, -1.0)
-    magnitude = scaled(wide.absolute(), d, 1.0)
-    unit = torch.finfo(torch.promote_types(q.x.dtype, torch.float32)).eps / 2
-    own = torch.finfo(q.x.dtype).eps / 2
-    (M, K), (N, R) = q.x.shape, q.b.shape
-    terms = M + N + K + R + 16
-    narrow = torch.finfo(m.dtype).eps / 2
-    for name, value in got.items():
-        if name == "dm":
-            size = magnitude["dd"] if q.p or q.bias is None else magnitude["dd"] + within_z(wide.absolute())
-            exact, size, more = want["dd"] / norm.double(), size / norm.double(), 4 * narrow
-        else:
-            exact, size, more = want[name], magnitude[name], 0.0
-        bound = (
-            (terms * unit + 8 * own + more) * size + (own + more) * exact.abs() + torch.finfo(q.x.dtype).smallest_normal
-        )
-        if name == "dm":
-            fault = against_bound(name, value, exact, bound).fault
-            faults += [fault] if fault else []
-        else:
-            faults += compare(draw, name, value, exact, bound)
-    return faults
-
-
-def within_z(q: Problem) -> Tensor:
-    """Return Σₘ dy ⊙ bias [N]: without dropout z is rounded with the bias in it, as PEFT's base_result is, and the
-    gradient of m takes the bias out again."""
-    assert q.bias is not None
-    return q.dy.sum(0) * q.bias
-
-
-def norm_faults(q: Problem, norm: Tensor) -> list[str]:
-    """Return the fault of the norm, if it has one. Its square is a sum whose terms may cancel."""
-    w, a, b = q.w.double(), q.a.double(), q.b.double()
-    exact = (w + q.scale * b @ a).square().sum(1)
-    size = (w.abs() + abs(q.scale) * b.abs() @ a.abs()).square().sum(1)
-    unit = torch.finfo(torch.promote_types(q.a.dtype, torch.promote_types(q.w.dtype, torch.float32))).eps
-    error, bound = (norm.double().square() - exact).abs(), (w.shape[1] + 2 * a.shape[0] + 16) * unit * size
-    bound += 4 * torch.finfo(norm.dtype).eps * exact + torch.finfo(norm.dtype).smallest_normal
-    return [f"the norm is off by {(error - bound).max().item():.3g}"] if (error > bound).any() else []
-
-
-def scaled(q: Problem, d: Tensor, sign: float) -> Results:
-    """Return y and the gradients of DoRA for a given d, in fp64. With sign = 1 and absolute operands they are sums of
-    magnitudes."""
-    own = {name: t.detach().requires_grad_() for name in LEAVES if (t := getattr(q, name)) is not None}
-    d = d.clone().requires_grad_()
-    x_hat = dropout.dropout(own["x"], q.p, q.seed) if q.p and q.seed is not None else own["x"]
-    u = x_hat @ q.w.mT
-    y = own["x"] @ q.w.mT + (d + sign) * u + d * (q.scale * (x_hat @ own["a"].mT @ own["b"].mT))
-    y = y if q.bias is None else y + own["bias"]
-    torch.autograd.backward(y, q.dy)
-    return {"y": y.detach(), "dd": grad_of(d)} | {f"d{name}": grad_of(t) for name, t in own.items()}
-
-
-def grad_of(t: Tensor) -> Tensor:
-    """Return the gradient of a leaf."""
-    assert t.grad is not None
-    return t.grad
 
 
 def run_layer(draw: Draw, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+RATIO = 1.25
+"""The largest ratio of the RMS errors of a result and of plain torch, where both are known from many roundings."""
+
 
 class Errors(NamedTuple):
     """The errors of a result, and what is allowed."""
@@ -30,13 +33,13 @@ def errors_beside(value: Tensor, exact: Tensor, plain: Tensor) -> Errors:
     """Return the errors of `value` beside those of `plain`, the result of plain torch in the same dtypes. `exact` is
     the truth in fp64.
 
-    The RMS error may be at most 1.25 times that of plain torch. The largest error may be at most twice its largest plus
-    eps times the largest value. A result needs about a thousand independent roundings for this to say something.
+    The RMS error may be at most `RATIO` times that of plain torch. The largest error may be at most twice its largest
+    plus eps times the largest value. A result needs about a thousand independent roundings for this to say something.
     """
     error, allowed = (value.double() - exact).abs(), (plain.double() - exact).abs()
     eps = torch.finfo(plain.dtype).eps
     worst_allowed = 2 * allowed.max().item() + eps * exact.abs().max().item()
-    return Errors(rms(error), 1.25 * rms(allowed), error.max().item(), worst_allowed)
+    return Errors(rms(error), RATIO * rms(allowed), error.max().item(), worst_allowed)
 
 
 def rms(t: Tensor) -> float:

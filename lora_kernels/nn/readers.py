@@ -12,6 +12,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -44,7 +45,7 @@ def reading(parent: nn.Module, name: str) -> Reading | None:
     """
     kind: Any = type(parent)
     own: Any = parent.__dict__.get("forward")  # a patch of this one module
-    found = _readings(kind, getattr(own, "__func__", own)).get(name)
+    found = _readings(kind, _methods(kind), getattr(own, "__func__", own)).get(name)
     if found is not None and not found.always and isinstance(getattr(parent, "A_log", None), nn.Parameter):
         return found._replace(always=True)
     return found
@@ -73,7 +74,7 @@ def conversion_in(model: nn.Module, name: str) -> str:
     parent = model.get_submodule(above)
     kind: Any = type(parent)
     own: Any = parent.__dict__.get("forward")
-    return _conversions(kind, getattr(own, "__func__", own)).get(child, "")
+    return _conversions(kind, _methods(kind), getattr(own, "__func__", own)).get(child, "")
 
 
 def close_fast_paths(model: nn.Module, kind: type[nn.Module]) -> Callable[[], None]:
@@ -100,8 +101,17 @@ _FAST_PATHS: tuple[tuple[type[nn.Module], str, Any], ...] = (
 """Modules with a path for inference, and the attribute and its value that switch this path off."""
 
 
-@functools.cache  # neither a class nor a function changes its source
-def _readings(kind: type[nn.Module], forward: Callable[..., Any] | None) -> dict[str, Reading]:
+def _methods(kind: type[nn.Module]) -> tuple[FunctionType, ...]:
+    """Return the functions of a class and its bases, which are a part of the key of what was read. A function does not
+    change its source, but a package that patches the class replaces functions."""
+    bases = (base for base in kind.__mro__ if base not in _NOT_READ)
+    return tuple(each for base in bases for each in vars(base).values() if isinstance(each, FunctionType))
+
+
+@functools.cache
+def _readings(
+    kind: type[nn.Module], methods: tuple[FunctionType, ...], forward: Callable[..., Any] | None
+) -> dict[str, Reading]:
     read: dict[str, str] = {}
     used: set[str] = set()
     for owner, function in _methods_of_forward(kind, forward):
@@ -116,7 +126,9 @@ def _readings(kind: type[nn.Module], forward: Callable[..., Any] | None) -> dict
 
 
 @functools.cache
-def _conversions(kind: type[nn.Module], forward: Callable[..., Any] | None) -> dict[str, str]:
+def _conversions(
+    kind: type[nn.Module], methods: tuple[FunctionType, ...], forward: Callable[..., Any] | None
+) -> dict[str, str]:
     found: dict[str, str] = {}
     for owner, function in _methods_of_forward(kind, forward):
         if any(isinstance(node, ast.Attribute) and node.attr == "int8" for node in ast.walk(function)):

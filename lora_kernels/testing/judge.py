@@ -6,7 +6,8 @@ half in fp32, as PEFT does, so that their gradients are held against errors of f
 
 The errors of plain torch on a few elements say little (on 9×8 elements those of MKL differ by a factor of 1.9 with the
 way the sum is written), so each element of a small result is held against the bound that follows from the number of
-roundings.
+roundings. A large result that repeats a few numbers, as dx does if all rows of dy are alike, says as little: equal
+numbers are rounded alike, and count once.
 
 The bench prints no number of a back-end whose results have not been judged right in the same run. The tests use the
 same judge.
@@ -162,28 +163,62 @@ def judge(
     largest error at most 2 × plain torch's largest + eps × the largest value. A result of fewer than `_ENOUGH`
     independent roundings (h and g have M·R elements, and dropout leaves a fraction 1 - p of x) is judged element by
     element: each must be within what rounding can do to it (Higham, Accuracy and Stability of Numerical Algorithms,
-    2002, section 3.1). So is every result in fp64, where plain torch is the truth itself.
+    2002, section 3.1). So is every result in fp64, where plain torch is the truth itself. A result that is large, but
+    has few distinct roundings, is judged in both ways: see `against_both`.
 
     A caller that knows ``truth(q)`` and ``evaluate(q)`` passes them as `want` and `plain`.
     """
     want = truth(q) if want is None else want
     results = {name: value for name, value in got.items() if value is not None}
     most = 0 if q.x.dtype == torch.float64 else (1 - q.p) * q.x.shape[0] * q.a.shape[0]
-    enough = {name: min((1 - q.p) * want[name].numel(), most) >= _ENOUGH for name in results}
+    large = [name for name in results if min((1 - q.p) * want[name].numel(), most) >= _ENOUGH]
+    counts = roundings(q, {name: want[name] for name in large})
     if plain is None:
-        plain = evaluate(q) if any(enough.values()) else {}
-    magnitude = {} if all(enough.values()) else truth(q.absolute())
+        plain = evaluate(q) if large else {}
+    magnitude = {} if all(counts.get(name, 0) >= _ENOUGH for name in results) else truth(q.absolute())
     verdicts = []
     for name, value in results.items():
-        if fault := _unfit(value, want[name]):
+        exact = want[name]
+        if fault := _unfit(value, exact):
             verdicts.append(Verdict(name, 0.0, 0.0, 0.0, 0.0, f"{name}: {fault}"))
-        elif enough[name]:
-            verdicts.append(against_plain(name, value, want[name], plain[name]))
+        elif counts.get(name, 0) >= _ENOUGH:
+            verdicts.append(against_plain(name, value, exact, plain[name]))
         else:
-            verdicts.append(
-                against_bound(name, value, want[name], rounding_bound(name, q, want[name], magnitude[name]))
-            )
+            bound = rounding_bound(name, q, exact, magnitude[name])
+            if name in large:
+                verdicts.append(against_both(name, value, exact, plain[name], bound, counts[name]))
+            else:
+                verdicts.append(against_bound(name, value, exact, bound))
     return verdicts
+
+
+def roundings(q: Problem, want: dict[str, Tensor]) -> dict[str, float]:
+    """Return how many independent roundings each result in `want` has, at most `_ENOUGH`, from ``truth(q)``.
+
+    They are the distinct numbers of the result, or of the h or g that it is made from if those are fewer. Dropout
+    leaves a fraction 1 - p of them. What repeats is rounded alike: if dy was made by `expand`, all rows of g and of dx
+    are copies of one.
+    """
+    counts = {name: _distinct(exact, q.p) for name, exact in want.items()}
+    if "y" in want or "db" in want:
+        x = q.x if q.seed is None else dropout.dropout(q.x, q.p, q.seed)
+        of_h = _distinct(x.detach().double() @ q.a.detach().double().mT, q.p)
+        counts |= {name: min(counts[name], of_h) for name in ("y", "db") if name in want}
+    if "dx" in want or "da" in want:
+        of_g = _distinct(q.dy.detach().double() @ q.b.detach().double(), q.p)
+        counts |= {name: min(counts[name], of_g) for name in ("dx", "da") if name in want}
+    return counts
+
+
+def _distinct(t: Tensor, p: float) -> float:
+    """Return (1 - p) × the number of distinct elements, at most `_ENOUGH`. They are compared in fp32, because products
+    in fp64 may differ in the last bits from row to row."""
+    seen = t.new_empty(0, dtype=torch.float32)
+    for part in t.flatten().split(1 << 16):
+        seen = torch.cat([seen, part.float()]).unique()
+        if (1 - p) * seen.numel() >= _ENOUGH:
+            return _ENOUGH
+    return (1 - p) * seen.numel()
 
 
 def _unfit(value: Tensor, exact: Tensor) -> str | None:
@@ -196,6 +231,20 @@ def against_plain(name: str, value: Tensor, exact: Tensor, plain: Tensor) -> Ver
     """Return the verdict on a result with enough elements for statistics: its errors beside those of `plain`."""
     errors = accuracy.errors_beside(value, exact, plain)
     return Verdict(name, *errors, None if errors.fault is None else f"{name}: {errors.fault}")
+
+
+def against_both(name: str, value: Tensor, exact: Tensor, plain: Tensor, bound: Tensor, count: float) -> Verdict:
+    """Return the verdict on a large result of `count` independent roundings, fewer than `_ENOUGH`: no error may exceed
+    `bound`, and the RMS error may be at most RATIO ** √(_ENOUGH / count) times that of plain torch.
+
+    The logarithm of the ratio of two RMS errors, each of n independent roundings, has a deviation in proportion to
+    1 / √n. So this ratio lies as many deviations above 1 as `RATIO` does for `_ENOUGH` roundings.
+    """
+    verdict = against_bound(name, value, exact, bound)
+    ratio = accuracy.RATIO ** (_ENOUGH / max(count, 1.0)) ** 0.5
+    allowed = ratio * accuracy.rms(plain.double() - exact)
+    fault = f"{name}: RMS error {verdict.rms:.3g}, allowed {allowed:.3g}" if not verdict.rms <= allowed else None
+    return replace(verdict, rms_allowed=allowed, fault=verdict.fault or fault)
 
 
 def rounding_bound(name: str, q: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:

@@ -56,10 +56,18 @@ def test_exact_problems_have_exact_results_that_are_not_all_zero():
         pytest.param(1, 694, id="fp64, with many elements"),
         pytest.param(1, 1375, id="the norm of a row that is nearly 0, under deterministic algorithms"),
         pytest.param(11, 3392, id="a g of subnormals in fp16"),
+        pytest.param(12, 13249, id="a dy whose rows are all alike"),
     ],
 )
 def test_calls_whose_rounding_is_large_have_no_faults(seed, k):
     assert fuzz.one(seed, k, False, None)[2] == []
+
+
+@pytest.mark.parametrize(
+    "k", [pytest.param(1105, id="a strided W is copied"), pytest.param(1169, id="the layer's mask keeps more")]
+)
+def test_exact_calls_of_layers_are_judged_by_what_the_layer_has(k):
+    assert fuzz.one(1537, k, True, "baseline")[2] == []
 
 
 @pytest.mark.parametrize("name", ["x", "w", "a", "b", "dy", "bias"])

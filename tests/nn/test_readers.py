@@ -144,6 +144,28 @@ def test_a_forward_on_the_instance_is_the_one_that_counts():
     assert readers.reading(Parent(), "called") is None
 
 
+@pytest.mark.parametrize("name", ["forward", "_rest"])
+def test_a_method_that_is_replaced_in_the_class_is_read_anew(name, monkeypatch):
+    """Packages that patch a class may come after the first look at it, and may be taken away again."""
+
+    class Patched(Parent):
+        pass
+
+    def forward(module, x):
+        return F.linear(x, module.called.weight.to(module.rebuilt.weight.dtype))
+
+    def found():
+        parent = nn.Sequential(Patched())
+        return readers.reading(parent[0], "called"), readers.conversion_in(parent, "0.rebuilt")
+
+    assert found() == (None, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(Parent, name, forward)
+        method, converted = found()
+        assert method is not None and method.method == f"Parent.{forward.__name__}" and converted
+    assert found() == (None, "")
+
+
 def test_a_class_without_source_is_read_by_nobody_we_know_of():
     made: dict = {}
     exec("def forward(self, x): return x @ self.read.weight", made)

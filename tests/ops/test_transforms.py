@@ -137,7 +137,7 @@ def test_a_named_backend_is_refused_in_a_transform_that_differentiates(kind, nam
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_that_a_transform_made_outlives_it(kind):
-    """DoRA keeps ‖W‖², and 4-bit weights share a table. A tensor of a transform has no memory of its own."""
+    """4-bit weights share a table. A tensor of a transform has no memory of its own."""
     tables._made.clear()
     run, x = layer(kind), torch.randn(3, 8)
     torch.func.vmap(torch.func.grad(lambda x: run(x).square().sum()))(x)

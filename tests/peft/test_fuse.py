@@ -78,6 +78,20 @@ def test_copies_pickles_and_loaded_adapters_give_the_same(tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(x), y)
 
 
+def test_a_copy_begins_with_the_numbers_of_calls_of_its_original():
+    model, x = make().eval(), torch.randn(4, 24)
+    lora_kernels.fuse(model)
+    model(x)
+    other = copy.deepcopy(model)
+    other(x)
+    assert [layer.fused_calls for layer in fused_layers(model)] == [1, 1]
+    assert [layer.fused_calls for layer in fused_layers(other)] == [2, 2]
+    layer = fused_layers(model)[0]
+    layer.to(torch.float64)
+    layer(torch.randn(2, layer.in_features, dtype=torch.float64))
+    assert copy.deepcopy(layer).passed_over == layer.passed_over
+
+
 def test_what_cannot_be_fused_is_left_to_peft_and_reported():
     class Odd(nn.Linear):
         def forward(self, x):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.weight_bits import FOUR_BIT, TINY, bits, gaussian
+from torch._subclasses import FakeTensorMode
 
 from lora_kernels import quant
 from lora_kernels.quant import encode, tables
@@ -61,6 +62,20 @@ def test_the_dynamic_map_has_decades_of_doubling_precision():
         step = 0.9 / 2**i * 10.0 ** (i - 6)
         assert len(decade) == 2**i
         torch.testing.assert_close(decade, 10.0 ** (i - 7) + step * (torch.arange(2**i) + 0.5), rtol=1e-6, atol=0)
+
+
+def test_tables_are_made_once_and_outlive_the_mode_of_the_first_call(monkeypatch):
+    made: dict = {}
+    monkeypatch.setattr(tables, "_made", made)
+    cpu = torch.device("cpu")
+    with FakeTensorMode():
+        tables.levels("nf4", cpu)
+    assert not made
+    with torch.inference_mode():
+        table = tables.levels("nf4", cpu)
+    assert not table.is_inference() and tables.levels("nf4", cpu) is table
+    assert torch.compile(lambda: tables.levels("fp4", cpu) * 2, backend="eager")().shape == (16,)
+    assert list(made) == [("nf4", cpu)]
 
 
 @pytest.mark.parametrize("format", FOUR_BIT)

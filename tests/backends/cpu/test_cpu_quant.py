@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -142,6 +144,24 @@ def test_a_product_of_no_rows_is_empty():
     q = quantised("nf4", 8, 64)
     assert cpu_quant.quantized_gemm(torch.empty(0, 64), q).shape == (0, 8)
     assert cpu_quant.quantized_gemm(torch.empty(0, 8), q, transposed=True).shape == (0, 64)
+
+
+def test_the_memory_for_a_block_stays_with_its_thread_until_a_block_needs_more():
+    def rooms() -> int:
+        with torch.inference_mode():
+            first = cpu_quant._room(100, torch.float32)
+        assert not cpu_quant._kept.room.is_inference()
+        assert cpu_quant._room(200, torch.bfloat16).data_ptr() == first.data_ptr()
+        more = cpu_quant._room(101, torch.float32)
+        assert cpu_quant._room(100, torch.float32).data_ptr() == more.data_ptr() != first.data_ptr()
+        cpu_quant._room(cpu_quant._BLOCK_BYTES, torch.float32)  # too much to be kept
+        assert cpu_quant._room(101, torch.float32).data_ptr() == more.data_ptr()
+        together.wait(10)
+        return more.data_ptr()
+
+    together = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        assert len({each.result() for each in [pool.submit(rooms) for _ in range(2)]}) == 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")

@@ -10,6 +10,7 @@ import torch
 from lora_kernels import lora_linear, quantize_weight
 
 cpu_gemm = pytest.importorskip("lora_kernels.backends.cpu.gemm")
+_C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels are not built")
 
 
 @pytest.fixture
@@ -64,6 +65,20 @@ def test_one_of_several_threads_decides_for_all(no_choices, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(set(seen)) == 1 and seen[0] == choice()
+
+
+def test_a_choice_outlives_a_change_of_the_instruction_set(no_choices, monkeypatch):
+    """Results must not change from call to call."""
+    best, x, w = _C.cpu_isa(), torch.randn(40, 64), torch.randn(64, 64)
+    monkeypatch.setattr(cpu_gemm, "_faster", lambda *_: "own")
+    cpu_gemm.base_gemm(x, w)
+    monkeypatch.setattr(cpu_gemm, "_faster", lambda *_: "torch")
+    try:
+        _C.set_cpu_isa("baseline")
+        cpu_gemm.base_gemm(x, w)
+    finally:
+        _C.set_cpu_isa(best)
+    assert set(no_choices.values()) <= {"own"} and len(no_choices) == _C.has_gemm(x.dtype)
 
 
 @pytest.mark.parametrize(

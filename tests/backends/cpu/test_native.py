@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +99,25 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
         assert torch.equal(again_y, y) and torch.equal(again_h, h)
         for name, value in q.backward(threads).items():
             assert torch.equal(value, grads[name]), f"{name} at {threads} threads"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+def test_a_call_that_needs_much_memory_gives_it_back_and_leaves_nothing_to_later_calls() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    small, large = (
+        Operands(*shape, torch.float32, torch.float32, 0.1) for shape in ((7, 33, 47, 8), (45_000, 4, 4, 256))
+    )
+    y, h = small.forward(1)
+    grads = small.backward(1)
+    large.forward(1)  # what it allocates for the first time is not counted
+    before = resident()
+    large.backward(1)  # its g takes 44 MB, and more than 32 MB are not kept
+    assert resident() - before < 16 << 20
+    again_y, again_h = small.forward(1)
+    assert torch.equal(again_y, y) and torch.equal(again_h, h)
+    assert all(torch.equal(value, grads[name]) for name, value in small.backward(1).items())
 
 
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS, ids=["zeros", "ones", "pi"])
