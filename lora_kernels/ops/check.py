@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lora_kernels.core.operands import Layer
 
@@ -157,8 +158,9 @@ def seed(given: Tensor | int, device: torch.device) -> Tensor:
 def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
     """Return (s, B), where s is a finite float.
 
-    A tensor scale is multiplied into B, in B's dtype, and s is then 1: reading its value would synchronise with the
-    device, and autograd would not give the tensor its gradient. A float that changes from call to call becomes a symbol
+    The value of a tensor on the CPU that requires no gradient is read, outside of transforms and compilers. Any other
+    tensor is multiplied into B, in B's dtype, and s is then 1: reading its value would synchronise with the device, and
+    autograd would not give the tensor its gradient. A float that changes from call to call becomes a symbol
     under torch.compile. An operator would fix the value in the compiled code, which would be compiled again for every
     value, so a symbol is multiplied into B too.
 
@@ -173,10 +175,12 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
                 "a tensor scale must be fp64, fp32, fp16 or bf16 and have one element, "
                 f"got {given.dtype}, shape {tuple(given.shape)}"
             )
+        known = given.is_cpu and not given.requires_grad and type(given) in (Tensor, Parameter)
+        if known and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or _is_traced()):
+            return _finite(given.item()), lora_b
         # Without dimensions it does not change the dtype of the product, and a CPU does not round it to that dtype.
         return 1.0, lora_b * given.reshape(())
-    if not abs(given) < float("inf"):  # math.isfinite breaks torch.compile
-        raise ValueError(f"scale must be finite, got {given}")
+    _finite(given)
     if torch.compiler.is_compiling():
         from torch.fx.experimental import symbolic_shapes  # heavy to import, and loaded already while compiling
 
@@ -184,3 +188,16 @@ def scale(given: float | Tensor, lora_b: Tensor) -> tuple[float, Tensor]:
         if hasattr(symbolic_shapes, "has_static_value") and not symbolic_shapes.has_static_value(given):
             return 1.0, lora_b * given
     return given if isinstance(given, float) else float(given), lora_b
+
+
+def _is_traced() -> bool:
+    """Return whether torch.jit.trace or a mode records the call, so that a value that is read would be a constant of
+    the record."""
+    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _finite(s: float) -> float:
+    """Return s. Raises ValueError unless it is finite."""
+    if not abs(s) < float("inf"):  # math.isfinite breaks torch.compile
+        raise ValueError(f"scale must be finite, got {s}")
+    return s

@@ -60,8 +60,8 @@ def lora_linear(
         lora_a: A [R, K], in x's dtype, or fp32 beside an fp16 or bf16 x (its gradient is then fp32, not rounded through
             x's dtype).
         lora_b: B [N, R], in A's dtype.
-        scale: s, α/R for plain LoRA and α/√R for rsLoRA; finite. A tensor of one element stays on its device (s·B is
-            then formed in B's dtype, and the gradient reaches `scale` if it wants one).
+        scale: s, α/R for plain LoRA and α/√R for rsLoRA; finite. A tensor of one element on a GPU, or one that
+            wants a gradient, stays on its device: s·B is then formed in B's dtype. The value of any other is read.
         bias: [N], in x's dtype. Beside a `QuantizedWeight` it may have another dtype, as in bitsandbytes' layers. It is
             then converted to x's.
         dropout_p: p in [0, 1): the probability with which an element of x is dropped in the low-rank branch. Applied

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import judging
@@ -89,11 +91,28 @@ def test_a_fused_layer_of_peft_saves_x_and_h_in_the_adapters_dtype(dtypes):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_scale_in_a_tensor_is_not_rounded_to_16_bits(dtype):
     """1.3 lies 0.25 % beside the nearest number of bf16."""
-    b = torch.randn(64, 8).to(dtype).requires_grad_()
-    one, scaled = check.scale(torch.tensor(1.3), b)
+    b, s = torch.randn(64, 8).to(dtype).requires_grad_(), torch.tensor(1.3)
+    assert check.scale(s, b) == (s.item(), b)
+    one, scaled = check.scale(s.requires_grad_(), b)
     assert one == 1.0 and torch.equal(scaled, (b.float() * 1.3).to(dtype))
     scaled.sum().backward()
     assert torch.equal(b.grad, torch.full_like(b, 1.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_scale_in_a_tensor_gives_the_gradients_of_the_same_number(dtype):
+    """s·B would be rounded, and the gradient of s·B overflows in fp16."""
+    q = judging.problem(128, 96, 160, 8, dtype=dtype)
+    q = replace(q, x=40 * q.x, dy=600 * q.dy, scale=1 / 1024)
+    want = judging.evaluate(q, lora_linear)
+    got = judging.evaluate(replace(q, scale=torch.tensor([1 / 1024])), lora_linear)
+    assert all(torch.equal(got[name], want[name]) and torch.isfinite(want[name]).all() for name in want)
+
+
+def test_a_scale_that_is_not_finite_is_refused_in_a_tensor_too():
+    x, w, a, b = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2)
+    with pytest.raises(ValueError, match="must be finite, got nan"):
+        lora_linear(x, w, a, b, scale=torch.tensor(float("nan")))
 
 
 def test_no_h_is_kept_where_no_gradient_is_wanted():
