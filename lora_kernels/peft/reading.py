@@ -89,7 +89,6 @@ def weight_and_bias(module: Any) -> tuple[Any, Any]:
 
 ROWS = 2048
 """The number of rows of x for which it is told whether a kernel serves a layer: one of training."""
-"""The rows of x in a call that stands for training."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
