@@ -133,6 +133,7 @@ def test_scaling_adapter_and_batch_compile_once_at_most():
             check(batch)
 
 
+@pytest.mark.slow
 @compiles_whole_models
 def test_dynamic_compiles_once_for_every_scaling_and_batch():
     model, graphs = lora_llama(1, random=True, lora_dropout=0.1, target_modules=FEW), Graphs()

@@ -235,6 +235,7 @@ def test_the_last_way_to_build_is_reported(tmp_path):
     assert results(tmp_path / "out")["build"] == "exit status 1; at last without CUDA"
 
 
+@pytest.mark.slow
 def test_a_child_of_a_slow_command_is_ended_too(tmp_path):
     marker = tmp_path / "still-there"
     child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(marker)!r}).touch()"

@@ -62,7 +62,9 @@ def check(qs: list[judging.Problem], needs: Needs, ys, dx, das, dbs) -> None:
 
 
 @pytest.mark.parametrize("layers", [QKV, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["qkv", "mixed"])
-@pytest.mark.parametrize("dtypes", [judging.DTYPES[0], judging.DTYPES[2], judging.DTYPES[3]], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [pytest.param(judging.DTYPES[0], marks=pytest.mark.slow), judging.DTYPES[2], judging.DTYPES[3]], ids=str
+)
 def test_the_results_of_a_list_are_right(layers, dtypes, poison: None) -> None:
     qs = problems(layers, *dtypes)
     needs = Needs(True, (True,) * len(qs), (True,) * len(qs))
@@ -75,9 +77,14 @@ def test_the_results_of_a_list_are_right(layers, dtypes, poison: None) -> None:
     [
         Needs(False, (True, False, True), (True, False, True)),
         Needs(True, (True, False, False), (True, False, True)),
-        Needs(True, (False, False, False), (False, False, False)),
-        Needs(False, (True, True, True), (False, False, False)),
-        Needs(False, (False, False, False), (False, True, True)),
+        *(
+            pytest.param(needs, marks=pytest.mark.slow)
+            for needs in (
+                Needs(True, (False, False, False), (False, False, False)),
+                Needs(False, (True, True, True), (False, False, False)),
+                Needs(False, (False, False, False), (False, True, True)),
+            )
+        ),
     ],
 )
 def test_only_what_is_needed_of_a_list_is_computed(needs: Needs, poison: None) -> None:

@@ -168,7 +168,11 @@ def test_the_memory_for_a_block_stays_with_its_thread_until_a_block_needs_more()
 @pytest.mark.skipif(TORCH < (2, 7), reason="a step with torch 2.6 takes 17 to 21 MB, for an unknown reason")
 @pytest.mark.parametrize(
     ("dtype", "size"),
-    [("float32", (512, 4096, 4096)), ("bfloat16", (512, 4096, 4096)), ("float32", (64, 8192, 8192))],
+    [
+        ("float32", (512, 4096, 4096)),
+        pytest.param("bfloat16", (512, 4096, 4096), marks=pytest.mark.slow),
+        pytest.param("float32", (64, 8192, 8192), marks=pytest.mark.slow),
+    ],
 )
 def test_the_dequantised_weight_is_never_in_memory_whole(dtype, size):
     """The dequantised weights would take 64, 32 and 256 MB. The measured step includes the timing of both GEMMs.

@@ -112,6 +112,7 @@ def test_a_process_waits_for_its_kernel_and_not_for_its_compiler(script, monkeyp
     assert kept().verdicts[KEYS[1]].why == "wait for the tickets: no end after 0.7 s"
 
 
+@pytest.mark.slow
 def test_a_compiler_that_never_ends_is_ended_too(script, monkeypatch) -> None:
     monkeypatch.setattr(processes, "SLOW_SECONDS", 4.0)
     script.of_class(KEYS[1], {"doing": "compile", "limit": "slow", "blame": True}, ["sleep", 60])
