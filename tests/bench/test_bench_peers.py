@@ -165,6 +165,7 @@ def test_a_peer_that_is_no_python_file_is_refused(tmp_path):
         peers.load("other", Path(tmp_path / "peer.txt"))
 
 
+@pytest.mark.slow
 def test_layers_are_timed_beside_pefts_own_unless_they_are_wrong(monkeypatch):
     calls = overhead.measure_layers(torch.device("cpu"), 2)
     names = {"PEFT's, fused", "FusedLoRALinear"}

@@ -93,6 +93,7 @@ def test_a_llama_is_one_graph_with_eagers_numbers(p):
         same(step(model, compiled, ids), want)
 
 
+@pytest.mark.slow
 @compiles_whole_models
 def test_scaling_adapter_and_batch_compile_once_at_most():
     """A float that changes is a symbol from its second value on; an adapter is compiled at its first use."""

@@ -98,6 +98,7 @@ def test_sections_run_in_the_order_given_and_the_build_comes_first(tmp_path):
     assert list(results(tmp_path / "b")) == ["build", "two", "three"]
 
 
+@pytest.mark.slow
 def test_the_total_is_kept_whatever_hangs(tmp_path, monkeypatch):
     """What runs ignores all signals but SIGKILL."""
     grace = [(number, seconds / 4) for number, seconds in gpu_run.GRACE]
