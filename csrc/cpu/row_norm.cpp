@@ -25,7 +25,7 @@ void row_norm(int threads, i64 N, i64 K, i64 R, Tile w, Tile a, Tile b, float sc
   threads = team(threads, 2.0 * N * K * (R + 1));
   const Grid tasks = make_grid(N, K, kRows, std::max<i64>(K, 1)), ranks = make_grid(R, K, kRanks, std::max<i64>(K, 1));
 
-  // of a thread: rows of w as floats, w a^T, b, b (a a^T), and ||w||^2
+  // Each thread keeps, for the rows of its task: w as floats, w a^T, b, b (a a^T) and ||w||^2.
   const i64 floats_per_thread = (convert ? kRows * kDepth : 0) + kRows * (2 * R + ldr) + kRows;
   Scratch scratch;
   float *a_panel, *products, *own;

@@ -89,6 +89,7 @@ def lora_linear(x: Tensor, layer: Layer) -> Tensor:
 
 
 def _lora_linear(x: Tensor, layer: Layer) -> Tensor:
+    """Return y as torch computes it. torch raises RuntimeError for layouts that it cannot multiply."""
     w, a, b, scale, bias, p, seed = layer
     scale, b = check.scale(scale, b)
     y = F.linear(x, _dense(w, x.dtype), bias)
@@ -108,6 +109,7 @@ def dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
 
 
 def _dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
+    """Return y as torch computes it. torch raises RuntimeError for layouts that it cannot multiply."""
     w, a, b, scale, bias, p, seed = layer
     assert isinstance(w, Tensor), "DoRA has no quantised weight"
     scale, b = check.scale(scale, b)
@@ -128,8 +130,8 @@ def _dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
 
 
 def _of_a_layout(equation: Callable[..., Tensor], x: Tensor, layer: Layer, *rest: Tensor) -> Tensor:
-    """Return the result of an equation for a sparse or MKL-DNN x. Raises ValueError with the layout and the way out
-    where torch cannot compute it."""
+    """Return the result of `equation`, one of the two functions above, for a sparse or MKL-DNN x. Raises ValueError
+    with the layout and the way out where torch cannot compute it."""
     if layer.dropout_p > 0:
         raise ValueError(
             f"x is {_kind(x)}, and torch has no dropout for such a tensor; got p = {layer.dropout_p}. Call to_dense() "
