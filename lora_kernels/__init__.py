@@ -13,6 +13,8 @@ from lora_kernels.ops.linear import explain, lora_linear
 from lora_kernels.quant.weight import QuantizedWeight, dequantize_weight, quantize_weight
 
 if TYPE_CHECKING:
+    from lora_kernels.core.many import Adapter, AdapterStack
+    from lora_kernels.core.rows import Rows
     from lora_kernels.models.adapters import load_adapter, save_adapter
     from lora_kernels.models.inject import (
         adapter_parameters,
@@ -24,14 +26,18 @@ if TYPE_CHECKING:
     from lora_kernels.models.loralib import load_loralib
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
     from lora_kernels.ops.group import lora_linear_group
+    from lora_kernels.ops.multi import lora_linear_multi
     from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
 
 __all__ = [
+    "Adapter",
+    "AdapterStack",
     "ColwiseLoRA",
     "FuseReport",
     "FusedLoRALinear",
     "QuantizedLoRALinear",
     "QuantizedWeight",
+    "Rows",
     "RowwiseLoRA",
     "__version__",
     "adapter_parameters",
@@ -46,6 +52,7 @@ __all__ = [
     "load_loralib",
     "lora_linear",
     "lora_linear_group",
+    "lora_linear_multi",
     "mark_only_lora_as_trainable",
     "merge_and_unload",
     "quantize_weight",
@@ -55,6 +62,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "core.many": ("Adapter", "AdapterStack"),
+    "core.rows": ("Rows",),
     "models.adapters": ("load_adapter", "save_adapter"),
     "models.inject": (
         "adapter_parameters",
@@ -66,6 +75,7 @@ _LAZY = {
     "models.loralib": ("load_loralib",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
     "ops.group": ("lora_linear_group",),
+    "ops.multi": ("lora_linear_multi",),
     "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
 }
 """The names that are imported when they are first asked for, by module. They need PEFT, or few programs use them."""

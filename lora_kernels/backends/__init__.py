@@ -38,6 +38,18 @@ where that class was right on the device in use (`proven`); it can always be ask
 ``dispatch.BACKENDS`` lists the names, and ``dispatch.AUTOMATIC`` the order of the automatic choice: a new back-end is
 added to both. Its import raises ImportError, with the way out, where something that it needs is not installed.
 
-Many adapters over segments of the rows of one x, and many bases, would be the same two functions with one more
-argument that gives the rows of each.
+Many adapters over the rows of one x are two more functions, whose `Call` has the op "forward_multi" or
+"backward_multi", the largest rank as R, and dropout if any adapter has it:
+
+* ``forward_multi(x, base, adapters, rows, save_h) -> (y, h)``,
+* ``backward_multi(dy, x, base, adapters, rows, h, needs) -> (dx, das, dbs)``.
+
+The equation above holds for the rows X_i of adapter i, which `Rows` gives, and y = x Wᵀ + bias for those that have
+none. ``adapters[i]`` is None where that adapter has nothing in this layer; its rows get the base alone. The mask of a
+row is drawn at its place among the rows of its adapter, and every sum of an adapter is made in the order of its rows:
+so nothing that belongs to an adapter depends on its neighbours in the batch. h is one buffer of one dimension, in a's
+dtype. The h [M_i, R_i] of adapter i begins in it at Σ M_j R_j over the adapters j < i (0 where ``adapters[j]`` is None);
+it may be longer than the sum. h is None unless ``save_h``. Where a row has no adapter, its y is bit-equal to
+what the frozen layer would give for this x: ``F.linear(x, w, bias)`` for a dense w. da and db of an adapter without
+rows are None or zeros.
 """

@@ -15,6 +15,7 @@ and g are not rounded. A few rows of x and dy are converted at a time.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from lora_kernels.backends.each import backward_each, forward_each
 from lora_kernels.core import dropout
-from lora_kernels.core.operands import Adapter, Base, Call, Needs
+from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MultiResult, Needs
+from lora_kernels.core.rows import Rows
 from lora_kernels.quant.weight import QuantizedWeight
 
 name = "eager"
@@ -41,8 +43,7 @@ def why_not(call: Call) -> list[str]:
 
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
     """Return (y, h) of one layer."""
-    w, bias = base
-    y = F.linear(x, w, bias) if isinstance(w, Tensor) else _quantised(x, w, bias)
+    y = _base(x, base)
     h = _product(_masked(x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
     _add_product(y, h, adapter.b.t(), adapter.scale)
     return y, h if save_h else None
@@ -58,7 +59,7 @@ def _backward(
     if need_dx or need_da:
         g = _product(dy, b, scale, b.dtype)
     if need_dx:
-        dx = dy @ w if isinstance(w, Tensor) else _quantised_transposed(dy, w)
+        dx = _base_backward(dy, w)
         if p > 0:
             dx += _masked(_product(g, a, dropout.rescale(p), dy.dtype), adapter)
         else:
@@ -76,12 +77,88 @@ forward = functools.partial(forward_each, _forward)
 backward = functools.partial(backward_each, _backward)
 
 
+def forward_multi(x: Tensor, base: Base, adapters: Sequence[Adapter | None], rows: Rows, save_h: bool) -> MultiResult:
+    y = _base(x, base)
+    parts = []
+    for adapter, index in _with_rows(adapters, rows):
+        own_x = x[index]
+        h = _product(_masked(own_x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
+        own_y = y[index]  # a view where the rows follow each other
+        _add_product(own_y, h, adapter.b.t(), adapter.scale)
+        if isinstance(index, Tensor):
+            y[index] = own_y
+        if save_h:
+            parts.append(h.reshape(-1))
+    if not save_h:
+        return y, None
+    return y, torch.cat(parts) if parts else x.new_empty(0)
+
+
+def backward_multi(
+    dy: Tensor,
+    x: Tensor | None,
+    base: Base,
+    adapters: Sequence[Adapter | None],
+    rows: Rows,
+    h: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    dx = _base_backward(dy, base.w) if needs.dx else None
+    das: list[Tensor | None] = []
+    dbs: list[Tensor | None] = []
+    first = 0
+    for i, adapter in enumerate(adapters):
+        das.append(None)
+        dbs.append(None)
+        if adapter is None or not rows.counts[i]:
+            continue
+        index, (a, b, scale, p, _), count = rows.index(i), adapter, rows.counts[i]
+        own_dy = dy[index]
+        if needs.dx or needs.da[i]:
+            g = _product(own_dy, b, scale, b.dtype)
+        if dx is not None:
+            own_dx = dx[index]  # a view where the rows follow each other
+            if p > 0:
+                own_dx += _masked(_product(g, a, dropout.rescale(p), dy.dtype), adapter)
+            else:
+                _add_product(own_dx, g, a)
+            if isinstance(index, Tensor):
+                dx[index] = own_dx
+        if needs.da[i]:
+            assert x is not None
+            das[i] = _transposed_product(g, _masked(x[index], adapter), dropout.rescale(p), a.dtype)
+        if needs.db[i]:
+            assert h is not None
+            own_h = h[first : first + count * a.shape[0]].view(count, a.shape[0])
+            dbs[i] = _transposed_product(own_dy, own_h, scale, b.dtype)
+        first += count * a.shape[0]
+    return dx, das, dbs
+
+
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return dropout.keep_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
 
 
 def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, w, bias)
+
+
+def _with_rows(adapters: Sequence[Adapter | None], rows: Rows) -> Iterator[tuple[Adapter, slice | Tensor]]:
+    """Yield the adapters that have rows, with the index of these."""
+    for i, adapter in enumerate(adapters):
+        if adapter is not None and rows.counts[i]:
+            yield adapter, rows.index(i)
+
+
+def _base(x: Tensor, base: Base) -> Tensor:
+    """Return x Wᵀ + bias."""
+    w, bias = base
+    return F.linear(x, w, bias) if isinstance(w, Tensor) else _quantised(x, w, bias)
+
+
+def _base_backward(dy: Tensor, w: Tensor | QuantizedWeight) -> Tensor:
+    """Return dy W."""
+    return dy @ w if isinstance(w, Tensor) else _quantised_transposed(dy, w)
 
 
 def _blocks(w: QuantizedWeight) -> list[tuple[int, int]]:

@@ -75,7 +75,7 @@ class Call(NamedTuple):
     back-end is chosen once for each kind of call."""
 
     op: str
-    """"forward" or "backward"."""
+    """"forward" or "backward", and "forward_multi" or "backward_multi" for many adapters over the rows of one x."""
     device: torch.device
     dtype: torch.dtype
     """The dtype of x, w, bias, y, dy and dx."""
@@ -110,6 +110,15 @@ def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter, layers: int = 1
     )
 
 
+def call_of_multi(op: str, rows: Tensor, base: Base, adapters: Sequence[Adapter | None]) -> Call:
+    """Return the `Call` of one base and many adapters, at least one of which is not None. `rows` is x [M, K] in a
+    forward and dy [M, N] in a backward."""
+    known = [each for each in adapters if each is not None]
+    largest = max(known, key=lambda each: each.a.shape[0])
+    dropout = max(each.p for each in known)
+    return call_of(op, rows, base, Adapter(largest.a, largest.b, 1.0, dropout))
+
+
 def power_of_two(n: int) -> int:
     """Return the smallest power of two that is not below n; 0 for 0."""
     return 1 << (n - 1).bit_length() if n else 0
@@ -122,5 +131,7 @@ MaybeTensors = Sequence[Tensor | None]
 """One tensor or None for each layer."""
 Results = tuple[list[Tensor], list[Tensor | None]]
 """The (ys, hs) that a forward returns."""
+MultiResult = tuple[Tensor, Tensor | None]
+"""The (y, h) that a forward of many adapters returns."""
 Gradients = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
 """The (dx, das, dbs) that a backward returns."""

@@ -15,7 +15,20 @@ from torch import Tensor
 
 from lora_kernels.backends import dispatch
 from lora_kernels.backends.each import backward_each, forward_each
-from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors, call_of
+from lora_kernels.core.operands import (
+    Adapter,
+    Base,
+    Call,
+    Gradients,
+    MaybeTensors,
+    MultiResult,
+    Needs,
+    Results,
+    Tensors,
+    call_of,
+    call_of_multi,
+)
+from lora_kernels.core.rows import Rows
 
 
 def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool) -> tuple[Tensor, Tensor | None]:
@@ -82,6 +95,23 @@ def backward_group(
         return backward(dy, x, base, adapter, h, needs, backend)
 
     return backward_each(one, dys, x, bases, adapters, hs, needs)
+
+
+def forward_multi(
+    x: Tensor, base: Base, adapters: Sequence[Adapter | None], rows: Rows, backend: str | None, save_h: bool
+) -> MultiResult:
+    """Return (y [M, N], h) of one layer with many adapters; h is None unless `save_h`."""
+    module = dispatch.pick(call_of_multi("forward_multi", x, base, adapters), backend)
+    return module.forward_multi(x, base, adapters, rows, save_h)
+
+
+def backward_multi(
+    dy: Tensor, x: Tensor | None, base: Base, adapters: Sequence[Adapter | None], rows: Rows, h: Tensor | None,
+    needs: Needs, backend: str | None,
+) -> Gradients:  # fmt: skip
+    """Return (dx, das, dbs) of one layer with many adapters; a gradient that `needs` does not ask for is None."""
+    module = dispatch.pick(call_of_multi("backward_multi", dy, base, adapters), backend)
+    return module.backward_multi(dy, x, base, adapters, rows, h, needs)
 
 
 def _serving_all(

@@ -55,7 +55,7 @@ def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h
     """Return (y [M, N], h [M, R]) of one layer; h has no elements unless `save_h`."""
     flops.register()
     (w, bias), (a, b, scale, p, seed) = base, adapter
-    w, *last = _parts(w)
+    w, *last = weight_parts(w)
     return _forward_op(x, w, a, b, bias, scale, p, seed, backend, save_h, *last)
 
 
@@ -66,7 +66,7 @@ def backward(
     elements."""
     flops.register()
     (a, b, scale, p, seed), (need_dx, (need_da,), (need_db,)) = adapter, needs
-    w, *last = _parts(base.w)
+    w, *last = weight_parts(base.w)
     return _backward_op(dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *last)
 
 
@@ -118,7 +118,7 @@ def whole_weight(
     return quant.assemble(w, w_scales or (), w_format, w_blocksize, dtype)
 
 
-def _parts(w: Tensor | QuantizedWeight) -> tuple[Tensor] | tuple[Tensor, list[Tensor], str, int]:
+def weight_parts(w: Tensor | QuantizedWeight) -> tuple[Tensor] | tuple[Tensor, list[Tensor], str, int]:
     """Return the arguments that stand for a weight: the tensor itself, or codes, scales, format and blocksize."""
     return (w.codes, list(w.tensors[1:]), w.format, w.blocksize) if isinstance(w, QuantizedWeight) else (w,)
 

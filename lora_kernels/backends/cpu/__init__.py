@@ -47,6 +47,8 @@ name = "cpu"
 def why_not(call: Call) -> list[str]:
     """Return every reason why the kernels cannot serve the call."""
     reasons = []
+    if call.op.endswith("_multi"):
+        reasons.append("serves one adapter for all rows of x, not many in one call")
     if call.device.type != "cpu":
         reasons.append(f"the tensors are on {call.device}, the kernels run on a CPU")
     if call.dtype not in gemm.DTYPES:
