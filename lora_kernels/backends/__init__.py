@@ -48,8 +48,8 @@ The equation above holds for the rows X_i of adapter i, which `Rows` gives, and 
 none. ``adapters[i]`` is None where that adapter has nothing in this layer; its rows get the base alone. The mask of a
 row is drawn at its place among the rows of its adapter, and every sum of an adapter is made in the order of its rows:
 so nothing that belongs to an adapter depends on its neighbours in the batch. h is one buffer of one dimension, in a's
-dtype. The h [M_i, R_i] of adapter i begins in it at Σ M_j R_j over the adapters j < i (0 where ``adapters[j]`` is None);
-it may be longer than the sum. h is None unless ``save_h``. Where a row has no adapter, its y is bit-equal to
-what the frozen layer would give for this x: ``F.linear(x, w, bias)`` for a dense w. da and db of an adapter without
-rows are None or zeros.
+dtype. The h [M_i, R_i] of adapter i begins in it at Σ M_j R_j over the adapters j < i, where R_j is 0 if
+``adapters[j]`` is None; it may be longer than the sum. h is None unless ``save_h``. Where a row has no adapter, its y
+is bit-equal to what the frozen layer would give for this x: ``F.linear(x, w, bias)`` for a dense w. da and db of an
+adapter without rows are None or zeros.
 """
