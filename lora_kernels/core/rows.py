@@ -6,6 +6,7 @@ read it: the row numbers grouped by adapter, and where each adapter's group begi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -124,7 +125,7 @@ class Rows:
         """The number of rows of each adapter, on the host. The first reading waits for a GPU."""
         if self._counts is None:
             starts = self.starts.tolist()
-            self._counts = tuple(after - before for before, after in zip(starts, starts[1:], strict=False))
+            self._counts = tuple(after - before for before, after in itertools.pairwise(starts))
         return self._counts
 
     @property

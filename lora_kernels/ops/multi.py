@@ -58,8 +58,8 @@ def lora_linear_multi(
     Args:
         x: [..., K], as in `lora_linear`; its leading dimensions are flattened into rows.
         weight: W [N, K] or a `QuantizedWeight`, as in `lora_linear`.
-        adapters: `Adapter` s with ranks, scales, dropout rates and seeds of their own, in one dtype; None for an adapter
-            that has nothing in this layer. Or an `AdapterStack`, for serving: it needs no gradients, and its adapters
+        adapters: `Adapter` s with ranks, scales, dropout rates and seeds of their own, in one dtype; None for one that
+            has nothing in this layer. Or an `AdapterStack`, for serving: it needs no gradients, and its adapters
             were checked and laid out when it was made.
         rows: which rows belong to which adapter: see `Rows`. Rows of samples are repeated for the rows of each sample.
         bias: [N], in x's dtype.
