@@ -131,12 +131,10 @@ def _apply(
     elif not any(each is not None for each in adapters):
         adapters = ()
     if not adapters:
-        adapters, rows = [prepare_multi.nothing(x, w)], Rows(rows.order, rows.starts[-1:].new_zeros(2), (0,))
-        if isinstance(w, Tensor):
-            if backend is not None:
-                dispatch.pick(operands.call_of_multi("forward_multi", x, base, adapters), backend)
+        if backend is None and isinstance(w, Tensor):
             with no_autocast(device_type(x)):
                 return F.linear(x, as_dtype(w, x.dtype), bias)
+        adapters, rows = [prepare_multi.nothing(x, w)], Rows(rows.order, rows.starts[-1:].new_zeros(2), (0,))
     with no_autocast(device_type(x)):
         if not _recorded(x, bias, adapters, biases):
             y, _ = _forward(x, base, adapters, rows, backend, False)
