@@ -79,7 +79,8 @@ class Rows:
 
         Raises TypeError for ids that are no integers, ValueError for another shape than [M], or an id out of range.
         """
-        ids = torch.as_tensor(ids)
+        if not isinstance(ids, Tensor):
+            ids = torch.tensor(ids)
         if ids.dim() != 1:
             raise ValueError(f"ids must be one-dimensional, one for each row of x, got shape {tuple(ids.shape)}")
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
@@ -163,8 +164,8 @@ class Rows:
 
     @property
     def known_counts(self) -> tuple[int, ...] | None:
-        """`counts` where asking for them waits for nothing, else None: on a GPU, and while a compiler traces."""
-        if torch.compiler.is_compiling():
+        """`counts` where asking for them waits for nothing, else None: on a GPU, and while a call is recorded."""
+        if _traced():
             return None
         return self.counts if self._counts is not None or self.starts.is_cpu else None
 
@@ -219,7 +220,7 @@ class Rows:
         """Return the rows of an x [M · times, K] in which each row or sample of this one stands for `times` rows."""
         if times == 1 and not self.per_sample:
             return self
-        if torch.compiler.is_compiling():
+        if _traced():
             return self._repeat(times)
         return _kept(self._repeated, times, self._repeat)
 
@@ -236,7 +237,7 @@ class Rows:
             return self
         if n < self.n:
             raise ValueError(f"rows names {self.n} adapters, and {n} were given")
-        if torch.compiler.is_compiling():
+        if _traced():
             return self._pad(n)
         return _kept(self._padded, n, self._pad)
 
@@ -251,7 +252,7 @@ class Rows:
         device = torch.device(device)
         if self.order.device == device:
             return self
-        if torch.compiler.is_compiling():
+        if _traced():
             return self._move(device)
         return _kept(self._moved, device, self._move)
 
@@ -261,6 +262,12 @@ class Rows:
     def __repr__(self) -> str:
         what = "samples" if self.per_sample else "rows"
         return f"Rows({self.M} {what}, {self.n} adapters, counts={self._counts})"
+
+
+def _traced() -> bool:
+    """Return whether a compiler or torch.jit.trace records what is done. Values are then not known, and nothing that is
+    derived may be kept."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def _allowed(n: int) -> str:

@@ -296,6 +296,11 @@ def _gradients(  # type: ignore[no-untyped-def]
     last = _FIRST + 3 * n
     need_own = [i for i, need in zip(biased, needs_grad[last : last + len(biased)], strict=True) if need]
     rows = Rows(order, starts) if known is None else known
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy):  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "lora_linear_multi takes one dy at a time: call torch.autograd.grad for each without is_grads_batched (or "
+            "vectorize), or take torch.func.vjp with torch.func.vmap"
+        )
     dy = as_dense(dy, ctx.dtype)
     dx = None
     das: Sequence[Tensor | None] = [None] * n

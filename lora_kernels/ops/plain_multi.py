@@ -75,8 +75,11 @@ def lora_linear_multi(
     bias: Tensor | None,
 ) -> Tensor:
     """Return y as torch computes it. `serves` has checked the operands."""
-    rows = prepare_multi.fitting(rows, x, len(adapters))
     flat = x.reshape(-1, x.shape[-1])
+    if not plain.is_tracing():
+        rows = prepare_multi.fitting(rows, x, len(adapters))
+    elif rows.per_sample:  # sizes are not compared while torch.jit.trace records them
+        rows = rows.repeated(flat.shape[0] // x.shape[0])
     y = F.linear(flat, plain.dense_weight(weight, x.dtype), bias)
     ids, zero = rows.ids(), y.new_zeros(())
     for i, adapter in enumerate(adapters):
