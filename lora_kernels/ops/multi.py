@@ -177,8 +177,13 @@ def _recorded(
             return True
     if torch.compiler.is_compiling():
         return False
-    tensors = [t for each in adapters if each is not None for t in each[:2]] if listed else ()
-    return outlived(x, bias, *tensors, *biases.values())
+    if outlived(x, bias, *biases.values()):
+        return True
+    is_dead = torch._C._functorch.is_dead_tensor_wrapper  # type: ignore[attr-defined]
+    for each in adapters if listed else ():  # noqa: SIM110 - any() would enter a frame for each adapter
+        if each is not None and (is_dead(each[0]) or is_dead(each[1])):
+            return True
+    return False
 
 
 def _add_biases(y: Tensor, biases: prepare_multi.Biases, rows: Rows) -> Tensor:
