@@ -90,6 +90,65 @@ void backward(int threads, py::handle dys, py::handle x, py::handle bases, py::h
   lk::cpu::backward(threads, M, K, rows, out, branches);
 }
 
+// The adapters of `call` that have rows. Where a bias is to be added to y, rows without an adapter get it too.
+struct Members {
+  std::vector<lk::cpu::Owned> adapters;
+  std::vector<size_t> numbers;
+  Owners owners;
+};
+
+void read_members(const Items& given, const Groups& rows, const lk::cpu::Shared& call, bool bias, Members& members) {
+  const auto rest = [&](i64 from, i64 to) {
+    lk::cpu::Owned o{};
+    o.rows = rows.order + from;
+    o.M = to - from;
+    o.transposed = true;
+    if (bias && o.M) members.adapters.push_back(o);
+  };
+  for (size_t i = 0; i < given.size(); ++i) {
+    if (given[i].is_none()) {
+      rest(rows.starts[i], rows.starts[i + 1]);
+    } else if (rows.count(i)) {
+      members.adapters.push_back(owned(given[i], rows, i, call.N, call.K, members.owners));
+      members.numbers.push_back(i);
+    }
+  }
+  rest(rows.starts[given.size()], rows.M);
+}
+
+void forward_multi(int threads, py::handle x, py::handle base, py::handle adapters, py::handle order,
+                   py::handle starts, py::handle y, py::handle h, bool product) {
+  const Items given(adapters);
+  const Operand in = input(x), out = output(y);
+  lk::cpu::Shared call{};
+  call.M = in.size.first, call.K = in.size.second, call.N = out.size.second;
+  require_size("y", out.size, call.M, call.N);
+  call.x = in.tile, call.y = out.tile;
+  const Groups rows = groups(order, starts, call.M, given.size());
+  Members members;
+  const py::object w = get(base, names.w);
+  call.bias = members.owners.keep(sized(input(get(base, names.bias)), "bias", call.N, 1));
+  if (product && is_tensor(w))
+    call.base = lk::cpu::few_rows(call.M, call.N, call.K, call.x,
+                                  members.owners.keep(sized(input(w), "w", call.N, call.K)), call.y);
+  else if (product)
+    call.base = lk::cpu::few_rows(call.M, quantized(w, call.N, call.K), call.x, call.y);
+  read_members(given, rows, call, call.bias && !product, members);
+  if (!h.is_none()) {
+    const Operand all = output(h);
+    i64 first = 0;
+    for (lk::cpu::Owned& o : members.adapters) {
+      if (!o.R) continue;
+      o.h = {all.tile.at(0, 0).data, o.R, all.tile.dtype};
+      o.h.data = static_cast<char*>(o.h.data) + first * size_of(o.h.dtype);
+      first += o.M * o.R;
+    }
+    if (first > all.size.first) throw std::invalid_argument("h is too small");
+  }
+  py::gil_scoped_release unlocked;
+  lk::cpu::forward_multi(threads, call, members.adapters);
+}
+
 void gemm(int threads, py::handle x, py::handle w, py::handle y, bool add, py::handle bias) {
   const View weight = view(w);
   const i64 M = view(x).size.first, N = weight.size.first, K = weight.size.second;
@@ -189,6 +248,10 @@ PYBIND11_MODULE(_C, m) {
       "Compute, for each base and adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Where "
       "products[i] is True, dy[i] w is added to dx first; where all are True, dx need not hold anything before. A dx, "
       "da or db that is None is not written.");
+  m.def("forward_multi", &forward_multi,
+        "Compute, for the rows of each adapter: h = c keep(x) a^T, then y += s h b^T. A bias in fp32 is added to all "
+        "rows of y. Where product is True, y is first written as x w^T + bias. An h that is None is not written; else "
+        "it holds the h of one adapter after the other.");
   m.def("gemm", &gemm,
         "Write y = x w^T, or add it to y, or write y = x w^T + bias in 16 bits. x has a dtype of has_gemm, or, without "
         "add, at most FEW_ROWS rows beside a w whose rows are contiguous.");
