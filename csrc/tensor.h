@@ -156,9 +156,8 @@ inline const void* elements(py::handle tensor, const char* name, i64 count, int 
              PyObject_IsTrue(call(tensor, tensor_names.is_contiguous).ptr()) == 1) {
     return address(tensor);
   }
-  throw std::invalid_argument("the CPU kernels take " + std::string(name) + of +
-                              " as a contiguous tensor of " + std::to_string(count) +
-                              " elements of " + std::to_string(bits) + " bits, got " +
+  throw std::invalid_argument("the CPU kernels take " + std::string(name) + of + " as a contiguous tensor of " +
+                              std::to_string(count) + " elements of " + std::to_string(bits) + " bits, got " +
                               std::string(py::str(get(tensor, tensor_names.dtype))) + ", shape " +
                               std::string(py::str(get(tensor, tensor_names.shape))) + ", strides " +
                               std::string(py::str(call(tensor, tensor_names.stride))) + hint);

@@ -44,6 +44,18 @@ void forward_multi(int threads, const Shared& call, const std::vector<Owned>& ad
 // da = c g^T keep(x)
 void backward_multi(int threads, const Shared& call, const std::vector<Owned>& adapters);
 
+// Reading the operands of an adapter of few rows takes the time, so each of their elements counts as this many
+// products.
+constexpr double kReading = 16;
+
+// The size of products of an adapter's rows with matrices [R, .] that have `columns` columns in all.
+inline double operations(const Owned& o, i64 columns) {
+  return static_cast<double>(o.R) * columns * std::max(kReading, static_cast<double>(o.M));
+}
+
+// Whether rows that are `ld` floats apart lie in so few places of L1 that a product of many of them is slow.
+inline bool aliased(i64 ld) { return ld % 64 == 0; }
+
 // ---- rows of a matrix that do not follow each other ----
 
 // Elements from one row of a copy to the next: an odd number of cache lines, as in panel_stride.

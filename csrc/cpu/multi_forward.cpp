@@ -15,12 +15,6 @@ constexpr i64 kBlock = 1 << 14;  // floats of a copied block of y, or of a packe
 
 // Up to this many rows, b [N, R] is read in place. For more rows it pays to transpose it first.
 constexpr i64 kRowsInPlace = 4;
-// Reading a and b takes the time there, so each of their elements counts as this many products at least.
-constexpr double kReading = 16;
-
-// Whether rows that are `ld` floats apart lie in so few places of L1 that a product of many of them is slow.
-bool aliased(i64 ld) { return ld % 64 == 0; }
-
 class Forward {
  public:
   static constexpr int kStages = 3;  // pack b; h; y
@@ -37,9 +31,7 @@ class Forward {
         of_h_(make_grid(o.M, o.R, std::clamp<i64>(round_up(ceil_div(o.M, 4 * threads), 6), 6, kRows), ranks())),
         of_y_(make_grid(o.M, call.N, kRows, o.M <= kRows ? kFewWidth : kWidth)) {}
 
-  double operations() const {
-    return static_cast<double>(o_.R) * (call_.K + call_.N) * std::max(kReading, static_cast<double>(o_.M));
-  }
+  double operations() const { return lk::cpu::operations(o_, call_.K + call_.N); }
   void take(Memory& memory) {
     h_ = memory.floats(o_.M * o_.R);
     panel_ = memory.floats(packed() ? o_.R * ldn_ : 0);
@@ -70,7 +62,9 @@ class Forward {
   bool packed() const { return !o_.transposed && !few(); }  // b is packed before it is used
   i64 most() const { return std::min(o_.M, kRows); }        // rows of a task
   // With dropout the keep bits of a tile serve all ranks.
-  i64 ranks() const { return o_.M > kRows || o_.dropout.threshold ? std::max<i64>(o_.R, 1) : few() ? kRanks : 2 * kRanks; }
+  i64 ranks() const {
+    return o_.M > kRows || o_.dropout.threshold ? std::max<i64>(o_.R, 1) : few() ? kRanks : 2 * kRanks;
+  }
   bool a_in_place() const { return l_.pairs ? o_.a.ld % 2 == 0 : o_.a.dtype == DType::f32; }
 
   struct RoomOfH {
@@ -110,7 +104,8 @@ class Forward {
       if (threshold) kernels().keep_bits(o_.dropout.seed, threshold, m0, k0, n, depth, room.bits, keep.ld);
       for (i64 r0 = first; r0 < last; r0 += kRanks) {
         const i64 some = std::min(kRanks, last - r0);
-        l_.dot(x.tile, keep, a_panel(r0, k0, some, depth, room.a), {n, depth, some}, {h_ + m0 * o_.R + r0, o_.R}, k0 > 0);
+        l_.dot(x.tile, keep, a_panel(r0, k0, some, depth, room.a), {n, depth, some}, {h_ + m0 * o_.R + r0, o_.R},
+               k0 > 0);
       }
       k0 += depth;
     } while (k0 < call_.K);
@@ -161,7 +156,7 @@ class Forward {
     for (i64 m = 0; m < n; ++m) {
       l.dot(o_.b.at(n0, 0), kKeepAll, {room.h + m * o_.R, o_.R}, {width, o_.R, 1}, {room.column, 1}, false);
       l.expand(call_.y.at(rows[m], n0), kKeepAll, bias_ ? bias_ + n0 : nullptr, {&one, 1}, {room.column, width},
-                {1, width, 1});
+               {1, width, 1});
     }
   }
 
@@ -179,8 +174,7 @@ class Forward {
 
 void forward_multi(int threads, const Shared& call, const std::vector<Owned>& adapters) {
   double products = call.base ? static_cast<double>(call.N) * call.K * kReading : 0;
-  for (const Owned& o : adapters)
-    products += static_cast<double>(o.R) * (call.K + call.N) * std::max(kReading, static_cast<double>(o.M));
+  for (const Owned& o : adapters) products += operations(o, call.K + call.N);
   threads = team(threads, 2.0 * products);
   std::vector<Forward> works;
   works.reserve(adapters.size());

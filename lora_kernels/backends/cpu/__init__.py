@@ -41,7 +41,7 @@ try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
-    from lora_kernels.backends.cpu.multi import forward_multi
+    from lora_kernels.backends.cpu.multi import backward_multi, forward_multi
 except ImportError as error:
     raise ImportError(
         f"the native CPU kernels are missing ({error}): they are built when lora_kernels is installed, which needs a "
@@ -51,6 +51,7 @@ except ImportError as error:
 
 __all__ = [
     "backward",
+    "backward_multi",
     "base_gemm",
     "base_gemm_choices",
     "forward",
@@ -66,8 +67,6 @@ name = "cpu"
 def why_not(call: Call) -> list[str]:
     """Return every reason why the kernels cannot serve the call."""
     reasons = []
-    if call.op == "backward_multi":
-        reasons.append("serves the forward of many adapters, not their backward")
     if call.device.type != "cpu":
         reasons.append(f"the tensors are on {call.device}, the kernels run on a CPU")
     if call.dtype not in gemm.DTYPES:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_kernels import _C
 from lora_kernels.backends.cpu import gemm, quant
 from lora_kernels.core.many import AdapterStack
-from lora_kernels.core.operands import Adapter, Base, MultiResult
+from lora_kernels.core.operands import Adapter, Base, Gradients, MultiResult, Needs
 from lora_kernels.core.rows import Rows
 from lora_kernels.quant.weight import QuantizedWeight
 
@@ -45,3 +45,34 @@ def forward_multi(x: Tensor, base: Base, adapters: Sequence[Adapter | None], row
     rest = base if launched or first is not bias else Base(w)
     _C.forward_multi(torch.get_num_threads(), x, rest, adapters, rows.order, rows.starts, y, h, launched)
     return y, h
+
+
+def backward_multi(
+    dy: Tensor,
+    x: Tensor | None,
+    base: Base,
+    adapters: Sequence[Adapter | None],
+    rows: Rows,
+    h: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """Return (dx, das, dbs). The gradients of an adapter without rows are None."""
+    if dy.stride()[1] != 1:  # the base GEMM and the kernel share one copy
+        dy = dy.contiguous()
+    if isinstance(adapters, AdapterStack):
+        adapters = adapters.slots
+    das: list[Tensor | None] = []
+    dbs: list[Tensor | None] = []
+    for adapter, count, need_da, need_db in zip(adapters, rows.counts, needs.da, needs.db, strict=True):
+        wanted = adapter if count else None
+        das.append(wanted.a.new_empty(wanted.a.shape) if wanted is not None and need_da else None)
+        dbs.append(wanted.b.new_empty(wanted.b.shape) if wanted is not None and need_db else None)
+    w, dx, launched = base.w, None, False
+    if needs.dx and isinstance(w, QuantizedWeight):
+        dx = quant.quantized_gemm(dy, w, transposed=True)
+    elif needs.dx and isinstance(w, Tensor):
+        launched = gemm.is_small_backward(dy, w)
+        dx = dy.new_empty(dy.shape[0], w.shape[1]) if launched else gemm.base_gemm(dy, w.t())
+    order, starts = rows.order, rows.starts
+    _C.backward_multi(torch.get_num_threads(), dy, x, base, adapters, order, starts, h, dx, das, dbs, launched)
+    return dx, das, dbs
