@@ -152,15 +152,14 @@ class Rows:
         """Return the rows of an x [M · times, K] in which each row or sample of this one stands for `times` rows."""
         if times == 1 and not self.per_sample:
             return self
-        compiling = torch.compiler.is_compiling()  # a compiled program depends neither on counts nor on what is kept
-        kept = None if compiling else self._repeated
+        kept = self._repeated
         if kept is not None and kept[0] == times:
             return kept[1]
         inner = torch.arange(times, dtype=torch.int32, device=self.order.device)
         order = (self.order[:, None] * times + inner).reshape(-1)
-        counts = None if compiling or self._counts is None else tuple(count * times for count in self._counts)
+        counts = None if self._counts is None else tuple(count * times for count in self._counts)
         rows = Rows(order, self.starts * times, counts)
-        if not compiling:
+        if not torch.compiler.is_compiling():
             self._repeated = times, rows
         return rows
 
@@ -168,13 +167,12 @@ class Rows:
         """Return the same rows beside n adapters, of which those beyond the known ones have no rows."""
         if n == self.n:
             return self
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self._padded is not None and self._padded.n == n:
+        if self._padded is not None and self._padded.n == n:
             return self._padded
         more = self.starts[-1:].expand(n - self.n)
-        counts = None if compiling or self._counts is None else (*self._counts, *[0] * (n - self.n))
+        counts = None if self._counts is None else (*self._counts, *[0] * (n - self.n))
         rows = Rows(self.order, torch.cat([self.starts, more]), counts, self.per_sample)
-        if not compiling:
+        if not torch.compiler.is_compiling():
             self._padded = rows
         return rows
 
