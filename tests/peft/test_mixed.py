@@ -86,7 +86,7 @@ def test_an_adapter_without_rows_gets_no_gradient_and_does_not_move():
 
 
 def test_the_masks_of_an_adapter_do_not_depend_on_the_other_samples(monkeypatch):
-    monkeypatch.setattr("lora_kernels.ops.prepare_multi.draw_seed", lambda device: torch.tensor(7))
+    monkeypatch.setattr("lora_kernels.ops.prepare_multi.draw_seeds", lambda n, device: [torch.tensor(7)] * n)
     model, x = several(p=0.4), torch.randn(6, 5, 24, dtype=torch.float64)
     with mixed(model, NAMES):
         among_others = run(model, x)
