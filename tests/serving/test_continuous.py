@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,12 @@ def alone(model: Any, name: str | None, prompt: list[int] = PROMPT, new: int = 6
     return tokens[0, len(prompt) :].tolist()
 
 
+@pytest.fixture(autouse=True)
+def _stopping_a_manager_collects_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers collects all garbage of the process then, which takes longer than a test."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return make()
@@ -119,6 +126,7 @@ def test_adapters_of_the_last_layer_are_served():
     assert [each.generated_tokens for each in got] == [alone(model, name) for name in NAMES]
 
 
+@pytest.mark.slow
 def test_several_answers_of_a_request_have_its_adapter(model):
     manager = model.init_continuous_batching(
         generation_config=how(num_return_sequences=2, do_sample=True, top_k=1), continuous_batching_config=batching()
@@ -138,6 +146,7 @@ def test_several_answers_of_a_request_have_its_adapter(model):
     assert len(found) == 4
 
 
+@pytest.mark.slow
 def test_a_request_that_was_added_to_the_manager_itself_has_the_base(model):
     manager = manager_of(model)
     with Requests(manager, model):
@@ -231,6 +240,7 @@ def test_an_error_in_a_step_ends_the_requests_with_it(model):
         assert not requests._held
 
 
+@pytest.mark.slow
 def test_another_thread_may_use_the_model_meanwhile(model):
     manager = manager_of(model)
     model.set_adapter("c")
