@@ -31,6 +31,7 @@ from lora_kernels.quant.weight import QuantizedWeight
 try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
+    from lora_kernels.backends.cpu.add import add_multi
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
 except ImportError as error:
     raise ImportError(
@@ -39,7 +40,7 @@ except ImportError as error:
         "pip install --force-reinstall --no-deps lora_kernels"
     ) from error
 
-__all__ = ["backward", "base_gemm", "base_gemm_choices", "forward", "keep_mask", "name", "why_not"]
+__all__ = ["add_multi", "backward", "base_gemm", "base_gemm_choices", "forward", "keep_mask", "name", "why_not"]
 
 name = "cpu"
 
@@ -47,7 +48,7 @@ name = "cpu"
 def why_not(call: Call) -> list[str]:
     """Return every reason why the kernels cannot serve the call."""
     reasons = []
-    if call.op.endswith("_multi"):
+    if call.op in ("forward_multi", "backward_multi"):
         reasons.append("serves one adapter for all rows of x, not many in one call")
     if call.device.type != "cpu":
         reasons.append(f"the tensors are on {call.device}, the kernels run on a CPU")
