@@ -77,6 +77,15 @@ def test_fewer_rows_than_were_named_are_refused():
         own.add(Operators().step([0] * 8), before, torch.randn(4, 64))
 
 
+@pytest.mark.parametrize("M", [2, 9])
+def test_another_number_of_logits_than_of_samples_is_refused(M):
+    own = layer()
+    with pytest.raises(ValueError, match=f"3 samples, and the layer has {M} rows"):
+        Operators().step([0] * 9, [0, 1, 2]).add_lora_logits(
+            torch.randn(M, 48), torch.randn(M, 64), own.a[0], own.b[0], 1.0
+        )
+
+
 def test_one_slot_that_was_named_stands_for_all_rows():
     own, x, before = layer(), torch.randn(5, 64), torch.randn(5, 48)
     y = own.add(Operators().step([2]), before.clone(), x)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.core.many import AdapterStack
@@ -152,19 +153,21 @@ class LowRankOperators:
         add_low_rank_multi_(y, x, adapters, rows)
 
     def _rows_of(self, which: str, M: int) -> Rows:
-        """Return which of M rows have which adapter, made once for each step.
+        """Return which of M rows have which adapter, made once for each step. `which` is "tokens" or "samples".
 
-        Rows after those that vLLM has named are padding and have no adapter. One slot stands for all rows. Raises
-        ValueError where vLLM has named more rows than there are.
+        One slot that vLLM has named stands for all rows. Tokens after those that it has named are padding and have no
+        adapter. Raises ValueError for any other difference between the numbers of rows.
         """
         rows = self._rows.get((which, M))
         if rows is None:
             ids = self.token_lora_indices if which == "tokens" else self.sampler_indices
-            if ids.shape[0] > M:
-                raise ValueError(f"vLLM has named the adapters of {ids.shape[0]} {which}, and the layer has {M} rows")
-            if ids.shape[0] == 1:
+            named = ids.shape[0]
+            if named == 1:
                 ids = ids.expand(M)
-            ids = torch.nn.functional.pad(ids, (0, M - ids.shape[0]), value=BASE)
+            elif named < M and which == "tokens":
+                ids = F.pad(ids, (0, M - named), value=BASE)
+            elif named != M:
+                raise ValueError(f"vLLM has named the adapters of {named} {which}, and the layer has {M} rows")
             rows = self._rows[which, M] = Rows.by_id(ids, self._slots)
         return rows
 
