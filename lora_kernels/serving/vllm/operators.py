@@ -11,7 +11,7 @@ largest rank]. There is one pair for each slice of a fused layer such as q, k an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class LowRankOperators:
             return
         y, x = _flat(y), _flat(x)
         rows = self._rows_of("tokens", x.shape[0])
-        if not any(rows.counts):
+        if not rows.used:
             return
         first = 0
         for a, b, N in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
@@ -86,7 +86,7 @@ class LowRankOperators:
         x Aᵀ, which is not needed."""
         y, x = _flat(y), _flat(x)
         rows = self._rows_of("samples", x.shape[0])
-        if any(rows.counts):
+        if rows.used:
             columns = min(lora_b_stacked.shape[-2], y.shape[1])  # vLLM pads the two differently
             self._add(y[:, :columns], x, lora_a_stacked, lora_b_stacked, scale, rows)
 
@@ -96,10 +96,11 @@ class LowRankOperators:
         """Write scale · x Aᵀ of each slice i to y[i] [M, R]; zeros in the rows without an adapter."""
         x = _flat(x)
         rows = self._rows_of("tokens", x.shape[0])
-        for h, a in zip(y, lora_a_stacked, strict=False):  # y may have more slices
+        for h, a in zip(y, lora_a_stacked, strict=True):
             own = _flat(h)[:, : a.shape[-2]]
             own.zero_()
-            for slot, index in _with_rows(rows):
+            for slot in rows.used:
+                index = rows.index(slot)
                 own[index] = (x[index].to(own.dtype) @ a[slot].flatten(0, -2).to(own.dtype).t()).mul_(scale)
 
     def add_expand(
@@ -115,7 +116,7 @@ class LowRankOperators:
         """Add x[i] Bᵀ of each slice i to its columns of y, or write it there, in the rows of each adapter. x[i] [M, R]
         comes from `add_shrink`. The columns of the first slice begin at `offset_start`."""
         y, first = _flat(y), offset_start
-        for h, b, N in zip(x, lora_b_stacked, output_slices, strict=False):
+        for h, b, N in zip(x, lora_b_stacked, output_slices, strict=True):
             self._expand(y[:, first : first + N], _flat(h), b, add_inputs)
             first += N
 
@@ -130,7 +131,9 @@ class LowRankOperators:
     def _expand(self, y: Tensor, h: Tensor, b: Tensor, add: bool) -> None:
         """Add h Bᵀ to y, or write it there, in the rows of each adapter. The product is computed in fp32."""
         wide = torch.promote_types(torch.promote_types(h.dtype, y.dtype), torch.float32)
-        for slot, index in _with_rows(self._rows_of("tokens", h.shape[0])):
+        rows = self._rows_of("tokens", h.shape[0])
+        for slot in rows.used:
+            index = rows.index(slot)
             own = b[slot].flatten(0, -2)[: y.shape[1]].to(wide)
             product = h[index].to(wide) @ own.t()
             y[index] = (y[index] + product if add else product).to(y.dtype)
@@ -145,8 +148,7 @@ class LowRankOperators:
                 y.copy_(own)
             return
         dtype = a.dtype if a.dtype == b.dtype == y.dtype else torch.float32
-        used = [slot for slot, count in enumerate(rows.counts) if count]
-        adapters: AdapterStack | list[Adapter | None] = self._layouts.adapters(a, b, used, dtype)
+        adapters: AdapterStack | list[Adapter | None] = self._layouts.adapters(a, b, rows.used, dtype)
         N = y.shape[1]
         if scale != 1 or b.shape[-2] != N:
             adapters = [each and each._replace(b=each.b[:N], scale=scale) for each in adapters]
@@ -175,10 +177,3 @@ class LowRankOperators:
 def _flat(t: Tensor) -> Tensor:
     """Return a view of t with two dimensions."""
     return t if t.dim() == 2 else t.view(-1, t.shape[-1])
-
-
-def _with_rows(rows: Rows) -> Iterator[tuple[int, slice | Tensor]]:
-    """Yield the slots that have rows, with the index of these."""
-    for slot, count in enumerate(rows.counts):
-        if count:
-            yield slot, rows.index(slot)
