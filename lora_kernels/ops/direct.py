@@ -117,9 +117,9 @@ def backward_multi(
 
 def add_multi(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Rows, backend: str | None) -> None:
     """Add the low-rank half of many adapters, at least one of which is not None, to their rows of y [M, N]."""
-    a = max((each.a for each in adapters if each is not None), key=len)
-    (R, K), (M, N) = a.shape, y.shape
-    call = Call("add_multi", x.device, x.dtype, a.dtype, power_of_two(M), N, K, R, False)
+    known = [each.a for each in adapters if each is not None]
+    (M, N), K, R = y.shape, x.shape[1], max([a.shape[0] for a in known])
+    call = Call("add_multi", x.device, x.dtype, known[0].dtype, power_of_two(M), N, K, R, False)
     dispatch.pick(call, backend).add_multi(y, x, adapters, rows)
 
 

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.core.many import AdapterStack
 from lora_kernels.core.operands import Adapter
 from lora_kernels.core.rows import Rows
 from lora_kernels.ops import check, direct
+from lora_kernels.ops.autograd import no_graph
 
 
 def add_low_rank_multi_(
@@ -39,12 +41,16 @@ def add_low_rank_multi_(
     Raises:
         TypeError, ValueError: operands whose dtypes or sizes do not fit together, before anything is written.
     """
-    known = [each for each in adapters if each is not None]
+    if isinstance(adapters, AdapterStack):  # its adapters fit each other, and have no dropout
+        adapters = adapters.slots
+        known = [each for each in adapters if each is not None][:1]
+    else:
+        known = [each for each in adapters if each is not None]
     if not known:
         return
     _check(y, x, known, rows, len(adapters))
     own = y if y.stride()[1] == 1 else y.contiguous()
-    with torch.no_grad():
+    with no_graph():
         direct.add_multi(own, x, adapters, rows.padded(len(adapters)), backend)
         if own is not y:
             y.copy_(own)
@@ -52,16 +58,17 @@ def add_low_rank_multi_(
 
 def _check(y: Tensor, x: Tensor, known: list[Adapter], rows: Rows, n: int) -> None:
     """Raise TypeError or ValueError where the operands do not fit together."""
-    if x.dim() != 2 or y.dim() != 2 or x.shape[0] != y.shape[0]:
+    (M, K), N = (x.shape, y.shape[-1]) if x.dim() == y.dim() == 2 else ((-1, -1), -1)
+    if M < 0 or y.shape[0] != M:
         raise ValueError(f"x must be [M, K] and y [M, N], got {tuple(x.shape)} and {tuple(y.shape)}")
-    if x.shape[0] != rows.M or rows.per_sample or rows.n > n:
+    if rows.M != M or rows.per_sample or rows.n > n:
         raise ValueError(f"{rows!r} does not fit x {tuple(x.shape)} and {n} adapters")
-    if y.dtype != x.dtype or y.device != x.device:
-        raise TypeError(f"y must have x's dtype and device, got {y.dtype} on {y.device} beside {x.dtype} on {x.device}")
+    dtype = x.dtype
+    if y.dtype != dtype or y.device != x.device:
+        raise TypeError(f"y must have x's dtype and device, got {y.dtype} on {y.device} beside {dtype} on {x.device}")
     first = known[0].a.dtype
-    if first != x.dtype and not (first == torch.float32 and x.dtype in check.HALVES):
-        raise TypeError(f"the adapters must have {x.dtype}, or float32 beside an x in 16 bits, got {first}")
-    K, N = x.shape[1], y.shape[1]
+    if first != dtype and not (first == torch.float32 and dtype in check.HALVES):
+        raise TypeError(f"the adapters must have {dtype}, or float32 beside an x in 16 bits, got {first}")
     for a, b, _, p, _ in known:
         if a.shape != (b.shape[1], K) or b.shape[0] != N:
             raise ValueError(
