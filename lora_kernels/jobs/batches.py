@@ -120,9 +120,9 @@ def split(outputs: Any, counts: tuple[int, ...], what: str = "the output") -> li
     if isinstance(outputs, Tensor):
         if not outputs.dim() or outputs.shape[0] != sum(counts):
             raise ValueError(
-                f"{what} has shape {tuple(outputs.shape)}, and not a row for each of the {sum(counts)} samples: it mixes "
-                "the jobs. Leave it out of what the model returns (labels and output_router_logits make models of "
-                "transformers return losses of the whole batch), or pick the outputs in `call`"
+                f"{what} has shape {tuple(outputs.shape)}, and not a row for each of the {sum(counts)} samples: it "
+                "mixes the jobs. Leave it out of what the model returns (labels and output_router_logits make models "
+                "of transformers return losses of the whole batch), or pick the outputs in `call`"
             )
         return list(outputs.split(counts))
     if isinstance(outputs, Mapping):
@@ -139,8 +139,8 @@ def split(outputs: Any, counts: tuple[int, ...], what: str = "the output") -> li
 class RowsOf:
     """Which rows of a layer's x belong to which job, for a batch whose samples are sorted by job.
 
-    Rows of padding belong to no job. So the place of a row among those of its job, and with it the mask of dropout, does
-    not depend on how long the sequences of other jobs are.
+    Rows of padding belong to no job. So the place of a row among those of its job, and with it the mask of dropout,
+    does not depend on how long the sequences of other jobs are.
     """
 
     def __init__(self, joined: Joined, dropout: bool) -> None:
@@ -165,8 +165,8 @@ class RowsOf:
         if self._is_padded and self._dropout and S > 1 and S not in self._lengths:
             raise ValueError(
                 f"a layer with adapters got x {tuple(x.shape)} beside sequences that are padded to "
-                f"{list(self._lengths)}: which of its {S} rows are padding is not known, so dropout would depend on the "
-                "lengths of other jobs. Pad to a fixed length in each job's collate, or leave the layer out"
+                f"{list(self._lengths)}: which of its {S} rows are padding is not known, so dropout would depend on "
+                "the lengths of other jobs. Pad to a fixed length in each job's collate, or leave the layer out"
             )
         kept = self._made.get((S, x.device))
         if kept is None:
@@ -174,10 +174,11 @@ class RowsOf:
         return kept
 
     def _rows(self, S: int) -> Rows:
-        lengths, which = [], []
-        for i, (count, own) in enumerate(
-            zip(self._counts, self._lengths.get(S, ()) or [S] * len(self._counts), strict=True)
-        ):
+        """Return the rows where each sample has S of them."""
+        lengths: list[int] = []
+        which: list[int] = []
+        known = self._lengths.get(S, (S,) * len(self._counts))
+        for i, (count, own) in enumerate(zip(self._counts, known, strict=True)):
             if own == S:
                 lengths.append(count * S)
                 which.append(i)

@@ -6,6 +6,7 @@ job.safetensors, job.json                         optimiser, schedule, place in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -49,7 +50,7 @@ def save(runner: Runner, model: nn.Module, entries: Mapping[str, Entry], directo
         "dropout": runner.dropout.get_state(),
         "gradients": {name: p.grad for name, p in runner.parameters.items() if p.grad is not None},
     }
-    text = json.dumps(_plain(state, "", tensors, name), indent=1)
+    plain = _plain(state, "", tensors, name)
     weights = {
         f"base_model.model.{key.removesuffix(part)}{part}.weight": p.detach()
         for key, p in runner.parameters.items()
@@ -59,15 +60,12 @@ def save(runner: Runner, model: nn.Module, entries: Mapping[str, Entry], directo
     # `config_of` reads the settings of layers, which are here those of the entries.
     layers = {name: entry.settings for name, entry in entries.items()}
     config = config_of(model, cast(Any, layers))
+    written = {WEIGHTS: st.save(_copies(weights), metadata={"format": "pt"}), TENSORS: st.save(_copies(tensors))}
+    plain["digests"] = {file: _digest(content) for file, content in written.items()}
+    written[STATE] = json.dumps(plain, indent=1).encode()
+    written[CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode()
     directory.mkdir(parents=True, exist_ok=True)
-    atomic.replace(
-        {
-            directory / WEIGHTS: st.save(_copies(weights), metadata={"format": "pt"}),
-            directory / TENSORS: st.save(_copies(tensors)),
-            directory / STATE: text.encode(),
-            directory / CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
-        }
-    )
+    atomic.replace({directory / file: content for file, content in written.items()})
 
 
 def load(runner: Runner, directory: str | os.PathLike[str]) -> None:
@@ -80,10 +78,14 @@ def load(runner: Runner, directory: str | os.PathLike[str]) -> None:
     with locks.locked(directory, shared=True):
         text, tensors = atomic.contents(directory / STATE), read_weights(directory / TENSORS)
         weights = read_weights(directory / WEIGHTS)
+        digests = {file: _digest((directory / file).read_bytes()) for file in (WEIGHTS, TENSORS)}
     try:
-        state = _whole(json.loads(text), tensors)
-        if state["version"] != _VERSION:
-            raise ValueError(f"its format has version {state['version']}, and {_VERSION} is read")
+        plain = json.loads(text)
+        if plain["version"] != _VERSION:
+            raise ValueError(f"its format has version {plain['version']}, and {_VERSION} is read")
+        if plain["digests"] != digests:
+            raise ValueError("its files are not of one save")
+        state = _whole(plain, tensors)
         _fill(runner, weights, directory)
         gradients = state["gradients"]
         if set(gradients) - set(runner.parameters):
@@ -121,6 +123,10 @@ def _fill(runner: Runner, weights: dict[str, Tensor], directory: Path) -> None:
             if p.shape != value.shape:
                 raise ValueError(f"{name}.{part} is {tuple(value.shape)} there and {tuple(p.shape)} here: another rank")
             p.copy_(value)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.core.rows import Rows
 from lora_kernels.jobs import batches, files
 from lora_kernels.jobs.checks import Mixers, refuse_mixed, refuse_trained
 from lora_kernels.jobs.data import generator_of
 from lora_kernels.jobs.job import Job
-from lora_kernels.jobs.layers import Active
 from lora_kernels.jobs.runner import VALUES, Drawn, Progress, Runner
 from lora_kernels.jobs.sites import Sites
 
@@ -100,18 +98,18 @@ class Jobs:
             raise ValueError(f"there is a job {job.name!r} already: remove it first, or give this one another name")
         targets = self._sites.choose(job.config)
         values = self._sites.new_values(targets, generator_of(job.seed, VALUES))
-        runner = Runner(job, str(self._added), values)
+        runner = Runner(job, values)
         if resume is not None:
             files.load(runner, resume)
-        self._sites.put(runner.key, targets, values)
+        self._sites.put(job.name, str(self._added), targets, values)
         self._added += 1
         self._runners[job.name] = runner
 
     def remove(self, name: str) -> None:
         """Remove a job and its adapter. Layers that no job adapts any more are plain again. Raises KeyError for a name
         that there is none of."""
-        self._sites.take(self._runner(name).key)
-        del self._runners[name]
+        del self._runners[self._runner(name).job.name]
+        self._sites.take(name)
 
     def pause(self, name: str) -> None:
         """Leave a job out of the steps until `resume`. Gradients that it has accumulated stay. Raises ValueError for a
@@ -130,13 +128,13 @@ class Jobs:
 
     def save(self, name: str, directory: str | os.PathLike[str]) -> None:
         """Write a job to `directory`, at any step: its adapter in PEFT's format, which `lora_kernels.load_adapter` and
-        ``PeftModel.from_pretrained`` read, and what `add` needs to go on (optimiser, schedule, place in the data, random
-        numbers, accumulated gradients). All files are replaced together or not at all. Nothing in them is pickled.
+        ``PeftModel.from_pretrained`` read, and what `add` needs to go on (optimiser, schedule, place in the data,
+        random numbers, accumulated gradients). All files are replaced together or not at all. Nothing is pickled.
 
         Raises ValueError for a state that holds something else than tensors, numbers, texts, lists and dictionaries.
         """
         runner = self._runner(name)
-        files.save(runner, self.model, self._sites.entries(runner.key), directory)
+        files.save(runner, self.model, self._sites.entries(name), directory)
 
     def step(self) -> dict[str, Progress]:
         """Train every job that is neither paused nor finished on its next batch, and return where these jobs stand.
@@ -175,19 +173,14 @@ class Jobs:
                 made += 1
         return self.progress()
 
-    def using(self, names: str | Sequence[str | None]) -> AbstractContextManager[None]:
-        """Return a context in which the model computes with the adapter of one job, or with that of ``names[i]`` for
-        sample i, where None is the base alone. There is no dropout, and the adapters get no gradients.
+    def using(self, name: str) -> AbstractContextManager[object]:
+        """Return a context in which the model computes with the adapter of one job, without dropout, to evaluate it or
+        to generate with it. ``lora_kernels.mixed(model, names)`` is the same with a job for each sample.
 
-        Outside of this context and of `step` the model computes what its base computes. Raises KeyError for a name that
-        there is none of.
+        Outside of these contexts and of `step` the model computes what its base computes. Raises KeyError for a name
+        that there is none of.
         """
-        if isinstance(names, str):
-            return self._sites.current.computing(Active((self._runner(names).key,), batches.all_of_one, None))
-        used = list(dict.fromkeys(name for name in names if name is not None))
-        keys = tuple(self._runner(name).key for name in used)
-        rows = Rows.by_sample(names, used)
-        return self._sites.current.computing(Active(keys, lambda x: rows, None))
+        return self._sites.running([self._runner(name).job.name], batches.all_of_one)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Return A and B of a job by ``<layer>.lora_A`` and ``<layer>.lora_B``."""
@@ -221,8 +214,7 @@ class Jobs:
         device = drawn[0].seeds.device
         joined = batches.join(names, [each.batch for each in drawn], self._padding, device)
         rows = batches.RowsOf(joined, any(_has_dropout(runner.job) for runner in runners))
-        seeds = {runner.key: each.seeds for runner, each in zip(runners, drawn, strict=True)}
-        with self._sites.current.computing(Active(tuple(seeds), rows, seeds)), torch.enable_grad():
+        with self._sites.running(names, rows, [each.seeds for each in drawn]), torch.enable_grad():
             outputs = batches.split(self._call(self.model, joined.batch), joined.counts)
             own = batches.split(joined.batch, joined.counts, "the batch")
             losses = [_loss(runner, *each) for runner, *each in zip(runners, outputs, own, strict=True)]

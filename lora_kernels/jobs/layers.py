@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels.core.many import Adapter
 from lora_kernels.core.rows import Rows
+from lora_kernels.nn.mixed import Mixable, Mixed, current_for
 from lora_kernels.nn.quantized import QuantizedLoRALinear, quantized_linear
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.multi import lora_linear_multi
 from lora_kernels.quant.weight import QuantizedWeight
 
 
-class Active(NamedTuple):
-    """The adapters that a forward of the model computes with."""
+class Running(Mixed):
+    """The context in which `Jobs` computes its model: some of the jobs, with rows that depend on a layer's x."""
 
-    keys: tuple[str, ...]
-    """The keys of the jobs, in the order of the ids of `rows`."""
-    rows: Callable[[Tensor], Rows]
-    """Returns which rows of a layer's x are whose."""
-    seeds: Mapping[str, Tensor] | None
-    """The seeds of each job's dropout, int64 with one for each of its layers. None where dropout is off, and the
-    adapters get no gradients."""
-
-
-class Current:
-    """What the layers of one `Jobs` compute at present. All of them share it.
-
-    It is no context variable, because on a GPU activation checkpointing computes a layer again in a thread of autograd,
-    which sees no context variables of the thread that called ``backward``.
-    """
-
-    def __init__(self) -> None:
-        self.active: Active | None = None
-
-    @contextlib.contextmanager
-    def computing(self, active: Active) -> Iterator[None]:
-        """Compute with these adapters. Raises RuntimeError while others are computed with, as by another thread."""
-        if self.active is not None:
-            raise RuntimeError("this Jobs computes a forward already: it serves one thread, and one context at a time")
-        self.active = active
-        try:
-            yield
-        finally:
-            self.active = None
+    def __init__(
+        self,
+        mixable: Mixable,
+        keys: tuple[str, ...],
+        rows_of: Callable[[Tensor], Rows],
+        seeds: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(mixable, Rows.by_length([], []))
+        self.keys = keys
+        """The keys of the jobs, in the order of the ids of the rows."""
+        self.rows_of = rows_of
+        """Returns which rows of a layer's x are whose."""
+        self.seeds = seeds
+        """The seeds of each job's dropout, int64 with one for each of its layers. None where dropout is off."""
 
 
 class Entry(NamedTuple):
@@ -63,18 +49,20 @@ class JobLinear(nn.Module):
     """y_m = W x_m + bias + s_i · B_i (A_i dropout_i(x_m)) for the job i of row m, with W and bias frozen.
 
     It stands in the place of `base_layer`, an ``nn.Linear`` or a `QuantizedLoRALinear` whose own adapter is not
-    computed. Outside of `Jobs.step` and `Jobs.using` it computes what the frozen layer computes. A layer that a forward
-    calls twice has the same dropout mask in both.
+    computed. Outside of `Jobs.step`, `Jobs.using` and `lora_kernels.mixed` it computes what the frozen layer computes.
+    A layer that a forward calls twice has the same dropout mask in both.
     """
 
-    def __init__(self, base_layer: nn.Linear | QuantizedLoRALinear, current: Current, backend: str | None) -> None:
+    def __init__(
+        self, base_layer: nn.Linear | QuantizedLoRALinear, jobs: Mapping[str, str], backend: str | None
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.backend = backend
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.entries: dict[str, Entry] = {}
-        self._current = current
+        self._jobs = jobs  # the keys of all jobs by name, which the layers share
         self.train(base_layer.training)
 
     @property
@@ -87,28 +75,45 @@ class JobLinear(nn.Module):
         """The frozen bias."""
         return self.base_layer.bias
 
+    @staticmethod
+    def adapter_table(model: nn.Module) -> dict[str, int]:
+        """Return the numbers of the jobs by name, which `lora_kernels.mixed` takes as ids."""
+        jobs = next(module._jobs for module in model.modules() if isinstance(module, JobLinear))
+        return {name: i for i, name in enumerate(jobs)}
+
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., N] for x = `input` [..., K]. Raises what `lora_linear_multi` raises."""
-        active, base = self._current.active, self.base_layer
-        quantised = isinstance(base, QuantizedLoRALinear)
-        weight: Tensor | QuantizedWeight = base.quantized_weight() if quantised else base.weight
-        adapters = [] if active is None else [self._adapter(key, active.seeds) for key in active.keys]
-        if active is None or all(each is None for each in adapters):
-            if isinstance(weight, QuantizedWeight):
-                return quantized_linear(input, weight, base.bias, self.backend)
-            return base(input)
-        return lora_linear_multi(input, weight, adapters, active.rows(input), bias=base.bias, backend=self.backend)
+        base, context = self.base_layer, current_for(self)
+        weight: Tensor | QuantizedWeight = (
+            base.quantized_weight() if isinstance(base, QuantizedLoRALinear) else base.weight
+        )
+        if context is None:
+            return self._frozen(input, weight)
+        if isinstance(context, Running):
+            keys, rows, seeds = context.keys, context.rows_of(input), context.seeds
+        else:
+            keys, rows, seeds = tuple(self._jobs.values()), context.on(input.device), None
+        adapters = [self._adapter(key, seeds) for key in keys]
+        if all(each is None for each in adapters):
+            return self._frozen(input, weight)
+        y = lora_linear_multi(input, weight, adapters, rows, bias=base.bias, backend=self.backend)
+        return context.computed(self, y)
+
+    def _frozen(self, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+        """Return x Wᵀ + bias."""
+        if isinstance(weight, QuantizedWeight):
+            return quantized_linear(x, weight, self.base_layer.bias, self.backend)
+        return F.linear(x, weight, self.base_layer.bias)
 
     def _adapter(self, key: str, seeds: Mapping[str, Tensor] | None) -> Adapter | None:
         """Return the adapter of a job as `lora_linear_multi` takes it, or None where the job has none here."""
         entry = self.entries.get(key)
         if entry is None:
             return None
-        a, b, (number, settings) = self.lora_A[key], self.lora_B[key], entry
-        if seeds is None:
-            return Adapter(a.detach(), b.detach(), settings.scaling)
-        p = settings.lora_dropout
-        return Adapter(a, b, settings.scaling, p, seeds[key][number] if p else None)
+        number, settings = entry
+        p = 0.0 if seeds is None else settings.lora_dropout
+        seed = seeds[key][number] if seeds is not None and p else None
+        return Adapter(self.lora_A[key], self.lora_B[key], settings.scaling, p, seed)
 
     def put(self, key: str, entry: Entry, a: nn.Parameter, b: nn.Parameter) -> None:
         """Add the adapter of a job."""

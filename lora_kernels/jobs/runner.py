@@ -47,8 +47,8 @@ class Drawn(NamedTuple):
 class Runner:
     """One job in training: its adapter, optimiser, schedule, data and random numbers."""
 
-    def __init__(self, job: Job, key: str, values: AdapterValues) -> None:
-        self.job, self.key = job, key
+    def __init__(self, job: Job, values: AdapterValues) -> None:
+        self.job = job
         self.parameters: dict[str, nn.Parameter] = {}
         for name, (a, b) in values.items():
             self.parameters |= {f"{name}.lora_A": a, f"{name}.lora_B": b}

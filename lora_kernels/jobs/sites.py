@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lora_kernels.core.rows import Rows
 from lora_kernels.jobs.job import LoRAConfig
-from lora_kernels.jobs.layers import Current, Entry, JobLinear, dtype_of, shape_of
+from lora_kernels.jobs.layers import Entry, JobLinear, Running, dtype_of, shape_of
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.targets import Target, select, some
 from lora_kernels.nn import readers
+from lora_kernels.nn.mixed import Mixable
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 
 AdapterValues = dict[str, tuple[nn.Parameter, nn.Parameter]]
@@ -24,7 +26,7 @@ class Sites:
 
     def __init__(self, model: nn.Module, adapter_dtype: torch.dtype | None, backend: str | None) -> None:
         self.model = model
-        self.current = Current()
+        self._keys: dict[str, str] = {}
         self.adapter_dtype, self._backend = adapter_dtype, backend
         self._layers: dict[str, JobLinear] = {}
         self._reopen: list[Callable[[], None]] = []
@@ -55,39 +57,53 @@ class Sites:
             )
         return values
 
-    def put(self, key: str, targets: list[Target], values: AdapterValues) -> None:
-        """Put the adapter of a job into its layers."""
-        new = {t.name: JobLinear(self._base(t.name), self.current, self._backend) for t in targets}
-        new = {name: layer for name, layer in new.items() if name not in self._layers}
+    def put(self, name: str, key: str, targets: list[Target], values: AdapterValues) -> None:
+        """Put the adapter of a job into its layers. The layers know it by `key`."""
+        new = {t.name: JobLinear(self._base(t.name), self._keys, self._backend) for t in targets}
+        new = {place: layer for place, layer in new.items() if place not in self._layers}
         _swap(self.model, {layer.base_layer: layer for layer in new.values()})
         self._layers.update(new)
         for number, target in enumerate(targets):
             self._layers[target.name].put(key, Entry(number, target.settings), *values[target.name])
+        self._keys[name] = key
         if new:
             self._reopen.append(readers.close_fast_paths(self.model, JobLinear))
 
-    def take(self, key: str) -> None:
+    def take(self, name: str) -> None:
         """Take the adapter of a job out of the model, and the layers that no job adapts any more."""
+        key = self._keys.pop(name)
         for layer in self._layers.values():
             if key in layer.entries:
                 layer.take(key)
         unused = {name: layer for name, layer in self._layers.items() if not layer.entries}
         _swap(self.model, {layer: layer.base_layer for layer in unused.values()})
-        for name in unused:
-            del self._layers[name]
+        for place in unused:
+            del self._layers[place]
 
     def close(self) -> None:
         """Put every layer back, with the choice of what is trained that was found."""
         _swap(self.model, {layer: layer.base_layer for layer in self._layers.values()})
         self._layers.clear()
+        self._keys.clear()
         while self._reopen:
             self._reopen.pop()()
         for parameter, requires_grad in self.frozen:
             parameter.requires_grad = requires_grad
 
-    def entries(self, key: str) -> dict[str, Entry]:
-        """Return a job's place in each of its layers, by name."""
-        return {name: layer.entries[key] for name, layer in self._layers.items() if key in layer.entries}
+    def entries(self, name: str) -> dict[str, Entry]:
+        """Return a job's place in each of its layers, by the name of the layer."""
+        key = self._keys[name]
+        return {place: layer.entries[key] for place, layer in self._layers.items() if key in layer.entries}
+
+    def running(
+        self, names: Sequence[str], rows_of: Callable[[Tensor], Rows], seeds: Sequence[Tensor] | None = None
+    ) -> Running:
+        """Return a context in which the model computes with the adapters of these jobs, and with dropout of these
+        seeds."""
+        layers = frozenset(id(layer) for layer in self._layers.values())
+        mixable = Mixable(layers, {name: i for i, name in enumerate(self._keys)})
+        keys = tuple(self._keys[name] for name in names)
+        return Running(mixable, keys, rows_of, None if seeds is None else dict(zip(keys, seeds, strict=True)))
 
     @contextlib.contextmanager
     def _plain(self) -> Iterator[None]:
