@@ -139,8 +139,8 @@ def split(outputs: Any, counts: tuple[int, ...], what: str = "the output") -> li
 class RowsOf:
     """Which rows of a layer's x belong to which job, for a batch whose samples are sorted by job.
 
-    Rows of padding belong to no job. So the place of a row among those of its job, and with it the mask of dropout,
-    does not depend on how long the sequences of other jobs are.
+    With dropout, rows of padding belong to no job. So the place of a row among those of its job, and with it the mask
+    of dropout, does not depend on how long the sequences of other jobs are.
     """
 
     def __init__(self, joined: Joined, dropout: bool) -> None:
@@ -177,7 +177,8 @@ class RowsOf:
         """Return the rows where each sample has S of them."""
         lengths: list[int] = []
         which: list[int] = []
-        known = self._lengths.get(S, (S,) * len(self._counts))
+        whole = (S,) * len(self._counts)
+        known = self._lengths.get(S, whole) if self._dropout else whole
         for i, (count, own) in enumerate(zip(self._counts, known, strict=True)):
             if own == S:
                 lengths.append(count * S)

@@ -69,7 +69,8 @@ class Job:
     batch_size: int | None = None
     """The number of samples that a step draws from a dataset. The last batch of a pass may be smaller."""
     optimizer: Callable[[list[nn.Parameter]], Optimizer] = torch.optim.AdamW
-    """Makes the optimiser from the parameters of the adapter, as in ``partial(torch.optim.AdamW, lr=1e-4)``."""
+    """Makes the optimiser from the parameters of the adapter, which are A and B of each layer in turn, as in
+    ``partial(torch.optim.AdamW, lr=1e-4)``."""
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     """Makes the schedule of the learning rate from the optimiser. It advances after every step of the optimiser."""
     steps: int | None = None

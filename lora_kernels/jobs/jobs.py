@@ -103,6 +103,7 @@ class Jobs:
             files.load(runner, resume)
         self._sites.put(job.name, str(self._added), targets, values)
         self._added += 1
+        self._checked = False
         self._runners[job.name] = runner
 
     def remove(self, name: str) -> None:
@@ -140,14 +141,15 @@ class Jobs:
         """Train every job that is neither paused nor finished on its next batch, and return where these jobs stand.
 
         A job whose loss or gradient is not finite is paused or dropped, and its adapter is not changed; the others are
-        trained. The first step of two or more jobs also makes a trial backward, which finds models that mix rows.
+        trained. The first step of two or more jobs, and the first after `add`, also make a trial backward, which finds
+        models that mix rows.
 
         Raises:
             ValueError: the model mixes rows (batch norm or dropout of the base in training mode, outputs for the whole
                 batch, parameters of the base that require a gradient); batches that do not fit together; a loss that is
                 not one number, or does not depend on the adapter.
             And what the data, the model and the losses raise. No adapter was changed then. The batches are kept for the
-            next step, and batches that were accumulated before are forgotten.
+            next step. If the backward itself raised, gradients that were accumulated before are forgotten.
         """
         refuse_trained(self._sites.frozen, self.model)
         self._mixers.refuse()

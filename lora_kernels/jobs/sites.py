@@ -14,6 +14,7 @@ from lora_kernels.jobs.layers import Entry, JobLinear, Running, dtype_of, shape_
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.targets import Target, select, some
 from lora_kernels.nn import readers
+from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.mixed import Mixable
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 
@@ -30,7 +31,7 @@ class Sites:
         self.adapter_dtype, self._backend = adapter_dtype, backend
         self._layers: dict[str, JobLinear] = {}
         self._reopen: list[Callable[[], None]] = []
-        _refuse_trained(model)
+        _refuse_adapted(model)
         self.frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         for parameter, _ in self.frozen:
             parameter.requires_grad = False
@@ -147,15 +148,32 @@ def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
                 parent._modules[child] = new[module]
 
 
-def _refuse_trained(model: nn.Module) -> None:
-    """Raise ValueError for adapters that the model has already and that would be lost."""
-    own = [name for name, _, m in plain_names(model) if isinstance(m, JobLinear)]
+def _refuse_adapted(model: nn.Module) -> None:
+    """Raise ValueError for a model with adapters that jobs would not compute, or that another `Jobs` trains."""
+    modules = {name or "the model": module for name, _, module in plain_names(model)}
+    own = [name for name, module in modules.items() if isinstance(module, JobLinear)]
     if own:
         raise ValueError(f"the model belongs to another Jobs ({some(own)}): call its close() first, or its add()")
+    foreign = [name for name, module in modules.items() if type(module).__module__.partition(".")[0] == "peft"]
+    if foreign:
+        raise ValueError(
+            f"the model has layers of PEFT ({some(foreign)}), and jobs put adapters of their own on the plain model: "
+            "take model.unload(), or model.merge_and_unload() where its adapter is to stay in the base"
+        )
+    fused = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, FusedLoRALinear) and not isinstance(module, QuantizedLoRALinear)
+    ]
+    if fused:
+        raise ValueError(
+            f"the model has FusedLoRALinear already ({some(fused)}), and jobs put adapters of their own on the plain "
+            "model: merge_and_unload(model) first"
+        )
     trained = [
         name
-        for name, _, m in plain_names(model)
-        if isinstance(m, QuantizedLoRALinear) and (m.merged or bool(m.lora_B.detach().any()))
+        for name, module in modules.items()
+        if isinstance(module, QuantizedLoRALinear) and (module.merged or bool(module.lora_B.detach().any()))
     ]
     if trained:
         raise ValueError(

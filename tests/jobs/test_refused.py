@@ -242,6 +242,10 @@ def test_models_with_adapters_already():
     with pytest.raises(ValueError, match="has FusedLoRALinear already"):
         Jobs(adapted, [job(0)])
     assert isinstance(adapted.one, FusedLoRALinear) and adapted.one.lora_A.requires_grad
+    peft = pytest.importorskip("peft")
+    of_peft = peft.get_peft_model(classifier(), peft.LoraConfig(target_modules=["one"]))
+    with pytest.raises(ValueError, match=r"has layers of PEFT .*take model\.unload\(\)"):
+        Jobs(of_peft, [job(0)])
     taken = Jobs(classifier(), [job(0)])
     with pytest.raises(ValueError, match="belongs to another Jobs"):
         Jobs(taken.model)
