@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,10 @@ PADDING: Mapping[Any, float] = {
 }  # fmt: skip
 """The fields of a batch that are padded at the end of their sequences, and the value that fills them. A caller adds
 others."""
+
+
+WHOLE = "the output"
+"""What errors call all that a model returns."""
 
 
 class Joined(NamedTuple):
@@ -109,12 +114,12 @@ def _like(batch: Any, fields: dict[Any, Tensor]) -> Any:
     return fields if isinstance(batch, Mapping) else tuple(fields.values())
 
 
-def split(outputs: Any, counts: tuple[int, ...], what: str = "the output") -> list[Any]:
-    """Return the part of each job of a tensor, or of a tuple, list or mapping of tensors, with a row for each sample.
-    Other objects, such as None, go to every job.
+def split(outputs: Any, counts: tuple[int, ...], what: str = WHOLE) -> list[Any]:
+    """Return the part of each job of a tensor, or of a tuple, list, mapping or dataclass of tensors, with a row for
+    each sample. Objects of other kinds inside them, such as None or a cache, go to every job.
 
     Raises ValueError for a tensor with another number of rows: a number for the whole batch, such as the auxiliary loss
-    of a router, cannot be told apart.
+    of a router, cannot be told apart. Raises TypeError for an output that is of another kind itself.
     """
     n = len(counts)
     if isinstance(outputs, Tensor):
@@ -133,6 +138,14 @@ def split(outputs: Any, counts: tuple[int, ...], what: str = "the output") -> li
         each = [split(value, counts, f"{what}[{place}]") for place, value in enumerate(outputs)]
         kind: Callable[..., Any] = getattr(type(outputs), "_make", type(outputs))
         return [kind(part[i] for part in each) for i in range(n)]
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        held = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
+        return [dataclasses.replace(outputs, **each) for each in split(held, counts, what)]
+    if what == WHOLE:
+        raise TypeError(
+            f"the model returned a {type(outputs).__name__}, of which the rows of a job cannot be taken: return "
+            "tensors, or tuples, mappings or dataclasses of them, or pick the outputs in `call`"
+        )
     return [outputs] * n
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,6 +131,15 @@ def test_outputs_of_the_whole_batch():
     jobs.close()
     fit = Jobs(Router(), [replace(job(0), loss=loss)], call=lambda model, batch: {"logits": model(batch[0])["logits"]})
     assert fit.step()["job 0"].loss is not None
+
+
+def test_outputs_whose_rows_cannot_be_told():
+    class Odd(Around):
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(logits=self.inner(x))
+
+    with pytest.raises(TypeError, match=r"the model returned a SimpleNamespace.*pick the outputs in `call`"):
+        Jobs(Odd(), [replace(job(0), loss=lambda o, b: cross_entropy(o.logits, b))]).step()
 
 
 def test_layers_that_get_a_choice_of_the_rows():

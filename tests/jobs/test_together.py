@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.jobs import Job, Jobs, LoRAConfig
+
+
+class Named(NamedTuple):
+    y: Tensor
+    z: None
+
+
+@dataclass
+class Held:
+    y: Tensor
+    z: None
 
 
 def alone(model: nn.Module, one: Job, steps: int) -> tuple[list[float], dict[str, Tensor]]:
@@ -167,6 +179,39 @@ def test_the_global_random_numbers_play_no_part():
         found.append((losses(jobs, 4), list(weights(jobs, "job 1").values())))
         jobs.close()
     assert found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1]))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, Named, Held, lambda *each: dict(zip("yz", each, strict=True))])
+def test_outputs_of_every_kind_are_taken_apart(kind):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = classifier()
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.inner(x)
+            return kind([y, None]) if kind in (tuple, list) else kind(y, None)
+
+    def loss(outputs: Any, batch: Any) -> Tensor:
+        assert kind in (Named, Held, tuple, list) or isinstance(outputs, dict)
+        y = outputs.y if kind in (Named, Held) else outputs["y"] if isinstance(outputs, dict) else outputs[0]
+        return cross_entropy(y, batch)
+
+    plain = losses(Jobs(classifier(), [job(i) for i in range(2)]), 2)
+    assert losses(Jobs(Model(), [replace(job(i), loss=loss) for i in range(2)]), 2) == plain
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same_jobs_without_a_new_program_for_each_batch():
+    torch._dynamo.reset()
+    model = classifier(torch.float32)
+    four = [job(i, dtype=torch.float32) for i in range(4)]
+    jobs = Jobs(model, four)
+    jobs.model = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    compiled = losses(jobs, 13)
+    assert compiled == losses(Jobs(classifier(torch.float32), four), 13)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
 def test_batches_of_an_iterable_are_taken_in_their_order():

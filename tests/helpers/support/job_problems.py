@@ -31,7 +31,7 @@ class Reader(nn.Module):
     def __init__(self, vocabulary: int = 20, width: int = 16) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
         self.fc = nn.Linear(width, width)
         self.head = nn.Linear(width, vocabulary)
 
@@ -39,7 +39,7 @@ class Reader(nn.Module):
         x = self.embed(input_ids)
         T = x.shape[1]
         seen = torch.ones(T, T, dtype=torch.bool).tril() & attention_mask.bool()[:, None, :]
-        x = x + self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), seen))
+        x = x + self.o_proj(F.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), seen))
         return {"logits": self.head(x + F.gelu(self.fc(x)))}
 
 
