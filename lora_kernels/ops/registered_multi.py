@@ -87,7 +87,7 @@ def _run_forward(  # type: ignore[no-untyped-def]
     size, like = _size_of_h(x.shape[0], a)
     if h is None or like is None:
         return y, x.new_empty(0)
-    whole = like.new_empty(size)
+    whole = like.new_zeros(size)
     whole[: h.numel()] = h
     return y, whole
 
