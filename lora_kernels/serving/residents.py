@@ -97,11 +97,8 @@ class Residents:
         with self._stacks:
             slots = self.table.leaving()
             for layer in self._layers.values() if slots else ():
-                gone: dict[int, operands.Adapter | None] = {
-                    slot: None for slot in slots if layer.stack[slot] is not None
-                }
-                if gone:
-                    layer.stack = layer.stack.replaced(gone)
+                if any(layer.stack[slot] is not None for slot in slots):
+                    layer.stack.replace(dict.fromkeys(slots))
             self.table.emptied(slots)
 
     def shutdown(self) -> None:
