@@ -193,7 +193,12 @@ def refused(pool: AdapterPool, error: type[Exception], match: str, source: objec
 
 def test_an_adapter_that_matches_nothing_is_refused_with_both_lists(pool, tmp_path):
     saved(tmp_path / "a", 1)
-    edit_weights(tmp_path / "a", lambda t: [t.update({k.replace("base_model.model.", "base_model.model.x."): t.pop(k)}) for k in list(t)])
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace("base_model.model.", "base_model.model.x.")] = tensors.pop(key)
+
+    edit_weights(tmp_path / "a", rename)
     refused(pool, ValueError, r"adapters for x\..*; the pool serves fc, head", tmp_path / "a")
 
 
