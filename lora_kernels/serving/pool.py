@@ -217,6 +217,11 @@ class AdapterPool:
         answer.set_result(acquired.versions[name].key)
         return answer
 
+    def names(self) -> list[str]:
+        """Return the names that can be leased, in the order of their registration."""
+        with self._table.changed:
+            return list(self._table.current)
+
     def key(self, name: str) -> str:
         """Return "name@version" of the version that a new lease would get. Caches of keys and values that an adapter
         has computed must be salted with it; `Lease.key` says which version a lease has. Raises KeyError for an unknown
