@@ -81,7 +81,9 @@ def lora_linear_multi(
     """
     if plain_multi.serves(x, weight, adapters, rows, bias, backend):
         return plain_multi.lora_linear_multi(x, weight, adapters, rows, bias)
-    x, base, own, rows, biases = prepare_multi.prepare(x, weight, adapters, rows, bias)
+    x, base, own, rows, biases, asking = prepare_multi.prepare(x, weight, adapters, rows, bias)
+    if asking:
+        prepare_multi.draw(own, asking, x.device)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y = _apply(flat, base, own, rows, biases, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
@@ -98,7 +100,7 @@ def explain_multi(
 ) -> dispatch.Explanation:
     """Return which back-end `lora_linear_multi` would run for these operands, and every reason why the others would not
     be chosen. The arguments are those of `lora_linear_multi`, and the same errors are raised. Nothing is computed."""
-    x, base, own, rows, _ = prepare_multi.prepare(x, weight, adapters, rows, bias)
+    x, base, own, rows, *_ = prepare_multi.prepare(x, weight, adapters, rows, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     known = [each for each in own if each is not None]
     call = operands.call_of_multi("forward_multi", flat, base, known or [prepare_multi.nothing(x, base.w)])

@@ -35,6 +35,8 @@ class Prepared(NamedTuple):
     rows: Rows
     """The rows of the flattened x, beside as many adapters as there are."""
     biases: Biases
+    asking: list[int]
+    """The adapters with dropout whose seed is still to be drawn, after all checks: see `draw`."""
 
 
 def doors(adapters: Sequence[Adapter | None] | AdapterStack, rows: Rows) -> None:
@@ -69,15 +71,16 @@ def prepare(
         if bias is not None and bias.dtype != x.dtype and bias.dtype in check.DTYPES:
             bias = bias.to(x.dtype)
     biases: Biases = {}
+    asking: list[int] = []
     own: Sequence[operands.Adapter | None]
     if isinstance(adapters, AdapterStack):
         own = adapters if torch.compiler.is_compiling() else adapters.snapshot()
         check.operands(x, Layer(weight, *_largest(own, x, weight), 1.0, bias), any_w)
     else:
-        own = _checked(x, weight, adapters, bias, any_w, dtype if autocast else None, biases)
+        own = _checked(x, weight, adapters, bias, any_w, dtype if autocast else None, biases, asking)
     if weight.requires_grad:
         weight = check.frozen(weight)  # type: ignore[arg-type]  # a QuantizedWeight requires none
-    return Prepared(x, Base(weight, bias), own, fitting(rows, x, len(adapters)), biases)
+    return Prepared(x, Base(weight, bias), own, fitting(rows, x, len(own)), biases, asking)
 
 
 def _checked(
@@ -88,11 +91,12 @@ def _checked(
     any_w: bool,
     autocast: torch.dtype | None,
     biases: Biases,
+    asking: list[int],
 ) -> list[operands.Adapter | None]:
-    """Return the adapters as back-ends take them, and put s · bias of each into `biases`."""
+    """Return the adapters as back-ends take them. Put s · bias of each into `biases`, and the numbers of those whose
+    seed is still to be drawn into `asking`."""
     own: list[operands.Adapter | None] = [None] * len(adapters)
     first: Tensor | None = None
-    seeds = _seeds(x, adapters)
     (N, K), compiling = weight.shape, torch.compiler.is_compiling()
     for i, adapter in enumerate(adapters):
         if adapter is None:
@@ -121,17 +125,23 @@ def _checked(
             scale, b = check.scale(scale, b)
         drawn = None
         if p > 0:
-            drawn = seeds[i] if seed is None else check.seed(seed, x.device)
+            if seed is None:
+                asking.append(i)
+            else:
+                drawn = check.seed(seed, x.device)
         own[i] = operands.Adapter(a, b, scale, p, drawn)
     if first is None:
         check.operands(x, Layer(weight, *_largest(own, x, weight), 1.0, bias), any_w)
     return own
 
 
-def _seeds(x: Tensor, adapters: Sequence[Adapter | None]) -> dict[int, Tensor]:
-    """Return new seeds for the adapters that have dropout and no seed, drawn at once in the order of the adapters."""
-    asking = [i for i, each in enumerate(adapters) if isinstance(each, Adapter) and each[3] > 0 and each[4] is None]
-    return dict(zip(asking, draw_seeds(len(asking), x.device), strict=True)) if asking else {}
+def draw(own: Sequence[operands.Adapter | None], asking: list[int], device: torch.device) -> None:
+    """Give new seeds to the adapters `asking` of the list `own`. They are drawn at once, in the order of the
+    adapters."""
+    assert isinstance(own, list)
+    for i, seed in zip(asking, draw_seeds(len(asking), device), strict=True):
+        a, b, scale, p, _ = own[i]
+        own[i] = operands.Adapter(a, b, scale, p, seed)
 
 
 def _complain(i: int, first: Tensor, x: Tensor, layer: Layer, any_w: bool) -> None:

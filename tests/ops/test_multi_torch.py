@@ -278,9 +278,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["list", "stack"])
-def test_a_compiled_program_serves_any_rows(way, kind):
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        pytest.param(kind, way, marks=[] if (kind, way) == ("list", "rows") else [pytest.mark.slow])
+        for kind in ("list", "stack")
+        for way in WAYS
+    ],
+)
+def test_a_compiled_program_serves_any_rows(kind, way):
     """One compilation for the first M, one for any M, and none for segments and splits."""
     m = mixed(1, 12, 8, (2, 3, 4))
     _, adapters, _ = leaves(m)
@@ -308,6 +314,7 @@ def test_a_compiled_program_serves_any_rows(way, kind):
     assert len(compiled) <= 2
 
 
+@pytest.mark.slow
 def test_a_compiled_program_sees_what_a_stack_holds_now():
     m = mixed(12, 12, 8, (2, 3))
     stack, rows = AdapterStack(m.adapters), m.rows
@@ -326,6 +333,7 @@ def test_a_compiled_program_sees_what_a_stack_holds_now():
         assert torch.equal(program(m.x), call(m.x))
 
 
+@pytest.mark.slow
 def test_dropout_and_samples_compile_without_a_break():
     m = mixed(12, 12, 8, (2, 3), p=0.5, ids=torch.tensor([0, -1, 1]).repeat_interleave(4))
     rows = Rows.by_sample(["u", None, "v"], ["u", "v"])
