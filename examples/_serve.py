@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import http.client
+import itertools
 import json
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,8 @@ class Round:
     """The time from each request to its first token, in seconds."""
     loads: float = 0.0
     """The adapters that the pool had to load."""
+    turns: Iterator[int] = field(default_factory=itertools.count)
+    """The numbers of its requests."""
 
     @property
     def rate(self) -> float:
@@ -110,15 +114,15 @@ def metric(address: str, name: str) -> float:
     return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
 
 
-def run_round(address: str, clients: int, adapters: int, requests: int, tokens: int) -> Round:
-    """Let every client send its requests, one after the other. Client c asks for adapter c, c + clients, ... modulo
-    their number, so that all are in use at once; with 0 adapters all ask for the base."""
-    found, lock, failed = Round(adapters), threading.Lock(), []
+def run_round(address: str, clients: int, found: Round, requests: int, tokens: int) -> None:
+    """Let every client send its requests, one after the other. The requests ask for the adapters in turns; with 0
+    adapters all ask for the base."""
+    lock, failed = threading.Lock(), []
     before = metric(address, "lora_pool_loads_total")
 
     def client(c: int) -> None:
         for i in range(requests):
-            name = f"style-{(c + i * clients) % adapters}" if adapters else None
+            name = f"style-{next(found.turns) % found.adapters}" if found.adapters else None
             try:
                 made, first = ask(address, f"client {c}, request {i}: ", name, tokens)
             except Exception as error:
@@ -134,18 +138,20 @@ def run_round(address: str, clients: int, adapters: int, requests: int, tokens: 
         thread.start()
     for thread in threads:
         thread.join()
-    found.seconds = time.perf_counter() - started
-    found.loads = metric(address, "lora_pool_loads_total") - before
+    found.seconds += time.perf_counter() - started
+    found.loads += metric(address, "lora_pool_loads_total") - before
     if failed:
         raise failed[0]
-    return found
 
 
 def load_test(address: str, clients: int, out: Path, short: bool) -> list[Round]:
-    """Run a round for each number of adapters, print the table, draw it and return it."""
-    counts, requests, tokens = ((0, 1, 4), 1, 8) if short else ((0, 1, 4, 8, 16, 32), 4, 48)
-    run_round(address, clients, 0, 1, 8)  # warms up
-    rounds = [run_round(address, clients, n, requests, tokens) for n in counts]
+    """Let the clients send requests for each number of adapters, forwards and backwards through the numbers, so that
+    other programs slow all of them alike. Print the table, draw it and return it."""
+    counts, requests, tokens = ((0, 1, 4), 1, 8) if short else ((0, 1, 4, 8, 16, 32), 2, 32)
+    run_round(address, clients, Round(0), 1, 8)  # warms up
+    rounds = [Round(n) for n in counts]
+    for each in (*rounds, *reversed(rounds)):
+        run_round(address, clients, each, requests, tokens)
     print_table(rounds, clients)
     print(f"the picture: {plot(rounds, clients, out / 'load_test.png')}")
     return rounds
@@ -185,11 +191,13 @@ def plot(rounds: list[Round], clients: int, path: Path) -> Path:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
         left.bar(places, [each.rate for each in rounds], color=["#a0aec0"] + [UPRIGHT] * (len(rounds) - 1), width=0.65)
         left.set(ylabel="tokens per second", ylim=(0, None))
-        right.boxplot([[1e3 * each for each in found.first] for found in rounds], positions=places, widths=0.5)
+        firsts = [[1e3 * each for each in found.first] for found in rounds]
+        right.boxplot(firsts, positions=places, widths=0.5, medianprops={"color": UPRIGHT}, flierprops={"marker": "."})
         right.set(ylabel="time to the first token, ms", ylim=(0, None))
         for axes in (left, right):
             axes.set_xticks(list(places), names)
             axes.set_xlabel("adapters in use")
+            axes.grid(visible=False, axis="x")
         figure.suptitle(f"One model, {clients} clients, an adapter for each request", fontsize=13, fontweight="bold")
         figure.savefig(path, dpi=150)
         plt.close(figure)

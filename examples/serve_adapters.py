@@ -40,8 +40,8 @@ from lora_kernels.serving.pool import AdapterPool
 from lora_kernels.serving.version import PoolFull
 
 BUILD = Path(__file__).parent.parent / "build" / "serve_adapters"
-END = None
-"""What the router puts into a queue after the last token."""
+STOPPED = None
+"""What a request gets in the place of a result when the server stops."""
 
 
 class Engine:
@@ -70,46 +70,38 @@ class Engine:
     def stream(self, prompt: str, adapter: str | None, max_new_tokens: int) -> Iterator[int]:
         """Add a request, and return an iterator over its tokens. Raises KeyError for an unknown adapter, and PoolFull
         where the pool has no room for it."""
-        request_id, tokens = f"request-{next(self._numbers)}", queue.Queue()
-        self._queues[request_id] = tokens
+        request_id, results = f"request-{next(self._numbers)}", queue.Queue()
+        self._queues[request_id] = results
         try:
-            self.requests.add(
-                self.tokenizer(prompt)["input_ids"],
-                adapter,
-                request_id=request_id,
-                max_new_tokens=max_new_tokens,
-                streaming=True,
-            )
+            ids = self.tokenizer(prompt)["input_ids"]
+            self.requests.add(ids, adapter, request_id=request_id, max_new_tokens=max_new_tokens, streaming=True)
         except BaseException:
             del self._queues[request_id]
             raise
-        return self._tokens_of(request_id, tokens)
+        return self._tokens_of(request_id, results)
 
-    def _tokens_of(self, request_id: str, tokens: queue.Queue[Any]) -> Iterator[int]:
+    def _tokens_of(self, request_id: str, results: queue.Queue[Any]) -> Iterator[int]:
+        sent, finished = 0, False
         try:
-            while (token := tokens.get()) is not END:
-                yield token
+            while not finished and (output := results.get()) is not STOPPED:
+                finished = output.is_finished()
+                new = output.generated_tokens[sent:]
+                sent += len(new)
+                yield from new
         finally:
-            if self._queues.pop(request_id, None) is not None:  # the client has gone before the end
+            del self._queues[request_id]
+            if not finished:  # the client has gone
                 self.requests.cancel(request_id)
 
     def _route(self) -> None:
         """Hand the manager's results to the requests that they belong to."""
-        sent: dict[str, int] = {}
         while self.manager.is_running():
             output = self.manager.get_result(timeout=0.1)
-            tokens = None if output is None else self._queues.get(output.request_id)
-            if output is None or tokens is None:
-                continue
-            before = sent.get(output.request_id, 0)
-            for token in output.generated_tokens[before:]:
-                tokens.put(token)
-            sent[output.request_id] = len(output.generated_tokens)
-            if output.is_finished():
-                del self._queues[output.request_id], sent[output.request_id]
-                tokens.put(END)
-        for tokens in list(self._queues.values()):
-            tokens.put(END)
+            results = None if output is None else self._queues.get(output.request_id)
+            if results is not None:
+                results.put(output)
+        for results in list(self._queues.values()):
+            results.put(STOPPED)
 
     def close(self) -> None:
         self.manager.stop(block=True)
