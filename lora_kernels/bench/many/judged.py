@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels import reference
 from lora_kernels.bench import peers
 from lora_kernels.bench.many.cells import BASE_ONLY, FROZEN, OURS, Batch
 from lora_kernels.bench.many.methods import Method, Results, Rowwise
-from lora_kernels.testing.judge import Problem, evaluate, judge, truth
+from lora_kernels.testing.judge import Problem, evaluate, judge
 from lora_kernels.testing.watch import first_line
 
 
@@ -29,8 +30,8 @@ class Judge:
         q, w = self.q, self.q.w.double()
         alone = [] if q.cell.kind == BASE_ONLY else [q.problem(i) for i in range(q.cell.n)]
         self.problems = [replace(each, w=w) for each in alone]  # fp64 does not change its values
-        self.want = [truth(each) for each in self.problems]
-        self.plain = [evaluate(each) for each in alone]
+        self.want = [_equation(each.to(torch.float64), q.cell.training) for each in self.problems]
+        self.plain = [_equation(each, q.cell.training) for each in alone]
 
     def faults(self, method: Method) -> list[str]:
         """Return everything that is wrong with the results of a method, or the exception that it raised.
@@ -61,6 +62,15 @@ class Judge:
             verdicts = judge(there, self.problems[i], self.want[i], self.plain[i])
             found = [verdict.fault for verdict in verdicts if verdict.fault is not None]
         return [f"adapter {i}: {fault}" for fault in (*missing, *found)]
+
+
+def _equation(q: Problem, training: bool) -> dict[str, Tensor]:
+    """Return y, and in training every gradient, from the reference in the dtypes of `q`."""
+    if training:
+        return evaluate(q)
+    with torch.no_grad():
+        y = reference.lora_linear(q.x, q.w, q.a, q.b, scale=q.scale, dropout_p=q.p, seed=q.seed)
+    return {"y": y}
 
 
 def _of_adapter(q: Batch, got: Results, i: int) -> dict[str, Tensor | None]:

@@ -20,6 +20,8 @@ _COLOURS = {
     ONE: "#5f8fb4",
     OURS: "#2a6f97",
 }
+_SLOTS = {PEFT: 0, SWITCHED: 1, LOOP: 2, ONE: 2, FLOOR: 3, OURS: 4}
+"""The places of the bars of a cell. A cell has only one of the two that share a place."""
 _PANELS = 3
 """The panels of a row: the numbers of rows in decoding."""
 
@@ -34,7 +36,7 @@ def draw(document: Document, path: Path) -> None:
     figure = Figure(figsize=(12.0, 0.9 + 3.0 * len(found)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(found), _PANELS)
-    for i, (kind, dtype) in enumerate(sorted(found)):
+    for i, (kind, dtype) in enumerate(sorted(found, key=lambda group: group[0])):
         cells = {name: c for name, c in document["cells"].items() if (c["kind"], c["dtype"]) == (kind, dtype)}
         if kind == TRAINING:
             _bars(figure.add_subplot(grid[i, :]), document, cells, dtype)
@@ -86,16 +88,15 @@ def _lines(axes: Any, document: Document, cells: dict[str, dict[str, Any]], titl
 
 def _bars(axes: Any, document: Document, cells: dict[str, dict[str, Any]], dtype: str) -> None:
     """Draw forward + backward over that of the frozen layer."""
-    order = [PEFT, SWITCHED, LOOP, FLOOR, ONE, OURS]
-    width, top, names = 0.85 / len(order), 1.0, list(cells)
-    for j, method in enumerate(order):
+    width, top, names = 0.85 / len(set(_SLOTS.values())), 1.0, list(cells)
+    for method, slot in _SLOTS.items():
         entries = {e["cell"]: e for e in document["timings"] if e["cell"] in cells and e["method"] == method}
         places = [k for k, name in enumerate(names) if name in entries]
         if not places:
             continue
         ratios = [entries[names[k]]["ratio"] for k in places]
         errors = [[r[1] - r[0] for r in ratios], [r[2] - r[1] for r in ratios]]
-        xs = [k + (j - (len(order) - 1) / 2) * width for k in places]
+        xs = [k + (slot - max(_SLOTS.values()) / 2) * width for k in places]
         more = {"yerr": errors, "error_kw": {"lw": 0.7, "ecolor": "#333333"}}
         bars = axes.bar(xs, [r[1] for r in ratios], width * 0.92, color=_COLOURS[method], label=method, **more)
         axes.bar_label(bars, [f"{r[1]:.2f}" for r in ratios], fontsize=6, padding=2)
@@ -104,5 +105,5 @@ def _bars(axes: Any, document: Document, cells: dict[str, dict[str, Any]], dtype
     axes.set_ylim(0, 1.25 * top)
     axes.set_xticks(range(len(names)), [size(cells[name]) for name in names], fontsize=7)
     axes.set_title(f"training, {dtype}: adapters × rows of each, over F.linear's fwd + bwd", loc="left", fontsize=9)
-    axes.legend(fontsize=7, frameon=False, ncols=len(order), loc="upper left")
+    axes.legend(fontsize=7, frameon=False, ncols=len(_SLOTS), loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
