@@ -151,11 +151,8 @@ def _judge(
 
 def peer_faults(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
     """Return why a model cannot be compared with: logits further than 10% (RMS) from fp64."""
-    return [
-        f"{part}: {100 * error:.3g}% (RMS) from fp64"
-        for part, error in relative_errors(got, want).items()
-        if not error <= 0.1
-    ]
+    found = relative_errors(got, want).items()
+    return [f"{part}: {100 * error:.3g}% (RMS) from fp64" for part, error in found if not error <= 0.1]
 
 
 def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:

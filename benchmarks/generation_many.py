@@ -1,10 +1,11 @@
 """Tokens per second of transformers' ``generate`` where each row of the batch has its own adapter. Run it from the
 checkout:
 
-    python -m benchmarks.generation_many [--rounds N] [--json benchmarks/results/generation_many/FILE.json] [--plot]
+    python -m benchmarks.generation_many [--rounds N] [--json FILE] [--plot]
 
-The model is a Llama with random weights and 32 adapters on all of its linears, of ranks 16, 8, 32 and 64 in turn. It
-decodes 16 rows greedily, or 32 rows where 32 adapters are used, with a cache of keys and values:
+It writes benchmarks/results/generation_many/<date>-<machine>.json, or FILE. The model is a Llama with random weights
+and 32 adapters on all of its linears, of ranks 16, 8, 32 and 64 in turn. It decodes 16 rows greedily, or 32 rows where
+32 adapters are used, with a cache of keys and values:
 
     base         the model without adapters
     PEFT         ``generate(adapter_names=...)``, one name for each row
@@ -33,7 +34,7 @@ from benchmarks.closing import close
 from benchmarks.generation import generate, logits, passed_over, peer_faults, relative_errors
 from benchmarks.generation_many_models import ADAPTERS, BASE, FUSED, PEFT, Models
 from benchmarks.generation_models import Size, seeded
-from lora_kernels.testing import documents, judge, timing
+from lora_kernels.testing import documents, judge, machine, timing
 from lora_kernels.testing.terminal import Terminal, terminal
 
 COUNTS = {1: 16, 4: 16, 8: 16, 32: 32}
@@ -41,6 +42,7 @@ COUNTS = {1: 16, 4: 16, 8: 16, 32: 32}
 TARGETS = {8: 0.88}
 """The least speed of the fused model beside the base's, by the number of adapters."""
 SIZE = Size(layers=2, new=16)
+RESULTS = Path("benchmarks/results/generation_many")
 
 
 def measure(size: Size, rounds: int, show: Terminal) -> dict[str, Any]:
@@ -78,8 +80,7 @@ def _names(name: str, ids: Tensor) -> dict[str, Any]:
 def _judge(models: Models, n: int, ids: Tensor, tokens: Tensor, prompt: int) -> list[dict[str, Any]]:
     """Return the entries under "gate" for a number of adapters. By the rule of `judge`, ours must be as good as PEFT;
     PEFT must be the same function up to rounding."""
-    with models.exact(ids) as exact:
-        want = logits(exact, tokens, prompt)
+    want = logits(models.exact(ids), tokens, prompt)
     got = {name: logits(models.by_name[name], tokens, prompt, **_names(name, ids)) for name in (PEFT, FUSED)}
     faults = {PEFT: peer_faults(got[PEFT], want), FUSED: [f"left to PEFT: {why}" for why in passed_over(models.fused)]}
     for part, value in got[FUSED].items():
@@ -127,7 +128,7 @@ def table(document: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     rows = []
     for row in document["rows"]:
         low, middle, high = row["tokens_per_second"]
-        cells = [f"{row['n']} adapters, {row['batch']} rows", row["name"], f"{middle:.1f} ({low:.1f} to {high:.1f})"]
+        cells = [f"{row['batch']} rows, {row['n']} adapters", row["name"], f"{middle:.1f} ({low:.1f} to {high:.1f})"]
         rows.append([*cells, f"{row['of_base'][1]:.2f}", target_words(row)])
     return title, ["", "model", "tokens/s", "of the base's", "target"], rows
 
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default: {value}")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's choice)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="the JSON to write")
+    parser.add_argument("--json", type=Path, metavar="PATH", help=f"the JSON to write (default: {RESULTS}/...)")
     parser.add_argument("--plot", action="store_true", help="draw a PNG beside the JSON")
     args = parser.parse_args(argv)
     chosen = {name: getattr(args, name) for name in asdict(SIZE) if name != "r"}
@@ -160,8 +161,6 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--{name} must be at least 1, got {value}")
     if args.hidden % (2 * args.heads):
         parser.error(f"--hidden must be a multiple of 2 · heads = {2 * args.heads}, got {args.hidden}")
-    if args.plot and not args.json:
-        parser.error("--plot draws beside the JSON that --json names")
     show = terminal()
     if absent := [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]:
         show.line(f"Nothing to generate with: pip install {' '.join(absent)}")
@@ -174,10 +173,11 @@ def main(argv: list[str] | None = None) -> int:
     document = measure(Size(**chosen), args.rounds, show)
     if document["rows"]:
         show.table(*table(document), words=True)
-    status = close(document, args.json, show)
+    out = args.json or RESULTS / f"{document['date'][:10]}-{machine.kind(document['device'])}.json"
+    status = close(document, out, show)
     if args.plot and document["rows"]:
-        generation_many_plot.draw(document, args.json.with_suffix(".png"))
-        show.line(f"Drawn: {args.json.with_suffix('.png')}")
+        generation_many_plot.draw(document, out.with_suffix(".png"))
+        show.line(f"Drawn: {out.with_suffix('.png')}")
     return status
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,9 +54,8 @@ class Models:
                 layer.lora_B[str(i)].weight.data = b
         return model.eval()
 
-    @contextmanager
-    def exact(self, ids: Tensor) -> Iterator[nn.Module]:
-        """Yield the model in fp64, whose row m has adapter ids[m]. It is plain torch. (transformers computes its norms
+    def exact(self, ids: Tensor) -> nn.Module:
+        """Return the model in fp64, whose row m has adapter ids[m]. It is plain torch. (transformers computes its norms
         in fp32 nevertheless.)"""
         from transformers import AutoModelForCausalLM
 
@@ -68,7 +65,7 @@ class Models:
             parent, _, last = name.rpartition(".")
             used = {int(i): pairs[i] for i in ids.unique()}
             setattr(model.get_submodule(parent), last, _Exact(model.get_submodule(name).weight, used, ids))
-        yield model
+        return model
 
 
 class _Exact(nn.Module):

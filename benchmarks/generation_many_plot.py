@@ -29,7 +29,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
         more = {"yerr": errors, "error_kw": {"lw": 0.8, "ecolor": "#333333"}}
         bars = axes.bar(xs, [v[1] for v in values], width * 0.92, color=colour, label=name, **more)
         axes.bar_label(bars, [f"{v[1]:.0f}" for v in values], fontsize=7, padding=2)
-    axes.set_xticks(range(len(groups)), [f"{n} adapters\n{batch} rows" for n, batch in groups], fontsize=8)
+    labels = [f"{n} adapter{'s' * (n > 1)}\n{batch} rows" for n, batch in groups]
+    axes.set_xticks(range(len(groups)), labels, fontsize=8)
     axes.set_ylabel("tokens/s", fontsize=9)
     axes.set_ylim(0, 1.2 * axes.get_ylim()[1])
     axes.legend(fontsize=8, frameon=False, ncols=len(_COLOURS), loc="upper left")
