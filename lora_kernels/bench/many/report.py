@@ -89,7 +89,7 @@ def target_words(target: dict[str, Any] | None) -> str:
         return ""
     value, most, verdict = f"{target['value'][1]:.2f}", f"{target['most']:.2f}", "met" if target["met"] else "missed"
     if target["over"]:
-        return f"+{value} ≤ {most} {verdict}"
+        return f"{target['value'][1]:+.2f} ≤ {most} {verdict}"
     return f"≤ {most} {verdict}" if target["to"] == FROZEN else f"{value} {verdict}"
 
 
