@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from support import many
-from support.many import equal, mixed, run
+from support.many import equal, leaves, mixed, run
 
 from lora_kernels import AdapterStack, Rows, lora_linear_multi
 from lora_kernels.backends import eager
@@ -98,3 +99,35 @@ def test_threads_may_share_rows_and_a_stack():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(call, range(24)))
+
+
+@pytest.mark.parametrize("kind", ["list", "stack", "training"])
+def test_a_call_enters_as_many_functions_for_32_adapters_as_for_one(kind):
+    """The Python of a small layer takes longer than its arithmetic."""
+
+    def entered(n: int) -> int:
+        m = mixed(32, 12, 8, (4,) * n, ids=torch.arange(32) % n)
+        _, adapters, _ = leaves(m)
+        given = AdapterStack(m.adapters) if kind == "stack" else adapters
+        rows, count = m.rows, 0
+
+        def record(frame, event, _):
+            nonlocal count
+            count += event == "call" and "lora_kernels" in frame.f_code.co_filename
+
+        def call():
+            with torch.set_grad_enabled(kind == "training"):
+                y = lora_linear_multi(m.x, m.w, given, rows, bias=m.bias)
+            if kind == "training":
+                y.backward(m.dy)
+
+        call()
+        call()
+        sys.setprofile(record)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert 0 < entered(32) == entered(1) < 90
