@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class Mixed:
                 self.rows = rows
         return rows
 
-    def computed(self, layer: nn.Module, y: Tensor) -> Tensor:
+    def computed(self, layer: Any, y: Tensor) -> Tensor:
         """Return y, which `layer` has computed with these rows, and remember it for a recomputation in the backward."""
         if not torch.compiler.is_compiling():
             recompute.remember(layer, self, y)
@@ -134,7 +134,7 @@ def table_of(model: nn.Module) -> dict[str, int]:
     return dict(mixable(model).table)
 
 
-def current_for(layer: nn.Module) -> Mixed | None:
+def current_for(layer: Any) -> Mixed | None:
     """Return the innermost context in force that `layer` belongs to, or None.
 
     Raises RuntimeError in a backward that computes the layer again outside of the context of its first forward.
@@ -152,7 +152,7 @@ def current_for(layer: nn.Module) -> Mixed | None:
     return context
 
 
-def _of(layer: nn.Module, context: Mixed | None) -> Mixed | None:
+def _of(layer: Any, context: Mixed | None) -> Mixed | None:
     while context is not None and id(layer) not in context.layers:
         context = context.outer
     return context

@@ -14,6 +14,7 @@ in this way; Ye et al., "mLoRA", 2023 (arXiv:2312.02515), train them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from lora_kernels.core.many import Adapter, AdapterStack
 from lora_kernels.core.operands import Adapter as Adapter_
 from lora_kernels.core.operands import Base, Needs
 from lora_kernels.core.rows import Rows
-from lora_kernels.ops import direct, prepare_multi, registered_multi
+from lora_kernels.ops import direct, plain_multi, prepare_multi, registered_multi
 from lora_kernels.ops.autograd import (
     apply,
     as_dense,
@@ -35,11 +36,12 @@ from lora_kernels.ops.autograd import (
     needs_plain_mode,
     no_autocast,
     no_graph,
+    outlived,
     refuse_double_backward,
 )
 from lora_kernels.ops.registered import whole_weight
 from lora_kernels.ops.sums import column_sum
-from lora_kernels.ops.watched import watched
+from lora_kernels.ops.watched import PLAIN, watched
 from lora_kernels.quant.weight import QuantizedWeight
 
 
@@ -77,11 +79,13 @@ def lora_linear_multi(
             another number than x has, or of adapters that were not given.
         RuntimeError: from autograd, on double backward.
     """
-    x, base, own, rows, biases = prepare_multi.prepare(x, weight, adapters, rows, bias)
+    if plain_multi.serves(x, weight, adapters, rows, bias, backend):
+        return plain_multi.lora_linear_multi(x, weight, adapters, rows, bias)
+    x, base, own, rows, biases, asking = prepare_multi.prepare(x, weight, adapters, rows, bias)
+    if asking:
+        prepare_multi.draw(own, asking, x.device)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = _apply(flat, base, own, rows, backend)
-    if biases:
-        y = _add_biases(y, biases, rows)
+    y = _apply(flat, base, own, rows, biases, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -96,61 +100,109 @@ def explain_multi(
 ) -> dispatch.Explanation:
     """Return which back-end `lora_linear_multi` would run for these operands, and every reason why the others would not
     be chosen. The arguments are those of `lora_linear_multi`, and the same errors are raised. Nothing is computed."""
-    x, base, own, rows, _ = prepare_multi.prepare(x, weight, adapters, rows, bias)
+    x, base, own, rows, *_ = prepare_multi.prepare(x, weight, adapters, rows, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    known = own if any(each is not None for each in own) else [prepare_multi.nothing(x, base.w)]
-    return dispatch.explain(operands.call_of_multi("forward_multi", flat, base, known), backend)
+    known = [each for each in own if each is not None]
+    call = operands.call_of_multi("forward_multi", flat, base, known or [prepare_multi.nothing(x, base.w)])
+    counts = rows.counts
+    told = f"{len(known)} adapters of ranks {', '.join(str(each.a.shape[0]) for each in known)}; " if known else ""
+    told += f"rows of each: {', '.join(map(str, counts))}; " if counts else ""
+    return replace(dispatch.explain(call, backend), rows=f"{told}{rows.M - sum(counts)} rows without an adapter")
 
 
-def _apply(x: Tensor, base: Base, adapters: Sequence[Adapter_ | None], rows: Rows, backend: str | None) -> Tensor:
-    """Return y without the adapters' biases. x is [M, K]."""
+def _apply(
+    x: Tensor,
+    base: Base,
+    adapters: Sequence[Adapter_ | None],
+    rows: Rows,
+    biases: prepare_multi.Biases,
+    backend: str | None,
+) -> Tensor:
+    """Return y. x is [M, K]."""
     w, bias = base
-    if all(each is None for each in adapters):
-        adapters, rows = [prepare_multi.nothing(x, w)], rows.padded(max(rows.n, 1))
-        adapters = [*adapters, *[None] * (rows.n - 1)]
     counts = rows.known_counts
-    if isinstance(w, Tensor) and counts is not None and not any(counts):
-        if backend is not None:
-            dispatch.pick(operands.call_of_multi("forward_multi", x, base, adapters), backend)
-        return F.linear(x, w.to(x.dtype), bias)
+    if counts is not None:
+        used = rows.used
+        if biases:
+            biases = {i: biases[i] for i in used if i in biases}
+        for i in used:
+            if adapters[i] is not None:
+                break
+        else:
+            adapters = ()  # no row has an adapter in this layer
+    elif not any(each is not None for each in adapters):
+        adapters = ()
+    if not adapters:
+        if backend is None and isinstance(w, Tensor):
+            with no_autocast(device_type(x)):
+                return F.linear(x, as_dtype(w, x.dtype), bias)
+        adapters, rows = [prepare_multi.nothing(x, w)], Rows(rows.order, rows.starts[-1:].new_zeros(2), (0,))
     with no_autocast(device_type(x)):
-        if not _recorded(x, bias, adapters):
+        if not _recorded(x, bias, adapters, biases):
             y, _ = _forward(x, base, adapters, rows, backend, False)
-            return y
-        (codes, *scales), w_format, blocksize = (
-            (w.tensors, w.format, w.blocksize) if isinstance(w, QuantizedWeight) else ((w,), "dense", 0)
-        )
-        columns = [[None if each is None else each[field] for each in adapters] for field in range(5)]
-        a, b, scale, p, seed = columns
-        how = tuple(scale), tuple(p), counts, backend, w_format, blocksize
-        tensors = (*a, *b, *seed, *scales)
+            return _add_biases(y, biases, rows)
+        scales: tuple[Tensor, ...] = ()
+        codes, w_format, blocksize = w, "dense", 0
+        if isinstance(w, QuantizedWeight):
+            (codes, *scales), w_format, blocksize = w.tensors, w.format, w.blocksize  # type: ignore[assignment]
+        a, b, scale, p, seed = zip(*[_NOTHING if each is None else each for each in adapters], strict=True)
+        # A compiler takes the rows as tensors, so that the program it makes serves any rows.
+        kept = None if torch.compiler.is_compiling() else rows
+        how = scale, p, kept, backend, w_format, blocksize, tuple(biases)
+        tensors = *a, *b, *seed, *biases.values(), *scales
         y = apply(LoRALinearMultiFunction, x, codes, bias, rows.order, rows.starts, how, *tensors)
     return y
 
 
-def _recorded(x: Tensor, bias: Tensor | None, adapters: Sequence[Adapter_ | None]) -> bool:
-    """Return whether a call needs its autograd Function, to compute a gradient."""
-    if not torch.is_grad_enabled():
-        return False
-    if x.requires_grad or (bias is not None and bias.requires_grad):
+_NOTHING = (None, None, 1.0, 0.0, None)
+"""The fields of an adapter that has nothing in a layer."""
+
+_FIRST = 6
+"""The number of arguments of the autograd Function before its `tensors`."""
+
+
+def _recorded(
+    x: Tensor, bias: Tensor | None, adapters: Sequence[Adapter_ | None], biases: prepare_multi.Biases
+) -> bool:
+    """Return whether a call needs its autograd Function: to compute a gradient, or for a tensor that has outlived a
+    transform of torch.func."""
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return True
-    if isinstance(adapters, AdapterStack):
+    listed = not isinstance(adapters, AdapterStack)  # a stack holds plain tensors that `stored` has made
+    if torch.is_grad_enabled() and listed:
+        for each in adapters:
+            if each is not None and (each[0].requires_grad or each[1].requires_grad):
+                return True
+        if any(each.requires_grad for each in biases.values()):
+            return True
+    if torch.compiler.is_compiling():
         return False
-    return any(each is not None and (each.a.requires_grad or each.b.requires_grad) for each in adapters)
+    tensors = [t for each in adapters if each is not None for t in each[:2]] if listed else ()
+    return outlived(x, bias, *tensors, *biases.values())
 
 
-def _add_biases(y: Tensor, biases: dict[int, Tensor], rows: Rows) -> Tensor:
-    """Return y with s · bias of each adapter added to its rows. An adapter without rows gets no gradient."""
-    counts = rows.known_counts
-    used = [i for i in biases if counts is None or counts[i]]
-    if not used:
+def _add_biases(y: Tensor, biases: prepare_multi.Biases, rows: Rows) -> Tensor:
+    """Add s · bias of each adapter to its rows of y, which belongs to this call, and return y."""
+    if not biases:
         return y
-    table = torch.stack([torch.zeros_like(biases[used[0]]), *(biases[i] for i in used)])
-    place = torch.zeros(rows.n + 1, dtype=torch.int64, device=y.device)
-    place[torch.tensor(used, device=y.device)] = torch.arange(1, len(used) + 1, device=y.device)
-    sorted_ids = torch.searchsorted(rows.starts, torch.arange(rows.M, device=y.device, dtype=torch.int32), right=True)
-    ids = torch.empty_like(sorted_ids).scatter_(0, rows.order.long(), sorted_ids - 1)
-    return y + table.to(y.dtype)[place[ids]]
+    if rows.known_counts is not None:
+        for i, bias in biases.items():
+            index = rows.index(i)
+            y[index] += bias
+        return y
+    ids = rows.ids()
+    for i, bias in biases.items():
+        y = torch.where((ids == i)[:, None], (y + bias).to(y.dtype), y)
+    return y
+
+
+def _bias_gradients(dy: Tensor, numbers: tuple[int, ...], rows: Rows, dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Return Σ dy over the rows of each of these adapters: the gradients of s · bias."""
+    if rows.known_counts is not None:
+        return [column_sum(as_dtype(dy[rows.index(i)], dtype)) for i, dtype in zip(numbers, dtypes, strict=True)]
+    ids, zero = rows.ids(), dy.new_zeros(())
+    own = [torch.where((ids == i)[:, None], dy, zero) for i in numbers]
+    return [column_sum(as_dtype(each, dtype)) for each, dtype in zip(own, dtypes, strict=True)]
 
 
 class LoRALinearMultiFunction(torch.autograd.Function):
@@ -165,28 +217,33 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         bias: Tensor | None,
         order: Tensor,
         starts: Tensor,
-        how: tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...] | None, str | None, str, int],
+        how: tuple[tuple[float, ...], tuple[float, ...], Rows | None, str | None, str, int, tuple[int, ...]],
         *tensors: Tensor | None,
     ) -> Tensor:
         """Return y.
 
-        `how` is (scales, ps, counts, backend, w_format, w_blocksize). `tensors` are every a, then every b, every seed,
-        and the other tensors of a quantised weight.
+        `how` is (scales, ps, rows or None, backend, w_format, w_blocksize, the adapters with a bias). `tensors` are
+        every a, then every b, every seed, every s · bias, and the other tensors of a quantised weight.
         """
-        scale, p, counts, backend, w_format, blocksize = how
-        n = len(scale)
-        need_db = any(ctx.needs_input_grad[6 + n : 6 + 2 * n])
-        need_da = any(ctx.needs_input_grad[6 : 6 + n])
-        weight = whole_weight(w, tensors[3 * n :], w_format, blocksize, x.dtype)  # type: ignore[arg-type]
-        adapters, rows = _adapters(n, tensors, scale, p), Rows(order, starts, counts)
-        y, h = _forward(x, Base(weight, bias), adapters, rows, backend, need_db)
-        ctx.save_for_backward(x if need_da else None, w, h if need_db else None, order, starts, *tensors)
+        scale, p, kept, backend, w_format, blocksize, biased = how
+        n, needs = len(scale), ctx.needs_input_grad
+        need_da, need_db = any(needs[_FIRST : _FIRST + n]), any(needs[_FIRST + n : _FIRST + 2 * n])
+        last = 3 * n + len(biased)
+        rows = Rows(order, starts) if kept is None else kept
+        weight = whole_weight(w, tensors[last:], w_format, blocksize, x.dtype)  # type: ignore[arg-type]
+        y, h = _forward(x, Base(weight, bias), _adapters(n, tensors, scale, p), rows, backend, need_db)
+        y = _add_biases(y, dict(zip(biased, tensors[3 * n : last], strict=True)), rows)  # type: ignore[arg-type]
+        if kept is not None:
+            order = starts = None  # type: ignore[assignment]
+        ctx.dtypes = [t.dtype for t in tensors[3 * n : last] if t is not None]
+        rest = *tensors[: 3 * n], *tensors[last:]
+        ctx.save_for_backward(x if need_da else None, w, h if need_db else None, order, starts, *rest)
         ctx.how, ctx.dtype = how, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return dx, every da and db, and dbias; None for each that is not needed, or whose adapter has no rows."""
+        """Return dx, every da, db and dbias; None for each that is not needed, or whose adapter has no rows."""
         saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
         if not needs_plain_mode(dy):
             return _gradients(ctx, dy, *saved)
@@ -217,29 +274,52 @@ def _forward(
 
 
 def _watched(x: Tensor, w: Tensor, adapters: Sequence[Adapter_ | None], other: Tensor | None) -> bool:
-    """Return whether something observes a call, as `watched` finds out for each adapter."""
+    """Return whether something observes a call, as `watched` finds out for the operands of one adapter."""
+    if watched(x, w, w, w, other):
+        return True
     if isinstance(adapters, AdapterStack):  # plain tensors that `stored` has made
-        return watched(x, w, x, x, other)
-    return any(each is not None and watched(x, w, each.a, each.b, other) for each in adapters)
+        return False
+    for each in adapters:
+        if each is not None:
+            a, b = each[:2]
+            if type(a) not in PLAIN or type(b) not in PLAIN or a.is_neg() or b.is_neg():
+                return True
+    return False
 
 
 def _gradients(  # type: ignore[no-untyped-def]
     ctx: Any, dy: Tensor, x, w, h, order, starts, *tensors
 ) -> tuple[Tensor | None, ...]:
-    """Return dx, dbias, every da and db, in the places of the Function's arguments."""
-    scale, p, counts, backend, w_format, blocksize = ctx.how
+    """Return dx, dbias, every da, db and dbias_i, in the places of the Function's arguments."""
+    scale, p, kept, backend, w_format, blocksize, biased = ctx.how
     n, needs_grad = len(scale), ctx.needs_input_grad
     need_dx, need_dbias = needs_grad[0], needs_grad[2]
-    need_da, need_db = needs_grad[6 : 6 + n], needs_grad[6 + n : 6 + 2 * n]
+    need_da, need_db = needs_grad[_FIRST : _FIRST + n], needs_grad[_FIRST + n : _FIRST + 2 * n]
+    last = _FIRST + 3 * n
+    need_own = [i for i, need in zip(biased, needs_grad[last : last + len(biased)], strict=True) if need]
+    rows = Rows(order, starts) if kept is None else kept
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy):  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "lora_linear_multi takes one dy at a time: call torch.autograd.grad for each without is_grads_batched (or "
+            "vectorize), or take torch.func.vjp with torch.func.vmap"
+        )
     dy = as_dense(dy, ctx.dtype)
-    dx, das, dbs = None, [None] * n, [None] * n
+    dx = None
+    das: Sequence[Tensor | None] = [None] * n
+    dbs: Sequence[Tensor | None] = das
     if need_dx or any(need_da) or any(need_db):
         base = Base(whole_weight(w, tensors[3 * n :], w_format, blocksize, ctx.dtype))
-        adapters, rows = _adapters(n, tensors, scale, p), Rows(order, starts, counts)
+        adapters = _adapters(n, tensors, scale, p)
         way = registered_multi if _watched(dy, w, adapters, x) else direct
-        needs = Needs(need_dx, need_da, need_db)
-        dx, das, dbs = way.backward_multi(dy, x, base, adapters, rows, h, needs, backend)
-    without = [counts is not None and not count for count in counts or [1] * n]
+        dx, das, dbs = way.backward_multi(dy, x, base, adapters, rows, h, Needs(need_dx, need_da, need_db), backend)
+        if rows.known_counts is not None:
+            used = set(rows.used)
+            need_da = [need and i in used for i, need in enumerate(need_da)]
+            need_db = [need and i in used for i, need in enumerate(need_db)]
+    own: dict[int, Tensor] = {}
+    if need_own:
+        dtypes = [dtype for i, dtype in zip(biased, ctx.dtypes, strict=True) if i in need_own]
+        own = dict(zip(need_own, _bias_gradients(dy, tuple(need_own), rows, dtypes), strict=True))
     return (
         dx if need_dx else None,
         None,
@@ -247,7 +327,9 @@ def _gradients(  # type: ignore[no-untyped-def]
         None,
         None,
         None,
-        *(None if not need or none else da for da, need, none in zip(das, need_da, without, strict=True)),
-        *(None if not need or none else db for db, need, none in zip(dbs, need_db, without, strict=True)),
-        *[None] * (len(tensors) - 2 * n),
+        *[da if need else None for da, need in zip(das, need_da, strict=True)],
+        *[db if need else None for db, need in zip(dbs, need_db, strict=True)],
+        *[None] * n,
+        *[own.get(i) for i in biased],
+        *[None] * (len(tensors) - 3 * n),
     )

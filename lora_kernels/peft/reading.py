@@ -32,6 +32,8 @@ class PeftAdapter(NamedTuple):
     """The dropout probability in this call: 0 while the dropout module is not in training mode."""
     magnitude: Tensor | None = None
     """DoRA's magnitude vector, [N]; None for plain LoRA."""
+    activated: bool = False
+    """Whether it is an activated LoRA, which has the tokens from its invocation tokens on."""
 
 
 class Operands(NamedTuple):
@@ -47,6 +49,8 @@ class Operands(NamedTuple):
     """The dtype in which base and adapters are computed."""
     outer: torch.dtype
     """The dtype of y."""
+    activated: bool = False
+    """Whether one of the adapters is an activated LoRA."""
 
 
 OneAdapter = tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]
@@ -56,12 +60,12 @@ OneAdapter = tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Ten
 def as_one_adapter(operands: Operands) -> OneAdapter:
     """Return the operands of `lora_linear` for all adapters. Several of them become one, whose rank is the sum of
     theirs; the caller makes sure that they have no dropout. The adapters' own biases are added to the base's."""
-    w, bias, adapters, inner, _ = operands
+    w, bias, adapters, inner, _, _ = operands
     for adapter in adapters.values():
         if adapter.b_bias is not None:
             term = adapter.b_bias.to(inner) * adapter.scale
             bias = term if bias is None else bias + term
-    a, b, _, scale, p, _ = adapter  # the only adapter, or the last of several: these replace a, b and scale
+    a, b, _, scale, p, _, _ = adapter  # the only adapter, or the last of several: these replace a, b and scale
     if len(adapters) > 1:
         # In 16 bits s·B would be rounded, and the gradient of s·B may overflow where that of B, s times it, does not.
         wide = torch.promote_types(a.dtype, torch.float32)
