@@ -65,10 +65,12 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._token is not None:
-            IN_FORCE.reset(self._token)
-            self._token = None
-        self.close()
+        try:
+            if self._token is not None:
+                IN_FORCE.reset(self._token)
+                self._token = None
+        finally:
+            self.close()
 
     def _open(self) -> dict[str, Version]:
         """Return what the lease holds. Raises RuntimeError where it was closed."""

@@ -188,6 +188,8 @@ class AdapterPool:
             TimeoutError: a load has not ended after `timeout` seconds.
             ValueError, FileNotFoundError: an adapter's files cannot be read, or are not those that were registered.
         """
+        if isinstance(names, str):
+            raise TypeError(f"lease takes a list of names, got the text {names!r}: lease([{names!r}])")
         names = list(names)
         until = time.monotonic() + timeout
         while True:

@@ -47,11 +47,6 @@ class Version:
         """The bytes that it takes on the device."""
         return self.source.nbytes
 
-    @property
-    def idle(self) -> bool:
-        """Whether it may leave the device."""
-        return self.slot is not None and not self.users and not self.fixed
-
 
 class Acquired(NamedTuple):
     """What a lease has got."""
