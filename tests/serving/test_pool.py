@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,21 +129,27 @@ def test_the_base_alone_has_the_models_bits_and_close_puts_the_model_back():
 
 @pytest.mark.slow
 def test_a_compiled_model_serves_any_lease():
-    model = base().float()
-    (x,) = (x.float() for x in batches(1))
-    with torch.no_grad(), AdapterPool(model) as pool:
-        for i in range(3):
-            pool.register(f"n{i}", given(i), config=SETTINGS)
+    """In a new thread, in which no context was entered before the model is compiled."""
+
+    def work() -> None:
+        model = base().float()
+        (x,) = (x.float() for x in batches(1))
         torch.compiler.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), base().float()(x))
-        for names in (["n0", "n1", None, "n2", "n0", "n0"], ["n2"] * 6, [None, "n1", "n1", None, "n0", "n1"]):
-            with pool.lease(set(names)) as lease, lease.mixed(names):
-                torch.testing.assert_close(compiled(x), model(x))
-        pool.update("n0", given(7))
-        pool.remove("n1")
-        with pool.lease(["n0"]) as lease, lease.mixed(["n0", None] * 3):
-            torch.testing.assert_close(compiled(x)[0], with_given(given(7), 1.5).float()(x)[0])
+        with torch.no_grad(), AdapterPool(model) as pool:
+            for i in range(3):
+                pool.register(f"n{i}", given(i), config=SETTINGS)
+            torch.testing.assert_close(compiled(x), base().float()(x))
+            for names in (["n0", "n1", None, "n2", "n0", "n0"], ["n2"] * 6, [None, "n1", "n1", None, "n0", "n1"]):
+                with pool.lease(set(names)) as lease, lease.mixed(names):
+                    torch.testing.assert_close(compiled(x), model(x))
+            pool.update("n0", given(7))
+            pool.remove("n1")
+            with pool.lease(["n0"]) as lease, lease.mixed(["n0", None] * 3):
+                torch.testing.assert_close(compiled(x)[0], with_given(given(7), 1.5).float()(x)[0])
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(work).result()
 
 
 def test_a_model_moves_with_its_pool():
