@@ -50,7 +50,7 @@ class Lease:
         context = Mixed(self._mixable, rows_of(names_or_ids, table))
         counts = context.rows.known_counts
         if counts is not None:
-            self._residents.table.count({name: counts[i] for name, i in table.items() if counts[i]})
+            self._residents.table.count(table.values(), [counts[i] for i in table.values()])
         return context
 
     def close(self) -> None:
