@@ -25,6 +25,8 @@ from lora_kernels.serving.source import AdapterSource, Targets, opened
 from lora_kernels.serving.table import BASE_NAMES, Table
 from lora_kernels.serving.version import PoolFull, Registration, Version
 
+__all__ = ["AdapterPool", "Lease", "PoolFull", "PoolStats", "Registration"]
+
 _TIMEOUT = 60.0
 """The seconds that a lease waits for room, unless it says otherwise."""
 

@@ -18,8 +18,7 @@ from torch import nn
 import lora_kernels
 from lora_kernels.nn.mixed import mixed
 from lora_kernels.serving.layer import PooledLinear
-from lora_kernels.serving.pool import AdapterPool
-from lora_kernels.serving.table import PoolFull
+from lora_kernels.serving.pool import AdapterPool, PoolFull
 
 NAMES = ["a", None, "b", "__base__", "b", "a"]
 SETTINGS = {"r": 4, "lora_alpha": 6}

@@ -16,8 +16,7 @@ from torch import nn
 from lora_kernels.core.many import panel_stride
 from lora_kernels.serving import source
 from lora_kernels.serving.host import HostTier
-from lora_kernels.serving.pool import AdapterPool
-from lora_kernels.serving.table import PoolFull
+from lora_kernels.serving.pool import AdapterPool, PoolFull
 
 SETTINGS = {"r": 4, "lora_alpha": 6}
 SHORT = 0.05
@@ -394,7 +393,7 @@ def test_a_lease_does_the_same_work_with_many_registered_adapters(folder):
     with pool_of(folder) as pool:
         pool.lease(["0", "1"]).close()
         few = work(pool)
-        for i in range(1000):
+        for i in range(200):
             pool.register(f"n{i}", folder / "2")
         assert work(pool) == few
         assert {len(layer.stack) for layer in pool._layers.values()} == {2}  # rows know of those on the device only
