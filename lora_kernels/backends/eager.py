@@ -79,17 +79,26 @@ backward = functools.partial(backward_each, _backward)
 
 def forward_multi(x: Tensor, base: Base, adapters: Sequence[Adapter | None], rows: Rows, save_h: bool) -> MultiResult:
     y = _base(x, base)
-    parts = []
+    if not save_h:
+        add_multi(y, x, adapters, rows)
+        return y, None
+    parts = [h.reshape(-1) for h in _add_low_rank(y, x, adapters, rows)]
+    return y, torch.cat(parts) if parts else x.new_empty(0)
+
+
+def add_multi(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Rows) -> None:
+    for _ in _add_low_rank(y, x, adapters, rows):
+        pass
+
+
+def _add_low_rank(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Rows) -> Iterator[Tensor]:
+    """Add s · h bᵀ of each adapter to its rows of y, and yield its h after that."""
     for adapter, _, index in _with_rows(adapters, rows):
         h = _product(_masked(_own(x, index), adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
         own_y = _own(y, index)
         _add_product(own_y, h, adapter.b.t(), adapter.scale)
         _put(y, index, own_y)
-        if save_h:
-            parts.append(h.reshape(-1))
-    if not save_h:
-        return y, None
-    return y, torch.cat(parts) if parts else x.new_empty(0)
+        yield h
 
 
 def backward_multi(

@@ -74,8 +74,8 @@ class Rows:
     def by_id(ids: Tensor | Sequence[int], n: int) -> Rows:
         """Return the rows of n adapters from one id per row: ids [M], integers in -1..n-1, where -1 is the base alone.
 
-        A tensor of ids stays on its device. Its values are checked, which waits for a GPU, except while a compiler
-        traces or a CUDA graph is captured.
+        A tensor of ids stays on its device. Its values are checked and counted, which waits for a GPU once, except
+        while the call is recorded by a compiler or captured into a CUDA graph.
 
         Raises TypeError for ids that are no integers, ValueError for another shape than [M], or an id out of range.
         """
@@ -87,20 +87,19 @@ class Rows:
             if ids.shape[0]:
                 raise TypeError(f"ids must be integers, got {ids.dtype}")
             ids = ids.long()  # torch makes an empty list a float tensor
-        unread = (
-            torch.compiler.is_compiling()
-            or torch._C._is_tracing()
-            or (ids.is_cuda and torch.cuda.is_current_stream_capturing())
-        )
-        if not unread and ids.shape[0]:
-            low, high = (int(t) for t in torch.aminmax(ids))
-            if low < BASE or high >= n:
-                raise ValueError(f"{_allowed(n)}, got {low}..{high}")
-        keys = torch.where(ids < 0, n, ids).to(torch.int32)
-        keys, order = torch.sort(keys, stable=True)
+        keys, order = torch.sort(torch.where(ids < 0, n, ids).to(torch.int32), stable=True)
         bounds = torch.arange(n + 1, dtype=torch.int32, device=ids.device)
-        starts = torch.searchsorted(keys, bounds, out_int32=True)
-        return Rows(order.to(torch.int32), starts)
+        rows = Rows(order.to(torch.int32), torch.searchsorted(keys, bounds, out_int32=True))
+        if _traced() or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return rows
+        if not ids.shape[0]:
+            rows._counts = (0,) * n
+            return rows
+        low, high, *starts = torch.cat([torch.stack(torch.aminmax(ids)), rows.starts]).tolist()  # waits for a GPU once
+        if low < BASE or high >= n:
+            raise ValueError(f"{_allowed(n)}, got {low}..{high}")
+        rows._counts = _differences(starts)
+        return rows
 
     @staticmethod
     def by_length(lengths: Sequence[int], which: Sequence[int], n: int | None = None) -> Rows:
@@ -118,7 +117,7 @@ class Rows:
         if any(each < 0 for each in lengths):
             raise ValueError(f"a segment cannot have a negative number of rows, got lengths {lengths}")
         if n is None:
-            n = max(which, default=BASE) + 1
+            n = max([BASE, *which]) + 1
         wrong = [each for each in which if not BASE <= each < n]
         if wrong:
             raise ValueError(f"{_allowed(n)}, got {wrong}")
@@ -149,17 +148,17 @@ class Rows:
         unknown = sorted({str(name) for name in names if name not in numbers and name not in _BASE_NAMES})
         if unknown:
             raise KeyError(f"no adapter is called {', '.join(unknown)}; there are {', '.join(numbers) or 'none'}")
-        n = max(numbers.values(), default=BASE) + 1
+        n = max([BASE, *numbers.values()]) + 1
         ids = [BASE if name is None else numbers.get(name, BASE) for name in names]
         rows = Rows.by_id(torch.tensor(ids, dtype=torch.int64), n)
-        return Rows(rows.order, rows.starts, rows.counts, per_sample=True)
+        return Rows(rows.order, rows.starts, rows.known_counts, per_sample=True)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The number of rows of each adapter, on the host. The first reading waits for a GPU."""
+        """The number of rows of each adapter, on the host. The first reading waits for a GPU, if the rows were made
+        while the call was recorded."""
         if self._counts is None:
-            starts = self.starts.tolist()
-            self._counts = tuple(after - before for before, after in itertools.pairwise(starts))
+            self._counts = _differences(self.starts.tolist())
         return self._counts
 
     @property
@@ -273,6 +272,11 @@ def _traced() -> bool:
 def _allowed(n: int) -> str:
     """Return the beginning of an error about an id."""
     return f"an id must lie in {BASE}..{n - 1} ({BASE} is the base alone) beside {n} adapters"
+
+
+def _differences(starts: list[int]) -> tuple[int, ...]:
+    """Return the number of rows of each adapter from where each begins."""
+    return tuple([after - before for before, after in itertools.pairwise(starts)])
 
 
 def _kept(results: dict[T, Rows], key: T, make: Callable[[T], Rows]) -> Rows:

@@ -171,14 +171,16 @@ def mixable(model: nn.Module) -> Mixable:
     """Return the layers of `model` that compute by row, and its adapters. Raises RuntimeError where there is no such
     layer, or a part of the model has adapters that cannot be computed by row."""
     layers = set()
+    inside: set[int] = set()  # the frozen layers that such layers hold
     tables: dict[Callable[[nn.Module], Table], None] = {}
     for module in model.modules():
         kind = type(module)
         find: Callable[[nn.Module], Table] | None = getattr(kind, "adapter_table", None)
         if find is not None:
             layers.add(id(module))
+            inside.update(map(id, module.children()))
             tables[find] = None
-        elif isinstance(module, AdapterLinear):
+        elif isinstance(module, AdapterLinear) and id(module) not in inside:
             raise RuntimeError(
                 f"a {kind.__name__} has one adapter, which every row would get: mixed takes models of PEFT after "
                 "lora_kernels.fuse(model), or an AdapterPool"

@@ -36,7 +36,9 @@ def register() -> None:
     module: Any = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    packets = {getattr(torch.ops.lora_kernels, name): formula for name, formula in FORMULAS.items()}
+    ours = torch.ops.lora_kernels
+    # The operators of many adapters are registered when lora_linear_multi is first asked for.
+    packets = {getattr(ours, name): formula for name, formula in FORMULAS.items() if hasattr(ours, name)}
     for packet, formula in packets.items():
         if packet not in module.flop_registry:
             module.register_flop_formula(packet, get_raw=formula in _OF_VALUES)(formula)

@@ -147,8 +147,8 @@ def _apply(
             (codes, *scales), w_format, blocksize = w.tensors, w.format, w.blocksize  # type: ignore[assignment]
         a, b, scale, p, seed = zip(*[_NOTHING if each is None else each for each in adapters], strict=True)
         # A compiler takes the rows as tensors, so that the program it makes serves any rows.
-        known = None if counts is None else rows
-        how = scale, p, known, backend, w_format, blocksize, tuple(biases)
+        kept = None if torch.compiler.is_compiling() else rows
+        how = scale, p, kept, backend, w_format, blocksize, tuple(biases)
         tensors = *a, *b, *seed, *biases.values(), *scales
         y = apply(LoRALinearMultiFunction, x, codes, bias, rows.order, rows.starts, how, *tensors)
     return y
@@ -225,19 +225,19 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         `how` is (scales, ps, rows or None, backend, w_format, w_blocksize, the adapters with a bias). `tensors` are
         every a, then every b, every seed, every s · bias, and the other tensors of a quantised weight.
         """
-        scale, p, known, backend, w_format, blocksize, biased = how
+        scale, p, kept, backend, w_format, blocksize, biased = how
         n, needs = len(scale), ctx.needs_input_grad
         need_da, need_db = any(needs[_FIRST : _FIRST + n]), any(needs[_FIRST + n : _FIRST + 2 * n])
         last = 3 * n + len(biased)
-        rows = Rows(order, starts) if known is None else known
+        rows = Rows(order, starts) if kept is None else kept
         weight = whole_weight(w, tensors[last:], w_format, blocksize, x.dtype)  # type: ignore[arg-type]
         y, h = _forward(x, Base(weight, bias), _adapters(n, tensors, scale, p), rows, backend, need_db)
         y = _add_biases(y, dict(zip(biased, tensors[3 * n : last], strict=True)), rows)  # type: ignore[arg-type]
-        if known is not None:
+        if kept is not None:
             order = starts = None  # type: ignore[assignment]
         ctx.dtypes = [t.dtype for t in tensors[3 * n : last] if t is not None]
-        kept = *tensors[: 3 * n], *tensors[last:]
-        ctx.save_for_backward(x if need_da else None, w, h if need_db else None, order, starts, *kept)
+        rest = *tensors[: 3 * n], *tensors[last:]
+        ctx.save_for_backward(x if need_da else None, w, h if need_db else None, order, starts, *rest)
         ctx.how, ctx.dtype = how, x.dtype
         return y
 
@@ -291,13 +291,13 @@ def _gradients(  # type: ignore[no-untyped-def]
     ctx: Any, dy: Tensor, x, w, h, order, starts, *tensors
 ) -> tuple[Tensor | None, ...]:
     """Return dx, dbias, every da, db and dbias_i, in the places of the Function's arguments."""
-    scale, p, known, backend, w_format, blocksize, biased = ctx.how
+    scale, p, kept, backend, w_format, blocksize, biased = ctx.how
     n, needs_grad = len(scale), ctx.needs_input_grad
     need_dx, need_dbias = needs_grad[0], needs_grad[2]
     need_da, need_db = needs_grad[_FIRST : _FIRST + n], needs_grad[_FIRST + n : _FIRST + 2 * n]
     last = _FIRST + 3 * n
     need_own = [i for i, need in zip(biased, needs_grad[last : last + len(biased)], strict=True) if need]
-    rows = Rows(order, starts) if known is None else known
+    rows = Rows(order, starts) if kept is None else kept
     if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy):  # type: ignore[attr-defined]
         raise RuntimeError(
             "lora_linear_multi takes one dy at a time: call torch.autograd.grad for each without is_grads_batched (or "
@@ -312,8 +312,8 @@ def _gradients(  # type: ignore[no-untyped-def]
         adapters = _adapters(n, tensors, scale, p)
         way = registered_multi if _watched(dy, w, adapters, x) else direct
         dx, das, dbs = way.backward_multi(dy, x, base, adapters, rows, h, Needs(need_dx, need_da, need_db), backend)
-        if known is not None:
-            used = set(known.used)
+        if rows.known_counts is not None:
+            used = set(rows.used)
             need_da = [need and i in used for i, need in enumerate(need_da)]
             need_db = [need and i in used for i, need in enumerate(need_db)]
     own: dict[int, Tensor] = {}

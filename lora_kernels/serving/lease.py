@@ -9,8 +9,6 @@ from lora_kernels.serving.layer import IN_FORCE
 from lora_kernels.serving.residents import Residents
 from lora_kernels.serving.version import Version
 
-_CLOSED: dict[str, Version] = {}
-
 
 class Lease:
     """Adapters of an `AdapterPool` that stay on the device, in the versions that were current when the lease began,
@@ -22,7 +20,8 @@ class Lease:
     __slots__ = ("_mixable", "_residents", "_token", "_versions")
 
     def __init__(self, residents: Residents, versions: dict[str, Version]) -> None:
-        self._residents, self._versions = residents, versions
+        self._residents = residents
+        self._versions: dict[str, Version] | None = versions
         table: dict[str, int] = {name: each.slot for name, each in versions.items()}  # type: ignore[misc]
         self._mixable = Mixable(residents.ids, table)
         self._token: Token[tuple[Mixable, ...]] | None = None
@@ -33,12 +32,12 @@ class Lease:
     @property
     def versions(self) -> tuple[Version, ...]:
         """What the lease holds; nothing after its end."""
-        return tuple(self._versions.values())
+        return tuple((self._versions or {}).values())
 
     def key(self, name: str) -> str:
         """Return "name@version" of the version that this lease holds. A cache of keys and values that it has computed
         belongs to this text."""
-        return self._versions[name].key
+        return self._open()[name].key
 
     def mixed(self, names_or_ids: NamesOrIds) -> Mixed:
         """Return the context in which the model computes each sample, or each row, with an adapter of this lease or
@@ -46,7 +45,7 @@ class Lease:
 
         Raises what `lora_kernels.mixed` raises, and RuntimeError where the lease was closed.
         """
-        self._check_open()
+        self._open()
         table = self._mixable.table
         context = Mixed(self._mixable, rows_of(names_or_ids, table))
         counts = context.rows.known_counts
@@ -56,12 +55,12 @@ class Lease:
 
     def close(self) -> None:
         """End the lease. Does nothing where it has ended."""
-        versions, self._versions = self._versions, _CLOSED
+        versions, self._versions = self._versions, None
         if versions:
             self._residents.release(versions.values())
 
     def __enter__(self) -> Lease:
-        self._check_open()
+        self._open()
         self._token = IN_FORCE.set((self._mixable, *IN_FORCE.get()))
         return self
 
@@ -71,9 +70,11 @@ class Lease:
             self._token = None
         self.close()
 
-    def _check_open(self) -> None:
-        if self._versions is _CLOSED:
+    def _open(self) -> dict[str, Version]:
+        """Return what the lease holds. Raises RuntimeError where it was closed."""
+        if self._versions is None:
             raise RuntimeError("this lease was closed: its adapters may have left the memory")
+        return self._versions
 
     def __repr__(self) -> str:
         return f"Lease({', '.join(each.key for each in self.versions) or 'nothing'})"

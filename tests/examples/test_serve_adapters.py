@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import threading
 import urllib.error
@@ -19,8 +18,6 @@ from support.paths import ROOT
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-if importlib.util.find_spec("lora_kernels.serving.continuous") is None:
-    pytest.skip("continuous batching is not there yet", allow_module_level=True)
 
 import lora_kernels
 

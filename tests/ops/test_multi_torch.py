@@ -307,7 +307,7 @@ def test_a_compiled_program_serves_any_rows(kind, way):
         of = make(ids, 3)
         x = torch.randn(len(ids), 8, requires_grad=True)
         got, want = program(x, of), call(x, of)
-        assert torch.equal(got, want)
+        assert torch.equal(got, want) and torch.equal(program(x, of), want)
         wanted = [x, *(t for each in adapters for t in each[:2])] if kind == "list" else [x]
         dy = torch.randn_like(got)
         assert equal(gradients(got, wanted, dy), gradients(want, wanted, dy))
@@ -336,10 +336,10 @@ def test_a_compiled_program_sees_what_a_stack_holds_now():
 @pytest.mark.slow
 def test_dropout_and_samples_compile_without_a_break():
     m = mixed(12, 12, 8, (2, 3), p=0.5, ids=torch.tensor([0, -1, 1]).repeat_interleave(4))
-    rows = Rows.by_sample(["u", None, "v"], ["u", "v"])
     x, adapters, wanted = leaves(m)
 
     def call(x):
+        rows = Rows.by_sample(["u", None, "v"], ["u", "v"])
         return lora_linear_multi(x.view(3, 4, 8), m.w, adapters, rows, bias=m.bias)
 
     torch._dynamo.reset()

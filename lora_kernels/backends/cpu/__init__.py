@@ -41,7 +41,7 @@ try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
-    from lora_kernels.backends.cpu.multi import backward_multi, forward_multi
+    from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
 except ImportError as error:
     raise ImportError(
         f"the native CPU kernels are missing ({error}): they are built when lora_kernels is installed, which needs a "
@@ -50,6 +50,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "add_multi",
     "backward",
     "backward_multi",
     "base_gemm",

@@ -19,6 +19,9 @@ from lora_kernels.core.operands import Adapter, Base, Gradients, MultiResult, Ne
 from lora_kernels.core.rows import Rows
 from lora_kernels.quant.weight import QuantizedWeight
 
+_NOTHING = Base(None)  # type: ignore[arg-type]
+"""What stands for the base where y holds its product already: no w is read, and no bias is added."""
+
 
 def forward_multi(x: Tensor, base: Base, adapters: Sequence[Adapter | None], rows: Rows, save_h: bool) -> MultiResult:
     """Return (y, h). Where a row has no adapter and W is dense, the base product is ``F.linear(x, w, bias)``."""
@@ -45,6 +48,14 @@ def forward_multi(x: Tensor, base: Base, adapters: Sequence[Adapter | None], row
     rest = base if launched or first is not bias else Base(w)
     _C.forward_multi(torch.get_num_threads(), x, rest, adapters, rows.order, rows.starts, y, h, launched)
     return y, h
+
+
+def add_multi(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Rows) -> None:
+    if x.stride()[1] != 1:
+        x = x.contiguous()
+    if isinstance(adapters, AdapterStack):
+        adapters = adapters.slots
+    _C.forward_multi(torch.get_num_threads(), x, _NOTHING, adapters, rows.order, rows.starts, y, None, False)
 
 
 def backward_multi(
