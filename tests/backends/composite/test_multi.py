@@ -1,5 +1,5 @@
-"""Many adapters over the rows of one x in the back-end `composite`, in Triton's interpreter. The tiles are so small that
-most adapters have several. Reading the number of rows on the host, which would wait for a GPU, is an error."""
+"""Many adapters over the rows of one x in the back-end `composite`, in Triton's interpreter. The tiles are so small
+that most adapters have several. Reading the number of rows on the host, which would wait for a GPU, is an error."""
 
 from __future__ import annotations
 
