@@ -33,8 +33,9 @@ from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
 _ROWS = (16, 64, 160)
 """The rows of x in the check: the first that are not fewer than those of the call, or the last."""
 _N, _K, _P = 96, 192, 0.25
-_ROWS_OF_MANY = (600, 40, 0, 7)
-"""The rows of each of several adapters: more than one sum takes, more than a tile has, none, and a few."""
+_ROWS_OF_MANY = (600, 30, 0, 45)
+"""The rows of each of several adapters: more than one sum takes, fewer than a tile has, none, and more than a tile has.
+With their ranks they give every h enough roundings."""
 _RANKS_OF_MANY = (8, 40, 16, 24)
 _ENOUGH = 1024
 """The independent roundings that `accuracy.errors_beside` needs."""
