@@ -36,8 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from lora_kernels.serving.continuous import Requests
-from lora_kernels.serving.pool import AdapterPool
-from lora_kernels.serving.version import PoolFull
+from lora_kernels.serving.pool import AdapterPool, PoolFull
 
 BUILD = Path(__file__).parent.parent / "build" / "serve_adapters"
 STOPPED = None

@@ -95,7 +95,9 @@ class _Here(threading.local):
     """The same for compilers, which can read no ContextVar: a compiled forward sees the context that its thread has
     entered last."""
 
-    current: Mixed | None = None
+    def __init__(self) -> None:
+        # In the instance of each thread, because compilers do not notice that it takes the place of a class attribute.
+        self.current: Mixed | None = None
 
 
 _HERE = _Here()

@@ -175,6 +175,7 @@ class Requests:
         table = self._mixable.table
         if not isinstance(self._source, nn.Module):  # the numbers of a pool are those of its leases
             table = {str(i): i for i in which if i != BASE}
+            self._source.count(which, lengths)
         with ExitStack() as contexts:
             contexts.enter_context(Mixed(Mixable(layers - head, table), _rows(lengths, which)))
             if head and _of(_of(processor, "model_runner"), "supports_logits_to_keep")(self._manager.model):

@@ -50,7 +50,7 @@ class Lease:
         context = Mixed(self._mixable, rows_of(names_or_ids, table))
         counts = context.rows.known_counts
         if counts is not None:
-            self._residents.table.count({name: counts[i] for name, i in table.items() if counts[i]})
+            self._residents.table.count(table.values(), [counts[i] for i in table.values()])
         return context
 
     def close(self) -> None:
@@ -65,10 +65,12 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._token is not None:
-            IN_FORCE.reset(self._token)
-            self._token = None
-        self.close()
+        try:
+            if self._token is not None:
+                IN_FORCE.reset(self._token)
+                self._token = None
+        finally:
+            self.close()
 
     def _open(self) -> dict[str, Version]:
         """Return what the lease holds. Raises RuntimeError where it was closed."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_kernels.core.rows import Rows
 from lora_kernels.models.names import plain_names
@@ -23,31 +21,14 @@ from lora_kernels.serving.layer import device_of, install, place_of
 from lora_kernels.serving.lease import Lease
 from lora_kernels.serving.metrics import PoolStats, prometheus
 from lora_kernels.serving.residents import Residents
-from lora_kernels.serving.source import Targets, of_directory, of_state_dict
+from lora_kernels.serving.source import AdapterSource, Targets, opened
 from lora_kernels.serving.table import BASE_NAMES, Table
-from lora_kernels.serving.version import PoolFull, Version
+from lora_kernels.serving.version import PoolFull, Registration, Version
+
+__all__ = ["AdapterPool", "Lease", "PoolFull", "PoolStats", "Registration"]
 
 _TIMEOUT = 60.0
 """The seconds that a lease waits for room, unless it says otherwise."""
-
-AdapterSource = str | os.PathLike[str] | Mapping[str, Tensor]
-"""A folder in PEFT's format, or a state dict under PEFT's names."""
-
-
-@dataclass(frozen=True)
-class Registration:
-    """What `AdapterPool.register` and `update` found in an adapter."""
-
-    key: str
-    """"name@version"."""
-    layers: tuple[str, ...]
-    """The layers that it changes."""
-    passed_over: Mapping[str, str]
-    """Why another layer that it has values for is not served, for each of these."""
-    missing: tuple[str, ...]
-    """The layers that its config names, and that it has no values for."""
-    nbytes: int
-    """The bytes that it takes on the device."""
 
 
 class AdapterPool:
@@ -140,7 +121,7 @@ class AdapterPool:
         except BaseException:
             self._drop(version)
             raise
-        return _registration(version)
+        return Registration.of(version)
 
     def update(self, name: str, source: AdapterSource, *, config: Any = None) -> Registration:
         """Make another version of the adapter `name`, and return what was found in it. Leases that are open keep the
@@ -162,7 +143,7 @@ class AdapterPool:
             self._drop(version)
             raise
         self._residents.forget(old)
-        return _registration(version)
+        return Registration.of(version)
 
     def remove(self, name: str, wait: bool = False, timeout: float = _TIMEOUT) -> None:
         """Forget an adapter. Open leases keep it until they end; with `wait` this call returns when the last one has.
@@ -188,6 +169,8 @@ class AdapterPool:
             TimeoutError: a load has not ended after `timeout` seconds.
             ValueError, FileNotFoundError: an adapter's files cannot be read, or are not those that were registered.
         """
+        if isinstance(names, str):
+            raise TypeError(f"lease takes a list of names, got the text {names!r}: lease([{names!r}])")
         names = list(names)
         until = time.monotonic() + timeout
         while True:
@@ -247,12 +230,13 @@ class AdapterPool:
         else:
             ids = Rows.by_id(torch.tensor(numbers, dtype=torch.int64), n)
             rows = Rows(ids.order, ids.starts, ids.counts, per_sample=True)
-        counts: Counter[str] = Counter()
-        for each, length in zip(found, lengths or [1] * len(found), strict=True):
-            counts[each.name if each is not None else ""] += length
-        del counts[""]
-        self._table.count(counts)
+        self.count(numbers, lengths or [1] * len(numbers))
         return Mixed(Mixable(self._residents.ids, table), rows)
+
+    def count(self, numbers: Iterable[int], rows: Iterable[int]) -> None:
+        """Count rows for `PoolStats.rows`: so many for the adapter of each number of a lease, and none for -1. Contexts
+        of leases and of `mixed` do it themselves."""
+        self._table.count(numbers, rows)
 
     def stats(self) -> PoolStats:
         """Return the numbers of this moment."""
@@ -295,19 +279,7 @@ class AdapterPool:
 
     def _new(self, name: str, source: AdapterSource, pinned: bool, config: Any) -> Version:
         """Return a new version of an adapter, checked. Warns of layers that are not served or lacking."""
-        if isinstance(source, (str, os.PathLike)):
-            if config is not None:
-                raise ValueError(f"{os.fspath(source)!r} has a config of its own: pass config for a state dict only")
-            found, values = of_directory(source, self._targets), None
-        elif isinstance(source, Mapping):
-            if config is None:
-                raise ValueError(
-                    f"the state dict of {name!r} needs its settings: config=LoraConfig(...), or a dictionary of its "
-                    "fields, such as dict(r=8, lora_alpha=16)"
-                )
-            found, values = of_state_dict(source, config, f"the state dict of {name!r}", self._targets)
-        else:
-            raise TypeError(f"an adapter is a folder or a state dict, got a {type(source).__name__}")
+        found, values = opened(name, source, config, self._targets)
         if found.passed_over:
             warnings.warn(
                 f"{found.label} has layers that are not served: {told_by_reason(found.passed_over)}", stacklevel=3
@@ -327,11 +299,6 @@ class AdapterPool:
     def _drop(self, version: Version) -> None:
         self._table.drop(version)
         self._residents.forget(version)
-
-
-def _registration(version: Version) -> Registration:
-    source = version.source
-    return Registration(version.key, tuple(source.ranks), source.passed_over, source.missing, source.nbytes)
 
 
 def _only(lease: Lease) -> Version:

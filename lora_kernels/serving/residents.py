@@ -49,7 +49,7 @@ class Residents:
     def version(self, name: str, source: Source, pinned: bool, values: Values | None) -> Version:
         """Return a new version, which nobody can lease yet. `values` are those of an adapter without a file. Raises
         ValueError for values that are not finite, and PoolFull where the host's memory has no room for them."""
-        given = None if values is None else self._copies(source, values)
+        given = None if values is None else self._copies(source, values, copy=self.host is not None)
         if given is not None and self.host is not None:
             with self.table.changed:
                 if not self.host.reserve(nbytes_of(given)):
@@ -70,11 +70,15 @@ class Residents:
         try:
             self.start(acquired.missing)
             for load in acquired.loads:
-                load.result(max(until - time.monotonic(), 0.0))
-        except BaseException as error:
+                try:
+                    load.result(max(until - time.monotonic(), 0.0))
+                except concurrent.futures.TimeoutError:
+                    if load.done():  # an error of the load itself
+                        raise
+                    names = ", ".join(map(repr, acquired.versions))
+                    raise TimeoutError(f"a load of {names} has not ended in time") from None
+        except BaseException:
             self.release(acquired.versions.values())
-            if isinstance(error, concurrent.futures.TimeoutError):
-                raise TimeoutError(f"a load of {', '.join(map(repr, acquired.versions))} has not ended") from None
             raise
 
     def release(self, versions: Iterable[Version]) -> None:
@@ -147,12 +151,12 @@ class Residents:
                     self.host.put(version, values)
         return values
 
-    def _copies(self, source: Source, values: Values) -> Values:
+    def _copies(self, source: Source, values: Values, copy: bool = False) -> Values:
         """Return A and B of each layer in the dtype in which they are served, and page-locked where that is wanted.
-        Raises ValueError for values that are not finite."""
+        Without `copy` they may be the same tensors. Raises ValueError for values that are not finite."""
         found = {}
         for name, adapter in values.items():
-            parts = [t.detach().to("cpu", self._places[name].dtype) for t in adapter[:2] if t is not None]
+            parts = [t.detach().to("cpu", self._places[name].dtype, copy=copy) for t in adapter[:2] if t is not None]
             if not all(bool(t.isfinite().all()) for t in parts):
                 raise ValueError(f"{source.label}: the adapter of {name} is not finite in {parts[0].dtype}")
             found[name] = LayerAdapter(*(t.pin_memory() if self._pin else t for t in parts))

@@ -26,6 +26,9 @@ from lora_kernels.models.adapter_files import (
 from lora_kernels.models.targets import matches, some
 from lora_kernels.nn.settings import scaling_of
 
+AdapterSource = str | os.PathLike[str] | Mapping[str, Tensor]
+"""A folder in PEFT's format, or a state dict under PEFT's names."""
+
 Values = dict[str, LayerAdapter]
 """A and B by the name of the layer."""
 
@@ -92,6 +95,23 @@ class Source:
             tensors = read_weights(self.directory / WEIGHTS)
         found = adapters_of(tensors, PEFT_KEY, False, self.label, self.ranks.keys())
         return {name: found.layers[name] for name in self.ranks}
+
+
+def opened(name: str, source: AdapterSource, config: Any, targets: Targets) -> tuple[Source, Values | None]:
+    """Return the adapter `name`, checked, and its values where they were given. Raises ValueError, TypeError or
+    FileNotFoundError where it cannot be served."""
+    if isinstance(source, (str, os.PathLike)):
+        if config is not None:
+            raise ValueError(f"{os.fspath(source)!r} has a config of its own: pass config for a state dict only")
+        return of_directory(source, targets), None
+    if not isinstance(source, Mapping):
+        raise TypeError(f"an adapter is a folder or a state dict, got a {type(source).__name__}")
+    if config is None:
+        raise ValueError(
+            f"the state dict of {name!r} needs its settings: config=LoraConfig(...), or a dictionary of its fields, "
+            "such as dict(r=8, lora_alpha=16)"
+        )
+    return of_state_dict(source, config, f"the state dict of {name!r}", targets)
 
 
 def of_directory(directory: str | os.PathLike[str], targets: Targets) -> Source:

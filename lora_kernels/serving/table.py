@@ -6,28 +6,15 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from lora_kernels.serving.source import Source, Values
-from lora_kernels.serving.version import Acquired, PoolFull, Version
+from lora_kernels.serving.version import Acquired, Counts, PoolFull, Version
 
 BASE_NAMES = (None, "__base__")
 """What stands for the base alone in a list of names."""
-
-
-@dataclass
-class Counts:
-    """What a pool has counted since it was made."""
-
-    hits: int = 0
-    misses: int = 0
-    loads: int = 0
-    evictions: int = 0
-    load_seconds: float = 0.0
-    rows: Counter[str] = field(default_factory=Counter)
 
 
 class Table:
@@ -44,6 +31,8 @@ class Table:
         """The version of each name that a new lease gets."""
         self.resident: dict[Version, None] = {}
         """The versions on the device, and those for which room is reserved."""
+        self.by_slot: dict[int, Version] = {}
+        """The versions on the device by their slots."""
         self._idle: OrderedDict[Version, None] = OrderedDict()
         """Those that may leave, the one first that was used the longest time ago."""
         self._idle_bytes = 0
@@ -192,6 +181,7 @@ class Table:
         with self.changed:
             self.counts.loads += 1
             self.counts.load_seconds += seconds
+            self.by_slot[slot] = version
             version.slot, loading, version.loading = slot, version.loading, None
             if not version.users:
                 self._rest(version)
@@ -226,11 +216,13 @@ class Table:
             if not self.changed.wait_for(lambda: not version.users, timeout):
                 raise TimeoutError(f"{version.key} is held by {version.users} leases after {timeout:g} s")
 
-    def count(self, rows: Mapping[str, int]) -> None:
-        """Count rows that were given to adapters."""
+    def count(self, slots: Iterable[int], rows: Iterable[int]) -> None:
+        """Count rows that were given to the adapters at these slots. A slot below 0 is the base."""
         with self.changed:
-            for name, number in rows.items():
-                self.counts.rows[name] += number
+            for slot, number in zip(slots, rows, strict=True):
+                version = self.by_slot.get(slot)
+                if version is not None and number:
+                    self.counts.rows[version.name] += number
 
     def close(self) -> bool:
         """Take no more calls, and return whether this is the first call of `close`. Raises RuntimeError where leases
@@ -291,6 +283,7 @@ class Table:
         del self.resident[version]
         self.used -= version.nbytes
         self.left.append(version.slot)
+        del self.by_slot[version.slot]
         version.slot = None
 
     def _retire(self, version: Version) -> None:

@@ -1,9 +1,11 @@
-"""`Version`: one version of one adapter of a pool."""
+"""`Version`: one version of one adapter of a pool, and what is told about adapters."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lora_kernels.serving.source import Source, Values
@@ -47,11 +49,6 @@ class Version:
         """The bytes that it takes on the device."""
         return self.source.nbytes
 
-    @property
-    def idle(self) -> bool:
-        """Whether it may leave the device."""
-        return self.slot is not None and not self.users and not self.fixed
-
 
 class Acquired(NamedTuple):
     """What a lease has got."""
@@ -62,3 +59,37 @@ class Acquired(NamedTuple):
     """Those that the caller has to load."""
     loads: list[Future[str]]
     """The loads that have to end before all are on the device."""
+
+
+@dataclass
+class Counts:
+    """What a pool has counted since it was made."""
+
+    hits: int = 0
+    misses: int = 0
+    loads: int = 0
+    evictions: int = 0
+    load_seconds: float = 0.0
+    rows: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What `AdapterPool.register` and `update` found in an adapter."""
+
+    key: str
+    """"name@version"."""
+    layers: tuple[str, ...]
+    """The layers that it changes."""
+    passed_over: Mapping[str, str]
+    """Why another layer that it has values for is not served, for each of these."""
+    missing: tuple[str, ...]
+    """The layers that its config names, and that it has no values for."""
+    nbytes: int
+    """The bytes that it takes on the device."""
+
+    @classmethod
+    def of(cls, version: Version) -> Registration:
+        """Return what is told about a version."""
+        source = version.source
+        return cls(version.key, tuple(source.ranks), source.passed_over, source.missing, source.nbytes)

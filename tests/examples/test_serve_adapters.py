@@ -98,7 +98,10 @@ def test_requests_that_run_together_get_the_tokens_of_their_own_adapters(served:
         assert [each["token"] for each in answer[:-1]] == served.wanted[name], name
         assert answer[-1] == {"done": True}
     assert len({tuple(each) for each in served.wanted.values()}) == len(PROMPTS)
-    assert served.engine.pool.stats().leased == 0
+    stats = served.engine.pool.stats()
+    assert stats.leased == 0
+    for name in filter(None, PROMPTS):  # the prompt's tokens, and the answer's but for the last one
+        assert stats.rows[name] == 2 * (len(PROMPTS[name]) + TOKENS - 1)
 
 
 def test_pages_and_errors(served: Served) -> None:

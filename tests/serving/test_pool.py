@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,7 @@ from torch import nn
 import lora_kernels
 from lora_kernels.nn.mixed import mixed
 from lora_kernels.serving.layer import PooledLinear
-from lora_kernels.serving.pool import AdapterPool
-from lora_kernels.serving.table import PoolFull
+from lora_kernels.serving.pool import AdapterPool, PoolFull
 
 NAMES = ["a", None, "b", "__base__", "b", "a"]
 SETTINGS = {"r": 4, "lora_alpha": 6}
@@ -106,7 +106,12 @@ def test_the_base_alone_has_the_models_bits_and_close_puts_the_model_back():
         assert not any(isinstance(each, nn.Linear) for each in model.modules())
         assert torch.equal(model(x), want)
         pool.register("a", given(1), config=SETTINGS)
-        with pool.lease(["a"]):
+        with pool.lease(["a"]) as lease:
+            assert torch.equal(model(x), want)
+            for context in (lease.mixed([None] * 6), pool.mixed([None] * 6), lease.mixed([-1] * 6)):
+                with context:
+                    assert torch.equal(model(x), want)
+        with pool.lease([]) as lease, lease.mixed(["__base__"] * 6):
             assert torch.equal(model(x), want)
         assert list(model.state_dict()) == list(state)
         model.load_state_dict({name: value + 1 for name, value in state.items()})
@@ -119,6 +124,31 @@ def test_the_base_alone_has_the_models_bits_and_close_puts_the_model_back():
     for call in (lambda: pool.lease(["a"]), lambda: pool.register("b", given(1), config=SETTINGS)):
         with pytest.raises(RuntimeError, match="was closed"):
             call()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_serves_any_lease():
+    """In a new thread, in which no context was entered before the model is compiled."""
+
+    def work() -> None:
+        model = base().float()
+        (x,) = (x.float() for x in batches(1))
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with torch.no_grad(), AdapterPool(model) as pool:
+            for i in range(3):
+                pool.register(f"n{i}", given(i), config=SETTINGS)
+            torch.testing.assert_close(compiled(x), base().float()(x))
+            for names in (["n0", "n1", None, "n2", "n0", "n0"], ["n2"] * 6, [None, "n1", "n1", None, "n0", "n1"]):
+                with pool.lease(set(names)) as lease, lease.mixed(names):
+                    torch.testing.assert_close(compiled(x), model(x))
+            pool.update("n0", given(7))
+            pool.remove("n1")
+            with pool.lease(["n0"]) as lease, lease.mixed(["n0", None] * 3):
+                torch.testing.assert_close(compiled(x)[0], with_given(given(7), 1.5).float()(x)[0])
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(work).result()
 
 
 def test_a_model_moves_with_its_pool():
@@ -171,7 +201,7 @@ def test_an_adapter_of_a_transformers_model_gives_pefts_logits(tmp_path):
         with AdapterPool(model) as pool:
             for name in "ab":
                 pool.register(name, tmp_path / name)
-            with pool.lease("ab") as lease, lease.mixed(["b", None, "a"]):
+            with pool.lease(["a", "b"]) as lease, lease.mixed(["b", None, "a"]):
                 logits = model(input_ids=x).logits
             assert "lm_head" in pool._layers
     for m, name in enumerate(["b", None, "a"]):
@@ -282,6 +312,8 @@ def test_other_mistakes_are_named(pool, tmp_path):
         pool.register("b", 3)
     with pytest.raises(KeyError, match=r"no adapter is called b, c; registered are a"):
         pool.lease(["a", "c", "b"])
+    with pytest.raises(TypeError, match="takes a list of names, got the text 'a'"):
+        pool.lease("a")
     for call in (pool.key, pool.remove, pool.prefetch):
         with pytest.raises(KeyError, match="no adapter is called z"):
             call("z")

@@ -16,8 +16,7 @@ from torch import nn
 from lora_kernels.core.many import panel_stride
 from lora_kernels.serving import source
 from lora_kernels.serving.host import HostTier
-from lora_kernels.serving.pool import AdapterPool
-from lora_kernels.serving.table import PoolFull
+from lora_kernels.serving.pool import AdapterPool, PoolFull
 
 SETTINGS = {"r": 4, "lora_alpha": 6}
 SHORT = 0.05
@@ -128,7 +127,7 @@ def test_a_lease_that_waits_gets_the_room_that_another_frees(folder):
 
 
 def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 20
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.001)
@@ -182,19 +181,21 @@ def test_a_load_that_fails_gives_its_room_back_and_harms_no_other(folder):
             pass
 
 
-def test_each_request_sees_one_version_while_another_thread_updates(folder):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["eager", "cpu"])
+def test_each_request_sees_one_version_while_another_thread_updates(dtype):
     """The adapter's B is s times a fixed one in version s, so that the rows of a request tell which it has computed
     with, in both of the layers that it has."""
     layers = ("inner.fc", "head")
     state = given(1, 4, layers)
-    (x,) = batches(1, 3)
+    (x,) = (x.to(dtype) for x in batches(1, 3))
+    model, eps = base().to(dtype), 100 * torch.finfo(dtype).eps
 
     def version(s: int) -> dict[str, torch.Tensor]:
         return {key: value * (s if "lora_B" in key else 1) for key, value in state.items()}
 
-    wanted = {s: with_given(version(s), 1.5)(x) for s in range(1, 13)}
+    wanted = {s: with_given(version(s), 1.5).to(dtype)(x) for s in range(1, 13)}
     seen: set[int] = set()
-    with AdapterPool(base(), device_bytes=1 << 20) as pool, ThreadPoolExecutor() as threads:
+    with AdapterPool(model, device_bytes=1 << 20) as pool, ThreadPoolExecutor() as threads:
         pool.register("a", version(1), config=SETTINGS)
         over = threading.Event()
 
@@ -206,7 +207,7 @@ def test_each_request_sees_one_version_while_another_thread_updates(folder):
                     for _ in range(3):
                         with lease.mixed(["a"] * 3):
                             y = pool.model(x)
-                        found |= {s for s, want in wanted.items() if torch.allclose(y, want, rtol=1e-10, atol=1e-10)}
+                        found |= {s for s, want in wanted.items() if torch.allclose(y, want, rtol=eps, atol=eps)}
                         time.sleep(0.001)
                     assert len(found) == 1, (key, found)
                     seen.update(found)
@@ -215,13 +216,14 @@ def test_each_request_sees_one_version_while_another_thread_updates(folder):
 
         running = [threads.submit(generate) for _ in range(4)]
         keys = {pool.key("a")}
+        until(lambda: 1 in seen)
         for s in range(2, 13):
             time.sleep(0.01)
             keys.add(pool.update("a", version(s)).key)
-        time.sleep(0.02)
+        until(lambda: 12 in seen)
         over.set()
-        assert all(each.result(10) > 3 for each in running)
-        assert len(keys) == 12 and {1, 12} <= seen
+        assert all(each.result(10) > 0 for each in running)
+        assert len(keys) == 12
         assert len(pool._table.resident) == 1 and held(pool) == pool.stats().device_bytes  # the old ones are freed
 
 
@@ -305,7 +307,10 @@ def test_copies_in_the_hosts_memory_save_reading_the_files_again(two_tiers, fold
 
 def test_a_state_dict_stays_in_the_hosts_memory_when_it_leaves_the_device(two_tiers, folder):
     state = given(7)
-    two_tiers.register("a", state, config=SETTINGS)
+    handed = {key: value.clone() for key, value in state.items()}
+    two_tiers.register("a", handed, config=SETTINGS)
+    for value in handed.values():
+        value.zero_()  # the pool has a copy
     assert two_tiers.stats().resident == 0
     for _ in range(2):
         check(two_tiers, "a", with_given(state, 1.5))
@@ -388,7 +393,7 @@ def test_a_lease_does_the_same_work_with_many_registered_adapters(folder):
     with pool_of(folder) as pool:
         pool.lease(["0", "1"]).close()
         few = work(pool)
-        for i in range(1000):
+        for i in range(200):
             pool.register(f"n{i}", folder / "2")
         assert work(pool) == few
         assert {len(layer.stack) for layer in pool._layers.values()} == {2}  # rows know of those on the device only
