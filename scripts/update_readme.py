@@ -1,4 +1,4 @@
-"""Write the measured tables, sentences and the chart of README.md, docs/measuring.md and docs/vllm.md from benchmarks/results.
+"""Write the measured tables, sentences and the chart of README.md and of two pages of docs from benchmarks/results.
 
     python scripts/update_readme.py [--check] [RESULT.json ...]
 
