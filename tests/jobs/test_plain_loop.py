@@ -87,3 +87,24 @@ def test_masks_differ_between_layers_batches_and_jobs():
     with torch.no_grad(), jobs.using("a"):
         one, other = jobs.model(data[0][0])
     assert torch.equal(one, other)
+
+
+def test_the_seed_of_a_job_chooses_its_order_and_its_first_values():
+    seen: dict[str, list[Tensor]] = {}
+
+    def loss(name: str, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        seen.setdefault(name, []).append(batch[0])
+        return cross_entropy(outputs, batch)
+
+    data = samples(12)
+    seeds = {"a": 1, "b": 1, "c": 2}
+    jobs = Jobs(classifier(), [Job(n, data, partial(loss, n), batch_size=4, seed=s, steps=6) for n, s in seeds.items()])
+    first = {name: jobs.parameters(name)["one.lora_A"].detach().clone() for name in seeds}
+    jobs.run()
+    assert torch.equal(first["a"], first["b"]) and not torch.equal(first["a"], first["c"])
+    order = {name: torch.cat(batches) for name, batches in seen.items()}
+    assert torch.equal(order["a"], order["b"]) and not torch.equal(order["a"], order["c"])
+    passes = order["a"].split(12)
+    assert len(passes) == 2 and not torch.equal(*passes)
+    for one in passes:  # each pass holds every sample once
+        assert torch.equal(one.sort(0).values, torch.stack([x for x, _ in data]).sort(0).values)
