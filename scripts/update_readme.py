@@ -1,4 +1,4 @@
-"""Write the measured tables, sentences and the chart of README.md and docs/measuring.md from benchmarks/results.
+"""Write the measured tables, sentences and the chart of README.md and of two pages of docs from benchmarks/results.
 
     python scripts/update_readme.py [--check] [RESULT.json ...]
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = args.root / "benchmarks" / "results"
     runs = {"bench": args.results or newest(results)}
-    runs |= {name: newest(results / name) for name in ("quantised", "generation", "many", "generation_many")}
+    runs |= {name: newest(results / name) for name in ("quantised", "generation", "many", "generation_many", "vllm")}
     runs["gpu"] = newest(results / "gpu", lambda document: f"{document['device']['name']} {document['suite']}")
     stale = False
     for name, blocks in PAGES.items():
@@ -192,6 +192,7 @@ PAGES: dict[str, dict[str, Render]] = {
         "many": many_tables.layers,
         "generation-many": many_tables.generation,
     },
+    "docs/vllm.md": {"vllm": many_tables.operators},
 }
 """The markers of each page, and the function that returns the text between them."""
 
