@@ -80,7 +80,7 @@ class Rows:
         Raises TypeError for ids that are no integers, ValueError for another shape than [M], or an id out of range.
         """
         if not isinstance(ids, Tensor):
-            ids = torch.tensor(ids)
+            ids = torch.tensor(ids, device="cpu")  # whatever the default device is
         if ids.dim() != 1:
             raise ValueError(f"ids must be one-dimensional, one for each row of x, got shape {tuple(ids.shape)}")
         if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
@@ -124,11 +124,15 @@ class Rows:
         groups: list[list[Tensor]] = [[] for _ in range(n + 1)]
         first = 0
         for length, i in zip(lengths, which, strict=True):
-            groups[i].append(torch.arange(first, first + length, dtype=torch.int32))  # -1 is the last group
+            groups[i].append(
+                torch.arange(first, first + length, dtype=torch.int32, device="cpu")
+            )  # -1 is the last group
             first += length
         counts = tuple(sum(len(part) for part in group) for group in groups)
-        order = torch.cat([part for group in groups for part in group] or [torch.empty(0, dtype=torch.int32)])
-        starts = torch.tensor([0, *counts[:n]], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        order = torch.cat(
+            [part for group in groups for part in group] or [torch.empty(0, dtype=torch.int32, device="cpu")]
+        )
+        starts = torch.tensor([0, *counts[:n]], dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         return Rows(order, starts, counts[:n])
 
     @staticmethod
@@ -150,7 +154,7 @@ class Rows:
             raise KeyError(f"no adapter is called {', '.join(unknown)}; there are {', '.join(numbers) or 'none'}")
         n = max([BASE, *numbers.values()]) + 1
         ids = [BASE if name is None else numbers.get(name, BASE) for name in names]
-        rows = Rows.by_id(torch.tensor(ids, dtype=torch.int64), n)
+        rows = Rows.by_id(torch.tensor(ids, dtype=torch.int64, device="cpu"), n)
         return Rows(rows.order, rows.starts, rows.known_counts, per_sample=True)
 
     @property

@@ -217,7 +217,7 @@ def rows_of(names_or_ids: NamesOrIds, table: Table) -> Rows:
             return Rows.by_sample(each, table)  # type: ignore[arg-type]
         if any(one is None or isinstance(one, str) for one in each):
             raise TypeError(f"mixed takes either names or ids, got both: {each}")
-        names_or_ids = torch.as_tensor(each)
+        names_or_ids = torch.tensor(each, device="cpu")
     if names_or_ids.dim() not in (1, 2):
         raise ValueError(f"ids must be [B] or [B, S], got shape {tuple(names_or_ids.shape)}")
     rows = Rows.by_id(names_or_ids.reshape(-1), size_of(table))

@@ -128,33 +128,43 @@ def adapter_table(model: nn.Module) -> dict[str, int]:
     every row.
     """
     config: dict[str, object] = {}
-    refused = False
-    module: Any
+    layers: list[Any] = []
+    kinds: dict[type, str] = {}  # asking a class takes microseconds, and a model has thousands of modules
     for module in model.modules():
-        if not config and isinstance(found := getattr(module, "peft_config", None), dict):
+        kind = type(module)
+        what = kinds.get(kind)
+        if what is None:
+            what = kinds[kind] = _what_is(kind)
+        if what == "fused":
+            layers.append(module)
+        elif what == "unfused":
+            raise RuntimeError(
+                "parts of this model cannot compute each row with an adapter of its own:" + _unfused(model)
+            )
+        elif not config and isinstance(found := module.__dict__.get("peft_config"), dict):
             config = found
-        if not hasattr(module, "adapter_table") and isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            refused = True
-    if refused:
-        raise RuntimeError("parts of this model cannot compute each row with an adapter of its own:" + _unfused(model))
-    if config:
-        return {name: i for i, name in enumerate(config)}
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "adapter_table")]
-    names = dict.fromkeys(name for layer in layers for name in layer.lora_A)
+    names = config or dict.fromkeys(name for layer in layers for name in layer.lora_A)
     return {name: i for i, name in enumerate(names)}
+
+
+def _what_is(kind: type) -> str:
+    """Return "fused" for a layer that computes by row, "unfused" for another one that has adapters, and "" else."""
+    if hasattr(kind, "adapter_table"):
+        return "fused"
+    return "unfused" if issubclass(kind, (BaseTunerLayer, AuxiliaryTrainingWrapper)) else ""
 
 
 def _unfused(model: nn.Module) -> str:
     """Return a line for each module that has adapters and is not fused."""
     lines = ""
     for path, module in model.named_modules():
-        if hasattr(module, "adapter_table"):
-            continue
         kind = type(module)
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if _what_is(kind) != "unfused":
+            continue
+        if issubclass(kind, AuxiliaryTrainingWrapper):
             what = "a copy of its own for each adapter" if hasattr(module, "modules_to_save") else "trainable tokens"
             lines += f"\n  {path}: a {kind.__name__}, which has {what}"
-        elif isinstance(module, BaseTunerLayer):
+        else:
             name = f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
             lines += f"\n  {path}: a {name} that is not fused; lora_kernels.fuse(model) says why"
     return lines

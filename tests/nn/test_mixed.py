@@ -195,3 +195,12 @@ def test_a_compiled_model_sees_the_context_and_is_not_compiled_for_each(model):
             assert torch.equal(compiled(x), x + 6)
     assert torch.equal(compiled(x), x)
     assert len(compiled_for) == 2
+
+
+@pytest.mark.parametrize("given", [["a", None], [0, -1], [[0, -1]]])
+def test_a_default_device_does_not_disturb_rows(model, given):
+    with torch.device("meta"):
+        context = mixed(model, given)
+    assert context.rows.order.device.type == context.rows.starts.device.type == "cpu"
+    with torch.device("meta"):
+        assert Rows.by_length([1], [0]).order.device.type == "cpu"
