@@ -17,7 +17,7 @@ from lora_kernels.quant.weight import quantize_weight  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COUNTS = (40, 1, 70, 3, 50, 4, 20)
+COUNTS = (40, 1, 70, 3, 50, 4, 9)
 """The rows of each adapter, and of none: one tile and several, and few enough that B is read in place."""
 
 
@@ -31,13 +31,10 @@ def test_each_adapter_is_right_over_its_own_rows(
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-@pytest.mark.parametrize("counts", [(1, 4, 2, 1, 1, 1, 0), (6, 0, 5, 30, 4, 3, 0)])
-def test_the_adapters_of_a_stack_are_right(
-    isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, counts: tuple[int, ...]
-) -> None:
+def test_the_adapters_of_a_stack_are_right(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     """The sums of 1100 terms are held to the bound of rounding: no adapter has rows enough for statistics, since MKL
     adds in wider registers than some of the instruction sets have."""
-    q = Batch(random_ids(counts), RANKS, 130, 1100, dtype, adapter_dtype, stack=True)
+    q = Batch(random_ids((6, 1, 4, 30, 5, 3, 0)), RANKS, 130, 1100, dtype, adapter_dtype, stack=True)
     q.check(q.run())
 
 
@@ -62,7 +59,7 @@ def test_batches_of_few_rows(ids: list[int]) -> None:
     assert got.y.shape == (len(ids), 70) and got.dx is not None and got.dx.shape == q.x.shape
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("format", ["nf4", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [(2, 1, 4, 0, 1, 1, 3), COUNTS])
 def test_a_quantised_base_is_read_with_every_adapter(
