@@ -67,7 +67,7 @@ def test_an_adapter_has_the_same_bits_alone_and_among_31_others(
 
 
 @pytest.mark.parametrize("order", ["sorted", "interleaved"])
-def test_positions_in_the_batch_change_no_bit(isa: str, order: str) -> None:
+def test_positions_in_the_batch_change_no_bit(order: str) -> None:
     counts = [(64, 5, 1)[i % 3] for i in range(32)]
     torch.set_num_threads(1)
     ids = random_ids((*counts, 0))
