@@ -9,6 +9,9 @@
 
 Every job has its own batches of eight images, its own optimiser and its own dropout. A sweep of such small jobs is
 where training together pays: the layers are called once for all of them.
+
+The base's products may be rounded otherwise for another number of rows. Where a learning rate is so high that training
+is unstable, such a difference grows, and a job then ends elsewhere than it does alone.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from tqdm import tqdm
 
 from lora_kernels.jobs import Job, Jobs, LoRAConfig
 
-RATES = (2e-4, 6e-4, 2e-3, 6e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 RANKS = (2, 16)
 DROPOUT = 0.05
 BATCH = 8

@@ -50,26 +50,28 @@ LK_INLINE void transpose_block(Rows<const From> src, int rows, int cols, reg fac
 }
 
 template <class From, class To>
-void transpose(Rows<const From> src, i64 rows, i64 cols, float factor, Rows<To> out) {
-  const reg f = V::set1(factor);
-  for (i64 i = 0; i < rows; i += W)
-    for (i64 j = 0; j < cols; j += W) {
-      const int n = rows - i < W ? static_cast<int>(rows - i) : W, m = cols - j < W ? static_cast<int>(cols - j) : W;
-      if (n == W && m == W)
-        transpose_block<true>(src.at(i, j), n, m, f, out.at(j, i));
-      else
-        transpose_block<false>(src.at(i, j), n, m, f, out.at(j, i));
-    }
+LK_INLINE void transpose_at(Rows<const From> src, i64 i, i64 j, i64 rows, i64 cols, reg factor, Rows<To> out) {
+  const int n = rows - i < W ? static_cast<int>(rows - i) : W, m = cols - j < W ? static_cast<int>(cols - j) : W;
+  if (n == W && m == W)
+    transpose_block<true>(src.at(i, j), n, m, factor, out.at(j, i));
+  else
+    transpose_block<false>(src.at(i, j), n, m, factor, out.at(j, i));
 }
 
+// Rows of src are read from their beginning to their end, as prefetchers expect. `out` is in a cache.
 template <class T>
 void read_t(Tile src, i64 rows, i64 cols, float factor, Sums out) {
-  transpose(rows_of<const T>(src), rows, cols, factor, out);
+  const reg f = V::set1(factor);
+  for (i64 i = 0; i < rows; i += W)
+    for (i64 j = 0; j < cols; j += W) transpose_at(rows_of<const T>(src), i, j, rows, cols, f, out);
 }
 
+// Rows of out are written from their beginning to their end. `src` is in a cache.
 template <class T>
 void write_t(Panel src, i64 rows, i64 cols, float factor, Tile out) {
-  transpose(src, rows, cols, factor, rows_of<T>(out));
+  const reg f = V::set1(factor);
+  for (i64 j = 0; j < cols; j += W)
+    for (i64 i = 0; i < rows; i += W) transpose_at(src, i, j, rows, cols, f, rows_of<T>(out));
 }
 
 }  // namespace

@@ -12,9 +12,7 @@ constexpr i64 kRows = 48;        // rows of x or y per task
 constexpr i64 kWidth = 4096;     // columns of y per task, and where the adapter has one block of rows:
 constexpr i64 kFewWidth = 1024;  // columns of y per task
 constexpr i64 kBlock = 1 << 14;  // floats of a copied block of y, or of a packed block of b^T: they stay in L2
-
-// Up to this many rows, b [N, R] is read in place. For more rows it pays to transpose it first.
-constexpr i64 kRowsInPlace = 4;
+constexpr i64 kRowsInPlace = 4;  // up to this many rows, a b^T is read in place however its rows lie
 class Forward {
  public:
   static constexpr int kStages = 3;  // pack b; h; y
@@ -58,9 +56,9 @@ class Forward {
 
  private:
   bool few() const { return o_.M <= kRowsInPlace; }
-  bool by_rows() const { return !o_.transposed && few(); }  // b [N, R] is read in place, for one row of y at a time
-  bool packed() const { return !o_.transposed && !few(); }  // b is packed before it is used
-  i64 most() const { return std::min(o_.M, kRows); }        // rows of a task
+  // Whether b is packed as a whole before it is used. Else each task packs what it needs, unless it reads b^T in place.
+  bool packed() const { return !o_.transposed && o_.M > kRows; }
+  i64 most() const { return std::min(o_.M, kRows); }  // rows of a task
   // With dropout the keep bits of a tile serve all ranks.
   i64 ranks() const {
     return o_.M > kRows || o_.dropout.threshold ? std::max<i64>(o_.R, 1) : few() ? kRanks : 2 * kRanks;
@@ -76,13 +74,12 @@ class Forward {
           a(memory.floats(w.a_in_place() ? 0 : kRanks * panel_stride(kDepth))) {}
   };
   struct RoomOfY {
-    float *h, *b, *column;
+    float *h, *b;
     uint8_t* y;
     RoomOfY(const Forward& w, Memory& memory)
         : h(memory.floats(w.most() * w.o_.R)),
-          b(memory.floats(w.packed() || w.by_rows() || w.in_place_ ? 0 : w.o_.R * panel_stride(w.block_))),
-          column(memory.floats(w.by_rows() ? kWidth : 0)),
-          y(memory.bytes(w.by_rows() ? 0 : copy_bytes(w.most(), w.block_))) {}
+          b(memory.floats(w.packed() || w.in_place_ ? 0 : w.o_.R * panel_stride(w.block_))),
+          y(memory.bytes(copy_bytes(w.most(), w.block_))) {}
   };
 
   void pack(i64 t) const {
@@ -127,10 +124,8 @@ class Forward {
     const Panel h{h_ + m0 * o_.R, o_.R};
     const float c = o_.dropout.rescale();
     if (o_.h && !first) kernels().write(h, n, o_.R, c, o_.h.at(m0, 0));
-    const LowRank& l = by_rows() ? *kernels().fp32 : l_;
-    l.expand_rows({h_ + m0 * o_.R, o_.R, DType::f32}, n, o_.R, c * o_.scale, room.h);
+    l_.expand_rows({h_ + m0 * o_.R, o_.R, DType::f32}, n, o_.R, c * o_.scale, room.h);
     const int32_t* const rows = o_.rows + m0;
-    if (by_rows()) return add_rows(l, rows, n, first, last - first, room);
     const bool whole = (packed() || in_place_) && even_step(rows, n);
     for (i64 n0 = first; n0 < last; n0 += block_) {
       const i64 cols = whole ? last - first : std::min(block_, last - n0);
@@ -147,17 +142,11 @@ class Forward {
     if (packed()) return {panel_ + n0, ldn_};
     if (in_place_) return {static_cast<const float*>(o_.b.data) + n0, o_.b.ld};
     const Sums block{room, panel_stride(block_)};
-    l_.expand_panel(o_.b.at(0, n0), o_.R, cols, block);
+    if (o_.transposed)
+      l_.expand_panel(o_.b.at(0, n0), o_.R, cols, block);
+    else
+      l_.expand_panel_t(o_.b.at(n0, 0), cols, o_.R, block);
     return block;
-  }
-
-  void add_rows(const LowRank& l, const int32_t* rows, i64 n, i64 n0, i64 width, const RoomOfY& room) const {
-    const float one = 1.0f;
-    for (i64 m = 0; m < n; ++m) {
-      l.dot(o_.b.at(n0, 0), kKeepAll, {room.h + m * o_.R, o_.R}, {width, o_.R, 1}, {room.column, 1}, false);
-      l.expand(call_.y.at(rows[m], n0), kKeepAll, bias_ ? bias_ + n0 : nullptr, {&one, 1}, {room.column, width},
-               {1, width, 1});
-    }
   }
 
   const Owned& o_;

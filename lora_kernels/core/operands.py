@@ -115,9 +115,15 @@ def call_of_multi(op: str, rows: Tensor, base: Base, adapters: Sequence[Adapter 
     forward and dy [M, N] in a backward."""
     largest = getattr(adapters, "largest", None)  # an `AdapterStack` knows it, and has no dropout
     if largest is None:
-        known = [each for each in adapters if each is not None]
-        a, b, *_ = max(known, key=lambda each: each.a.shape[0])
-        largest = Adapter(a, b, 1.0, max([each.p for each in known]))
+        R, dropout = 0, 0.0
+        for each in adapters:
+            if each is not None:
+                own, p = each[0].shape[0], each[3]
+                if own > R:
+                    R, a, b = own, each[0], each[1]
+                if p > dropout:
+                    dropout = p
+        largest = Adapter(a, b, 1.0, dropout)
     return call_of(op, rows, base, largest)
 
 

@@ -90,7 +90,7 @@ class Rows:
         keys, order = torch.sort(torch.where(ids < 0, n, ids).to(torch.int32), stable=True)
         bounds = torch.arange(n + 1, dtype=torch.int32, device=ids.device)
         rows = Rows(order.to(torch.int32), torch.searchsorted(keys, bounds, out_int32=True))
-        if _traced() or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if _recorded(ids):
             return rows
         if not ids.shape[0]:
             rows._counts = (0,) * n
@@ -219,7 +219,7 @@ class Rows:
         """Return the rows of an x [M · times, K] in which each row or sample of this one stands for `times` rows."""
         if times == 1 and not self.per_sample:
             return self
-        if _traced():
+        if _recorded(self.order):
             return self._repeat(times)
         return _kept(self._repeated, times, self._repeat)
 
@@ -236,7 +236,7 @@ class Rows:
             return self
         if n < self.n:
             raise ValueError(f"rows names {self.n} adapters, and {n} were given")
-        if _traced():
+        if _recorded(self.order):
             return self._pad(n)
         return _kept(self._padded, n, self._pad)
 
@@ -251,7 +251,7 @@ class Rows:
         device = torch.device(device)
         if self.order.device == device:
             return self
-        if _traced():
+        if _recorded(self.order):
             return self._move(device)
         return _kept(self._moved, device, self._move)
 
@@ -264,9 +264,14 @@ class Rows:
 
 
 def _traced() -> bool:
-    """Return whether a compiler or torch.jit.trace records what is done. Values are then not known, and nothing that is
-    derived may be kept."""
+    """Return whether a compiler or torch.jit.trace records what is done. Values are then not known."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def _recorded(t: Tensor) -> bool:
+    """Return whether what is done with t is recorded, or captured into a CUDA graph. Values must then not be read, and
+    nothing that is derived may be kept: it belongs to the record, or lies in the memory of the graph."""
+    return _traced() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _allowed(n: int) -> str:

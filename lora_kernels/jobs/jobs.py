@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.backends import dispatch
 from lora_kernels.jobs import batches, files
 from lora_kernels.jobs.checks import Mixers, refuse_mixed, refuse_trained
 from lora_kernels.jobs.data import generator_of
@@ -56,7 +57,9 @@ class Jobs:
         backend: the name of a back-end, which then serves every call or raises; None for the automatic choice.
 
     Raises:
-        ValueError, TypeError: what `add` raises; a model with adapters already.
+        ValueError, TypeError: what `add` raises; a model with adapters already; an unknown backend.
+        ImportError: a backend that is not installed.
+        After any error the model is as it was.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Jobs:
         adapter_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
+        if backend is not None:
+            dispatch.load(backend)
         self.model, self._call = model, call
         self._padding = {**batches.PADDING, **(padding or {})}
         self._sites = Sites(model, adapter_dtype, backend)

@@ -108,17 +108,19 @@ def _checked(
             a, b = (t.to(autocast) if t.dtype in check.HALVES else t for t in (a, b))
         if first is None:  # this check is about x, W and the bias too
             check.operands(x, Layer(weight, a, b, scale, bias, p, seed), any_w)
-            first = a
-        elif not (
-            a.dtype == b.dtype == first.dtype
-            and a.device == b.device == first.device
-            and len(a.shape) == len(b.shape) == 2
-            and a.shape[1] == K
-            and b.shape[0] == N
-            and a.shape[0] == b.shape[1] != 0
-            and 0 <= p < 1
-        ):
-            _complain(i, first, x, Layer(weight, a, b, scale, bias, p, seed), any_w)
+            first, dtype, on_cpu = a, a.dtype, x.is_cpu
+        else:
+            a_shape = a.shape
+            if not (
+                a.dtype == dtype == b.dtype
+                and ((a.is_cpu and b.is_cpu) if on_cpu else a.device == b.device == x.device)
+                and len(a_shape) == 2
+                and a_shape[1] == K
+                and b.shape == (N, a_shape[0])
+                and a_shape[0]
+                and 0 <= p < 1
+            ):
+                _complain(i, first, x, Layer(weight, a, b, scale, bias, p, seed), any_w)
         if own_bias is not None:
             biases[i] = _own_bias(i, own_bias, b) * scale
         if compiling or type(scale) is not float or not -_INFINITY < scale < _INFINITY:
@@ -129,7 +131,9 @@ def _checked(
                 asking.append(i)
             else:
                 drawn = check.seed(seed, x.device)
-        own[i] = operands.Adapter(a, b, scale, p, drawn)
+        fields = a, b, scale, p, drawn
+        # ``Adapter(...)`` would enter one more Python function for each adapter. Compilers may not know the other way.
+        own[i] = operands.Adapter(*fields) if compiling else tuple.__new__(operands.Adapter, fields)
     if first is None:
         check.operands(x, Layer(weight, *_largest(own, x, weight), 1.0, bias), any_w)
     return own

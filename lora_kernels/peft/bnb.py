@@ -231,10 +231,10 @@ class _FusedBnb(Fused):
         with no_autocast(device_type(x)):
             return as_dtype(super()._compute(as_dtype(x, operands.inner), operands), operands.outer)
 
-    def _compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
+    def compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
         self._settle(x)
         with no_autocast(device_type(x)):
-            y = super()._compute_rows(as_dtype(x, operands.inner), operands, numbers, rows)
+            y = super().compute_rows(as_dtype(x, operands.inner), operands, numbers, rows)
             return as_dtype(y, operands.outer)
 
     def _settle(self, x: Tensor) -> None:

@@ -7,10 +7,11 @@ hands the same names, or offsets, to all layers of a forward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.lora import layer as peft_layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from lora_kernels.core.many import Adapter
 from lora_kernels.core.rows import BASE, Rows
 from lora_kernels.nn.mixed import Mixed
 from lora_kernels.peft.reading import Operands
+
+KEYWORDS = frozenset(("adapter_names", *getattr(peft_layer, "VARIANT_KWARG_KEYS", ())))
+"""Keywords of PEFT's forward that are not for the base layer. Plain LoRA accepts and ignores those of its variants."""
 
 _KEPT = 32
 """The number of `Rows` that are kept: a decoder alternates between a few, the one of its prompt and of its tokens."""
@@ -78,6 +82,26 @@ def names_in(names: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in (None, "__base__")]
 
 
+def forward_in(context: Mixed, layer: Any, x: Tensor, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the y of a fused layer, where each row of x is computed with the adapter that it has in `context`. Raises
+    RuntimeError where one of these adapters cannot be computed by row."""
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError("adapter_names was given inside the context lora_kernels.mixed: use one of the two")
+    kwargs = {key: value for key, value in kwargs.items() if key not in KEYWORDS}
+    counts = context.rows.known_counts
+    numbers = [(name, i) for name, i in context.table.items() if counts is None or counts[i]]
+    operands = "" if layer.disable_adapters else layer.read(x, args, kwargs, [name for name, _ in numbers], True)
+    if operands == "":  # none of these adapters is in this layer
+        return layer.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+    if not isinstance(operands, str) and operands.activated and context.rows.per_sample:
+        operands = "an activated LoRA needs an id for each token, and mixed was given one for each sample"
+    if isinstance(operands, str):
+        raise RuntimeError(f"a {layer.peft_class.__name__} cannot compute its rows by adapter: {operands}")
+    if not torch.compiler.is_compiling():
+        layer.__dict__["fused_calls"] += 1
+    return layer.compute_rows(x, operands, numbers, context.on(x.device))  # type: ignore[no-any-return]
+
+
 def many(operands: Operands, numbers: Sequence[tuple[str, int]], n: int) -> list[Adapter | None]:
     """Return the adapters of `operands` as `lora_linear_multi` takes them, each at its number of n.
 
@@ -95,13 +119,6 @@ def many(operands: Operands, numbers: Sequence[tuple[str, int]], n: int) -> list
                 a, b = a.float(), b.float()
             found[i] = Adapter(a, b, scale, p, None, bias)
     return found
-
-
-def numbers_in(context: Mixed) -> list[tuple[str, int]]:
-    """Return the adapters, by name and number, that may have rows in `context`: those that have some, where that is
-    known."""
-    counts = context.rows.known_counts
-    return [(name, i) for name, i in context.table.items() if counts is None or counts[i]]
 
 
 def adapter_table(model: nn.Module) -> dict[str, int]:

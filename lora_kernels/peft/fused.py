@@ -15,14 +15,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 
 from lora_kernels.core.rows import Rows
 from lora_kernels.nn.fit import has_hooks
-from lora_kernels.nn.mixed import Mixed, current_for
-from lora_kernels.ops import check
+from lora_kernels.nn.mixed import CURRENT, current_for
+from lora_kernels.nn.recompute import REMEMBERED
 from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.multi import lora_linear_multi
@@ -35,12 +34,9 @@ from lora_kernels.peft.reading import (
     as_one_adapter,
     only_eager,
     weight_and_bias,
+    why_not_biased,
 )
 from lora_kernels.quant.weight import QuantizedWeight
-
-_IGNORED = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
-"""Keywords of PEFT's variants of LoRA. Plain LoRA accepts and ignores them."""
-_NAMED = _IGNORED | {"adapter_names"}
 
 DROPOUTS = (nn.Identity, nn.Dropout)
 """PEFT's modules for a dropout of 0, and for others."""
@@ -48,23 +44,13 @@ DROPOUTS = (nn.Identity, nn.Dropout)
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def why_not_biased(dtype: torch.dtype) -> str:
-    """Return why adapters with a bias in lora_B cannot be fused in a computation in `dtype`, or "" where they can.
-
-    The kernels take one bias, in the dtype of the computation. In 16 bits the sum of the base's bias and s times that
-    of lora_B may overflow, or have digits below those that 16 bits hold, where y has neither because x Wᵀ cancels most
-    of it. PEFT adds the second bias in fp32.
-    """
-    return f"lora_bias beside {dtype}: the sum of the two biases would be rounded to it" * (dtype in check.HALVES)
-
-
 class Fused:
     """The fused forward of PEFT's LoRA linears. A subclass inherits from this class and then from `peft_class`.
 
-    A forward in the context `mixed` computes each row with an adapter of its own (`_forward_mixed`). Another one asks
-    its group first (`Group.take`), and then `plain_operands`, which serves the most frequent case. Every other forward
-    reads the whole layer (`read`). Then it computes (`_compute`, `_compute_rows`), or leaves the call to PEFT's own
-    forward.
+    A forward in the context `mixed` computes each row with an adapter of its own (`by_row.forward_in`). Another one
+    asks its group first (`Group.take`), and then `plain_operands`, which serves the most frequent case. Every other
+    forward reads the whole layer (`read`). Then it computes (`_compute`, `compute_rows`), or leaves the call to PEFT's
+    own forward.
     Subclasses define how the base is read (`read_base`), which variants of LoRA they serve (`variant_reason`) and in
     which dtypes a call is computed (`_dtypes`).
 
@@ -110,9 +96,12 @@ class Fused:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's forward returns for x [..., in_features]; ``adapter_names`` has one name for each element
         of x's first dimension."""
-        if (context := current_for(self)) is not None:
-            return context.computed(self, self._forward_mixed(x, args, kwargs, context))
-        if not (args or kwargs or torch.compiler.is_compiling()):
+        compiling = torch.compiler.is_compiling()
+        if compiling or CURRENT.get() is not None or REMEMBERED:  # a call of `current_for` would be one more frame
+            context = current_for(self)
+            if context is not None:
+                return context.computed(self, by_row.forward_in(context, self, x, args, kwargs))
+        if not (args or kwargs or compiling):
             group = self._group
             if group is not None and (y := group.take(self, x)) is not None:
                 self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
@@ -124,35 +113,16 @@ class Fused:
         names = kwargs.get("adapter_names") if kwargs else None
         operands = self.read(x, args, kwargs, names)
         if isinstance(operands, str):
-            if operands and not torch.compiler.is_compiling():
+            if operands and not compiling:
                 self.passed_over[operands] += 1
             return self.peft_class.forward(self, x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self.__dict__["fused_calls"] += 1
         if names is None and not operands.activated:
             return self._compute(x, operands)
         self._check_forward_args(x, adapter_names=names)
         numbers, rows = by_row.rows_for(x, operands, names, kwargs.get("alora_offsets"))
-        return self._compute_rows(x, operands, numbers, rows)
-
-    def _forward_mixed(self, x: Tensor, args: Any, kwargs: Mapping[str, Any], context: Mixed) -> Tensor:
-        """Return y, where each row of x is computed with the adapter that it has in `context`. Raises RuntimeError
-        where one of these adapters cannot be computed by row."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names was given inside the context lora_kernels.mixed: use one of the two")
-        kwargs = {key: value for key, value in kwargs.items() if key not in _NAMED}
-        numbers = by_row.numbers_in(context)
-        operands = "" if self.disable_adapters else self.read(x, args, kwargs, [name for name, _ in numbers], True)
-        if operands == "":  # none of these adapters is in this layer
-            y: Tensor = self.base_layer(x, *args, **kwargs)
-            return y
-        if not isinstance(operands, str) and operands.activated and context.rows.per_sample:
-            operands = "an activated LoRA needs an id for each token, and mixed was given one for each sample"
-        if isinstance(operands, str):
-            raise RuntimeError(f"a {self.peft_class.__name__} cannot compute its rows by adapter: {operands}")
-        if not torch.compiler.is_compiling():
-            self.__dict__["fused_calls"] += 1
-        return self._compute_rows(x, operands, numbers, context.on(x.device))
+        return self.compute_rows(x, operands, numbers, rows)
 
     def plain_operands(self, x: Tensor) -> OneAdapter | None:
         """Return the operands of a forward without further arguments in the most frequent case, or None where `read`
@@ -177,7 +147,7 @@ class Fused:
         # nn.Module's slow attribute look-up.
         if self.disable_adapters or self.merged:
             return "" if names is None else "adapter_names beside disabled or merged adapters"
-        if args or (kwargs and any(key not in _NAMED for key in kwargs)):
+        if args or (kwargs and any(key not in by_row.KEYWORDS for key in kwargs)):
             return "further arguments for the base layer"
         base = self.read_base(self)
         if isinstance(base, str):
@@ -322,7 +292,7 @@ class Fused:
         """Return y of the base with the DoRA adapter `adapter`."""
         raise NotImplementedError
 
-    def _compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
+    def compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
         """Return y, where each row of x is computed with the adapter that `rows` gives it. `numbers` are the names and
         numbers of these adapters. W is read once."""
         adapters = by_row.many(operands, numbers, rows.n)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
+from lora_kernels.ops import check
 from lora_kernels.quant.weight import QuantizedWeight
 
 
@@ -76,6 +77,16 @@ def as_one_adapter(operands: Operands) -> OneAdapter:
     if inner == torch.float32 and not a.dtype == b.dtype == inner:
         a, b = a.to(inner), b.to(inner)
     return w, a, b, scale, bias, p
+
+
+def why_not_biased(dtype: torch.dtype) -> str:
+    """Return why adapters with a bias in lora_B cannot be fused in a computation in `dtype`, or "" where they can.
+
+    The kernels take one bias, in the dtype of the computation. In 16 bits the sum of the base's bias and s times that
+    of lora_B may overflow, or have digits below those that 16 bits hold, where y has neither because x Wᵀ cancels most
+    of it. PEFT adds the second bias in fp32.
+    """
+    return f"lora_bias beside {dtype}: the sum of the two biases would be rounded to it" * (dtype in check.HALVES)
 
 
 def weight_and_bias(module: Any) -> tuple[Any, Any]:

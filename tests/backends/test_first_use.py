@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_kernels
 from lora_kernels.backends import dispatch, eager, first_use
+from lora_kernels.core.many import AdapterStack
 from lora_kernels.evidence import file, find
 
 DTYPES = [
@@ -69,6 +70,47 @@ def test_a_wrong_result_is_found_and_named(tmp_path, which) -> None:
     with pytest.warns(RuntimeWarning, match="is not used for .* wrong"):
         result = verdict_of(spoiled(which), tmp_path, call(op))
     assert result.result == file.WRONG and result.why.startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["forward_multi", "backward_multi"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_right_results_of_many_adapters_pass(tmp_path, dtypes, op: str, dropout: bool) -> None:
+    asked = call(op, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout=dropout)
+    assert verdict_of(backend("composite"), tmp_path, asked)[:2] == (file.RIGHT, "")
+
+
+@pytest.mark.parametrize("which", ["y", "y of a stack", "h", "dx", "da", "db"])
+def test_a_wrong_result_of_one_of_many_adapters_is_found_and_named(tmp_path, which: str) -> None:
+    """What is wrong belongs to the adapter that comes last."""
+
+    def spoil(t: torch.Tensor) -> torch.Tensor:
+        t.flatten()[::97] *= 1.05
+        return t
+
+    def forward_multi(x, base, adapters, rows, save_h) -> Any:
+        y, h = eager.forward_multi(x, base, adapters, rows, save_h)
+        if (which == "y of a stack") if isinstance(adapters, AdapterStack) else (which == "y"):
+            y[rows.index(3)] = spoil(y[rows.index(3)])
+        if which == "h" and h is not None:
+            spoil(h[-45 * 24 :])
+        return y, h
+
+    def backward_multi(*args: Any) -> Any:
+        dx, das, dbs = eager.backward_multi(*args)
+        if which == "dx":
+            dx[args[4].index(3)] = spoil(dx[args[4].index(3)])
+        elif which in ("da", "db"):
+            spoil((das if which == "da" else dbs)[3])
+        return dx, das, dbs
+
+    module = backend("composite")
+    module.forward_multi, module.backward_multi = forward_multi, backward_multi
+    op = "backward_multi" if which[0] == "d" else "forward_multi"
+    with pytest.warns(RuntimeWarning, match="is not used for .* wrong"):
+        result = verdict_of(module, tmp_path, call(op))
+    name = {"h": "db of adapter 3", "da": "da of adapter 3", "db": "db of adapter 3"}.get(which, which)
+    assert result.result == file.WRONG and result.why.startswith(f"{name}: ") and ";" not in result.why
 
 
 def not_finite(*args: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from support import measured_pages
 
 from lora_kernels.__main__ import main
-from lora_kernels.bench.many import measure, methods, report, run
+from lora_kernels.bench.many import measure, methods, pool, report, run
 from lora_kernels.bench.many.cells import (
     BASE_ONLY,
     DECODE,
@@ -51,6 +51,7 @@ def bench(*words: str) -> int:
 def small(monkeypatch):
     """A suite of two cells."""
     monkeypatch.setattr(run, "cells", lambda: [SMALL[0], SMALL[4]])
+    monkeypatch.setattr(pool, "REGISTERED", 16)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def document(tmp_path_factory):
     path = tmp_path_factory.mktemp("many") / "run.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "cells", lambda: SMALL)
+        patch.setattr(pool, "REGISTERED", 16)
         assert bench("--rounds", "2", "--out", str(path)) == 0
     return json.loads(path.read_text())
 
@@ -135,7 +137,10 @@ def test_the_document_has_every_cell_and_target(document):
         assert held == {target.to: target.most for target in cell.targets if target.to in entries}
         for target in entries[OURS]["targets"]:
             assert target["met"] == (round(target["value"][1], 2) <= target["most"])
-    assert document["calls"][0]["value"] > 0
+    rows, lease, size = document["calls"]
+    assert rows["value"] > 0 and rows["most"] is None
+    assert lease["value"] > 0 and lease["most"] == 20.0 and "8 adapters in memory, of 16" in lease["what"]
+    assert size["value"] == 80 / 64 and size["most"] == 1.05  # 64 columns are stored with a stride of 80
 
 
 def test_the_targets_are_those_of_the_tables():
@@ -180,6 +185,8 @@ def test_the_tables_show_times_and_targets(document):
     assert row[header.index("of PEFT ≤ 0.90")].split()[1] == verdicts[PEFT]
     header, (row,) = tables["Training: forward + backward, adapters × rows of each · bf16, 64→64"]
     assert row[0] == "4×8 p=0.1" and "of single ≤ 1.02" not in header and row[header.index("target")] == ""
+    _, (_, lease, size) = tables["Beside the layers"]
+    assert lease[2] == "≤ 20 µs" and size[1:] == ["1.25 ×", "≤ 1.05 ×", "missed"]
 
 
 def test_a_whole_run_is_written_and_drawn_unasked(small, tmp_path, monkeypatch, capsys):

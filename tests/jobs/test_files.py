@@ -27,7 +27,7 @@ def resumed(one: Job, saved_after: int, steps: int, folder: Path) -> tuple[list[
 
 
 SCHEDULES = {
-    "steps": partial(lr_scheduler.MultiStepLR, milestones=[1, 3], gamma=0.5),
+    "steps": partial(lr_scheduler.MultiStepLR, milestones=[1, 4], gamma=0.5),
     "cosine": partial(lr_scheduler.CosineAnnealingLR, T_max=5),
     "one cycle": partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=30),
     "sequence": lambda o: lr_scheduler.SequentialLR(

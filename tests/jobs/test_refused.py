@@ -256,6 +256,8 @@ def test_models_with_adapters_already():
     of_peft = peft.get_peft_model(classifier(), peft.LoraConfig(target_modules=["one"]))
     with pytest.raises(ValueError, match=r"has layers of PEFT .*take model\.unload\(\)"):
         Jobs(of_peft, [job(0)])
+    with pytest.raises(ValueError, match="nowhere"):
+        Jobs(classifier(), backend="nowhere")
     taken = Jobs(classifier(), [job(0)])
     with pytest.raises(ValueError, match="belongs to another Jobs"):
         Jobs(taken.model)

@@ -144,7 +144,7 @@ def test_an_activated_adapter_beside_another_active_one_is_pefts():
     lora_kernels.fuse(model, strict=True)
     offsets = [4, 2, None, 3]
     with torch.no_grad():
-        got, want = (each.base_model(input_ids=TOKENS, alora_offsets=offsets).logits for each in (model, plain))
+        got, want = (each(input_ids=TOKENS, alora_offsets=offsets).logits for each in (model, plain))
     assert torch.equal(got, want)
     assert all(set(layer.passed_over) == {"an activated LoRA beside others"} for layer in fused_layers(model))
 

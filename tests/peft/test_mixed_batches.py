@@ -255,6 +255,8 @@ def language_model(net: nn.Module, task: str, targets: list[str]) -> PeftModel:
 )
 def test_generation_gives_the_tokens_of_each_adapter_alone(net, task, targets, beams):
     pytest.importorskip("transformers")
+    if net is tiny_t5 and peft.__version__.startswith("0.19."):
+        pytest.skip("PEFT 0.19 asks transformers for a method that it no longer has")
     torch.manual_seed(0)
     model, plain = fused_and_plain(language_model(net(), task, targets))
     names = ["b", "__base__", "a", "b"]

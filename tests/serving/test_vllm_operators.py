@@ -149,6 +149,14 @@ def test_a_slot_is_found_changed_by_one_element_of_each_tensor():
         torch.testing.assert_close(y, own.expected(zero, x, [2], torch.float32))
 
 
+def test_a_slot_is_found_changed_by_a_rank_after_those_in_use():
+    own, operators, x, zero = layer(), Operators().step([2]), torch.randn(1, 64), torch.zeros(1, 48)
+    own.add(operators, zero.clone(), x)
+    own.a[0][2, 0, 20], own.b[0][2, 0, :, 20] = torch.randn(64), torch.randn(48)
+    y = own.add(operators, zero.clone(), x)
+    torch.testing.assert_close(y, own.expected(zero, x, [2], torch.float32))
+
+
 def test_a_slot_is_read_again_where_its_tensor_got_other_memory():
     own, operators, x, zero = layer(), Operators().step([2]), torch.randn(1, 64), torch.zeros(1, 48)
     own.add(operators, zero.clone(), x)

@@ -31,7 +31,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors
+from lora_kernels.core.operands import (
+    Adapter,
+    Base,
+    Call,
+    Gradients,
+    MaybeTensors,
+    MultiResult,
+    Needs,
+    Results,
+    Tensors,
+)
+from lora_kernels.core.rows import Rows
 from lora_kernels.quant.weight import FORMATS, QuantizedWeight
 
 try:
@@ -39,7 +50,8 @@ try:
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         raise ImportError(f"Triton {triton.__version__} is too old")
-    from lora_kernels.backends.composite import backward_pass, forward_pass
+    from lora_kernels.backends.composite import adapter_table, backward_pass, forward_pass, multi_pass
+    from lora_kernels.backends.composite.adapter_table import Table
     from lora_kernels.backends.triton.device import Target, find_target
     from lora_kernels.backends.triton.launch import mask_launch
     from lora_kernels.backends.triton.quant import dense
@@ -49,13 +61,12 @@ from lora_kernels.backends.composite import tiles
 
 name = "composite"
 
+_DENSE = torch.contiguous_format
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not(call: Call) -> list[str]:
     reasons = []
-    if call.op.endswith("_multi"):
-        reasons.append("serves one adapter for all rows of x, not many in one call")
     if call.dtype not in _DTYPES:
         reasons.append(f"serves fp32, fp16 and bf16, not {call.dtype}")
     target = find_target(call.device)
@@ -76,7 +87,9 @@ def why_not(call: Call) -> list[str]:
 
 def kernel_class(call: Call) -> str:
     """Return the rank block, the number of rows and, above 1, the number of layers that the kernels are compiled for,
-    such as "r16 many" and "r16 many of 3"."""
+    such as "r16 many" and "r16 many of 3". The kernels of many adapters serve all ranks and numbers of rows: "any"."""
+    if call.op.endswith("_multi"):
+        return "any"
     rank = f"r{tiles.block_r(call.R)}" + (" in chunks" if call.R > tiles.MAX_BLOCK_R else "")
     layers = f" of {call.layers}" if call.layers > 1 else ""
     return f"{rank} {tiles.rows_of(call.M)}{layers}"
@@ -130,6 +143,64 @@ def backward(
             for dy, (w, _) in zip(dys, bases, strict=True):
                 dx.addmm_(dy, _dense(w, dy.dtype))
     return dx, das, dbs
+
+
+def forward_multi(x: Tensor, base: Base, adapters: Sequence[Adapter | None], rows: Rows, save_h: bool) -> MultiResult:
+    """Return (y, h)."""
+    target = find_target(x.device)
+    assert target is not None, "dispatch asks why_not first"
+    with target.guard():
+        y = F.linear(x, _dense(base.w, x.dtype), base.bias)
+        table = adapter_table.table_of(target, adapters)
+        h = _room(table, adapters, rows, x) if save_h else None
+        multi_pass.low_rank(target.gpu, multi_pass.FORWARD, x, table, rows, h, y)
+    return y, h
+
+
+def backward_multi(
+    dy: Tensor,
+    x: Tensor | None,
+    base: Base,
+    adapters: Sequence[Adapter | None],
+    rows: Rows,
+    h: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """Return (dx, das, dbs)."""
+    target = find_target(dy.device)
+    assert target is not None, "dispatch asks why_not first"
+    counts = rows.known_counts
+    das: list[Tensor | None] = []
+    dbs: list[Tensor | None] = []
+    with target.guard():
+        for i, (adapter, need_da, need_db) in enumerate(zip(adapters, needs.da, needs.db, strict=True)):
+            served = adapter is not None and (counts is None or counts[i] > 0)
+            das.append(torch.empty_like(adapter.a, memory_format=_DENSE) if adapter and served and need_da else None)
+            dbs.append(torch.empty_like(adapter.b, memory_format=_DENSE) if adapter and served and need_db else None)
+        any_da, any_db = any(da is not None for da in das), any(db is not None for db in dbs)
+        dx = dy @ _dense(base.w, dy.dtype) if needs.dx else None
+        table = adapter_table.make(adapters, das, dbs)
+        if any_da or dx is not None:
+            g = _room(table, adapters, rows, dy) if any_da else None
+            multi_pass.low_rank(target.gpu, multi_pass.BACKWARD, dy, table, rows, g, dx)
+            if g is not None:
+                assert x is not None
+                multi_pass.gradients(target.gpu, "a", x, table, rows, g)
+        if any_db:
+            assert h is not None
+            multi_pass.gradients(target.gpu, "b", dy, table, rows, h)
+    return dx, das, dbs
+
+
+def _room(table: Table, adapters: Sequence[Adapter | None], rows: Rows, like: Tensor) -> Tensor:
+    """Return memory for the h or g of all adapters. Where the number of their rows is not known here, it suffices for
+    any."""
+    counts, facts = rows.known_counts, table.facts
+    if counts is None:
+        size = like.shape[0] * facts.rank
+    else:
+        size = sum(M * each.a.shape[0] for M, each in zip(counts, adapters, strict=True) if each is not None)
+    return like.new_empty(size, dtype=facts.dtype)
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:

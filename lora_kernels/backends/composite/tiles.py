@@ -100,6 +100,29 @@ CONVERTED: dict[str, dict[str, dict[int, Tile]]] = {
 """Other tiles than those of `ORDINARY`, for many rows, by the beginning of the architecture's name. Triton before 3.8
 puts products of 64 rows that the kernel has converted to fp32 onto sm_100's tensor cores; these tiles avoid it."""
 
+DOWN_MULTI, UP_MULTI, ACROSS_MULTI = "down_multi", "up_multi", "across_multi"
+"""The kernels of many adapters that have tiles: those of `kernels.multi`."""
+
+MULTI: dict[str, dict[str, Tile]] = {
+    "matrix": {
+        DOWN_MULTI: Tile(32, 128, 4, 3),
+        UP_MULTI: Tile(32, 64, 8, 2),
+        ACROSS_MULTI: Tile(32, 64, 4, 3),
+    },
+    "ordinary": {
+        DOWN_MULTI: Tile(16, 32, 4, 2),
+        UP_MULTI: Tile(32, 32, 8, 1),
+        ACROSS_MULTI: Tile(32, 32, 4, 2),
+    },
+}
+"""The tiles for many adapters, for products that matrix units or ordinary instructions compute. There is one for all
+numbers of rows and adapters, because nothing that belongs to an adapter may depend on its neighbours in the batch."""
+
+SPLITS_MULTI = 4
+"""The number of parts of h and of g, over the columns of x and of dy."""
+PART_MULTI = 512
+"""The rows of one adapter that a part of its da or db is summed over. A multiple of every BLOCK_M."""
+
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """The number of programs that a launch should have at least, for each multiprocessor: enough loads are under way then,
 and a larger number costs more parts."""
@@ -130,6 +153,16 @@ def tile_of(kernel: str, arch: str, itemsize: int, M: int, BLOCK_R: int) -> Tile
             if arch.startswith(family) and BLOCK_R in table.get(kernel, {}):
                 return table[kernel][BLOCK_R]
     return (MATRIX if matrix else ORDINARY)[rows_of(M)][kernel][BLOCK_R]
+
+
+def tile_of_multi(kernel: str, arch: str, itemsize: int) -> Tile:
+    """Return the tile of a kernel of many adapters, by the size of the elements that decides in `tile_of`."""
+    return MULTI["matrix" if uses_matrix_units(arch, itemsize) else "ordinary"][kernel]
+
+
+def tiles_of_multi(M: int, n: int, block: int) -> int:
+    """Return the largest number of tiles of `block` rows that M rows can take if they are divided among n adapters."""
+    return min(M, (M + n * (block - 1)) // block)
 
 
 def rows_of(M: int) -> str:

@@ -29,22 +29,18 @@ def forward_multi(x: Tensor, base: Base, adapters: Sequence[Adapter | None], row
         x = x.contiguous()
     if isinstance(adapters, AdapterStack):
         adapters = adapters.slots
-    counts, (w, bias) = rows.counts, base
-    owned = h_size = 0
-    for count, adapter in zip(counts, adapters, strict=True):
-        if adapter is not None:
-            owned += count
-            h_size += count * adapter.a.shape[0]
+    w, bias = base
     first = bias if x.dtype != torch.float32 else None
     if isinstance(w, QuantizedWeight):
         y, launched = quant.start(x, w, first)
-    elif owned < rows.M:
+    elif _has_base_rows(adapters, rows):
         y, launched, first = F.linear(x, w, bias), False, bias
     else:
         y, launched = gemm.start(x, w, first)
     h = None
     if save_h:
-        h = next(each.a for each in adapters if each is not None).new_empty(h_size)
+        known = [(each.a, count) for each, count in zip(adapters, rows.counts, strict=True) if each is not None]
+        h = known[0][0].new_empty(sum(a.shape[0] * count for a, count in known))
     rest = base if launched or first is not bias else Base(w)
     _C.forward_multi(torch.get_num_threads(), x, rest, adapters, rows.order, rows.starts, y, h, launched)
     return y, h
@@ -87,3 +83,12 @@ def backward_multi(
     order, starts = rows.order, rows.starts
     _C.backward_multi(torch.get_num_threads(), dy, x, base, adapters, order, starts, h, dx, das, dbs, launched)
     return dx, das, dbs
+
+
+def _has_base_rows(adapters: Sequence[Adapter | None], rows: Rows) -> bool:
+    """Return whether a row of x has no adapter in this layer."""
+    if sum(rows.counts) < rows.M:
+        return True
+    if None not in adapters:
+        return False
+    return any(count and each is None for each, count in zip(adapters, rows.counts, strict=True))

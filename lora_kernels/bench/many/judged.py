@@ -36,9 +36,9 @@ class Judge:
     def faults(self, method: Method) -> list[str]:
         """Return everything that is wrong with the results of a method, or the exception that it raised.
 
-        A method of this package is held to the rule of `judge`, with the same masks. Another one must compute the same
-        function up to rounding; with dropout it draws masks of its own and only has to run. Where no row has an
-        adapter, ours must give the bits of F.linear.
+        Our method is held to the rule of `judge`. The others must compute the same function up to rounding; those that
+        draw dropout masks of their own then only have to run. Where no row has an adapter, ours must give the bits of
+        F.linear.
         """
         q = self.q
         try:
@@ -56,11 +56,11 @@ class Judge:
     def _faults_of(self, i: int, got: dict[str, Tensor | None], method: Method) -> list[str]:
         missing = [f"{name} is missing" for name, value in got.items() if value is None]
         there = {name: value.detach() for name, value in got.items() if value is not None}
-        if method.own_masks:
-            found = peers.faults(there, self.want[i])
-        else:
+        if method.name == OURS:
             verdicts = judge(there, self.problems[i], self.want[i], self.plain[i])
             found = [verdict.fault for verdict in verdicts if verdict.fault is not None]
+        else:
+            found = peers.faults(there, self.want[i])
         return [f"adapter {i}: {fault}" for fault in (*missing, *found)]
 
 

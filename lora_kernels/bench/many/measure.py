@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lora_kernels.backends import dispatch
+from lora_kernels.bench.many import pool
 from lora_kernels.bench.many.cells import FROZEN, OURS, Batch, Cell, Target, batch
 from lora_kernels.bench.many.judged import Judge
 from lora_kernels.bench.many.methods import methods
@@ -40,11 +41,13 @@ def begin(setting: Setting) -> dict[str, Any]:
 
 def measure(document: dict[str, Any], cells: Sequence[Cell], setting: Setting, advance: Advance) -> None:
     """Judge and time every method in each of `cells`. A method that is wrong in a cell gets no number there."""
+    advance("calls and bytes of a pool", 0)
+    width = max(cell.width for cell in cells)
+    document["calls"] = [_making_rows(setting.rounds), *pool.measure_pool(setting.rounds, width)]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no kernel is chosen")  # the tables name the back-end
+        warnings.filterwarnings("ignore", message="no kernel is chosen")  # the document names the back-ends
         for cell in cells:
             _measure(document, cell, setting, advance)
-        document["calls"] = [_making_rows(setting.rounds)]
 
 
 def _measure(document: dict[str, Any], cell: Cell, setting: Setting, advance: Advance) -> None:

@@ -16,10 +16,19 @@ pytest.importorskip("lora_kernels.backends.composite", exc_type=ImportError)
 from support.interp import interpret
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, explain, lora_linear, lora_linear_group
-from lora_kernels.backends import composite, dispatch
+from lora_kernels import (
+    Adapter,
+    FusedLoRALinear,
+    Rows,
+    explain,
+    lora_linear,
+    lora_linear_group,
+    lora_linear_multi,
+)
+from lora_kernels.backends import composite, dispatch, first_use
 from lora_kernels.backends.triton import device
-from lora_kernels.core.operands import Layer
+from lora_kernels.core import operands
+from lora_kernels.core.operands import Base, Layer
 from lora_kernels.plans.tiles import Gpu
 
 pytestmark = pytest.mark.slow
@@ -117,6 +126,47 @@ def test_the_check_passes_for_every_class(tmp_path: Path, M, R) -> None:
         warnings.simplefilter("ignore")
         answer = explain(q.x, q.w, q.a, q.b, bias=q.bias, dropout_p=q.p)
         assert (answer.forward, answer.backward) == ("composite", "composite"), str(answer)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "p", "quant"),
+    [
+        *((dtypes, 0.3, None) for dtypes in judging.DTYPES),
+        (judging.DTYPES[4], 0.0, None),
+        (judging.DTYPES[3], 0.0, "nf4"),
+    ],
+)
+def test_its_own_check_switches_many_adapters_on(tmp_path: Path, monkeypatch, dtypes, p, quant) -> None:
+    monkeypatch.setattr(first_use, "_ROWS_OF_MANY", (130, 30, 0, 45))  # as many as the interpreter can afford
+    q = judging.problem(20, 40, 72, 16, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
+    w = lora_kernels.quantize_weight(q.w, quant) if quant else q.w
+    rows, adapters = Rows.by_length([8, 3, 9], [1, -1, 0]), [Adapter(q.a, q.b, q.scale, q.p)] * 2
+    with fake_gpu(tmp_path, composite), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for op in ("forward_multi", "backward_multi"):
+            call = operands.call_of_multi(op, q.x, Base(w, q.bias), [q.adapter])
+            assert dispatch.automatic(call) == "composite", str(dispatch._known(call))
+        y = lora_linear_multi(q.x, w, adapters, rows, bias=q.bias)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("fault", ["wrong", "broken"])
+def test_many_adapters_go_to_eager_where_the_check_fails(tmp_path: Path, monkeypatch, fault: str) -> None:
+    run = composite.forward_multi
+
+    def forward_multi(x, base, adapters, rows, save_h):
+        if fault == "broken":
+            raise RuntimeError("no kernel")
+        y, h = run(x, base, adapters, rows, save_h)
+        y[3, 5:9] += 8
+        return y, h
+
+    monkeypatch.setattr(first_use, "_ROWS_OF_MANY", (130, 30, 0, 45))
+    monkeypatch.setattr(composite, "forward_multi", forward_multi)
+    q = judging.problem(20, 40, 72, 16, dtype=torch.bfloat16)
+    call = operands.call_of_multi("forward_multi", q.x, q.base, [q.adapter])
+    with fake_gpu(tmp_path, composite), pytest.warns(RuntimeWarning, match=f"its first use was {fault}"):
+        assert dispatch.automatic(call) == "eager"
 
 
 def test_a_fused_peft_model_trains_with_it() -> None:

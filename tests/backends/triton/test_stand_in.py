@@ -13,7 +13,7 @@ import pytest
 from support.paths import ROOT, SUPPORT
 
 pytest.importorskip("lora_kernels.backends.triton", exc_type=ImportError)
-from support.stand_in import checks
+from support.stand_in import checks, many_checks
 
 if shutil.which("cc") is None:
     pytest.skip("there is no C compiler (cc) for the stand-in driver", allow_module_level=True)
@@ -45,4 +45,10 @@ def test_every_argument_arrives(wrong: dict[str, str], name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", checks.MORE_ARGUMENTS)
 def test_every_argument_arrives_of_rarer_launches(wrong: dict[str, str], name: str) -> None:
+    assert not wrong[name], wrong[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", many_checks.CHECKS)
+def test_a_check_of_many_adapters_holds(wrong: dict[str, str], name: str) -> None:
     assert not wrong[name], wrong[name]

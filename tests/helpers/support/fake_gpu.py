@@ -38,6 +38,7 @@ def backend(
         return forward(*args)
 
     module.forward = counted
+    module.forward_multi, module.backward_multi = eager.forward_multi, eager.backward_multi
     return module
 
 

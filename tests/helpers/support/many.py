@@ -157,3 +157,25 @@ def check(m: Mixed, got: Results) -> None:
             torch.testing.assert_close(got.dx[bare], (m.dy @ m.w)[bare])
     if got.dbias is not None and m.dy.dtype in (torch.float32, torch.float64):
         torch.testing.assert_close(got.dbias, m.dy.sum(0))
+
+
+def leaves(m: Mixed) -> tuple[Tensor, list[Adapter], list[Tensor]]:
+    """Return an x that wants a gradient, such adapters, and all of these tensors."""
+    x = m.x.detach().clone().requires_grad_()
+    adapters = [
+        each._replace(
+            lora_a=each.lora_a.detach().clone().requires_grad_(), lora_b=each.lora_b.detach().clone().requires_grad_()
+        )
+        for each in m.adapters
+    ]
+    return x, adapters, [x, *(t for each in adapters for t in each[:2])]
+
+
+def gradients(y: Tensor, wanted: list[Tensor], dy: Tensor) -> list[Tensor | None]:
+    return list(torch.autograd.grad(y, wanted, dy, allow_unused=True))
+
+
+def equal(got: list[Tensor | None], want: list[Tensor | None]) -> bool:
+    """Return whether gradients have the same bits; zeros stand for None."""
+    pairs = zip(got, want, strict=True)
+    return all((u is None or not u.any()) if v is None else u is not None and torch.equal(u, v) for u, v in pairs)
