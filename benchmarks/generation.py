@@ -103,27 +103,27 @@ def measure(
     return document
 
 
-def generate(model: Any, prompt: Tensor, new: int) -> Tensor:
-    """Return `prompt` [1, tokens] and `new` tokens after it, chosen greedily. Raises RuntimeError if there are
-    fewer."""
+def generate(model: Any, prompt: Tensor, new: int, **more: Any) -> Tensor:
+    """Return `prompt` [rows, tokens] and `new` tokens after it, chosen greedily. Raises RuntimeError if there are
+    fewer. `more` is passed to the model."""
     with torch.no_grad():
         settings = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
-        tokens = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
+        tokens = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings, **more)
     if tokens.shape[1] != prompt.shape[1] + new:
         raise RuntimeError(f"generate gave {tokens.shape[1] - prompt.shape[1]} new tokens, asked for {new}")
     return tokens
 
 
 @torch.no_grad()
-def logits(model: Any, tokens: Tensor, prompt: int) -> dict[str, Tensor]:
-    """Return the logits of `tokens` [1, T], as ``generate`` computes them: the first `prompt` at once, the others
-    singly."""
-    out = model(input_ids=tokens[:, :prompt], use_cache=True)
-    found = {"prompt": out.logits[0]}
+def logits(model: Any, tokens: Tensor, prompt: int, **more: Any) -> dict[str, Tensor]:
+    """Return the logits of `tokens` [rows, T], as ``generate`` computes them: the first `prompt` at once, the others
+    singly. `more` is passed to the model."""
+    out = model(input_ids=tokens[:, :prompt], use_cache=True, **more)
+    found = {"prompt": out.logits.flatten(0, 1)}
     single = []
     for i in range(prompt, tokens.shape[1]):
-        out = model(input_ids=tokens[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
-        single.append(out.logits[0])
+        out = model(input_ids=tokens[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True, **more)
+        single.append(out.logits.flatten(0, 1))
     return found | {"single tokens": torch.cat(single)}
 
 
@@ -144,24 +144,23 @@ def _judge(
                 finite = bool(torch.isfinite(value).all())
                 if verdict.fault or not finite:
                     faults.append(f"{verdict.fault or f'{part}: not finite'} (by {other})")
-        faults += [f"a call was left to PEFT: {why}" for why in _passed_over(v.model)]
-        entries.append({"name": v.name, "errors": _errors(got[v.name], want), "faults": faults})
+        faults += [f"a call was left to PEFT: {why}" for why in passed_over(v.model)]
+        entries.append({"name": v.name, "errors": relative_errors(got[v.name], want), "faults": faults})
     return entries
 
 
 def peer_faults(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
     """Return why a model cannot be compared with: logits further than 10% (RMS) from fp64."""
-    return [
-        f"{part}: {100 * error:.3g}% (RMS) from fp64" for part, error in _errors(got, want).items() if not error <= 0.1
-    ]
+    found = relative_errors(got, want).items()
+    return [f"{part}: {100 * error:.3g}% (RMS) from fp64" for part, error in found if not error <= 0.1]
 
 
-def _errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
     """Return RMS errors, relative to the RMS of the truth."""
     return {part: ((got[part].double() - t).norm() / t.norm()).item() for part, t in want.items()}
 
 
-def _passed_over(model: nn.Module) -> list[str]:
+def passed_over(model: nn.Module) -> list[str]:
     """Return the reasons why fused layers have left calls to PEFT."""
     return sorted({str(why) for layer in model.modules() for why in getattr(layer, "passed_over", ())})
 

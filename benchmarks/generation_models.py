@@ -53,7 +53,7 @@ class Models:
         self.path, self.size, self.double_quant = path, size, double_quant
         self.weights: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         """By layer: W dequantised from nf4 in fp32, A and B."""
-        _save_model(size, path)
+        save_model(size, path)
 
     def apply(self, dtype: torch.dtype) -> Variant:
         """Return a plain model after `lora_kernels.apply_lora`."""
@@ -134,7 +134,7 @@ def _draw(layer: QuantizedLoRALinear, R: int, generator: torch.Generator) -> tup
     return w, a, b
 
 
-def _save_model(size: Size, path: str) -> None:
+def save_model(size: Size, path: str) -> None:
     """Save a random model in bf16, so that every dtype starts from the same numbers. No token ends the text."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -90,6 +90,106 @@ void backward(int threads, py::handle dys, py::handle x, py::handle bases, py::h
   lk::cpu::backward(threads, M, K, rows, out, branches);
 }
 
+// The adapters of `call` that have rows. Where a bias is to be added to y, rows without an adapter get it too.
+struct Members {
+  std::vector<lk::cpu::Owned> adapters;
+  std::vector<size_t> numbers;
+  Owners owners;
+};
+
+void read_members(const Items& given, const Groups& rows, const lk::cpu::Shared& call, bool bias, Members& members) {
+  const auto rest = [&](i64 from, i64 to) {
+    lk::cpu::Owned o{};
+    o.rows = rows.order + from;
+    o.M = to - from;
+    o.transposed = true;
+    if (bias && o.M) members.adapters.push_back(o);
+  };
+  for (size_t i = 0; i < given.size(); ++i) {
+    if (given[i].is_none()) {
+      rest(rows.starts[i], rows.starts[i + 1]);
+    } else if (rows.count(i)) {
+      members.adapters.push_back(owned(given[i], rows, i, call.N, call.K, members.owners));
+      members.numbers.push_back(i);
+    }
+  }
+  rest(rows.starts[given.size()], rows.M);
+}
+
+// The h [M, R] of an adapter within that of all adapters, from element `first` on.
+Tile part_of(const Operand& all, i64 first, const lk::cpu::Owned& o) {
+  if (first + o.M * o.R > all.size.first)
+    throw std::invalid_argument("the CPU kernels take an h of at least " + std::to_string(first + o.M * o.R) +
+                                " elements here, got " + std::to_string(all.size.first));
+  return {static_cast<char*>(all.tile.data) + first * size_of(all.tile.dtype), o.R, all.tile.dtype};
+}
+
+void forward_multi(int threads, py::handle x, py::handle base, py::handle adapters, py::handle order, py::handle starts,
+                   py::handle y, py::handle h, bool product) {
+  const Items given(adapters);
+  const Operand in = input(x), out = output(y);
+  lk::cpu::Shared call{};
+  call.M = in.size.first, call.K = in.size.second, call.N = out.size.second;
+  require_size("y", out.size, call.M, call.N);
+  call.x = in.tile, call.y = out.tile;
+  const Groups rows = groups(order, starts, call.M, given.size());
+  Members members;
+  const py::object w = get(base, names.w);
+  call.bias = members.owners.keep(sized(input(get(base, names.bias)), "bias", call.N, 1));
+  if (product && is_tensor(w))
+    call.base = lk::cpu::few_rows(call.M, call.N, call.K, call.x,
+                                  members.owners.keep(sized(input(w), "w", call.N, call.K)), call.y);
+  else if (product)
+    call.base = lk::cpu::few_rows(call.M, quantized(w, call.N, call.K), call.x, call.y);
+  read_members(given, rows, call, call.bias && !product, members);
+  if (!h.is_none()) {
+    const Operand all = output(h);
+    i64 first = 0;
+    for (lk::cpu::Owned& o : members.adapters) {
+      if (o.R) o.h = part_of(all, first, o);
+      first += o.M * o.R;
+    }
+  }
+  py::gil_scoped_release unlocked;
+  lk::cpu::forward_multi(threads, call, members.adapters);
+}
+
+void backward_multi(int threads, py::handle dy, py::handle x, py::handle base, py::handle adapters, py::handle order,
+                    py::handle starts, py::handle h, py::handle dx, py::handle das, py::handle dbs, bool product) {
+  const Items given(adapters), da_list(das), db_list(dbs);
+  require_one_each(given, {&da_list, &db_list});
+  lk::cpu::Shared call{};
+  Members members;
+  const Two size = two(get(get(base, names.w), tensor_names.shape));
+  call.M = view(dy).size.first, call.N = size.first, call.K = size.second;
+  call.dy = members.owners.keep(sized(input(dy), "dy", call.M, call.N));
+  call.x = members.owners.keep(sized(input(x), "x", call.M, call.K));
+  call.dx = members.owners.keep(sized(output_or_none(dx), "dx", call.M, call.K));
+  const Groups rows = groups(order, starts, call.M, given.size());
+  if (product) {
+    require(dx, "dx");
+    const Tile w = members.owners.keep(sized(input(get(base, names.w)), "w", call.N, call.K));
+    call.base = lk::cpu::few_rows_back(call.M, call.N, call.K, call.dy, w, call.dx, false);
+  }
+  read_members(given, rows, call, false, members);
+  const Operand all = input(h);
+  i64 first = 0;
+  for (size_t j = 0; j < members.adapters.size(); ++j) {
+    lk::cpu::Owned& o = members.adapters[j];
+    const size_t i = members.numbers[j];
+    o.da = members.owners.keep(sized(output_or_none(da_list[i]), "da", o.R, call.K));
+    o.db = members.owners.keep(sized(output_or_none(db_list[i]), "db", call.N, o.R));
+    if (o.da) require(x, "x");
+    if (o.db) {
+      require(h, "h");
+      o.h = part_of(all, first, o);
+    }
+    first += o.M * o.R;
+  }
+  py::gil_scoped_release unlocked;
+  lk::cpu::backward_multi(threads, call, members.adapters);
+}
+
 void gemm(int threads, py::handle x, py::handle w, py::handle y, bool add, py::handle bias) {
   const View weight = view(w);
   const i64 M = view(x).size.first, N = weight.size.first, K = weight.size.second;
@@ -189,6 +289,14 @@ PYBIND11_MODULE(_C, m) {
       "Compute, for each base and adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Where "
       "products[i] is True, dy[i] w is added to dx first; where all are True, dx need not hold anything before. A dx, "
       "da or db that is None is not written.");
+  m.def("forward_multi", &forward_multi,
+        "Compute, for the rows of each adapter: h = c keep(x) a^T, then y += s h b^T. A bias in fp32 is added to all "
+        "rows of y. Where product is True, y is first written as x w^T + bias. An h that is None is not written; else "
+        "it holds the h of one adapter after the other.");
+  m.def(
+      "backward_multi", &backward_multi,
+      "Compute, for the rows of each adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Where "
+      "product is True, dx is first written as dy w. A dx, da or db that is None is not written.");
   m.def("gemm", &gemm,
         "Write y = x w^T, or add it to y, or write y = x w^T + bias in 16 bits. x has a dtype of has_gemm, or, without "
         "add, at most FEW_ROWS rows beside a w whose rows are contiguous.");

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/lora.h"
+#include "cpu/multi.h"
 #include "cpu/quant.h"
 #include "tensor.h"
 
@@ -157,6 +157,46 @@ inline cpu::Quantized quantized(py::handle weight, i64 N, i64 K) {
   const cpu::Quantized w = quantized(weight);
   require_size("w", {w.N, w.K}, N, K);
   return w;
+}
+
+// The rows of `order` that belong to each adapter: those of adapter i from starts[i] to starts[i + 1].
+struct Groups {
+  const int32_t *order, *starts;
+  i64 M;
+
+  i64 count(size_t i) const { return starts[i + 1] - starts[i]; }
+};
+
+inline Groups groups(py::handle order, py::handle starts, i64 M, size_t n) {
+  const auto numbers = [](py::handle tensor, const char* name, i64 count) {
+    return static_cast<const int32_t*>(elements(tensor, name, count, 32, "", ""));
+  };
+  const Groups g{numbers(order, "the order of the rows", M), numbers(starts, "the starts of the adapters", n + 1), M};
+  bool fits = g.starts[0] == 0 && g.starts[n] <= M;
+  for (size_t i = 0; i < n; ++i) fits &= g.count(i) >= 0;
+  for (i64 m = 0; m < M; ++m) fits &= g.order[m] >= 0 && g.order[m] < M;
+  if (!fits) throw std::invalid_argument("the rows of the adapters must lie in 0.." + std::to_string(M - 1));
+  return g;
+}
+
+// An Adapter with its rows. A b whose columns are contiguous is read as b^T.
+inline cpu::Owned owned(py::handle adapter, const Groups& rows, size_t i, i64 N, i64 K, Owners& owners) {
+  cpu::Owned o{};
+  o.rows = rows.order + rows.starts[i];
+  o.M = rows.count(i);
+  const py::object given_a = get(adapter, names.a), given_b = get(adapter, names.b);
+  require(given_a, "a");
+  require(given_b, "b");
+  Operand a = input(given_a);
+  o.R = a.size.first;
+  const View b = view(given_b);
+  require_size("lora_b", b.size, N, o.R);
+  o.transposed = b.stride.first == 1 && (b.stride.second != 1 || o.R == 1);
+  o.b = owners.keep(o.transposed ? Operand{given_b, {b.data, b.stride.second, b.dtype}, b.size} : input(given_b));
+  o.a = owners.keep(sized(std::move(a), "lora_a", o.R, K));
+  o.scale = static_cast<float>(real(get(adapter, names.scale)));
+  o.dropout = dropout(real(get(adapter, names.p)), get(adapter, names.seed));
+  return o;
 }
 
 }  // namespace lk::python

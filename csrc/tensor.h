@@ -142,7 +142,9 @@ inline void* address(py::handle tensor) {
 
 // The address of `count` elements of `bits` bits each, one after the other in memory. A kernel would read beyond the
 // memory of a tensor that is smaller, and other elements of one that has strides.
-inline const void* elements(py::handle tensor, const char* name, i64 count, int bits) {
+inline const void* elements(py::handle tensor, const char* name, i64 count, int bits,
+                            const char* of = " of a quantised weight",
+                            const char* hint = ": QuantizedWeight.check() tells all that does not fit") {
   DLTensor t;
   if (view_by_exchange(tensor, t) && t.data) {
     i64 got = 1;
@@ -154,13 +156,11 @@ inline const void* elements(py::handle tensor, const char* name, i64 count, int 
              PyObject_IsTrue(call(tensor, tensor_names.is_contiguous).ptr()) == 1) {
     return address(tensor);
   }
-  throw std::invalid_argument("the CPU kernels take " + std::string(name) +
-                              " of a quantised weight as a contiguous tensor of " + std::to_string(count) +
-                              " elements of " + std::to_string(bits) + " bits, got " +
+  throw std::invalid_argument("the CPU kernels take " + std::string(name) + of + " as a contiguous tensor of " +
+                              std::to_string(count) + " elements of " + std::to_string(bits) + " bits, got " +
                               std::string(py::str(get(tensor, tensor_names.dtype))) + ", shape " +
                               std::string(py::str(get(tensor, tensor_names.shape))) + ", strides " +
-                              std::string(py::str(call(tensor, tensor_names.stride))) +
-                              ": QuantizedWeight.check() tells all that does not fit");
+                              std::string(py::str(call(tensor, tensor_names.stride))) + hint);
 }
 
 // The DType that stands for a torch.dtype.

@@ -27,6 +27,15 @@ def backward(
     hs: Sequence[Tensor | None], dx: Tensor | None, das: Sequence[Tensor | None], dbs: Sequence[Tensor | None],
     products: Sequence[bool], /,
 ) -> None: ...  # fmt: skip
+def forward_multi(
+    threads: int, x: Tensor, base: Base, adapters: Sequence[Adapter | None], order: Tensor, starts: Tensor,
+    y: Tensor, h: Tensor | None, product: bool, /,
+) -> None: ...  # fmt: skip
+def backward_multi(
+    threads: int, dy: Tensor, x: Tensor | None, base: Base, adapters: Sequence[Adapter | None], order: Tensor,
+    starts: Tensor, h: Tensor | None, dx: Tensor | None, das: Sequence[Tensor | None], dbs: Sequence[Tensor | None],
+    product: bool, /,
+) -> None: ...  # fmt: skip
 def gemm(threads: int, x: Tensor, w: Tensor, y: Tensor, add: bool, bias: Tensor | None, /) -> None: ...
 def is_small(M: int, N: int, K: int, /) -> bool: ...
 def has_gemm(dtype: torch.dtype, /) -> bool: ...

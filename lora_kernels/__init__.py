@@ -24,13 +24,16 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.models.loralib import load_loralib
+    from lora_kernels.nn.mixed import mixed
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.ops.multi import lora_linear_multi
     from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
+    from lora_kernels.serving.pool import AdapterPool
 
 __all__ = [
     "Adapter",
+    "AdapterPool",
     "AdapterStack",
     "ColwiseLoRA",
     "FuseReport",
@@ -55,6 +58,7 @@ __all__ = [
     "lora_linear_multi",
     "mark_only_lora_as_trainable",
     "merge_and_unload",
+    "mixed",
     "quantize_weight",
     "save_adapter",
     "trainable_parameters",
@@ -73,14 +77,16 @@ _LAZY = {
         "trainable_parameters",
     ),
     "models.loralib": ("load_loralib",),
+    "nn.mixed": ("mixed",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
     "ops.group": ("lora_linear_group",),
     "ops.multi": ("lora_linear_multi",),
     "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
+    "serving.pool": ("AdapterPool",),
 }
 """The names that are imported when they are first asked for, by module. They need PEFT, or few programs use them."""
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
-_DOORS = ("group", "initialise", "parallel")
+_DOORS = ("group", "initialise", "jobs", "parallel", "serving")
 """The public modules that are imported when they are first asked for, as in `lora_kernels.initialise.pissa`."""
 
 

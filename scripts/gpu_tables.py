@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from readme_tables import Run, Runs
+from readme_tables import Run, Runs, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,7 +26,7 @@ def full(runs: Runs) -> str:
     for run in suites(runs):
         parts.append(_heading(run))
         for title, header, rows in report_suite.tables(run.document):
-            parts += [f"{title}:", _markdown(header, rows)]
+            parts += [f"{title}:", markdown(header, rows)]
     for run in runs["gpu"]:
         picture = run.path.with_name(f"{run.path.stem}-roofline.png")
         if picture.exists():
@@ -56,14 +56,9 @@ def _small(run: Run) -> str:
         if subject in report_suite.subjects(run.document):
             for title, *cells in report_suite.mean_rows(run.document, subject)[:3]:
                 rows.append([f"{subject.removeprefix('ours: ')}: {title}", _one(cells[:4]), _one(cells[4:])])
-    return _markdown(["", *(f"r={R}" for R in report_suite.RANKS)], rows)
+    return markdown(["", *(f"r={R}" for R in report_suite.RANKS)], rows)
 
 
 def _one(cells: Sequence[str]) -> str:
     mean, count, target, verdict = cells
     return f"{mean} of {count} layers{f', {target} {verdict}' if target else ''}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)

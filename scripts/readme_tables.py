@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,18 @@ class Run:
 
 
 Runs = dict[str, list[Run]]
-"""The runs that are shown, by kind: bench, quantised, generation, gpu."""
+"""The runs that are shown, by kind: bench, quantised, generation, many, generation_many, gpu."""
 
 
 def chosen(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the entry of the automatic choice, or of another of our back-ends if that was not measured."""
     own = [e for e in entries if e["backend"]]
     return next((e for e in own if e["automatic"]), own[0] if own else None)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
 
 
 def bench(runs: Runs) -> str:

@@ -1,11 +1,11 @@
-"""Write the measured tables, sentences and the chart of README.md and docs/measuring.md from benchmarks/results.
+"""Write the measured tables, sentences and the chart of README.md and of two pages of docs from benchmarks/results.
 
     python scripts/update_readme.py [--check] [RESULT.json ...]
 
 Each of them stands between two markers, such as <!-- bench:begin --> and <!-- bench:end -->. Without names the newest
-run of each device type (CPU, CUDA) is taken. So are the newest runs of quantised layers, of generation and of the
-suites on each GPU, which have folders of their own; gpu_report.py fills that of the GPUs. ``--check`` changes nothing:
-its exit status is 1 if a file is stale.
+run of each device type (CPU, CUDA) is taken. So are the newest runs of quantised layers, of generation, of many
+adapters and of the suites on each GPU, which have folders of their own; gpu_report.py fills that of the GPUs.
+``--check`` changes nothing: its exit status is 1 if a file is stale.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import many_tables
 from readme_tables import BACKWARD, NO_RUN, Run, Runs, bench, chosen, generation, quantised, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = args.root / "benchmarks" / "results"
     runs = {"bench": args.results or newest(results)}
-    runs |= {name: newest(results / name) for name in ("quantised", "generation")}
+    runs |= {name: newest(results / name) for name in ("quantised", "generation", "many", "generation_many", "vllm")}
     runs["gpu"] = newest(results / "gpu", lambda document: f"{document['device']['name']} {document['suite']}")
     stale = False
     for name, blocks in PAGES.items():
@@ -116,12 +117,14 @@ def small(runs: Runs) -> str:
 
 
 def numbers(runs: Runs) -> str:
-    """Return a table of three numbers beside PEFT's, each with its machine: the time of a training step, the bytes that
-    it saves, the time of a decoding step."""
+    """Return a table of numbers beside PEFT's, each with its machine: the time of a training step, the bytes that it
+    saves, the time of a decoding step, and decoding with many adapters in a batch."""
     rows = []
     for run in runs["bench"]:
         rows += [_step_number(run), _bytes_number(run)]
     rows += [_decode_number(run) for run in runs["quantised"]]
+    for kind, number in (("many", many_tables.number), ("generation_many", many_tables.generation_number)):
+        rows += [_number_row(run, *found) for run in runs[kind] if (found := number(run))]
     lines = [row for row in rows if row]
     if not lines:
         return NO_RUN
@@ -181,7 +184,15 @@ def chart(runs: Runs) -> str:
 Render = Callable[[Runs], str]
 PAGES: dict[str, dict[str, Render]] = {
     "README.md": {"range": span, "numbers": numbers, "chart": chart, "small": small, "gpu": gpu_tables.short},
-    "docs/measuring.md": {"gpu": gpu_tables.full, "bench": bench, "quantised": quantised, "generation": generation},
+    "docs/measuring.md": {
+        "gpu": gpu_tables.full,
+        "bench": bench,
+        "quantised": quantised,
+        "generation": generation,
+        "many": many_tables.layers,
+        "generation-many": many_tables.generation,
+    },
+    "docs/vllm.md": {"vllm": many_tables.operators},
 }
 """The markers of each page, and the function that returns the text between them."""
 

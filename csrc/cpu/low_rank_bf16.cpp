@@ -167,35 +167,58 @@ void expand(Tile y, Keep keep, const float* bias, Panel H, Panel P, Extent e) {
 
 // ---- the packing of the operands ----
 
-inline uint32_t pair(bf16 low, bf16 high) { return low.bits | static_cast<uint32_t>(high.bits) << 16; }
-
 void dot_panel(Tile src, i64 R, i64 cols, Sums P) {
   for (i64 r = 0; r < R; ++r) std::memcpy(P.row(r), row<bf16>(src, r), cols * sizeof(bf16));
 }
 
-void dot_panel_t(Tile src, i64 cols, i64 R, Sums panel) {
-  const Rows<bf16> P{reinterpret_cast<bf16*>(panel.data), 2 * panel.ld};
-  for (i64 k0 = 0; k0 < cols; k0 += W2)
-    for (i64 r = 0; r < R; ++r)
-      for (i64 k = k0; k < k0 + W2 && k < cols; ++k) P.row(r)[k] = row<bf16>(src, k)[r];
+// t[j] = the pairs (s[i, 2 j], s[i, 2 j + 1]) of 16 rows i, of which `rows` are there. `cols` elements of a row are
+// there.
+inline void load_pairs(Rows<const bf16> s, i64 rows, i64 cols, reg (&t)[W]) {
+  const __mmask32 on = first(cols);
+  LK_UNROLL for (int i = 0; i < W; ++i) t[i] = i < rows ? (reg)load(s.row(i), on) : V::zero();
+  V::transpose(t);
 }
 
-void expand_panel(Tile src, i64 R, i64 cols, Sums panel) {
-  const Rows<uint32_t> P{reinterpret_cast<uint32_t*>(panel.data), panel.ld};
-  for (i64 r = 0; r < R; r += 2) {
-    const bf16 *low = row<bf16>(src, r), *high = low + src.ld;
-    for (i64 k = 0; k < cols; ++k) P.row(r / 2)[k] = pair(low[k], r + 1 < R ? high[k] : bf16{0});
+void dot_panel_t(Tile src, i64 cols, i64 R, Sums panel) {
+  const Rows<const bf16> from = rows_of<const bf16>(src);
+  const Rows<bf16> P{reinterpret_cast<bf16*>(panel.data), 2 * panel.ld};
+  for (i64 k = 0; k < cols; k += W) {
+    const __mmask16 on = static_cast<__mmask16>(first(cols - k));
+    for (i64 r = 0; r < R; r += W2) {
+      reg t[W];
+      load_pairs(from.at(k, r), cols - k, R - r, t);
+      for (i64 j = 0; j < W && r + 2 * j < R; ++j) {
+        const __m512i pairs = _mm512_castps_si512(t[j]);
+        bf16* const even = P.row(r + 2 * j) + k;
+        _mm256_mask_storeu_epi16(even, on, _mm512_cvtepi32_epi16(pairs));
+        if (r + 2 * j + 1 < R)
+          _mm256_mask_storeu_epi16(even + P.ld, on, _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+      }
+    }
   }
 }
 
-void expand_panel_t(Tile src, i64 cols, i64 R, Sums panel) {
-  const Rows<uint32_t> P{reinterpret_cast<uint32_t*>(panel.data), panel.ld};
-  for (i64 k0 = 0; k0 < cols; k0 += W)
-    for (i64 r = 0; r < R; r += 2)
-      for (i64 k = k0; k < k0 + W && k < cols; ++k) {
-        const bf16* s = row<bf16>(src, k) + r;
-        P.row(r / 2)[k] = pair(s[0], r + 1 < R ? s[1] : bf16{0});
-      }
+void expand_panel(Tile src, i64 R, i64 cols, Sums P) {
+  for (i64 r = 0; r < R; r += 2)
+    for (i64 k = 0; k < cols; k += W) {
+      const __mmask16 on = static_cast<__mmask16>(first(cols - k));
+      const bf16* const low = row<bf16>(src, r) + k;
+      const __m256i a = _mm256_maskz_loadu_epi16(on, low);
+      const __m256i b = r + 1 < R ? _mm256_maskz_loadu_epi16(on, low + src.ld) : _mm256_setzero_si256();
+      const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+      _mm512_mask_storeu_ps(P.row(r / 2) + k, on, _mm512_castsi512_ps(pairs));
+    }
+}
+
+void expand_panel_t(Tile src, i64 cols, i64 R, Sums P) {
+  const Rows<const bf16> from = rows_of<const bf16>(src);
+  for (i64 k = 0; k < cols; k += W)
+    for (i64 r = 0; r < R; r += W2) {
+      reg t[W];
+      load_pairs(from.at(k, r), cols - k, R - r, t);
+      for (i64 j = 0; j < W && r + 2 * j < R; ++j)
+        _mm512_mask_storeu_ps(P.row(r / 2 + j) + k, static_cast<__mmask16>(first(cols - k)), t[j]);
+    }
 }
 
 // Rows m and m + 1, interleaved as pairs, are written in the place of row m.

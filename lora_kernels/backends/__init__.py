@@ -26,7 +26,7 @@ x and every dy have two dimensions, [M, K] and [M, N]; M may be 0. Tensors have 
 `QuantizedWeight` where `why_not` has agreed to the call's ``w_format``. ``seed`` is an int64 tensor of one element, or
 None where p is 0. x, bias, dy and a dense w have one dtype. a and b have the same dtype, or fp32 beside an x in 16
 bits. y and dx have x's dtype; h, da and db have a's: an h in fp16 would overflow where h in fp32 does not. Results are
-new and contiguous, and a back-end writes to nothing that it receives.
+new and contiguous, and a back-end writes to nothing that it receives, except y in `add_multi`.
 
 ``x`` may be None where no da is needed, and ``hs[i]`` where db i is not. The back-end of a backward is chosen anew, by
 a `Call` with ``op="backward"``, so it must accept an h that another back-end has made.
@@ -52,4 +52,8 @@ dtype. The h [M_i, R_i] of adapter i begins in it at Σ M_j R_j over the adapter
 ``adapters[j]`` is None; it may be longer than the sum. h is None unless ``save_h``. Where a row has no adapter, its y
 is bit-equal to what the frozen layer would give for this x: ``F.linear(x, w, bias)`` for a dense w. da and db of an
 adapter without rows are None or zeros.
+
+A back-end may also have ``add_multi(y, x, adapters, rows) -> None``, whose `Call` has the op "add_multi". It adds the
+low-rank half s · (x A_iᵀ) B_iᵀ of each adapter i to the rows of y [M, N] in place, and touches no other row. y has x's
+dtype and last stride 1, and may be columns of a larger tensor. No adapter has dropout.
 """

@@ -105,9 +105,11 @@ class Explanation:
     """On a GPU, where the choice is automatic: what is known here about the chosen back-ends, by pass."""
     passed_over: dict[str, list[str]]
     """Every back-end that is not the choice for both passes, with every reason."""
+    rows: str = ""
+    """For many adapters: their ranks, and how many rows of x belong to each."""
 
     def __str__(self) -> str:
-        lines = [_describe(self.call)]
+        lines = [_describe(self.call), *([f"  {self.rows}"] if self.rows else [])]
         for op, name in (("forward", self.forward), ("backward", self.backward)):
             lines.append(f"  {op:<8}  {name}" + (f": {self.evidence[op]}" if op in self.evidence else ""))
         for name, reasons in self.passed_over.items():
@@ -118,10 +120,12 @@ class Explanation:
 def explain(call: Call, backend: str | None) -> Explanation:
     """Return which back-ends serve the forward and the backward of `call`, and why the others do not. Raises what
     `pick` raises."""
-    calls = [call._replace(op=op) for op in ("forward", "backward")]
+    kind = call.op.removeprefix("forward")  # "_multi" for many adapters
+    calls = [call._replace(op=op + kind) for op in ("forward", "backward")]
     chosen = [automatic(each) if backend is None else str(pick(each, backend).name) for each in calls]
     known = [_known(each) if backend is None else {} for each in calls]
-    evidence = {each.op: told[name] for each, told, name in zip(calls, known, chosen, strict=True) if name in told}
+    passes = zip(("forward", "backward"), known, chosen, strict=True)
+    evidence = {op: told[name] for op, told, name in passes if name in told}
     passed_over = {}
     for name in BACKENDS:
         others = [(each, told) for each, told, taken in zip(calls, known, chosen, strict=True) if taken != name]

@@ -79,19 +79,26 @@ backward = functools.partial(backward_each, _backward)
 
 def forward_multi(x: Tensor, base: Base, adapters: Sequence[Adapter | None], rows: Rows, save_h: bool) -> MultiResult:
     y = _base(x, base)
-    parts = []
-    for adapter, index in _with_rows(adapters, rows):
-        own_x = x[index]
-        h = _product(_masked(own_x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
-        own_y = y[index]  # a view where the rows follow each other
-        _add_product(own_y, h, adapter.b.t(), adapter.scale)
-        if isinstance(index, Tensor):
-            y[index] = own_y
-        if save_h:
-            parts.append(h.reshape(-1))
     if not save_h:
+        add_multi(y, x, adapters, rows)
         return y, None
+    parts = [h.reshape(-1) for h in _add_low_rank(y, x, adapters, rows)]
     return y, torch.cat(parts) if parts else x.new_empty(0)
+
+
+def add_multi(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Rows) -> None:
+    for _ in _add_low_rank(y, x, adapters, rows):
+        pass
+
+
+def _add_low_rank(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Rows) -> Iterator[Tensor]:
+    """Add s · h bᵀ of each adapter to its rows of y, and yield its h after that."""
+    for adapter, _, index in _with_rows(adapters, rows):
+        h = _product(_masked(_own(x, index), adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
+        own_y = _own(y, index)
+        _add_product(own_y, h, adapter.b.t(), adapter.scale)
+        _put(y, index, own_y)
+        yield h
 
 
 def backward_multi(
@@ -104,34 +111,30 @@ def backward_multi(
     needs: Needs,
 ) -> Gradients:
     dx = _base_backward(dy, base.w) if needs.dx else None
-    das: list[Tensor | None] = []
-    dbs: list[Tensor | None] = []
+    das: list[Tensor | None] = [None] * len(adapters)
+    dbs: list[Tensor | None] = [None] * len(adapters)
     first = 0
-    for i, adapter in enumerate(adapters):
-        das.append(None)
-        dbs.append(None)
-        if adapter is None or not rows.counts[i]:
-            continue
-        index, (a, b, scale, p, _), count = rows.index(i), adapter, rows.counts[i]
-        own_dy = dy[index]
+    for adapter, i, index in _with_rows(adapters, rows):
+        a, b, scale, p, _ = adapter
+        size = rows.counts[i] * a.shape[0]
+        if needs.dx or needs.da[i] or needs.db[i]:
+            own_dy = _own(dy, index)
         if needs.dx or needs.da[i]:
             g = _product(own_dy, b, scale, b.dtype)
         if dx is not None:
-            own_dx = dx[index]  # a view where the rows follow each other
+            own_dx = _own(dx, index)
             if p > 0:
                 own_dx += _masked(_product(g, a, dropout.rescale(p), dy.dtype), adapter)
             else:
                 _add_product(own_dx, g, a)
-            if isinstance(index, Tensor):
-                dx[index] = own_dx
+            _put(dx, index, own_dx)
         if needs.da[i]:
             assert x is not None
-            das[i] = _transposed_product(g, _masked(x[index], adapter), dropout.rescale(p), a.dtype)
+            das[i] = _transposed_product(g, _masked(_own(x, index), adapter), dropout.rescale(p), a.dtype)
         if needs.db[i]:
             assert h is not None
-            own_h = h[first : first + count * a.shape[0]].view(count, a.shape[0])
-            dbs[i] = _transposed_product(own_dy, own_h, scale, b.dtype)
-        first += count * a.shape[0]
+            dbs[i] = _transposed_product(own_dy, h[first : first + size].view(-1, a.shape[0]), scale, b.dtype)
+        first += size
     return dx, das, dbs
 
 
@@ -143,11 +146,23 @@ def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, w, bias)
 
 
-def _with_rows(adapters: Sequence[Adapter | None], rows: Rows) -> Iterator[tuple[Adapter, slice | Tensor]]:
-    """Yield the adapters that have rows, with the index of these."""
-    for i, adapter in enumerate(adapters):
-        if adapter is not None and rows.counts[i]:
-            yield adapter, rows.index(i)
+def _with_rows(adapters: Sequence[Adapter | None], rows: Rows) -> Iterator[tuple[Adapter, int, slice | Tensor]]:
+    """Yield the adapters that have rows, with their numbers and the index of their rows."""
+    for i in rows.used:
+        adapter = adapters[i]
+        if adapter is not None:
+            yield adapter, i, rows.index(i)
+
+
+def _own(t: Tensor, index: slice | Tensor) -> Tensor:
+    """Return the rows of an adapter: a view where they follow each other, else a copy."""
+    return t.index_select(0, index) if isinstance(index, Tensor) else t[index]
+
+
+def _put(t: Tensor, index: slice | Tensor, own: Tensor) -> None:
+    """Put `own`, which `_own` gave and which was changed in place, back into t."""
+    if isinstance(index, Tensor):
+        t.index_copy_(0, index, own)
 
 
 def _base(x: Tensor, base: Base) -> Tensor:

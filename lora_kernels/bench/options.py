@@ -15,6 +15,10 @@ from lora_kernels.testing.watch import STUCK
 
 ROUNDS, QUICK_ROUNDS = 15, 4
 RESULTS = Path("benchmarks/results")
+MANY, MANY_DEVICE = "many", "cpu"
+"""The suite that has cells of its own instead of shapes, for many adapters in one batch; and the type of its device."""
+_NOT_OF_MANY = ("without", "peers", "peer", "seconds", "stuck", "resume")
+"""Options that the suite `many` does not have."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", choices=NAMED, metavar="NAME", help="shapes by name; an unknown name prints the list"
     )
-    parser.add_argument("--suite", choices=SUITES, help="a named set of shapes, with its own tables and pictures")
+    parser.add_argument(
+        "--suite",
+        choices=[*SUITES, MANY],
+        help=f"a named set of shapes, with its own tables and pictures; {MANY}: many adapters in one batch",
+    )
     parser.add_argument("--backend", choices=dispatch.BACKENDS, help="measure this one of our back-ends only")
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="do not measure this one")
     parser.add_argument(
@@ -85,8 +93,12 @@ def fault(args: argparse.Namespace) -> str | None:
     if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
         return f"--device {args.device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
     kind = device(args).type
-    if args.suite and kind not in SUITES[args.suite]:
-        return f"--suite {args.suite} is for {', '.join(SUITES[args.suite])}, and the device is {kind}"
+    served = (MANY_DEVICE,) if args.suite == MANY else tuple(SUITES.get(args.suite, (kind,)))
+    if kind not in served:
+        return f"--suite {args.suite} is for {', '.join(served)}, and the device is {kind}"
+    given = [f"--{name}" for name in _NOT_OF_MANY if getattr(args, name)]
+    if args.suite == MANY and given:
+        return f"--suite {MANY} does not take {', '.join(given)}"
     return None
 
 
@@ -97,7 +109,9 @@ def device(args: argparse.Namespace) -> torch.device:
 
 def is_partial(args: argparse.Namespace) -> bool:
     """Return whether the run measures only a part of everything, or another set of shapes. A partial run is written
-    only if --out names a file."""
+    only if --out names a file. The suite `many` is whole by itself."""
+    if args.suite == MANY:
+        return any((args.quick, args.rounds, args.backend))
     narrowed = (args.quick, args.shapes, args.suite, args.rounds, args.backend, args.without, args.seconds, args.peer)
     return any(narrowed)
 

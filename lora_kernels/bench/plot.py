@@ -58,10 +58,10 @@ def draw(document: dict[str, Any], path: Path) -> None:
         f"median of {document['rounds']} interleaved rounds, whiskers: quartiles",
         fontsize=8,
     )
-    _write(figure, path)
+    write(figure, path)
 
 
-def _write(figure: Any, path: Path) -> None:
+def write(figure: Any, path: Path) -> None:
     """Write a figure to `path` as a whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format=path.suffix[1:] or None, dpi=130)
@@ -137,7 +137,7 @@ def draw_roofline(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{document['device']['name']}: time over the roofline's floor (1 = the measured GEMM or copy rate)"
     )
-    _write(figure, path)
+    write(figure, path)
 
 
 def _roofline_panel(axes: Any, document: dict[str, Any], axis: str, shapes: list[str], which: str) -> None:

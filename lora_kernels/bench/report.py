@@ -187,11 +187,7 @@ def closing(document: Document) -> Iterator[str]:
         triton = "loads Triton" if cost["loads_triton"] else "loads no Triton"
         target = f"target ≤ {IMPORT_TARGET_MS:g} ms: {held}"
         yield f"import lora_kernels after torch: {cost['milliseconds']:.0f} ms ({target}), {triton}"
-    if document["noise"]:
-        lows, _, highs = zip(*(entry["ratio"] for entry in document["noise"]), strict=True)
-        yield f"Noise: the floor against itself within a round, widest quartiles: {min(lows):.2f} to {max(highs):.2f}"
-        if min(lows) < 1 - NOISY or max(highs) > 1 + NOISY:
-            yield "✗ The machine was busy with something else: repeat this on a quiet one before quoting it"
+    yield from noise(document)
     passed_over = {
         (name, reason): None
         for shape in document["shapes"].values()
@@ -201,6 +197,15 @@ def closing(document: Document) -> Iterator[str]:
     for name, reason in passed_over:
         yield f"{name} is not measured: {reason}"
     yield from document["notes"]
+
+
+def noise(document: Document) -> Iterator[str]:
+    """Yield how far the floor differs from itself, and a warning if that is much."""
+    if document["noise"]:
+        lows, _, highs = zip(*(entry["ratio"] for entry in document["noise"]), strict=True)
+        yield f"Noise: the floor against itself within a round, widest quartiles: {min(lows):.2f} to {max(highs):.2f}"
+        if min(lows) < 1 - NOISY or max(highs) > 1 + NOISY:
+            yield "✗ The machine was busy with something else: repeat this on a quiet one before quoting it"
 
 
 def _spread(values: tuple[float, float, float]) -> str:

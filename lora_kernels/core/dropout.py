@@ -50,6 +50,11 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, _SEED_LIMIT, (), dtype=torch.int64, device=device)
 
 
+def draw_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Return `count` new seeds, as `draw_seed` draws one, by one operation."""
+    return torch.randint(0, _SEED_LIMIT, (count,), dtype=torch.int64, device=device).unbind()
+
+
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

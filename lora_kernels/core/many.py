@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.core import operands
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Adapter(NamedTuple):
@@ -46,66 +48,121 @@ def stored(a: Tensor, b: Tensor, scale: float) -> operands.Adapter:
     return operands.Adapter(own_a, own_bt.t(), float(scale))
 
 
+class Slots:
+    """One version of what an `AdapterStack` holds. All but `native` never changes."""
+
+    __slots__ = ("adapters", "largest", "native", "version")
+
+    def __init__(self, adapters: tuple[operands.Adapter | None, ...], version: int) -> None:
+        self.adapters = adapters
+        """The adapters by number."""
+        known = [each for each in adapters if each is not None]
+        self.largest = max(known, key=lambda each: each.a.shape[0], default=None)
+        """The adapter of the largest rank, or None if there are none."""
+        self.version = version
+        self.native: object | None = None
+        """What a back-end has derived from these adapters."""
+
+
 class AdapterStack(Sequence["operands.Adapter | None"]):
     """The adapters of one layer that are served and not trained, by number. They are checked and laid out once, so that
     a call neither checks nor packs them.
 
     A number may be without an adapter: its rows get the base alone. What a stack holds is replaced as a whole and never
-    written to, so a call that is under way keeps what it has read.
+    written to. A call takes one `snapshot` at its start, so `replace` in another thread does not change what it reads.
     """
 
     def __init__(self, adapters: Iterable[Adapter | operands.Adapter | None]) -> None:
         """Copy `adapters` into the layout of the kernels. Raises ValueError or TypeError where they do not belong to
         one layer, or one of them has dropout, a bias of its own, or a scale that is no finite number."""
-        self._slots: tuple[operands.Adapter | None, ...] = ()
-        self.version = 0
-        """A number that grows whenever an adapter is replaced: what is derived from the stack is stale then."""
-        self.native: object | None = None
-        """What a back-end keeps for this version of the stack; `replace` sets it to None."""
+        self._now = Slots((), 0)
         given = tuple(adapters)
         self.replace({i: _laid_out(i, each) for i, each in enumerate(given)}, len(given))
 
-    def replace(self, changed: dict[int, operands.Adapter | None], size: int | None = None) -> None:
+    def replace(self, changed: Mapping[int, operands.Adapter | None], size: int | None = None) -> None:
         """Put the adapters `changed`, as `stored` makes them, in their places, all at once; `size` adds places at the
-        end. Raises ValueError or TypeError where an adapter does not belong to the layer of the others."""
-        slots = list(self._slots) + [None] * ((size or len(self._slots)) - len(self._slots))
+        end. Threads that replace at the same time must take turns.
+
+        Raises ValueError or TypeError where an adapter does not belong to the layer of the others, and IndexError for a
+        place that there is not. The stack is then as it was.
+        """
+        before = self._now
+        slots = list(before.adapters)
+        if size is not None:
+            if size < len(slots):
+                raise ValueError(f"a stack of {len(slots)} places cannot shrink to {size}: replace adapters by None")
+            slots += [None] * (size - len(slots))
         for i, adapter in changed.items():
+            if not 0 <= i < len(slots):
+                raise IndexError(f"the stack has the places 0..{len(slots) - 1}, got {i}: pass size to add places")
+            if adapter is not None and not isinstance(adapter, operands.Adapter):
+                raise TypeError(f"place {i} must get what `stored` makes, or None, got a {type(adapter).__name__}")
             slots[i] = adapter
-        known = [each for each in slots if each is not None]
-        facts = {(each.a.shape[1], each.b.shape[0], each.a.dtype, each.b.dtype, each.a.device) for each in known}
+        kept = next((each for i, each in enumerate(slots) if each is not None and i not in changed), None)
+        facts = {_facts(each) for each in (kept, *changed.values()) if each is not None}
         if len(facts) > 1:
-            raise ValueError(
-                f"the adapters of a stack must share K, N, dtype and device, got {sorted(map(str, facts))}"
-            )
-        self._slots = tuple(slots)
-        self.version += 1
-        self.native = None
+            every = "; ".join(sorted(", ".join(map(str, each)) for each in facts))
+            raise ValueError(f"the adapters of a stack must share K, N, dtype and device, got {every}")
+        self._now = Slots(tuple(slots), before.version + 1)
+
+    def snapshot(self) -> AdapterStack:
+        """Return a stack that holds the same adapters, and keeps them when this one's are replaced. It shares
+        `native` with this version of the stack."""
+        same = AdapterStack.__new__(AdapterStack)
+        same._now = self._now
+        return same
+
+    @property
+    def version(self) -> int:
+        """A number that grows whenever an adapter is replaced: what is derived from the stack is stale then."""
+        return self._now.version
+
+    @property
+    def native(self) -> object | None:
+        """What a back-end keeps for this version of the stack; None after `replace`. A back-end sets it on the stack
+        that it was given, which is a snapshot."""
+        return self._now.native
+
+    @native.setter
+    def native(self, derived: object | None) -> None:
+        self._now.native = derived
+
+    @property
+    def largest(self) -> operands.Adapter | None:
+        """The adapter of the largest rank. It stands for all in questions of sizes, dtypes and devices."""
+        return self._now.largest
 
     @property
     def facts(self) -> tuple[int, int, torch.dtype, torch.device] | None:
         """(K, N, dtype, device) of the adapters; None where there are none."""
-        for each in self._slots:
-            if each is not None:
-                return each.a.shape[1], each.b.shape[0], each.a.dtype, each.a.device
-        return None
+        largest = self._now.largest
+        return None if largest is None else _facts(largest)
 
     @property
     def slots(self) -> tuple[operands.Adapter | None, ...]:
         """The adapters by number. The tuple does not change; `replace` makes another one."""
-        return self._slots
+        return self._now.adapters
 
     def __getitem__(self, i):  # type: ignore[no-untyped-def,override]
-        return self._slots[i]
+        return self._now.adapters[i]
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._now.adapters)
 
     def __iter__(self) -> Iterator[operands.Adapter | None]:
-        return iter(self._slots)
+        return iter(self._now.adapters)
 
     def __repr__(self) -> str:
-        ranks = [0 if each is None else each.a.shape[0] for each in self._slots]
-        return f"AdapterStack({len(ranks)} places, ranks {ranks})"
+        ranks = [each.a.shape[0] for each in self._now.adapters if each is not None]
+        return f"AdapterStack({len(self)} places, {len(ranks)} adapters, ranks {ranks})"
+
+
+def _facts(adapter: operands.Adapter) -> tuple[int, int, torch.dtype, torch.device]:
+    """Return what the adapters of a stack must share: K, N, dtype and device."""
+    a, b = adapter.a, adapter.b
+    if a.dtype != b.dtype:
+        raise TypeError(f"an adapter must have A and B in one dtype, got {a.dtype} and {b.dtype}")
+    return a.shape[1], b.shape[0], a.dtype, a.device
 
 
 def _laid_out(i: int, given: Adapter | operands.Adapter | None) -> operands.Adapter | None:
@@ -113,16 +170,16 @@ def _laid_out(i: int, given: Adapter | operands.Adapter | None) -> operands.Adap
     if given is None:
         return None
     if not isinstance(given, (Adapter, operands.Adapter)):
-        raise TypeError(f"adapter {i} must be a lora_kernels.Adapter or None, got {type(given).__name__}")
+        raise TypeError(f"adapter {i} must be a lora_kernels.Adapter or None, got a {type(given).__name__}")
     a, b, scale, p = given[:4]
     bias = given.bias if isinstance(given, Adapter) else None
     if p or bias is not None:
-        what = "dropout" if p else "a bias of its own"
+        what = f"dropout, p = {p}" if p else "a bias of its own"
         raise ValueError(f"an AdapterStack is for serving, and adapter {i} has {what}: pass a list of adapters instead")
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise ValueError(f"adapter {i} must have A [R, K] and B [N, R], got {tuple(a.shape)} and {tuple(b.shape)}")
-    if a.dtype != b.dtype:
-        raise TypeError(f"adapter {i} must have A and B in one dtype, got {a.dtype} and {b.dtype}")
+    if a.dtype != b.dtype or a.dtype not in _DTYPES:
+        raise TypeError(f"adapter {i} must have A and B in one floating dtype, got {a.dtype} and {b.dtype}")
     number = float(scale)
     if not abs(number) < float("inf"):
         raise ValueError(f"the scale of adapter {i} must be finite, got {number}")

@@ -113,10 +113,18 @@ def call_of(op: str, rows: Tensor, base: Base, adapter: Adapter, layers: int = 1
 def call_of_multi(op: str, rows: Tensor, base: Base, adapters: Sequence[Adapter | None]) -> Call:
     """Return the `Call` of one base and many adapters, at least one of which is not None. `rows` is x [M, K] in a
     forward and dy [M, N] in a backward."""
-    known = [each for each in adapters if each is not None]
-    largest = max(known, key=lambda each: each.a.shape[0])
-    dropout = max(each.p for each in known)
-    return call_of(op, rows, base, Adapter(largest.a, largest.b, 1.0, dropout))
+    largest = getattr(adapters, "largest", None)  # an `AdapterStack` knows it, and has no dropout
+    if largest is None:
+        R, dropout = 0, 0.0
+        for each in adapters:
+            if each is not None:
+                own, p = each[0].shape[0], each[3]
+                if own > R:
+                    R, a, b = own, each[0], each[1]
+                if p > dropout:
+                    dropout = p
+        largest = Adapter(a, b, 1.0, dropout)
+    return call_of(op, rows, base, largest)
 
 
 def power_of_two(n: int) -> int:

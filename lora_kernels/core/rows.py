@@ -7,13 +7,24 @@ read it: the row numbers grouped by adapter, and where each adapter's group begi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 BASE = -1
 """The id of a row that has no adapter."""
+
+_BASE_NAMES = (None, "__base__")
+"""The names of the base alone. PEFT uses the second."""
+
+_NO_ROWS = slice(0, 0)
+
+_KEPT = 8
+"""How many results of one kind a `Rows` keeps. A model has few lengths: those of its layers, and of an encoder's."""
 
 
 class Rows:
@@ -21,10 +32,23 @@ class Rows:
     layers.
 
     Adapter i owns the rows ``order[starts[i]:starts[i + 1]]``, in ascending order. The rows from ``starts[n]`` on have
-    no adapter. Make one with `by_id`, `by_length` or `by_sample`.
+    no adapter. Make one with `by_id`, `by_length` or `by_sample`. A `Rows` never changes: what its methods derive from
+    it is kept with it, and several threads may share it.
     """
 
-    __slots__ = ("M", "_counts", "_index", "_padded", "_repeated", "n", "order", "per_sample", "starts")
+    __slots__ = (
+        "M",
+        "_counts",
+        "_index",
+        "_moved",
+        "_padded",
+        "_repeated",
+        "_used",
+        "n",
+        "order",
+        "per_sample",
+        "starts",
+    )
 
     def __init__(
         self, order: Tensor, starts: Tensor, counts: tuple[int, ...] | None = None, per_sample: bool = False
@@ -40,38 +64,42 @@ class Rows:
         self.per_sample = per_sample
         """Whether the "rows" are samples [B] of an x [B, ..., K]. A call then repeats them for the rows of each."""
         self._counts = counts
-        self._index: list[slice | Tensor] | None = None
-        self._repeated: tuple[int, Rows] | None = None
-        self._padded: Rows | None = None
+        self._used: tuple[int, ...] | None = None
+        self._index: dict[int, slice | Tensor] | None = None
+        self._repeated: dict[int, Rows] = {}
+        self._padded: dict[int, Rows] = {}
+        self._moved: dict[torch.device, Rows] = {}
 
     @staticmethod
     def by_id(ids: Tensor | Sequence[int], n: int) -> Rows:
         """Return the rows of n adapters from one id per row: ids [M], integers in -1..n-1, where -1 is the base alone.
 
-        A tensor of ids stays on its device. Its values are checked, which waits for a GPU, except while a compiler
-        traces or a CUDA graph is captured.
+        A tensor of ids stays on its device. Its values are checked and counted, which waits for a GPU once, except
+        while the call is recorded by a compiler or captured into a CUDA graph.
 
         Raises TypeError for ids that are no integers, ValueError for another shape than [M], or an id out of range.
         """
-        ids = torch.as_tensor(ids)
-        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-            if ids.numel():
-                raise TypeError(f"ids must be integers, got {ids.dtype}")
-            ids = ids.long()
+        if not isinstance(ids, Tensor):
+            ids = torch.tensor(ids)
         if ids.dim() != 1:
             raise ValueError(f"ids must be one-dimensional, one for each row of x, got shape {tuple(ids.shape)}")
-        compiling = torch.compiler.is_compiling()
-        if not (compiling or (ids.is_cuda and torch.cuda.is_current_stream_capturing())) and ids.numel():
-            low, high = (int(t) for t in torch.aminmax(ids))
-            if low < BASE or high >= n:
-                raise ValueError(
-                    f"an id must lie in -1..{n - 1} (-1 is the base alone) beside {n} adapters, got {low}..{high}"
-                )
-        keys = torch.where(ids < 0, n, ids).to(torch.int32)
-        keys, order = torch.sort(keys, stable=True)
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+            if ids.shape[0]:
+                raise TypeError(f"ids must be integers, got {ids.dtype}")
+            ids = ids.long()  # torch makes an empty list a float tensor
+        keys, order = torch.sort(torch.where(ids < 0, n, ids).to(torch.int32), stable=True)
         bounds = torch.arange(n + 1, dtype=torch.int32, device=ids.device)
-        starts = torch.searchsorted(keys, bounds, out_int32=True)
-        return Rows(order.to(torch.int32), starts)
+        rows = Rows(order.to(torch.int32), torch.searchsorted(keys, bounds, out_int32=True))
+        if _recorded(ids):
+            return rows
+        if not ids.shape[0]:
+            rows._counts = (0,) * n
+            return rows
+        low, high, *starts = torch.cat([torch.stack(torch.aminmax(ids)), rows.starts]).tolist()  # waits for a GPU once
+        if low < BASE or high >= n:
+            raise ValueError(f"{_allowed(n)}, got {low}..{high}")
+        rows._counts = _differences(starts)
+        return rows
 
     @staticmethod
     def by_length(lengths: Sequence[int], which: Sequence[int], n: int | None = None) -> Rows:
@@ -89,10 +117,10 @@ class Rows:
         if any(each < 0 for each in lengths):
             raise ValueError(f"a segment cannot have a negative number of rows, got lengths {lengths}")
         if n is None:
-            n = max(which, default=BASE) + 1
+            n = max([BASE, *which]) + 1
         wrong = [each for each in which if not BASE <= each < n]
         if wrong:
-            raise ValueError(f"an id must lie in -1..{n - 1} (-1 is the base alone) beside {n} adapters, got {wrong}")
+            raise ValueError(f"{_allowed(n)}, got {wrong}")
         groups: list[list[Tensor]] = [[] for _ in range(n + 1)]
         first = 0
         for length, i in zip(lengths, which, strict=True):
@@ -111,77 +139,156 @@ class Rows:
         `table` gives the number of each name: a mapping, or the names in the order of the adapters. Raises KeyError
         for a name that is not in the table, naming those that are.
         """
+        for what, given in (("names", names), ("table", table)):
+            if isinstance(given, str):
+                raise TypeError(f"{what} must be a list of names, got the name {given!r}: write [{given!r}]")
         numbers = table if isinstance(table, Mapping) else {name: i for i, name in enumerate(table)}
-        unknown = sorted({str(name) for name in names if name not in numbers and name not in (None, "__base__")})
+        if len(numbers) < len(table):
+            raise ValueError(f"the names in the table must differ, got {list(table)}")
+        unknown = sorted({str(name) for name in names if name not in numbers and name not in _BASE_NAMES})
         if unknown:
             raise KeyError(f"no adapter is called {', '.join(unknown)}; there are {', '.join(numbers) or 'none'}")
-        n = max(numbers.values(), default=BASE) + 1
-        ids = [numbers.get(name, BASE) if name is not None else BASE for name in names]
+        n = max([BASE, *numbers.values()]) + 1
+        ids = [BASE if name is None else numbers.get(name, BASE) for name in names]
         rows = Rows.by_id(torch.tensor(ids, dtype=torch.int64), n)
-        return Rows(rows.order, rows.starts, rows.counts, per_sample=True)
+        return Rows(rows.order, rows.starts, rows.known_counts, per_sample=True)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The number of rows of each adapter, on the host. The first reading waits for a GPU."""
+        """The number of rows of each adapter, on the host. The first reading waits for a GPU, if the rows were made
+        while the call was recorded."""
         if self._counts is None:
-            starts = self.starts.tolist()
-            self._counts = tuple(after - before for before, after in itertools.pairwise(starts))
+            self._counts = _differences(self.starts.tolist())
         return self._counts
 
     @property
     def known_counts(self) -> tuple[int, ...] | None:
-        """`counts` where asking for them waits for nothing, else None: on a GPU, and while a compiler traces."""
-        if torch.compiler.is_compiling():
+        """`counts` where asking for them waits for nothing, else None: on a GPU, and while a call is recorded."""
+        if _traced():
             return None
         return self.counts if self._counts is not None or self.starts.is_cpu else None
 
+    @property
+    def used(self) -> tuple[int, ...]:
+        """The adapters that have rows, in ascending order, on the host. The first reading waits for a GPU."""
+        if self._used is None:
+            self._used = tuple(i for i, count in enumerate(self.counts) if count)
+        return self._used
+
+    def ids(self) -> Tensor:
+        """Return the adapter of each row, int64 [M] on the device of `order`: what `by_id` takes. No value is read on
+        the host."""
+        places = torch.arange(self.order.shape[0], dtype=torch.int32, device=self.order.device)
+        ids = torch.searchsorted(self.starts[1:], places, right=True)
+        ids = torch.where(ids < self.n, ids, BASE)
+        return torch.empty_like(ids).scatter_(0, self.order.long(), ids)
+
+    def places(self) -> Tensor:
+        """Return the place of each row among the rows of its adapter, or among those without one: int64 [M]. The
+        dropout mask of a row is drawn at its place."""
+        order, starts = self.order.long(), self.starts.long()
+        places = torch.arange(order.shape[0], device=order.device)
+        places -= starts[torch.searchsorted(starts[1:], places, right=True)]
+        return torch.empty_like(places).scatter_(0, order, places)
+
     def index(self, i: int) -> slice | Tensor:
         """Return the rows of adapter i as an index of x: a slice where they follow each other, else int64 numbers."""
-        if self._index is None:
-            order, first, found = self.order.cpu().long(), 0, []
-            for count in self.counts:
-                mine = order[first : first + count]
-                at = int(mine[0]) if count else 0
-                together = not count or int(mine[-1]) - at == count - 1
-                found.append(slice(at, at + count) if together else mine.to(self.order.device))
-                first += count
-            self._index = found
-        return self._index[i]
+        kept = self._index
+        if kept is None:
+            kept = self._index = self._indices()
+        return kept.get(i, _NO_ROWS)
+
+    def _indices(self) -> dict[int, slice | Tensor]:
+        """Return `index` of every adapter that has rows."""
+        counts, used, first = self.counts, self.used, 0
+        if not used:
+            return {}
+        ends = []
+        for i in used:
+            ends += [first, first + counts[i] - 1]
+            first += counts[i]
+        at = self.order[torch.tensor(ends, device=self.order.device)].tolist()
+        order, found = self.order.long(), dict[int, slice | Tensor]()
+        for j, i in enumerate(used):
+            first, last = at[2 * j : 2 * j + 2]
+            together = last - first == counts[i] - 1  # the rows of an adapter ascend
+            found[i] = slice(first, last + 1) if together else order[ends[2 * j] : ends[2 * j + 1] + 1]
+        return found
 
     def repeated(self, times: int) -> Rows:
         """Return the rows of an x [M · times, K] in which each row or sample of this one stands for `times` rows."""
         if times == 1 and not self.per_sample:
             return self
-        kept = self._repeated
-        if kept is not None and kept[0] == times:
-            return kept[1]
+        if _recorded(self.order):
+            return self._repeat(times)
+        return _kept(self._repeated, times, self._repeat)
+
+    def _repeat(self, times: int) -> Rows:
         inner = torch.arange(times, dtype=torch.int32, device=self.order.device)
         order = (self.order[:, None] * times + inner).reshape(-1)
-        counts = None if self._counts is None else tuple(count * times for count in self._counts)
-        rows = Rows(order, self.starts * times, counts)
-        if not torch.compiler.is_compiling():
-            self._repeated = times, rows
-        return rows
+        counts = self.known_counts
+        return Rows(order, self.starts * times, counts and tuple(count * times for count in counts))
 
     def padded(self, n: int) -> Rows:
-        """Return the same rows beside n adapters, of which those beyond the known ones have no rows."""
+        """Return the same rows beside n adapters, of which those beyond the known ones have no rows. Raises ValueError
+        where n is less than the number of adapters that are known."""
         if n == self.n:
             return self
-        if self._padded is not None and self._padded.n == n:
-            return self._padded
+        if n < self.n:
+            raise ValueError(f"rows names {self.n} adapters, and {n} were given")
+        if _recorded(self.order):
+            return self._pad(n)
+        return _kept(self._padded, n, self._pad)
+
+    def _pad(self, n: int) -> Rows:
         more = self.starts[-1:].expand(n - self.n)
-        counts = None if self._counts is None else (*self._counts, *[0] * (n - self.n))
-        rows = Rows(self.order, torch.cat([self.starts, more]), counts, self.per_sample)
-        if not torch.compiler.is_compiling():
-            self._padded = rows
-        return rows
+        counts = self.known_counts
+        counts = None if counts is None else (*counts, *[0] * (n - self.n))
+        return Rows(self.order, torch.cat([self.starts, more]), counts, self.per_sample)
 
     def to(self, device: torch.device | str) -> Rows:
         """Return the same rows with their tensors on `device`."""
-        if self.order.device == torch.device(device):
+        device = torch.device(device)
+        if self.order.device == device:
             return self
-        return Rows(self.order.to(device), self.starts.to(device), self._counts, self.per_sample)
+        if _recorded(self.order):
+            return self._move(device)
+        return _kept(self._moved, device, self._move)
+
+    def _move(self, device: torch.device) -> Rows:
+        return Rows(self.order.to(device), self.starts.to(device), self.known_counts, self.per_sample)
 
     def __repr__(self) -> str:
         what = "samples" if self.per_sample else "rows"
         return f"Rows({self.M} {what}, {self.n} adapters, counts={self._counts})"
+
+
+def _traced() -> bool:
+    """Return whether a compiler or torch.jit.trace records what is done. Values are then not known."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def _recorded(t: Tensor) -> bool:
+    """Return whether what is done with t is recorded, or captured into a CUDA graph. Values must then not be read, and
+    nothing that is derived may be kept: it belongs to the record, or lies in the memory of the graph."""
+    return _traced() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _allowed(n: int) -> str:
+    """Return the beginning of an error about an id."""
+    return f"an id must lie in {BASE}..{n - 1} ({BASE} is the base alone) beside {n} adapters"
+
+
+def _differences(starts: list[int]) -> tuple[int, ...]:
+    """Return the number of rows of each adapter from where each begins."""
+    return tuple([after - before for before, after in itertools.pairwise(starts)])
+
+
+def _kept(results: dict[T, Rows], key: T, make: Callable[[T], Rows]) -> Rows:
+    """Return ``make(key)``, which `results` keeps. Two threads may both make it; either result is right."""
+    found = results.get(key)
+    if found is None:
+        if len(results) >= _KEPT:
+            results.clear()
+        found = results[key] = make(key)
+    return found

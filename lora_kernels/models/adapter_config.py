@@ -69,9 +69,10 @@ class AdapterConfig:
     rules: Rules
     """The rules that choose the layers, with rank_pattern and alpha_pattern."""
 
-    def for_names(self, names: Collection[str], path: Path) -> AdapterConfig:
+    def for_names(self, names: Collection[str], source: Path | str) -> AdapterConfig:
         """Return the config for a model with these plain names: its rules without the names of wrappers, and checked to
-        be regular expressions that are matched with these names in bounded time. Raises ValueError otherwise."""
+        be regular expressions that are matched with these names in bounded time. Raises ValueError otherwise, which
+        names `source`."""
         rules, plain = self.rules, plain_rules(names)
         wanted, excluded = rules.target_modules, rules.exclude_modules or ()
         own = Rules(
@@ -89,7 +90,7 @@ class AdapterConfig:
                 way_out = "; name the layers instead, or load it with PEFT if you trust the file" * isinstance(
                     error, patterns.TooSlow
                 )
-                raise ValueError(f"{path}: {field}: {error}{way_out}. Nothing was loaded") from None
+                raise ValueError(f"{source}: {field}: {error}{way_out}. Nothing was loaded") from None
         return replace(self, rules=own)
 
     def rank(self, name: str) -> int:
@@ -119,6 +120,12 @@ def read_config(path: Path) -> AdapterConfig:
         raise FileNotFoundError(f"there is no {path}{more}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is cut short or not JSON ({error}); nothing was loaded") from error
+    return checked_config(config, path)
+
+
+def checked_config(config: Any, path: Path | str) -> AdapterConfig:
+    """Return the config that these fields of LoraConfig make, as `read_config` does. `path` says in errors where they
+    come from. Raises ValueError as `read_config` does."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path}: peft_type is {kind!r:.200}; only 'LORA' is supported")
@@ -181,7 +188,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_types(config: dict[str, Any], path: Path) -> None:
+def _check_types(config: dict[str, Any], path: Path | str) -> None:
     """Raise ValueError for a field whose value, or a value inside it, has another type than in LoraConfig."""
     for key, types in _TYPES.items():
         value = config.get(key, None if type(None) in types else types[0]())
@@ -192,7 +199,7 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{path}: {key}={value!r:.200} is not what LoraConfig has there")
 
 
-def _check_numbers(config: dict[str, Any], path: Path) -> None:
+def _check_numbers(config: dict[str, Any], path: Path | str) -> None:
     """Raise ValueError for an r, an alpha or a dropout that no layer can have."""
     r, alpha, dropout = config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}

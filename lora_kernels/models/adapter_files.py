@@ -5,13 +5,16 @@ Tensors are checked when they are read. Nothing is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from lora_kernels.core import atomic, locks
 from lora_kernels.models.adapter_config import CONFIG
 from lora_kernels.models.names import WRAPPER, plain_name
 from lora_kernels.models.targets import some
@@ -59,17 +62,53 @@ def safetensors_torch() -> Any:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return every tensor of a safetensors file. Raises FileNotFoundError, or ValueError for a broken file."""
     st = safetensors_torch()
+    with _readable(path):
+        with st.safe_open(path, "pt"):  # compares the header with the file's size before so many bytes are read
+            pass
+        # The file is read, not mapped into memory, so that a later change of it changes nothing here.
+        return st.load(path.read_bytes())
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Return the names, shapes and dtypes of the tensors of a safetensors file, as tensors on the meta device. Their
+    values are not read. Raises FileNotFoundError, or ValueError for a broken file."""
+    st = safetensors_torch()
+    found = {}
+    with _readable(path), st.safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  # it is no dictionary
+            part = file.get_slice(name)
+            shape = part.get_shape()
+            dtype = part[:0].dtype if shape else file.get_tensor(name).dtype
+            found[name] = torch.empty(shape, dtype=dtype, device="meta")
+    return found
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise FileNotFoundError for a file that is not there, and ValueError for one that the body cannot read."""
     if not path.is_file():
         pickled = path.with_suffix(".bin")
         more = f" ({pickled.name} is a pickle and is not read: save it anew as safetensors)" if pickled.exists() else ""
         raise FileNotFoundError(f"there is no {path}{more}")
     try:
-        with st.safe_open(path, "pt"):  # compares the header with the file's size before so many bytes are read
-            pass
-        # The file is read, not mapped into memory, so that a later change of it changes nothing here.
-        return st.load(path.read_bytes())
+        yield
     except Exception as error:  # a broken header raises several types beside SafetensorError
         raise ValueError(f"{path} is cut short or not a safetensors file ({error}); nothing was loaded") from error
+
+
+@contextlib.contextmanager
+def one_save(directory: Path) -> Iterator[None]:
+    """Make sure that the files which the body reads from `directory` are of one save: one that was killed is finished
+    first, and the next one waits. Raises ValueError where a killed save cannot be finished."""
+    try:
+        atomic.finish(directory)
+    except OSError as error:
+        raise ValueError(
+            f"{directory}: a save was killed between its two files and cannot be finished ({error}). Call save_adapter "
+            "again, or load_adapter where the directory may be written. Nothing was loaded"
+        ) from error
+    with locks.locked(directory, shared=True):
+        yield
 
 
 def adapters_of(

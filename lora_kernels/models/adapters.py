@@ -9,11 +9,19 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_kernels.core import atomic, locks
+from lora_kernels.core import atomic
 from lora_kernels.models import inject
 from lora_kernels.models.adapter_checks import refuse_unsaved_parts, values_of
 from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, config_of, read_config
-from lora_kernels.models.adapter_files import MAGNITUDE, PEFT_KEY, WEIGHTS, adapters_of, read_weights, safetensors_torch
+from lora_kernels.models.adapter_files import (
+    MAGNITUDE,
+    PEFT_KEY,
+    WEIGHTS,
+    adapters_of,
+    one_save,
+    read_weights,
+    safetensors_torch,
+)
 from lora_kernels.models.adapter_values import apply_stored, fill_stored
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.reports import ApplyReport
@@ -173,12 +181,5 @@ def _read(directory: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """Return what the two files of an adapter hold, which no `save_adapter` replaces in the meantime."""
     if not directory.is_dir():
         return read_config(directory / CONFIG), {}  # which raises the error
-    try:
-        atomic.finish(directory)
-    except OSError as error:
-        raise ValueError(
-            f"{directory}: a save was killed between its two files and cannot be finished ({error}). Call save_adapter "
-            "again, or load_adapter where the directory may be written. Nothing was loaded"
-        ) from error
-    with locks.locked(directory, shared=True):
+    with one_save(directory):
         return read_config(directory / CONFIG), read_weights(directory / WEIGHTS)

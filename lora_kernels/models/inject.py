@@ -157,14 +157,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             layer.to_linear()
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
-    places = _places(model)
+    places = places_of(model)
     for layer in layers.values():
         linear = layer.to_linear().requires_grad_(False)
         offload.offload_like(layer, linear)
         if layer is model:
             return linear
         for place in places[id(layer)]:
-            _put(model, place, linear)
+            put(model, place, linear)
     return model
 
 
@@ -225,12 +225,12 @@ def _replaced(
 ) -> tuple[ApplyReport, Callable[[], None]]:
     """Do what `put_layers` does, and return the report and a function that undoes it."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    places = _places(model)
+    places = places_of(model)
 
     def put_back() -> None:
         for target in selection.targets:
             for place in places[id(target.linear)]:
-                _put(model, place, target.linear)
+                put(model, place, target.linear)
         for parameter, requires_grad in trained:  # from_linear freezes the weights that it takes over
             parameter.requires_grad = requires_grad
 
@@ -244,7 +244,7 @@ def _replaced(
             parameter.requires_grad = False  # not requires_grad_(), which a lazy layer's parameter refuses
         for target, layer in zip(selection.targets, layers, strict=True):
             for place in places[id(target.linear)]:
-                _put(model, place, layer)
+                put(model, place, layer)
     except BaseException:
         put_back()
         raise
@@ -271,7 +271,7 @@ def _adapted(target: Target) -> FusedLoRALinear:
         raise type(error)(f"{target.name}: {error}") from None
 
 
-def _places(model: nn.Module) -> dict[int, list[str]]:
+def places_of(model: nn.Module) -> dict[int, list[str]]:
     """Return every dotted name of each module in `model`, by the module's id."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -279,6 +279,7 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Make `module` the one that has the dotted name `name` in `model`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

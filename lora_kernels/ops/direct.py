@@ -27,6 +27,7 @@ from lora_kernels.core.operands import (
     Tensors,
     call_of,
     call_of_multi,
+    power_of_two,
 )
 from lora_kernels.core.rows import Rows
 
@@ -112,6 +113,14 @@ def backward_multi(
     """Return (dx, das, dbs) of one layer with many adapters; a gradient that `needs` does not ask for is None."""
     module = dispatch.pick(call_of_multi("backward_multi", dy, base, adapters), backend)
     return module.backward_multi(dy, x, base, adapters, rows, h, needs)
+
+
+def add_multi(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Rows, backend: str | None) -> None:
+    """Add the low-rank half of many adapters, at least one of which is not None, to their rows of y [M, N]."""
+    known = [each.a for each in adapters if each is not None]
+    (M, N), K, R = y.shape, x.shape[1], max([a.shape[0] for a in known])
+    call = Call("add_multi", x.device, x.dtype, known[0].dtype, power_of_two(M), N, K, R, False)
+    dispatch.pick(call, backend).add_multi(y, x, adapters, rows)
 
 
 def _serving_all(

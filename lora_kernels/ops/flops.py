@@ -5,6 +5,7 @@
                da  2·M·R·K + g                               gᵀ x̂
                db  2·M·R·N                                   dyᵀ h
                g   2·M·N·R, once                             dy B
+    many       2·M·N·K, and what is above for the M_i rows and the rank R_i of each adapter
     DoRA       2·N·K·R + 2·R·R·(K + N), its norm             W Aᵀ, A Aᵀ, B (A Aᵀ)
 
 These are the products that plain torch counts for the same layers, whichever back-end computes them and whatever the
@@ -16,6 +17,7 @@ does its work only where somebody else has imported that module.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -34,10 +36,12 @@ def register() -> None:
     module: Any = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    packets = {getattr(torch.ops.lora_kernels, name): formula for name, formula in FORMULAS.items()}
+    ours = torch.ops.lora_kernels
+    # The operators of many adapters are registered when lora_linear_multi is first asked for.
+    packets = {getattr(ours, name): formula for name, formula in FORMULAS.items() if hasattr(ours, name)}
     for packet, formula in packets.items():
         if packet not in module.flop_registry:
-            module.register_flop_formula(packet)(formula)
+            module.register_flop_formula(packet, get_raw=formula in _OF_VALUES)(formula)
     for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", None)
         if isinstance(counter, module.FlopCounterMode):
@@ -90,6 +94,41 @@ def _dora_norm(w: Any, a: Any, *_: Any, **__: Any) -> int:
     return 2 * N * K * R + 2 * R * R * (K + N)
 
 
+# These get the tensors themselves, since the rows of each adapter are values.
+
+
+def _forward_multi(x: Any, w: Any, bias: Any, a: Any, b: Any, *args: Any, **_: Any) -> int:
+    M, K = x.shape
+    N = next(each.shape[0] for each in b if each is not None)
+    own = [_forward((M_i, K), None, *each) - 2 * M_i * N * K for M_i, *each in _with_rows(M, a, b, args[4])]
+    return 2 * M * N * K + sum(own)
+
+
+def _backward_multi(  # type: ignore[no-untyped-def]
+    dy, x, w, h, a, b, scale, p, seed, order, starts, backend, need_dx, need_da, need_db, *_: Any, **__: Any
+) -> int:
+    M, N = dy.shape
+    K = next(each.shape[1] for each in a if each is not None)
+    total = 2 * M * N * K if need_dx else 0
+    for i, (M_i, own_a, own_b) in enumerate(_with_rows(M, a, b, starts)):
+        needs = [need_dx, need_da[i], need_db[i]]
+        total += _backward((M_i, N), None, None, own_a, own_b, *[None] * 5, *needs) - 2 * M_i * N * K * need_dx
+    return total
+
+
+def _with_rows(M: int, a: Any, b: Any, starts: Any) -> list[tuple[int, Any, Any]]:
+    """Return (its number of rows, the shapes of its A and B) for each adapter; rank 0 stands for None. Of rows whose
+    numbers are not known, as in fake tensors, all are counted for the adapter of the largest rank."""
+    K = next(each.shape[1] for each in a if each is not None)
+    ranks = [0 if each is None else each.shape[0] for each in a]
+    if type(starts) is torch.Tensor:
+        counts = [after - before for before, after in itertools.pairwise(starts.tolist())]
+    else:
+        counts = [M if i == ranks.index(max(ranks)) else 0 for i in range(len(ranks))]
+    N = next(each.shape[0] for each in b if each is not None)
+    return [(count, (R, K), (N, R)) for count, R in zip(counts, ranks, strict=True)]
+
+
 FORMULAS = {
     "forward": _forward,
     "backward": _backward,
@@ -97,5 +136,10 @@ FORMULAS = {
     "backward_group": _backward_group,
     "base_gemm": _base_gemm,
     "dora_norm": _dora_norm,
+    "forward_multi": _forward_multi,
+    "backward_multi": _backward_multi,
 }
 """The formula of each operator that multiplies matrices, by the operator's name."""
+
+_OF_VALUES = (_forward_multi, _backward_multi)
+"""The formulas that read values, and not only shapes."""

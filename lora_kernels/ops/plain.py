@@ -55,7 +55,7 @@ def serves(name: str, x: Tensor, layer: Layer, backend: str | None) -> bool:
     that cannot serve such a call.
     """
     dense = x.layout is torch.strided and not x.is_nested
-    differentiates = _differentiates(x, layer)
+    differentiates = has_tangent(x, layer)
     transformed = torch._C._are_functorch_transforms_active() and not _only_functionalize()
     tracing = is_tracing()
     if backend is not None:
@@ -76,7 +76,7 @@ def serves(name: str, x: Tensor, layer: Layer, backend: str | None) -> bool:
         raise ValueError(f"dropout_p must lie in [0, 1), got {p}")
     recorded = tracing or is_exporting()
     if p > 0 and seed is not None and (recorded or not dense):
-        what = "a call that is recorded draws a new mask in each run" if recorded else f"x is {_kind(x)}"
+        what = "a call that is recorded draws a new mask in each run" if recorded else f"x is {kind_of(x)}"
         raise ValueError(f"a seed gives one mask, for the rows and columns of a dense x, and {what}: leave seed away")
     return True
 
@@ -92,7 +92,7 @@ def _lora_linear(x: Tensor, layer: Layer) -> Tensor:
     """Return y as torch computes it. torch raises RuntimeError for layouts that it cannot multiply."""
     w, a, b, scale, bias, p, seed = layer
     scale, b = check.scale(scale, b)
-    y = F.linear(x, _dense(w, x.dtype), bias)
+    y = F.linear(x, dense_weight(w, x.dtype), bias)
     return as_dtype(y + _low_rank(_dropout(x, p, seed), a, b, scale), y.dtype)
 
 
@@ -100,7 +100,7 @@ def dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
     """Return y of one DoRA layer. `serves` has checked the operands."""
     if (x.is_nested and x.layout is torch.strided) or x.is_mkldnn:
         raise ValueError(
-            f"x is {_kind(x)}, and torch cannot multiply such a tensor by DoRA's d. Make a nested x with "
+            f"x is {kind_of(x)}, and torch cannot multiply such a tensor by DoRA's d. Make a nested x with "
             "layout=torch.jagged, and call to_dense() on an MKL-DNN x"
         )
     if x.layout is not torch.strided and not x.is_nested:
@@ -134,14 +134,14 @@ def _of_a_layout(equation: Callable[..., Tensor], x: Tensor, layer: Layer, *rest
     with the layout and the way out where torch cannot compute it."""
     if layer.dropout_p > 0:
         raise ValueError(
-            f"x is {_kind(x)}, and torch has no dropout for such a tensor; got p = {layer.dropout_p}. Call to_dense() "
-            "on x, switch dropout off with eval(), or set lora_dropout to 0"
+            f"x is {kind_of(x)}, and torch has no dropout for such a tensor; got p = {layer.dropout_p}. Call "
+            "to_dense() on x, switch dropout off with eval(), or set lora_dropout to 0"
         )
     try:
         return equation(x, layer, *rest)
     except RuntimeError as error:
         raise ValueError(
-            f"x is {_kind(x)}, {x.dtype}, {tuple(x.shape)}, and torch cannot compute a linear layer of it. Call "
+            f"x is {kind_of(x)}, {x.dtype}, {tuple(x.shape)}, and torch cannot compute a linear layer of it. Call "
             f"to_dense() on x. torch says: {str(error).partition('.')[0]}"
         ) from error
 
@@ -161,7 +161,7 @@ def _dropout(x: Tensor, p: float, seed: Tensor | int | None) -> Tensor:
     return dropout.dropout(rows, p, check.seed(seed, x.device)).reshape(x.shape)
 
 
-def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def dense_weight(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Return W, dequantised to `dtype` where it is quantised."""
     if not isinstance(w, QuantizedWeight):
         return w
@@ -212,7 +212,7 @@ def _tensors(x: Tensor, layer: Layer) -> Iterator[Tensor]:
     return (t for t in (x, w, a, b, scale, bias) if isinstance(t, Tensor))
 
 
-def _differentiates(x: Tensor, layer: Layer) -> bool:
+def has_tangent(x: Tensor, layer: Layer) -> bool:
     """Return whether forward-mode AD has a tangent for one of the operands, outside of torch.func."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
@@ -228,7 +228,8 @@ def _only_functionalize() -> bool:
     return all(each.key() == functionalize for each in stack)
 
 
-def _kind(x: Tensor) -> str:
+def kind_of(x: Tensor) -> str:
+    """Return what kind of tensor an x is that is not dense, for errors."""
     return f"a nested tensor of layout {x.layout}" if x.is_nested else f"of layout {x.layout}"
 
 
@@ -241,7 +242,7 @@ def _refuse_backend(
         "bits of dropout"
     )
     if not dense:
-        raise ValueError(f"x is {_kind(x)}, which backend={backend!r} does not read. {way_out}")
+        raise ValueError(f"x is {kind_of(x)}, which backend={backend!r} does not read. {way_out}")
     if tracing:
         raise ValueError(
             f"torch.jit.trace records plain torch operations, so that a saved trace runs without this package, and "

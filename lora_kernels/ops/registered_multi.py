@@ -63,8 +63,13 @@ def _lists(adapters: Sequence[Adapter | None]) -> list[list[Any]]:
 
 
 def _adapters(a, b, scale, p, seed) -> list[Adapter | None]:  # type: ignore[no-untyped-def]
-    """Return the adapters that such lists stand for."""
-    return [None if each[0] is None else Adapter(*each) for each in zip(a, b, scale, p, seed, strict=True)]
+    """Return the adapters that such lists stand for. torch's dispatcher negates the tensors of a ``Tensor[]`` that are
+    lazily negated, but not those of a ``Tensor?[]``."""
+    fields = zip(a, b, scale, p, seed, strict=True)
+    return [
+        None if own_a is None else Adapter(own_a.resolve_neg(), own_b.resolve_neg(), *rest)
+        for own_a, own_b, *rest in fields
+    ]
 
 
 def _size_of_h(M: int, a: list[Tensor | None]) -> tuple[int, Tensor | None]:
@@ -87,7 +92,7 @@ def _run_forward(  # type: ignore[no-untyped-def]
     size, like = _size_of_h(x.shape[0], a)
     if h is None or like is None:
         return y, x.new_empty(0)
-    whole = like.new_empty(size)
+    whole = like.new_zeros(size)
     whole[: h.numel()] = h
     return y, whole
 

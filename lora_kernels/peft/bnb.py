@@ -15,20 +15,21 @@ Dettmers, Pagnoni, Holtzman and Zettlemoyer, "QLoRA", 2023 (arXiv:2305.14314).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft.tuners.lora import bnb as peft_layers
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from lora_kernels.core.rows import Rows
 from lora_kernels.nn.fit import has_hooks
-from lora_kernels.nn.quantized import quantized_linear
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
+from lora_kernels.peft import known
 from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb
@@ -189,9 +190,11 @@ class _FusedBnb(Fused):
         return dtype
 
     @staticmethod
-    def variant_reason(layer: Any, name: str) -> str:
-        """Return why the adapter's variant cannot be fused: over a quantised weight no variant can."""
+    def variant_reason(layer: Any, name: str) -> str | None:
+        """Return why the adapter's variant cannot be fused: over a quantised weight only activated LoRA can."""
         kind = type(layer.lora_variant[name])
+        if kind is ALoraLinearVariant:
+            return known.why_not_alora(kind) or None
         what = "DoRA over a quantised weight" if kind is DoraLinearVariant else f"a {kind.__name__}"
         return f"adapter {name!r} is {what}"
 
@@ -228,12 +231,11 @@ class _FusedBnb(Fused):
         with no_autocast(device_type(x)):
             return as_dtype(super()._compute(as_dtype(x, operands.inner), operands), operands.outer)
 
-    def _compute_base(self, x: Tensor, operands: Operands) -> Tensor:
+    def compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
         self._settle(x)
-        w, bias, _, inner, outer = operands
-        assert isinstance(w, QuantizedWeight)
-        with no_autocast(x.device.type):
-            return quantized_linear(x.to(inner), w, bias, self._backend).to(outer)
+        with no_autocast(device_type(x)):
+            y = super().compute_rows(as_dtype(x, operands.inner), operands, numbers, rows)
+            return as_dtype(y, operands.outer)
 
     def _settle(self, x: Tensor) -> None:
         """Make the changes to the base that bitsandbytes' own forward makes before it computes."""

@@ -10,18 +10,22 @@ reason is counted. The result, for plain LoRA and for DoRA, is the one that PEFT
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.lora import layer as peft_layer
+from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 
+from lora_kernels.core.rows import Rows
 from lora_kernels.nn.fit import has_hooks
-from lora_kernels.ops import check
+from lora_kernels.nn.mixed import CURRENT, current_for
+from lora_kernels.nn.recompute import REMEMBERED
 from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.linear import lora_linear
+from lora_kernels.ops.multi import lora_linear_multi
+from lora_kernels.peft import by_row
 from lora_kernels.peft.groups import Group
 from lora_kernels.peft.reading import (
     OneAdapter,
@@ -30,11 +34,9 @@ from lora_kernels.peft.reading import (
     as_one_adapter,
     only_eager,
     weight_and_bias,
+    why_not_biased,
 )
 from lora_kernels.quant.weight import QuantizedWeight
-
-_IGNORED = frozenset(getattr(peft_layer, "VARIANT_KWARG_KEYS", ()))
-"""Keywords of PEFT's variants of LoRA. Plain LoRA accepts and ignores them."""
 
 DROPOUTS = (nn.Identity, nn.Dropout)
 """PEFT's modules for a dropout of 0, and for others."""
@@ -42,22 +44,13 @@ DROPOUTS = (nn.Identity, nn.Dropout)
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def why_not_biased(dtype: torch.dtype) -> str:
-    """Return why adapters with a bias in lora_B cannot be fused in a computation in `dtype`, or "" where they can.
-
-    The kernels take one bias, in the dtype of the computation. In 16 bits the sum of the base's bias and s times that
-    of lora_B may overflow, or have digits below those that 16 bits hold, where y has neither because x Wᵀ cancels most
-    of it. PEFT adds the second bias in fp32.
-    """
-    return f"lora_bias beside {dtype}: the sum of the two biases would be rounded to it" * (dtype in check.HALVES)
-
-
 class Fused:
     """The fused forward of PEFT's LoRA linears. A subclass inherits from this class and then from `peft_class`.
 
-    A forward asks its group first (`Group.take`), and then `plain_operands`, which serves the most frequent case.
-    Every other forward reads the whole layer (`read`). Then it computes (`_compute`), or leaves the call to PEFT's own
-    forward.
+    A forward in the context `mixed` computes each row with an adapter of its own (`by_row.forward_in`). Another one
+    asks its group first (`Group.take`), and then `plain_operands`, which serves the most frequent case. Every other
+    forward reads the whole layer (`read`). Then it computes (`_compute`, `compute_rows`), or leaves the call to PEFT's
+    own forward.
     Subclasses define how the base is read (`read_base`), which variants of LoRA they serve (`variant_reason`) and in
     which dtypes a call is computed (`_dtypes`).
 
@@ -80,6 +73,8 @@ class Fused:
 
     fused_calls: int
     passed_over: Counter[str]
+    adapter_table = staticmethod(by_row.adapter_table)
+    """The numbers of the model's adapters, which `mixed` asks for."""
     _backend: str | None
     _group: Group | None
     _modules: Any
@@ -101,7 +96,12 @@ class Fused:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's forward returns for x [..., in_features]; ``adapter_names`` has one name for each element
         of x's first dimension."""
-        if not (args or kwargs or torch.compiler.is_compiling()):
+        compiling = torch.compiler.is_compiling()
+        if compiling or CURRENT.get() is not None or REMEMBERED:  # a call of `current_for` would be one more frame
+            context = current_for(self)
+            if context is not None:
+                return context.computed(self, by_row.forward_in(context, self, x, args, kwargs))
+        if not (args or kwargs or compiling):
             group = self._group
             if group is not None and (y := group.take(self, x)) is not None:
                 self.__dict__["fused_calls"] += 1  # nn.Module's setting of an attribute takes microseconds
@@ -113,15 +113,16 @@ class Fused:
         names = kwargs.get("adapter_names") if kwargs else None
         operands = self.read(x, args, kwargs, names)
         if isinstance(operands, str):
-            if operands and not torch.compiler.is_compiling():
+            if operands and not compiling:
                 self.passed_over[operands] += 1
             return self.peft_class.forward(self, x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self.__dict__["fused_calls"] += 1
-        if names is None:
+        if names is None and not operands.activated:
             return self._compute(x, operands)
         self._check_forward_args(x, adapter_names=names)
-        return self._compute_by_sample(x, operands, names)
+        numbers, rows = by_row.rows_for(x, operands, names, kwargs.get("alora_offsets"))
+        return self.compute_rows(x, operands, numbers, rows)
 
     def plain_operands(self, x: Tensor) -> OneAdapter | None:
         """Return the operands of a forward without further arguments in the most frequent case, or None where `read`
@@ -133,15 +134,20 @@ class Fused:
         return None
 
     def read(
-        self, x: Tensor, args: Any = (), kwargs: Mapping[str, Any] = _NOTHING, names: list[str] | None = None
+        self,
+        x: Tensor,
+        args: Any = (),
+        kwargs: Mapping[str, Any] = _NOTHING,
+        names: list[str] | None = None,
+        alone: bool = False,
     ) -> Operands | str:
         """Return the operands of a forward with these arguments, or why PEFT's own forward serves it: "" where no
-        adapter is to be computed."""
+        adapter is to be computed. With `alone` PEFT's forward cannot serve it, also where it would be faster."""
         # Every forward that neither a group nor `plain_operands` serves runs this. It reads the layer once, and avoids
         # nn.Module's slow attribute look-up.
         if self.disable_adapters or self.merged:
             return "" if names is None else "adapter_names beside disabled or merged adapters"
-        if args or (kwargs and any(key != "adapter_names" and key not in _IGNORED for key in kwargs)):
+        if args or (kwargs and any(key not in by_row.KEYWORDS for key in kwargs)):
             return "further arguments for the base layer"
         base = self.read_base(self)
         if isinstance(base, str):
@@ -155,7 +161,7 @@ class Fused:
         if not active:
             return ""
         adapters = {}
-        dropout = biased = False
+        dropout = biased = activated = False
         for name in active:
             adapter = self.read_adapter(self, name)
             if isinstance(adapter, str):
@@ -165,8 +171,19 @@ class Fused:
                 dropout = True
             if adapter.b_bias is not None:
                 biased = True
-        if variants and (len(active) > 1 or names is not None) and any(name in variants for name in active):
-            return "a DoRA adapter beside others"  # `read_adapter` has refused all other variants
+            if adapter.activated:
+                activated = True
+        if variants and (len(active) > 1 or names is not None):
+            if any(adapter.magnitude is not None for adapter in adapters.values()):
+                return "a DoRA adapter beside others"  # `read_adapter` has refused the variants that are not fused
+            if activated and names is None:
+                return "an activated LoRA beside others"
+        if (
+            activated
+            and names is None
+            and (reason := by_row.why_not_offsets(x, kwargs.get("alora_offsets"))) is not None
+        ):
+            return reason
         if names is None and len(adapters) < len(active):
             return "an adapter that is active twice"
         dtypes = self._dtypes(x, w, adapters, autocast_of(x))
@@ -175,7 +192,7 @@ class Fused:
         inner, outer = dtypes
         if biased and (reason := why_not_biased(inner)):
             return reason
-        if self._backend is None and (dropout or self.quantised_base):
+        if self._backend is None and not alone and (dropout or self.quantised_base):
             # Without a kernel, masks and weights of 4 or 8 bits become tensors by dozens of torch operations. Then
             # PEFT's own forward is the faster one, and serves the call unless a back-end was asked for by name.
             (N, K), a = w.shape, adapters[active[0]].a
@@ -184,7 +201,7 @@ class Fused:
             if only_eager(x.device, pair, (N, K, a.shape[0]), dropout, w_format):
                 what = "dropout" if w_format == "dense" else f"a weight in {w_format}"
                 return f"no kernel for {what} here, and PEFT's own forward is faster than plain torch operations"
-        return Operands(w, bias, adapters, inner, outer)
+        return Operands(w, bias, adapters, inner, outer, activated)
 
     @staticmethod
     def read_base(layer: Any) -> tuple[Tensor | QuantizedWeight, Tensor | None] | str:
@@ -195,8 +212,8 @@ class Fused:
     @classmethod
     def read_adapter(cls, layer: Any, name: str) -> PeftAdapter | str:
         """Return adapter `name` of `layer`, which may not be fused yet, or why it cannot be fused."""
-        dora = name in layer.lora_variant
-        if dora and (reason := cls.variant_reason(layer, name)):
+        variant = layer.lora_variant.get(name)
+        if variant is not None and (reason := cls.variant_reason(layer, name)):
             return reason
         modules = layer._modules
         down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
@@ -222,8 +239,9 @@ class Fused:
         p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
         if p >= 1:
             return f"adapter {name!r} drops everything: p = {dropout.p}"
-        magnitude = layer.lora_magnitude_vector[name].weight if dora else None
-        return PeftAdapter(a, b, b_bias, layer.scaling[name], p, magnitude)
+        activated = type(variant) is ALoraLinearVariant
+        magnitude = None if variant is None or activated else layer.lora_magnitude_vector[name].weight
+        return PeftAdapter(a, b, b_bias, layer.scaling[name], p, magnitude, activated)
 
     @staticmethod
     def variant_reason(layer: Any, name: str) -> str | None:
@@ -274,24 +292,11 @@ class Fused:
         """Return y of the base with the DoRA adapter `adapter`."""
         raise NotImplementedError
 
-    def _compute_base(self, x: Tensor, operands: Operands) -> Tensor:
-        """Return the result of the base without an adapter."""
-        return self.base_layer(x)
-
-    def _compute_by_sample(self, x: Tensor, operands: Operands, names: list[str]) -> Tensor:
-        """Return y, where sample i of x is computed with the adapter ``names[i]``, by one call for each adapter."""
-        order: list[int] = []
-        parts = []
-        for name in dict.fromkeys(names):
-            indices = [i for i, other in enumerate(names) if other == name]
-            order += indices
-            adapter = operands.adapters.get(name)
-            if adapter is None:
-                parts.append(self._compute_base(x[indices], operands))
-            else:
-                parts.append(self._compute(x[indices], operands._replace(adapters={name: adapter})))
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(parts)[torch.tensor(back, device=x.device)]
+    def compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
+        """Return y, where each row of x is computed with the adapter that `rows` gives it. `numbers` are the names and
+        numbers of these adapters. W is read once."""
+        adapters = by_row.many(operands, numbers, rows.n)
+        return lora_linear_multi(x, operands.w, adapters, rows, bias=operands.bias, backend=self._backend)
 
     def _get_name(self) -> str:
         return self.peft_class.__name__  # so that repr() begins with PEFT's name, lora.Linear

@@ -23,9 +23,9 @@ from lora_kernels.peft.groups import FAMILIES, Group
 try:
     from peft.tuners.lora import LoraLayer, LoraModel
 
-    from lora_kernels.peft.fused import Fused, why_not_biased
+    from lora_kernels.peft.fused import Fused
     from lora_kernels.peft.linear import FusedLinear
-    from lora_kernels.peft.reading import PeftAdapter
+    from lora_kernels.peft.reading import PeftAdapter, why_not_biased
     from lora_kernels.peft.report import FuseReport
 except ImportError as error:
     raise ImportError(

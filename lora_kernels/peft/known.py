@@ -30,6 +30,14 @@ _DORA = frozenset(_DORA_USES.split())
 """What the forwards of PEFT's DoRA use."""
 
 
+_ALORA_USES = """
+alora_offsets arange bool device dtype get int len long lora_A lora_B lora_dropout min scaling shape tensor to torch
+unsqueeze view weight zeros
+"""
+_ALORA = frozenset(_ALORA_USES.split())
+"""What the forward of PEFT's activated LoRA uses."""
+
+
 def why_not_lora(peft_class: type[Any]) -> str:
     """Return why the fused path may not stand in for the forward of `peft_class`, a LoRA linear of PEFT, or "" where it
     may."""
@@ -40,6 +48,12 @@ def why_not_dora(variant: type[Any], magnitude: type[Any]) -> str:
     """Return why the fused path may not stand in for DoRA, which PEFT's class `variant` computes with a `magnitude`, or
     "" where it may."""
     return _unknown(variant, "forward", _DORA) or _unknown(magnitude, "forward", _DORA)
+
+
+def why_not_alora(variant: type[Any]) -> str:
+    """Return why the fused path may not stand in for activated LoRA, which PEFT's class `variant` computes, or "" where
+    it may."""
+    return _unknown(variant, "forward", _ALORA)
 
 
 def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:

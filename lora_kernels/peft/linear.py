@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -22,6 +22,8 @@ _any_autocast = torch._C._is_any_autocast_enabled  # without the time of asking 
 
 _DORA_UNKNOWN = known.why_not_dora(DoraLinearVariant, DoraLinearLayer)
 """Why DoRA of the installed PEFT cannot be fused; "" for the versions that this package knows."""
+_ALORA_UNKNOWN = known.why_not_alora(ALoraLinearVariant)
+"""The same for activated LoRA."""
 
 
 class FusedLinear(Fused, peft_layer.Linear):
@@ -106,8 +108,11 @@ class FusedLinear(Fused, peft_layer.Linear):
 
     @staticmethod
     def variant_reason(layer: Any, name: str) -> str | None:
-        """Return why the adapter's variant is not a DoRA that can be fused; None where it is."""
+        """Return why the adapter's variant is neither a DoRA nor an activated LoRA that can be fused; None where it is
+        one."""
         kind = type(layer.lora_variant[name])
+        if kind is ALoraLinearVariant:
+            return _ALORA_UNKNOWN or None
         if kind is not DoraLinearVariant:
             return f"adapter {name!r} is a {kind.__name__}"
         if _DORA_UNKNOWN:
@@ -139,7 +144,7 @@ class FusedLinear(Fused, peft_layer.Linear):
 
     def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
         w: Any = operands.w
-        a, b, _, scale, p, magnitude = adapter
+        a, b, _, scale, p, magnitude, _ = adapter
         assert magnitude is not None
         return dora_linear(
             x,

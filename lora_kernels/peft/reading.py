@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
+from lora_kernels.ops import check
 from lora_kernels.quant.weight import QuantizedWeight
 
 
@@ -32,6 +33,8 @@ class PeftAdapter(NamedTuple):
     """The dropout probability in this call: 0 while the dropout module is not in training mode."""
     magnitude: Tensor | None = None
     """DoRA's magnitude vector, [N]; None for plain LoRA."""
+    activated: bool = False
+    """Whether it is an activated LoRA, which has the tokens from its invocation tokens on."""
 
 
 class Operands(NamedTuple):
@@ -47,6 +50,8 @@ class Operands(NamedTuple):
     """The dtype in which base and adapters are computed."""
     outer: torch.dtype
     """The dtype of y."""
+    activated: bool = False
+    """Whether one of the adapters is an activated LoRA."""
 
 
 OneAdapter = tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]
@@ -56,12 +61,12 @@ OneAdapter = tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Ten
 def as_one_adapter(operands: Operands) -> OneAdapter:
     """Return the operands of `lora_linear` for all adapters. Several of them become one, whose rank is the sum of
     theirs; the caller makes sure that they have no dropout. The adapters' own biases are added to the base's."""
-    w, bias, adapters, inner, _ = operands
+    w, bias, adapters, inner, _, _ = operands
     for adapter in adapters.values():
         if adapter.b_bias is not None:
             term = adapter.b_bias.to(inner) * adapter.scale
             bias = term if bias is None else bias + term
-    a, b, _, scale, p, _ = adapter  # the only adapter, or the last of several: these replace a, b and scale
+    a, b, _, scale, p, _, _ = adapter  # the only adapter, or the last of several: these replace a, b and scale
     if len(adapters) > 1:
         # In 16 bits s·B would be rounded, and the gradient of s·B may overflow where that of B, s times it, does not.
         wide = torch.promote_types(a.dtype, torch.float32)
@@ -72,6 +77,16 @@ def as_one_adapter(operands: Operands) -> OneAdapter:
     if inner == torch.float32 and not a.dtype == b.dtype == inner:
         a, b = a.to(inner), b.to(inner)
     return w, a, b, scale, bias, p
+
+
+def why_not_biased(dtype: torch.dtype) -> str:
+    """Return why adapters with a bias in lora_B cannot be fused in a computation in `dtype`, or "" where they can.
+
+    The kernels take one bias, in the dtype of the computation. In 16 bits the sum of the base's bias and s times that
+    of lora_B may overflow, or have digits below those that 16 bits hold, where y has neither because x Wᵀ cancels most
+    of it. PEFT adds the second bias in fp32.
+    """
+    return f"lora_bias beside {dtype}: the sum of the two biases would be rounded to it" * (dtype in check.HALVES)
 
 
 def weight_and_bias(module: Any) -> tuple[Any, Any]:

@@ -24,6 +24,7 @@ ORDER: list[set[str]] = [
     {"ops"},
     {"nn"},
     {"models", "peft"},
+    {"serving", "jobs"},
     {"group", "parallel", "initialise", "__init__"},
     {"testing"},
     {"bench"},

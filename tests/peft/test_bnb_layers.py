@@ -23,6 +23,7 @@ from support.old_torch import compiles_whole_models  # noqa: E402
 from support.peft_models import config, fused_layers, randomise, run, same, with_our_masks  # noqa: E402
 
 import lora_kernels  # noqa: E402
+from lora_kernels.nn.mixed import mixed  # noqa: E402
 from lora_kernels.quant.bnb import from_bnb  # noqa: E402
 from lora_kernels.testing.judge import Problem, evaluate, truth  # noqa: E402
 
@@ -398,3 +399,39 @@ def test_a_bias_of_lora_b_is_pefts_in_16_bits():
     assert list(report.not_fused.values()) == [why]
     model(torch.randn(5, 64, dtype=BF16))
     assert fused_layers(model)[0].passed_over == {why: 1}
+
+
+@pytest.mark.parametrize("net", [Net, Net8])
+def test_adapters_by_row_train_over_a_quantised_weight(net):
+    """Each adapter has the gradients that it has alone on its samples."""
+    model = make(net())
+    model.add_adapter("second", config(r=2))
+    randomise(model)
+    model.base_model.set_adapter(["default", "second"])
+    lora_kernels.fuse(model.train(), strict=True)
+    names, x = ["second", None, "default", "second"], torch.randn(4, 3, 64)
+    with mixed(model, names):
+        got = run(model, x)
+    for name in ("default", "second"):
+        mine = [j for j, each in enumerate(names) if each == name]
+        model.base_model.set_adapter([name])
+        want = run(model, x[mine])
+        for key in ("y", "dx"):
+            torch.testing.assert_close(got[key][mine], want[key], rtol=1e-4, atol=1e-5)
+        grads = [key for key in want if f".{name}." in key]
+        assert len(grads) == 4
+        for key in grads:
+            torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5 * want[key].abs().max().item())
+    assert not any(layer.passed_over for layer in fused_layers(model))
+
+
+def test_activated_lora_has_pefts_values_over_four_bits():
+    model = make(alora_invocation_tokens=[1]).eval()
+    for layer in (model.base_model.model.up, model.base_model.model.down):
+        layer.base_layer.train()  # in evaluation mode bitsandbytes may compute in bf16
+    plain = copy.deepcopy(model)
+    lora_kernels.fuse(model, strict=True)
+    x, offsets = torch.randn(3, 5, 64), [2, None, 9]
+    got, want = (each(x, alora_offsets=offsets) for each in (model, plain))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert all(layer.fused_calls == 1 and not layer.passed_over for layer in fused_layers(model))

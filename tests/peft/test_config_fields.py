@@ -105,7 +105,12 @@ CASES: dict[str, list[Case]] = {
     "lora_ga_config": [Case({"init_lora_weights": "lora_ga", "lora_ga_config": sub("LoraGAConfig")})],
     "use_dora": [Case({"use_dora": True})],
     "velora_config": [Case({"velora_config": sub("VeloraConfig", num_groups=4)}, left=variant("VeloraLinearVariant"))],
-    "alora_invocation_tokens": [Case({"alora_invocation_tokens": [5]}, left=variant("ALoraLinearVariant"))],
+    "alora_invocation_tokens": [
+        Case(
+            {"alora_invocation_tokens": [1, 4], "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "up_proj"]},
+            llama,
+        )
+    ],
     "use_qalora": [Case({"use_qalora": True})],  # of GPTQ's layers only
     "qalora_group_size": [Case({"use_qalora": True, "qalora_group_size": 8})],
     "monteclora_config": [

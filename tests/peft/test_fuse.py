@@ -151,9 +151,10 @@ def test_dora_beside_another_adapter_is_left_to_peft():
 
 
 def test_variants_are_left_to_peft():
-    model, x = make(init_lora_weights=False, alora_invocation_tokens=[1]), torch.randn(4, 24)
+    blocks = peft.tuners.lora.BdLoraConfig(target_modules_bd_a=["up"], target_modules_bd_b=["down"], nblocks=2)
+    model, x = make(use_bdlora=blocks), torch.randn(4, 24)
     report = lora_kernels.fuse(model)
-    assert not report.fused and all("ALoraLinearVariant" in why for why in report.not_fused.values())
+    assert not report.fused and all("BdLoraLinearVariant" in why for why in report.not_fused.values())
     other = copy.deepcopy(model)
     lora_kernels.unfuse(other)
     assert torch.equal(model(x), other(x)) and all(layer.fused_calls == 0 for layer in fused_layers(model))

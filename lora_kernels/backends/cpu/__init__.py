@@ -25,13 +25,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MaybeTensors, Needs, Results, Tensors
+from lora_kernels.core.operands import (
+    Adapter,
+    Base,
+    Call,
+    Gradients,
+    MaybeTensors,
+    Needs,
+    Results,
+    Tensors,
+)
 from lora_kernels.quant.weight import QuantizedWeight
 
 try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
+    from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
 except ImportError as error:
     raise ImportError(
         f"the native CPU kernels are missing ({error}): they are built when lora_kernels is installed, which needs a "
@@ -39,7 +49,18 @@ except ImportError as error:
         "pip install --force-reinstall --no-deps lora_kernels"
     ) from error
 
-__all__ = ["backward", "base_gemm", "base_gemm_choices", "forward", "keep_mask", "name", "why_not"]
+__all__ = [
+    "add_multi",
+    "backward",
+    "backward_multi",
+    "base_gemm",
+    "base_gemm_choices",
+    "forward",
+    "forward_multi",
+    "keep_mask",
+    "name",
+    "why_not",
+]
 
 name = "cpu"
 
@@ -47,8 +68,6 @@ name = "cpu"
 def why_not(call: Call) -> list[str]:
     """Return every reason why the kernels cannot serve the call."""
     reasons = []
-    if call.op.endswith("_multi"):
-        reasons.append("serves one adapter for all rows of x, not many in one call")
     if call.device.type != "cpu":
         reasons.append(f"the tensors are on {call.device}, the kernels run on a CPU")
     if call.dtype not in gemm.DTYPES:

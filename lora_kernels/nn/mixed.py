@@ -1,0 +1,224 @@
+"""`mixed`: a context in which the rows of a model's x belong to several of its adapters, or to none.
+
+    with mixed(model, ["a", "b", None]):
+        loss = model(x)          # x[0] is computed with adapter "a", x[1] with "b", x[2] with the base alone
+
+A layer that can do this has a static method ``adapter_table(model)``, which returns the numbers of the model's adapters
+by name, and raises where something in the model cannot be computed by row. In its forward such a layer asks
+`current_for`, and hands what it has computed to `Mixed.computed`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar, Token
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.core.rows import Rows
+from lora_kernels.nn import recompute
+from lora_kernels.nn.base import AdapterLinear
+
+NamesOrIds = Sequence[str | None] | Sequence[int] | Tensor | Rows
+"""What `mixed` takes."""
+
+Table = Mapping[str, int]
+"""The numbers of adapters, by name."""
+
+
+class Mixable(NamedTuple):
+    """What `mixed` has to know about a model. It is valid until layers or adapters are added or removed."""
+
+    layers: frozenset[int]
+    """The layers that compute by row, each as its ``id``."""
+    table: Table
+
+
+class Mixed:
+    """A context in force: which rows belong to which adapters of which layers.
+
+    It refers to no module, and it is used once. A layer sees it through `current_for`.
+    """
+
+    def __init__(self, mixable: Mixable, rows: Rows) -> None:
+        """Take the rows of a model for the next ``with``. Raises ValueError for rows of more adapters than there
+        are."""
+        self.layers, self.table = mixable
+        n = size_of(self.table)
+        if rows.n > n:
+            raise ValueError(
+                f"the rows name {rows.n} adapters, and the model has {n}: {', '.join(self.table) or 'none'}"
+            )
+        self.rows = rows.padded(n)
+        """The rows beside all adapters of the table."""
+        self.outer: Mixed | None = None
+        """The context in which this one was entered."""
+        self._token: Token[Mixed | None] | None = None
+
+    def on(self, device: torch.device) -> Rows:
+        """Return the rows with their tensors on `device`. They are copied once."""
+        rows = self.rows
+        if rows.order.device != device:
+            rows = rows.to(device)
+            if not torch.compiler.is_compiling():
+                self.rows = rows
+        return rows
+
+    def computed(self, layer: Any, y: Tensor) -> Tensor:
+        """Return y, which `layer` has computed with these rows, and remember it for a recomputation in the backward."""
+        if not torch.compiler.is_compiling():
+            recompute.remember(layer, self, y)
+        return y
+
+    def __enter__(self) -> Mixed:
+        if self._token is not None:
+            raise RuntimeError("a context of lora_kernels.mixed is entered once: call mixed() again")
+        self.outer = CURRENT.get()
+        self._token = CURRENT.set(self)
+        _HERE.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._token is not None
+        CURRENT.reset(self._token)
+        _HERE.current = self.outer
+
+
+CURRENT: ContextVar[Mixed | None] = ContextVar("lora_kernels.mixed", default=None)
+"""The innermost context in force. It belongs to a thread, or to a task of asyncio."""
+
+
+class _Here(threading.local):
+    """The same for compilers, which can read no ContextVar: a compiled forward sees the context that its thread has
+    entered last."""
+
+    def __init__(self) -> None:
+        # In the instance of each thread, because compilers do not notice that it takes the place of a class attribute.
+        self.current: Mixed | None = None
+
+
+_HERE = _Here()
+
+
+def mixed(model: nn.Module, names_or_ids: NamesOrIds) -> Mixed:
+    """Return a context in which each row of the model's x is computed with an adapter of its own, or with the base
+    alone. It serves forwards and backwards, in training mode too, where PEFT refuses its ``adapter_names``.
+
+    Only this thread and the layers of `model` see the context. With activation checkpointing, call ``backward()``
+    inside it.
+
+    Args:
+        model: a model of PEFT after `lora_kernels.fuse`, or another whose layers compute by row.
+        names_or_ids: the adapters, in one of these forms:
+
+            * one name for each sample, x[j]; None and "__base__" are the base alone,
+            * ids [B], one number for each sample; -1 is the base alone,
+            * ids [B, S], one number for each token of x [B, S, K]: a packed batch has B = 1,
+            * a `Rows`.
+
+            An adapter's number is its place in the model's ``peft_config``; `table_of` returns all of them.
+
+    Raises:
+        RuntimeError: where no layer of the model computes by row, or a part of it has adapters that cannot be computed
+            so, or in a backward that computes a layer again outside of the context.
+        KeyError: for an unknown name. ValueError, TypeError: for ids out of range, or of another form.
+    """
+    found = mixable(model)
+    return Mixed(found, rows_of(names_or_ids, found.table))
+
+
+def table_of(model: nn.Module) -> dict[str, int]:
+    """Return the numbers of the model's adapters by name, which `mixed` takes as ids. Raises RuntimeError as `mixed`
+    does."""
+    return dict(mixable(model).table)
+
+
+def current_for(layer: Any) -> Mixed | None:
+    """Return the innermost context in force that `layer` belongs to, or None.
+
+    Raises RuntimeError in a backward that computes the layer again outside of the context of its first forward.
+    """
+    if torch.compiler.is_compiling():
+        return _of(layer, _HERE.current)
+    context = CURRENT.get()
+    if context is None and not recompute.REMEMBERED:
+        return None
+    if context is None and recompute.in_backward():
+        context = _of_the_caller()
+    context = _of(layer, context)
+    if recompute.REMEMBERED:
+        recompute.check(layer, context)
+    return context
+
+
+def _of(layer: Any, context: Mixed | None) -> Mixed | None:
+    while context is not None and id(layer) not in context.layers:
+        context = context.outer
+    return context
+
+
+def _of_the_caller() -> Mixed | None:
+    """Return the context of the thread that called backward(). On a GPU autograd computes in a thread of its own, to
+    which newer versions of torch hand the variables of the calling thread."""
+    if not torch._C._is_key_in_tls("context"):  # type: ignore[attr-defined]
+        return None
+    found: Mixed | None = torch._C._get_obj_in_tls("context").get(CURRENT)  # type: ignore[attr-defined]
+    return found
+
+
+def mixable(model: nn.Module) -> Mixable:
+    """Return the layers of `model` that compute by row, and its adapters. Raises RuntimeError where there is no such
+    layer, or a part of the model has adapters that cannot be computed by row."""
+    layers = set()
+    inside: set[int] = set()  # the frozen layers that such layers hold
+    tables: dict[Callable[[nn.Module], Table], None] = {}
+    for module in model.modules():
+        kind = type(module)
+        find: Callable[[nn.Module], Table] | None = getattr(kind, "adapter_table", None)
+        if find is not None:
+            layers.add(id(module))
+            inside.update(map(id, module.children()))
+            tables[find] = None
+        elif isinstance(module, AdapterLinear) and id(module) not in inside:
+            raise RuntimeError(
+                f"a {kind.__name__} has one adapter, which every row would get: mixed takes models of PEFT after "
+                "lora_kernels.fuse(model), or an AdapterPool"
+            )
+        elif isinstance(module, nn.DataParallel):
+            raise RuntimeError("the threads of nn.DataParallel do not see a context: take DistributedDataParallel")
+    if not tables:
+        raise RuntimeError(
+            "no layer of this model can compute each row with an adapter of its own: call lora_kernels.fuse(model) "
+            "after get_peft_model or from_pretrained"
+        )
+    if len(tables) > 1:
+        raise RuntimeError("this model has layers of PEFT and layers of a pool: mixed takes one of them")
+    (find,) = tables
+    return Mixable(frozenset(layers), find(model))
+
+
+def size_of(table: Table) -> int:
+    """Return the number of adapters that rows of this table name: one more than the largest number in it."""
+    return max(table.values(), default=-1) + 1
+
+
+def rows_of(names_or_ids: NamesOrIds, table: Table) -> Rows:
+    """Return the rows that one of the forms of `mixed` stands for. Raises what `mixed` raises for it."""
+    if isinstance(names_or_ids, Rows):
+        return names_or_ids
+    if isinstance(names_or_ids, (str, Mapping)):
+        raise TypeError(f"mixed takes one name or id for each sample, got {names_or_ids!r}")
+    if not isinstance(names_or_ids, Tensor):
+        each = list(names_or_ids)
+        if all(one is None or isinstance(one, str) for one in each):
+            return Rows.by_sample(each, table)  # type: ignore[arg-type]
+        if any(one is None or isinstance(one, str) for one in each):
+            raise TypeError(f"mixed takes either names or ids, got both: {each}")
+        names_or_ids = torch.as_tensor(each)
+    if names_or_ids.dim() not in (1, 2):
+        raise ValueError(f"ids must be [B] or [B, S], got shape {tuple(names_or_ids.shape)}")
+    rows = Rows.by_id(names_or_ids.reshape(-1), size_of(table))
+    return rows if names_or_ids.dim() == 2 else Rows(rows.order, rows.starts, rows.known_counts, per_sample=True)

@@ -1,0 +1,197 @@
+"""`lora_kernels.nn.mixed`: which layers see a context, and what its rows may be given as."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import FusedLoRALinear
+from lora_kernels.core.rows import Rows
+from lora_kernels.nn.mixed import Mixed, current_for, mixable, mixed, table_of
+
+TABLE = {"a": 0, "b": 1, "c": 2}
+
+
+class Layer(nn.Module):
+    """A layer that computes by row: it multiplies each row by its own adapter's number plus two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+
+    @staticmethod
+    def adapter_table(model: nn.Module) -> dict[str, int]:
+        return TABLE
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = current_for(self)
+        if context is None:
+            return x * self.w
+        rows = context.on(x.device)
+        rows = rows.repeated(x[..., 0].numel() // rows.M) if rows.per_sample else rows
+        factor = torch.ones(rows.M)
+        for i in range(rows.n):
+            factor[rows.index(i)] = i + 2.0
+        return context.computed(self, x * self.w * factor.view(*x.shape[:-1], 1))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Layer(), Layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def factors(y: Tensor) -> list[float]:
+    return y.reshape(-1, 4)[:, 0].sqrt().tolist()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["a", None, "c"],
+        ["a", "__base__", "c"],
+        (0, -1, 2),
+        torch.tensor([0, -1, 2]),
+        Rows.by_sample(["a", None, "c"], TABLE),
+    ],
+)
+def test_names_and_ids_of_samples_stand_for_all_rows_of_a_sample(model, given):
+    with mixed(model, given):
+        assert factors(model(torch.ones(3, 2, 4))) == pytest.approx([2, 2, 1, 1, 4, 4])
+
+
+@pytest.mark.parametrize(
+    "given", [[[0, 0, -1, 2]], torch.tensor([[0, 0, -1, 2]]), Rows.by_length([2, 1, 1], [0, -1, 2])]
+)
+def test_ids_of_tokens_stand_for_one_row_each(model, given):
+    with mixed(model, given):
+        assert factors(model(torch.ones(1, 4, 4))) == pytest.approx([2, 2, 1, 4])
+
+
+def test_the_context_ends_with_its_block_also_after_an_error(model):
+    with pytest.raises(ZeroDivisionError), mixed(model, ["a"]):
+        raise ZeroDivisionError
+    assert factors(model(torch.ones(1, 1, 4))) == [1]
+
+
+def test_no_other_model_sees_the_context(model):
+    other = Model()
+    with mixed(model, ["a"]):
+        assert factors(other(torch.ones(1, 1, 4))) == [1]
+        with mixed(other, ["b"]):
+            assert factors(other(torch.ones(1, 1, 4))) == pytest.approx([3])
+            assert factors(model(torch.ones(1, 1, 4))) == pytest.approx([2])  # the outer context is in force for it
+
+
+def test_the_inner_of_two_contexts_of_one_model_is_in_force(model):
+    with mixed(model, ["a"]):
+        with mixed(model, ["c"]):
+            assert factors(model(torch.ones(1, 1, 4))) == pytest.approx([4])
+        assert factors(model(torch.ones(1, 1, 4))) == pytest.approx([2])
+
+
+def test_no_other_thread_sees_the_context(model):
+    found = []
+    with mixed(model, ["a"]):
+        thread = threading.Thread(target=lambda: found.append(current_for(model.one)))
+        thread.start()
+        thread.join()
+    assert found == [None]
+
+
+def test_tasks_of_one_thread_have_contexts_of_their_own(model):
+    async def run(name: str) -> list[float]:
+        with mixed(model, [name]):
+            await asyncio.sleep(0)
+            y = model(torch.ones(1, 1, 4))
+            await asyncio.sleep(0)
+        return factors(y)
+
+    async def both() -> list[list[float]]:
+        return await asyncio.gather(run("a"), run("c"))
+
+    assert asyncio.run(both()) == [pytest.approx([2]), pytest.approx([4])]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        (["nobody"], KeyError, "no adapter is called nobody; there are a, b, c"),
+        ([3], ValueError, "-1..2"),
+        (torch.zeros(1, 1, 1, dtype=torch.long), ValueError, r"\[B\] or \[B, S\]"),
+        (["a", 0], TypeError, "either names or ids"),
+        ("a", TypeError, "one name or id for each sample"),
+        (Rows.by_length([1], [5]), ValueError, "6 adapters, and the model has 3: a, b, c"),
+    ],
+)
+def test_other_names_and_ids_are_refused(model, given, error, text):
+    with pytest.raises(error, match=text):
+        mixed(model, given)
+    assert current_for(model.one) is None
+
+
+def test_a_model_without_a_layer_that_computes_by_row_is_refused():
+    with pytest.raises(RuntimeError, match=r"call lora_kernels\.fuse\(model\)"):
+        mixed(nn.Linear(2, 2), ["a"])
+
+
+def test_layers_with_one_adapter_are_refused(model):
+    model.three = FusedLoRALinear(4, 4, r=2)
+    with pytest.raises(RuntimeError, match="a FusedLoRALinear has one adapter"):
+        mixed(model, ["a"])
+
+
+def test_threads_of_data_parallel_are_refused(model):
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        mixed(nn.DataParallel(model), ["a"])
+
+
+def test_a_context_is_entered_once(model):
+    context = mixed(model, ["a"])
+    with context, pytest.raises(RuntimeError, match="entered once"):
+        context.__enter__()
+
+
+def test_the_table_gives_the_numbers_by_name(model):
+    assert table_of(model) == TABLE
+
+
+def test_rows_of_a_model_known_before_need_no_look_at_it(model):
+    known = mixable(model)
+    with Mixed(known, Rows.by_length([1], [1])):
+        assert factors(model(torch.ones(1, 1, 4))) == pytest.approx([3])
+
+
+def test_a_compiled_model_sees_the_context_and_is_not_compiled_for_each(model):
+    compiled_for = []
+
+    def backend(graph, _):
+        compiled_for.append(graph)
+        return graph.forward
+
+    class Sum(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            context = current_for(self)
+            return x if context is None else x + context.on(x.device).order.sum()
+
+    layer = Sum()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    x = torch.ones(4, 4)
+    assert torch.equal(compiled(x), x)
+    for ids in ([0, 1, 2, 0], [1, 1, 1, 1], [-1, -1, 0, 0]):
+        with mixed(layer, ids):
+            assert torch.equal(compiled(x), x + 6)
+    assert torch.equal(compiled(x), x)
+    assert len(compiled_for) == 2
