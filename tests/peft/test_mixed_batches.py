@@ -202,6 +202,7 @@ def test_rows_of_a_forward_in_inference_mode_serve_a_backward_later():
     same(run(model, x, adapter_names=NAMES), run(plain, x, adapter_names=NAMES), 1e-5)
 
 
+@pytest.mark.slow
 @compiles_whole_models
 @pytest.mark.filterwarnings("error::UserWarning")  # a compiler warns of a cache that it passes over
 def test_a_layer_compiles_whole_with_names():
