@@ -90,13 +90,15 @@ void backward(int threads, py::handle dys, py::handle x, py::handle bases, py::h
   lk::cpu::backward(threads, M, K, rows, out, branches);
 }
 
-// The adapters of `call` that have rows. Where a bias is to be added to y, rows without an adapter get it too.
+// The adapters of a call that have rows, and their numbers.
 struct Members {
   std::vector<lk::cpu::Owned> adapters;
   std::vector<size_t> numbers;
   Owners owners;
 };
 
+// With a bias, which the launch adds to y, rows without an adapter are members too, whose rank is 0 and which have no
+// number.
 void read_members(const Items& given, const Groups& rows, const lk::cpu::Shared& call, bool bias, Members& members) {
   const auto rest = [&](i64 from, i64 to) {
     lk::cpu::Owned o{};

@@ -198,6 +198,7 @@ def plot(rounds: list[Round], clients: int, path: Path) -> Path:
             axes.set_xticks(list(places), names)
             axes.set_xlabel("adapters in use")
             axes.grid(visible=False, axis="x")
+            axes.set_axisbelow(True)
         figure.suptitle(f"One model, {clients} clients, an adapter for each request", fontsize=13, fontweight="bold")
         figure.savefig(path, dpi=150)
         plt.close(figure)

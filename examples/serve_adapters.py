@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from lora_kernels.serving.continuous import Requests
-from lora_kernels.serving.pool import AdapterPool, PoolFull
+from lora_kernels.serving.pool import AdapterPool
 
 BUILD = Path(__file__).parent.parent / "build" / "serve_adapters"
 STOPPED = None
@@ -82,7 +82,10 @@ class Engine:
     def _tokens_of(self, request_id: str, results: queue.Queue[Any]) -> Iterator[int]:
         sent, finished = 0, False
         try:
-            while not finished and (output := results.get()) is not STOPPED:
+            while not finished:
+                output = results.get()
+                if output is STOPPED:
+                    raise RuntimeError("the server has stopped")
                 finished = output.is_finished()
                 new = output.generated_tokens[sent:]
                 sent += len(new)
@@ -131,9 +134,9 @@ class Handler(BaseHTTPRequestHandler):
             tokens = self.engine.stream(
                 str(asked["prompt"]), asked.get("adapter"), min(int(asked.get("max_new_tokens", 32)), 512)
             )
-        except (KeyError, ValueError, TypeError, PoolFull) as error:
-            status = 404 if isinstance(error, KeyError) else 503 if isinstance(error, PoolFull) else 400
-            self._answer(status, json.dumps({"error": str(error)}))
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:  # PoolFull is a RuntimeError
+            status = 404 if isinstance(error, KeyError) else 503 if isinstance(error, RuntimeError) else 400
+            self._answer(status, json.dumps({"error": str(error.args[0])}))
             return
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")
@@ -142,6 +145,8 @@ class Handler(BaseHTTPRequestHandler):
             for token in tokens:
                 self._line({"token": token, "text": self.engine.tokenizer.decode([token])})
             self._line({"done": True})
+        except RuntimeError as error:
+            self._line({"error": str(error)})
         except ConnectionError:
             tokens.close()  # cancels the request
 

@@ -13,6 +13,8 @@ constexpr i64 kWidth = 4096;     // columns of y per task, and where the adapter
 constexpr i64 kFewWidth = 1024;  // columns of y per task
 constexpr i64 kBlock = 1 << 14;  // floats of a copied block of y, or of a packed block of b^T: they stay in L2
 constexpr i64 kRowsInPlace = 4;  // up to this many rows, a b^T is read in place however its rows lie
+
+// An adapter's forward, as the stages of run_all. Every element of h and y is summed within one task.
 class Forward {
  public:
   static constexpr int kStages = 3;  // pack b; h; y

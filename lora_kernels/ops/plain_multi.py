@@ -57,14 +57,15 @@ def serves(
         raise ValueError(
             f"lora_linear_multi needs a dense x, whose rows have numbers, and x is {plain.kind_of(x)}: {way_out}"
         )
+    if hasattr(x, "to_local"):
+        raise ValueError(
+            f"x is a {type(x).__name__}, which torch does not compute beside the plain tensors of Rows: pass the x, "
+            "weight and adapters of this process, as to_local() gives them"
+        )
     prepare_multi.doors(adapters, rows)
-    layers = _layers(weight, adapters, bias)
-    first = layers[0] if layers else Layer(weight, *prepare_multi.nothing(x, weight)[:2], 1.0, bias)
-    if not plain.serves("lora_linear_multi", x, first, backend):
-        return backend is None and any(plain.has_tangent(x, layer) for layer in layers[1:])
-    for layer in layers[1:]:
-        plain.serves("lora_linear_multi", x, layer, backend)
-    return True
+    layers = _layers(weight, adapters, bias) or [Layer(weight, *prepare_multi.nothing(x, weight)[:2], 1.0, bias)]
+    served = [plain.serves("lora_linear_multi", x, layer, backend) for layer in layers]  # every layer is checked
+    return any(served)
 
 
 def lora_linear_multi(

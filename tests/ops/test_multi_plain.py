@@ -11,6 +11,7 @@ from support import judging, many
 from support.many import leaves, mixed
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import Adapter, Rows, lora_linear_multi
@@ -118,6 +119,44 @@ def test_a_named_backend_is_refused_where_plain_torch_serves():
 
     with pytest.raises(RuntimeError, match=r"backend='eager' does not go with torch\.func's transforms"):
         torch.func.grad(call)(m.x)
+    tangent = m.adapters[1]
+    with pytest.raises(RuntimeError, match="forward-mode AD"), forward_ad.dual_level(), torch.no_grad():
+        a = forward_ad.make_dual(tangent.lora_a, tangent.lora_a)
+        lora_linear_multi(m.x, m.w, [m.adapters[0], tangent._replace(lora_a=a)], m.rows, backend="eager")
+
+
+class Wrapper(Tensor):
+    """A tensor around another one that knows torch's own operators and no others."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten", func
+        args, kwargs = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        return tree_map_only(Tensor, cls, func(*args, **kwargs))
+
+
+def test_a_subclass_that_knows_torchs_operators_only_is_served():
+    m = mixed(9, 6, 4, (2, 3))
+    y = lora_linear_multi(Wrapper(m.x), m.w, m.adapters, m.rows, bias=m.bias)
+    torch.testing.assert_close(y.inner, truth(m, m.x))
+
+
+def test_a_dtensor_is_refused_with_the_way_out():
+    class Distributed(Wrapper):
+        def to_local(self) -> Tensor:
+            return self.inner
+
+    m = mixed(9, 6, 4, (2, 3))
+    with pytest.raises(ValueError, match=r"x is a Distributed.*as to_local\(\) gives them"):
+        lora_linear_multi(Distributed(m.x), m.w, m.adapters, m.rows)
 
 
 @pytest.mark.parametrize("kind", ["jagged", "sparse", "mkldnn"])

@@ -103,7 +103,7 @@ def test_threads_may_share_rows_and_a_stack():
 
 @pytest.mark.parametrize("kind", ["list", "stack", "training"])
 def test_a_call_enters_as_many_functions_for_32_adapters_as_for_one(kind):
-    """The Python of a small layer takes longer than its arithmetic."""
+    """The Python of a small layer takes longer than its arithmetic. What a back-end enters is not counted."""
 
     def entered(n: int) -> int:
         m = mixed(32, 12, 8, (4,) * n, ids=torch.arange(32) % n)
@@ -113,7 +113,8 @@ def test_a_call_enters_as_many_functions_for_32_adapters_as_for_one(kind):
 
         def record(frame, event, _):
             nonlocal count
-            count += event == "call" and "lora_kernels" in frame.f_code.co_filename
+            file = frame.f_code.co_filename
+            count += event == "call" and "lora_kernels" in file and "backends" not in file
 
         def call():
             with torch.set_grad_enabled(kind == "training"):

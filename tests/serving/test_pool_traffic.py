@@ -95,6 +95,15 @@ def test_the_least_recently_used_leaves_first_and_comes_back_right(folder):
         assert {len(layer.stack) for layer in pool._layers.values()} == {2}  # slots are used again
 
 
+def test_a_lease_does_not_evict_what_it_asks_for_itself(folder):
+    with pool_of(folder, 2) as pool:
+        for name in "01":
+            pool.lease([name]).close()
+        with pool.lease(["0", "2"]) as lease:  # 0 was used the longest time ago
+            assert resident(pool) == {"0", "2"} and lease["0"] == 0
+        assert (pool.stats().hits, pool.stats().loads, pool.stats().evictions) == (1, 3, 1)
+
+
 def test_leased_and_pinned_adapters_stay_and_pool_full_says_who_holds_them(folder):
     with pool_of(folder, 2, "0123") as pool:
         pool.remove("3")
@@ -249,6 +258,17 @@ def test_a_lease_keeps_its_version_while_requests_of_one_batch_hold_several(fold
         new.close()
         with pytest.raises(ValueError, match="a lease of one adapter"):
             pool.mixed([new])
+
+
+def test_an_update_of_what_is_in_memory_is_in_memory_before_it_is_leased(folder):
+    with pool_of(folder) as pool:
+        pool.lease(["0"]).close()
+        for name in "01":  # 1 is not, and stays on the disk
+            pool.update(name, folder / "2")
+        assert resident(pool) == {"0"} and pool.stats().loads == 2
+        misses = pool.stats().misses
+        check(pool, "0", saved(folder / "x", 2))
+        assert pool.stats().misses == misses
 
 
 def test_a_lease_that_meets_replaced_files_takes_the_new_version(folder, gate):

@@ -152,7 +152,7 @@ def forward_multi(x: Tensor, base: Base, adapters: Sequence[Adapter | None], row
     with target.guard():
         y = F.linear(x, _dense(base.w, x.dtype), base.bias)
         table = adapter_table.table_of(target, adapters)
-        h = _room(table, adapters, rows, x) if save_h else None
+        h = _room(table, adapters, _counts(target, rows), x) if save_h else None
         multi_pass.low_rank(target.gpu, multi_pass.FORWARD, x, table, rows, h, y)
     return y, h
 
@@ -169,10 +169,10 @@ def backward_multi(
     """Return (dx, das, dbs)."""
     target = find_target(dy.device)
     assert target is not None, "dispatch asks why_not first"
-    counts = rows.known_counts
     das: list[Tensor | None] = []
     dbs: list[Tensor | None] = []
     with target.guard():
+        counts = _counts(target, rows)
         for i, (adapter, need_da, need_db) in enumerate(zip(adapters, needs.da, needs.db, strict=True)):
             served = adapter is not None and (counts is None or counts[i] > 0)
             das.append(torch.empty_like(adapter.a, memory_format=_DENSE) if adapter and served and need_da else None)
@@ -181,7 +181,7 @@ def backward_multi(
         dx = dy @ _dense(base.w, dy.dtype) if needs.dx else None
         table = adapter_table.make(adapters, das, dbs)
         if any_da or dx is not None:
-            g = _room(table, adapters, rows, dy) if any_da else None
+            g = _room(table, adapters, counts, dy) if any_da else None
             multi_pass.low_rank(target.gpu, multi_pass.BACKWARD, dy, table, rows, g, dx)
             if g is not None:
                 assert x is not None
@@ -192,10 +192,18 @@ def backward_multi(
     return dx, das, dbs
 
 
-def _room(table: Table, adapters: Sequence[Adapter | None], rows: Rows, like: Tensor) -> Tensor:
+def _counts(target: Target, rows: Rows) -> tuple[int, ...] | None:
+    """Return the number of rows of each adapter, or None where the GPU would be waited for. It is None while a graph is
+    captured too, because the graph may be replayed for another division of the rows."""
+    return None if target.capturing() else rows.known_counts
+
+
+def _room(
+    table: Table, adapters: Sequence[Adapter | None], counts: tuple[int, ...] | None, like: Tensor
+) -> Tensor:  # fmt: skip
     """Return memory for the h or g of all adapters. Where the number of their rows is not known here, it suffices for
     any."""
-    counts, facts = rows.known_counts, table.facts
+    facts = table.facts
     if counts is None:
         size = like.shape[0] * facts.rank
     else:

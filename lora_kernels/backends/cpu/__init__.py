@@ -14,6 +14,8 @@ is small. Nothing of size M×N or M×K is allocated beyond the results.
 In 16 bits the bias is added before x wᵀ is rounded, since the sum may fit where x wᵀ alone overflows. In fp32 it is
 added with s · h bᵀ, which saves torch's GEMM a pass over y.
 
+Many adapters over the rows of one x are in `multi`, with the same kernels.
+
 The kernels read operands with a stride between rows. An x, dy, a, b or h whose last stride is not 1 (a transposed view)
 is copied first; w may have any strides.
 """

@@ -40,7 +40,7 @@ def why_not(call: Call) -> list[str]:
     """Return every reason why the kernels cannot serve the call; an empty list where they can."""
     reasons = []
     if call.op.endswith("_multi"):
-        reasons.append("serves one adapter for all rows of x, not many in one call")
+        reasons.append("serves one adapter for all rows of x; the back-end composite serves many in one call")
     if call.device.type != "cuda":
         reasons.append(f"serves tensors on an NVIDIA GPU, not on {call.device}")
     elif not torch.cuda.is_available() or torch.version.hip is not None:

@@ -45,7 +45,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def why_not(call: Call) -> list[str]:
     reasons = []
     if call.op.endswith("_multi"):
-        reasons.append("serves one adapter for all rows of x, not many in one call")
+        reasons.append("serves one adapter for all rows of x; the back-end composite serves many in one call")
     if call.dtype not in _DTYPES:
         reasons.append(f"serves fp32, fp16 and bf16, not {call.dtype}")
     target = find_target(call.device)

@@ -16,6 +16,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
 from lora_kernels.evidence import file
 from lora_kernels.plans.sm90 import BY_RULE, CLUSTERS, WITHOUT_CLUSTERS, Sm90Plan
+from lora_kernels.tools.verify import many
 from lora_kernels.tools.verify.subject import Setting, Size
 
 PASSES = ("forward", "backward")
@@ -72,14 +73,15 @@ def kernel_classes(
     device: torch.device, settings: Sequence[Setting], layers: Iterable[tuple[Size, float]], most: int = MOST
 ) -> list[KernelClass]:
     """Return every class that the table of cases reaches on a device with the types of `settings`, the first of these
-    first, and every further class that `layers`, sizes with their dropout probabilities, would run."""
+    first, and every further class that `layers`, sizes with their dropout probabilities, would run. The classes of many
+    adapters have cases of their own."""
     named = list(dict.fromkeys((*CASES, *layers)))
     return [
         each
         for setting in settings
         for name in back_ends(device)
-        for op in PASSES
-        for each in _classes(name, op, device, setting, named, most)
+        for op in (*PASSES, *many.PASSES)
+        for each in _classes(name, op, device, setting, named if op in PASSES else many.CASES, most)
     ]
 
 
@@ -96,13 +98,13 @@ def key_of(name: str, call: Call) -> str | None:
 
 
 def _classes(
-    name: str, op: str, device: torch.device, setting: Setting, named: list[tuple[Size, float]], most: int
+    name: str, op: str, device: torch.device, setting: Setting, named: Sequence[tuple[Size, float]], most: int
 ) -> Iterator[KernelClass]:
     found: dict[str, list[tuple[Size, float]]] = {}
     for size, p in named:
         key = key_of(name, setting._replace(p=p).call(op, device, size))
         # A layer that is no case is a large problem, for classes that no case reaches.
-        if key is not None and (key not in found or (size, p) in CASES):
+        if key is not None and (key not in found or (size, p) in (*CASES, *many.CASES)):
             found.setdefault(key, []).append((size, p))
     for key, cases in found.items():
         yield from _split(KernelClass(key, name, op, setting, tuple(cases[:most])), device)

@@ -10,7 +10,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.evidence import file
 from lora_kernels.evidence import find as evidence
 from lora_kernels.plans.sm90 import BY_RULE, may_cluster
-from lora_kernels.tools.verify import judging
+from lora_kernels.tools.verify import judging, many
 from lora_kernels.tools.verify.cases import KernelClass
 from lora_kernels.tools.verify.events import SLOW, Teller
 from lora_kernels.tools.verify.subject import Operands, Run, Size, run_of
@@ -35,8 +35,14 @@ def main(device: torch.device, each: KernelClass, tell: Teller) -> None:
 def _judge(device: torch.device, each: KernelClass, size: Size, p: float, tell: Teller) -> judging.Failed | None:
     where = f"{size} p={p:g}"
     tell.doing(f"{where}: prepare", SLOW)
-    operands = Operands(each.setting._replace(p=p), size, device, 0)
-    by = judging.standard(operands)
+    operands: Operands
+    by: judging.ByStandard
+    if each.op in many.PASSES:
+        operands = many.ManyOperands(each.setting._replace(p=p), size, device, 0)
+        by = many.standard(operands)
+    else:
+        operands = Operands(each.setting._replace(p=p), size, device, 0)
+        by = judging.standard(operands)
     for name, run in _runs(device, each, size):
 
         def doing(what: str, limit: str, name: str = name) -> None:
@@ -50,7 +56,8 @@ def _judge(device: torch.device, each: KernelClass, size: Size, p: float, tell: 
 def _runs(device: torch.device, each: KernelClass, size: Size) -> Iterator[tuple[str, Run]]:
     """Yield the ways to run a pass that the class is judged by, each with a prefix that names it."""
     if not each.plans:
-        yield "", run_of(dispatch.load(each.backend), each.op)
+        make = many.run_of if each.op in many.PASSES else run_of
+        yield "", make(dispatch.load(each.backend), each.op)
         return
     from lora_kernels.tools.verify import cuda
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,12 +33,25 @@ class Failed(NamedTuple):
     """Whether it raised an error, rather than giving wrong results."""
 
 
+class ByStandard(Protocol):
+    """What the results of a pass are judged by."""
+
+    def wrong(self, op: str, got: dict[str, Tensor]) -> str:
+        """Return what is wrong with the results of a pass; "" for nothing."""
+
+
 class Standard(NamedTuple):
-    """What the results of a pass are judged by, as `judge.judge` takes it."""
+    """What the results of one layer are judged by, as `judge.judge` takes it."""
 
     q: judge.Problem
     want: dict[str, Tensor]
     plain: dict[str, Tensor]
+
+    def wrong(self, op: str, got: dict[str, Tensor]) -> str:
+        """Return what is wrong with the results of a pass; "" for nothing."""
+        if op == "forward":  # h is judged by the db that it gives
+            got["db"] = self.q.scale * (self.q.dy.double().t() @ got.pop("h").double())
+        return "; ".join(verdict.fault for verdict in judge.judge(got, *self) if verdict.fault)
 
 
 def standard(operands: Operands) -> Standard:
@@ -48,10 +61,10 @@ def standard(operands: Operands) -> Standard:
     return Standard(q, judge.truth(q), plain)
 
 
-def fault(op: str, run: Run, operands: Operands, by: Standard, doing: Doing) -> Failed | None:
+def fault(op: str, run: Run, operands: Operands, by: ByStandard, doing: Doing) -> Failed | None:
     """Return what is wrong with a pass, or None. Raises DeviceLost where the GPU no longer answers after an error, and
     torch.OutOfMemoryError."""
-    names = ("y", "h") if op == "forward" else ("dx", "da", "db")
+    names = ("y", "h") if op.startswith("forward") else ("dx", "da", "db")
     runs = []
     for turn in ("first", "second"):
         out = operands.room()
@@ -74,7 +87,7 @@ def fault(op: str, run: Run, operands: Operands, by: Standard, doing: Doing) -> 
             return Failed("leaves counters in the workspace", False)
         runs.append({name: out[name] for name in names})
     first, second = runs
-    if why := _wrong(op, dict(first), by) or _differing(first, second):
+    if why := by.wrong(op, dict(first)) or _differing(first, second):
         return Failed(why, False)
     return None
 
@@ -101,12 +114,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until a device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _wrong(op: str, got: dict[str, Tensor], by: Standard) -> str:
-    if op == "forward":  # h is judged by the db that it gives
-        got["db"] = by.q.scale * (by.q.dy.double().t() @ got.pop("h").double())
-    return "; ".join(verdict.fault for verdict in judge.judge(got, *by) if verdict.fault)
 
 
 def _differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> str:

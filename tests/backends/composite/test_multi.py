@@ -84,6 +84,15 @@ def test_adapters_known_to_have_no_rows_get_no_gradient(monkeypatch: pytest.Monk
     assert got.h is not None and got.h.numel() == 9
 
 
+def test_a_capture_has_room_for_other_rows_than_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rows, "known_counts", property(lambda rows: (0, 3)))
+    q = batch(3, 17, 33, [(8, 0.1), (3, 0.0)], dtype=BF16, ids=torch.tensor([1, 1, 1]))
+    with interpreted(target()._replace(capturing=lambda: True)) as backend:
+        got = run(backend, q)
+    assert got.h is not None and got.h.numel() == 3 * 8
+    assert got.da[0] is not None and not got.da[0].count_nonzero()
+
+
 NEEDS = [(True, False, False), (False, True, False), (False, False, True), (False, True, True), (True, True, False)]
 
 

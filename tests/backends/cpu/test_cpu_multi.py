@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.fences import fences
 from support.judging import DTYPES
 
 _C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels were not built on this machine")
@@ -17,27 +18,21 @@ from lora_kernels.quant.weight import quantize_weight  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COUNTS = (40, 1, 70, 3, 50, 4, 20)
+COUNTS = (40, 1, 70, 3, 50, 4, 9)
 """The rows of each adapter, and of none: one tile and several, and few enough that B is read in place."""
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-def test_each_adapter_is_right_over_its_own_rows(
-    isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, p: float
-) -> None:
-    q = Batch(random_ids(COUNTS), RANKS, dtype=dtype, adapter_dtype=adapter_dtype, p=p)
+def test_each_adapter_is_right_over_its_own_rows(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+    q = Batch(random_ids(COUNTS), RANKS, dtype=dtype, adapter_dtype=adapter_dtype, p=0.3)
     q.check(q.run())
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
-@pytest.mark.parametrize("counts", [(1, 4, 2, 1, 1, 1, 0), (6, 0, 5, 30, 4, 3, 0)])
-def test_the_adapters_of_a_stack_are_right(
-    isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype, counts: tuple[int, ...]
-) -> None:
+def test_the_adapters_of_a_stack_are_right(isa: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     """The sums of 1100 terms are held to the bound of rounding: no adapter has rows enough for statistics, since MKL
     adds in wider registers than some of the instruction sets have."""
-    q = Batch(random_ids(counts), RANKS, 130, 1100, dtype, adapter_dtype, stack=True)
+    q = Batch(random_ids((6, 1, 4, 30, 5, 3, 0)), RANKS, 130, 1100, dtype, adapter_dtype, stack=True)
     q.check(q.run())
 
 
@@ -62,7 +57,7 @@ def test_batches_of_few_rows(ids: list[int]) -> None:
     assert got.y.shape == (len(ids), 70) and got.dx is not None and got.dx.shape == q.x.shape
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("format", ["nf4", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [(2, 1, 4, 0, 1, 1, 3), COUNTS])
 def test_a_quantised_base_is_read_with_every_adapter(
@@ -108,6 +103,30 @@ def test_what_an_earlier_call_left_in_memory_is_not_read(isa: str, dtype: torch.
     larger.dy.fill_(torch.nan)
     larger.run()
     q.check(q.run())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [False, True])
+def test_reads_and_writes_stay_inside_the_operands(isa: str, dtype: torch.dtype, stored: bool) -> None:
+    """Every operand ends at the last byte before a page that must not be touched. `stored` is the layout of a stack."""
+    q = Batch(random_ids((5, 1, 70, 2, 9)), (3, 8, 5, 70), 37, 45, dtype, p=0.1)
+    want = q.run()
+    n, threads = len(q.given), torch.get_num_threads()
+    with fences() as fenced:
+        adapters = []
+        for each in q.given:
+            assert each is not None
+            b = fenced(each.b.t()).t() if stored else fenced(each.b)
+            adapters.append(each._replace(a=fenced(each.a), b=b))
+        order, starts, h = (fenced(t) for t in (q.rows.order, q.rows.starts, torch.full_like(want.h, torch.nan)))
+        y, x, dy = torch.nn.functional.linear(q.x, q.w, q.bias), fenced(q.x), fenced(q.dy)
+        y, dx = fenced(y), fenced(cpu.base_gemm(q.dy, q.w.t(), None))
+        da, db = ([fenced(torch.full_like(t, torch.nan)) for t in grads] for grads in (want.da, want.db))
+        _C.forward_multi(threads, x, Base(q.w), adapters, order, starts, y, h, False)
+        _C.backward_multi(threads, dy, x, Base(q.w), adapters, order, starts, h, dx, da, db, False)
+        assert torch.equal(y, want.y) and torch.equal(dx, want.dx)
+        assert torch.equal(h, want.h)
+        assert all(torch.equal(da[i], want.da[i]) and torch.equal(db[i], want.db[i]) for i in range(n))
 
 
 def test_rows_that_do_not_lie_in_x_are_refused() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support.fences import fences
 from support.judging import DTYPES
 from support.philox_vectors import KNOWN_ANSWERS
 from torch import Tensor
@@ -150,20 +151,12 @@ def test_reads_and_writes_stay_inside_the_operands(
     isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     """Every operand ends at the last byte before a page that must not be touched."""
+    with fences() as fenced:
+        check_fenced(fenced, shape, dtype)
+
+
+def check_fenced(fenced: Callable[[Tensor], Tensor], shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     q = Operands(*shape, dtype, dtype, 0.1)
-    pages = []
-
-    def fenced(t: Tensor) -> Tensor:
-        t = t.contiguous()
-        size = t.numel() * t.element_size()
-        whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
-        buffer = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=whole - size).view(t.shape)
-        buffer.copy_(t)
-        protect(buffer.data_ptr() + size)
-        pages.append((memory, buffer.data_ptr() + size))
-        return buffer
-
     want_y, want_h = q.forward(1)
     want = q.backward(1)
     weight = torch.randn(shape[1], shape[2]).to(dtype)
@@ -185,21 +178,11 @@ def test_reads_and_writes_stay_inside_the_operands(
             want_y = gemm(x, w, y).clone()
             w = fenced(w) if w_is == "along k" else fenced(w.t()).t()
             assert torch.equal(gemm(fenced(x), w, fenced(y)), want_y)
-    for _, page in pages:
-        protect(page, read_write=True)
 
 
 def row_norm(w: Tensor, a: Tensor, b: Tensor, n: Tensor) -> Tensor:
     _C.row_norm(1, w, a, b, 0.5, n.fill_(math.nan))
     return n
-
-
-def protect(page: int, read_write: bool = False) -> None:
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), 3 if read_write else 0):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def test_an_isa_that_the_machine_cannot_run_is_refused() -> None:

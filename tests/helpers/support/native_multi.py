@@ -137,6 +137,3 @@ def random_ids(counts: Sequence[int], seed: int = 0) -> Tensor:
 
 def without_rank(ranks: Sequence[int], i: int) -> list[int | None]:
     return [None if j == i else R for j, R in enumerate(ranks)]
-
-
-__all__ = ["RANKS", "Batch", "Result", "random_ids", "without_rank"]

@@ -166,7 +166,7 @@ def test_keys_are_those_that_the_choice_asks_for(tmp_path: Path, monkeypatch) ->
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dispatch.automatic(call_of(each.op, rows, q.base, q.adapter))
-    assert set(asked) == {each.key for each in classes} and len(classes) == 2 * 2 * 2 * 2
+    assert set(asked) == {each.key for each in classes} and len(classes) == 2 * 2 * 2 * 2 * 2
 
 
 def test_a_layer_whose_class_no_case_reaches_is_a_case_itself(tmp_path: Path) -> None:

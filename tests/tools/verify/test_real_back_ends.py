@@ -18,7 +18,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.backends.triton import device
 from lora_kernels.evidence import find, identity
 from lora_kernels.plans.tiles import Gpu
-from lora_kernels.tools.verify import cases, judge_class
+from lora_kernels.tools.verify import cases, judge_class, many
 from lora_kernels.tools.verify.subject import Setting, Size
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plan_cache")]
@@ -35,6 +35,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(identity, "identify", lambda device: IDENTITY)
     monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", ("triton", "composite", "eager"))
     monkeypatch.setattr(cases, "CASES", SMALL)
+    monkeypatch.setattr(many, "CASES", ((Size(40, 72, 48, 20), 0.1), (Size(40, 72, 48, 20), 0.0)))
     find.forget()
     with interpret():
         yield
@@ -52,4 +53,6 @@ def test_every_class_is_right(setting: Setting, served, tmp_path: Path) -> None:
         if "verdict" in event
     ]
     assert [verdict for verdict in verdicts if verdict["result"] != "right"] == []
-    assert {verdict["key"].split()[0] for verdict in verdicts} == {"composite", "triton"}
+    keys = [verdict["key"].split() for verdict in verdicts]
+    assert {name for name, *_ in keys} == {"composite", "triton"}
+    assert {op for name, op, *_ in keys if name == "composite"} == {*cases.PASSES, *many.PASSES}
