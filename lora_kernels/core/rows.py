@@ -294,5 +294,6 @@ def _kept(results: dict[T, Rows], key: T, make: Callable[[T], Rows]) -> Rows:
     if found is None:
         if len(results) >= _KEPT:
             results.clear()
-        found = results[key] = make(key)
+        with torch.inference_mode(False):  # autograd cannot save a tensor of inference mode later
+            found = results[key] = make(key)
     return found

@@ -33,12 +33,14 @@ where they do not occur."""
 
 
 @functools.lru_cache(_KEPT)
+@torch.inference_mode(False)  # autograd cannot save a tensor of inference mode later
 def rows_of_names(names: tuple[str, ...]) -> Rows:
     """Return the rows of samples that have these adapters. They are numbered in the order in which they occur."""
     return Rows.by_sample(names, names_in(names))
 
 
 @functools.lru_cache(_KEPT)
+@torch.inference_mode(False)  # autograd cannot save a tensor of inference mode later
 def rows_of_offsets(names: tuple[str, ...], offsets: Offsets, activated: frozenset[str], tokens: int) -> Rows:
     """Return the rows of samples of `tokens` tokens, where an adapter of `activated` has the last tokens only, as many
     as the sample's offset says. The adapters are numbered as by `rows_of_names`."""
@@ -58,11 +60,13 @@ def rows_for(
     `operands` has all samples of x."""
     samples = tuple(names if names is not None else list(operands.adapters) * x.shape[0])
     numbers = [(name, i) for i, name in enumerate(names_in(samples))]
+    compiling = torch.compiler.is_compiling()  # a compiler warns of caches, and looks into none
     if not operands.activated:
-        return numbers, rows_of_names(samples)
+        return numbers, (rows_of_names.__wrapped__ if compiling else rows_of_names)(samples)
     activated = frozenset(name for name, adapter in operands.adapters.items() if adapter.activated)
     own: Offsets = (None,) * len(samples) if offsets is None else tuple(offsets)
-    return numbers, rows_of_offsets(samples, own, activated, x.shape[1] if x.dim() > 2 else 1)
+    of_offsets = rows_of_offsets.__wrapped__ if compiling else rows_of_offsets
+    return numbers, of_offsets(samples, own, activated, x.shape[1] if x.dim() > 2 else 1)
 
 
 def why_not_offsets(x: Tensor, offsets: Sequence[int | None] | None) -> str | None:

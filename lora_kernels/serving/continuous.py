@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lora_kernels.core.rows import BASE, Rows
@@ -297,6 +298,7 @@ def generate_batch(
 
 
 @functools.lru_cache(8)
+@torch.inference_mode(False)
 def _rows(lengths: tuple[int, ...], which: tuple[int, ...]) -> Rows:
     """Return the rows of a step. While the same requests decode, each step has the same."""
     return Rows.by_length(lengths, which)

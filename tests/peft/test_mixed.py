@@ -219,6 +219,7 @@ def test_a_compiled_model_is_not_compiled_again_for_other_rows():
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.slow
 @compiles_whole_models
 def test_a_compiled_step_has_the_gradients_of_its_rows():
     model, x = several(torch.float32), torch.randn(4, 6, 24)
