@@ -18,6 +18,7 @@ from support.interp import interpret
 import lora_kernels
 from lora_kernels import (
     Adapter,
+    AdapterStack,
     FusedLoRALinear,
     Rows,
     explain,
@@ -148,6 +149,36 @@ def test_its_own_check_switches_many_adapters_on(tmp_path: Path, monkeypatch, dt
             assert dispatch.automatic(call) == "composite", str(dispatch._known(call))
         y = lora_linear_multi(q.x, w, adapters, rows, bias=q.bias)
     assert y.isfinite().all()
+
+
+def test_a_call_of_many_adapters_has_the_gradients_of_each_alone() -> None:
+    """Through the public function, with autograd, in lists and in a stack."""
+    qs = [judging.problem(0, 40, 72, R, dtype=torch.bfloat16, p=p, seed=R) for R, p in ((16, 0.3), (5, 0.0), (8, 0.1))]
+    q, ids = judging.problem(60, 40, 72, 1, dtype=torch.bfloat16), torch.arange(60) * 7 % 3 - 1  # the last has no rows
+    leaves = [t.detach().requires_grad_() for t in (q.x, *(t for each in qs for t in (each.a, each.b)))]
+    adapters = [
+        Adapter(leaves[1 + 2 * i], leaves[2 + 2 * i], each.scale, each.p, each.seed) for i, each in enumerate(qs)
+    ]
+    rows = Rows.by_id(ids, 3)
+    y = lora_linear_multi(leaves[0], q.w, adapters, rows, bias=q.bias, backend="composite")
+    y.backward(q.dy)
+    for i, each in enumerate(qs[:2]):
+        own = ids == i
+        alone = judging.Problem(q.x[own], q.w, each.a, each.b, q.bias, q.dy[own], each.scale, each.p, each.seed)
+        got = {
+            "y": y[own].detach(),
+            "dx": leaves[0].grad[own],
+            "da": leaves[1 + 2 * i].grad,
+            "db": leaves[2 + 2 * i].grad,
+        }
+        judging.check(got, alone)
+    assert leaves[5].grad is None and leaves[6].grad is None
+    assert torch.equal(y[ids == -1], torch.nn.functional.linear(q.x, q.w, q.bias)[ids == -1])
+    stack = AdapterStack([each._replace(dropout_p=0.0) for each in adapters])
+    with torch.no_grad():
+        served = lora_linear_multi(q.x, q.w, stack, rows, bias=q.bias, backend="composite")
+    alone = judging.Problem(q.x[ids == 1], q.w, qs[1].a, qs[1].b, q.bias, q.dy[ids == 1], qs[1].scale, 0.0, None)
+    judging.check({"y": served[ids == 1]}, alone)
 
 
 @pytest.mark.parametrize("fault", ["wrong", "broken"])
