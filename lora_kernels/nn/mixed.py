@@ -56,6 +56,10 @@ class Mixed:
         """The rows beside all adapters of the table."""
         self.outer: Mixed | None = None
         """The context in which this one was entered."""
+        self.in_backward = False
+        """Whether a backward has entered it: it then belongs to a function that is computed again."""
+        self.forwards: set[int] = set()
+        """The layers that have computed in it outside of a backward, each as its ``id``."""
         self._token: Token[Mixed | None] | None = None
 
     def on(self, device: torch.device) -> Rows:
@@ -76,7 +80,7 @@ class Mixed:
     def __enter__(self) -> Mixed:
         if self._token is not None:
             raise RuntimeError("a context of lora_kernels.mixed is entered once: call mixed() again")
-        self.outer = CURRENT.get()
+        self.outer, self.in_backward = CURRENT.get(), recompute.in_backward()
         self._token = CURRENT.set(self)
         _HERE.current = self
         return self
@@ -149,8 +153,7 @@ def current_for(layer: Any) -> Mixed | None:
     if context is None and recompute.in_backward():
         context = _of_the_caller()
     context = _of(layer, context)
-    if recompute.REMEMBERED:
-        recompute.check(layer, context)
+    recompute.check(layer, context)
     return context
 
 
