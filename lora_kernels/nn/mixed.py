@@ -43,17 +43,17 @@ class Mixed:
     It refers to no module, and it is used once. A layer sees it through `current_for`.
     """
 
-    def __init__(self, mixable: Mixable, rows: Rows) -> None:
-        """Take the rows of a model for the next ``with``. Raises ValueError for rows of more adapters than there
-        are."""
+    def __init__(self, mixable: Mixable, names_or_ids: NamesOrIds) -> None:
+        """Take the rows of a model for the next ``with``. Raises what `mixed` raises for `names_or_ids`."""
         self.layers, self.table = mixable
+        rows, self.shape = rows_of(names_or_ids, self.table)
         n = size_of(self.table)
         if rows.n > n:
             raise ValueError(
                 f"the rows name {rows.n} adapters, and the model has {n}: {', '.join(self.table) or 'none'}"
             )
         self.rows = rows.padded(n)
-        """The rows beside all adapters of the table."""
+        """The rows beside all adapters of the table. `shape` is that of the ids, if there is one for each token."""
         self.outer: Mixed | None = None
         """The context in which this one was entered."""
         self.in_backward = False
@@ -62,12 +62,22 @@ class Mixed:
         """The layers that have computed in it outside of a backward, each as its ``id``."""
         self._token: Token[Mixed | None] | None = None
 
-    def on(self, device: torch.device) -> Rows:
-        """Return the rows with their tensors on `device`. They are copied once."""
-        rows = self.rows
-        if rows.order.device != device:
-            rows = rows.to(device)
-            if not torch.compiler.is_compiling():
+    def of(self, x: Tensor) -> Rows:
+        """Return the rows of x, with their tensors on its device. They are copied once.
+
+        Raises ValueError for ids [B, S] beside an x [S, B, K], whose rows have another order.
+        """
+        rows, compiling = self.rows, torch.compiler.is_compiling()
+        if not compiling and self.shape is not None and x.dim() == 3 and 1 not in self.shape:
+            B, S = self.shape
+            if B != S and x.shape[:2] == (S, B):
+                raise ValueError(
+                    f"the ids are {tuple(self.shape)}, and a layer has x {tuple(x.shape)}: they must have the order of "
+                    "x. Transpose the ids if the model takes (S, B)"
+                )
+        if rows.order.device != x.device:
+            rows = rows.to(x.device)
+            if not compiling:
                 self.rows = rows
         return rows
 
@@ -130,8 +140,7 @@ def mixed(model: nn.Module, names_or_ids: NamesOrIds) -> Mixed:
             so, or in a backward that computes a layer again outside of the context.
         KeyError: for an unknown name. ValueError, TypeError: for ids out of range, or of another form.
     """
-    found = mixable(model)
-    return Mixed(found, rows_of(names_or_ids, found.table))
+    return Mixed(mixable(model), names_or_ids)
 
 
 def table_of(model: nn.Module) -> dict[str, int]:
@@ -208,20 +217,23 @@ def size_of(table: Table) -> int:
     return max(table.values(), default=-1) + 1
 
 
-def rows_of(names_or_ids: NamesOrIds, table: Table) -> Rows:
-    """Return the rows that one of the forms of `mixed` stands for. Raises what `mixed` raises for it."""
+def rows_of(names_or_ids: NamesOrIds, table: Table) -> tuple[Rows, torch.Size | None]:
+    """Return the rows that one of the forms of `mixed` stands for, and the shape of ids [B, S], else None. Raises what
+    `mixed` raises for it."""
     if isinstance(names_or_ids, Rows):
-        return names_or_ids
+        return names_or_ids, None
     if isinstance(names_or_ids, (str, Mapping)):
         raise TypeError(f"mixed takes one name or id for each sample, got {names_or_ids!r}")
     if not isinstance(names_or_ids, Tensor):
         each = list(names_or_ids)
         if all(one is None or isinstance(one, str) for one in each):
-            return Rows.by_sample(each, table)  # type: ignore[arg-type]
+            return Rows.by_sample(each, table), None  # type: ignore[arg-type]
         if any(one is None or isinstance(one, str) for one in each):
             raise TypeError(f"mixed takes either names or ids, got both: {each}")
         names_or_ids = torch.tensor(each, device="cpu")
     if names_or_ids.dim() not in (1, 2):
         raise ValueError(f"ids must be [B] or [B, S], got shape {tuple(names_or_ids.shape)}")
     rows = Rows.by_id(names_or_ids.reshape(-1), size_of(table))
-    return rows if names_or_ids.dim() == 2 else Rows(rows.order, rows.starts, rows.known_counts, per_sample=True)
+    if names_or_ids.dim() == 2:
+        return rows, names_or_ids.shape
+    return Rows(rows.order, rows.starts, rows.known_counts, per_sample=True), None
