@@ -92,13 +92,13 @@ class Mixed:
             raise RuntimeError("a context of lora_kernels.mixed is entered once: call mixed() again")
         self.outer, self.in_backward = CURRENT.get(), recompute.in_backward()
         self._token = CURRENT.set(self)
-        _HERE.current = self
+        _HERE.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
+        _HERE.leave(self)
         CURRENT.reset(self._token)
-        _HERE.current = self.outer
 
 
 CURRENT: ContextVar[Mixed | None] = ContextVar("lora_kernels.mixed", default=None)
@@ -112,6 +112,23 @@ class _Here(threading.local):
     def __init__(self) -> None:
         # In the instance of each thread, because compilers do not notice that it takes the place of a class attribute.
         self.current: Mixed | None = None
+        self.interleaved = False
+        """Whether tasks of this thread are in contexts of their own at the same time. `current` is then that of one of
+        them, and nothing tells a compiled forward which task it belongs to."""
+        self.entered: list[Mixed] = []
+
+    def enter(self, context: Mixed) -> None:
+        if self.current is not context.outer:
+            self.interleaved = True
+        self.entered.append(context)
+        self.current = context
+
+    def leave(self, context: Mixed) -> None:
+        if context in self.entered:  # a generator may be closed in another thread
+            self.entered.remove(context)
+        self.current = self.entered[-1] if self.entered else None
+        if not self.entered:
+            self.interleaved = False
 
 
 _HERE = _Here()
@@ -155,6 +172,11 @@ def current_for(layer: Any) -> Mixed | None:
     Raises RuntimeError in a backward that computes the layer again outside of the context of its first forward.
     """
     if torch.compiler.is_compiling():
+        if _HERE.interleaved:  # without fullgraph=True the layer then runs as it does without a compiler
+            raise RuntimeError(
+                "several tasks of this thread are inside a context `mixed`, and a compiled layer cannot tell which one "
+                "calls it: leave the context before `await`, or compile without fullgraph=True"
+            )
         return _of(layer, _HERE.current)
     context = CURRENT.get()
     if context is None and not recompute.REMEMBERED:

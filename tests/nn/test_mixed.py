@@ -206,6 +206,45 @@ def test_a_compiled_model_sees_the_context_and_is_not_compiled_for_each(model):
     assert len(compiled_for) == 2
 
 
+def test_tasks_whose_contexts_overlap_have_their_own_rows_in_a_compiled_model_too(model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.ones(1, 1, 4)
+
+    async def run(name: str, seconds: float) -> list[float]:
+        found = []
+        with mixed(model, [name]):
+            for _ in range(2):
+                await asyncio.sleep(seconds)
+                found += factors(compiled(x))
+        return found
+
+    async def every() -> list[list[float]]:
+        return await asyncio.gather(run("a", 0.01), run("b", 0.03), run("c", 0.02))
+
+    for _ in range(2):
+        assert asyncio.run(every()) == [pytest.approx([factor] * 2) for factor in (2, 3, 4)]
+        assert factors(compiled(x)) == [1]
+        with mixed(model, ["b"]):
+            assert factors(torch.compile(model, backend="eager", fullgraph=True)(x)) == pytest.approx([3])
+
+
+def test_a_compiled_model_without_graph_breaks_refuses_tasks_whose_contexts_overlap(model):
+    torch._dynamo.reset()  # which forgets the layers of other tests that it has given up to compile
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    async def run(name: str) -> list[float]:
+        with mixed(model, [name]):
+            await asyncio.sleep(0.01)
+            return factors(compiled(torch.ones(1, 1, 4)))
+
+    async def both() -> list[list[float]]:
+        return await asyncio.gather(run("a"), run("c"))
+
+    with pytest.raises(Exception, match="several tasks of this thread"):
+        asyncio.run(both())
+
+
 @pytest.mark.parametrize("given", [["a", None], [0, -1], [[0, -1]]])
 def test_a_default_device_does_not_disturb_rows(model, given):
     with torch.device("meta"):
