@@ -39,13 +39,14 @@ def panel_stride(cols: int, dtype: torch.dtype) -> int:
 
 def stored(a: Tensor, b: Tensor, scale: float) -> operands.Adapter:
     """Return a copy of an adapter in the layout that kernels read without packing: rows of A, and rows of Bᵀ."""
-    a, b = a.detach(), b.detach()
-    (R, K), N = a.shape, b.shape[0]
-    own_a = a.new_zeros(R, panel_stride(K, a.dtype))[:, :K]
-    own_bt = b.new_zeros(R, panel_stride(N, b.dtype))[:, :N]
-    own_a.copy_(a)
-    own_bt.copy_(b.t())
-    return operands.Adapter(own_a, own_bt.t(), float(scale))
+    with torch.inference_mode(False):  # else a later call could not compute the gradient of its x
+        a, b = a.detach(), b.detach()
+        (R, K), N = a.shape, b.shape[0]
+        own_a = a.new_zeros(R, panel_stride(K, a.dtype))[:, :K]
+        own_bt = b.new_zeros(R, panel_stride(N, b.dtype))[:, :N]
+        own_a.copy_(a)
+        own_bt.copy_(b.t())
+        return operands.Adapter(own_a, own_bt.t(), float(scale))
 
 
 class Slots:

@@ -7,6 +7,7 @@ read it: the row numbers grouped by adapter, and where each adapter's group begi
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -83,10 +84,10 @@ class Rows:
             ids = torch.tensor(ids, device="cpu")  # whatever the default device is
         if ids.dim() != 1:
             raise ValueError(f"ids must be one-dimensional, one for each row of x, got shape {tuple(ids.shape)}")
-        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-            if ids.shape[0]:
-                raise TypeError(f"ids must be integers, got {ids.dtype}")
-            ids = ids.long()  # torch makes an empty list a float tensor
+        no_integers = ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool
+        if no_integers and ids.shape[0]:  # torch makes an empty list a float tensor
+            raise TypeError(f"ids must be integers, got {ids.dtype}")
+        ids = ids.long()  # n need not fit into the dtype of the ids
         keys, order = torch.sort(torch.where(ids < 0, n, ids).to(torch.int32), stable=True)
         bounds = torch.arange(n + 1, dtype=torch.int32, device=ids.device)
         rows = Rows(order.to(torch.int32), torch.searchsorted(keys, bounds, out_int32=True))
@@ -106,10 +107,10 @@ class Rows:
         """Return the rows of segments that follow each other in x, as packed sequences do: segment j has
         ``lengths[j]`` rows, of adapter ``which[j]``, or of none where that is -1.
 
-        n is the number of adapters; without it, one more than the largest id. Raises ValueError where the two lists
-        differ in length, for a negative length and for an id below -1 or beyond n.
+        n is the number of adapters; without it, one more than the largest id. Raises TypeError for what is no integer,
+        ValueError where the two lists differ in length, for a negative length and for an id below -1 or beyond n.
         """
-        lengths, which = [int(each) for each in lengths], [int(each) for each in which]
+        lengths, which = list(map(operator.index, lengths)), list(map(operator.index, which))
         if len(lengths) != len(which):
             raise ValueError(
                 f"lengths and which must have one entry for each segment, got {len(lengths)}, {len(which)}"

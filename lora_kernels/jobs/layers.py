@@ -92,7 +92,7 @@ class JobLinear(nn.Module):
         if isinstance(context, Running):
             keys, rows, seeds = context.keys, context.rows_of(input), context.seeds
         else:
-            keys, rows, seeds = tuple(self._jobs.values()), context.on(input.device), None
+            keys, rows, seeds = tuple(self._jobs.values()), context.of(input), None
         adapters = [self._adapter(key, seeds) for key in keys]
         if all(each is None for each in adapters):
             return self._frozen(input, weight)

@@ -136,7 +136,11 @@ def adapters_of(
         raise ValueError(f"{source} has two values for {some(twice)}, with and without the name of a wrapper")
     if surplus:
         known = f"lora_A, lora_B or lora_{MAGNITUDE}" if dora else "lora_A or lora_B"
-        raise ValueError(f"{source} has keys that are no {known}: {some(surplus)}; nothing was loaded")
+        bases = any(".base_layer." in k for k in surplus)
+        way = ". PEFT leaves weights of the base out with save_pretrained(..., save_embedding_layers=False)"
+        raise ValueError(
+            f"{source} has keys that are no {known}: {some(surplus)}; nothing was loaded{way if bases else ''}"
+        )
     wanted = ("A", "B", MAGNITUDE) if dora else ("A", "B")
     missing = [f"{name}.lora_{part}" for name, parts in found.items() for part in wanted if part not in parts]
     if missing:

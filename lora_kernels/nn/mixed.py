@@ -43,27 +43,41 @@ class Mixed:
     It refers to no module, and it is used once. A layer sees it through `current_for`.
     """
 
-    def __init__(self, mixable: Mixable, rows: Rows) -> None:
-        """Take the rows of a model for the next ``with``. Raises ValueError for rows of more adapters than there
-        are."""
+    def __init__(self, mixable: Mixable, names_or_ids: NamesOrIds) -> None:
+        """Take the rows of a model for the next ``with``. Raises what `mixed` raises for `names_or_ids`."""
         self.layers, self.table = mixable
+        rows, self.shape = rows_of(names_or_ids, self.table)
         n = size_of(self.table)
         if rows.n > n:
             raise ValueError(
                 f"the rows name {rows.n} adapters, and the model has {n}: {', '.join(self.table) or 'none'}"
             )
         self.rows = rows.padded(n)
-        """The rows beside all adapters of the table."""
+        """The rows beside all adapters of the table. `shape` is that of the ids, if there is one for each token."""
         self.outer: Mixed | None = None
         """The context in which this one was entered."""
+        self.in_backward = False
+        """Whether a backward has entered it: it then belongs to a function that is computed again."""
+        self.forwards: set[int] = set()
+        """The layers that have computed in it outside of a backward, each as its ``id``."""
         self._token: Token[Mixed | None] | None = None
 
-    def on(self, device: torch.device) -> Rows:
-        """Return the rows with their tensors on `device`. They are copied once."""
-        rows = self.rows
-        if rows.order.device != device:
-            rows = rows.to(device)
-            if not torch.compiler.is_compiling():
+    def of(self, x: Tensor) -> Rows:
+        """Return the rows of x, with their tensors on its device. They are copied once.
+
+        Raises ValueError for ids [B, S] beside an x [S, B, K], whose rows have another order.
+        """
+        rows, compiling = self.rows, torch.compiler.is_compiling()
+        if not compiling and self.shape is not None and x.dim() == 3 and 1 not in self.shape:
+            B, S = self.shape
+            if B != S and x.shape[:2] == (S, B):
+                raise ValueError(
+                    f"the ids are {tuple(self.shape)}, and a layer has x {tuple(x.shape)}: they must have the order of "
+                    "x. Transpose the ids if the model takes (S, B)"
+                )
+        if rows.order.device != x.device:
+            rows = rows.to(x.device)
+            if not compiling:
                 self.rows = rows
         return rows
 
@@ -76,15 +90,15 @@ class Mixed:
     def __enter__(self) -> Mixed:
         if self._token is not None:
             raise RuntimeError("a context of lora_kernels.mixed is entered once: call mixed() again")
-        self.outer = CURRENT.get()
+        self.outer, self.in_backward = CURRENT.get(), recompute.in_backward()
         self._token = CURRENT.set(self)
-        _HERE.current = self
+        _HERE.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
+        _HERE.leave(self)
         CURRENT.reset(self._token)
-        _HERE.current = self.outer
 
 
 CURRENT: ContextVar[Mixed | None] = ContextVar("lora_kernels.mixed", default=None)
@@ -98,6 +112,23 @@ class _Here(threading.local):
     def __init__(self) -> None:
         # In the instance of each thread, because compilers do not notice that it takes the place of a class attribute.
         self.current: Mixed | None = None
+        self.interleaved = False
+        """Whether tasks of this thread are in contexts of their own at the same time. `current` is then that of one of
+        them, and nothing tells a compiled forward which task it belongs to."""
+        self.entered: list[Mixed] = []
+
+    def enter(self, context: Mixed) -> None:
+        if self.current is not context.outer:
+            self.interleaved = True
+        self.entered.append(context)
+        self.current = context
+
+    def leave(self, context: Mixed) -> None:
+        if context in self.entered:  # a generator may be closed in another thread
+            self.entered.remove(context)
+        self.current = self.entered[-1] if self.entered else None
+        if not self.entered:
+            self.interleaved = False
 
 
 _HERE = _Here()
@@ -126,8 +157,7 @@ def mixed(model: nn.Module, names_or_ids: NamesOrIds) -> Mixed:
             so, or in a backward that computes a layer again outside of the context.
         KeyError: for an unknown name. ValueError, TypeError: for ids out of range, or of another form.
     """
-    found = mixable(model)
-    return Mixed(found, rows_of(names_or_ids, found.table))
+    return Mixed(mixable(model), names_or_ids)
 
 
 def table_of(model: nn.Module) -> dict[str, int]:
@@ -142,6 +172,11 @@ def current_for(layer: Any) -> Mixed | None:
     Raises RuntimeError in a backward that computes the layer again outside of the context of its first forward.
     """
     if torch.compiler.is_compiling():
+        if _HERE.interleaved:  # without fullgraph=True the layer then runs as it does without a compiler
+            raise RuntimeError(
+                "several tasks of this thread are inside a context `mixed`, and a compiled layer cannot tell which one "
+                "calls it: leave the context before `await`, or compile without fullgraph=True"
+            )
         return _of(layer, _HERE.current)
     context = CURRENT.get()
     if context is None and not recompute.REMEMBERED:
@@ -149,8 +184,7 @@ def current_for(layer: Any) -> Mixed | None:
     if context is None and recompute.in_backward():
         context = _of_the_caller()
     context = _of(layer, context)
-    if recompute.REMEMBERED:
-        recompute.check(layer, context)
+    recompute.check(layer, context)
     return context
 
 
@@ -205,20 +239,23 @@ def size_of(table: Table) -> int:
     return max(table.values(), default=-1) + 1
 
 
-def rows_of(names_or_ids: NamesOrIds, table: Table) -> Rows:
-    """Return the rows that one of the forms of `mixed` stands for. Raises what `mixed` raises for it."""
+def rows_of(names_or_ids: NamesOrIds, table: Table) -> tuple[Rows, torch.Size | None]:
+    """Return the rows that one of the forms of `mixed` stands for, and the shape of ids [B, S], else None. Raises what
+    `mixed` raises for it."""
     if isinstance(names_or_ids, Rows):
-        return names_or_ids
+        return names_or_ids, None
     if isinstance(names_or_ids, (str, Mapping)):
         raise TypeError(f"mixed takes one name or id for each sample, got {names_or_ids!r}")
     if not isinstance(names_or_ids, Tensor):
         each = list(names_or_ids)
         if all(one is None or isinstance(one, str) for one in each):
-            return Rows.by_sample(each, table)  # type: ignore[arg-type]
+            return Rows.by_sample(each, table), None  # type: ignore[arg-type]
         if any(one is None or isinstance(one, str) for one in each):
             raise TypeError(f"mixed takes either names or ids, got both: {each}")
         names_or_ids = torch.tensor(each, device="cpu")
     if names_or_ids.dim() not in (1, 2):
         raise ValueError(f"ids must be [B] or [B, S], got shape {tuple(names_or_ids.shape)}")
     rows = Rows.by_id(names_or_ids.reshape(-1), size_of(table))
-    return rows if names_or_ids.dim() == 2 else Rows(rows.order, rows.starts, rows.known_counts, per_sample=True)
+    if names_or_ids.dim() == 2:
+        return rows, names_or_ids.shape
+    return Rows(rows.order, rows.starts, rows.known_counts, per_sample=True), None

@@ -44,8 +44,11 @@ def in_backward() -> bool:
 
 def remember(layer: nn.Module, context: Any, y: Tensor) -> None:
     """Note that `layer` has computed y in `context`."""
+    if in_backward():
+        return
+    context.forwards.add(id(layer))
     node: Any = y.grad_fn
-    if in_backward() or (node is None and not layer.training):  # nothing computes it again
+    if node is None and not layer.training:  # nothing computes it again
         return
     found = _forwards.get(layer)
     if found is None:
@@ -58,15 +61,26 @@ def remember(layer: nn.Module, context: Any, y: Tensor) -> None:
 
 def check(layer: nn.Module, context: Any) -> None:
     """Raise RuntimeError where a backward computes `layer` again in another context than that of its first forward.
-    `context` is the one that is in force, or None. Otherwise such a forward is remembered no longer."""
-    found = _forwards.get(layer)
-    if found is None:
-        return
+    `context` is the one that is in force, or None. Otherwise such a forward is remembered no longer.
+
+    A context that the backward has entered is right: the function that is computed again has made it anew."""
     if not in_backward():
-        if context is None:
+        if context is None and (found := _forwards.get(layer)) is not None:
             found.unrecorded = None
             if not found.recorded:
                 del _forwards[layer]
+        return
+    if context is not None:
+        if context.in_backward:
+            return
+        if id(layer) not in context.forwards:
+            raise RuntimeError(
+                "activation checkpointing computes a layer again inside a context `mixed` in which its first forward "
+                "was not, where its rows would get other adapters: call the model and backward() inside the same "
+                "`with lora_kernels.mixed(...)`, or both outside"
+            )
+    found = _forwards.get(layer)
+    if found is None:
         return
     others = [each for each in found.recorded if each is not context]
     if others or found.unrecorded not in (None, context):

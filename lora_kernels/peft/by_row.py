@@ -103,7 +103,7 @@ def forward_in(context: Mixed, layer: Any, x: Tensor, args: Any, kwargs: Mapping
         raise RuntimeError(f"a {layer.peft_class.__name__} cannot compute its rows by adapter: {operands}")
     if not torch.compiler.is_compiling():
         layer.__dict__["fused_calls"] += 1
-    return layer.compute_rows(x, operands, numbers, context.on(x.device))  # type: ignore[no-any-return]
+    return layer.compute_rows(x, operands, numbers, context.of(x))  # type: ignore[no-any-return]
 
 
 def many(operands: Operands, numbers: Sequence[tuple[str, int]], n: int) -> list[Adapter | None]:

@@ -76,7 +76,7 @@ class PooledLinear(nn.Module):
         if context is not None:
             if w.requires_grad and not torch.is_grad_enabled():
                 w = cast(Tensor, w).detach()  # a model that is only served need not be frozen
-            y = lora_linear_multi(input, w, self.stack, context.on(input.device), bias=bias)
+            y = lora_linear_multi(input, w, self.stack, context.of(input), bias=bias)
             return context.computed(self, y)
         if isinstance(w, QuantizedWeight):
             return quantized_linear(input, w, bias)

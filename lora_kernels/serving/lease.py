@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextvars import Token
 
-from lora_kernels.nn.mixed import Mixable, Mixed, NamesOrIds, rows_of
+from lora_kernels.nn.mixed import Mixable, Mixed, NamesOrIds
 from lora_kernels.serving.layer import IN_FORCE
 from lora_kernels.serving.residents import Residents
 from lora_kernels.serving.version import Version
@@ -46,11 +46,11 @@ class Lease:
         Raises what `lora_kernels.mixed` raises, and RuntimeError where the lease was closed.
         """
         self._open()
-        table = self._mixable.table
-        context = Mixed(self._mixable, rows_of(names_or_ids, table))
+        context = Mixed(self._mixable, names_or_ids)
         counts = context.rows.known_counts
         if counts is not None:
-            self._residents.table.count(table.values(), [counts[i] for i in table.values()])
+            numbers = self._mixable.table.values()
+            self._residents.table.count(numbers, [counts[i] for i in numbers])
         return context
 
     def close(self) -> None:

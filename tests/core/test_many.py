@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from lora_kernels import Adapter, AdapterStack
+from lora_kernels import Adapter, AdapterStack, Rows, lora_linear_multi
 from lora_kernels.core import operands
 from lora_kernels.core.many import panel_stride, stored
 
@@ -32,6 +32,14 @@ def test_rows_of_a_and_of_b_transposed_lie_with_an_odd_number_of_cache_lines_bet
         assert stride == panel_stride(cols, dtype) >= cols
         assert stride * dtype.itemsize % 64 == 0 and stride * dtype.itemsize // 64 % 2 == 1
         assert stride - cols < 2 * 64 // dtype.itemsize
+
+
+def test_a_stack_made_in_inference_mode_serves_gradients_of_x_later():
+    with torch.inference_mode():
+        stack = AdapterStack([adapter()])
+    x = torch.randn(3, 6, requires_grad=True)
+    lora_linear_multi(x, torch.randn(4, 6), stack, Rows.by_id([0, 0, -1], 1)).sum().backward()
+    assert x.grad is not None
 
 
 def test_a_stack_is_a_sequence_of_what_it_holds():

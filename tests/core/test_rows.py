@@ -92,6 +92,12 @@ def test_ids_may_be_of_any_integer_dtype():
     assert Rows.by_id(torch.tensor([0, -1, 1])[::2], 2).ids().tolist() == [0, 1]
 
 
+def test_there_may_be_more_adapters_than_the_dtype_of_the_ids_counts():
+    assert Rows.by_id(torch.tensor([1, -1, 127], dtype=torch.int8), 300).ids().tolist() == [1, -1, 127]
+    assert Rows.by_id(torch.tensor([1, 0, 255], dtype=torch.uint8), 300).ids().tolist() == [1, 0, 255]
+    assert Rows.by_id(torch.tensor([1, 0, 2], dtype=torch.uint16), 3).ids().tolist() == [1, 0, 2]
+
+
 def test_rows_do_not_change_with_the_ids_that_they_were_made_of():
     ids = torch.tensor([1, -1, 0, 1], dtype=torch.int32)
     rows = Rows.by_id(ids, 2)
@@ -170,3 +176,5 @@ def test_errors_name_the_values():
         Rows.by_sample(["u"], ["u", "u"])
     with pytest.raises(ValueError, match="rows names 3 adapters, and 2 were given"):
         Rows.by_id([0], 3).padded(2)
+    with pytest.raises(TypeError, match="float"):
+        Rows.by_length([2.5, 1], [0, -1])

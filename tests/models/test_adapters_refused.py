@@ -53,6 +53,9 @@ BROKEN = {
     "half": (lambda d: edit_weights(d, lambda t: t.pop(KEY)), ValueError, r"lacks head\.lora_A"),
     "missing": (lambda d: edit_weights(d, drop_out), ValueError, r"no lora_A and lora_B for inner\.out"),
     "surplus": (more(**{KEY.replace("lora_A", "lora_magnitude"): (4,)}), ValueError, r"head\.lora_magnitude"),
+    "weights of the base": (
+        more(**{"base_model.model.head.base_layer.weight": (4, 6)}), ValueError, r"save_embedding_layers=False"
+    ),
     "another base": (lambda d: edit_weights(d, rename_out), ValueError, r"inner\.out; .*no place for other"),
     "not a linear": (
         more(**{f"base_model.model.norm.lora_{p}.weight": (8, 8) for p in "AB"}), ValueError, r"norm \(a LayerNorm"

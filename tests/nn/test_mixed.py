@@ -31,7 +31,7 @@ class Layer(nn.Module):
         context = current_for(self)
         if context is None:
             return x * self.w
-        rows = context.on(x.device)
+        rows = context.of(x)
         rows = rows.repeated(x[..., 0].numel() // rows.M) if rows.per_sample else rows
         factor = torch.ones(rows.M)
         for i in range(rows.n):
@@ -78,6 +78,15 @@ def test_names_and_ids_of_samples_stand_for_all_rows_of_a_sample(model, given):
 def test_ids_of_tokens_stand_for_one_row_each(model, given):
     with mixed(model, given):
         assert factors(model(torch.ones(1, 4, 4))) == pytest.approx([2, 2, 1, 4])
+
+
+def test_ids_of_tokens_are_refused_for_an_x_whose_two_dimensions_are_exchanged(model):
+    with mixed(model, [[0, 0, -1], [1, 2, 1]]):
+        assert factors(model(torch.ones(2, 3, 4))) == pytest.approx([2, 2, 1, 3, 4, 3])
+        assert factors(model(torch.ones(6, 4))) == pytest.approx([2, 2, 1, 3, 4, 3])
+        assert factors(model(torch.ones(1, 6, 4))) == pytest.approx([2, 2, 1, 3, 4, 3])
+        with pytest.raises(ValueError, match=r"the ids are \(2, 3\), and a layer has x \(3, 2, 4\)"):
+            model(torch.ones(3, 2, 4))
 
 
 def test_the_context_ends_with_its_block_also_after_an_error(model):
@@ -184,7 +193,7 @@ def test_a_compiled_model_sees_the_context_and_is_not_compiled_for_each(model):
     class Sum(Layer):
         def forward(self, x: Tensor) -> Tensor:
             context = current_for(self)
-            return x if context is None else x + context.on(x.device).order.sum()
+            return x if context is None else x + context.of(x).order.sum()
 
     layer = Sum()
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
@@ -195,6 +204,45 @@ def test_a_compiled_model_sees_the_context_and_is_not_compiled_for_each(model):
             assert torch.equal(compiled(x), x + 6)
     assert torch.equal(compiled(x), x)
     assert len(compiled_for) == 2
+
+
+def test_tasks_whose_contexts_overlap_have_their_own_rows_in_a_compiled_model_too(model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.ones(1, 1, 4)
+
+    async def run(name: str, seconds: float) -> list[float]:
+        found = []
+        with mixed(model, [name]):
+            for _ in range(2):
+                await asyncio.sleep(seconds)
+                found += factors(compiled(x))
+        return found
+
+    async def every() -> list[list[float]]:
+        return await asyncio.gather(run("a", 0.01), run("b", 0.03), run("c", 0.02))
+
+    for _ in range(2):
+        assert asyncio.run(every()) == [pytest.approx([factor] * 2) for factor in (2, 3, 4)]
+        assert factors(compiled(x)) == [1]
+        with mixed(model, ["b"]):
+            assert factors(torch.compile(model, backend="eager", fullgraph=True)(x)) == pytest.approx([3])
+
+
+def test_a_compiled_model_without_graph_breaks_refuses_tasks_whose_contexts_overlap(model):
+    torch._dynamo.reset()  # which forgets the layers of other tests that it has given up to compile
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    async def run(name: str) -> list[float]:
+        with mixed(model, [name]):
+            await asyncio.sleep(0.01)
+            return factors(compiled(torch.ones(1, 1, 4)))
+
+    async def both() -> list[list[float]]:
+        return await asyncio.gather(run("a"), run("c"))
+
+    with pytest.raises(Exception, match="several tasks of this thread"):
+        asyncio.run(both())
 
 
 @pytest.mark.parametrize("given", [["a", None], [0, -1], [[0, -1]]])

@@ -78,6 +78,28 @@ def test_a_backward_inside_another_context_raises(reentrant):
         loss.backward()
 
 
+@kinds
+def test_a_backward_inside_a_context_of_a_forward_without_one_raises(reentrant):
+    layer = Layer()
+    loss = loss_of(layer, reentrant)
+    with mixed(layer, ["a"]), pytest.raises(RuntimeError, match="or both outside"):
+        loss.backward()
+
+
+@kinds
+def test_a_function_that_is_computed_again_may_enter_a_context_of_its_own(reentrant):
+    layer = Layer()
+
+    def function(x: Tensor) -> Tensor:
+        with mixed(layer, ["b"]):
+            return layer(x)
+
+    x = torch.ones(1, 4, requires_grad=True)
+    for _ in range(2):
+        (checkpoint(function, x, use_reentrant=reentrant).sum() + loss_of(Layer(), reentrant)).backward()
+        assert grad_of(layer) == 2 * 3.0 * 3.0**2
+
+
 def test_the_losses_of_two_contexts_cannot_share_a_backward():
     layer = Layer()
     with mixed(layer, ["b"]):
