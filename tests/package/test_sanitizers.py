@@ -65,7 +65,7 @@ def test_random_calls_do_nothing_undefined(sanitized):
 
 def test_tests_of_the_kernels_do_nothing_undefined(sanitized):
     words = "own_block or stay_inside or every_code or any_number_of_threads"
-    files = [f"tests/backends/cpu/test_{name}.py" for name in ("native", "cpu_quant")]
+    files = [f"tests/backends/cpu/test_{name}.py" for name in ("native", "cpu_quant", "cpu_multi")]
     done = run(sanitized, "tests", words, *files)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout or "100%" in done.stdout

@@ -106,7 +106,7 @@ def check(q: Batch, got: Results, needs: Needs | None = None) -> None:
         dx = None if got.dx is None else got.dx[q.of(i)]
         judging.check({"y": got.y[q.of(i)], "dx": dx, "da": da, "db": db}, q.problem(i))
     theirs = [i for i, each in enumerate(q.adapters) if each is not None]
-    plain = ~torch.isin(q.ids, torch.tensor(theirs))
+    plain = ~torch.isin(q.ids, torch.tensor(theirs, device=q.ids.device))
     assert torch.equal(got.y[plain], F.linear(q.x, q.w, q.bias)[plain])
     if got.dx is not None:
         assert torch.equal(got.dx[plain], (q.dy @ q.w)[plain])
