@@ -1,7 +1,9 @@
-"""How a benchmark ends: notes, faults that the judge found, the JSON, and the exit status."""
+"""The parts that benchmarks share: a check of what is installed, and the end, with notes, faults that the judge found,
+the JSON, and the exit status."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,14 @@ Entry = dict[str, Any]
 
 def _name(entry: Entry) -> str:
     return str(entry["name"])
+
+
+def lacks(show: Terminal, *packages: str) -> bool:
+    """Return whether a package that generation needs is not installed, and say so."""
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    if absent:
+        show.line(f"Nothing to generate with: pip install {' '.join(absent)}")
+    return bool(absent)
 
 
 def close(document: Entry, out: Path | None, show: Terminal, name: Callable[[Entry], str] = _name) -> int:

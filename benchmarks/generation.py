@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.closing import close
+from benchmarks.closing import close, lacks
 from benchmarks.generation_models import DENSE, PEER, Models, Size, Variant, seeded
 from lora_kernels.testing import documents, judge, machine, timing
 from lora_kernels.testing.names import SHORT
@@ -220,8 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.hidden % (2 * args.heads):
         parser.error(f"--hidden must be a multiple of 2 · heads = {2 * args.heads}, got {args.hidden}")
     show = terminal()
-    if absent := [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]:
-        show.line(f"Nothing to generate with: pip install {' '.join(absent)}")
+    if lacks(show, "transformers", "peft"):
         return 2
     from transformers.utils import logging
 

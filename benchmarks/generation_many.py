@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import generation_many_plot
-from benchmarks.closing import close
+from benchmarks.closing import close, lacks
 from benchmarks.generation import generate, logits, passed_over, peer_faults, relative_errors
 from benchmarks.generation_many_models import ADAPTERS, BASE, FUSED, PEFT, Models
 from benchmarks.generation_models import Size, seeded
@@ -162,8 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.hidden % (2 * args.heads):
         parser.error(f"--hidden must be a multiple of 2 · heads = {2 * args.heads}, got {args.hidden}")
     show = terminal()
-    if absent := [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]:
-        show.line(f"Nothing to generate with: pip install {' '.join(absent)}")
+    if lacks(show, "transformers", "peft"):
         return 2
     from transformers.utils import logging
 

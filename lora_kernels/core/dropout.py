@@ -50,9 +50,12 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, _SEED_LIMIT, (), dtype=torch.int64, device=device)
 
 
-def draw_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Return `count` new seeds, as `draw_seed` draws one, by one operation."""
-    return torch.randint(0, _SEED_LIMIT, (count,), dtype=torch.int64, device=device).unbind()
+def draw_seeds(count: int, device: torch.device, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    """Return `count` new seeds, as `draw_seed` draws one, by one operation. With `generator` they come from that one
+    instead of torch's."""
+    at = device if generator is None else generator.device
+    seeds = torch.randint(0, _SEED_LIMIT, (count,), dtype=torch.int64, device=at, generator=generator)
+    return seeds.to(device).unbind()
 
 
 def philox(

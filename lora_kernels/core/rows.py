@@ -19,7 +19,7 @@ T = TypeVar("T")
 BASE = -1
 """The id of a row that has no adapter."""
 
-_BASE_NAMES = (None, "__base__")
+BASE_NAMES = (None, "__base__")
 """The names of the base alone. PEFT uses the second."""
 
 _NO_ROWS = slice(0, 0)
@@ -125,9 +125,8 @@ class Rows:
         groups: list[list[Tensor]] = [[] for _ in range(n + 1)]
         first = 0
         for length, i in zip(lengths, which, strict=True):
-            groups[i].append(
-                torch.arange(first, first + length, dtype=torch.int32, device="cpu")
-            )  # -1 is the last group
+            rows = torch.arange(first, first + length, dtype=torch.int32, device="cpu")
+            groups[i].append(rows)  # those of -1 are the last group
             first += length
         counts = tuple(sum(len(part) for part in group) for group in groups)
         order = torch.cat(
@@ -150,7 +149,7 @@ class Rows:
         numbers = table if isinstance(table, Mapping) else {name: i for i, name in enumerate(table)}
         if len(numbers) < len(table):
             raise ValueError(f"the names in the table must differ, got {list(table)}")
-        unknown = sorted({str(name) for name in names if name not in numbers and name not in _BASE_NAMES})
+        unknown = sorted({str(name) for name in names if name not in numbers and name not in BASE_NAMES})
         if unknown:
             raise KeyError(f"no adapter is called {', '.join(unknown)}; there are {', '.join(numbers) or 'none'}")
         n = max([BASE, *numbers.values()]) + 1

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_kernels.jobs.job import Job
 
@@ -144,8 +143,3 @@ class Batches:
 def generator_of(seed: int, purpose: int) -> torch.Generator:
     """Return a generator of random numbers for one purpose of a job, apart from those of its other purposes."""
     return torch.Generator().manual_seed((seed + purpose * 0x9E3779B97F4A7C15) % 2**63)
-
-
-def draw_seeds(generator: torch.Generator, count: int, device: torch.device) -> Tensor:
-    """Return seeds of dropout for one batch, int64 [count]: one for each layer."""
-    return torch.randint(0, 2**63 - 1, (count,), generator=generator).to(device)

@@ -218,7 +218,7 @@ class Jobs:
     def _train(self, runners: Sequence[Runner], drawn: Sequence[Drawn]) -> None:
         """Train these jobs on the batches that were drawn for them."""
         names = [runner.job.name for runner in runners]
-        device = drawn[0].seeds.device
+        device = drawn[0].seeds[0].device
         joined = batches.join(names, [each.batch for each in drawn], self._padding, device)
         rows = batches.RowsOf(joined, any(_has_dropout(runner.job) for runner in runners))
         with self._sites.running(names, rows, [each.seeds for each in drawn]), torch.enable_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class Running(Mixed):
         mixable: Mixable,
         keys: tuple[str, ...],
         rows_of: Callable[[Tensor], Rows],
-        seeds: Mapping[str, Tensor] | None = None,
+        seeds: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__(mixable, Rows.by_length([], []))
         self.keys = keys
@@ -34,7 +34,7 @@ class Running(Mixed):
         self.rows_of = rows_of
         """Returns which rows of a layer's x are whose."""
         self.seeds = seeds
-        """The seeds of each job's dropout, int64 with one for each of its layers. None where dropout is off."""
+        """The seeds of each job's dropout, one for each of its layers. None where dropout is off."""
 
 
 class Entry(NamedTuple):
@@ -105,7 +105,7 @@ class JobLinear(nn.Module):
             return quantized_linear(x, weight, self.base_layer.bias, self.backend)
         return F.linear(x, weight, self.base_layer.bias)
 
-    def _adapter(self, key: str, seeds: Mapping[str, Tensor] | None) -> Adapter | None:
+    def _adapter(self, key: str, seeds: Mapping[str, Sequence[Tensor]] | None) -> Adapter | None:
         """Return the adapter of a job as `lora_linear_multi` takes it, or None where the job has none here."""
         entry = self.entries.get(key)
         if entry is None:

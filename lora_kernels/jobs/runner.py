@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.jobs.data import draw_seeds, generator_of, source_of
+from lora_kernels.core.dropout import draw_seeds
+from lora_kernels.jobs.data import generator_of, source_of
 from lora_kernels.jobs.job import Job
 from lora_kernels.jobs.sites import AdapterValues
 
@@ -40,7 +41,7 @@ class Drawn(NamedTuple):
     """A batch that was drawn and not yet learnt from."""
 
     batch: Any
-    seeds: Tensor
+    seeds: tuple[Tensor, ...]
     """The seeds of dropout, one for each layer of the job."""
 
 
@@ -81,7 +82,7 @@ class Runner:
                 self.finish()
                 return None
             device = next(iter(self.parameters.values())).device
-            self.drawn = Drawn(batch, draw_seeds(self.dropout, self.layers, device))
+            self.drawn = Drawn(batch, draw_seeds(self.layers, device, self.dropout))
         return self.drawn
 
     def learnt(self, loss: float, samples: int) -> bool:

@@ -97,7 +97,7 @@ class Sites:
         return {place: layer.entries[key] for place, layer in self._layers.items() if key in layer.entries}
 
     def running(
-        self, names: Sequence[str], rows_of: Callable[[Tensor], Rows], seeds: Sequence[Tensor] | None = None
+        self, names: Sequence[str], rows_of: Callable[[Tensor], Rows], seeds: Sequence[Sequence[Tensor]] | None = None
     ) -> Running:
         """Return a context in which the model computes with the adapters of these jobs, and with dropout of these
         seeds."""

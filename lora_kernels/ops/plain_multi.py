@@ -44,6 +44,7 @@ def serves(
     where a back-end is named that cannot serve such a call.
     """
     compiling = torch.compiler.is_compiling()
+    # `prepare.prepare` asks the same, and spares every small layer the call of a function.
     if not (
         x.layout is not torch.strided
         or (type(x) is not Tensor and type(x) is not Parameter)
@@ -62,7 +63,7 @@ def serves(
             f"x is a {type(x).__name__}, which torch does not compute beside the plain tensors of Rows: pass the x, "
             "weight and adapters of this process, as to_local() gives them"
         )
-    prepare_multi.doors(adapters, rows)
+    prepare_multi.check_kinds(adapters, rows)
     layers = _layers(weight, adapters, bias) or [Layer(weight, *prepare_multi.nothing(x, weight)[:2], 1.0, bias)]
     served = [plain.serves("lora_linear_multi", x, layer, backend) for layer in layers]  # every layer is checked
     return any(served)

@@ -39,7 +39,7 @@ class Prepared(NamedTuple):
     """The adapters with dropout whose seed is still to be drawn, after all checks: see `draw`."""
 
 
-def doors(adapters: Sequence[Adapter | None] | AdapterStack, rows: Rows) -> None:
+def check_kinds(adapters: Sequence[Adapter | None] | AdapterStack, rows: Rows) -> None:
     """Raise TypeError where `adapters` or `rows` are something else."""
     if isinstance(adapters, Adapter) or not isinstance(adapters, Sequence):
         raise TypeError(f"adapters must be a list of lora_kernels.Adapter or None, got a {type(adapters).__name__}")
@@ -56,7 +56,7 @@ def prepare(
 ) -> Prepared:
     """Return the operands in the form that back-ends take. Raises TypeError or ValueError for operands that do not fit
     together."""
-    doors(adapters, rows)
+    check_kinds(adapters, rows)
     dtype = autocast_of(x)
     autocast = dtype is not None and x.dtype in (torch.float32, *check.HALVES)
     if autocast:

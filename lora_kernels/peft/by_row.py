@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lora_kernels.core.many import Adapter
-from lora_kernels.core.rows import BASE, Rows
+from lora_kernels.core.rows import BASE, BASE_NAMES, Rows
 from lora_kernels.nn.mixed import Mixed
 from lora_kernels.peft.reading import Operands
 
@@ -83,7 +83,7 @@ def why_not_offsets(x: Tensor, offsets: Sequence[int | None] | None) -> str | No
 
 def names_in(names: Iterable[str]) -> list[str]:
     """Return the adapters among `names`, in the order in which they occur."""
-    return [name for name in dict.fromkeys(names) if name not in (None, "__base__")]
+    return [name for name in dict.fromkeys(names) if name not in BASE_NAMES]
 
 
 def forward_in(context: Mixed, layer: Any, x: Tensor, args: Any, kwargs: Mapping[str, Any]) -> Tensor:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_kernels.core.rows import BASE, Rows
+from lora_kernels.core.rows import BASE, BASE_NAMES, Rows
 from lora_kernels.nn.mixed import Mixable, Mixed, mixable
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Requests:
 
     def _hold(self, adapter: str | None) -> tuple[int, Callable[[], None]]:
         """Return the number of an adapter, and a function that releases it."""
-        if adapter is None or adapter == "__base__":
+        if adapter in BASE_NAMES:
             return BASE, _nothing
         if isinstance(self._source, nn.Module):
             table = self._mixable.table

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.core.rows import Rows
+from lora_kernels.core.rows import BASE, BASE_NAMES, Rows
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.targets import some, told_by_reason
 from lora_kernels.nn.mixed import Mixable, Mixed
@@ -22,7 +22,7 @@ from lora_kernels.serving.lease import Lease
 from lora_kernels.serving.metrics import PoolStats, prometheus
 from lora_kernels.serving.residents import Residents
 from lora_kernels.serving.source import AdapterSource, Targets, opened
-from lora_kernels.serving.table import BASE_NAMES, Table
+from lora_kernels.serving.table import Table
 from lora_kernels.serving.version import PoolFull, Registration, Version
 
 __all__ = ["AdapterPool", "Lease", "PoolFull", "PoolStats", "Registration"]
@@ -222,16 +222,13 @@ class AdapterPool:
         Raises ValueError for a lease of more adapters than one, or for lengths of another number.
         """
         found = [None if lease is None else _only(lease) for lease in leases]
-        numbers = [-1 if each is None or each.slot is None else each.slot for each in found]
+        numbers = [BASE if each is None or each.slot is None else each.slot for each in found]
         table = {each.key: number for each, number in zip(found, numbers, strict=True) if each is not None}
-        n = max(numbers, default=-1) + 1
-        if lengths is not None:
-            rows = Rows.by_length(lengths, numbers, n)
-        else:
-            ids = Rows.by_id(torch.tensor(numbers, dtype=torch.int64), n)
-            rows = Rows(ids.order, ids.starts, ids.counts, per_sample=True)
+        ids = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        rows = ids if lengths is None else Rows.by_length(lengths, numbers)
+        context = Mixed(Mixable(self._residents.ids, table), rows)
         self.count(numbers, lengths or [1] * len(numbers))
-        return Mixed(Mixable(self._residents.ids, table), rows)
+        return context
 
     def count(self, numbers: Iterable[int], rows: Iterable[int]) -> None:
         """Count rows for `PoolStats.rows`: so many for the adapter of each number of a lease, and none for -1. Contexts

@@ -154,7 +154,8 @@ def _checked(
     settings = config.settings
     if settings.use_dora:
         raise ValueError(
-            f"{label} is of DoRA, whose update depends on W: merge it, or serve it with PEFT and lora_kernels.fuse"
+            f"{label} is a DoRA adapter, whose update depends on W: merge it, or serve it with PEFT and "
+            "lora_kernels.fuse"
         )
     config = config.for_names(targets.names, label)
     stored = adapters_of(tensors, PEFT_KEY, False, label, targets.names)

@@ -10,11 +10,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
+from lora_kernels.core.rows import BASE_NAMES
 from lora_kernels.serving.source import Source, Values
 from lora_kernels.serving.version import Acquired, Counts, PoolFull, Version
-
-BASE_NAMES = (None, "__base__")
-"""What stands for the base alone in a list of names."""
 
 
 class Table:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from support import judging, many
 from support.many import leaves, mixed
+from support.wrapper import Wrapper
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import Adapter, Rows, lora_linear_multi
@@ -123,24 +123,6 @@ def test_a_named_backend_is_refused_where_plain_torch_serves():
     with pytest.raises(RuntimeError, match="forward-mode AD"), forward_ad.dual_level(), torch.no_grad():
         a = forward_ad.make_dual(tangent.lora_a, tangent.lora_a)
         lora_linear_multi(m.x, m.w, [m.adapters[0], tangent._replace(lora_a=a)], m.rows, backend="eager")
-
-
-class Wrapper(Tensor):
-    """A tensor around another one that knows torch's own operators and no others."""
-
-    inner: Tensor
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Wrapper:
-        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-        made.inner = inner
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        assert func.namespace == "aten", func
-        args, kwargs = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
-        return tree_map_only(Tensor, cls, func(*args, **kwargs))
 
 
 def test_a_subclass_that_knows_torchs_operators_only_is_served():

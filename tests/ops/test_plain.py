@@ -9,8 +9,8 @@ import warnings
 import peft
 import pytest
 import torch
+from support.wrapper import Wrapper
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 import lora_kernels
 from lora_kernels import FusedLoRALinear, dora_linear, lora_linear
@@ -298,24 +298,6 @@ def test_layers_of_a_group_may_come_from_an_iterator():
     check({"y": ys[1]}, q)
     with pytest.raises(ValueError, match="at least one layer"):
         lora_linear_group(q.x, iter(()))
-
-
-class Wrapper(Tensor):
-    """A tensor around another one that knows torch's own operators and no others, as DTensor does."""
-
-    inner: Tensor
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Wrapper:
-        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-        made.inner = inner
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        assert func.namespace == "aten", func
-        args, kwargs = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
-        return tree_map_only(Tensor, cls, func(*args, **kwargs))
 
 
 @pytest.mark.parametrize("kind", TRAINED)
