@@ -308,7 +308,3 @@ class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
         # While training on the CPU bitsandbytes calls torch's linear, which autocast converts.
         torch_linear = x.device.type in ("cpu", "xpu") and self.base_layer.training
         return autocast, autocast if torch_linear else torch.promote_types(x.dtype, autocast)
-
-
-KINDS: dict[type, type[Fused]] = {kind.peft_class: kind for kind in (FusedLinear4bit, FusedLinear8bitLt)}
-"""The fused class for each of PEFT's classes."""

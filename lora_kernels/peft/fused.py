@@ -1,32 +1,31 @@
 """`Fused`: the forward that every kind of PEFT's LoRA linears shares on the fused path.
 
-A layer's class is changed to a subclass that overrides ``forward`` alone, so that merging, saving, loading, swapping,
-switching and deleting adapters stay PEFT's. A call that the kernels cannot serve goes to PEFT's own forward, and its
-reason is counted. The result, for plain LoRA and for DoRA, is the one that PEFT defines. For plain LoRA it is
+The result, for plain LoRA and for DoRA, is the one that PEFT defines. For plain LoRA it is
 
     result = base(x) + Σ over active adapters of scaling · lora_B(lora_A(dropout(x)))
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 
 from lora_kernels.core.rows import Rows
+from lora_kernels.nn.dry_run import Watched
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.nn.mixed import CURRENT, current_for
 from lora_kernels.nn.recompute import REMEMBERED
 from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.multi import lora_linear_multi
-from lora_kernels.peft import by_row
+from lora_kernels.peft import by_row, known, serving
 from lora_kernels.peft.groups import Group
+from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.reading import (
     OneAdapter,
     Operands,
@@ -44,7 +43,7 @@ DROPOUTS = (nn.Identity, nn.Dropout)
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class Fused:
+class Fused(FusedLayer):
     """The fused forward of PEFT's LoRA linears. A subclass inherits from this class and then from `peft_class`.
 
     A forward in the context `mixed` computes each row with an adapter of its own (`by_row.forward_in`). Another one
@@ -53,29 +52,14 @@ class Fused:
     own forward.
     Subclasses define how the base is read (`read_base`), which variants of LoRA they serve (`variant_reason`) and in
     which dtypes a call is computed (`_dtypes`).
-
-    Attributes:
-        fused_calls: the number of forwards on the fused path (not counted inside ``torch.compile``).
-        passed_over: the number of forwards that were left to PEFT, by reason.
     """
 
-    peft_class: ClassVar[type[Any]]
-    """PEFT's class."""
     quantised_base: ClassVar[bool] = False
     """Whether the base weight has 4 or 8 bits."""
-    own: ClassVar[dict[str, Callable[[], Any]]] = {
-        "fused_calls": int,
-        "passed_over": Counter,
-        "_backend": lambda: None,
-        "_group": lambda: None,
-    }
-    """The attributes that a fused layer has beside PEFT's, and the functions that make their first values."""
+    own: ClassVar = {**FusedLayer.own, "_group": lambda: None}
 
-    fused_calls: int
-    passed_over: Counter[str]
     adapter_table = staticmethod(by_row.adapter_table)
     """The numbers of the model's adapters, which `mixed` asks for."""
-    _backend: str | None
     _group: Group | None
     _modules: Any
     lora_A: Any
@@ -258,8 +242,53 @@ class Fused:
         """Return the text that follows the size of the base in a report."""
         return ""
 
-    def prepare(self) -> None:
-        """Do the work that a layer needs once, before its first fused forward."""
+    @classmethod
+    def why_not_forward(cls) -> str:
+        """Return why PEFT's forwards of this class are not those that this package knows, or "" where they are."""
+        return known.why_not_lora(cls.peft_class)
+
+    @classmethod
+    def survey(cls, layer: Any) -> Survey | str:
+        """Return the size of the base and the adapters of `layer`, or why its base cannot be read."""
+        base = cls.read_base(layer)
+        if isinstance(base, str):
+            return base
+        adapters = [cls.read_adapter(layer, name) for name in layer.lora_A]
+        reasons = [why for why in adapters if isinstance(why, str)]
+        biased = any(isinstance(each, PeftAdapter) and each.b_bias is not None for each in adapters)
+        if biased and (dtype := cls.known_dtype(layer)):
+            reasons += filter(None, [why_not_biased(dtype)])
+        ranks = ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
+        calls = [serving.call_of_layer(base[0], each) for each in adapters if not isinstance(each, str)]
+        text = f"{layer.in_features}→{layer.out_features}{cls.base_note(layer)}, {ranks}"
+        return Survey(text, tuple(reasons), tuple(filter(None, calls)))
+
+    def leave(self, reason: str) -> None:
+        """Leave the group of the layer, if it is in one."""
+        if self._group is not None:
+            self._group.leave(self, reason)
+
+    def before_fuse(self) -> Callable[[], None]:
+        """Return a function that puts the layer back into its group, and its back-end back."""
+        put_back, group = super().before_fuse(), self._group
+        reason = "" if group is None else group.reason
+
+        def put_back_both() -> None:
+            put_back()
+            self._group = group
+            if group is not None:
+                group.reason = reason
+
+        return put_back_both
+
+    def watched(self) -> Watched | None:
+        """Return what a dry forward looks at in this layer; None for one that computes no adapter at present."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.merged or self.disable_adapters or not active:
+            return None
+        base = [p for name, p in self.base_layer.named_parameters(recurse=False) if name != "bias"]
+        a = [self.lora_A[name].weight for name in active]
+        return Watched(cast(nn.Module, self), base, a, lambda: (self.fused_calls, dict(self.passed_over)))
 
     def _dtypes(
         self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
@@ -297,10 +326,3 @@ class Fused:
         numbers of these adapters. W is read once."""
         adapters = by_row.many(operands, numbers, rows.n)
         return lora_linear_multi(x, operands.w, adapters, rows, bias=operands.bias, backend=self._backend)
-
-    def _get_name(self) -> str:
-        return self.peft_class.__name__  # so that repr() begins with PEFT's name, lora.Linear
-
-    def extra_repr(self) -> str:
-        """Return the note that ``repr`` shows for a fused layer."""
-        return "fused by lora_kernels"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,15 +17,14 @@ from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
 from lora_kernels.nn import dry_run, readers
 from lora_kernels.peft import groups as peft_groups
-from lora_kernels.peft import known, serving
-from lora_kernels.peft.groups import FAMILIES, Group
+from lora_kernels.peft import kinds
+from lora_kernels.peft.groups import FAMILIES
+from lora_kernels.peft.layer import FusedLayer
 
 try:
     from peft.tuners.lora import LoraLayer, LoraModel
 
-    from lora_kernels.peft.fused import Fused
     from lora_kernels.peft.linear import FusedLinear
-    from lora_kernels.peft.reading import PeftAdapter, why_not_biased
     from lora_kernels.peft.report import FuseReport
 except ImportError as error:
     raise ImportError(
@@ -34,20 +33,6 @@ except ImportError as error:
     ) from error
 
 __all__ = ["FuseReport", "FusedLinear", "disable", "enable", "fuse", "unfuse"]
-
-
-def _fused_kind(kind: type) -> type[Fused] | str:
-    """Return the fused class that replaces PEFT's class `kind`, or why none may. A fused `kind` is returned itself."""
-    if issubclass(kind, Fused):
-        return kind
-    found: type[Fused] | None = FusedLinear if kind is FusedLinear.peft_class else None
-    if kind.__module__ == "peft.tuners.lora.bnb":  # PEFT has it only beside bitsandbytes
-        from lora_kernels.peft import bnb as peft_bnb
-
-        found = peft_bnb.KINDS.get(kind)
-    if found is None:
-        return f"a {kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}, not a plain linear"
-    return known.why_not_lora(kind) or found
 
 
 def fuse(
@@ -101,35 +86,27 @@ def fuse(
             families = [family if isinstance(family, str) else tuple(family) for family in families]
         peft_groups.check_families(model, families)
     inputs = None if verify is None or verify is False else dry_run.inputs_for(model, verify)
-    fused, not_fused, layers, calls = {}, {}, dict[str, tuple[Any, type[Fused]]](), list[Call]()
+    fused, not_fused, layers, calls = {}, {}, dict[str, tuple[Any, type[FusedLayer]]](), list[Call]()
     layer: Any
     for path, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
+        if not (isinstance(layer, LoraLayer) or kinds.is_known(type(layer))):
             continue
-        kind = _fused_kind(type(layer))
+        kind = kinds.fused_kind(type(layer))
         if isinstance(kind, str):
             not_fused[path] = kind
             continue
         reading = readers.reading_in(model, path) if path else None
         passed = str(reading) if reading is not None and reading.always else ""
-        base = passed or _why_patched(layer, kind) or kind.read_base(layer)
-        if isinstance(base, str):
-            not_fused[path] = base
+        survey = passed or _why_patched(layer, kind) or kind.survey(layer)
+        if isinstance(survey, str):
+            not_fused[path] = survey
             continue
         layers[path] = layer, kind
-        adapters = [kind.read_adapter(layer, name) for name in layer.lora_A]
-        reasons = [why for why in adapters if isinstance(why, str)]
-        biased = any(isinstance(each, PeftAdapter) and each.b_bias is not None for each in adapters)
-        if biased and (dtype := kind.known_dtype(layer)):
-            reasons += filter(None, [why_not_biased(dtype)])
-        if reasons:
-            not_fused[path] = "; ".join(reasons)
+        if survey.reasons:
+            not_fused[path] = "; ".join(survey.reasons)
         else:
-            ranks = ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
-            doubt = f"; but {reading}" if reading is not None else ""
-            fused[path] = f"{layer.in_features}→{layer.out_features}{kind.base_note(layer)}, {ranks}{doubt}"
-            found = [serving.call_of_layer(base[0], each) for each in adapters if not isinstance(each, str)]
-            calls += filter(None, found)
+            fused[path] = survey.text + (f"; but {reading}" if reading is not None else "")
+            calls += survey.calls
     if strict and not fused and not not_fused:
         raise RuntimeError("fuse(strict=True) found no LoRA layer of PEFT in this model")
     if strict and not_fused:
@@ -137,13 +114,13 @@ def fuse(
             "fuse(strict=True) found LoRA layers that cannot be fused; nothing was changed.\n"
             f"{FuseReport(fused, not_fused)}"
         )
-    new = [layer for layer, _ in layers.values() if not isinstance(layer, Fused)]
-    before = [_Fusion.of(layer) for layer, _ in layers.values() if isinstance(layer, Fused)]
+    new = [layer for layer, _ in layers.values() if not isinstance(layer, FusedLayer)]
+    put_back = [layer.before_fuse() for layer, _ in layers.values() if isinstance(layer, FusedLayer)]
     reopen: Callable[[], None] | None = None
     try:
         for layer, kind in layers.values():
             _swap(layer, kind, backend)
-        reopen = readers.close_fast_paths(model, Fused)  # type: ignore[arg-type]
+        reopen = readers.close_fast_paths(model, FusedLayer)  # type: ignore[arg-type]
         groups = peft_groups.group(model, FusedLinear, families)
         refs = {name: weakref.ref(layers[name][0]) for name in fused}
         report = FuseReport(fused, not_fused, groups, tuple(calls), backend, refs)
@@ -156,60 +133,40 @@ def fuse(
         if reopen is not None:
             reopen()
         for layer in new:
-            if isinstance(layer, Fused):
+            if isinstance(layer, FusedLayer):
                 _unfuse_one(layer)
-        for each in before:
-            each.put_back()
+        for undo in put_back:
+            undo()
         raise
     return report
-
-
-class _Fusion(NamedTuple):
-    """What `fuse` changes in a layer that is fused already."""
-
-    layer: Any
-    backend: str | None
-    group: Group | None
-    reason: str
-    """The reason for which the group would end."""
-
-    @classmethod
-    def of(cls, layer: Any) -> _Fusion:
-        group = layer._group
-        return cls(layer, layer._backend, group, "" if group is None else group.reason)
-
-    def put_back(self) -> None:
-        self.layer._backend, self.layer._group = self.backend, self.group
-        if self.group is not None:
-            self.group.reason = self.reason
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every fused layer of `model` its PEFT class back, as it was before `fuse`."""
     for layer in model.modules():
-        if isinstance(layer, Fused):
+        if isinstance(layer, FusedLayer):
             _unfuse_one(layer)
 
 
 def _unfuse_one(layer: Any) -> None:
-    _leave_group(layer, "unfuse was called")
+    layer.leave("unfuse was called")
     for name in layer.own:
         del layer.__dict__[name]
     layer.__class__ = layer.peft_class
     _rebind(layer)
 
 
-def _swap(layer: Any, kind: type[Fused], backend: str | None) -> None:
-    if not isinstance(layer, Fused):
+def _swap(layer: Any, kind: type[FusedLayer], backend: str | None) -> None:
+    if not isinstance(layer, FusedLayer):
         layer.__class__ = kind
         layer.__dict__.update({name: make() for name, make in kind.own.items()})
         layer.prepare()
         _rebind(layer)
-    _leave_group(layer, "fuse was called again")
+    layer.leave("fuse was called again")
     layer._backend = backend
 
 
-def _why_patched(layer: Any, kind: type[Fused]) -> str:
+def _why_patched(layer: Any, kind: type[FusedLayer]) -> str:
     """Return why calls of `layer` would not reach a fused forward; "" where they would. A hook of accelerate calls the
     method that it has found on the layer before, which `_rebind` replaces."""
     if "forward" not in layer.__dict__:
@@ -226,11 +183,6 @@ def _rebind(layer: Any) -> None:
         layer._old_forward = type(layer).forward.__get__(layer)
 
 
-def _leave_group(layer: Any, reason: str) -> None:
-    if layer._group is not None:
-        layer._group.leave(layer, reason)
-
-
 class _FusingFactory:
     """A factory of LoRA layers, `before`, whose layers are fused while `enable` is in force."""
 
@@ -243,7 +195,7 @@ class _FusingFactory:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.before.__func__(*args, **kwargs)
         # Base and adapter are not checked here. They may still change, and every forward checks them.
-        if self.enabled and not isinstance(kind := _fused_kind(type(module)), str):
+        if self.enabled and not isinstance(kind := kinds.fused_kind(type(module)), str):
             _swap(module, kind, None)
         return module
 

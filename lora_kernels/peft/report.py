@@ -12,9 +12,9 @@ from torch import nn
 
 from lora_kernels.core.operands import Call
 from lora_kernels.nn import dry_run
-from lora_kernels.nn.dry_run import Inputs, Watched
+from lora_kernels.nn.dry_run import Inputs
 from lora_kernels.peft import serving
-from lora_kernels.peft.fused import Fused
+from lora_kernels.peft.layer import FusedLayer
 from lora_kernels.peft.shared import SharedInput
 
 
@@ -32,7 +32,7 @@ class FuseReport:
     """The forwards of the fused layers, where the choice of a back-end depends on evidence about the device."""
     backend: str | None = None
     """The back-end that `fuse` was asked for."""
-    layers: Mapping[str, weakref.ref[nn.Module]] = field(default_factory=dict, repr=False, compare=False)
+    layers: Mapping[str, weakref.ref[Any]] = field(default_factory=dict, repr=False, compare=False)
     """The layers of `fused`, whose counters ``str()`` reads. They are not kept alive."""
 
     def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> FuseReport:
@@ -51,8 +51,8 @@ class FuseReport:
 
     def verified_with(self, model: nn.Module, inputs: Inputs) -> FuseReport:
         """Return what `verify` returns, for inputs as one object."""
-        layers = {name: layer for name, ref in self.layers.items() if isinstance(layer := ref(), Fused)}
-        watched = {name: found for name, layer in layers.items() if (found := _watched(layer))}
+        layers = {name: layer for name, ref in self.layers.items() if isinstance(layer := ref(), FusedLayer)}
+        watched = {name: found for name, layer in layers.items() if (found := layer.watched()) is not None}
         groups = [group for group in self.groups.values() if hasattr(group, "__dict__")]
         over = dry_run.passed_over(model, watched, inputs, groups)
         fused = {name: what for name, what in self.fused.items() if name not in over}
@@ -60,7 +60,7 @@ class FuseReport:
 
     def __str__(self) -> str:
         alive = {name: layer for name, ref in self.layers.items() if (layer := ref()) is not None}
-        calls = {name: layer for name, layer in alive.items() if isinstance(layer, Fused)}
+        calls = {name: layer for name, layer in alive.items() if isinstance(layer, FusedLayer)}
         ran = any(layer.fused_calls or layer.passed_over for layer in calls.values())
         rows, idle = [], 0
         for name, what in self.fused.items():
@@ -81,7 +81,7 @@ class FuseReport:
         return "\n".join([*lines, *filter(None, [serving.line(self.calls, self.backend)])])
 
 
-def _since(layer: Fused) -> str:
+def _since(layer: FusedLayer) -> str:
     """Return what a report adds about a layer that has had no fused call although the model has run."""
     if layer.fused_calls:
         return ""
@@ -89,13 +89,3 @@ def _since(layer: Fused) -> str:
         return ", not called so far"
     reasons = "; ".join(f"{why} ({n} call{'s' if n > 1 else ''})" for why, n in layer.passed_over.most_common())
     return f", left to PEFT in every call so far: {reasons}"
-
-
-def _watched(layer: Any) -> Watched | None:
-    """Return what a dry forward looks at in a fused layer; None for a layer that computes no adapter at present."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.merged or layer.disable_adapters or not active:
-        return None
-    base = [p for name, p in layer.base_layer.named_parameters(recurse=False) if name != "bias"]
-    a = [layer.lora_A[name].weight for name in active]
-    return Watched(layer, base, a, lambda: (layer.fused_calls, dict(layer.passed_over)))

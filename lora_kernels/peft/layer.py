@@ -1,0 +1,86 @@
+"""`FusedLayer`: what every layer of PEFT has in common that `fuse` has put on a forward of this package.
+
+`fuse` changes the class of a layer to a subclass that overrides ``forward`` alone, so that merging, saving, loading,
+swapping, switching and deleting adapters stay PEFT's. A call that the kernels cannot serve goes to PEFT's own forward,
+and its reason is counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from lora_kernels.core.operands import Call
+from lora_kernels.nn.dry_run import Watched
+
+
+class Survey(NamedTuple):
+    """What `fuse` finds out about a layer before it changes its class."""
+
+    text: str = ""
+    """The size of the base and its adapters, for the report."""
+    reasons: tuple[str, ...] = ()
+    """Why single adapters of the layer are left to PEFT. The layer is fused for the others."""
+    calls: tuple[Call, ...] = ()
+    """The forwards of the layer, for the report to tell which back-end serves them."""
+
+
+class FusedLayer:
+    """A layer of PEFT with a forward of this package. A subclass inherits from this class and then from `peft_class`.
+
+    Attributes:
+        fused_calls: the number of forwards on the fused path (not counted inside ``torch.compile``).
+        passed_over: the number of forwards that were left to PEFT, by reason.
+    """
+
+    peft_class: ClassVar[type[Any]]
+    """PEFT's class."""
+    own: ClassVar[dict[str, Callable[[], Any]]] = {
+        "fused_calls": int,
+        "passed_over": Counter,
+        "_backend": lambda: None,
+    }
+    """The attributes that a fused layer has beside PEFT's, and the functions that make their first values."""
+
+    fused_calls: int
+    passed_over: Counter[str]
+    _backend: str | None
+
+    forward: Any
+
+    @classmethod
+    def why_not_forward(cls) -> str:
+        """Return why no layer of `peft_class` can be fused with the PEFT that is installed, or "" where they can."""
+        return ""
+
+    @classmethod
+    def survey(cls, layer: Any) -> Survey | str:
+        """Return what there is to fuse in `layer`, which may be of `peft_class` still, or why it is left to PEFT."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Do the work that a layer needs once, before its first fused forward."""
+
+    def leave(self, reason: str) -> None:
+        """End what the layer shares with other layers, because of `reason`."""
+
+    def watched(self) -> Watched | None:
+        """Return what a dry forward looks at in this layer; None for a layer that computes no adapter at present."""
+        raise NotImplementedError
+
+    def before_fuse(self) -> Callable[[], None]:
+        """Return a function that puts back what `fuse` changes in a layer that is fused already."""
+        backend = self._backend
+
+        def put_back() -> None:
+            self._backend = backend
+
+        return put_back
+
+    def _get_name(self) -> str:
+        return self.peft_class.__name__  # so that repr() begins with PEFT's name, lora.Linear
+
+    def extra_repr(self) -> str:
+        """Return the note that ``repr`` shows for a fused layer."""
+        return "fused by lora_kernels"
