@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn import merging, offload
+from lora_kernels.nn.adapter import AdapterLayer, FilePart
 from lora_kernels.nn.settings import LoRASettings
 
 
-class AdapterLinear(nn.Module):
+class AdapterLinear(AdapterLayer):
     """A linear layer with the parameters lora_A [r, in] and lora_B [out, r] beside a frozen weight and bias.
 
     It has the attributes of an ``nn.Linear`` but is none, as PEFT's and torchtune's layers are none: code that finds an
@@ -28,22 +29,10 @@ class AdapterLinear(nn.Module):
     """`QuantizedLoRALinear`, set by ``nn/quantized.py``. `FusedLoRALinear` makes such layers, but cannot import their
     class, which is its own subclass."""
 
-    init = "kaiming"
-    """The scheme by which the adapter was initialised. Every scheme but "kaiming" splits W into a new base and an
-    adapter, and that adapter is valid with this module's base only."""
-
     in_features: int
     out_features: int
     weight: nn.Parameter
     bias: nn.Parameter | None
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-    use_dora: bool
-    backend: str | None
-    scaling: float
-
     _merged_as: Tensor | None = None
     """The Parameter that `merge` has put in as `weight`, or one in its place that has been found not to be W. None
     where the merged weight is offloaded."""
@@ -88,13 +77,19 @@ class AdapterLinear(nn.Module):
         return self.weight.dtype
 
     @property
-    def merged(self) -> bool:
-        """Whether `weight` holds W + s·B·A at present."""
-        raise NotImplementedError
+    def size(self) -> str:
+        """The size of W, as reports show it."""
+        return f"{self.in_features} → {self.out_features}"
 
-    def unmerge(self) -> None:
-        """Take the adapter out of `weight`. Does nothing where nothing is merged."""
-        raise NotImplementedError
+    def file_parts(self) -> dict[str, FilePart]:
+        """Return the tensors of the adapter in PEFT's file: A [r, in], B [out, r] and with DoRA m [out]."""
+        parts = {
+            "lora_A.weight": FilePart("lora_A", (self.r, self.in_features)),
+            "lora_B.weight": FilePart("lora_B", (self.out_features, self.r)),
+        }
+        if self.use_dora:
+            parts["lora_magnitude_vector"] = FilePart("lora_magnitude_vector", (self.out_features,))
+        return parts
 
     @property
     def stored_shape(self) -> tuple[int, int]:

@@ -64,6 +64,7 @@ class FusedLoRALinear(AdapterLinear):
         TypeError: an adapter_dtype that does not go with the weight's dtype.
     """
 
+    plain = (nn.Linear,)
     weight: nn.Parameter
 
     _base: nn.Parameter | None
@@ -141,14 +142,19 @@ class FusedLoRALinear(AdapterLinear):
     @classmethod
     @torch.inference_mode(False)  # what is made in inference mode could not be trained later
     @torch.no_grad()
-    def from_settings(cls, linear: nn.Linear, settings: LoRASettings) -> FusedLoRALinear:
+    def from_settings(cls, module: nn.Linear, settings: LoRASettings) -> FusedLoRALinear:
         """Return what `from_linear` returns, for its keywords as one object."""
         settings.check()
-        if reason := fit.why_not(linear, in_place=False):
+        if reason := fit.why_not(module, in_place=False):
             raise TypeError(reason)
         if settings.quant is not None:
-            return cls.quantized_kind.from_dense(linear, settings)
-        return cast(FusedLoRALinear, construct.over_dense(cls, linear, settings))
+            return cls.quantized_kind.from_dense(module, settings)
+        return cast(FusedLoRALinear, construct.over_dense(cls, module, settings))
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str:
+        """Return why a fused layer cannot take the place of `module` in a model, or "" where it can."""
+        return fit.why_not(module, in_place=True)
 
     @classmethod
     def from_bnb(cls, linear: nn.Linear, **settings: Any) -> FusedLoRALinear:
@@ -282,6 +288,10 @@ class FusedLoRALinear(AdapterLinear):
                 return merging.plain_linear(self, self._merged_weight(safe=True))
             merging.refuse_absent(self)
             return merging.plain_linear(self, self.weight.detach().clone())
+
+    def to_plain(self) -> nn.Linear:
+        """Return what `to_linear` returns."""
+        return self.to_linear()
 
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)

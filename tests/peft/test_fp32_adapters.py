@@ -43,7 +43,10 @@ def test_gradients_are_as_near_as_pefts(kind, bias, dtype, isa):
         for name, got in gradients(fused, x, dy).items():
             assert got.dtype == torch.float32
             errors = [rms(each[name].double() - want[name]) for each in ({name: got}, theirs)]
-            assert errors[0] <= 1.25 * errors[1], (backend, name, errors)
+            # Which of two sums in fp32 is nearer depends on the order of the processor's GEMM. Rounding h or dy to 16
+            # bits costs hundreds of times as much.
+            rounding = 4 * torch.finfo(torch.float32).eps * rms(want[name])
+            assert errors[0] <= max(1.25 * errors[1], rounding), (backend, name, errors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
