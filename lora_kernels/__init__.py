@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.models.loralib import load_loralib
+    from lora_kernels.nn.conv import FusedLoRAConv1d, FusedLoRAConv2d, FusedLoRAConv3d
     from lora_kernels.nn.mixed import mixed
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
+    from lora_kernels.ops.conv import lora_conv
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.ops.multi import lora_linear_multi
     from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
@@ -37,6 +39,9 @@ __all__ = [
     "AdapterStack",
     "ColwiseLoRA",
     "FuseReport",
+    "FusedLoRAConv1d",
+    "FusedLoRAConv2d",
+    "FusedLoRAConv3d",
     "FusedLoRALinear",
     "QuantizedLoRALinear",
     "QuantizedWeight",
@@ -53,6 +58,7 @@ __all__ = [
     "fuse",
     "load_adapter",
     "load_loralib",
+    "lora_conv",
     "lora_linear",
     "lora_linear_group",
     "lora_linear_multi",
@@ -77,8 +83,10 @@ _LAZY = {
         "trainable_parameters",
     ),
     "models.loralib": ("load_loralib",),
+    "nn.conv": ("FusedLoRAConv1d", "FusedLoRAConv2d", "FusedLoRAConv3d"),
     "nn.mixed": ("mixed",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
+    "ops.conv": ("lora_conv",),
     "ops.group": ("lora_linear_group",),
     "ops.multi": ("lora_linear_multi",),
     "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),

@@ -133,6 +133,27 @@ def _lora_conv(
         return dora_conv(x, w, a, b, bias, magnitude, drawn, how)
 
 
+def low_rank_conv(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, moves: Window, *, scale: float | Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """Return scale·B (x̂ ∗ A), the half that an adapter adds, for operands that `lora_conv` takes beside a weight. It is
+    in A's dtype, or autocast's."""
+    n = len(moves.stride)
+    batch = x if x.dim() != n + 1 else x.unsqueeze(0)
+    if conv_plain.serves(x, Layer(lora_b, lora_a, lora_b, scale), None):
+        y = conv_plain.low_rank(batch, lora_a, lora_b, scale, dropout_p, moves)
+    else:
+        s, b = check.scale(scale, lora_b)
+        autocast = autocast_of(x)
+        if autocast is not None:
+            batch, lora_a, b = (as_dtype(t, autocast) for t in (batch, lora_a, b))
+        seed = draw_seed(x.device) if dropout_p > 0 else None
+        how = How(moves, s, dropout_p, None, lies_by_rows(batch))
+        with no_autocast(device_type(x)):
+            y = apply(LoRAConvFunction, moves.padded(batch), None, lora_a, b, None, seed, how)
+    return y if batch is x else y.squeeze(0)
+
+
 def _of_rows(x: Tensor, rows: Tensor, layer: Layer, magnitude: Tensor | None, backend: str | None) -> Tensor:
     """Return y from x as rows [B, ..., K]. It is contiguous where x is, unless the rows are patches."""
     w, a, b, scale, bias, p, seed = layer

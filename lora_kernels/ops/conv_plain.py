@@ -58,20 +58,27 @@ def lora_conv(x: Tensor, layer: Layer, magnitude: Tensor | None, window: Window)
         raise ValueError("a call that is recorded draws a new mask in each run, and a seed gives one: leave seed away")
     scale, b = check.scale(scale, b)
     x_hat = _dropout(x, p, seed)
-    y = _convolve(window.padded(x), w, bias, window, window.groups)
-    groups = 1 if a.shape[1] == x.shape[1] else window.groups
-    h = _convolve(window.padded(as_dtype(x_hat, a.dtype)), a, None, window, groups)
-    low = _convolve(h, b, None, window.pointwise(), window.groups) * scale
+    y = convolve(window.padded(x), w, bias, window, window.groups)
+    low = low_rank(x_hat, a, b, scale, 0.0, window)
     if magnitude is None:
         return as_dtype(y + low, y.dtype)
     d = _ratio(w, a, b, scale, magnitude, window.groups)
-    u = y if p == 0 else _convolve(window.padded(x_hat), w, None, window, window.groups)
+    u = y if p == 0 else convolve(window.padded(x_hat), w, None, window, window.groups)
     if p == 0 and bias is not None:
         u = u - bias.view(-1, *(1,) * (y.dim() - 2))
     return as_dtype(y + (d - 1) * u + d * low, y.dtype)
 
 
-def _convolve(x: Tensor, w: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
+def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, p: float, window: Window) -> Tensor:
+    """Return scale·B (x̂ ∗ A), in the dtype of A."""
+    x = window.padded(as_dtype(_dropout(x, p, None), a.dtype))
+    h = convolve(x, a, None, window, 1 if a.shape[1] == x.shape[1] else window.groups)
+    return convolve(h, b, None, window.pointwise(), window.groups) * scale
+
+
+def convolve(x: Tensor, w: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
+    """Return the convolution of a padded x with w, by the function of torch that autocast, tracers and transforms
+    know."""
     function = _CONVOLUTIONS[len(window.stride) - 1]
     return function(x, w, bias, window.stride, window.padding, window.dilation, groups)
 
