@@ -26,7 +26,7 @@ def operands(x: Tensor, layer: Layer, magnitude: Tensor | None, window: Window, 
     (N, of_group, *kernel), R, C = w.shape, a.shape[0], x.shape[-1 - n]
     if 0 in (*w.shape, R):
         raise ValueError(f"no size of weight and no rank may be 0; got {shapes}")
-    if C != of_group * g or N % g:
+    if of_group * g != C or N % g:
         raise ValueError(f"x must have C = {of_group} · {g} channels, and N must be a multiple of groups; got {shapes}")
     if list(a.shape[2:]) != kernel or a.shape[1] not in (C, of_group):
         either = f"{C}" if g == 1 else f"{C}, or {of_group} for an A in groups"
@@ -38,21 +38,22 @@ def operands(x: Tensor, layer: Layer, magnitude: Tensor | None, window: Window, 
         )
     if magnitude is not None and tuple(magnitude.shape) != (1, N, *(1,) * n):
         raise ValueError(f"magnitude must be {(1, N, *(1,) * n)}; got {shapes}")
+    if magnitude is not None and a.shape[1] != of_group:
+        raise ValueError(
+            f"DoRA needs an A that sees the {of_group} channels that W sees: otherwise W + s·B A is no weight, whose "
+            f"norm could be taken. Give A in groups, [R, C/groups, k, ...]; got {shapes}"
+        )
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"bias must be [N], here ({N},); got {shapes}")
     # Shapes fit now. What a linear layer says of dtypes, devices and p holds here too.
-    one = {name: None if t is None else t.reshape(-1)[:1] for name, t in _named(x, layer, None)}
-    check.operands(
-        x.new_empty(0, 1),
-        layer.__class__(
-            *(one[name].view(1, 1) for name in ("weight", "lora_a", "lora_b")),
-            layer.scale,
-            one["bias"],
-            layer.dropout_p,
-            layer.seed,
-        ),
-        any_w,
-    )
+    tensors = [t for _, t in _named(x, layer, None) if t is not None]
+    if all(t.dtype == x.dtype and t.device == x.device for t in tensors) and x.is_floating_point():
+        if not 0 <= layer.dropout_p < 1:
+            raise ValueError(f"dropout_p must lie in [0, 1), got {layer.dropout_p}")
+        return
+    one_w, one_a, one_b = (t.new_empty(1, 1) for t in (w, a, b))
+    one = Layer(one_w, one_a, one_b, 1.0, None if bias is None else bias.new_empty(1), layer.dropout_p)
+    check.operands(x.new_empty(0, 1), one, any_w)
 
 
 def _named(x: Tensor, layer: Layer, magnitude: Tensor | None) -> list[tuple[str, Any]]:

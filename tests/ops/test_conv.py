@@ -14,7 +14,6 @@ from torch import Tensor
 from lora_kernels import lora_conv
 from lora_kernels.core import accuracy, dropout
 
-
 ENOUGH = 1024
 """The number of roundings from which two RMS errors can be compared, as in `lora_kernels.testing.judge`."""
 
@@ -137,7 +136,12 @@ def test_dropout_is_the_mask_of_x_as_it_lies_in_memory(moves, last, groups):
 
 @pytest.mark.parametrize(
     ("kernel", "moves", "last"),
-    [((1, 1), {"stride": 2}, False), ((1, 1), {"stride": 2}, True), ((1, 1), {}, True), ((3, 4), {"stride": (3, 4)}, False)],
+    [
+        ((1, 1), {"stride": 2}, False),
+        ((1, 1), {"stride": 2}, True),
+        ((1, 1), {}, True),
+        ((3, 4), {"stride": (3, 4)}, False),
+    ],
 )
 def test_dropout_of_rows_is_the_mask_of_the_rows(kernel, moves, last):
     agrees(problem((3, 4, 6, 8), 6, kernel, p=0.4, rows=True, channels_last=last, **moves))
@@ -201,9 +205,13 @@ def test_an_update_far_below_the_rounding_of_w_is_not_lost_in_16_bits():
 @pytest.mark.parametrize("groups", [(1, False), (2, True)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_dora_equals_the_equation(p, groups, bias):
-    for n, moves in ((1, {"padding": 1}), (2, {"padding": "same", "dilation": 2}), (2, {"padding": 1, "padding_mode": "reflect"})):
-        q = problem((2, 4, *SIZES[n]), 6, (3,) * n, groups=groups[0], grouped=groups[1], dora=True, p=p, bias=bias, **moves)
-        agrees(q)
+    in_groups = {"groups": groups[0], "grouped": groups[1]}
+    for n, moves in (
+        (1, {"padding": 1}),
+        (2, {"padding": "same", "dilation": 2}),
+        (2, {"padding": 1, "padding_mode": "reflect"}),
+    ):
+        agrees(problem((2, 4, *SIZES[n]), 6, (3,) * n, dora=True, p=p, bias=bias, **in_groups, **moves))
 
 
 # --- which gradients ---

@@ -1,7 +1,7 @@
-"""Problems for convolutions with LoRA, and the equation in fp64 by products of matrices, without a convolution of torch.
+"""Problems for convolutions with LoRA, and the equation in fp64 by products of matrices, without torch's convolutions.
 
-    P [B, S, C·k] holds the part of the padded x that each position of the kernel sees.
-    y = P Wᵀ + bias + s·(P̂ Aᵀ) Bᵀ with W [N, C·k] and B [N, R] made dense, whatever their groups are.
+P [B, S, C·k] holds the part of the padded x that each position of the kernel sees.
+y = P Wᵀ + bias + s·(P̂ Aᵀ) Bᵀ with W [N, C·k] and B [N, R] made dense, whatever their groups are.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ def _pad(x: Tensor, dim: int, left: int, right: int, mode: str) -> Tensor:
 
 def _dense(w: Tensor, C: int) -> Tensor:
     """Return w [N, C, k], with zeros where it does not see a channel."""
-    g = C // w.shape[1]
-    blocks = [F.pad(each.movedim(1, -1), (i * w.shape[1], C - (i + 1) * w.shape[1])) for i, each in enumerate(w.chunk(g))]
+    own = w.shape[1]
+    blocks = [F.pad(t.movedim(1, -1), (i * own, C - (i + 1) * own)) for i, t in enumerate(w.chunk(C // own))]
     return torch.cat(blocks).movedim(-1, 1)
 
 
