@@ -18,6 +18,7 @@ from lora_kernels.models.names import bare, plain_names, plain_rules
 from lora_kernels.models.targets import Rules, by_pattern, expressions_of, is_literal, matches, some
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.settings import LoRASettings
+from lora_kernels.nn.tied import TiedLoRALinear
 
 CONFIG = "adapter_config.json"
 """The name of the file."""
@@ -36,7 +37,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "arrow_config": (None, {}),
     "megatron_config": (None, {}),
-    "ensure_weight_tying": (False,),
     "kasa_config": (None,),  # scales the rank's dimensions, and cuts the smallest singular values off the base
     "velora_config": (None,),  # approximates the gradients
     "monteclora_config": (None,),  # adds noise in training
@@ -48,6 +48,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 _USED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules",
     "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "target_parameters",
+    "ensure_weight_tying",
 }  # fmt: skip
 """The fields that `read_config` uses."""
 _WITHOUT_EFFECT = {
@@ -84,6 +85,7 @@ class AdapterConfig:
             rules.layers_to_transform,
             rules.layers_pattern,
             [plain(each) for each in rules.target_parameters or ()],
+            rules.ensure_weight_tying,
         )
         for field, expressions in expressions_of(own).items():
             try:
@@ -163,6 +165,7 @@ def checked_config(config: Any, path: Path | str) -> AdapterConfig:
             config.get("layers_to_transform"),
             config.get("layers_pattern"),
             config.get("target_parameters") or (),
+            config.get("ensure_weight_tying", False),
         ),
         "revision" in config or "peft_version" in config,
     )
@@ -174,6 +177,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "lora_dropout": (int, float),
     "use_rslora": (bool,),
     "use_dora": (bool,),
+    "ensure_weight_tying": (bool,),
     "rank_pattern": (dict, type(None)),
     "alpha_pattern": (dict, type(None)),
     "target_modules": (list, str),
@@ -259,6 +263,7 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
         "use_rslora": first.use_rslora,
         "target_modules": target,
         "target_parameters": sorted(parameters) or None,
+        "ensure_weight_tying": any(isinstance(layer, TiedLoRALinear) for layer in layers.values()),
         "rank_pattern": _pattern(ranks, r),
         "alpha_pattern": _pattern(alphas, alpha),
         "bias": "none",

@@ -25,6 +25,7 @@ from lora_kernels.models.selection import Selection
 from lora_kernels.models.targets import some
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.settings import scaling_of
+from lora_kernels.nn.tied import TiedLoRALinear
 
 
 def apply_stored(
@@ -33,8 +34,13 @@ def apply_stored(
     """Put LoRA layers with the values of `stored` into a plain model, write `others`, and return the report."""
     check_names(stored, {target.name for target in selection.targets}, model)
 
+    filled: dict[str, AdapterLayer] = {}
+
     def fill(name: str, layer: AdapterLayer) -> None:
+        filled[name] = layer
         check_shapes(stored, name, layer)
+        if any(isinstance(each, TiedLoRALinear) for each in filled.values()):
+            check_ties(stored, filled)
         refuse_empty({name: layer})
         with _written(_pairs(layer, stored.layers[name])):
             pass

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_kernels.backends import dispatch
+from lora_kernels.models import ties
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport, TrainableParameters
@@ -34,6 +35,7 @@ def apply_lora(
     target_modules: Names | None = None,
     exclude_modules: Names | None = None,
     target_parameters: Sequence[str] | None = None,
+    ensure_weight_tying: bool = False,
     use_rslora: bool = False,
     use_dora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
@@ -106,7 +108,7 @@ def apply_lora(
         target_modules = () if target_parameters else "all-linear"
     rules = Rules(
         target_modules, exclude_modules, rank_pattern, alpha_pattern, layers_to_transform, layers_pattern,
-        target_parameters,
+        target_parameters, ensure_weight_tying,
     )  # fmt: skip
     selection = select(model, settings, rules)
     if backend is not None:
@@ -135,7 +137,7 @@ def _warn(report: ApplyReport, selection: Selection) -> None:
             warnings.warn(f"{what}: {told_by_reason(reasons)}", stacklevel=3)
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
     """Replace every `FusedLoRALinear` by a plain ``nn.Linear`` with weight W + s·B·A, or with DoRA d ⊙ that (see
     `FusedLoRALinear.merge`). Returns `model`, or the new layer where `model` is a `FusedLoRALinear` itself.
 
@@ -165,6 +167,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             layer.to_plain()
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
+    pairs = ties.refuse_changed(model, layers, untie)
     places = places_of(model)
     for layer in layers.values():
         plain = layer.to_plain().requires_grad_(False)
@@ -173,15 +176,21 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             return plain
         for place in places[id(layer)]:
             put(model, place, plain)
+    for embedding, head in pairs:
+        ties.tie(model, embedding, head)
+    if untie:
+        ties.untie_config(model)
     return model
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the adapter's parameters of every `FusedLoRALinear` in `model`, also where they are frozen: lora_A, lora_B
-    and with DoRA lora_magnitude_vector."""
+    """Yield the parameters of every adapter in `model`, also where they are frozen: A and B of each layer, and with
+    DoRA its magnitude. One that layers share comes once."""
+    seen: set[int] = set()
     for layer in lora_layers(model).values():
         for name, parameter in layer.named_parameters():
-            if is_adapter(name):
+            if is_adapter(name) and id(parameter) not in seen:
+                seen.add(id(parameter))
                 yield parameter
 
 
@@ -244,7 +253,10 @@ def _replaced(
             parameter.requires_grad = requires_grad
 
     try:
-        layers = [target.adapted() for target in selection.targets]
+        made: dict[nn.Module, AdapterLayer] = {}
+        for target in sorted(selection.targets, key=lambda target: target.tied_to is not None):
+            made[target.module] = target.adapted(made)
+        layers = [made[target.module] for target in selection.targets]
         for target, layer in zip(selection.targets, layers, strict=True) if fill else ():
             fill(target.name, layer)  # type: ignore[misc]
         packed = [layer for layer in layers if isinstance(layer, QuantizedLoRALinear)]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from lora_kernels.models import kinds
 from lora_kernels.models.names import bare, plain_names
 from lora_kernels.models.targets import Chosen, Rules, by_pattern, looks_linear, matches, some, told_by_reason, unused
+from lora_kernels.models.ties import Tied, tied_heads
 from lora_kernels.nn import readers
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.settings import LoRASettings
+from lora_kernels.nn.tied import TiedLoRALinear
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,17 @@ class Target:
     """The class of the layer that replaces it."""
     parameters: tuple[str, ...] = ()
     """Its parameters that target_parameters name, where they have chosen it."""
+    tied_to: nn.Module | None = None
+    """The embedding whose adapter it gets, where its weight is the embedding's table and stays so."""
 
-    def adapted(self) -> AdapterLayer:
-        """Return the layer that replaces it. Raises ValueError or TypeError, which names it."""
+    def adapted(self, made: Mapping[nn.Module, AdapterLayer]) -> AdapterLayer:
+        """Return the layer that replaces it. `made` has those of other targets, by the layer that each replaces. Raises
+        ValueError or TypeError, which names the layer."""
         experts = self.parameters and not issubclass(self.kind, AdapterLinear)
         more: dict[str, Any] = {"parameters": self.parameters} if experts else {}
         try:
+            if self.tied_to is not None:
+                return TiedLoRALinear.over(cast(nn.Linear, self.module), made[self.tied_to], self.settings)
             return self.kind.from_settings(self.module, self.settings, **more)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.name}: {error}") from None
@@ -64,6 +71,7 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
     changed. Raises what `apply_lora` raises."""
     _refuse_adapted(model)
     chosen = Chosen(model, rules)
+    tied = _tied(model, chosen) if rules.ensure_weight_tying else None
     targets: list[Target] = []
     reached: list[str] = []
     passed_over: dict[str, str] = {}
@@ -75,7 +83,8 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
             continue
         parameters = chosen.parameters(module, name, wrapped_name)
         keys = [(f"{name}.{each}", f"{wrapped_name}.{each}") for each in parameters] or [(name, wrapped_name)]
-        if left := "" if parameters else chosen.why_left(module, name, wrapped_name):
+        is_tied = tied is not None and (module is tied.embedding or module in tied.heads)
+        if left := "" if parameters or is_tied else chosen.why_left(module, name, wrapped_name):
             if looks_linear(module):
                 passed_over[name] = left
             continue
@@ -90,9 +99,11 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
             doubted[name] = f"{method} may convert x to the dtype of its weight, and quantised codes are int8"
         if not reason:
             assert kind is not None
-            targets.append(Target(name, module, _own_settings(settings, rules, kind, keys), kind, parameters))
+            source = tied.embedding if tied is not None and module in tied.heads else None
+            own = _own_settings(settings, rules, kind, keys)
+            targets.append(Target(name, module, own, kind, parameters, source))
             reached += [each for key in keys for each in key]
-        elif chosen.every and not parameters:
+        elif chosen.every and not parameters and not is_tied:
             passed_over[name] = reason
         else:
             unfit[name] = reason
@@ -103,8 +114,40 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
         )
     if not targets:
         raise ValueError(_nothing(model, chosen.wanted, passed_over))
+    _check_tied(targets)
     _warn_of_ddp(model, targets)
     return Selection(targets, passed_over, unused(rules, chosen.wanted, reached), doubted, read)
+
+
+def _tied(model: nn.Module, chosen: Chosen) -> Tied | None:
+    """Return the embedding and the heads that ensure_weight_tying adapts together: those of the model, if the rules
+    choose one of them. Warns where there are none, as PEFT does."""
+    tied = tied_heads(model)
+    if tied is None:
+        warnings.warn(
+            "ensure_weight_tying has no effect: the model has no head with the embedding's weight", stacklevel=4
+        )
+        return None
+    named = {id(module): names for *names, module in plain_names(model)}
+    if any(not chosen.why_left(module, *named[id(module)]) for module in (tied.embedding, *tied.heads)):
+        return tied
+    warnings.warn(
+        "ensure_weight_tying has no effect: neither the embedding nor a head with its weight is chosen", stacklevel=4
+    )
+    return None
+
+
+def _check_tied(targets: list[Target]) -> None:
+    """Raise ValueError where a head that gets the adapter of an embedding would have other settings."""
+    own = {target.module: target for target in targets}
+    for target in targets:
+        source = own.get(target.tied_to) if target.tied_to is not None else None
+        if source is not None and source.settings != target.settings:
+            raise ValueError(
+                f"{target.name} gets the adapter of {source.name} (ensure_weight_tying), but r or lora_alpha differs: "
+                f"{target.settings.r} and {source.settings.r}, {target.settings.lora_alpha:g} and "
+                f"{source.settings.lora_alpha:g}"
+            )
 
 
 def _why_not_beside(kind: type[AdapterLayer] | None, settings: LoRASettings) -> str:

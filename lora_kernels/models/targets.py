@@ -29,6 +29,7 @@ class Rules:
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: Names | None = None
     target_parameters: Sequence[str] | None = None
+    ensure_weight_tying: bool = False
 
 
 class Chosen:

@@ -1,4 +1,4 @@
-"""`apply_lora`, adapter files, merging and counting serve every kind of layer that can have an adapter, as PEFT does."""
+"""`apply_lora`, adapter files, merging and counting serve every kind of layer that can have an adapter."""
 
 from __future__ import annotations
 

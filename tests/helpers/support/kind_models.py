@@ -44,7 +44,7 @@ def _gpt2() -> nn.Module:
 
 
 def _table() -> nn.Module:
-    return nn.Sequential(nn.Embedding(32, 8, padding_idx=0), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    return nn.Sequential(nn.Embedding(32, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
 def _ids(generator: torch.Generator) -> Tensor:
