@@ -57,9 +57,7 @@ class FusedLoRAConv1D(FusedLoRALinear):
             TypeError: a module that is not a Conv1D of transformers, or that has hooks or a parametrization, which the
                 new module would pass over.
         """
-        settings = LoRASettings(
-            r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend, init=init
-        )
+        settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend, init=init)
         return cls.from_settings(conv, settings)
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -42,10 +44,9 @@ def why_not_conv1d(module: nn.Module, in_place: bool) -> str:
     if not isinstance(module, Conv1DLike):
         kind = type(module)
         return f"it must be a Conv1D of transformers, and is a {kind.__module__}.{kind.__name__}"
-    if type(module.weight) is not nn.Parameter:
-        return (
-            _why_not_tensor(module.weight) or f"its weight is a {type(module.weight).__name__}, not a plain Parameter"
-        )
+    weight: Any = module.weight
+    if type(weight) is not nn.Parameter:
+        return _why_not_tensor(weight) or f"its weight is a {type(weight).__name__}, not a plain Parameter"
     if has_hooks(module):
         which = "it" if in_place else "this Conv1D"
         return f"{which} has hooks, which would be lost: remove them, and put them on the new module"

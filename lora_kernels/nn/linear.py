@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class FusedLoRALinear(AdapterLinear):
         TypeError: an adapter_dtype that does not go with the weight's dtype.
     """
 
-    plain = (nn.Linear,)
+    plain: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     weight: nn.Parameter
 
     _base: nn.Parameter | None

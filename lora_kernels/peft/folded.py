@@ -1,4 +1,4 @@
-"""AdaLoRA and DeLoRA of PEFT on the fused path: layers whose A and B are computed from the parameters of another method.
+"""AdaLoRA and DeLoRA of PEFT on the fused path: layers whose A and B are computed from other parameters.
 
     AdaLoRA   y = x Wᵀ + bias + x̂ A'ᵀ Bᵀ     A' = diag(e · α / (n + 1e-5)) A
     DeLoRA    y = x Wᵀ + bias + x̂ A'ᵀ B'ᵀ    A' = diag(1 / ‖A_i‖) A diag(‖W‖)    B' = B diag(λ / (r ‖B_i‖))
@@ -55,6 +55,7 @@ class Folded(Fused):
     uses: ClassVar[str]
     """What PEFT's forward uses."""
     lora_variant: Any
+    """PEFT's variants of LoRA, by adapter: none."""
 
     def read(self, x: Tensor, args: Any = (), kwargs: Mapping[str, Any] = MappingProxyType({}), *rest: Any) -> Any:
         """Return the operands of a forward with these arguments, or why PEFT's own forward serves it."""
@@ -136,7 +137,7 @@ class FusedDeloraLinear(Folded, OverDense, delora.DeloraLinear):
     peft_class = delora.DeloraLinear
     first, second, dropouts = "delora_A", "delora_B", "delora_dropout"
     uses = _DELORA_USES
-    lora_variant: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    lora_variant = MappingProxyType[str, Any]({})
 
     @staticmethod
     def read_base(layer: Any) -> tuple[Tensor, Tensor | None] | str:
@@ -173,4 +174,5 @@ class FusedDeloraLinear(Folded, OverDense, delora.DeloraLinear):
         return as_dtype(super()._compute(x, operands), operands.outer)
 
     def compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
+        """Return y in x's dtype, where each row of x is computed with the adapter that `rows` gives it."""
         return as_dtype(super().compute_rows(x, operands, numbers, rows), operands.outer)

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from lora_kernels.peft import known
 from lora_kernels.peft.reading import weight_and_bias
 
-_KASA_USES = "F KasaLinearVariant _apply_deferred_truncation dtype linear lora_A lora_B lora_diag lora_dropout scaling to"
+_KASA_USES = (
+    "F KasaLinearVariant _apply_deferred_truncation dtype linear lora_A lora_B lora_diag lora_dropout scaling to"
+)
 _USES = {
     "MiCALinearVariant": "lora_A lora_B lora_dropout scaling",
     "KasaLinearVariant": _KASA_USES,
@@ -36,7 +38,8 @@ def _variant(name: str) -> type[Any] | None:
     return getattr(variants, name, None)
 
 
-_KASA, _BLOCKS = _variant("KasaLinearVariant"), _variant("BlockDiagonalLinear")
+_MICA, _KASA = _variant("MiCALinearVariant"), _variant("KasaLinearVariant")
+_BLOCKS = _variant("BlockDiagonalLinear")
 UNKNOWN: dict[type[Any], str] = {
     kind: known.why_not(kind, uses) for name, uses in _USES.items() if (kind := _variant(name)) is not None
 }
@@ -53,6 +56,12 @@ def why_not(layer: Any, name: str) -> str | None:
     if kind is _KASA and name in layer._lora_kasa_truncation_deferred:
         return f"adapter {name!r} is KaSA, whose first forward is yet to cut the smallest singular values off W"
     return None
+
+
+def is_folded(layer: Any, name: str) -> bool:
+    """Return whether A' or B' of adapter `name` is computed anew in every call."""
+    kind = type(layer.lora_variant.get(name))
+    return kind in UNKNOWN and kind is not _MICA
 
 
 def matrix(module: Any) -> tuple[Any, Any] | None:

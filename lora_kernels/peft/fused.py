@@ -23,7 +23,7 @@ from lora_kernels.nn.recompute import REMEMBERED
 from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.multi import lora_linear_multi
-from lora_kernels.peft import by_row, folds, known, several, serving
+from lora_kernels.peft import by_row, folds, known, serving, several
 from lora_kernels.peft.groups import Group
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.reading import (
@@ -159,8 +159,8 @@ class Fused(FusedLayer):
                 activated = True
         if variants and (len(active) > 1 or names is not None):
             # `read_adapter` has refused the variants that are not fused.
-            if reason := several.why_not(self, adapters, names is not None):
-                return reason
+            if together := several.why_not(self, adapters, names is not None):
+                return together
             if activated and names is None:
                 return "an activated LoRA beside others"
         if (

@@ -1,4 +1,4 @@
-"""`FusedLinear`: PEFT's LoRA linear over a dense base, on the fused path; `OverDense`, for every kind over such a base."""
+"""`FusedLinear`: PEFT's LoRA linear over a dense base, on the fused path; `OverDense`, its part for other kinds."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ given,
 with d = m / ‖W + s·B A‖ of this DoRA adapter alone. So DoRA without dropout scales what the adapters before it have
 added, and with dropout it does not. Merging does what the first of the two does.
 
-The first call is fused, with as many adapters as it can take. The others are torch operations on [M, R] and [M, N]. What
-PEFT forms there, B A and a unit matrix of size K, is not formed.
+The first call is fused, with as many adapters as it can take. The others are torch operations on [M, R] and [M, N].
+B A and the unit matrix of size K, which PEFT forms for DoRA, are not formed.
 """
 
 from __future__ import annotations
