@@ -13,7 +13,7 @@ from lora_kernels.ops.dora_norm import weight_norm
 def norm_of(layer: Any) -> Tensor:
     """Return ‖W + s·B A‖ of a `FusedLoRALinear`, the magnitude with which d = 1. Under FSDP2 it is sharded as m is, and
     every process must make this call, which gathers W."""
-    w, a, b, m = layer.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
+    w, a, b, m = layer.turned(layer.weight), layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
     if not hasattr(m, "placements"):
         return weight_norm(w, a, b, float(layer.scaling), m)
     from torch.distributed.tensor import distribute_tensor  # heavy to import, and loaded already where m is sharded

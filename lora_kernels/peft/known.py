@@ -56,6 +56,12 @@ def why_not_alora(variant: type[Any]) -> str:
     return _unknown(variant, "forward", _ALORA)
 
 
+def why_not(owner: type[Any], uses: str) -> str:
+    """Return why the fused path may not stand in for the forward of PEFT's class `owner`, or "" where it may. `uses`
+    holds the names that the forward is known to use, between spaces."""
+    return _unknown(owner, "forward", frozenset(uses.split()))
+
+
 def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:
     function = getattr(owner, name)
     what = f"PEFT's {owner.__name__}.{name}"
