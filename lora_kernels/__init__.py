@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lora_kernels.models.loralib import load_loralib
     from lora_kernels.nn.mixed import mixed
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
+    from lora_kernels.ops.experts import lora_linear_experts
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.ops.multi import lora_linear_multi
     from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
@@ -54,6 +55,7 @@ __all__ = [
     "load_adapter",
     "load_loralib",
     "lora_linear",
+    "lora_linear_experts",
     "lora_linear_group",
     "lora_linear_multi",
     "mark_only_lora_as_trainable",
@@ -79,6 +81,7 @@ _LAZY = {
     "models.loralib": ("load_loralib",),
     "nn.mixed": ("mixed",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
+    "ops.experts": ("lora_linear_experts",),
     "ops.group": ("lora_linear_group",),
     "ops.multi": ("lora_linear_multi",),
     "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
