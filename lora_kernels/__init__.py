@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.models.loralib import load_loralib
+    from lora_kernels.nn.embedding import FusedLoRAEmbedding
     from lora_kernels.nn.mixed import mixed
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
+    from lora_kernels.ops.embedding import lora_embedding
     from lora_kernels.ops.experts import lora_linear_experts
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.ops.multi import lora_linear_multi
@@ -38,6 +40,7 @@ __all__ = [
     "AdapterStack",
     "ColwiseLoRA",
     "FuseReport",
+    "FusedLoRAEmbedding",
     "FusedLoRALinear",
     "QuantizedLoRALinear",
     "QuantizedWeight",
@@ -54,6 +57,7 @@ __all__ = [
     "fuse",
     "load_adapter",
     "load_loralib",
+    "lora_embedding",
     "lora_linear",
     "lora_linear_experts",
     "lora_linear_group",
@@ -70,6 +74,8 @@ __all__ = [
 _LAZY = {
     "core.many": ("Adapter", "AdapterStack"),
     "core.rows": ("Rows",),
+    "nn.embedding": ("FusedLoRAEmbedding",),
+    "ops.embedding": ("lora_embedding",),
     "models.adapters": ("load_adapter", "save_adapter"),
     "models.inject": (
         "adapter_parameters",
