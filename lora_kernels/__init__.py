@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.models.loralib import load_loralib
+    from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
     from lora_kernels.nn.mixed import mixed
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
     from lora_kernels.ops.group import lora_linear_group
@@ -38,6 +39,7 @@ __all__ = [
     "ColwiseLoRA",
     "FuseReport",
     "FusedLoRALinear",
+    "FusedLoRAMultiheadAttention",
     "QuantizedLoRALinear",
     "QuantizedWeight",
     "Rows",
@@ -77,6 +79,7 @@ _LAZY = {
         "trainable_parameters",
     ),
     "models.loralib": ("load_loralib",),
+    "nn.attention": ("FusedLoRAMultiheadAttention",),
     "nn.mixed": ("mixed",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
     "ops.group": ("lora_linear_group",),

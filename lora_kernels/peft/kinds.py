@@ -9,6 +9,7 @@ from lora_kernels.peft.layer import FusedLayer
 
 _FUSED = {
     "peft.tuners.lora.layer.Linear": ("linear", "FusedLinear"),
+    "peft.tuners.lora.layer.MultiheadAttention": ("attention", "FusedMultiheadAttention"),
     "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
     "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
 }

@@ -37,6 +37,13 @@ unsqueeze view weight zeros
 _ALORA = frozenset(_ALORA_USES.split())
 """What the forward of PEFT's activated LoRA uses."""
 
+_ATTENTION_USES = """
+ValueError __class__ __name__ _check_forward_args active_adapters adapter_names base_layer disable_adapters dtype
+get_base_layer lora_A merge merged out_proj to unmerge
+"""
+_ATTENTION = frozenset(_ATTENTION_USES.split())
+"""What PEFT's forward of an nn.MultiheadAttention uses."""
+
 
 def why_not_lora(peft_class: type[Any]) -> str:
     """Return why the fused path may not stand in for the forward of `peft_class`, a LoRA linear of PEFT, or "" where it
@@ -54,6 +61,12 @@ def why_not_alora(variant: type[Any]) -> str:
     """Return why the fused path may not stand in for activated LoRA, which PEFT's class `variant` computes, or "" where
     it may."""
     return _unknown(variant, "forward", _ALORA)
+
+
+def why_not_attention(peft_class: type[Any]) -> str:
+    """Return why the fused path may not stand in for the forward of `peft_class`, PEFT's LoRA over an
+    nn.MultiheadAttention, or "" where it may."""
+    return _unknown(peft_class, "forward", _ATTENTION)
 
 
 def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:
