@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.models.loralib import load_loralib
+    from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
     from lora_kernels.nn.conv import FusedLoRAConv1d, FusedLoRAConv2d, FusedLoRAConv3d
     from lora_kernels.nn.embedding import FusedLoRAEmbedding
     from lora_kernels.nn.mixed import mixed
@@ -47,6 +48,7 @@ __all__ = [
     "FusedLoRAConv3d",
     "FusedLoRAEmbedding",
     "FusedLoRALinear",
+    "FusedLoRAMultiheadAttention",
     "QuantizedLoRALinear",
     "QuantizedWeight",
     "Rows",
@@ -92,6 +94,7 @@ _LAZY = {
     ),
     "models.loralib": ("load_loralib",),
     "nn.conv": ("FusedLoRAConv1d", "FusedLoRAConv2d", "FusedLoRAConv3d"),
+    "nn.attention": ("FusedLoRAMultiheadAttention",),
     "nn.mixed": ("mixed",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
     "ops.experts": ("lora_linear_experts",),

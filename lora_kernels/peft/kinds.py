@@ -13,6 +13,7 @@ _FUSED = {
     "peft.tuners.lora.layer.Conv1d": ("conv", "FusedConv1d"),
     "peft.tuners.lora.layer.Conv2d": ("conv", "FusedConv2d"),
     "peft.tuners.lora.layer.Conv3d": ("conv", "FusedConv3d"),
+    "peft.tuners.lora.layer.MultiheadAttention": ("attention", "FusedMultiheadAttention"),
     "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
     "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
     "peft.tuners.adalora.layer.SVDLinear": ("folded", "FusedSVDLinear"),

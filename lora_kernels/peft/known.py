@@ -37,6 +37,13 @@ unsqueeze view weight zeros
 _ALORA = frozenset(_ALORA_USES.split())
 """What the forward of PEFT's activated LoRA uses."""
 
+_ATTENTION_USES = """
+ValueError __class__ __name__ _check_forward_args active_adapters adapter_names base_layer disable_adapters dtype
+get_base_layer lora_A merge merged out_proj to unmerge
+"""
+_ATTENTION = frozenset(_ATTENTION_USES.split())
+"""What PEFT's forward of an nn.MultiheadAttention uses."""
+
 
 _EMBEDDING_USES = """
 F T VARIANT_KWARG_KEYS __base__ _check_forward_args _embed _get_embed_scale _mixed_batch_forward active_adapter
@@ -90,6 +97,12 @@ def why_not_dora_embedding(variant: type[Any], magnitude: type[Any]) -> str:
     """Return why the fused path may not stand in for DoRA over an embedding, which PEFT's class `variant` computes with
     a `magnitude`, or "" where it may."""
     return _unknown(variant, "forward", _DORA_EMBEDDING) or _unknown(magnitude, "forward", _DORA_EMBEDDING)
+
+
+def why_not_attention(peft_class: type[Any]) -> str:
+    """Return why the fused path may not stand in for the forward of `peft_class`, PEFT's LoRA over an
+    nn.MultiheadAttention, or "" where it may."""
+    return _unknown(peft_class, "forward", _ATTENTION)
 
 
 def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:
