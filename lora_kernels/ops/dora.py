@@ -33,7 +33,6 @@ from lora_kernels.ops import check, direct, plain, registered
 from lora_kernels.ops.autograd import (
     apply,
     as_dense,
-    as_dtype,
     device_type,
     needs_plain_mode,
     no_autocast,
@@ -141,7 +140,8 @@ class DoRALinearFunction(torch.autograd.Function):
         _, _, need_da, need_db, need_dd, *_ = ctx.needs_input_grad
         save_h = need_db or (need_dd and (p > 0 or a.dtype != x.dtype))
         # Under autocast w is converted here and again in the backward, so that no copy of it is saved.
-        weight = whole_weight(w, w_scales, w_format, w_blocksize, x.dtype)
+        dense = w_format == "dense" and w.dtype == x.dtype
+        weight = w if dense else whole_weight(w, w_scales, w_format, w_blocksize, x.dtype)
         y, h, z = _forward(x, Base(weight, bias), Adapter(a, b, scale, p, seed), d, backend, save_h, need_dd)
         within_z = bias if need_dd and p == 0 and x.dtype in check.HALVES else None
         ctx.save_for_backward(
@@ -172,11 +172,12 @@ def _forward(
     changed in place, the code that torch 2.11 makes gives gradients of zero. A compiler fuses the sums anyway.
     """
     (w, bias), (a, b, scale, p, seed) = base, adapter
-    if isinstance(w, Tensor):
-        w = as_dtype(w, x.dtype)  # without gradients, under autocast
+    if isinstance(w, Tensor) and w.dtype != x.dtype:  # without gradients, under autocast
+        w = w.to(x.dtype)
+    codes = w if isinstance(w, Tensor) else w.codes
     compiling = torch.compiler.is_compiling()
     if p == 0:
-        way = _way(x, w, adapter, None)
+        way = registered if watched(x, codes, a, b, None) else direct
         if a.dtype != x.dtype:
             u = way.base_gemm(x, w, backend, bias, a.dtype)
             addend = None if bias is None else (1 - d) * bias
@@ -193,7 +194,7 @@ def _forward(
         return y, h, z
     assert seed is not None
     scaled = Adapter(a, scaled_rows(b, d), scale, p, seed)
-    way = _way(x, w, scaled, bias)
+    way = registered if watched(x, codes, a, scaled.b, bias) else direct
     y, h = way.forward(x, Base(w, bias), scaled, backend, save_h)
     u = way.base_gemm(way.keep_mask(x, p, seed, backend).mul_(x), w, backend)  # x̂ = c·keep ⊙ x: c goes with d - 1
     if x.dtype in check.HALVES:
@@ -289,10 +290,10 @@ def _backward_dropout(
     return dx, da, db, dd
 
 
-def _way(rows: Tensor, w: Tensor | QuantizedWeight, adapter: Adapter, other: Tensor | None) -> Any:
-    """Return `direct`, or `registered` where something observes the pass. The arguments are those of `watched`."""
+def _way(dy: Tensor, w: Tensor | QuantizedWeight, adapter: Adapter, x: Tensor | None) -> Any:
+    """Return `direct`, or `registered` where something observes the backward."""
     codes = w.codes if isinstance(w, QuantizedWeight) else w
-    return registered if watched(rows, codes, adapter.a, adapter.b, other) else direct
+    return registered if watched(dy, codes, adapter.a, adapter.b, x) else direct
 
 
 def _check_magnitude(w: Tensor | QuantizedWeight, a: Tensor, magnitude: Tensor) -> None:
