@@ -13,15 +13,20 @@ from lora_kernels.quant.weight import QuantizedWeight
 
 
 def norm_of(layer: Any) -> Tensor:
-    """Return ‖W + s·B A‖ of a `FusedLoRALinear`, dense or quantised, the magnitude with which d = 1. Under FSDP2 it is sharded as m is, and
-    every process must make this call, which gathers W."""
+    """Return ‖W + s·B A‖ of a `FusedLoRALinear`, dense or quantised: the magnitude with which d = 1. Under FSDP2 it is
+    sharded as m is, and every process must make this call, which gathers W."""
+    w: Any
     w, a, b, m = layer.frozen_weight(), layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
     if not hasattr(m, "placements"):
         return weight_norm(w, a, b, float(layer.scaling), m)
     from torch.distributed.tensor import distribute_tensor  # heavy to import, and loaded already where m is sharded
 
     a, b = a.full_tensor(), b.full_tensor()
-    w = replace(w, codes=w.codes.full_tensor()) if isinstance(w, QuantizedWeight) else w.full_tensor()
+    if isinstance(w, QuantizedWeight):
+        codes: Any = w.codes
+        w = replace(w, codes=codes.full_tensor())
+    else:
+        w = w.full_tensor()
     norm = weight_norm(w, a, b, float(layer.scaling), m)
     return distribute_tensor(norm, m.device_mesh, m.placements)
 

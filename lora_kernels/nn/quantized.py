@@ -26,9 +26,9 @@ torch.fx.wrap("dora_linear")
 
 
 class QuantizedLoRALinear(FusedLoRALinear):
-    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ over a W in nf4, fp4, int8 or fp8, or with use_dora DoRA over it. On a CPU about 8 MB of the
-    dequantised W are in memory at a time; on a GPU it is there as a whole during a call, unless `triton` serves a
-    call of few rows.
+    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ, or with use_dora DoRA, over a W in nf4, fp4, int8 or fp8. On a CPU
+    about 8 MB of the dequantised W are in memory at a time; on a GPU it is there as a whole during a call, unless
+    `triton` serves a call of few rows.
 
     Make one with ``FusedLoRALinear.from_linear(linear, quant="nf4")``, `over` or `from_bnb`, not with the constructor.
     x may have any dtype of `lora_linear`. A bias of another dtype, as bitsandbytes' layers often have, is converted to

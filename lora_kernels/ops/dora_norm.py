@@ -72,9 +72,9 @@ def _native() -> Any:
 
 def _norm(w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return n [N] in the widest dtype of W, A and fp32."""
-    quantised, N = isinstance(w, QuantizedWeight), w.shape[0]
-    served = w.is_cpu and a.dtype in _KERNEL and (quantised or (w.dtype in _KERNEL and w.stride()[1] == 1))
-    if served and (native := _native()):
+    N, dense = w.shape[0], isinstance(w, Tensor)
+    read = not isinstance(w, Tensor) or (w.dtype in _KERNEL and w.stride()[1] == 1)
+    if read and w.is_cpu and a.dtype in _KERNEL and (native := _native()):
         norm = a.new_empty(N, dtype=torch.float32)
         native.row_norm(torch.get_num_threads(), w, a, b, scale, norm)
         return norm
@@ -82,12 +82,12 @@ def _norm(w: Tensor | QuantizedWeight, a: Tensor, b: Tensor, scale: float) -> Te
     a, b = a.to(wide), b.to(wide)
     square = a.new_empty(N)
     low = torch.empty_like(b, memory_format=torch.contiguous_format)
-    step = N if not quantised and w.dtype == wide and not w.is_cpu else _WEIGHT_ROWS
+    step = N if dense and w.dtype == wide and not w.is_cpu else _WEIGHT_ROWS
     # MKL divides these products among its threads along K. This is not `fixed`, because every call enters it.
     in_order = w.is_cpu and torch.are_deterministic_algorithms_enabled()
     for n in range(0, N, step):
         rows = slice(n, n + step)
-        block = w.rows(n, min(n + step, N), wide) if isinstance(w, QuantizedWeight) else w[rows].to(wide)
+        block = w[rows].to(wide) if isinstance(w, Tensor) else w.rows(n, min(n + step, N), wide)
         if in_order:
             low[rows] = base_gemm(block, a, None)
         else:

@@ -2,8 +2,9 @@
 
     y_i = x W_iᵀ + bias_i + s_i · (dropout_i(x) A_iᵀ) B_iᵀ          dx = Σ_i dx_i
 
-Each W_i is dense or a `QuantizedWeight`. The CPU kernels compute every h_i in one pass over x and accumulate dx in one buffer. Back-ends whose kernels serve one
-layer at a time run them once for each layer. Each layer has a dropout mask of its own.
+Each W_i is dense or a `QuantizedWeight`. The CPU kernels compute every h_i in one pass over x and accumulate dx in one
+buffer. Back-ends whose kernels serve one layer at a time run them once for each layer. Each layer has a dropout mask of
+its own.
 """
 
 from __future__ import annotations
@@ -76,10 +77,9 @@ def lora_linear_group(x: Tensor, layers: Iterable[Layer], *, backend: str | None
         return tuple(plain_ys)
     rows = rows if x.dim() == 2 else rows.reshape(-1, x.shape[-1])
     with no_autocast(device_type(x)):
-        codes, *quantised = each_weight_parts(ws)
-        scales, formats, blocksizes = quantised or ((), None, None)
+        codes, scales, formats, blocksizes = each_weight_parts(ws)
         how = backend, formats, blocksizes, len(ws)
-        ys = apply(LoRALinearGroupFunction, rows, how, *codes, *parts, *scales)
+        ys = apply(LoRALinearGroupFunction, rows, how, *codes, *parts, *(scales or ()))
     return tuple(ys) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
@@ -93,9 +93,9 @@ class LoRALinearGroupFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Return the y_i.
 
-        `how` is (backend, formats, blocksizes, the number of layers n). `tensors` are the w of all layers, or the codes of
-        those that are quantised, then the bias and the fields of the `Adapter` of the first layer, then the second's,
-        ..., and at last the scales that belong to the codes, as `each_weight` takes them.
+        `how` is (backend, formats, blocksizes, number of layers). `tensors` are the w of all layers, or the codes of
+        those that are quantised; then the bias and the fields of the `Adapter` of the first layer, then the second's,
+        ...; and at last the scales that belong to the codes, as `each_weight` takes them.
         """
         backend, formats, blocksizes, n = how
         end = n + n * _FIELDS
@@ -132,7 +132,8 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None], x: Tensor | None, saved: 
     """Return dx, None for `how` and each w, and the gradients of every layer's fields; None for the scales."""
     count, need_dx = len(dys), ctx.needs_input_grad[0]
     w, a, b, h, seed = (saved[i * count : (i + 1) * count] for i in range(5))
-    whole = each_weight(w, saved[5 * count :], *ctx.formats, ctx.dtype)
+    formats, blocksizes = ctx.formats
+    whole = each_weight(w, saved[5 * count :], formats, blocksizes, ctx.dtype)
     grads: list[list[Tensor | None]] = [[None] * _FIELDS for _ in dys]
     dx = None
     cast = {i: as_dense(dy, ctx.dtype) for i, dy in enumerate(dys) if dy is not None}

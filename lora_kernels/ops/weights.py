@@ -49,15 +49,18 @@ def each_weight(
 
 def each_weight_parts(
     ws: Sequence[Tensor | QuantizedWeight],
-) -> tuple[list[Tensor]] | tuple[list[Tensor], list[Tensor], list[str], list[int]]:
-    """Return the arguments that stand for the weights of a group, as `each_weight` takes them."""
-    if not any(isinstance(w, QuantizedWeight) for w in ws):
-        return (list(ws),)  # type: ignore[arg-type]
+) -> tuple[list[Tensor], list[Tensor] | None, list[str] | None, list[int] | None]:
+    """Return the arguments that stand for the weights of a group, as `each_weight` takes them. The last three are None
+    where all weights are dense."""
     first, scales, formats, blocksizes = list[Tensor](), list[Tensor](), list[str](), list[int]()
     for w in ws:
-        codes, own, format, blocksize = weight_parts(w) if isinstance(w, QuantizedWeight) else (w, [], "dense", 0)
-        first.append(codes)
-        scales += own
-        formats.append(format)
-        blocksizes.append(blocksize)
-    return first, scales, formats, blocksizes
+        if isinstance(w, QuantizedWeight):
+            first.append(w.codes)
+            scales += w.tensors[1:]
+            formats.append(w.format)
+            blocksizes.append(w.blocksize)
+        else:
+            first.append(w)
+            formats.append("dense")
+            blocksizes.append(0)
+    return (first, scales, formats, blocksizes) if scales else (first, None, None, None)
