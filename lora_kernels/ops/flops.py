@@ -80,19 +80,23 @@ def _forward_group(x: Any, w: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 def _backward_group(  # type: ignore[no-untyped-def]
-    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, **_: Any
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *_: Any, **__: Any
 ) -> int:
     rows = zip(dy, w, a, b, need_da, need_db, strict=True)
     return sum(_backward(dy, x, w, a, b, *[None] * 5, need_dx, da, db) for dy, w, a, b, da, db in rows)
 
 
-def _base_gemm(x: Any, w: Any, *_: Any, **__: Any) -> int:
-    (M, K), N = x, w[0]
-    return 2 * M * N * K
+def _base_gemm(  # type: ignore[no-untyped-def]
+    x, w, backend=None, bias=None, adapter_dtype=None, transposed=False, w_scales=None, w_format="dense", w_blocksize=0,
+    **_: Any,
+) -> int:  # fmt: skip
+    columns = w[1] * (2 if w_blocksize else 1) if transposed else w[0]  # 4-bit codes lie two to a byte
+    total: int = 2 * x[0] * x[1] * columns
+    return total
 
 
 def _dora_norm(w: Any, a: Any, *_: Any, **__: Any) -> int:
-    (N, K), R = w, a[0]
+    N, (R, K) = w[0], a
     return 2 * N * K * R + 2 * R * R * (K + N)
 
 
