@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.models.loralib import load_loralib
+    from lora_kernels.nn.experts import FusedLoRAExperts
     from lora_kernels.nn.mixed import mixed
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
     from lora_kernels.ops.experts import lora_linear_experts
@@ -38,6 +39,7 @@ __all__ = [
     "AdapterStack",
     "ColwiseLoRA",
     "FuseReport",
+    "FusedLoRAExperts",
     "FusedLoRALinear",
     "QuantizedLoRALinear",
     "QuantizedWeight",
@@ -79,6 +81,7 @@ _LAZY = {
         "trainable_parameters",
     ),
     "models.loralib": ("load_loralib",),
+    "nn.experts": ("FusedLoRAExperts",),
     "nn.mixed": ("mixed",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
     "ops.experts": ("lora_linear_experts",),

@@ -11,6 +11,7 @@ _FUSED = {
     "peft.tuners.lora.layer.Linear": ("linear", "FusedLinear"),
     "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
     "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
+    "peft.tuners.lora.layer.ParamWrapper": ("experts", "FusedExperts"),
 }
 """PEFT's class → the module in this folder, and the fused class in it."""
 
