@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import experts_form, experts_forward, merging, offload
+from lora_kernels.nn import experts_form, experts_forward, experts_merging, offload
 from lora_kernels.nn.adapter import AdapterLayer, FilePart
 from lora_kernels.nn.experts_forward import StackAdapter
 from lora_kernels.nn.settings import LoRASettings
 
 _OF_MODULE = frozenset(nn.Module().__dict__)
 """The attributes that every nn.Module has."""
-
-_LOST = "Call accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
 
 
 class FusedLoRAExperts(AdapterLayer):
@@ -51,6 +48,8 @@ class FusedLoRAExperts(AdapterLayer):
     experts_class: type[Any]
     """The class of the plain module."""
     adapted: tuple[str, ...]
+    plain_attributes: tuple[str, ...]
+    """The names of the attributes that the plain module has."""
     num_experts: int
     _base: dict[str, nn.Parameter]
     """The base stacks while merged, else nothing. They stand neither with the parameters nor with the buffers, because
@@ -81,9 +80,7 @@ class FusedLoRAExperts(AdapterLayer):
             TypeError: for a module that is not of the known form: one with another forward, hooks, quantised or
                 sharded stacks; and for an adapter_dtype that does not go with the weights'.
         """
-        settings = LoRASettings(
-            r, lora_alpha, lora_dropout, use_rslora, adapter_dtype=adapter_dtype, backend=backend
-        )
+        settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype=adapter_dtype, backend=backend)
         return cls.from_settings(module, settings, parameters)
 
     @classmethod
@@ -103,7 +100,7 @@ class FusedLoRAExperts(AdapterLayer):
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         own = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULE}
-        new.__dict__.update(own, _attributes=tuple(own), _base={}, experts_class=type(module))
+        new.__dict__.update(own, plain_attributes=tuple(own), _base={}, experts_class=type(module))
         new._parameters.update(module._parameters)
         new._buffers.update(module._buffers)
         new._modules.update(module._modules)
@@ -132,18 +129,14 @@ class FusedLoRAExperts(AdapterLayer):
         self.use_rslora, self.use_dora, self.backend = settings.use_rslora, False, settings.backend
         self.scaling = settings.scaling
         for name in self.adapted:
-            E, N, K = self._stack(name).shape
-            weight = self._stack(name)
+            weight = experts_form.projection(self, name).weight
+            E, N, K = weight.shape
             how: Any = {"dtype": settings.dtype_beside(weight.dtype), "device": weight.device}
             self.register_parameter(f"lora_A_{name}", nn.Parameter(torch.empty(E, self.r, K, **how)))
             self.register_parameter(f"lora_B_{name}", nn.Parameter(torch.empty(E, N, self.r, **how)))
         self._reset_adapter()
 
-    def _stack(self, name: str) -> Tensor:
-        """Return W [E, N, K] of the stack `name`, the merged one while merged."""
-        return experts_form.projection(self, name).weight
-
-    def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    def pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return A and B of the stack `name`."""
         return getattr(self, f"lora_A_{name}"), getattr(self, f"lora_B_{name}")
 
@@ -154,7 +147,7 @@ class FusedLoRAExperts(AdapterLayer):
 
     def _reset_adapter(self) -> None:
         for name in self.adapted:
-            a, b = self._pair(name)
+            a, b = self.pair(name)
             nn.init.kaiming_uniform_(a.view(-1, a.shape[-1]), a=math.sqrt(5))
             nn.init.zeros_(b)
 
@@ -182,10 +175,8 @@ class FusedLoRAExperts(AdapterLayer):
             return y
         experts_forward.check(hidden_states, ids, weights)
         p = self.lora_dropout if self.training else 0.0
-        adapters = {name: StackAdapter(*self._pair(name), self.scaling, p) for name in self.adapted}
-        return experts_forward.forward(
-            self.experts_class, self, hidden_states, ids, weights, adapters, self.backend
-        )
+        adapters = {name: StackAdapter(*self.pair(name), self.scaling, p) for name in self.adapted}
+        return experts_forward.forward(self.experts_class, self, hidden_states, ids, weights, adapters, self.backend)
 
     def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
         """Return what the plain module computes between its two stacks. Its forward asks, which serves a merged
@@ -209,7 +200,7 @@ class FusedLoRAExperts(AdapterLayer):
         """
         if self._base:
             return
-        new = {name: nn.Parameter(stack, False) for name, stack in self._merged_stacks(safe).items()}
+        new = {name: nn.Parameter(stack, False) for name, stack in experts_merging.merged_stacks(self, safe).items()}
         base = {name: self._parameters[name] for name in new}
         self._parameters.update(new)
         self.__dict__["_base"] = base
@@ -225,40 +216,9 @@ class FusedLoRAExperts(AdapterLayer):
     def to_plain(self) -> nn.Module:
         """Return a plain experts module whose stacks hold W + s·B·A, as `merge` computes it, and copies of the rest.
         This module stays as it is. Raises what `merge` raises."""
-        stacks = {name: self._parameters[name].detach().clone() for name in self._base} or self._merged_stacks(True)
-        plain = self.experts_class.__new__(self.experts_class)
-        nn.Module.__init__(plain)
-        plain.__dict__.update({name: self.__dict__[name] for name in self._attributes if name in self.__dict__})
-        for name, p in self._parameters.items():
-            if p is not None and not name.startswith("lora_"):
-                value = stacks[name] if name in stacks else p.detach().clone()
-                plain.register_parameter(name, nn.Parameter(value, p.requires_grad))
-        plain._buffers.update(copy.deepcopy(self._buffers))
-        plain._modules.update(copy.deepcopy(self._modules))
-        plain.training = self.training
-        return plain  # type: ignore[no-any-return]
-
-    def _merged_stacks(self, safe: bool) -> dict[str, Tensor]:
-        """Return W + s·B·A for each adapted stack, in the layout in which it is stored."""
-        if offload.hook_of(self) is not None:
-            raise ValueError(f"this {type(self).__name__} is offloaded by accelerate: nothing was changed. {_LOST}")
-        merging.refuse_absent(self)
-        made = {}
-        for name in self.adapted:
-            stored, (a, b) = self._parameters.get(name), self._pair(name)
-            if stored is None or any(hasattr(t, "placements") for t in (stored, a, b)):
-                raise ValueError(
-                    f"{name} of this {type(self).__name__} is parametrised or sharded: nothing was changed. Merge a "
-                    "module whose parameters are whole and its own"
-                )
-            stack, w = torch.empty_like(stored), self._stack(name)
-            rows = stack.transpose(1, 2) if self.is_transposed else stack
-            for e in range(self.num_experts):
-                rows[e] = merging.updated_weight(w[e].__getitem__, a[e], b[e], float(self.scaling), w.dtype)
-            if safe:
-                merging.refuse_nonfinite(stack, self.scaling)
-            made[name] = stack
-        return made
+        if not self._base:
+            return experts_merging.plain(self, experts_merging.merged_stacks(self, True))
+        return experts_merging.plain(self, {name: getattr(self, name).detach().clone() for name in self._base})
 
     def _check_merged(self) -> None:
         """Warn of a merged module that is to be trained; raise where accelerate has offloaded it, with W alone."""
@@ -267,7 +227,8 @@ class FusedLoRAExperts(AdapterLayer):
         if offload.hook_of(self) is not None:
             raise ValueError(
                 f"this {type(self).__name__} was merged when accelerate offloaded it, and accelerate has kept the "
-                f"weights without the adapter. {_LOST}, then unmerge(), offload, and merge after that"
+                f"weights without the adapter. {experts_merging.BRING_BACK}, then unmerge(), offload, and merge after "
+                "that"
             )
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             warnings.warn(
@@ -277,7 +238,7 @@ class FusedLoRAExperts(AdapterLayer):
     @property
     def size(self) -> str:
         """The sizes of the stacks, as reports show them."""
-        shapes = [self._stack(name).shape for name in experts_form.names(self)]
+        shapes = [experts_form.projection(self, name).weight.shape for name in experts_form.names(self)]
         return f"{self.num_experts} × ({', '.join(f'{K} → {N}' for _, N, K in shapes)})"
 
     def file_parts(self) -> dict[str, FilePart]:
@@ -285,7 +246,7 @@ class FusedLoRAExperts(AdapterLayer):
         expert fastest. PEFT nests a wrapper for each adapted stack, the module's first stack innermost."""
         parts = {}
         for depth, name in enumerate(reversed(self.adapted)):
-            (E, r, K), N = self._pair(name)[0].shape, self._pair(name)[1].shape[1]
+            (E, r, K), N = self.pair(name)[0].shape, self.pair(name)[1].shape[1]
             prefix = "base_layer." * depth
             parts[f"{prefix}lora_A.weight"] = FilePart(f"lora_A_{name}", (E * r, K))
             parts[f"{prefix}lora_B.weight"] = FilePart(f"lora_B_{name}", (N, r * E))
@@ -312,7 +273,7 @@ class FusedLoRAExperts(AdapterLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRAExperts:
         """Move and convert every tensor with `fn`, also the base stacks of a merged module. Where `fn` gives memory
         that nobody has written, as ``Module.to_empty`` does, the adapter gets its first values."""
-        a = self._pair(self.adapted[0])[0]
+        a = self.pair(self.adapted[0])[0]
         emptied = a.is_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
         held = {f"_base_{name}": p for name, p in self._base.items()}
         self._parameters.update(held)  # so that torch treats them as every other parameter
@@ -320,8 +281,8 @@ class FusedLoRAExperts(AdapterLayer):
             super()._apply(fn, recurse)
         finally:
             for name in self._base:
-                self._base[name] = self._parameters.pop(f"_base_{name}")
-        if emptied and not self._pair(self.adapted[0])[0].is_meta:
+                self._base[name] = cast(nn.Parameter, self._parameters.pop(f"_base_{name}"))
+        if emptied and not self.pair(self.adapted[0])[0].is_meta:
             self._reset_adapter()
         return self
 
@@ -361,7 +322,7 @@ class FusedLoRAExperts(AdapterLayer):
 
 _OWN = frozenset(
     ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "backend", "scaling", "init", "adapted",
-     "experts_class", "_attributes", "_base", "size", "merged")
+     "experts_class", "plain_attributes", "_base", "size", "merged")
 )  # fmt: skip
 """The attributes that a `FusedLoRAExperts` has beside those of the plain module."""
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.fit import has_hooks

@@ -82,11 +82,7 @@ def _stack(
         adapter = StackAdapter(weight.new_zeros(E, 1, K), weight.new_zeros(E, N, 1), 1.0)
     a, b, scale, p = adapter
     if experts_form.lowered_by_autocast(module):
-        return lora_linear_experts(
-            x, weight, a, b, routing.rows, scale=scale, bias=bias, dropout_p=p, backend=backend
-        )
+        return lora_linear_experts(x, weight, a, b, routing.rows, scale=scale, bias=bias, dropout_p=p, backend=backend)
     with no_autocast(device_type(x)):
         x = as_dtype(x, weight.dtype)
-        return lora_linear_experts(
-            x, weight, a, b, routing.rows, scale=scale, bias=bias, dropout_p=p, backend=backend
-        )
+        return lora_linear_experts(x, weight, a, b, routing.rows, scale=scale, bias=bias, dropout_p=p, backend=backend)

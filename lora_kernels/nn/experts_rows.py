@@ -52,8 +52,8 @@ def gather(x: Tensor, routing: Routing) -> Tensor:
 def combine(z: Tensor, weights: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
     """Return y [T, H] in `dtype` from the sorted rows z [T·k, H] and the weights [T, k] of each token's experts."""
     if _is_plain():
-        return (z.index_select(0, routing.inverse.view(-1)).view(*weights.shape, -1) * weights[..., None]).sum(1).to(
-            dtype
+        return (
+            (z.index_select(0, routing.inverse.view(-1)).view(*weights.shape, -1) * weights[..., None]).sum(1).to(dtype)
         )
     return _Combine.apply(z, weights, routing.tokens, routing.inverse, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -63,11 +63,7 @@ def _is_plain() -> bool:
     into torch's own operators only."""
     if torch.compiler.is_compiling():
         return plain.is_exporting()
-    return (
-        torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _sum(z: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:

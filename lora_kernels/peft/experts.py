@@ -124,7 +124,7 @@ class FusedExperts(FusedLayer, peft_layer.ParamWrapper):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.merged or self.disable_adapters or not active:
             return None
-        a = [self.lora_A[name].weight for name in active]
+        a: list[Any] = [self.lora_A[name].weight for name in active]
         # A wrapper inside another is not called, and the hook of a dry forward on it would look like a user's.
         outermost = isinstance(self._modules["base_layer"], peft_layer.ParamWrapper)
         layer: Any = self if outermost else self.lora_A
