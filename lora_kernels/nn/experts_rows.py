@@ -53,7 +53,7 @@ def combine(z: Tensor, weights: Tensor, routing: Routing, dtype: torch.dtype) ->
     """Return y [T, H] in `dtype` from the sorted rows z [T·k, H] and the weights [T, k] of each token's experts."""
     if _is_plain():
         return (
-            (z.index_select(0, routing.inverse.view(-1)).view(*weights.shape, -1) * weights[..., None]).sum(1).to(dtype)
+            (z.index_select(0, routing.inverse.view(-1)).view(*weights.shape, z.shape[1]) * weights[..., None]).sum(1).to(dtype)
         )
     return _Combine.apply(z, weights, routing.tokens, routing.inverse, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -97,7 +97,7 @@ class _Combine(torch.autograd.Function):
             return _sum(z, inverse, weights)
         T, k = inverse.shape
         wide = torch.promote_types(torch.promote_types(z.dtype, weights.dtype), torch.float32)
-        rows = z.index_select(0, inverse.view(-1)).view(T, k, -1).to(wide)
+        rows = z.index_select(0, inverse.view(-1)).view(T, k, z.shape[1]).to(wide)
         return torch.bmm(weights[:, None].to(wide), rows)[:, 0].to(dtype)
 
     @staticmethod
@@ -116,6 +116,6 @@ class _Combine(torch.autograd.Function):
             else:
                 dz = (dy.index_select(0, tokens).to(wide) * own[:, None]).to(z_dtype)
         if need_dw:
-            rows = z.index_select(0, inverse.view(-1)).view(T, k, -1).to(wide)
+            rows = z.index_select(0, inverse.view(-1)).view(T, k, z.shape[1]).to(wide)
             dw = torch.bmm(dy[:, None].to(wide), rows.mT)[:, 0].to(weights_dtype)
         return dz, dw, None, None, None
