@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
     from lora_kernels.nn.conv import FusedLoRAConv1d, FusedLoRAConv2d, FusedLoRAConv3d
     from lora_kernels.nn.embedding import FusedLoRAEmbedding
+    from lora_kernels.nn.experts import FusedLoRAExperts
     from lora_kernels.nn.mixed import mixed
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
     from lora_kernels.ops.conv import lora_conv
@@ -47,6 +48,7 @@ __all__ = [
     "FusedLoRAConv2d",
     "FusedLoRAConv3d",
     "FusedLoRAEmbedding",
+    "FusedLoRAExperts",
     "FusedLoRALinear",
     "FusedLoRAMultiheadAttention",
     "QuantizedLoRALinear",
@@ -95,6 +97,7 @@ _LAZY = {
     "models.loralib": ("load_loralib",),
     "nn.conv": ("FusedLoRAConv1d", "FusedLoRAConv2d", "FusedLoRAConv3d"),
     "nn.attention": ("FusedLoRAMultiheadAttention",),
+    "nn.experts": ("FusedLoRAExperts",),
     "nn.mixed": ("mixed",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
     "ops.experts": ("lora_linear_experts",),

@@ -18,6 +18,7 @@ _FUSED = {
     "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
     "peft.tuners.adalora.layer.SVDLinear": ("folded", "FusedSVDLinear"),
     "peft.tuners.delora.layer.DeloraLinear": ("folded", "FusedDeloraLinear"),
+    "peft.tuners.lora.layer.ParamWrapper": ("experts", "FusedExperts"),
 }
 """PEFT's class → the module in this folder, and the fused class in it."""
 

@@ -62,6 +62,17 @@ _DORA_EMBEDDING = frozenset(_DORA_EMBEDDING_USES.split())
 """What the forwards of PEFT's DoRA over an embedding use."""
 
 
+_PARAMETER_USES = """
+ALLOWED_COMPUTE_DTYPES Linear UPCAST_DTYPES ValueError _LoraFactorsProxy _LoraParameterProxy __class__ __name__
+_activate_lora _check_forward_args _did_swap_in_out_features _remove_parametrizations active_adapters adapter_names any
+base_layer cached device disable_adapters dtype einsum get_base_layer get_delta_factors get_delta_weight get_param
+getattr len lora_A lora_B merged nn num_experts original parameter_name parametrizations parametrize pop
+register_parametrization requires_grad requires_grad_ reshape scaling shape to torch unmerge utils weight
+"""
+_PARAMETER = frozenset(_PARAMETER_USES.split())
+"""What PEFT's wrapper of a parameter uses in a forward."""
+
+
 def why_not_lora(peft_class: type[Any]) -> str:
     """Return why the fused path may not stand in for the forward of `peft_class`, a LoRA linear of PEFT, or "" where it
     may."""
@@ -105,8 +116,17 @@ def why_not_attention(peft_class: type[Any]) -> str:
     return _unknown(peft_class, "forward", _ATTENTION)
 
 
+def why_not_parameter(wrapper: type[Any]) -> str:
+    """Return why the fused path may not stand in for the forward of PEFT's class `wrapper`, which adapts a parameter,
+    or "" where it may."""
+    names = ("forward", "_activate_lora", "get_delta_weight")
+    return next(filter(None, (_unknown(wrapper, name, _PARAMETER) for name in names)), "")
+
+
 def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:
     function = getattr(owner, name)
+    if getattr(function, "__module__", "").startswith("peft."):  # @contextmanager gives a function of contextlib
+        function = getattr(function, "__wrapped__", function)
     what = f"PEFT's {owner.__name__}.{name}"
     home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else type(function).__module__
     if home.partition(".")[0] != "peft":
