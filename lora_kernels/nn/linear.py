@@ -213,8 +213,8 @@ class FusedLoRALinear(AdapterLinear):
         return lora_linear(input, weight, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
 
     def frozen_weight(self) -> Tensor | QuantizedWeight:
-        """Return W, also that of a merged module."""
-        return self.weight if self._base is None else self._base
+        """Return W [out, in], also that of a merged module."""
+        return self.turned(self.weight if self._base is None else self._base)
 
     def _reset_base(self) -> None:
         weight, bias = self.weight, self.bias
@@ -320,9 +320,9 @@ class FusedLoRALinear(AdapterLinear):
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
         merging.refuse_sharded(self)
+        w = self.turned(self.weight)
         merged = merging.updated_weight(
-            self.turned(self.weight).__getitem__, self.lora_A, self.lora_B, float(self.scaling), self.weight.dtype, d
-            self.weight.__getitem__, self.lora_A, self.lora_B, float(self.scaling), self.weight.dtype, self._ratio()
+            w.__getitem__, self.lora_A, self.lora_B, float(self.scaling), w.dtype, self._ratio()
         )
         if safe:
             merging.refuse_nonfinite(merged, self.scaling)

@@ -13,9 +13,6 @@ from lora_kernels.quant.weight import QuantizedWeight
 
 
 def norm_of(layer: Any) -> Tensor:
-    """Return ‖W + s·B A‖ of a `FusedLoRALinear`, the magnitude with which d = 1. Under FSDP2 it is sharded as m is, and
-    every process must make this call, which gathers W."""
-    w, a, b, m = layer.turned(layer.weight), layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
     """Return ‖W + s·B A‖ of a `FusedLoRALinear`, dense or quantised: the magnitude with which d = 1. Under FSDP2 it is
     sharded as m is, and every process must make this call, which gathers W."""
     w: Any
