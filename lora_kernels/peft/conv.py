@@ -27,7 +27,7 @@ from lora_kernels.ops.conv_window import window
 from lora_kernels.peft import known
 from lora_kernels.peft.fused import DROPOUTS
 from lora_kernels.peft.layer import FusedLayer, Survey
-from lora_kernels.peft.linear import FusedLinear
+from lora_kernels.peft.linear import OverDense
 from lora_kernels.peft.reading import PeftAdapter, only_eager, weight_and_bias, why_not_biased
 
 _DORA_USES = """
@@ -134,7 +134,7 @@ class FusedConv(FusedLayer):
             adapters[name] = adapter
         if len(active) > 1 and any(each.magnitude is not None for each in adapters.values()):
             return "a DoRA adapter beside others"
-        reader: Any = FusedLinear
+        reader: Any = OverDense
         dtypes = reader._dtypes(self, x, weight, adapters, autocast_of(x))
         if isinstance(dtypes, str):
             return dtypes
