@@ -80,7 +80,6 @@ UNSUPPORTED = {
     "lora_bias": True,
     "bias": "all",
     "modules_to_save": ["head"],
-    "fan_in_fan_out": True,
     "trainable_token_indices": [1],
     "layer_replication": [[0, 2]],
     "alora_invocation_tokens": [1],
