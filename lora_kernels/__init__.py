@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.models.loralib import load_loralib
+    from lora_kernels.models.lycoris import load_lycoris
     from lora_kernels.nn.mixed import mixed
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
     from lora_kernels.ops.group import lora_linear_group
@@ -53,6 +54,7 @@ __all__ = [
     "fuse",
     "load_adapter",
     "load_loralib",
+    "load_lycoris",
     "lora_linear",
     "lora_linear_group",
     "lora_linear_multi",
@@ -77,6 +79,7 @@ _LAZY = {
         "trainable_parameters",
     ),
     "models.loralib": ("load_loralib",),
+    "models.lycoris": ("load_lycoris",),
     "nn.mixed": ("mixed",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
     "ops.group": ("lora_linear_group",),
