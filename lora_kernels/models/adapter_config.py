@@ -17,6 +17,7 @@ from lora_kernels.models import patterns
 from lora_kernels.models.names import bare, plain_names, plain_rules
 from lora_kernels.models.targets import Rules, by_pattern, expressions_of, is_literal, matches, some
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.nn.tied import TiedLoRALinear
 
@@ -267,7 +268,7 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
         "rank_pattern": _pattern(ranks, r),
         "alpha_pattern": _pattern(alphas, alpha),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(layer, FusedLoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
         "use_dora": first.use_dora,
         "lora_bias": False,
