@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-from support import experts  # noqa: E402
-from support.experts import E, FAMILIES, Adapter, Inputs, experts_of, inputs, same, truth  # noqa: E402
+from support import experts
+from support.experts import FAMILIES, STACKS, Adapter, E, Inputs, experts_of, inputs, same, truth
 
-from lora_kernels import FusedLoRAExperts  # noqa: E402
-from lora_kernels.core import dropout  # noqa: E402
+from lora_kernels import FusedLoRAExperts
+from lora_kernels.core import dropout
 
-STACKS = ("gate_up_proj", "down_proj")
 RAGGED = {"hidden_size": 13, "moe_intermediate_size": 7, "intermediate_size": 7}
 MOST = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
 
@@ -143,9 +142,10 @@ def test_dropout_is_our_mask_and_acts_only_while_training(family, monkeypatch):
     assert len(seeds) == 2 and seeds[0] != seeds[1]  # each stack has a mask of its own
 
     def mask(seed):
-        return lambda x, rows: torch.where(
-            dropout.keep_mask(seed, given.ids.numel(), x.shape[1], 0.4)[rows], x, 0.0
-        ) * dropout.rescale(0.4)
+        return lambda x, rows: (
+            torch.where(dropout.keep_mask(seed, given.ids.numel(), x.shape[1], 0.4)[rows], x, 0.0)
+            * dropout.rescale(0.4)
+        )
 
     masks = dict(zip(STACKS, map(mask, seeds), strict=True))
     same(got, truth(layer, given, adapters_of(layer), masks), 1e-12)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-from support.experts import Inputs, experts_of, inputs  # noqa: E402
+from support.experts import Inputs, experts_of, inputs
 
-from lora_kernels import FusedLoRAExperts  # noqa: E402
+from lora_kernels import FusedLoRAExperts
 
 E, H, I, R, T, K = 8, 64, 32, 4, 16, 2  # noqa: E741
 ROWS, SIZE = T * K, 4

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-from support.experts import E, H, I, experts_of, inputs  # noqa: E402
+from support.experts import STACKS, E, H, I, experts_of, inputs
 
-from lora_kernels import FusedLoRAExperts  # noqa: E402
-from lora_kernels.nn.settings import LoRASettings  # noqa: E402
-
-STACKS = ("gate_up_proj", "down_proj")
+from lora_kernels import FusedLoRAExperts
+from lora_kernels.nn.settings import LoRASettings
 
 
 def layer_of(module: nn.Module, **settings) -> FusedLoRAExperts:

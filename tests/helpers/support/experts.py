@@ -14,6 +14,8 @@ from torch import Tensor, nn
 T, K, E, H, I = 9, 2, 5, 12, 8  # noqa: E741
 """Tokens, experts of each token, experts, hidden and intermediate size."""
 
+STACKS = ("gate_up_proj", "down_proj")
+
 _SHARED: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 16,
@@ -67,9 +69,7 @@ def model_of(family: str, implementation: str = "eager", **settings: Any) -> Any
     return model.requires_grad_(True)
 
 
-def experts_of(
-    family: str, dtype: torch.dtype = torch.float32, implementation: str = "eager", **settings: Any
-) -> Any:
+def experts_of(family: str, dtype: torch.dtype = torch.float32, implementation: str = "eager", **settings: Any) -> Any:
     """Return one experts module of a family with random weights."""
     torch.manual_seed(0)
     config = config_of(family, **({"hidden_size": H} | settings))
