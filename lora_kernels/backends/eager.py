@@ -155,8 +155,8 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return dropout.keep_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, w, bias)
+def base_gemm(x: Tensor, w: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    return _base_backward(x, w) if transposed else _base(x, Base(w, bias))
 
 
 def _with_rows(adapters: Sequence[Adapter | None], rows: Rows) -> Iterator[tuple[Adapter, int, slice | Tensor]]:
