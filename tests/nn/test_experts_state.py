@@ -22,7 +22,7 @@ from lora_kernels.nn.settings import LoRASettings
 
 def layer_of(module: nn.Module, **settings) -> FusedLoRAExperts:
     layer = FusedLoRAExperts.from_experts(module, **({"r": 3} | settings))
-    for name in layer.adapted:
+    for name in layer.target_parameters:
         nn.init.normal_(layer.pair(name)[1], 0, 0.1)
     return layer.eval()
 
