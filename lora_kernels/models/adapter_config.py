@@ -204,6 +204,8 @@ def _check_types(config: dict[str, Any], path: Path | str) -> None:
         value = config.get(key, None if type(None) in types else types[0]())
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         inside = {"rank_pattern": (int,), "alpha_pattern": (int, float), "layers_to_transform": (int,)}.get(key, (str,))
+        if key == "target_modules" and value is None and config.get("target_parameters"):
+            continue
         # type() and not isinstance, because True is an int
         if type(value) not in types or not all(type(v) in inside for v in values):
             raise ValueError(f"{path}: {key}={value!r:.200} is not what LoraConfig has there")

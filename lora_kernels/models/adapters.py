@@ -194,6 +194,11 @@ def _without_equal_bases(tensors: Parts, names: Mapping[str, nn.Module]) -> Part
 
 def _warn_of_what_is_not_saved(model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
     """Warn of what a reader of the files cannot know."""
+    rate = max(layer.lora_dropout for layer in layers.values())
+    if rate and any(layer.target_parameters for layer in layers.values()):
+        warnings.warn(
+            f"lora_dropout={rate:g} is not saved, since PEFT refuses it beside target_parameters", stacklevel=3
+        )
     own = {id(parameter) for parameter in inject.adapter_parameters(model)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
