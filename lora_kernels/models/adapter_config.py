@@ -115,8 +115,8 @@ def read_config(path: Path) -> AdapterConfig:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut short or not JSON; it is not a config of LoRA; a field has a value that LoraConfig
-            does not allow, or asks for something that `FusedLoRALinear` does not compute; a field is not known here and
-            is not off (false, null, 0 or empty), because it may change what is computed.
+            does not allow, or asks for something that is not computed here; a field is not known here and is not off
+            (false, null, 0 or empty), because it may change what is computed.
     """
     try:
         config = json.loads(atomic.contents(path), object_pairs_hook=_without_doubles)
