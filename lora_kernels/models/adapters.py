@@ -42,10 +42,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     `load_adapter` read.
 
     A and B are written in their own dtype under ``base_model.model.<name>.lora_A.weight`` and ``.lora_B.weight``,
-    DoRA's m under ``.lora_magnitude_vector``; other kinds of layers have the keys that PEFT gives them. Values of r and lora_alpha that differ between layers go to rank_pattern
-    and alpha_pattern. lora_alpha is written and `scaling` is not, so that a layer which is switched off by
-    ``scaling = 0`` is saved whole. A merged layer's adapter is saved too, and so is that of a model that accelerate has
-    offloaded. Trained parameters outside the adapters are not saved: a warning names them.
+    DoRA's m under ``.lora_magnitude_vector``; other kinds of layers have the keys that PEFT gives them. Values of r and
+    lora_alpha that differ between layers go to rank_pattern and alpha_pattern. lora_alpha is written and `scaling` is
+    not, so that a layer which is switched off by ``scaling = 0`` is saved whole. A merged layer's adapter is saved too,
+    and so is that of a model that accelerate has offloaded. Trained parameters outside the adapters are not saved: a
+    warning names them.
 
     The names in the file are those of the model without wrappers (torch.compile, activation checkpointing, DDP, FSDP,
     ...) around it or around parts of it. Tied adapters are written for each layer: a warning says that the tie is not
@@ -191,7 +192,8 @@ def _without_equal_bases(tensors: Parts, names: Mapping[str, nn.Module]) -> Part
         inside = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         name, _, parameter = inside.rpartition(".")
         own = getattr(names.get(plain_name(name, names)), parameter, None) if parameter in ("weight", "bias") else None
-        if not isinstance(own, Tensor) or own.is_meta or own.shape != value.shape or not torch.equal(own.detach().cpu(), value.to(own.dtype)):
+        same = isinstance(own, Tensor) and not own.is_meta and own.shape == value.shape
+        if not (same and torch.equal(own.detach().cpu(), value.to(own.dtype))):
             kept[key] = value
     return kept
 

@@ -109,6 +109,6 @@ class TrainableParameters:
 
 
 def _watched(layer: AdapterLayer) -> Watched:
-    own = {name: p for name, p in layer.named_parameters() if "bias" not in name.rpartition(".")[2]}
-    adapter = [layer.get_parameter(part.parameter) for part in layer.file_parts().values()]
-    return Watched(layer, [p for name, p in own.items() if not is_adapter(name)], adapter)
+    own = dict(layer.named_parameters())
+    weights = [p for name, p in own.items() if not is_adapter(name) and "bias" not in name.rpartition(".")[2]]
+    return Watched(layer, weights, [p for name, p in own.items() if is_adapter(name) and p.ndim > 1])
