@@ -1,4 +1,4 @@
-"""The cells of embeddings: LoRA and DoRA over the tables of Llama 2 and GPT-2, forward and backward, and forward alone."""
+"""The cells of embeddings: LoRA and DoRA over tables of the sizes of Llama's and GPT-2's."""
 
 from __future__ import annotations
 
