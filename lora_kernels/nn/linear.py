@@ -16,6 +16,7 @@ from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.dora_norm import ratio
 from lora_kernels.ops.linear import lora_linear
+from lora_kernels.quant.weight import QuantizedWeight
 
 # torch.fx.symbolic_trace records a call of these functions as one node, as it does with those of torch.
 torch.fx.wrap("lora_linear")
@@ -127,7 +128,7 @@ class FusedLoRALinear(AdapterLinear):
         adapter is valid with this base only.
 
         Raises:
-            ValueError: as the constructor; use_dora with `quant`; double_quant without `quant`; an unknown `init`, or
+            ValueError: as the constructor; double_quant without `quant`; an unknown `init`, or
                 one for the other kind of base; and what the scheme itself raises, for an r above min(in, out) for
                 example.
             TypeError: a weight that is quantised already; a module that is not an nn.Linear, or that has an adapter,
@@ -210,6 +211,10 @@ class FusedLoRALinear(AdapterLinear):
                 backend=self.backend,
             )
         return lora_linear(input, weight, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
+
+    def frozen_weight(self) -> Tensor | QuantizedWeight:
+        """Return W [out, in], also that of a merged module."""
+        return self.turned(self.weight if self._base is None else self._base)
 
     def _reset_base(self) -> None:
         weight, bias = self.weight, self.bias
@@ -308,14 +313,16 @@ class FusedLoRALinear(AdapterLinear):
             merging.refuse_absent(self)
             return make(self.weight.detach().clone())
 
+    def _ratio(self) -> Tensor | None:
+        """Return DoRA's d, from the same functions as in the forward; None without DoRA."""
+        return ratio(self.lora_magnitude_vector.detach(), magnitude.norm_of(self)) if self.use_dora else None
+
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
         merging.refuse_sharded(self)
-        d = None
-        if self.use_dora:  # computed by the same functions as the forward's d
-            d = ratio(self.lora_magnitude_vector.detach(), magnitude.norm_of(self))
+        w = self.turned(self.weight)
         merged = merging.updated_weight(
-            self.turned(self.weight).__getitem__, self.lora_A, self.lora_B, float(self.scaling), self.weight.dtype, d
+            w.__getitem__, self.lora_A, self.lora_B, float(self.scaling), w.dtype, self._ratio()
         )
         if safe:
             merging.refuse_nonfinite(merged, self.scaling)

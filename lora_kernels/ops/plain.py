@@ -111,13 +111,14 @@ def dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
 def _dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
     """Return y as torch computes it. torch raises RuntimeError for layouts that it cannot multiply."""
     w, a, b, scale, bias, p, seed = layer
-    assert isinstance(w, Tensor), "DoRA has no quantised weight"
     scale, b = check.scale(scale, b)
     with no_autocast(x.device.type):
         wide = torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32)
-        whole = w.detach().to(wide) + scale * (b.detach().to(wide) @ a.detach().to(wide))
+        frozen = dense_weight(w, wide).detach()
+        whole = frozen.to(wide) + scale * (b.detach().to(wide) @ a.detach().to(wide))
         norm = torch.linalg.vector_norm(whole, dim=1).to(magnitude.dtype)
         d = ratio(magnitude, norm.clamp_min(torch.finfo(magnitude.dtype).smallest_normal))
+    w = dense_weight(w, x.dtype)
     x_hat = _dropout(x, p, seed)
     low = _low_rank(x_hat, a, b, scale)
     if p == 0:

@@ -9,10 +9,16 @@ from lora_kernels.peft.layer import FusedLayer
 
 _FUSED = {
     "peft.tuners.lora.layer.Linear": ("linear", "FusedLinear"),
+    "peft.tuners.lora.layer.Embedding": ("embedding", "FusedEmbedding"),
+    "peft.tuners.lora.layer.Conv1d": ("conv", "FusedConv1d"),
+    "peft.tuners.lora.layer.Conv2d": ("conv", "FusedConv2d"),
+    "peft.tuners.lora.layer.Conv3d": ("conv", "FusedConv3d"),
+    "peft.tuners.lora.layer.MultiheadAttention": ("attention", "FusedMultiheadAttention"),
     "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
     "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
     "peft.tuners.adalora.layer.SVDLinear": ("folded", "FusedSVDLinear"),
     "peft.tuners.delora.layer.DeloraLinear": ("folded", "FusedDeloraLinear"),
+    "peft.tuners.lora.layer.ParamWrapper": ("experts", "FusedExperts"),
 }
 """PEFT's class → the module in this folder, and the fused class in it."""
 

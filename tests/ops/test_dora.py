@@ -124,7 +124,7 @@ def test_gradients_pass_gradcheck(bias, p):
     leaves = [None if t is None else t.requires_grad_() for t in (q.x, q.a, q.b, d, q.bias)]
 
     def function(x, a, b, d, bias):
-        return DoRALinearFunction.apply(x, q.w, a, b, d, bias, q.seed, (q.scale, p, "eager"))
+        return DoRALinearFunction.apply(x, q.w, a, b, d, bias, q.seed, (q.scale, p, "eager", "dense", 0))
 
     assert torch.autograd.gradcheck(function, leaves)
 

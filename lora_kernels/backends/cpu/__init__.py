@@ -44,6 +44,7 @@ try:
     from lora_kernels.backends.cpu import gemm, quant
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
     from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
+    from lora_kernels.backends.eager_experts import backward_experts, forward_experts
 except ImportError as error:
     raise ImportError(
         f"the native CPU kernels are missing ({error}): they are built when lora_kernels is installed, which needs a "
@@ -54,10 +55,12 @@ except ImportError as error:
 __all__ = [
     "add_multi",
     "backward",
+    "backward_experts",
     "backward_multi",
     "base_gemm",
     "base_gemm_choices",
     "forward",
+    "forward_experts",
     "forward_multi",
     "keep_mask",
     "name",
@@ -141,6 +144,11 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x wᵀ + bias [M, N] for a dense w of any strides. A bias may be given for an x in 16 bits only."""
-    return gemm.base_gemm(x if x.stride()[1] == 1 else x.contiguous(), w, bias=bias)
+def base_gemm(x: Tensor, w: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """Return x wᵀ + bias [M, N], or x w [M, K] where `transposed`, for a dense w of any strides or a quantised one. A
+    bias may be given for an x in 16 bits only."""
+    if x.stride()[1] != 1:
+        x = x.contiguous()
+    if isinstance(w, QuantizedWeight):
+        return quant.quantized_gemm(x, w, transposed, bias)
+    return gemm.base_gemm(x, w.t() if transposed else w, bias=bias)
