@@ -200,9 +200,41 @@ def test_dora_beside_others_whose_dropout_is_off_in_training_is_left_to_peft():
 def test_rows_of_their_own_with_dora_are_left_to_peft():
     model, x = beside("dp", torch.float32).eval(), torch.randn(2, 24)
     lora_kernels.fuse(model)
+    with pytest.raises(RuntimeError, match="a DoRA adapter beside others"), lora_kernels.mixed(model, ["default", "1"]):
+        model(x)
+    with pytest.raises(ValueError, match="when DoRA is enabled"):
+        model(x, adapter_names=["default", "1"])
+
+
+def test_several_dora_adapters_in_16_bits_are_left_to_peft():
+    """The second would scale the y of the first, and its gradient would be rounded to 16 bits."""
+    model, x = beside("dd", torch.bfloat16), torch.randn(2, 24, dtype=torch.bfloat16)
+    lora_kernels.fuse(model)
     lora_kernels.unfuse(plain := copy.deepcopy(model))
-    assert torch.equal(model(x, adapter_names=["default", "1"]), plain(x, adapter_names=["default", "1"]))
-    assert all(layer.passed_over == {"a DoRA adapter beside others": 1} for layer in fused_layers(model))
+    assert torch.equal(model(x), plain(x))
+    assert all(layer.passed_over == {"several DoRA adapters in 16 bits": 1} for layer in fused_layers(model))
+
+
+def test_biases_of_adapters_before_dora_are_scaled_as_in_peft():
+    torch.manual_seed(0)
+    model = make(torch.float64, target_modules=["up"], lora_bias=True)
+    model.add_adapter("1", config(use_dora=True, target_modules=["up"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                parameter.add_(torch.rand_like(parameter))
+    model.base_model.set_adapter(["default", "1"])
+    fused_equals_peft(model.train(), torch.randn(5, 24, dtype=torch.float64))
+
+
+def test_a_traced_layer_gives_the_same_values():
+    """torch.export records plain torch operations."""
+    model, x = beside("pd", torch.float32).eval(), torch.randn(3, 24)
+    lora_kernels.fuse(model, strict=True)
+    layer = model.base_model.model.up
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,), strict=False).module()
+        torch.testing.assert_close(exported(x), layer(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
