@@ -297,6 +297,9 @@ class Fused(FusedLayer):
         dtypes of x, W and the adapters cannot be served together. `autocast` is `autocast_of(x)`."""
         raise NotImplementedError
 
+    def settle(self, x: Tensor) -> None:
+        """Make the changes to the base that its own forward makes before it computes."""
+
     def _compute(self, x: Tensor, operands: Operands) -> Tensor:
         """Return y of the base with every adapter of `operands`."""
         adapters = operands.adapters

@@ -31,6 +31,7 @@ class FusedLinear(Fused, peft_layer.Linear):
     call that it can serve."""
 
     peft_class = peft_layer.Linear
+    shares_input = True
     lora_magnitude_vector: Any
 
     def plain_operands(self, x: Tensor) -> OneAdapter | None:
