@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from lora_kernels.backends import dispatch
+from lora_kernels.models import ties
+from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport, TrainableParameters
-from lora_kernels.models.targets import Names, Rules, Selection, Target, lora_layers, select, some, told_by_reason
+from lora_kernels.models.selection import Selection, select
+from lora_kernels.models.targets import Names, Rules, some, told_by_reason
 from lora_kernels.nn import dry_run, offload, readers
-from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.adapter import AdapterLayer, is_adapter
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
 
@@ -29,8 +32,10 @@ def apply_lora(
     r: int = 8,
     lora_alpha: float = 8,
     lora_dropout: float = 0.0,
-    target_modules: Names = "all-linear",
+    target_modules: Names | None = None,
     exclude_modules: Names | None = None,
+    target_parameters: Sequence[str] | None = None,
+    ensure_weight_tying: bool = False,
     use_rslora: bool = False,
     use_dora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
@@ -99,7 +104,12 @@ def apply_lora(
     settings = LoRASettings(
         r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend, quant, blocksize, double_quant, init
     )
-    rules = Rules(target_modules, exclude_modules, rank_pattern, alpha_pattern, layers_to_transform, layers_pattern)
+    if target_modules is None:
+        target_modules = () if target_parameters else "all-linear"
+    rules = Rules(
+        target_modules, exclude_modules, rank_pattern, alpha_pattern, layers_to_transform, layers_pattern,
+        target_parameters, ensure_weight_tying,
+    )  # fmt: skip
     selection = select(model, settings, rules)
     if backend is not None:
         dispatch.load(backend)
@@ -127,7 +137,7 @@ def _warn(report: ApplyReport, selection: Selection) -> None:
             warnings.warn(f"{what}: {told_by_reason(reasons)}", stacklevel=3)
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
     """Replace every `FusedLoRALinear` by a plain ``nn.Linear`` with weight W + s·B·A, or with DoRA d ⊙ that (see
     `FusedLoRALinear.merge`). Returns `model`, or the new layer where `model` is a `FusedLoRALinear` itself.
 
@@ -143,7 +153,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("the model has no FusedLoRALinear: nothing to merge")
+        raise ValueError("the model has no layer with an adapter: nothing to merge")
     own = {name: own_name for name, own_name, _ in plain_names(model)}
     compiled = [name or "the model" for name in layers if own[name].rpartition(".")[2] == "_orig_mod"]
     if compiled:
@@ -154,26 +164,33 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     # All merges are tried before anything is changed. Keeping their results would hold every weight twice in memory.
     for name, layer in layers.items():
         try:
-            layer.to_linear()
+            layer.to_plain()
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
+    pairs = ties.refuse_changed(model, layers, untie)
     places = places_of(model)
     for layer in layers.values():
-        linear = layer.to_linear().requires_grad_(False)
-        offload.offload_like(layer, linear)
+        plain = layer.to_plain().requires_grad_(False)
+        offload.offload_like(layer, plain)
         if layer is model:
-            return linear
+            return plain
         for place in places[id(layer)]:
-            put(model, place, linear)
+            put(model, place, plain)
+    for embedding, head in pairs:
+        ties.tie(model, embedding, head)
+    if untie:
+        ties.untie_config(model)
     return model
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the adapter's parameters of every `FusedLoRALinear` in `model`, also where they are frozen: lora_A, lora_B
-    and with DoRA lora_magnitude_vector."""
+    """Yield the parameters of every adapter in `model`, also where they are frozen: A and B of each layer, and with
+    DoRA its magnitude. One that layers share comes once."""
+    seen: set[int] = set()
     for layer in lora_layers(model).values():
-        for name, parameter in layer.named_parameters(recurse=False):
-            if name.startswith("lora_"):
+        for name, parameter in layer.named_parameters():
+            if is_adapter(name) and id(parameter) not in seen:
+                seen.add(id(parameter))
                 yield parameter
 
 
@@ -192,15 +209,16 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Literal["none", "all", "
         raise ValueError(f'bias must be "none", "all" or "lora_only", got {bias!r}')
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("the model has no FusedLoRALinear: apply_lora(model) first")
+        raise ValueError("the model has no layer with an adapter: apply_lora(model) first")
     adapters = {id(parameter) for parameter in adapter_parameters(model)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad = bias == "all" and "bias" in name.rpartition(".")[2]
     if bias == "lora_only":
         for layer in layers.values():
-            if layer.bias is not None:
-                layer.bias.requires_grad_(True)
+            for name, parameter in layer.named_parameters():
+                if "bias" in name.rpartition(".")[2] and not is_adapter(name):
+                    parameter.requires_grad = True
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
@@ -213,7 +231,7 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 
 
 def put_layers(
-    model: nn.Module, selection: Selection, fill: Callable[[str, FusedLoRALinear], None] | None = None
+    model: nn.Module, selection: Selection, fill: Callable[[str, AdapterLayer], None] | None = None
 ) -> ApplyReport:
     """Replace every target by a `FusedLoRALinear`, freeze the rest and return the report. `fill` gets the name of each
     new layer and the layer, to write values into its adapter. On an error nothing is changed."""
@@ -221,7 +239,7 @@ def put_layers(
 
 
 def _replaced(
-    model: nn.Module, selection: Selection, fill: Callable[[str, FusedLoRALinear], None] | None = None
+    model: nn.Module, selection: Selection, fill: Callable[[str, AdapterLayer], None] | None = None
 ) -> tuple[ApplyReport, Callable[[], None]]:
     """Do what `put_layers` does, and return the report and a function that undoes it."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -229,26 +247,33 @@ def _replaced(
 
     def put_back() -> None:
         for target in selection.targets:
-            for place in places[id(target.linear)]:
-                put(model, place, target.linear)
-        for parameter, requires_grad in trained:  # from_linear freezes the weights that it takes over
+            for place in places[id(target.module)]:
+                put(model, place, target.module)
+        for parameter, requires_grad in trained:  # from_settings freezes the weights that it takes over
             parameter.requires_grad = requires_grad
 
     try:
-        layers = [_adapted(target) for target in selection.targets]
+        made: dict[nn.Module, AdapterLayer] = {}
+        for target in sorted(selection.targets, key=lambda target: target.tied_to is not None):
+            made[target.module] = target.adapted(made)
+        layers = [made[target.module] for target in selection.targets]
         for target, layer in zip(selection.targets, layers, strict=True) if fill else ():
             fill(target.name, layer)  # type: ignore[misc]
         packed = [layer for layer in layers if isinstance(layer, QuantizedLoRALinear)]
-        before = sum(target.linear.weight.nbytes for target in selection.targets)
+        before = sum(
+            target.module.weight.nbytes  # type: ignore[union-attr, misc]
+            for target, layer in zip(selection.targets, layers, strict=True)
+            if isinstance(layer, QuantizedLoRALinear)
+        )
         for parameter, _ in trained:
             parameter.requires_grad = False  # not requires_grad_(), which a lazy layer's parameter refuses
         for target, layer in zip(selection.targets, layers, strict=True):
-            for place in places[id(target.linear)]:
+            for place in places[id(target.module)]:
                 put(model, place, layer)
     except BaseException:
         put_back()
         raise
-    reopen = readers.close_fast_paths(model, FusedLoRALinear)
+    reopen = readers.close_fast_paths(model, AdapterLayer)
 
     def undo() -> None:
         reopen()
@@ -262,13 +287,6 @@ def _replaced(
         selection.doubted,
     )
     return report, undo
-
-
-def _adapted(target: Target) -> FusedLoRALinear:
-    try:
-        return FusedLoRALinear.from_settings(target.linear, target.settings)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{target.name}: {error}") from None
 
 
 def places_of(model: nn.Module) -> dict[int, list[str]]:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from lora_kernels.models.adapter_files import LORALIB_KEY, adapters_of, read_weights
 from lora_kernels.models.adapter_values import apply_stored, fill_stored
+from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_name, plain_names
 from lora_kernels.models.reports import ApplyReport
-from lora_kernels.models.targets import Rules, lora_layers, select, some
+from lora_kernels.models.selection import select
+from lora_kernels.models.targets import Rules, some
 from lora_kernels.nn.settings import LoRASettings
 
 
@@ -70,7 +72,7 @@ def load_loralib(
     except ValueError as error:
         raise ValueError(f"{source} is of another base, or of layers not supported here: {error}") from None
     targets = [
-        replace(target, settings=replace(target.settings, r=stored.layers[target.name].a.shape[0]))
+        replace(target, settings=replace(target.settings, r=stored.layers[target.name]["lora_A.weight"].shape[0]))
         for target in selection.targets
     ]
     return apply_stored(model, replace(selection, targets=targets), stored, values)

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels.models.targets import by_reason, lora_layers, some
+from lora_kernels.models.kinds import lora_layers
+from lora_kernels.models.targets import by_reason, some
 from lora_kernels.nn import dry_run
+from lora_kernels.nn.adapter import AdapterLayer, is_adapter
 from lora_kernels.nn.dry_run import Inputs, Watched
-from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 
 
@@ -21,16 +22,16 @@ class AdaptedLayer:
     name: str
     r: int
     lora_alpha: float
-    in_features: int
-    out_features: int
+    size: str
+    """The size of the base, such as "768 → 3072"."""
     use_dora: bool = False
     quant: str | None = None
 
     @classmethod
-    def of(cls, name: str, layer: FusedLoRALinear) -> AdaptedLayer:
+    def of(cls, name: str, layer: AdapterLayer) -> AdaptedLayer:
         """Return the entry for `layer`."""
         quant = layer.format if isinstance(layer, QuantizedLoRALinear) else None
-        return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora, quant)
+        return cls(name, layer.r, layer.lora_alpha, layer.size, layer.use_dora, quant)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ApplyReport:
 
         Raises:
             ValueError: no inputs, and a model without dummy_inputs, or one that cannot run with them; a model without
-                `FusedLoRALinear`.
+                adapters.
         """
         return self.verified_with(model, Inputs(args, kwargs) if args or kwargs else dry_run.inputs_for(model, True))
 
@@ -67,7 +68,7 @@ class ApplyReport:
         """Return what `verify` returns, for inputs as one object."""
         layers = lora_layers(model)
         if not layers:
-            raise ValueError("the model has no FusedLoRALinear: apply_lora(model) first")
+            raise ValueError("the model has no layer with an adapter: apply_lora(model) first")
         watched = {name: _watched(layer) for name, layer in layers.items() if not layer.merged}
         return replace(self, doubted={}, without_effect=dry_run.passed_over(model, watched, inputs))
 
@@ -76,8 +77,7 @@ class ApplyReport:
         lines = [f"{'module':<{width}}  {'r':>4}  {'alpha':>6}  in → out"]
         for layer in self.layers:
             kind = f"  {layer.quant}" if layer.quant else "  DoRA" if layer.use_dora else ""
-            shape = f"{layer.in_features} → {layer.out_features}{kind}"
-            lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {shape}")
+            lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {layer.size}{kind}")
         if self.quantised is not None:
             before, after = self.quantised
             lines.append(f"their weights: {before:,} → {after:,} bytes ({100 * after / before:.1f} %)")
@@ -103,6 +103,7 @@ class TrainableParameters:
         return f"trainable: {self.trainable:,} of {self.total:,} ({percent:.2f} %)"
 
 
-def _watched(layer: FusedLoRALinear) -> Watched:
-    own = [p for name, p in layer.named_parameters(recurse=False) if not name.startswith("lora_") and name != "bias"]
-    return Watched(layer, own, [layer.lora_A])
+def _watched(layer: AdapterLayer) -> Watched:
+    own = {name: p for name, p in layer.named_parameters() if "bias" not in name.rpartition(".")[2]}
+    adapter = [layer.get_parameter(part.parameter) for part in layer.file_parts().values()]
+    return Watched(layer, [p for name, p in own.items() if not is_adapter(name)], adapter)

@@ -13,7 +13,7 @@ from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
 
 
-def over_dense(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
+def over_dense(kind: Any, linear: Any, settings: LoRASettings) -> Any:
     """Return a layer of class `kind`, a `FusedLoRALinear`, over `linear`'s own weight and bias, or over the base that
     the initialisation makes. `FusedLoRALinear.from_linear` documents the errors."""
     if settings.double_quant:
@@ -25,11 +25,11 @@ def over_dense(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
         )
     split, weight, start = split_named(settings.init, None), cast(nn.Parameter, linear.weight), ()
     if split is not None:
-        base, *start = split(weight, settings.r, settings.scaling)
-        weight = nn.Parameter(base, requires_grad=False)
+        base, *start = split(kind.turned(weight), settings.r, settings.scaling)
+        weight = nn.Parameter(kind.turned(base).contiguous(), requires_grad=False)
     module = kind.__new__(kind)
     nn.Module.__init__(module)
-    module.in_features, module.out_features = linear.in_features, linear.out_features
+    module.in_features, module.out_features = kind.sizes_of(linear)
     module.register_parameter("weight", weight)
     module.register_parameter("bias", linear.bias)
     module.training = linear.training

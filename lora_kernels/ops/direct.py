@@ -19,6 +19,7 @@ from lora_kernels.core.operands import (
     Adapter,
     Base,
     Call,
+    ExpertGradients,
     Gradients,
     MaybeTensors,
     MultiResult,
@@ -26,6 +27,7 @@ from lora_kernels.core.operands import (
     Results,
     Tensors,
     call_of,
+    call_of_experts,
     call_of_multi,
     power_of_two,
 )
@@ -122,6 +124,24 @@ def backward_multi(
     """Return (dx, das, dbs) of one layer with many adapters; a gradient that `needs` does not ask for is None."""
     module = dispatch.pick(call_of_multi("backward_multi", dy, base, adapters), backend)
     return module.backward_multi(dy, x, base, adapters, rows, h, needs)
+
+
+def forward_experts(
+    x: Tensor, base: Base, adapter: Adapter, rows: Rows, backend: str | None, save_h: bool
+) -> MultiResult:
+    """Return (y [M, N], h [M, R]) of a layer of experts; h is None unless `save_h`."""
+    module = dispatch.pick(call_of_experts("forward_experts", x, base, adapter), backend)
+    return module.forward_experts(x, base, adapter, rows, save_h)
+
+
+def backward_experts(
+    dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, rows: Rows, h: Tensor | None, needs: Needs,
+    backend: str | None,
+) -> ExpertGradients:  # fmt: skip
+    """Return (dx [M, K], da [E, R, K], db [E, N, R]) of a layer of experts; a gradient that `needs` does not ask for is
+    None."""
+    module = dispatch.pick(call_of_experts("backward_experts", dy, base, adapter), backend)
+    return module.backward_experts(dy, x, base, adapter, rows, h, needs)
 
 
 def add_multi(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Rows, backend: str | None) -> None:

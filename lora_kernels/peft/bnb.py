@@ -31,10 +31,9 @@ from lora_kernels.core.rows import Rows
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
-from lora_kernels.ops.dora import dora_linear
 from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.linear import FusedLinear
-from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter, weight_and_bias
+from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import DTYPES, Nested, QuantizedWeight
 
@@ -224,7 +223,8 @@ class _FusedBnb(Fused):
                 return f"adapter {name!r} is {dtype} beside {inner}"
             if dtype != x.dtype and not self.cast_input_dtype_enabled and autocast is None:
                 return f"adapter {name!r} is {dtype} beside {x.dtype}, and x may not be converted"
-            if adapter.magnitude is not None and autocast is not None:  # PEFT scales by m / ‖W + s·B A‖ in these dtypes
+            if adapter.magnitude is not None and torch.is_autocast_enabled("cuda"):
+                # PEFT multiplies by m / ‖W + s·B A‖, in these dtypes. It converts y back outside of CUDA's autocast.
                 outer = torch.promote_types(outer, torch.promote_types(adapter.magnitude.dtype, x.dtype))
         return inner, outer
 
@@ -242,14 +242,6 @@ class _FusedBnb(Fused):
         with no_autocast(device_type(x)):
             y = super().compute_rows(as_dtype(x, operands.inner), operands, numbers, rows)
             return as_dtype(y, operands.outer)
-
-    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
-        w, a, b, scale, bias, p = as_one_adapter(operands)
-        m = adapter.magnitude
-        assert m is not None
-        if m.dtype != a.dtype:  # PEFT makes m in the dtype of the weight that was quantised
-            m = m.to(torch.float32)
-        return dora_linear(x, w, a, b, m, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
 
 
 class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):

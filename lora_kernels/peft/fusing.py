@@ -87,13 +87,23 @@ def fuse(
         peft_groups.check_families(model, families)
     inputs = None if verify is None or verify is False else dry_run.inputs_for(model, verify)
     fused, not_fused, layers, calls = {}, {}, dict[str, tuple[Any, type[FusedLayer]]](), list[Call]()
+    inner: dict[str, str] = {}
     layer: Any
     for path, layer in model.named_modules():
         if not (isinstance(layer, LoraLayer) or kinds.is_known(type(layer))):
             continue
         kind = kinds.fused_kind(type(layer))
+        if (outer := inner.get(path)) is not None:
+            if outer in fused:
+                fused[path] = f"computed by {outer}"
+            else:
+                not_fused[path] = f"computed by {outer}, which is not fused"
         if isinstance(kind, str):
-            not_fused[path] = kind
+            if outer is None:
+                not_fused[path] = kind
+            continue
+        inner |= {f"{path}.{name}" if path else name: outer or path for name in kind.inner(layer)}
+        if outer is not None:
             continue
         reading = readers.reading_in(model, path) if path else None
         passed = str(reading) if reading is not None and reading.always else ""
@@ -122,8 +132,8 @@ def fuse(
             _swap(layer, kind, backend)
         reopen = readers.close_fast_paths(model, FusedLayer)  # type: ignore[arg-type]
         groups = peft_groups.group(model, families)
-        refs = {name: weakref.ref(layers[name][0]) for name in fused}
-        report = FuseReport(fused, not_fused, groups, tuple(calls), backend, refs)
+        refs = {name: weakref.ref(layers[name][0]) for name in fused if name in layers}
+        report = FuseReport(fused, not_fused, groups, tuple(calls), backend, refs, inner)
         if inputs is None:
             return report
         report = report.verified_with(model, inputs)

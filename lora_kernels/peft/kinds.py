@@ -9,21 +9,38 @@ from lora_kernels.peft.layer import FusedLayer
 
 _FUSED = {
     "peft.tuners.lora.layer.Linear": ("linear", "FusedLinear"),
+    "peft.tuners.lora.layer.Embedding": ("embedding", "FusedEmbedding"),
+    "peft.tuners.lora.layer.Conv1d": ("conv", "FusedConv1d"),
+    "peft.tuners.lora.layer.Conv2d": ("conv", "FusedConv2d"),
+    "peft.tuners.lora.layer.Conv3d": ("conv", "FusedConv3d"),
+    "peft.tuners.lora.layer.MultiheadAttention": ("attention", "FusedMultiheadAttention"),
     "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
     "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
+    "peft.tuners.adalora.layer.SVDLinear": ("folded", "FusedSVDLinear"),
+    "peft.tuners.delora.layer.DeloraLinear": ("folded", "FusedDeloraLinear"),
+    "peft.tuners.lora.layer.ParamWrapper": ("experts", "FusedExperts"),
 }
 """PEFT's class → the module in this folder, and the fused class in it."""
 
+_LEFT = {
+    "peft.tuners.gralora.layer.Linear": (
+        "GraLoRA: as A and B its blocks have rank k·r, mostly zeros, and take k times the work of its own form"
+    ),
+}
+"""PEFT's class → why its layers are left to PEFT, where the name of the class would not say it."""
+
 
 def is_known(kind: type) -> bool:
-    """Return whether PEFT's class `kind` has a fused class, or is one."""
-    return issubclass(kind, FusedLayer) or _name(kind) in _FUSED
+    """Return whether PEFT's class `kind` has a fused class, is one, or is left to PEFT for a known reason."""
+    return issubclass(kind, FusedLayer) or _name(kind) in _FUSED or _name(kind) in _LEFT
 
 
 def fused_kind(kind: type) -> type[FusedLayer] | str:
     """Return the fused class that replaces PEFT's class `kind`, or why none may. A fused `kind` is returned itself."""
     if issubclass(kind, FusedLayer):
         return kind
+    if (left := _LEFT.get(_name(kind))) is not None:
+        return left
     if (place := _FUSED.get(_name(kind))) is None:
         return f"a {kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}, not a plain linear"
     module, name = place

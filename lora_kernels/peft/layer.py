@@ -8,7 +8,7 @@ and its reason is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lora_kernels.core.operands import Call
@@ -60,6 +60,11 @@ class FusedLayer:
     def survey(cls, layer: Any) -> Survey | str:
         """Return what there is to fuse in `layer`, which may be of `peft_class` still, or why it is left to PEFT."""
         raise NotImplementedError
+
+    @classmethod
+    def inner(cls, layer: Any) -> Sequence[str]:
+        """Return the names, beneath `layer`, of the layers of PEFT inside it that its own forward computes."""
+        return ()
 
     def prepare(self) -> None:
         """Do the work that a layer needs once, before its first fused forward."""

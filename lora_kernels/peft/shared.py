@@ -21,6 +21,7 @@ from torch.nn.modules import module as torch_module
 from lora_kernels.ops.autograd import as_dtype, autocast_of, device_type, no_autocast
 from lora_kernels.ops.group import Layer, lora_linear_group
 from lora_kernels.ops.watched import observers
+from lora_kernels.peft import folds
 from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
 from lora_kernels.quant.weight import QuantizedWeight
 
@@ -207,9 +208,11 @@ def _sources(layer: Any, x: Tensor) -> tuple[Any, ...] | str:
     whole = layer.read(x)
     if isinstance(whole, str):
         return whole or "no adapter is to be computed"
-    adapter, *more = whole.adapters.values()
+    (name, adapter), *more = whole.adapters.items()
     if more or adapter.magnitude is not None:
         return "several adapters, or DoRA"
+    if folds.is_folded(layer, name):
+        return "its A or B is computed anew in every call"
     return whole.w, adapter.a, adapter.b, adapter.scale, whole.bias, adapter.p, adapter.b_bias, whole.inner, whole.outer
 
 

@@ -73,6 +73,7 @@ BROKEN = {
     "rank_pattern": (lambda d: edit_config(d, rank_pattern={"(": 1}), ValueError, "no regular expression"),
     "exclude_modules": (lambda d: edit_config(d, exclude_modules="["), ValueError, "no regular expression"),
     "no targets": (lambda d: edit_config(d, target_modules=None), ValueError, "target_modules=None"),
+    "target_parameters": (lambda d: edit_config(d, target_parameters="w"), ValueError, "target_parameters='w'"),
     "peft_type": (lambda d: edit_config(d, peft_type="LOHA"), ValueError, "peft_type is 'LOHA'"),
 }  # fmt: skip
 UNSUPPORTED = {
@@ -81,7 +82,6 @@ UNSUPPORTED = {
     "modules_to_save": ["head"],
     "fan_in_fan_out": True,
     "trainable_token_indices": [1],
-    "target_parameters": ["w"],
     "layer_replication": [[0, 2]],
     "alora_invocation_tokens": [1],
     "use_qalora": True,

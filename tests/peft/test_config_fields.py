@@ -20,19 +20,9 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora import config as peft_config  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from support.peft_models import Net, fused_layers, randomise  # noqa: E402
+from support.peft_models import Conv1DNet, Net, fused_layers, randomise  # noqa: E402
 
 import lora_kernels  # noqa: E402
-
-
-class Conv1DNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        conv = pytest.importorskip("transformers").pytorch_utils.Conv1D
-        self.up, self.down = conv(40, 24), conv(24, 40)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
 
 
 def llama(**kwargs) -> nn.Module:

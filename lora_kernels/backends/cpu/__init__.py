@@ -44,6 +44,7 @@ try:
     from lora_kernels.backends.cpu import gemm, quant
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
     from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
+    from lora_kernels.backends.eager_experts import backward_experts, forward_experts
 except ImportError as error:
     raise ImportError(
         f"the native CPU kernels are missing ({error}): they are built when lora_kernels is installed, which needs a "
@@ -54,10 +55,12 @@ except ImportError as error:
 __all__ = [
     "add_multi",
     "backward",
+    "backward_experts",
     "backward_multi",
     "base_gemm",
     "base_gemm_choices",
     "forward",
+    "forward_experts",
     "forward_multi",
     "keep_mask",
     "name",

@@ -41,6 +41,8 @@ def why_not(call: Call) -> list[str]:
     reasons = []
     if call.op.endswith("_multi"):
         reasons.append("serves one adapter for all rows of x; the back-end composite serves many in one call")
+    if call.op.endswith("_experts"):
+        reasons.append("serves one layer for all rows of x; the back-end composite serves the experts of a layer")
     if call.device.type != "cuda":
         reasons.append(f"serves tensors on an NVIDIA GPU, not on {call.device}")
     elif not torch.cuda.is_available() or torch.version.hip is not None:

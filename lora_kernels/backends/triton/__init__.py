@@ -46,6 +46,8 @@ def why_not(call: Call) -> list[str]:
     reasons = []
     if call.op.endswith("_multi"):
         reasons.append("serves one adapter for all rows of x; the back-end composite serves many in one call")
+    if call.op.endswith("_experts"):
+        reasons.append("serves one layer for all rows of x; the back-end composite serves the experts of a layer")
     if call.dtype not in _DTYPES:
         reasons.append(f"serves fp32, fp16 and bf16, not {call.dtype}")
     target = find_target(call.device)
