@@ -16,7 +16,7 @@ from lora_kernels.ops import check
 from lora_kernels.ops.dora import Update, dora_linear
 from lora_kernels.peft import folds, known
 from lora_kernels.peft.fused import DROPOUTS, Fused
-from lora_kernels.peft.reading import OneAdapter, Operands, PeftAdapter, only_eager, weight_and_bias
+from lora_kernels.peft.reading import OneAdapter, PeftAdapter, only_eager, weight_and_bias
 
 _any_autocast = torch._C._is_any_autocast_enabled  # without the time of asking for one device by its name
 
@@ -81,6 +81,7 @@ class FusedLinear(OverDense, peft_layer.Linear):
     call that it can serve."""
 
     peft_class = peft_layer.Linear
+    shares_input = True
     lora_magnitude_vector: Any
 
     def plain_operands(self, x: Tensor) -> OneAdapter | None:
