@@ -44,6 +44,15 @@ get_base_layer lora_A merge merged out_proj to unmerge
 _ATTENTION = frozenset(_ATTENTION_USES.split())
 """What PEFT's forward of an nn.MultiheadAttention uses."""
 
+_AROUND = _LORA | {"quant_linear_module"}
+"""What PEFT's forwards over the layers of other packages use."""
+
+
+def why_not_around(peft_class: type[Any]) -> str:
+    """Return why the fused path may not stand in for the forward of `peft_class`, a LoRA layer of PEFT over a layer of
+    another package, or "" where it may."""
+    return _unknown(peft_class, "forward", _AROUND)
+
 
 def why_not_lora(peft_class: type[Any]) -> str:
     """Return why the fused path may not stand in for the forward of `peft_class`, a LoRA linear of PEFT, or "" where it

@@ -42,6 +42,7 @@ from lora_kernels.quant.weight import QuantizedWeight
 try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
+    from lora_kernels.backends.cpu.around import add_low_rank, low_rank_backward
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
     from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
 except ImportError as error:
@@ -52,6 +53,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "add_low_rank",
     "add_multi",
     "backward",
     "backward_multi",
@@ -60,6 +62,7 @@ __all__ = [
     "forward",
     "forward_multi",
     "keep_mask",
+    "low_rank_backward",
     "name",
     "why_not",
 ]
