@@ -40,6 +40,7 @@ _KEEP_NO_OUTPUT = frozenset(
         "AddmmBackward0",
         "MmBackward0",
         "ToCopyBackward0",
+        "FP8LinearFunctionBackward",
         "HQQMatmulNoCacheDeqBackward",
         "HQQMatmulCachedDeqBackward",
         "HQQMatmulNoCacheMulBackward",
