@@ -92,7 +92,7 @@ def fuse(
     for path, layer in model.named_modules():
         if not (isinstance(layer, LoraLayer) or kinds.is_known(type(layer))):
             continue
-        kind = kinds.fused_kind(type(layer))
+        kind = kinds.fused_kind(type(layer), layer)
         if (outer := inner.get(path)) is not None:
             if outer in fused:
                 fused[path] = f"computed by {outer}"
@@ -205,7 +205,7 @@ class _FusingFactory:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.before.__func__(*args, **kwargs)
         # Base and adapter are not checked here. They may still change, and every forward checks them.
-        if self.enabled and not isinstance(kind := kinds.fused_kind(type(module)), str):
+        if self.enabled and not isinstance(kind := kinds.fused_kind(type(module), module), str):
             _swap(module, kind, None)
         return module
 

@@ -42,6 +42,7 @@ from lora_kernels.quant.weight import QuantizedWeight
 try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
+    from lora_kernels.backends.cpu.around import add_low_rank, low_rank_backward
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
     from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
     from lora_kernels.backends.eager_experts import backward_experts, forward_experts
@@ -53,6 +54,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "add_low_rank",
     "add_multi",
     "backward",
     "backward_experts",
@@ -63,6 +65,7 @@ __all__ = [
     "forward_experts",
     "forward_multi",
     "keep_mask",
+    "low_rank_backward",
     "name",
     "why_not",
 ]
