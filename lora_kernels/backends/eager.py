@@ -57,16 +57,13 @@ def why_not(call: Call) -> list[str]:
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
     """Return (y, h) of one layer."""
     y = _base(x, base)
-    h = product(_masked(x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
-    add_product(y, h, adapter.b.t(), adapter.scale)
-    return y, h if save_h else None
     return y, add_low_rank(y, x, adapter, save_h)
 
 
 def add_low_rank(y: Tensor, x: Tensor, adapter: Adapter, save_h: bool) -> Tensor | None:
     """Add s · h bᵀ to y [M, N], which has x's dtype and contiguous rows, and return h; None unless `save_h`."""
-    h = _product(_masked(x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
-    _add_product(y, h, adapter.b.t(), adapter.scale)
+    h = product(_masked(x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
+    add_product(y, h, adapter.b.t(), adapter.scale)
     return h if save_h else None
 
 

@@ -13,7 +13,7 @@ from lora_kernels.peft.layer import FusedLayer
 _LINEAR = "peft.tuners.lora.layer.Linear"
 
 _FUSED = {
-    "peft.tuners.lora.layer.Linear": ("linear", "FusedLinear"),
+    _LINEAR: ("linear", "FusedLinear"),
     "peft.tuners.lora.layer.Embedding": ("embedding", "FusedEmbedding"),
     "peft.tuners.lora.layer.Conv1d": ("conv", "FusedConv1d"),
     "peft.tuners.lora.layer.Conv2d": ("conv", "FusedConv2d"),
@@ -24,10 +24,6 @@ _FUSED = {
     "peft.tuners.adalora.layer.SVDLinear": ("folded", "FusedSVDLinear"),
     "peft.tuners.delora.layer.DeloraLinear": ("folded", "FusedDeloraLinear"),
     "peft.tuners.lora.layer.ParamWrapper": ("experts", "FusedExperts"),
-    _LINEAR: ("linear", "FusedLinear"),
-    "peft.tuners.lora.layer.MultiheadAttention": ("attention", "FusedMultiheadAttention"),
-    "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
-    "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
     "peft.tuners.lora.aqlm.AqlmLoraLinear": ("around", "FusedAqlmLoraLinear"),
     "peft.tuners.lora.awq.AwqLoraLinear": ("around", "FusedAwqLoraLinear"),
     "peft.tuners.lora.eetq.EetqLoraLinear": ("around", "FusedEetqLoraLinear"),
@@ -58,7 +54,6 @@ def fused_kind(kind: type, layer: Any = None) -> type[FusedLayer] | str:
         return kind
     if (left := _LEFT.get(_name(kind))) is not None:
         return left
-    if (place := _FUSED.get(_name(kind))) is None:
     place = _FUSED.get(_name(kind))
     if layer is not None and _name(kind) == _LINEAR and _computes_itself(layer):
         place = "around", "FusedLinearAround"
