@@ -242,8 +242,7 @@ void gemm_experts(int threads, py::handle x, py::handle w, py::handle order, py:
   for (i64 e = 0; e < all.count; ++e) {
     const i64 m = rows.starts[e];
     if (rows.count(e))
-      products.push_back(
-          {rows.count(e), in.tile.at(m, 0), all.at(e), out.tile.at(m, 0), one_bias(added.tile, e)});
+      products.push_back({rows.count(e), in.tile.at(m, 0), all.at(e), out.tile.at(m, 0), one_bias(added.tile, e)});
   }
   lk::cpu::gemm_each(threads, N, K, all.stride.second, products);
 }
@@ -355,9 +354,10 @@ PYBIND11_MODULE(_C, m) {
       "backward_multi", &backward_multi,
       "Compute, for the rows of each adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Where "
       "product is True, dx is first written as dy w. A dx, da or db that is None is not written.");
-  m.def("forward_experts", &forward_experts,
-        "Compute, for the rows of each expert: h = c keep(x) a^T, then y += s h b^T + bias, a bias in fp32. The mask of "
-        "a row is that of its number in x. An h or a bias that is None is not there.");
+  m.def(
+      "forward_experts", &forward_experts,
+      "Compute, for the rows of each expert: h = c keep(x) a^T, then y += s h b^T + bias, a bias in fp32. The mask of "
+      "a row is that of its number in x. An h or a bias that is None is not there.");
   m.def("backward_experts", &backward_experts,
         "Compute, for the rows of each expert: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). A dx, "
         "da or db that is None is not written, nor is the part of da and db of an expert without rows.");

@@ -1,5 +1,5 @@
-// The experts of one layer: each has some of the rows of x, which follow each other, and a matrix in every stack. Python
-// keeps the tensors of a call alive.
+// The experts of one layer: each has some of the rows of x, which follow each other, and a matrix in every stack.
+// Python keeps the tensors of a call alive.
 #pragma once
 
 #include "operands.h"
@@ -19,8 +19,8 @@ inline Stack rows_of_stack(py::handle tensor, const char* name, i64 count, i64 r
   const Stack s = stack(tensor);
   require_stack(name, s, count, rows, cols);
   if (s.stride.second != 1)
-    throw std::invalid_argument("the CPU kernels take " + std::string(name) + " of experts with a last stride of 1, got " +
-                                std::to_string(s.stride.second));
+    throw std::invalid_argument("the CPU kernels take " + std::string(name) +
+                                " of experts with a last stride of 1, got " + std::to_string(s.stride.second));
   return s;
 }
 

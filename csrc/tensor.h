@@ -224,7 +224,11 @@ inline Stack stack(py::handle tensor) {
   };
   read(get(tensor, tensor_names.shape), size);
   read(call(tensor, tensor_names.stride), stride);
-  return {address(tensor),        size[0], stride[0], {size[1], size[2]}, {stride[1], stride[2]},
+  return {address(tensor),
+          size[0],
+          stride[0],
+          {size[1], size[2]},
+          {stride[1], stride[2]},
           dtype(get(tensor, tensor_names.dtype))};
 }
 

@@ -61,8 +61,8 @@ struct Product {
   Tile x, w, y, bias;
 };
 
-// The products of several w [N, K] of the same strides. A large one is computed by all threads together, and a small one
-// by one of them. Each has the bits that `gemm` gives it alone.
+// The products of several w [N, K] of the same strides. A large one is computed by all threads together, and a small
+// one by one of them. Each has the bits that `gemm` gives it alone.
 void gemm_each(int threads, i64 N, i64 K, i64 stride_wk, const std::vector<Product>& products);
 
 // Whether the GEMM takes any number of rows of this dtype: fp32, and bf16 where the processor multiplies it.

@@ -96,7 +96,7 @@ def test_only_the_gradients_that_are_asked_for_are_given(wanted, backend):
 
 
 def test_rows_of_ids_that_are_not_sorted_serve_after_a_gather(backend):
-    """How a router calls: its choices in any order, twice the same token, and ids beyond the experts of this process."""
+    """How a router calls: its choices in any order, the same token twice, and rows for the experts of others."""
     m = experts(24, 40, 8, (0,) * 5)
     ids = torch.tensor([3, 0, 4, 4, -1, 0, 3, 3, 0, -1, 4])
     tokens = torch.randn(6, 40)

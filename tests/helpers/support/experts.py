@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import Rows, lora_linear_experts
 from lora_kernels.core import dropout
@@ -154,22 +155,19 @@ def check(m: Experts, got: dict[str, Any]) -> None:
             assert not got[name][used:].any(), f"{name} of rows without an expert"
 
 
-def saved_and_allocated(numel: int) -> Any:
-    """Return a mode that records the largest number of elements of what torch's operators make, and fails above
-    `numel`."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Largest(TorchDispatchMode):
+    """Records the most elements that an operator of torch has made in new memory."""
 
-    class Most(TorchDispatchMode):
-        largest = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.by = 0, ""
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            out = func(*args, **(kwargs or {}))
-            given = {id(t.untyped_storage()) for t in args if isinstance(t, Tensor)}
-            for t in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(t, Tensor) and t._base is None and id(t.untyped_storage()) not in given:
-                    size = t.untyped_storage().nbytes() // t.element_size()
-                    self.largest = max(self.largest, size)
-                    assert size <= numel, f"{func} made {size} elements, {tuple(t.shape)}"
-            return out
-
-    return Most()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                elements = t.untyped_storage().nbytes() // t.element_size()
+                if elements > self.elements:
+                    self.elements, self.by = elements, f"{func} {tuple(t.shape)}"
+        return out
