@@ -20,7 +20,6 @@ from support.peft_experts import Holder, config, outer_of, randomise, step, wrap
 import lora_kernels  # noqa: E402
 from lora_kernels.peft.experts import FusedExperts  # noqa: E402
 
-
 several = pytest.mark.skipif(
     tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20), reason="PEFT 0.19 has one adapter on parameters"
 )

@@ -14,7 +14,7 @@ is small. Nothing of size M×N or M×K is allocated beyond the results.
 In 16 bits the bias is added before x wᵀ is rounded, since the sum may fit where x wᵀ alone overflows. In fp32 it is
 added with s · h bᵀ, which saves torch's GEMM a pass over y.
 
-Many adapters over the rows of one x are in `multi`, with the same kernels.
+Many adapters over the rows of one x are in `multi`, and the experts of a layer in `experts`, with the same kernels.
 
 The kernels read operands with a stride between rows. An x, dy, a, b or h whose last stride is not 1 (a transposed view)
 is copied first; w may have any strides.
@@ -43,9 +43,9 @@ try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
     from lora_kernels.backends.cpu.around import add_low_rank, low_rank_backward
+    from lora_kernels.backends.cpu.experts import backward_experts, forward_experts
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
     from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
-    from lora_kernels.backends.eager_experts import backward_experts, forward_experts
 except ImportError as error:
     raise ImportError(
         f"the native CPU kernels are missing ({error}): they are built when lora_kernels is installed, which needs a "
