@@ -20,8 +20,8 @@ from lora_kernels.nn.dry_run import Watched
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.nn.mixed import CURRENT, current_for
 from lora_kernels.nn.recompute import REMEMBERED
-from lora_kernels.ops.autograd import autocast_of
-from lora_kernels.ops.dora import Update
+from lora_kernels.ops.autograd import as_dtype, autocast_of
+from lora_kernels.ops.dora import Update, dora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.multi import lora_linear_multi
 from lora_kernels.peft import by_row, folds, known, serving, several
@@ -313,6 +313,9 @@ class Fused(FusedLayer):
         dtypes of x, W and the adapters cannot be served together. `autocast` is `autocast_of(x)`."""
         raise NotImplementedError
 
+    def settle(self, x: Tensor) -> None:
+        """Make the changes to the base that its own forward makes before it computes."""
+
     def _compute(self, x: Tensor, operands: Operands) -> Tensor:
         """Return y of the base with every adapter of `operands`."""
         adapters = operands.adapters
@@ -331,8 +334,14 @@ class Fused(FusedLayer):
     def compute_dora(
         self, x: Tensor, operands: Operands, adapter: PeftAdapter, norm_of: Update | None = None
     ) -> Tensor:
-        """Return y of the base with the DoRA adapter `adapter`; `norm_of` as for `dora_linear`."""
-        raise NotImplementedError
+        """Return y of the base with the DoRA adapter `adapter`, the only one of `operands`; `norm_of` as for
+        `dora_linear`."""
+        w, a, b, scale, bias, p = as_one_adapter(operands)
+        m = adapter.magnitude
+        assert m is not None
+        if m.dtype != a.dtype:  # PEFT may make it in the dtype of a weight that was quantised
+            m = as_dtype(m, torch.float32)
+        return dora_linear(x, w, a, b, m, scale=scale, bias=bias, dropout_p=p, norm_of=norm_of, backend=self._backend)
 
     def compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
         """Return y, where each row of x is computed with the adapter that `rows` gives it. `numbers` are the names and

@@ -10,12 +10,11 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 from support import experts
-from support.experts import FAMILIES, Adapter, E, Inputs, experts_of, inputs, same, truth
+from support.experts import FAMILIES, STACKS, Adapter, E, Inputs, experts_of, inputs, same, truth
 
 from lora_kernels import FusedLoRAExperts
 from lora_kernels.core import dropout
 
-STACKS = ("gate_up_proj", "down_proj")
 RAGGED = {"hidden_size": 13, "moe_intermediate_size": 7, "intermediate_size": 7}
 MOST = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
 
@@ -24,13 +23,13 @@ def layer_of(module: nn.Module, **settings) -> FusedLoRAExperts:
     """Return a layer whose adapters differ from zero."""
     layer = FusedLoRAExperts.from_experts(module, **({"r": 3, "lora_alpha": 4} | settings))
     torch.manual_seed(2)
-    for name in layer.adapted:
+    for name in layer.target_parameters:
         nn.init.normal_(layer.pair(name)[1], 0, 0.3)
     return layer
 
 
 def adapters_of(layer: FusedLoRAExperts) -> dict[str, Adapter]:
-    return {name: Adapter(*layer.pair(name), layer.scaling) for name in layer.adapted}
+    return {name: Adapter(*layer.pair(name), layer.scaling) for name in layer.target_parameters}
 
 
 def step(layer: FusedLoRAExperts, given: Inputs, run=None) -> dict[str, torch.Tensor]:
@@ -40,7 +39,7 @@ def step(layer: FusedLoRAExperts, given: Inputs, run=None) -> dict[str, torch.Te
     y = (layer if run is None else run)(x, given.ids, weights)
     y.backward(given.dy.to(y.dtype))
     got = {"y": y.detach(), "x": x.grad, "weights": weights.grad}
-    for name in layer.adapted:
+    for name in layer.target_parameters:
         a, b = layer.pair(name)
         got |= {f"a {name}": a.grad, f"b {name}": b.grad}
     return got
@@ -82,7 +81,7 @@ def test_routing_weights_in_fp32_stay_so_beside_sixteen_bits():
 @pytest.mark.parametrize("name", STACKS)
 def test_one_stack_alone_may_have_an_adapter(name):
     layer, given = layer_of(experts_of("Mixtral", torch.float64), parameters=[name]), inputs(torch.float64)
-    assert layer.adapted == (name,) and set(adapters_of(layer)) == {name}
+    assert layer.target_parameters == (name,) and set(adapters_of(layer)) == {name}
     same(step(layer, given), truth(layer, given, adapters_of(layer)), 1e-12)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 T, K, E, H, I = 9, 2, 5, 12, 8  # noqa: E741
 """Tokens, experts of each token, experts, hidden and intermediate size."""
 
+STACKS = ("gate_up_proj", "down_proj")
+
 _SHARED: dict[str, Any] = {
     "vocab_size": 32,
     "hidden_size": 16,
