@@ -15,15 +15,12 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 from support.experts import FAMILIES, STACKS, Inputs, experts_of, inputs, model_of, same  # noqa: E402
-from support.peft_experts import Holder, config, outer_of, randomise, step, wrapped  # noqa: E402
+from support.peft_experts import BEFORE_20, Holder, config, outer_of, randomise, step, wrapped  # noqa: E402
 
 import lora_kernels  # noqa: E402
 from lora_kernels.peft.experts import FusedExperts  # noqa: E402
 
-
-several = pytest.mark.skipif(
-    tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20), reason="PEFT 0.19 has one adapter on parameters"
-)
+several = pytest.mark.skipif(BEFORE_20, reason="this PEFT has one adapter on parameters")
 
 
 def by_delta_weight(model: Any, given: Inputs) -> dict[str, Tensor]:
