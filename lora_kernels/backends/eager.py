@@ -22,15 +22,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.backends.each import backward_each, forward_each
+from lora_kernels.backends.eager_experts import backward_experts, forward_experts
+from lora_kernels.backends.products import add_product, product, transposed_product
 from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base, Call, Gradients, MultiResult, Needs
 from lora_kernels.core.rows import Rows
 from lora_kernels.quant.weight import QuantizedWeight
 
-name = "eager"
+__all__ = [
+    "add_multi",
+    "backward",
+    "backward_experts",
+    "backward_multi",
+    "base_gemm",
+    "forward",
+    "forward_experts",
+    "forward_multi",
+    "keep_mask",
+    "name",
+    "why_not",
+]
 
-_ROWS = 1024
-"""The number of rows that are computed in fp32 at a time, where the adapters are fp32 and x has 16 bits."""
+name = "eager"
 
 _ELEMENTS = 1 << 22
 """The number of elements of a quantised w that are dequantised at a time."""
@@ -49,8 +62,8 @@ def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Ten
 
 def add_low_rank(y: Tensor, x: Tensor, adapter: Adapter, save_h: bool) -> Tensor | None:
     """Add s · h bᵀ to y [M, N], which has x's dtype and contiguous rows, and return h; None unless `save_h`."""
-    h = _product(_masked(x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
-    _add_product(y, h, adapter.b.t(), adapter.scale)
+    h = product(_masked(x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
+    add_product(y, h, adapter.b.t(), adapter.scale)
     return h if save_h else None
 
 
@@ -70,20 +83,20 @@ def low_rank_backward(
     need_dx, (need_da,), (need_db,) = needs
     da = db = None
     if need_dx or need_da:
-        g = _product(dy, b, scale, b.dtype)
+        g = product(dy, b, scale, b.dtype)
     if need_dx:
         if dx is None:
             dx = dy.new_zeros(dy.shape[0], a.shape[1])
         if p > 0:
-            dx += _masked(_product(g, a, dropout.rescale(p), dy.dtype), adapter)
+            dx += _masked(product(g, a, dropout.rescale(p), dy.dtype), adapter)
         else:
-            _add_product(dx, g, a)
+            add_product(dx, g, a)
     if need_da:
         assert x is not None
-        da = _transposed_product(g, _masked(x, adapter), dropout.rescale(p), a.dtype)
+        da = transposed_product(g, _masked(x, adapter), dropout.rescale(p), a.dtype)
     if need_db:
         assert h is not None
-        db = _transposed_product(dy, h, scale, b.dtype)
+        db = transposed_product(dy, h, scale, b.dtype)
     return dx, da, db
 
 
@@ -108,9 +121,9 @@ def add_multi(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Ro
 def _add_low_rank(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Rows) -> Iterator[Tensor]:
     """Add s · h bᵀ of each adapter to its rows of y, and yield its h after that."""
     for adapter, _, index in _with_rows(adapters, rows):
-        h = _product(_masked(_own(x, index), adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
+        h = product(_masked(_own(x, index), adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
         own_y = _own(y, index)
-        _add_product(own_y, h, adapter.b.t(), adapter.scale)
+        add_product(own_y, h, adapter.b.t(), adapter.scale)
         _put(y, index, own_y)
         yield h
 
@@ -134,20 +147,20 @@ def backward_multi(
         if needs.dx or needs.da[i] or needs.db[i]:
             own_dy = _own(dy, index)
         if needs.dx or needs.da[i]:
-            g = _product(own_dy, b, scale, b.dtype)
+            g = product(own_dy, b, scale, b.dtype)
         if dx is not None:
             own_dx = _own(dx, index)
             if p > 0:
-                own_dx += _masked(_product(g, a, dropout.rescale(p), dy.dtype), adapter)
+                own_dx += _masked(product(g, a, dropout.rescale(p), dy.dtype), adapter)
             else:
-                _add_product(own_dx, g, a)
+                add_product(own_dx, g, a)
             _put(dx, index, own_dx)
         if needs.da[i]:
             assert x is not None
-            das[i] = _transposed_product(g, _masked(_own(x, index), adapter), dropout.rescale(p), a.dtype)
+            das[i] = transposed_product(g, _masked(_own(x, index), adapter), dropout.rescale(p), a.dtype)
         if needs.db[i]:
             assert h is not None
-            dbs[i] = _transposed_product(own_dy, h[first : first + size].view(-1, a.shape[0]), scale, b.dtype)
+            dbs[i] = transposed_product(own_dy, h[first : first + size].view(-1, a.shape[0]), scale, b.dtype)
         first += size
     return dx, das, dbs
 
@@ -156,8 +169,8 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return dropout.keep_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, w, bias)
+def base_gemm(x: Tensor, w: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    return _base_backward(x, w) if transposed else _base(x, Base(w, bias))
 
 
 def _with_rows(adapters: Sequence[Adapter | None], rows: Rows) -> Iterator[tuple[Adapter, int, slice | Tensor]]:
@@ -223,45 +236,3 @@ def _masked(x: Tensor, adapter: Adapter) -> Tensor:
         return x
     assert adapter.seed is not None
     return dropout.masked(x, adapter.p, adapter.seed)
-
-
-def _product(u: Tensor, v: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
-    """Return alpha · u v in `dtype`. alpha is applied before the rounding.
-
-    Where the dtypes differ, blocks of rows are computed in the wider one after another, so that u is not copied whole.
-    """
-    if u.dtype == v.dtype == dtype:
-        return _mm(u, v, alpha)
-    out = torch.empty(u.shape[0], v.shape[1], dtype=dtype, device=u.device)
-    wide = torch.promote_types(u.dtype, v.dtype)
-    v = v.to(wide)
-    for m in range(0, u.shape[0], _ROWS):
-        out[m : m + _ROWS] = (u[m : m + _ROWS].to(wide) @ v).mul_(alpha)
-    return out
-
-
-def _add_product(y: Tensor, u: Tensor, v: Tensor, alpha: float = 1.0) -> None:
-    """Add alpha · u v to y in place. u and v have y's dtype, or are fp32 beside a y in 16 bits."""
-    if u.dtype == y.dtype:
-        y.addmm_(u, v, alpha=alpha)
-        return
-    for m in range(0, y.shape[0], _ROWS):
-        y[m : m + _ROWS].add_(u[m : m + _ROWS] @ v, alpha=alpha)
-
-
-def _transposed_product(u: Tensor, v: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
-    """Return alpha · uᵀ v in `dtype`. alpha is applied before the rounding.
-
-    Where the dtypes differ, blocks of rows are converted one after another, so that no operand is copied whole.
-    """
-    if u.dtype == v.dtype == dtype:
-        return _mm(u.t(), v, alpha)
-    out = torch.zeros(u.shape[1], v.shape[1], dtype=dtype, device=u.device)
-    for m in range(0, u.shape[0], _ROWS):
-        out.addmm_(u[m : m + _ROWS].to(dtype).t(), v[m : m + _ROWS].to(dtype))
-    return out.mul_(alpha)
-
-
-def _mm(u: Tensor, v: Tensor, alpha: float) -> Tensor:
-    """Return alpha · u v, rounded once."""
-    return u @ v if alpha == 1 else torch.addmm(u.new_empty(1, 1), u, v, beta=0, alpha=alpha)

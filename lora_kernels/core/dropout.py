@@ -83,11 +83,13 @@ def keep_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     return mask
 
 
-def masked(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """Return keep ⊙ x for x [M, K], as a new tensor. No mask of that size is made."""
+def masked(x: Tensor, p: float, seed: Tensor, first: int = 0) -> Tensor:
+    """Return keep ⊙ x for x [M, K], as a new tensor, where row 0 of x has the mask of row `first`. No mask of that size
+    is made."""
     (M, K), out, zero = x.shape, torch.empty_like(x), x.new_zeros(())
     for rows in _blocks(M, K, x.is_cpu):
-        torch.where(_keep_rows(seed, rows, K, p), x[rows], zero, out=out[rows])
+        drawn = slice(first + rows.start, first + rows.stop)
+        torch.where(_keep_rows(seed, drawn, K, p), x[rows], zero, out=out[rows])
     return out
 
 

@@ -20,7 +20,7 @@ class Layer(NamedTuple):
     """The operands of one layer as the caller gives them, not checked yet: all that `lora_linear` takes besides x."""
 
     weight: Tensor | QuantizedWeight
-    """W [N, K]. `lora_linear_group` takes a dense tensor only."""
+    """W [N, K]."""
     lora_a: Tensor
     """A [R, K]."""
     lora_b: Tensor
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The frozen half of a layer."""
+    """The frozen half of a layer. Of a layer of E experts it is stacks: W [E, N, K], dense, and bias [E, N]."""
 
     w: Tensor | QuantizedWeight
     """W [N, K], dense or quantised."""
@@ -45,7 +45,7 @@ class Base(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """The trained half of a layer."""
+    """The trained half of a layer. Of a layer of E experts it is stacks: A [E, R, K] and B [E, N, R]."""
 
     a: Tensor
     """A [R, K]."""
@@ -75,7 +75,8 @@ class Call(NamedTuple):
     back-end is chosen once for each kind of call."""
 
     op: str
-    """"forward" or "backward", and "forward_multi" or "backward_multi" for many adapters over the rows of one x."""
+    """"forward" or "backward", and with "_multi" for many adapters over the rows of one x, with "_experts" for the
+    experts of one layer."""
     device: torch.device
     dtype: torch.dtype
     """The dtype of x, w, bias, y, dy and dx."""
@@ -127,6 +128,13 @@ def call_of_multi(op: str, rows: Tensor, base: Base, adapters: Sequence[Adapter 
     return call_of(op, rows, base, largest)
 
 
+def call_of_experts(op: str, rows: Tensor, base: Base, adapter: Adapter) -> Call:
+    """Return the `Call` of a layer of experts. `rows` is x [M, K] in a forward and dy [M, N] in a backward."""
+    (_, N, R), K = adapter.b.shape, adapter.a.shape[2]
+    M = power_of_two(rows.shape[0])
+    return Call(op, rows.device, rows.dtype, adapter.a.dtype, M, N, K, R, adapter.p > 0)
+
+
 def power_of_two(n: int) -> int:
     """Return the smallest power of two that is not below n; 0 for 0."""
     return 1 << (n - 1).bit_length() if n else 0
@@ -143,3 +151,5 @@ MultiResult = tuple[Tensor, Tensor | None]
 """The (y, h) that a forward of many adapters returns."""
 Gradients = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
 """The (dx, das, dbs) that a backward returns."""
+ExpertGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""The (dx, da, db) that a backward of experts returns."""

@@ -40,6 +40,7 @@ class Rows:
     __slots__ = (
         "M",
         "_counts",
+        "_in_order",
         "_index",
         "_moved",
         "_padded",
@@ -66,6 +67,7 @@ class Rows:
         """Whether the "rows" are samples [B] of an x [B, ..., K]. A call then repeats them for the rows of each."""
         self._counts = counts
         self._used: tuple[int, ...] | None = None
+        self._in_order: bool | None = None
         self._index: dict[int, slice | Tensor] | None = None
         self._repeated: dict[int, Rows] = {}
         self._padded: dict[int, Rows] = {}
@@ -179,6 +181,36 @@ class Rows:
             self._used = tuple(i for i, count in enumerate(self.counts) if count)
         return self._used
 
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the rows of each adapter follow each other in the order of the adapters, and the rest comes last:
+        `order` is then 0, 1, 2 and so on. The first reading waits for a GPU, unless `in_order` has made the rows."""
+        if self._in_order is None:
+            self._in_order = torch.equal(self.order, _numbers(self.order))
+        return self._in_order
+
+    @property
+    def known_in_order(self) -> bool | None:
+        """`is_in_order` where it is known, or can be found out at once; else None: on a GPU, while a call is recorded,
+        and under a mode that sees every operator."""
+        unread = _traced() or not self.order.is_cpu or torch._C._len_torch_dispatch_stack() > 0
+        return None if unread and self._in_order is None else self.is_in_order
+
+    def in_order(self) -> Rows:
+        """Return the rows of ``x[order]``, in which those of each adapter follow each other."""
+        rows = Rows(_numbers(self.order), self.starts, self._counts, self.per_sample)
+        rows._in_order = True
+        return rows
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """Return (adapter, first, last + 1) for each adapter that has rows: where these stand in `order`. The first
+        reading waits for a GPU."""
+        counts, first, spans = self.counts, 0, []
+        for i in self.used:
+            spans.append((i, first, first + counts[i]))
+            first += counts[i]
+        return spans
+
     def ids(self) -> Tensor:
         """Return the adapter of each row, int64 [M] on the device of `order`: what `by_id` takes. No value is read on
         the host."""
@@ -248,7 +280,9 @@ class Rows:
         more = self.starts[-1:].expand(n - self.n)
         counts = self.known_counts
         counts = None if counts is None else (*counts, *[0] * (n - self.n))
-        return Rows(self.order, torch.cat([self.starts, more]), counts, self.per_sample)
+        rows = Rows(self.order, torch.cat([self.starts, more]), counts, self.per_sample)
+        rows._in_order = self._in_order
+        return rows
 
     def to(self, device: torch.device | str) -> Rows:
         """Return the same rows with their tensors on `device`."""
@@ -260,11 +294,18 @@ class Rows:
         return _kept(self._moved, device, self._move)
 
     def _move(self, device: torch.device) -> Rows:
-        return Rows(self.order.to(device), self.starts.to(device), self.known_counts, self.per_sample)
+        rows = Rows(self.order.to(device), self.starts.to(device), self.known_counts, self.per_sample)
+        rows._in_order = self._in_order
+        return rows
 
     def __repr__(self) -> str:
         what = "samples" if self.per_sample else "rows"
         return f"Rows({self.M} {what}, {self.n} adapters, counts={self._counts})"
+
+
+def _numbers(order: Tensor) -> Tensor:
+    """Return the numbers 0, 1, 2 and so on, as many as `order` has, in its dtype and on its device."""
+    return torch.arange(order.shape[0], dtype=order.dtype, device=order.device)
 
 
 def _traced() -> bool:

@@ -14,9 +14,16 @@ _LINEAR = "peft.tuners.lora.layer.Linear"
 
 _FUSED = {
     _LINEAR: ("linear", "FusedLinear"),
+    "peft.tuners.lora.layer.Embedding": ("embedding", "FusedEmbedding"),
+    "peft.tuners.lora.layer.Conv1d": ("conv", "FusedConv1d"),
+    "peft.tuners.lora.layer.Conv2d": ("conv", "FusedConv2d"),
+    "peft.tuners.lora.layer.Conv3d": ("conv", "FusedConv3d"),
     "peft.tuners.lora.layer.MultiheadAttention": ("attention", "FusedMultiheadAttention"),
     "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
     "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
+    "peft.tuners.adalora.layer.SVDLinear": ("folded", "FusedSVDLinear"),
+    "peft.tuners.delora.layer.DeloraLinear": ("folded", "FusedDeloraLinear"),
+    "peft.tuners.lora.layer.ParamWrapper": ("experts", "FusedExperts"),
     "peft.tuners.lora.aqlm.AqlmLoraLinear": ("around", "FusedAqlmLoraLinear"),
     "peft.tuners.lora.awq.AwqLoraLinear": ("around", "FusedAwqLoraLinear"),
     "peft.tuners.lora.eetq.EetqLoraLinear": ("around", "FusedEetqLoraLinear"),
@@ -27,10 +34,17 @@ _FUSED = {
 }
 """PEFT's class → the module in this folder, and the fused class in it."""
 
+_LEFT = {
+    "peft.tuners.gralora.layer.Linear": (
+        "GraLoRA: as A and B its blocks have rank k·r, mostly zeros, and take k times the work of its own form"
+    ),
+}
+"""PEFT's class → why its layers are left to PEFT, where the name of the class would not say it."""
+
 
 def is_known(kind: type) -> bool:
-    """Return whether PEFT's class `kind` has a fused class, or is one."""
-    return issubclass(kind, FusedLayer) or _name(kind) in _FUSED
+    """Return whether PEFT's class `kind` has a fused class, is one, or is left to PEFT for a known reason."""
+    return issubclass(kind, FusedLayer) or _name(kind) in _FUSED or _name(kind) in _LEFT
 
 
 def fused_kind(kind: type, layer: Any = None) -> type[FusedLayer] | str:
@@ -38,6 +52,8 @@ def fused_kind(kind: type, layer: Any = None) -> type[FusedLayer] | str:
     `layer` is the layer of this class: over a base with a forward of its own, PEFT's linear is fused around it."""
     if issubclass(kind, FusedLayer):
         return kind
+    if (left := _LEFT.get(_name(kind))) is not None:
+        return left
     place = _FUSED.get(_name(kind))
     if layer is not None and _name(kind) == _LINEAR and _computes_itself(layer):
         place = "around", "FusedLinearAround"

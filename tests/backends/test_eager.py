@@ -8,7 +8,7 @@ from support import judging
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels.backends import eager
+from lora_kernels.backends import eager, products
 from lora_kernels.testing import one_layer
 
 MIXED = [dtypes for dtypes in judging.DTYPES if dtypes[0] != dtypes[1]]
@@ -42,7 +42,7 @@ def test_fp32_adapters_are_not_rounded(
     dtypes: tuple[torch.dtype, torch.dtype], p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradients of A and B have errors of fp32, over several blocks of rows, and no fp32 copy of x is made."""
-    monkeypatch.setattr(eager, "_ROWS", 40)
+    monkeypatch.setattr(products, "_ROWS", 40)
     q = judging.problem(97, 70, 65, 16, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
     with _LargestSingle() as made:
         got = judging.backend_results(eager, q)

@@ -80,6 +80,8 @@ def why_not(call: Call) -> list[str]:
             reasons.append(f"serves NVIDIA GPUs from sm_75, not {arch}")
         elif arch == "sm_75" and call.dtype == torch.bfloat16:
             reasons.append("serves bf16 on NVIDIA GPUs from sm_80, not on sm_75, which has no instructions for it")
+    if call.op.endswith("_experts"):
+        reasons.append("serves one layer for all rows of x, not the experts of one")
     if call.op == "add_multi":
         reasons.append("adds many adapters to a base product of its own, not to a given y")
     if call.w_format not in ("dense", *FORMATS):
@@ -222,8 +224,12 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, w, bias)
+def base_gemm(x: Tensor, w: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    target = find_target(x.device)
+    assert target is not None, "dispatch asks why_not first"
+    with target.guard():
+        whole = _dense(w, x.dtype)
+        return x @ whole if transposed else F.linear(x, whole, bias)
 
 
 def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ is small. Nothing of size M×N or M×K is allocated beyond the results.
 In 16 bits the bias is added before x wᵀ is rounded, since the sum may fit where x wᵀ alone overflows. In fp32 it is
 added with s · h bᵀ, which saves torch's GEMM a pass over y.
 
-Many adapters over the rows of one x are in `multi`, with the same kernels.
+Many adapters over the rows of one x are in `multi`, and the experts of a layer in `experts`, with the same kernels.
 
 The kernels read operands with a stride between rows. An x, dy, a, b or h whose last stride is not 1 (a transposed view)
 is copied first; w may have any strides.
@@ -43,6 +43,7 @@ try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
     from lora_kernels.backends.cpu.around import add_low_rank, low_rank_backward
+    from lora_kernels.backends.cpu.experts import backward_experts, forward_experts
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
     from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
 except ImportError as error:
@@ -56,10 +57,12 @@ __all__ = [
     "add_low_rank",
     "add_multi",
     "backward",
+    "backward_experts",
     "backward_multi",
     "base_gemm",
     "base_gemm_choices",
     "forward",
+    "forward_experts",
     "forward_multi",
     "keep_mask",
     "low_rank_backward",
@@ -144,6 +147,11 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x wᵀ + bias [M, N] for a dense w of any strides. A bias may be given for an x in 16 bits only."""
-    return gemm.base_gemm(x if x.stride()[1] == 1 else x.contiguous(), w, bias=bias)
+def base_gemm(x: Tensor, w: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """Return x wᵀ + bias [M, N], or x w [M, K] where `transposed`, for a dense w of any strides or a quantised one. A
+    bias may be given for an x in 16 bits only."""
+    if x.stride()[1] != 1:
+        x = x.contiguous()
+    if isinstance(w, QuantizedWeight):
+        return quant.quantized_gemm(x, w, transposed, bias)
+    return gemm.base_gemm(x, w.t() if transposed else w, bias=bias)

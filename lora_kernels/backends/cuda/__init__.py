@@ -41,6 +41,8 @@ def why_not(call: Call) -> list[str]:
     reasons = []
     if call.op.endswith("_multi"):
         reasons.append("serves one adapter for all rows of x; the back-end composite serves many in one call")
+    if call.op.endswith("_experts"):
+        reasons.append("serves one layer for all rows of x; the back-end composite serves the experts of a layer")
     if call.device.type != "cuda":
         reasons.append(f"serves tensors on an NVIDIA GPU, not on {call.device}")
     elif not torch.cuda.is_available() or torch.version.hip is not None:
@@ -117,9 +119,9 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x Wᵀ + bias [M, N]."""
-    return F.linear(x, w, bias)
+def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """Return x Wᵀ + bias [M, N], or x W [M, K] where `transposed`."""
+    return x @ w if transposed else F.linear(x, w, bias)
 
 
 def _plan(op: str, M: int, base: Base, adapter: Adapter) -> Sm90Plan:
