@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lora_kernels.models.lycoris import load_lycoris
     from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
     from lora_kernels.nn.conv import FusedLoRAConv1d, FusedLoRAConv2d, FusedLoRAConv3d
+    from lora_kernels.nn.conv1d import FusedLoRAConv1D
     from lora_kernels.nn.embedding import FusedLoRAEmbedding
     from lora_kernels.nn.experts import FusedLoRAExperts
     from lora_kernels.nn.mixed import mixed
@@ -45,6 +46,7 @@ __all__ = [
     "AdapterStack",
     "ColwiseLoRA",
     "FuseReport",
+    "FusedLoRAConv1D",
     "FusedLoRAConv1d",
     "FusedLoRAConv2d",
     "FusedLoRAConv3d",
@@ -99,6 +101,7 @@ _LAZY = {
     "models.loralib": ("load_loralib",),
     "models.lycoris": ("load_lycoris",),
     "nn.conv": ("FusedLoRAConv1d", "FusedLoRAConv2d", "FusedLoRAConv3d"),
+    "nn.conv1d": ("FusedLoRAConv1D",),
     "nn.attention": ("FusedLoRAMultiheadAttention",),
     "nn.experts": ("FusedLoRAExperts",),
     "nn.mixed": ("mixed",),

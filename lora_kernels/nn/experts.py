@@ -311,8 +311,8 @@ class FusedLoRAExperts(AdapterLayer):
 
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows."""
-        text = f"{self.size}, {self.experts_class.__name__}, target_parameters={', '.join(self.target_parameters)}, r={self.r}"
-        text += f", scaling={self.scaling:g}"
+        names = ", ".join(self.target_parameters)
+        text = f"{self.size}, {self.experts_class.__name__}, adapters on {names}, r={self.r}, scaling={self.scaling:g}"
         if self.lora_dropout:
             text += f", lora_dropout={self.lora_dropout:g}"
         if self.backend is not None:

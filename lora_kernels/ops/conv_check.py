@@ -38,21 +38,22 @@ def operands(x: Tensor, layer: Layer, magnitude: Tensor | None, window: Window, 
         )
     if magnitude is not None and tuple(magnitude.shape) != (1, N, *(1,) * n):
         raise ValueError(f"magnitude must be {(1, N, *(1,) * n)}; got {shapes}")
+    if magnitude is not None and a.shape[1] != of_group:
+        raise ValueError(
+            f"DoRA needs an A that sees the {of_group} channels that W sees: otherwise W + s·B A is no weight, whose "
+            f"norm could be taken. Give A in groups, [R, C/groups, k, ...]; got {shapes}"
+        )
     if bias is not None and tuple(bias.shape) != (N,):
         raise ValueError(f"bias must be [N], here ({N},); got {shapes}")
     # Shapes fit now. What a linear layer says of dtypes, devices and p holds here too.
-    one = {name: None if t is None else t.reshape(-1)[:1] for name, t in _named(x, layer, None)}
-    check.operands(
-        x.new_empty(0, 1),
-        layer.__class__(
-            *(one[name].view(1, 1) for name in ("weight", "lora_a", "lora_b")),
-            layer.scale,
-            one["bias"],
-            layer.dropout_p,
-            layer.seed,
-        ),
-        any_w,
-    )
+    tensors = [t for _, t in _named(x, layer, None) if t is not None]
+    if all(t.dtype == x.dtype and t.device == x.device for t in tensors) and x.is_floating_point():
+        if not 0 <= layer.dropout_p < 1:
+            raise ValueError(f"dropout_p must lie in [0, 1), got {layer.dropout_p}")
+        return
+    one_w, one_a, one_b = (t.new_empty(1, 1) for t in (w, a, b))
+    one = Layer(one_w, one_a, one_b, 1.0, None if bias is None else bias.new_empty(1), layer.dropout_p)
+    check.operands(x.new_empty(0, 1), one, any_w)
 
 
 def _named(x: Tensor, layer: Layer, magnitude: Tensor | None) -> list[tuple[str, Any]]:

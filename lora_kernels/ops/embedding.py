@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_kernels.ops import check, embedding_operators, embedding_passes, plain
 from lora_kernels.ops.autograd import (
@@ -79,7 +78,8 @@ def lora_embedding(
         IndexError: on a CPU, for an id outside of the table.
         RuntimeError: from autograd, on double backward.
     """
-    _check(ids, weight, lora_a_t, lora_b, embed_scale, magnitude)
+    if not plain.is_tracing():  # a trace warns of comparisons of sizes
+        _check(ids, weight, lora_a_t, lora_b, embed_scale, magnitude)
     if weight.requires_grad:
         weight = check.frozen(weight)
     if padding_idx is not None:
@@ -161,15 +161,15 @@ def _gradients(  # type: ignore[no-untyped-def]
 
 def _needs_plain(ids: Tensor, *operands: Any) -> bool:
     """Return whether plain torch operations serve a call: it is recorded to run elsewhere, is transformed, has
-    tangents, or an operand is a tensor that is made of others, such as a DTensor."""
+    tangents, or an operand is of a subclass that knows torch's operators only, such as DTensor."""
     if torch.compiler.is_compiling():
         return plain.is_exporting()
-    if torch._C._is_tracing() or _transforms_active():
+    if plain.is_tracing() or _transforms_active():
         return True
     tensors = [t for t in (ids, *operands) if isinstance(t, Tensor)]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         return True
-    return any(type(t) not in PLAIN and is_traceable_wrapper_subclass(t) for t in tensors)
+    return any(type(t) not in PLAIN and plain._dispatches(t) for t in tensors)
 
 
 def _plain(

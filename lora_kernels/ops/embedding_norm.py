@@ -20,8 +20,9 @@ from lora_kernels.ops import flops, registered
 from lora_kernels.ops.autograd import outlived
 from lora_kernels.ops.watched import watched
 
-_BLOCK = 1 << 20
-"""The number of elements of E in a block on a CPU, which stay in its cache. Other devices take 2²⁴."""
+_ROWS = 512
+"""The number of rows of E in a block. On a CPU they stay in its cache, and no sum in fp32 is longer than this but for
+that of Eᵀ Aᵀ, whose terms have either sign."""
 
 
 def column_norm(w: Tensor, a_t: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
@@ -40,15 +41,18 @@ def _run_norm(w: Tensor, a_t: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return n [D] in the widest dtype of E, A and fp32."""
     wide = torch.promote_types(torch.promote_types(w.dtype, a_t.dtype), torch.float32)
     (V, D), R = w.shape, b.shape[1]
-    a, b = a_t.t().to(wide), b.to(wide)
-    step = min(V, max(1, (_BLOCK if w.is_cpu else 1 << 24) // D))
-    squares, products = w.new_zeros(step, D, dtype=wide), w.new_zeros(R, D, dtype=wide)
+    long = wide if w.device.type == "mps" else torch.float64  # Metal has no fp64
+    step = min(V, _ROWS if w.is_cpu else 16 * _ROWS)
+    squares, square = w.new_empty(step, D, dtype=wide), w.new_zeros(D, dtype=long)
+    products, gram = w.new_zeros(R, D, dtype=wide), w.new_zeros(R, R, dtype=long)
+    b = b.to(wide)
     for v in range(0, V, step):
-        block = w[v : v + step].to(wide)
-        squares[: block.shape[0]].addcmul_(block, block)
-        products.addmm_(a[:, v : v + step], block)
-    square = squares.sum(0)
-    low = torch.addmm(products.t(), b, a @ a.t(), beta=2 * scale, alpha=scale * scale)
+        block, own = w[v : v + step].to(wide), a_t[v : v + step].to(wide)
+        square += torch.mul(block, block, out=squares[: block.shape[0]]).sum(0)
+        products.addmm_(own.t(), block)
+        gram += own.t() @ own
+    square = square.to(wide)
+    low = torch.addmm(products.t(), b, gram.to(wide), beta=2 * scale, alpha=scale * scale)
     norm_sq = (low * b).sum(1).add_(square)
     # Rounding may leave 0 or less where A B cancels a column, and d must stay finite.
     return torch.maximum(norm_sq, square * torch.finfo(wide).eps).sqrt_()

@@ -20,6 +20,10 @@ from support.peft_experts import Holder, config, outer_of, randomise, step, wrap
 import lora_kernels  # noqa: E402
 from lora_kernels.peft.experts import FusedExperts  # noqa: E402
 
+several = pytest.mark.skipif(
+    tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20), reason="PEFT 0.19 has one adapter on parameters"
+)
+
 
 def by_delta_weight(model: Any, given: Inputs) -> dict[str, Tensor]:
     """Return y and every gradient from F.linear for each expert, with W plus what PEFT's get_delta_weight gives."""
@@ -153,6 +157,7 @@ def test_pefts_b_has_the_expert_fastest():
     assert torch.equal(changed, (given.ids == 2).any(1))
 
 
+@several
 def test_several_adapters_and_every_switch():
     model, given = wrapped(), inputs(torch.float64)
     model.add_adapter("other", config(r=2, lora_alpha=6))
@@ -188,6 +193,7 @@ def test_several_adapters_and_every_switch():
     assert torch.equal(model(*given[:3]), plain(*given[:3]))
 
 
+@several
 def test_an_adapter_that_is_added_after_fuse_is_put_into_the_same_wrappers():
     model, given = wrapped(), inputs(torch.float64)
     lora_kernels.fuse(model, strict=True)
@@ -264,13 +270,14 @@ def test_copies_compute_the_same():
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_autocast_gives_what_peft_gives(implementation):
+def test_autocast_acts_as_in_the_implementation_that_is_chosen(implementation):
     model, given = wrapped(dtype=torch.float32, implementation=implementation), inputs()
-    want = step(model, given, autocast=True)
+    exact, of_peft = step(model, given), step(model, given, autocast=True)
     lora_kernels.fuse(model, strict=True)
     got = step(model, given, autocast=True)
-    same(got, {name: t.double() for name, t in want.items()}, 1e-5 if implementation == "grouped_mm" else 0.03)
-    assert all(got[name].dtype == t.dtype for name, t in want.items())
+    assert all(got[name].dtype == t.dtype for name, t in of_peft.items())
+    same(got, {name: t.double() for name, t in exact.items()}, 1e-5 if implementation == "grouped_mm" else 0.03)
+    assert torch.equal(got["y"], exact["y"]) <= (implementation == "grouped_mm")
 
 
 def test_verify_sees_both_wrappers():
