@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,14 +16,13 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 from peft.tuners.lora.layer import ParamWrapper  # noqa: E402
 from support.experts import FAMILIES, STACKS, Inputs, experts_of, inputs, model_of, same  # noqa: E402
-from support.peft_experts import Holder, config, outer_of, randomise, step, wrapped  # noqa: E402
+from support.peft_experts import BEFORE_20, Holder, config, outer_of, randomise, step, wrapped  # noqa: E402
+from support.replicas import replica  # noqa: E402
 
 import lora_kernels  # noqa: E402
 from lora_kernels.peft.experts import FusedExperts  # noqa: E402
 
-several = pytest.mark.skipif(
-    tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20), reason="PEFT 0.19 has one adapter on parameters"
-)
+several = pytest.mark.skipif(BEFORE_20, reason="this PEFT has one adapter on parameters")
 
 
 def by_delta_weight(model: Any, given: Inputs) -> dict[str, Tensor]:
@@ -140,6 +140,40 @@ def test_a_single_expert(transposed):
     want = step(model, given)
     lora_kernels.fuse(model, strict=True)
     same(step(model, given), want, 1e-12)
+
+
+def test_biases_that_are_trained_get_pefts_gradients():
+    model, given = wrapped("GptOss", bias="all"), inputs(torch.float64)
+    want = step(model, given)
+    assert sum("proj_bias" in name for name in want) == 2
+    lora_kernels.fuse(model, strict=True)
+    same(step(model, given), want, 1e-12)
+
+
+def test_replicas_of_data_parallel_are_fused():
+    model, given = wrapped("GptOss"), inputs(torch.float64)
+    want = model(*given[:3]).detach()
+    lora_kernels.fuse(model, strict=True)
+    other = replica(model)
+    torch.testing.assert_close(other(*given[:3]).detach(), want)
+    assert outer_of(other).fused_calls == 1
+
+
+def test_threads_with_adapters_of_their_own_do_not_meet():
+    models = [wrapped(sizes={"hidden_size": 16}) for _ in range(4)]
+    given, want = inputs(torch.float64, hidden=16), []
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_()
+        lora_kernels.fuse(model, strict=True)
+        want.append(step(model, given))
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            for got, one in zip(pool.map(lambda model: step(model, given), models), want, strict=True):
+                assert all(torch.equal(got[name], value) for name, value in one.items())
 
 
 def test_pefts_b_has_the_expert_fastest():

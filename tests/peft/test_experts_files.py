@@ -11,7 +11,7 @@ from torch import Tensor, nn
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 from support.experts import FAMILIES, STACKS, model_of  # noqa: E402
-from support.peft_experts import config, randomise  # noqa: E402
+from support.peft_experts import BEFORE_20, config, randomise  # noqa: E402
 
 import lora_kernels  # noqa: E402
 from lora_kernels import FusedLoRAExperts  # noqa: E402
@@ -46,8 +46,9 @@ def test_a_model_trains_saves_loads_and_merges(family, tmp_path):
     assert all(p.grad is not None and p.grad.any() for p in lora_kernels.adapter_parameters(model))
     want = logits(model)
     lora_kernels.save_adapter(model, tmp_path)
-    of_peft = peft.PeftModel.from_pretrained(model_of(family), tmp_path)
-    torch.testing.assert_close(logits(of_peft), want, rtol=1e-4, atol=1e-5)
+    if not BEFORE_20:
+        of_peft = peft.PeftModel.from_pretrained(model_of(family), tmp_path)
+        torch.testing.assert_close(logits(of_peft), want, rtol=1e-4, atol=1e-5)
     loaded = model_of(family)
     lora_kernels.load_adapter(loaded, tmp_path)
     assert torch.equal(logits(loaded), want)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -74,8 +76,7 @@ def experts_of(family: str, dtype: torch.dtype = torch.float32, implementation: 
     torch.manual_seed(0)
     config = config_of(family, **({"hidden_size": H} | settings))
     config._experts_implementation = implementation
-    model = getattr(transformers, f"{family}Model")
-    home = __import__(model.__module__, fromlist=["x"])
+    home = importlib.import_module(getattr(transformers, f"{family}Model").__module__)
     module = getattr(home, f"{family}Experts")(config)
     _randomise(module)
     return module.to(dtype)
@@ -85,6 +86,38 @@ def experts_of(family: str, dtype: torch.dtype = torch.float32, implementation: 
 def _randomise(module: nn.Module) -> None:
     for p in module.parameters():
         nn.init.normal_(p, 0, 0.4)
+
+
+def unusual_experts(kind: str) -> Any:
+    """Return experts in fp64 without a gate, or with a norm behind them, or transposed without biases."""
+    torch.manual_seed(0)
+    model, sizes = _UNUSUAL[kind]
+    home = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    config = types.SimpleNamespace(**sizes, hidden_size=H, _experts_implementation="eager")
+    module = getattr(home, kind)(config)
+    _randomise(module)
+    return module.double()
+
+
+_UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "NemotronHExperts": (
+        "nemotron_h",
+        {"n_routed_experts": E, "moe_intermediate_size": I, "moe_latent_size": None, "mlp_hidden_act": "relu2"},
+    ),
+    "MuseSparkExperts": (
+        "muse_spark",
+        {
+            "num_local_experts": E,
+            "moe_hidden_size": H,
+            "moe_intermediate_size": I,
+            "hidden_act": "silu",
+            "post_norm_eps": 1e-6,
+        },
+    ),
+    "AriaExperts": ("aria", {"moe_num_experts": E, "intermediate_size": I}),
+}
+UNUSUAL = tuple(_UNUSUAL)
+"""Classes of experts that differ from the families above."""
 
 
 class Inputs(NamedTuple):
@@ -148,8 +181,11 @@ def truth(
         rows = (given.ids.flatten()[order] == e).nonzero()[:, 0]
         if len(rows):
             tokens, places = order[rows] // given.ids.shape[1], order[rows] % given.ids.shape[1]
-            z = base._apply_gate(linear("gate_up_proj", e, x[tokens], rows))
-            y = y.index_add(0, tokens, linear("down_proj", e, z, rows) * weights[tokens, places, None])
+            z = linear("gate_up_proj" if base.has_gate else "up_proj", e, x[tokens], rows)
+            z = linear("down_proj", e, base._apply_gate(z) if base.has_gate else base.act_fn(z), rows)
+            if base.has_post_expert_norm:
+                z = base.post_expert_norm(z)
+            y = y.index_add(0, tokens, z * weights[tokens, places, None])
     grads = torch.autograd.grad(y, list(leaves.values()), given.dy.double(), allow_unused=True)
     return {"y": y.detach()} | {
         name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(leaves, grads, strict=True)

@@ -9,6 +9,9 @@ import torch
 from support.experts import STACKS, Inputs, experts_of
 from torch import Tensor, nn
 
+BEFORE_20 = tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20)
+"""PEFT 0.19 takes one adapter on parameters, and cannot load one into some models of the latest transformers."""
+
 
 class Holder(nn.Module):
     """A model that is an experts module alone."""
