@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +192,8 @@ def _without_equal_bases(tensors: Parts, names: Mapping[str, nn.Module]) -> Part
     for key, value in tensors.items():
         inside = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         name, _, parameter = inside.rpartition(".")
-        own = getattr(names.get(plain_name(name, names)), parameter, None) if parameter in ("weight", "bias") else None
+        named = parameter in ("weight", "bias")
+        own: Any = getattr(names.get(plain_name(name, names)), parameter, None) if named else None
         same = isinstance(own, Tensor) and not own.is_meta and own.shape == value.shape
         if not (same and torch.equal(own.detach().cpu(), value.to(own.dtype))):
             kept[key] = value

@@ -244,15 +244,14 @@ class _FusedBnb(Fused):
             return as_dtype(y, operands.outer)
 
 
-class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
-    """PEFT's LoRA linear over a ``Linear4bit``, nf4 or fp4, with double quantisation or without.
+class Over4bit(_FusedBnb):
+    """The part of a fused forward that depends on a ``Linear4bit``, nf4 or fp4, with double quantisation or without.
 
     The fused path converts x to compute_dtype for the base and the adapter. PEFT converts it for the base only. So a
     call is fused only where the adapter loses nothing by this: without autocast for an x in compute_dtype or where
     compute_dtype is fp32, under autocast where compute_dtype is autocast's or fp32. PEFT serves the other calls.
     """
 
-    peft_class = peft_layers.Linear4bit
     kind = Linear4bit
 
     @staticmethod
@@ -285,10 +284,15 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
             base.compute_type_is_set = True
 
 
-class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
-    """PEFT's LoRA linear over a ``Linear8bitLt`` with has_fp16_weights=False. x is not rounded to 8 bits."""
+class FusedLinear4bit(Over4bit, peft_layers.Linear4bit):
+    """PEFT's LoRA linear over a ``Linear4bit``."""
 
-    peft_class = peft_layers.Linear8bitLt
+    peft_class = peft_layers.Linear4bit
+
+
+class Over8bit(_FusedBnb):
+    """The part of a fused forward that depends on a ``Linear8bitLt`` with has_fp16_weights=False."""
+
     kind = Linear8bitLt
 
     @classmethod
@@ -312,3 +316,9 @@ class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
         # While training on the CPU bitsandbytes calls torch's linear, which autocast converts.
         torch_linear = x.device.type in ("cpu", "xpu") and self.base_layer.training
         return autocast, autocast if torch_linear else torch.promote_types(x.dtype, autocast)
+
+
+class FusedLinear8bitLt(Over8bit, peft_layers.Linear8bitLt):
+    """PEFT's LoRA linear over a ``Linear8bitLt`` with has_fp16_weights=False. x is not rounded to 8 bits."""
+
+    peft_class = peft_layers.Linear8bitLt

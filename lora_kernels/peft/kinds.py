@@ -22,6 +22,8 @@ _FUSED = {
     "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
     "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
     "peft.tuners.adalora.layer.SVDLinear": ("folded", "FusedSVDLinear"),
+    "peft.tuners.adalora.bnb.SVDLinear4bit": ("folded_bnb", "FusedSVDLinear4bit"),
+    "peft.tuners.adalora.bnb.SVDLinear8bitLt": ("folded_bnb", "FusedSVDLinear8bitLt"),
     "peft.tuners.delora.layer.DeloraLinear": ("folded", "FusedDeloraLinear"),
     "peft.tuners.lora.layer.ParamWrapper": ("experts", "FusedExperts"),
     "peft.tuners.lora.aqlm.AqlmLoraLinear": ("around", "FusedAqlmLoraLinear"),

@@ -134,7 +134,8 @@ def why_not_parameter(wrapper: type[Any]) -> str:
 
 def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:
     function = getattr(owner, name)
-    if getattr(function, "__module__", "").startswith("peft."):  # @contextmanager gives a function of contextlib
+    made_by = function.__globals__.get("__name__") if isinstance(function, FunctionType) else ""
+    if made_by == "contextlib":  # of @contextmanager
         function = getattr(function, "__wrapped__", function)
     what = f"PEFT's {owner.__name__}.{name}"
     home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else type(function).__module__

@@ -112,7 +112,7 @@ def test_the_update_of_out_proj_counts_as_often_as_in_pefts_merged_model():
     once = out.base_layer.weight + out.get_delta_weight("default")
     plain = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(plain(x)[0], y)
-    factors = fused_attention._factors()
+    factors = fused_attention.counted()
     assert torch.allclose(plain.attn.out_proj.weight, once, atol=1e-6) == (factors.value == 1)
     assert factors.value in (1.0, 2.0) and factors.gradient == 1.0
 
@@ -216,6 +216,28 @@ def test_saved_adapters_are_pefts_and_load_in_both_directions(tmp_path):
     assert layer_of(loaded).fused_calls == 1
 
 
+def test_files_of_plain_models_compute_the_same_in_peft_and_back(tmp_path):
+    torch.manual_seed(3)
+    plain, x = Block().eval(), torch.randn(B, L, E)
+    own = copy.deepcopy(plain)
+    report = lora_kernels.apply_lora(own, r=4, lora_alpha=6, target_modules=["attn", "fc"])
+    assert "12 → 36, 12 → 12" in str(report)
+    randomised(own)
+    want = own.eval()(x)[0]
+    lora_kernels.save_adapter(own, tmp_path / "own")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "own").eval()
+    torch.testing.assert_close(loaded(x)[0], want)
+    lora_kernels.fuse(loaded, strict=True)
+    torch.testing.assert_close(loaded(x)[0], want)
+    loaded.save_pretrained(tmp_path / "peft")
+    again = copy.deepcopy(plain)
+    lora_kernels.load_adapter(again, tmp_path / "peft")
+    assert torch.equal(again.eval()(x)[0], want)
+    merged = lora_kernels.merge_and_unload(again)
+    assert type(merged.attn) is nn.MultiheadAttention
+    torch.testing.assert_close(merged(x)[0], want)
+
+
 def test_the_report_tells_what_computes_out_proj_and_verify_agrees():
     model, x = make(config={"lora_dropout": 0.1}), torch.randn(B, L, E)
     report = lora_kernels.fuse(model, strict=True, verify=x)
@@ -268,7 +290,7 @@ def test_unfuse_and_enable_and_a_second_fuse():
     lora_kernels.fuse(model, strict=True)
     lora_kernels.unfuse(model)
     layer = layer_of(model)
-    assert type(layer) is peft.tuners.lora.layer.MultiheadAttention and "_factors" not in layer.__dict__
+    assert type(layer) is peft.tuners.lora.layer.MultiheadAttention and "_counted" not in layer.__dict__
     want = run(model, x)["y"]
     lora_kernels.enable()
     try:
@@ -284,9 +306,12 @@ def test_the_inference_path_of_an_encoder_layer_does_not_pass_over_the_adapter()
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, 4, 16, batch_first=True), 2)
     model = randomised(get_peft_model(encoder, LoraConfig(r=2, target_modules=["self_attn"])))
     x, pad = torch.randn(B, L, E), padding("bool", B, L, torch.float32)
+    left = model.eval()(x, src_key_padding_mask=pad)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x, src_key_padding_mask=pad), left, msg="PEFT has mended it")
     lora_kernels.fuse(model, strict=True)
-    model.eval()
     want = model(x, src_key_padding_mask=pad)
+    assert not torch.allclose(want, left, atol=1e-2)
     with torch.no_grad():
         torch.testing.assert_close(model(x, src_key_padding_mask=pad), want)
     assert all(m.fused_calls == 2 for m in model.modules() if isinstance(m, FusedMultiheadAttention))

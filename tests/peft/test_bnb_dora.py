@@ -184,6 +184,21 @@ def test_what_is_not_served_says_why():
         model(x)
 
 
+def test_eight_bits_compute_more_than_once():
+    """On a CPU PEFT 0.21.2 loses the scales of the weight in its first forward with DoRA, and its second one raises."""
+    model, x = dora(Net8()), torch.randn(4, 64)
+    want = run(copy.deepcopy(model), x)
+    lora_kernels.fuse(model, strict=True)
+    for _ in range(3):
+        same(run(model, x), want, 1e-5)
+    served(model, 3)
+    model = dora(Net8())
+    model(x)  # by PEFT
+    lora_kernels.fuse(model, strict=True)
+    assert torch.equal(model(x), model(x))
+    served(model, 2)
+
+
 def test_nothing_of_the_weights_size_is_saved():
     """With dropout PEFT saves the dequantised W."""
     model, x, (N, K) = dora(lora_dropout=0.1), torch.randn(4, 64, requires_grad=True), (128, 64)

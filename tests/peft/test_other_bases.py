@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import itertools
 import sys
@@ -89,7 +88,7 @@ def hqq(dtype):
 
     HQQLinear.set_backend(HQQBackend.PYTORCH)
     config = BaseQuantizeConfig(nbits=4, group_size=64)
-    return HQQLinear(nn.Linear(K, N), config, compute_dtype=dtype, device="cpu")
+    return HQQLinear(nn.Linear(K, N).requires_grad_(False), config, compute_dtype=dtype, device="cpu")
 
 
 def torchao(dtype):
@@ -147,21 +146,26 @@ def layer_of(model):
     return model.base_model.model.q
 
 
-def compare(model, x, rtol=None, calls=1):
-    """Assert that the model computes PEFT's values and gradients on the fused path."""
+def rtol_of(model) -> float:
+    """Return how near results are to PEFT's. gptqmodel's layers round x and dy to 16 bits, and a last bit of them
+    may round to the other side."""
+    return 2e-3 if type(layer_of(model).base_layer).__module__.startswith("gptqmodel.") else 1e-5
+
+
+def compare(model, x, rtol=None):
+    """Assert that the model computes PEFT's values and gradients on the fused path, and leave it fused."""
+    rtol = rtol_of(model) if rtol is None else rtol
     want = run(model, x)
-    fused = copy.deepcopy(model)
-    report = lora_kernels.fuse(fused, strict=True)
+    report = lora_kernels.fuse(model, strict=True)
     assert "around" in report.fused["base_model.model.q"]
-    same(run(fused, x), want, rtol if x.numel() else None)
-    layer = layer_of(fused)
-    assert isinstance(layer, FusedAround) and layer.fused_calls == calls and not layer.passed_over
-    return fused
+    same(run(model, x), want, rtol if x.numel() else None)
+    layer = layer_of(model)
+    assert isinstance(layer, FusedAround) and layer.fused_calls == 1 and not layer.passed_over
 
 
 @pytest.mark.parametrize("shape", [(7, K), (2, 5, K), (0, K)])
 def test_values_and_gradients_are_pefts(make, shape):
-    compare(model_of(make(torch.float32)), torch.randn(shape), rtol=1e-5)
+    compare(model_of(make(torch.float32)), torch.randn(shape))
 
 
 def test_fp32_adapters_beside_sixteen_bits_are_served(make):
@@ -172,44 +176,47 @@ def test_fp32_adapters_beside_sixteen_bits_are_served(make):
 
 def test_autocast_gives_pefts_dtypes(make):
     model, x = model_of(make(torch.float32)), torch.randn(6, K)
-    fused = copy.deepcopy(model)
-    lora_kernels.fuse(fused, strict=True)
-    outputs = []
-    for each in (model, fused):
-        each.base_model.model.last.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
-        with torch.autocast("cpu", torch.bfloat16):
-            each(x)
-    assert outputs[0].dtype == outputs[1].dtype and layer_of(fused).fused_calls == 1
-    torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = layer_of(model)(x)
+        lora_kernels.fuse(model, strict=True)
+        got = layer_of(model)(x)
+    assert got.dtype == want.dtype and layer_of(model).fused_calls == 1
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
 def test_dropout_is_pefts_with_our_mask(make, monkeypatch):
     model, x = model_of(make(torch.float32), lora_dropout=0.3).train(), torch.randn(6, K)
     seeds = map(torch.tensor, itertools.count(100))
     monkeypatch.setattr("lora_kernels.ops.around.draw_seed", lambda device: next(seeds))
-    plain = copy.deepcopy(model)
-    layer_of(plain).lora_dropout["default"] = MaskOfSeed(0.3, torch.tensor(100))
-    want = run(plain, x)
+    dropouts = layer_of(model).lora_dropout
+    own, dropouts["default"] = dropouts["default"], MaskOfSeed(0.3, torch.tensor(100))
+    want = run(model, x)
+    dropouts["default"] = own
     lora_kernels.fuse(model, strict=True)
-    same(run(model, x), want, rtol=1e-5)
-    model.eval()
-    same(run(model, x), run(plain.eval(), x), rtol=1e-5)
-    assert next(seeds) == 101, "no seed is drawn where nothing is dropped"
+    same(run(model, x), want, rtol_of(model))
+    assert next(seeds) == 101
+    layer_of(model).eval()
+    torch.testing.assert_close(model(x), model(x))
+    assert next(seeds) == 102, "no seed is drawn where nothing is dropped"
 
 
 def test_several_adapters_switched_and_disabled(make):
     model, x = model_of(make(torch.float32)), torch.randn(6, K)
+    before = run(model, x)
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q"]))
-    randomise(model)
     for names in (["default"], ["other"], ["default", "other"]):
         model.base_model.set_adapter(names)
-        fused = compare(model, x, rtol=1e-5)
-    with fused.disable_adapter(), model.disable_adapter():
-        torch.testing.assert_close(fused(x), model(x))
-    assert layer_of(fused).fused_calls == 1
-    lora_kernels.unfuse(fused)
-    assert type(layer_of(fused)) is type(layer_of(model))
-    same(run(fused, x), run(model, x))
+        compare(model, x)
+        lora_kernels.unfuse(model)
+    with model.disable_adapter():
+        want = model(x)
+        lora_kernels.fuse(model, strict=True)
+        torch.testing.assert_close(model(x), want)
+    assert layer_of(model).fused_calls == 0 and not layer_of(model).passed_over
+    lora_kernels.unfuse(model)
+    model.base_model.set_adapter("default")
+    same(run(model, x), before)
+    assert type(layer_of(model)).__module__.startswith("peft.") and "_backend" not in layer_of(model).__dict__
 
 
 def test_what_is_saved_has_no_mask_and_no_x_after_dropout(make):
@@ -217,7 +224,8 @@ def test_what_is_saved_has_no_mask_and_no_x_after_dropout(make):
     x, layer = torch.randn(50, K, requires_grad=True), layer_of(model)
 
     def saved():
-        own = {t.untyped_storage().data_ptr() for t in [*layer.parameters(), *layer.buffers(), x]}
+        known = [*layer.parameters(), *layer.buffers(), x]
+        own = {t.untyped_storage().data_ptr() for t in known if type(t) in (torch.Tensor, nn.Parameter)}
         found: dict[int, int] = {}
 
         def keep(t):
