@@ -143,12 +143,12 @@ def _product(u: Tensor, v: Tensor) -> Tensor:
 
 def _kernels(t: Tensor) -> Any:
     """Return the module of the kernels that serve products with `t`, or None where torch computes them."""
-    return _native() if t.is_cpu and t.dtype == torch.float32 and t.shape[0] > 0 else None
+    return native() if t.is_cpu and t.dtype == torch.float32 and t.shape[0] > 0 else None
 
 
 @functools.cache
-def _native() -> Any:
-    """Return the module of the CPU kernels, or None where they are not built."""
+def native() -> Any:
+    """Return the module of the native kernels for a CPU, or None where they are not built."""
     try:
         from lora_kernels.backends.cpu import low_rank
     except ImportError:

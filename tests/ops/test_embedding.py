@@ -30,12 +30,17 @@ DTYPES = [
 ]
 
 
+def without_kernels(monkeypatch) -> None:
+    for module in (embedding_passes, embedding_norm):
+        monkeypatch.setattr(module, "native", lambda: None)
+
+
 @pytest.fixture(params=["kernels", "torch"])
 def products(request, monkeypatch):
     """The products by the native kernels and by torch, as where the kernels are not built."""
     if request.param == "torch":
-        monkeypatch.setattr(embedding_passes, "_native", lambda: None)
-    elif embedding_passes._native() is None:
+        without_kernels(monkeypatch)
+    elif embedding_passes.native() is None:
         pytest.skip("the kernels are not built")
 
 
@@ -70,7 +75,7 @@ def test_the_kernels_and_torch_compute_the_same_products(sizes, monkeypatch):
     q = problem(*sizes, (67,), strided=True)
     for kernels in (True, False):
         if not kernels:
-            monkeypatch.setattr(embedding_passes, "_native", lambda: None)
+            without_kernels(monkeypatch)
         for dy in (q.dy, q.dy[:1].expand(67, -1), q.dy.sum(1, keepdim=True).expand(-1, sizes[1])):
             own = replace(q, dy=dy)
             want = truth(own)
@@ -377,6 +382,7 @@ def test_flops_are_those_of_the_products():
 # --- the norm ---
 
 
+@pytest.mark.usefixtures("products")
 def test_the_norm_is_exact_to_a_few_eps():
     q = problem(5000, 40, 8, (1,))
     want = torch.linalg.vector_norm(q.w.double() + 0.5 * q.a_t.double() @ q.b.double().t(), dim=0)
