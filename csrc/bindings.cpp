@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/lora.h"
 #include "cpu/quant.h"
+#include "experts.h"
 #include "operands.h"
 #include "philox.h"
 
@@ -192,6 +193,60 @@ void backward_multi(int threads, py::handle dy, py::handle x, py::handle base, p
   lk::cpu::backward_multi(threads, call, members.adapters);
 }
 
+void forward_experts(int threads, py::handle x, py::handle a, py::handle b, double scale, double p, py::handle seed,
+                     py::handle order, py::handle starts, py::handle y, py::handle h, py::handle bias) {
+  const Operand in = input(x), out = output(y);
+  lk::cpu::Shared call{};
+  call.M = in.size.first, call.K = in.size.second, call.N = out.size.second;
+  require_size("y", out.size, call.M, call.N);
+  call.x = in.tile, call.y = out.tile;
+  const Stack all_a = stack(a);
+  const Groups rows = groups(order, starts, call.M, all_a.count);
+  const Operand own_h = sized(output_or_none(h), "h", call.M, all_a.size.first);
+  const Operand added = sized(input(bias), "bias", all_a.count, call.N);
+  if (added.tile && added.tile.dtype != DType::f32) throw py::type_error("a bias of experts is added in float32 here");
+  std::vector<lk::cpu::Owned> adapters;
+  read_experts(a, b, scale, p, seed, rows, all_a.count, call, added.tile, own_h.tile, py::none(), py::none(), adapters);
+  py::gil_scoped_release unlocked;
+  lk::cpu::forward_multi(threads, call, adapters);
+}
+
+void backward_experts(int threads, py::handle dy, py::handle x, py::handle a, py::handle b, double scale, double p,
+                      py::handle seed, py::handle order, py::handle starts, py::handle h, py::handle dx, py::handle da,
+                      py::handle db) {
+  const Stack all_a = stack(a);
+  const Operand rows_y = input(dy);
+  lk::cpu::Shared call{};
+  call.M = rows_y.size.first, call.N = rows_y.size.second, call.K = all_a.size.second;
+  const Operand rows_x = sized(input(x), "x", call.M, call.K), out = sized(output_or_none(dx), "dx", call.M, call.K);
+  const Operand own_h = sized(input(h), "h", call.M, all_a.size.first);
+  if (!da.is_none()) require(x, "x");
+  if (!db.is_none()) require(h, "h");
+  call.dy = rows_y.tile, call.x = rows_x.tile, call.dx = out.tile;
+  const Groups rows = groups(order, starts, call.M, all_a.count);
+  std::vector<lk::cpu::Owned> adapters;
+  read_experts(a, b, scale, p, seed, rows, all_a.count, call, {}, own_h.tile, da, db, adapters);
+  py::gil_scoped_release unlocked;
+  lk::cpu::backward_multi(threads, call, adapters);
+}
+
+void gemm_experts(int threads, py::handle x, py::handle w, py::handle order, py::handle starts, py::handle y,
+                  py::handle bias) {
+  const Stack all = stack(w);
+  const i64 M = view(x).size.first, N = all.size.first, K = all.size.second;
+  const Operand in = sized(input(x), "x", M, K), out = sized(output(y), "y", M, N);
+  const Operand added = sized(input(bias), "bias", all.count, N);
+  const Groups rows = groups(order, starts, M, all.count);
+  py::gil_scoped_release unlocked;
+  std::vector<lk::cpu::Product> products;
+  for (i64 e = 0; e < all.count; ++e) {
+    const i64 m = rows.starts[e];
+    if (rows.count(e))
+      products.push_back({rows.count(e), in.tile.at(m, 0), all.at(e), out.tile.at(m, 0), one_bias(added.tile, e)});
+  }
+  lk::cpu::gemm_each(threads, N, K, all.stride.second, products);
+}
+
 void gemm(int threads, py::handle x, py::handle w, py::handle y, bool add, py::handle bias) {
   const View weight = view(w);
   const i64 M = view(x).size.first, N = weight.size.first, K = weight.size.second;
@@ -306,6 +361,15 @@ PYBIND11_MODULE(_C, m) {
       "backward_multi", &backward_multi,
       "Compute, for the rows of each adapter: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). Where "
       "product is True, dx is first written as dy w. A dx, da or db that is None is not written.");
+  m.def(
+      "forward_experts", &forward_experts,
+      "Compute, for the rows of each expert: h = c keep(x) a^T, then y += s h b^T + bias, a bias in fp32. The mask of "
+      "a row is that of its number in x. An h or a bias that is None is not there.");
+  m.def("backward_experts", &backward_experts,
+        "Compute, for the rows of each expert: g = s dy b; db = s dy^T h; dx += c keep(g a); da = c g^T keep(x). A dx, "
+        "da or db that is None is not written, nor is the part of da and db of an expert without rows.");
+  m.def("gemm_experts", &gemm_experts,
+        "Write y = x w^T for the rows of each expert, or y = x w^T + bias in 16 bits. x has a dtype of has_gemm.");
   m.def("gemm", &gemm,
         "Write y = x w^T, or add it to y, or write y = x w^T + bias in 16 bits. x has a dtype of has_gemm, or, without "
         "add, at most FEW_ROWS rows beside a w whose rows are contiguous.");

@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -170,15 +171,20 @@ inline DType dtype(py::handle of) {
   throw py::type_error("the CPU kernels take float32, bfloat16 and float16, not " + std::string(py::str(of)));
 }
 
-inline View view(py::handle tensor) {
+// The DType of a tensor that view_by_exchange has read.
+inline DType dtype(py::handle tensor, const DLTensor& t) {
   constexpr uint8_t kFloat = 2, kBfloat = 4;
+  return t.type_code == kFloat && t.type_bits == 32    ? DType::f32
+         : t.type_code == kFloat && t.type_bits == 16  ? DType::f16
+         : t.type_code == kBfloat && t.type_bits == 16 ? DType::bf16
+                                                       : dtype(get(tensor, tensor_names.dtype));
+}
+
+inline View view(py::handle tensor) {
   DLTensor t;
   if (view_by_exchange(tensor, t) && t.data) {
     require_two_dimensions(t.ndim);
-    const DType type = t.type_code == kFloat && t.type_bits == 32    ? DType::f32
-                       : t.type_code == kFloat && t.type_bits == 16  ? DType::f16
-                       : t.type_code == kBfloat && t.type_bits == 16 ? DType::bf16
-                                                                     : dtype(get(tensor, tensor_names.dtype));
+    const DType type = dtype(tensor, t);
     if (t.ndim == 1) return {t.data, {t.shape[0], 1}, {0, t.strides[0]}, type};
     return {t.data, {t.shape[0], t.shape[1]}, {t.strides[0], t.strides[1]}, type};
   }
@@ -187,6 +193,43 @@ inline View view(py::handle tensor) {
   Two stride = two(strides);
   if (PyTuple_GET_SIZE(strides.ptr()) == 1) stride = {0, stride.first};
   return {address(tensor), size, stride, dtype(get(tensor, tensor_names.dtype))};
+}
+
+// A tensor of three dimensions: matrices of one size.
+struct Stack {
+  void* data;
+  i64 count, step;  // the number of matrices, and the elements from one to the next
+  Two size, stride;
+  DType dtype;
+
+  Tile at(i64 i) const { return {static_cast<char*>(data) + i * step * size_of(dtype), stride.first, dtype}; }
+  // The matrices transposed
+  Stack t() const { return {data, count, step, {size.second, size.first}, {stride.second, stride.first}, dtype}; }
+};
+
+inline Stack stack(py::handle tensor) {
+  std::array<i64, 3> size{}, stride{};
+  DLTensor t;
+  if (view_by_exchange(tensor, t) && t.data && t.ndim == 3) {
+    std::copy_n(t.shape, 3, size.begin());
+    std::copy_n(t.strides, 3, stride.begin());
+    return {t.data, size[0], stride[0], {size[1], size[2]}, {stride[1], stride[2]}, dtype(tensor, t)};
+  }
+  const auto read = [](const py::object& tuple, std::array<i64, 3>& to) {
+    const i64 count = PyTuple_Check(tuple.ptr()) ? PyTuple_GET_SIZE(tuple.ptr()) : 0;
+    if (count != 3)
+      throw std::invalid_argument("the CPU kernels take the weights of experts as tensors of three dimensions, got " +
+                                  std::to_string(count));
+    for (i64 i = 0; i < 3; ++i) to[i] = integer(PyTuple_GET_ITEM(tuple.ptr(), i));
+  };
+  read(get(tensor, tensor_names.shape), size);
+  read(call(tensor, tensor_names.stride), stride);
+  return {address(tensor),
+          size[0],
+          stride[0],
+          {size[1], size[2]},
+          {stride[1], stride[2]},
+          dtype(get(tensor, tensor_names.dtype))};
 }
 
 // A tensor as a Tile with its size, and the object that owns the tile's memory. No tensor (None) is a tile without

@@ -36,6 +36,17 @@ def backward_multi(
     starts: Tensor, h: Tensor | None, dx: Tensor | None, das: Sequence[Tensor | None], dbs: Sequence[Tensor | None],
     product: bool, /,
 ) -> None: ...  # fmt: skip
+def forward_experts(
+    threads: int, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float, seed: Tensor | None, order: Tensor,
+    starts: Tensor, y: Tensor, h: Tensor | None, bias: Tensor | None, /,
+) -> None: ...  # fmt: skip
+def backward_experts(
+    threads: int, dy: Tensor, x: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, seed: Tensor | None,
+    order: Tensor, starts: Tensor, h: Tensor | None, dx: Tensor | None, da: Tensor | None, db: Tensor | None, /,
+) -> None: ...  # fmt: skip
+def gemm_experts(
+    threads: int, x: Tensor, w: Tensor, order: Tensor, starts: Tensor, y: Tensor, bias: Tensor | None, /
+) -> None: ...  # fmt: skip
 def gemm(threads: int, x: Tensor, w: Tensor, y: Tensor, add: bool, bias: Tensor | None, /) -> None: ...
 def is_small(M: int, N: int, K: int, /) -> bool: ...
 def has_gemm(dtype: torch.dtype, /) -> bool: ...

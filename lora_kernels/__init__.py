@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.models.loralib import load_loralib
+    from lora_kernels.models.lycoris import load_lycoris
     from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
     from lora_kernels.nn.conv import FusedLoRAConv1d, FusedLoRAConv2d, FusedLoRAConv3d
+    from lora_kernels.nn.conv1d import FusedLoRAConv1D
     from lora_kernels.nn.embedding import FusedLoRAEmbedding
     from lora_kernels.nn.experts import FusedLoRAExperts
     from lora_kernels.nn.mixed import mixed
@@ -44,6 +46,7 @@ __all__ = [
     "AdapterStack",
     "ColwiseLoRA",
     "FuseReport",
+    "FusedLoRAConv1D",
     "FusedLoRAConv1d",
     "FusedLoRAConv2d",
     "FusedLoRAConv3d",
@@ -66,6 +69,7 @@ __all__ = [
     "fuse",
     "load_adapter",
     "load_loralib",
+    "load_lycoris",
     "lora_conv",
     "lora_embedding",
     "lora_linear",
@@ -95,7 +99,9 @@ _LAZY = {
         "trainable_parameters",
     ),
     "models.loralib": ("load_loralib",),
+    "models.lycoris": ("load_lycoris",),
     "nn.conv": ("FusedLoRAConv1d", "FusedLoRAConv2d", "FusedLoRAConv3d"),
+    "nn.conv1d": ("FusedLoRAConv1D",),
     "nn.attention": ("FusedLoRAMultiheadAttention",),
     "nn.experts": ("FusedLoRAExperts",),
     "nn.mixed": ("mixed",),

@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "few.h"
 #include "gemm_tasks.h"
@@ -13,6 +15,8 @@ namespace {
 constexpr i64 kStrip = 96;     // rows of w per task
 constexpr i64 kColumns = 128;  // columns of w per task of a backward
 constexpr i64 kDepth = 1024;   // columns per pass, so that x and the strip stay in a cache until all products are done
+
+constexpr double kLargeProduct = 0.25;  // one with more than this part of a thread's share of the rows is large
 
 bool convert(Tile t) { return t.dtype != DType::f32; }
 
@@ -95,6 +99,25 @@ void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile 
     const Gemm& g = *kernels().gemm(x.dtype);
     g.pack({w.at(n0, k0 * stride_wk).data, w.ld, stride_wk}, cols, depth, g.floats(depth), P);
   });
+}
+
+void gemm_each(int threads, i64 N, i64 K, i64 stride_wk, const std::vector<Product>& products) {
+  i64 M = 0;
+  for (const Product& p : products) M += p.M;
+  threads = team(threads, 2.0 * M * N * K);
+  std::vector<const Product*> small;
+  for (const Product& p : products) {
+    if (threads > 1 && static_cast<double>(p.M) * threads > kLargeProduct * M)
+      gemm(threads, p.M, N, K, p.x, p.w, stride_wk, p.y, false, p.bias);
+    else
+      small.push_back(&p);
+  }
+  std::stable_sort(small.begin(), small.end(), [](const Product* a, const Product* b) { return a->M > b->M; });
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (size_t i = 0; i < small.size(); ++i) {
+    const Product& p = *small[i];
+    gemm(1, p.M, N, K, p.x, p.w, stride_wk, p.y, false, p.bias);
+  }
 }
 
 std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y) {

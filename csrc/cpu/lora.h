@@ -55,6 +55,16 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
 // stride_wk. x has a dtype of gemm_of, or, without add, at most kFewRows rows beside a w with stride_wk 1.
 void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add, Tile bias);
 
+// One of the products of gemm_each: y = x w^T for M rows, or y = x w^T + bias for a y in 16 bits.
+struct Product {
+  i64 M;
+  Tile x, w, y, bias;
+};
+
+// The products of several w [N, K] of the same strides. A large one is computed by all threads together, and a small
+// one by one of them. Each has the bits that `gemm` gives it alone.
+void gemm_each(int threads, i64 N, i64 K, i64 stride_wk, const std::vector<Product>& products);
+
 // Whether the GEMM takes any number of rows of this dtype: fp32, and bf16 where the processor multiplies it.
 bool gemm_of(DType dtype);
 

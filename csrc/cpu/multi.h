@@ -14,10 +14,12 @@ struct Owned {
   const int32_t* rows;  // row m of the adapter is row rows[m] of x, y, dy and dx; they ascend
   i64 M, R;             // without an adapter R is 0, and there is neither a nor b
   float scale;
-  Dropout dropout;  // row m of the mask belongs to row m of the adapter
+  Dropout dropout;
+  i64 mask_row;     // row mask_row + m of the mask belongs to row m of the adapter
   Tile a;           // [R, K]
   Tile b;           // [N, R], or b^T [R, N]
   bool transposed;  // whether b is b^T
+  Tile bias;        // [N] in fp32, which is added to y; it may be absent
   Tile h;           // [M, R]
   Tile da, db;      // [R, K], [N, R]
 };

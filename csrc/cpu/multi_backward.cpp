@@ -206,7 +206,8 @@ class Backward {
       const int32_t* const rows = o_.rows + m0;
       const uint32_t threshold = o_.dropout.threshold;
       const Keep keep{threshold ? room.bits : nullptr, over_k_.chunk / 8};
-      if (threshold) kernels().keep_bits(o_.dropout.seed, threshold, m0, k0, n, width, room.bits, keep.ld);
+      if (threshold)
+        kernels().keep_bits(o_.dropout.seed, threshold, o_.mask_row + m0, k0, n, width, room.bits, keep.ld);
       if (o_.da) {
         const RowsOf x(call_.x, rows, n, k0, width, room.x);
         l_.outer(x.tile, keep, {g_ + m0 * R, R}, {n, width, R}, D);

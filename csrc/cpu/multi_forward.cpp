@@ -22,7 +22,9 @@ class Forward {
   Forward(const Owned& o, const Shared& call, int threads)
       : o_(o),
         call_(call),
-        bias_(call.base ? nullptr : static_cast<const float*>(call.bias.data)),
+        bias_(static_cast<const float*>(o.bias      ? o.bias.data
+                                        : call.base ? nullptr
+                                                    : call.bias.data)),
         l_(kernels().low_rank(call.x.dtype, o.a.dtype)),
         in_place_(o.transposed && !l_.pairs && o.b.dtype == DType::f32 && (few() || !aliased(o.b.ld))),
         ldn_(panel_stride(call.N)),
@@ -100,7 +102,8 @@ class Forward {
     do {
       const i64 depth = std::min(kDepth, call_.K - k0);
       const RowsOf x(call_.x, o_.rows + m0, n, k0, depth, room.x);
-      if (threshold) kernels().keep_bits(o_.dropout.seed, threshold, m0, k0, n, depth, room.bits, keep.ld);
+      if (threshold)
+        kernels().keep_bits(o_.dropout.seed, threshold, o_.mask_row + m0, k0, n, depth, room.bits, keep.ld);
       for (i64 r0 = first; r0 < last; r0 += kRanks) {
         const i64 some = std::min(kRanks, last - r0);
         l_.dot(x.tile, keep, a_panel(r0, k0, some, depth, room.a), {n, depth, some}, {h_ + m0 * o_.R + r0, o_.R},

@@ -191,10 +191,10 @@ class Rows:
 
     @property
     def known_in_order(self) -> bool | None:
-        """`is_in_order` where asking for it waits for nothing, else None: on a GPU, and while a call is recorded."""
-        if self._in_order is None and (_traced() or not self.order.is_cpu):
-            return None
-        return self.is_in_order
+        """`is_in_order` where it is known, or can be found out at once; else None: on a GPU, while a call is recorded,
+        and under a mode that sees every operator."""
+        unread = _traced() or not self.order.is_cpu or torch._C._len_torch_dispatch_stack() > 0
+        return None if unread and self._in_order is None else self.is_in_order
 
     def in_order(self) -> Rows:
         """Return the rows of ``x[order]``, in which those of each adapter follow each other."""

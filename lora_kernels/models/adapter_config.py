@@ -17,6 +17,7 @@ from lora_kernels.models import patterns
 from lora_kernels.models.names import bare, plain_names, plain_rules
 from lora_kernels.models.targets import Rules, by_pattern, expressions_of, is_literal, matches, some
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.nn.tied import TiedLoRALinear
 
@@ -24,7 +25,7 @@ CONFIG = "adapter_config.json"
 """The name of the file."""
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "fan_in_fan_out": (False,),
+    "fan_in_fan_out": (True, False),  # PEFT computes by the class of the layer, whatever stands here
     "bias": ("none",),
     "modules_to_save": (None, []),
     # These schemes set A and B only. The others (pissa, olora, loftq, corda, lora_ga) change the base as well.
@@ -114,8 +115,8 @@ def read_config(path: Path) -> AdapterConfig:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut short or not JSON; it is not a config of LoRA; a field has a value that LoraConfig
-            does not allow, or asks for something that `FusedLoRALinear` does not compute; a field is not known here and
-            is not off (false, null, 0 or empty), because it may change what is computed.
+            does not allow, or asks for something that is not computed here; a field is not known here and is not off
+            (false, null, 0 or empty), because it may change what is computed.
     """
     try:
         config = json.loads(atomic.contents(path), object_pairs_hook=_without_doubles)
@@ -203,6 +204,8 @@ def _check_types(config: dict[str, Any], path: Path | str) -> None:
         value = config.get(key, None if type(None) in types else types[0]())
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         inside = {"rank_pattern": (int,), "alpha_pattern": (int, float), "layers_to_transform": (int,)}.get(key, (str,))
+        if key == "target_modules" and value is None and config.get("target_parameters"):
+            continue
         # type() and not isinstance, because True is an int
         if type(value) not in types or not all(type(v) in inside for v in values):
             raise ValueError(f"{path}: {key}={value!r:.200} is not what LoraConfig has there")
@@ -267,7 +270,7 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
         "rank_pattern": _pattern(ranks, r),
         "alpha_pattern": _pattern(alphas, alpha),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(layer, FusedLoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
         "use_dora": first.use_dora,
         "lora_bias": False,

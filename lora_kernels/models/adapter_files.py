@@ -195,7 +195,7 @@ def adapters_of(
     if not found:
         raise ValueError(f"{source} holds no adapter")
     for name, parts in found.items():
-        _check_values(parts, name, source)
+        check_values(parts, name, source)
     return StoredAdapters(source, found)
 
 
@@ -220,7 +220,7 @@ def _missing(parts: Parts, dora: bool) -> list[str]:
     return [part for part in wanted + [MAGNITUDE] * dora if part not in parts]
 
 
-def _check_values(parts: Parts, name: str, source: str) -> None:
+def check_values(parts: Parts, name: str, source: str) -> None:
     """Raise ValueError for shapes or dtypes that no adapter has."""
     if odd := [f"{t.dtype}" for t in parts.values() if not t.is_floating_point()]:
         raise ValueError(f"{source}: the adapter of {name} is {odd[0]}, no floating type; nothing was loaded")

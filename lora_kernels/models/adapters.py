@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,21 +35,24 @@ from lora_kernels.models.reports import ApplyReport
 from lora_kernels.models.selection import select
 from lora_kernels.models.targets import Rules, parameters_of, some, told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer, is_adapter
+from lora_kernels.nn.tied import TiedLoRALinear
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the adapters of every `FusedLoRALinear` in `model` to `directory` in PEFT's format, which
-    ``PeftModel.from_pretrained`` and `load_adapter` read.
+    """Write every adapter in `model` to `directory` in PEFT's format, which ``PeftModel.from_pretrained`` and
+    `load_adapter` read.
 
     A and B are written in their own dtype under ``base_model.model.<name>.lora_A.weight`` and ``.lora_B.weight``,
-    DoRA's m under ``.lora_magnitude_vector``. Values of r and lora_alpha that differ between layers go to rank_pattern
-    and alpha_pattern. lora_alpha is written and `scaling` is not, so that a layer which is switched off by
-    ``scaling = 0`` is saved whole. A merged layer's adapter is saved too, and so is that of a model that accelerate has
-    offloaded. Trained parameters outside the adapters are not saved: a warning names them.
+    DoRA's m under ``.lora_magnitude_vector``; other kinds of layers have the keys that PEFT gives them. Values of r and
+    lora_alpha that differ between layers go to rank_pattern and alpha_pattern. lora_alpha is written and `scaling` is
+    not, so that a layer which is switched off by ``scaling = 0`` is saved whole. A merged layer's adapter is saved too,
+    and so is that of a model that accelerate has offloaded. Trained parameters outside the adapters are not saved: a
+    warning names them.
 
     The names in the file are those of the model without wrappers (torch.compile, activation checkpointing, DDP, FSDP,
     ...) around it or around parts of it. Tied adapters are written for each layer: a warning says that the tie is not
-    saved.
+    saved, unless it is that of ``ensure_weight_tying``. A warning names the layers that PEFT computes in another way
+    from the same file, such as convolutions with a dilation, and lora_dropout beside experts, which PEFT refuses.
 
     Both files are written in full, and flushed to the disk, in a temporary folder inside `directory`. Then renames put
     them in the place of the old ones, the weights first and the config last. An error on the way leaves the old files
@@ -58,10 +62,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     second. A symbolic link in the place of a file is replaced, and the file that it names is kept.
 
     Raises:
-        ValueError: the model has no `FusedLoRALinear`; it is one itself, and so has no name to save under; its layers
-            have further parameters, or sharded or flattened ones, or ones without values (on the meta device), or a
-            lora_alpha or lora_dropout that is no finite number; or they differ in use_rslora or use_dora, of which the
-            format has one for all.
+        ValueError: the model has no layer with an adapter; it is one itself, and so has no name to save under; PEFT's
+            format has no place for one of its adapters (a convolution with ``grouped=True``); its adapters have further
+            parameters, or sharded or flattened ones, or ones without values (on the meta device), or a lora_alpha or
+            lora_dropout that is no finite number; or they differ in use_rslora or use_dora, of which the format has one
+            for all.
         OSError: the files cannot be written: no permission, no space, or another process that has held the directory's
             lock for a minute.
         ImportError: safetensors is not installed.
@@ -95,10 +100,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyReport:
     """Load an adapter in PEFT's format, made by PEFT or by `save_adapter`, from `directory` into `model`.
 
-    A model with `FusedLoRALinear` layers must have them exactly where the file has adapters, with the same ranks, and
-    with use_dora if the file holds DoRA adapters. A, B and m are written into its parameters, rounded to their dtype.
-    lora_alpha, use_rslora and scaling become those of the config; lora_dropout and the choice of what is trained stay
-    the model's.
+    A model with adapters must have them exactly where the file has some, with the same ranks, and with use_dora if the
+    file holds DoRA adapters. A, B and m are written into its parameters, rounded to their dtype. lora_alpha, use_rslora
+    and scaling become those of the config; lora_dropout and the choice of what is trained stay the model's.
+
+    PEFT writes the weights of an adapted embedding and of the head beside the adapter. They must equal the model's.
 
     A plain model gets LoRA first, as by `apply_lora` with the config's settings: the adapters train and everything else
     is frozen. A, B and m are in fp32 beside fp16 and bf16 weights, as in PEFT, and else have the weight's dtype.
@@ -119,10 +125,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
         FileNotFoundError: one of the two files is missing (``adapter_model.bin``, a pickle, is not read).
         ValueError: a file that is cut short or is not what its name says; keys that are missing or that the model has
             no place for; other shapes or ranks; DoRA into layers without it, or the reverse; a config with something
-            that `FusedLoRALinear` does not compute (lora_bias, modules_to_save, an initialisation that changes the
+            that is not computed here (lora_bias, modules_to_save, an initialisation that changes the
             base, ...), or with a field that is not known here and not off; a regular expression that takes too long; a
             merged layer, a sharded one, or one on the meta device, as in an offloaded model; two values for tied
-            parameters.
+            parameters; weights of the base that are not the model's.
         TimeoutError: a save has held the directory's lock for a minute.
         ImportError: safetensors is not installed.
         After any error, also one that is not listed here, the model is unchanged.
@@ -186,14 +192,21 @@ def _without_equal_bases(tensors: Parts, names: Mapping[str, nn.Module]) -> Part
     for key, value in tensors.items():
         inside = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         name, _, parameter = inside.rpartition(".")
-        own = getattr(names.get(plain_name(name, names)), parameter, None) if parameter in ("weight", "bias") else None
-        if not isinstance(own, Tensor) or own.shape != value.shape or not torch.equal(own.detach().cpu(), value):
+        named = parameter in ("weight", "bias")
+        own: Any = getattr(names.get(plain_name(name, names)), parameter, None) if named else None
+        same = isinstance(own, Tensor) and not own.is_meta and own.shape == value.shape
+        if not (same and torch.equal(own.detach().cpu(), value.to(own.dtype))):
             kept[key] = value
     return kept
 
 
 def _warn_of_what_is_not_saved(model: nn.Module, layers: dict[str, AdapterLayer]) -> None:
     """Warn of what a reader of the files cannot know."""
+    rate = max(layer.lora_dropout for layer in layers.values())
+    if rate and any(layer.target_parameters for layer in layers.values()):
+        warnings.warn(
+            f"lora_dropout={rate:g} is not saved, since PEFT refuses it beside target_parameters", stacklevel=3
+        )
     own = {id(parameter) for parameter in inject.adapter_parameters(model)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
@@ -201,7 +214,9 @@ def _warn_of_what_is_not_saved(model: nn.Module, layers: dict[str, AdapterLayer]
     first: dict[int, str] = {}
     tied = []
     for name, layer in layers.items():
-        for key, p in layer.named_parameters():
+        for key, p in (
+            () if isinstance(layer, TiedLoRALinear) else layer.named_parameters()
+        ):  # the config tells that tie
             if is_adapter(key) and first.setdefault(id(p), f"{name}.{key}") != f"{name}.{key}":
                 tied.append(f"{name}.{key} (to {first[id(p)]})")
     if tied:

@@ -1,4 +1,4 @@
-"""LoRA in a plain PyTorch model: `apply_lora` puts `FusedLoRALinear` where PEFT would put its LoRA layers.
+"""LoRA in a plain PyTorch model: `apply_lora` puts layers with adapters where PEFT would put its LoRA layers.
 
 `mark_only_lora_as_trainable` chooses the parameters that are trained, `adapter_parameters` yields the adapters',
 `trainable_parameters` counts the trained ones, and `merge_and_unload` makes the model plain again.
@@ -50,9 +50,14 @@ def apply_lora(
     init: str = "kaiming",
     verify: Any = None,
 ) -> ApplyReport:
-    """Replace every ``nn.Linear`` layer that matches, in place, by a `FusedLoRALinear` over the same weight, and freeze
-    every parameter outside the adapters. The rules and defaults are those of PEFT's ``LoraConfig``; PEFT itself is not
-    needed.
+    """Put LoRA on every layer that matches, in place: a `FusedLoRALinear` over the same weight takes the place of an
+    ``nn.Linear``, and so on, and every parameter outside the adapters is frozen. The rules and defaults are those of
+    PEFT's ``LoraConfig``; PEFT itself is not needed.
+
+    A `FusedLoRALinear` goes in the place of an ``nn.Linear``, and a layer of its kind in the place of transformers'
+    Conv1D. Where target_modules name them, `FusedLoRAEmbedding`, `FusedLoRAConv1d` (2d, 3d) and
+    `FusedLoRAMultiheadAttention` take the places of embeddings, convolutions and ``nn.MultiheadAttention``. Where
+    target_parameters name the weights of experts, a `FusedLoRAExperts` takes the place of the module that holds them.
 
     Args:
         model: any module. It is changed in place. The rules see a layer that stands at several places by its first
@@ -60,29 +65,36 @@ def apply_lora(
         r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend: as for `FusedLoRALinear`, but
             lora_alpha is 8 by default, as in PEFT. As in PEFT too, the adapters are in fp32 beside fp16 and bf16
             weights, unless adapter_dtype is the weights' dtype.
-        target_modules: "all-linear" stands for every ``nn.Linear`` but the one that ``model.get_output_embeddings()``
-            returns, if the model has that method. Another string is a regular expression that the whole dotted name
-            must match. Several names choose the layers whose dotted name is one of them, or ends in ``.`` and one of
-            them.
+        target_modules: "all-linear" stands for every ``nn.Linear`` and Conv1D but the one that
+            ``model.get_output_embeddings()`` returns, if the model has that method. Another string is a regular
+            expression that the whole dotted name must match. Several names choose the layers whose dotted name is one
+            of them, or ends in ``.`` and one of them. None is "all-linear", or no layer where target_parameters are
+            given.
         exclude_modules: a regular expression or names, in the same way. It wins over target_modules.
+        target_parameters: the names of parameters, or their ends after a dot, such as "experts.gate_up_proj" and
+            "experts.down_proj" of the experts of transformers. Their ranks and alphas go by these names too.
+        ensure_weight_tying: where an embedding and a head have one weight, and target_modules name one of the two, both
+            get one adapter (see `lora_kernels.nn.tied.TiedLoRALinear`), so that they can be merged into one weight
+            again. There is a warning where the model has no such layers.
         rank_pattern, alpha_pattern: r and lora_alpha by name. Each key is a regular expression for the whole dotted
             name, or for its end after a dot. The first key that matches counts.
         layers_to_transform: the numbers of the blocks whose layers get LoRA, where target_modules are ends of names.
         layers_pattern: the name (or names) of the list of blocks that these numbers count in; None is any list.
-        quant: "nf4", "fp4", "int8" or "fp8" keeps the frozen weights in that format only (QLoRA): each layer becomes a
-            `QuantizedLoRALinear`, and the report gives the bytes. Other modules that share such a weight keep the dense
-            one. The dense model and all quantised weights are in memory together for a moment.
+        quant: "nf4", "fp4", "int8" or "fp8" keeps the frozen weights of linear layers in that format only (QLoRA): each
+            becomes a `QuantizedLoRALinear`, and the report gives the bytes. Other modules that share such a weight keep
+            the dense one. The dense model and all quantised weights are in memory together for a moment. Layers of
+            other kinds keep their dense weights.
         blocksize, double_quant: for nf4 and fp4, as in `quantize_weight`.
-        init: as for `FusedLoRALinear.from_linear`.
+        init: as for `FusedLoRALinear.from_linear`; for linear layers only.
         verify: inputs of the model, with which `ApplyReport.verify` is run at the end: a mapping of keywords, a tuple
             or list of arguments, or one argument. True stands for ``model.dummy_inputs``. There is a warning if an
             adapter turns out to be without effect.
 
-    "all-linear" leaves every module that is not exactly an ``nn.Linear`` as it is, and the report gives the reason.
-    These are quantised layers, GPT-2's Conv1D (its checkpoints hold W transposed; use PEFT and `fuse`), subclasses
-    (``nn.MultiheadAttention`` reads the weight of its out_proj without calling it, so an adapter would have no effect),
-    layers whose weight is a subclass of Parameter (sharded, quantised), and layers with hooks, which would be lost.
-    Where a pattern or a name matches such a module, or no linear layer at all, ValueError is raised.
+    "all-linear" leaves every module that is not exactly an ``nn.Linear`` or Conv1D as it is, and the report gives the
+    reason. These are quantised layers, subclasses (``nn.MultiheadAttention`` reads the weight of its out_proj without
+    calling it, so an adapter would have no effect), layers whose weight is a subclass of Parameter (sharded,
+    quantised), and layers with hooks, which would be lost. Where a pattern or a name matches a module that cannot be
+    replaced, or nothing at all, ValueError is raised.
 
     A layer whose parent reads its weight instead of calling it, as Mamba's mixers do with out_proj, x_proj and dt_proj,
     is refused in the same two ways, and "all-linear" also warns. This is found in the source of the parent's forward.
@@ -93,10 +105,11 @@ def apply_lora(
     use_nested_tensor to False in the ``nn.TransformerEncoder`` around them), and stays off.
 
     Raises:
-        ValueError: nothing matches, or a match cannot be replaced; the model has LoRA layers already; a value that
-            `FusedLoRALinear` refuses; an unknown backend; layers_to_transform with a string; a weight that `quant`
-            cannot hold (NaN, or an odd K in 4 bits), by name.
-        TypeError: an adapter_dtype that does not go with a weight's.
+        ValueError: nothing matches, or a match cannot be replaced; the model has layers with adapters already; a value
+            that a layer of its kind refuses, such as use_dora for experts; an unknown backend; layers_to_transform with
+            a string; patterns that give two parameters of one module, or a head and the embedding that it is tied to,
+            several ranks or alphas; a weight that `quant` cannot hold (NaN, or an odd K in 4 bits), by name.
+        TypeError: an adapter_dtype that does not go with a weight's; target_parameters that are no list.
         ImportError: a backend that is not installed.
         re.error: a string that is no regular expression.
         After any of these, the model is unchanged.
@@ -138,16 +151,23 @@ def _warn(report: ApplyReport, selection: Selection) -> None:
 
 
 def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
-    """Replace every `FusedLoRALinear` by a plain ``nn.Linear`` with weight W + s·B·A, or with DoRA d ⊙ that (see
-    `FusedLoRALinear.merge`). Returns `model`, or the new layer where `model` is a `FusedLoRALinear` itself.
+    """Replace every layer with an adapter by the plain layer that it stands for, with the adapter merged into its
+    weights: W + s·B·A, or with DoRA d ⊙ that (see `FusedLoRALinear.merge`). Returns `model`, or the new layer where
+    `model` is such a layer itself.
 
-    Every parameter is frozen afterwards, as PEFT leaves it: call ``requires_grad_()`` on those that are to train.
-    Other modules whose weights were tied to a merged one keep W. The layers of an offloaded model (accelerate) stay
-    offloaded; their merged weights are kept in the CPU's memory.
+    Every parameter is frozen afterwards, as PEFT leaves it: call ``requires_grad_()`` on those that are to train. The
+    layers of an offloaded model (accelerate) stay offloaded; their merged weights are kept in the CPU's memory.
+
+    Of a table that an embedding and a head share, a merge changes only the one with the adapter. So it is refused where
+    the other would be lost: for an embedding, and for every layer of a transformers model whose config ties weights,
+    which would be saved and loaded with one of the two weights for both. With `untie` each gets a weight of its own,
+    and ``config.tie_word_embeddings`` becomes False. Adapters that were tied (``ensure_weight_tying``) are merged into
+    one weight for both. Other linear layers whose weights were tied to a merged one keep W.
 
     Raises:
-        ValueError: there is no `FusedLoRALinear`, merging one gives weights that are not finite, or torch.compile has
-            compiled one on its own.
+        ValueError: there is no layer with an adapter, merging one gives weights that are not finite, a layer's adapter
+            cannot be merged (a convolution with groups), a shared table would be parted without `untie`, or
+            torch.compile has compiled a layer on its own.
         NotImplementedError: a layer is tensor parallel.
         After any of these, the model is unchanged.
     """
@@ -167,7 +187,7 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
             layer.to_plain()
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
-    pairs = ties.refuse_changed(model, layers, untie)
+    merged = ties.plan(model, layers, untie)
     places = places_of(model)
     for layer in layers.values():
         plain = layer.to_plain().requires_grad_(False)
@@ -176,9 +196,9 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
             return plain
         for place in places[id(layer)]:
             put(model, place, plain)
-    for embedding, head in pairs:
+    for embedding, head in merged.pairs:
         ties.tie(model, embedding, head)
-    if untie:
+    if merged.parted:
         ties.untie_config(model)
     return model
 
@@ -198,12 +218,12 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Literal["none", "all", "
     """Freeze everything but the adapters, as loralib's function of this name does. Frozen adapters stay frozen.
 
     Args:
-        model: a model with `FusedLoRALinear` layers.
+        model: a model with adapters.
         bias: "none" trains no bias, "all" every parameter whose own name has "bias" in it, "lora_only" the biases of
             the layers with an adapter.
 
     Raises:
-        ValueError: another `bias`, or a model without `FusedLoRALinear`; nothing is changed.
+        ValueError: another `bias`, or a model without adapters; nothing is changed.
     """
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f'bias must be "none", "all" or "lora_only", got {bias!r}')
@@ -233,8 +253,8 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 def put_layers(
     model: nn.Module, selection: Selection, fill: Callable[[str, AdapterLayer], None] | None = None
 ) -> ApplyReport:
-    """Replace every target by a `FusedLoRALinear`, freeze the rest and return the report. `fill` gets the name of each
-    new layer and the layer, to write values into its adapter. On an error nothing is changed."""
+    """Replace every target by its layer with an adapter, freeze the rest and return the report. `fill` gets the name of
+    each new layer and the layer, to write values into its adapter. On an error nothing is changed."""
     return _replaced(model, selection, fill)[0]
 
 

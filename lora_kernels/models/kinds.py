@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import cast
 
 from torch import nn
@@ -19,12 +18,10 @@ _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Conv2d, "conv.FusedLoRAConv2d"),
     (nn.Conv3d, "conv.FusedLoRAConv3d"),
     (nn.MultiheadAttention, "attention.FusedLoRAMultiheadAttention"),
+    (fit.Conv1DLike, "conv1d.FusedLoRAConv1D"),
 )
 """The class for each class of plain layers, by its path in lora_kernels.nn. A path is imported when a model has such a
 layer among its targets."""
-
-_CONV1D = "conv1d.FusedLoRAConv1D"
-"""The class for GPT-2's Conv1D, which is known by its name, since transformers may not be installed."""
 
 _EXPERTS = "experts.FusedLoRAExperts"
 """The class for modules of experts. They have no class in common, and are found by the names of their parameters."""
@@ -45,9 +42,6 @@ def lora_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def kind_of(module: nn.Module) -> type[AdapterLayer] | None:
     """Return the class of layers that can take the place of `module`, or None where there is none. Whether it can take
     the place of this very module, its `why_not` says."""
-    own = type(module)
-    if own.__name__ == "Conv1D" and own.__module__.startswith("transformers."):
-        return _loaded(_CONV1D)
     return next((_loaded(path) for plain, path in _KINDS if isinstance(module, plain)), None)
 
 
@@ -62,7 +56,7 @@ def why_not(kind: type[AdapterLayer] | None, module: nn.Module) -> str:
     """Return why no layer of class `kind` can take the place of `module` in a model; "" where one can."""
     if kind is not None:
         return kind.why_not(module)
-    if "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D":
+    if "Linear" in type(module).__name__:
         return fit.why_not(module, in_place=True)
     return (
         f"a {type(module).__name__}, and adapters go on linear layers, embeddings, convolutions, nn.MultiheadAttention "
@@ -70,8 +64,6 @@ def why_not(kind: type[AdapterLayer] | None, module: nn.Module) -> str:
     )
 
 
-def _loaded(path: str) -> type[AdapterLayer] | None:
+def _loaded(path: str) -> type[AdapterLayer]:
     module, _, name = path.partition(".")
-    if importlib.util.find_spec(f"lora_kernels.nn.{module}") is None:
-        return None
     return cast("type[AdapterLayer]", getattr(importlib.import_module(f"lora_kernels.nn.{module}"), name))

@@ -49,6 +49,8 @@ class ApplyReport:
     """The replaced layers whose weights their parents may read without calling them, and how. `verify` finds out."""
     without_effect: dict[str, str] = field(default_factory=dict)
     """The replaced layers whose adapters a forward passes over, and why, where `verify` has looked."""
+    converted: dict[str, float] = field(default_factory=dict)
+    """The relative error ‖ΔW - s·B A‖ / ‖ΔW‖ of each adapter of another format that was factored anew."""
 
     def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> ApplyReport:
         """Run ``model(*args, **kwargs)`` to see which adapters take part in it, and return the report with
@@ -86,6 +88,9 @@ class ApplyReport:
             f"without effect, {reason}: {some(names)}" for reason, names in by_reason(self.without_effect).items()
         ]
         lines += [f"in doubt, {reason}: {some(names)}" for reason, names in by_reason(self.doubted).items()]
+        if self.converted:
+            told = [f"{name} ({error:.1e})" for name, error in self.converted.items()]
+            lines.append(f"factored anew, with the relative error of the update: {some(told)}")
         if self.unused:
             lines.append(f"matched nothing: {', '.join(self.unused)}")
         return "\n".join(lines)
@@ -104,6 +109,6 @@ class TrainableParameters:
 
 
 def _watched(layer: AdapterLayer) -> Watched:
-    own = {name: p for name, p in layer.named_parameters() if "bias" not in name.rpartition(".")[2]}
-    adapter = [layer.get_parameter(part.parameter) for part in layer.file_parts().values()]
-    return Watched(layer, [p for name, p in own.items() if not is_adapter(name)], adapter)
+    own = dict(layer.named_parameters())
+    weights = [p for name, p in own.items() if not is_adapter(name) and "bias" not in name.rpartition(".")[2]]
+    return Watched(layer, weights, [p for name, p in own.items() if is_adapter(name) and p.ndim > 1])

@@ -238,10 +238,11 @@ class AdapterConv(AdapterLayer):
                 f"PEFT's files have no A in groups, {tuple(self.lora_A.shape)} over groups={self.groups}: save the "
                 "state_dict, or merge() and save the model. An adapter made with grouped=False goes into a file"
             )
-        names = ("lora_A", "lora_B", "lora_magnitude_vector")
-        keys = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-        parts = {key: FilePart(*each) for key, *each in zip(keys, names, self._shapes(), strict=True)}
-        return parts if self.use_dora else {key: parts[key] for key in keys[:2]}
+        of_a, of_b, of_m = self._shapes()
+        parts = {"lora_A.weight": FilePart("lora_A", of_a), "lora_B.weight": FilePart("lora_B", of_b)}
+        if self.use_dora:
+            parts["lora_magnitude_vector"] = FilePart("lora_magnitude_vector", of_m)
+        return parts
 
     def why_not_file(self) -> str:
         """Return why PEFT computes something else from this layer's file than this layer does, or "" where it does

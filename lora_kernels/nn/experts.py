@@ -35,7 +35,7 @@ class FusedLoRAExperts(AdapterLayer):
 
     Attributes:
         gate_up_proj (or up_proj), down_proj, and their biases: the frozen stacks, as transformers stores them.
-        adapted: the names of the stacks that have an adapter, in the order of the module's parameters.
+        target_parameters: the names of the stacks that have an adapter, in the order of the module's parameters.
         lora_A_<stack>: [E, r, K], A of each expert, a parameter.
         lora_B_<stack>: [E, N, r], B of each expert, a parameter.
         scaling: s, a float that may be changed at any time.
@@ -47,7 +47,7 @@ class FusedLoRAExperts(AdapterLayer):
 
     experts_class: type[Any]
     """The class of the plain module."""
-    adapted: tuple[str, ...]
+    target_parameters: tuple[str, ...]
     plain_attributes: tuple[str, ...]
     """The names of the attributes that the plain module has."""
     num_experts: int
@@ -107,7 +107,7 @@ class FusedLoRAExperts(AdapterLayer):
         new.training = module.training
         new.requires_grad_(False)
         # The order is that of the module's parameters, in which PEFT nests its wrappers.
-        new.adapted = tuple(name for name in module._parameters if name in (parameters or known))
+        new.target_parameters = tuple(name for name in module._parameters if name in (parameters or known))
         new._add_adapter(settings)
         return new
 
@@ -128,7 +128,7 @@ class FusedLoRAExperts(AdapterLayer):
         self.r, self.lora_alpha, self.lora_dropout = settings.r, settings.lora_alpha, settings.lora_dropout
         self.use_rslora, self.use_dora, self.backend = settings.use_rslora, False, settings.backend
         self.scaling = settings.scaling
-        for name in self.adapted:
+        for name in self.target_parameters:
             weight = experts_form.projection(self, name).weight
             E, N, K = weight.shape
             how: Any = {"dtype": settings.dtype_beside(weight.dtype), "device": weight.device}
@@ -146,7 +146,7 @@ class FusedLoRAExperts(AdapterLayer):
         self._reset_adapter()
 
     def _reset_adapter(self) -> None:
-        for name in self.adapted:
+        for name in self.target_parameters:
             a, b = self.pair(name)
             nn.init.kaiming_uniform_(a.view(-1, a.shape[-1]), a=math.sqrt(5))
             nn.init.zeros_(b)
@@ -175,7 +175,7 @@ class FusedLoRAExperts(AdapterLayer):
             return y
         experts_forward.check(hidden_states, ids, weights)
         p = self.lora_dropout if self.training else 0.0
-        adapters = {name: StackAdapter(*self.pair(name), self.scaling, p) for name in self.adapted}
+        adapters = {name: StackAdapter(*self.pair(name), self.scaling, p) for name in self.target_parameters}
         return experts_forward.forward(self.experts_class, self, hidden_states, ids, weights, adapters, self.backend)
 
     def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class FusedLoRAExperts(AdapterLayer):
         """Return the tensors of the adapter in PEFT's file: A [E·r, K] with the expert slowest, B [N, r·E] with the
         expert fastest. PEFT nests a wrapper for each adapted stack, the module's first stack innermost."""
         parts = {}
-        for depth, name in enumerate(reversed(self.adapted)):
+        for depth, name in enumerate(reversed(self.target_parameters)):
             (E, r, K), N = self.pair(name)[0].shape, self.pair(name)[1].shape[1]
             prefix = "base_layer." * depth
             parts[f"{prefix}lora_A.weight"] = FilePart(f"lora_A_{name}", (E * r, K))
@@ -273,7 +273,7 @@ class FusedLoRAExperts(AdapterLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRAExperts:
         """Move and convert every tensor with `fn`, also the base stacks of a merged module. Where `fn` gives memory
         that nobody has written, as ``Module.to_empty`` does, the adapter gets its first values."""
-        a = self.pair(self.adapted[0])[0]
+        a = self.pair(self.target_parameters[0])[0]
         emptied = a.is_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
         held = {f"_base_{name}": p for name, p in self._base.items()}
         self._parameters.update(held)  # so that torch treats them as every other parameter
@@ -282,7 +282,7 @@ class FusedLoRAExperts(AdapterLayer):
         finally:
             for name in self._base:
                 self._base[name] = cast(nn.Parameter, self._parameters.pop(f"_base_{name}"))
-        if emptied and not self.pair(self.adapted[0])[0].is_meta:
+        if emptied and not self.pair(self.target_parameters[0])[0].is_meta:
             self._reset_adapter()
         return self
 
@@ -293,7 +293,7 @@ class FusedLoRAExperts(AdapterLayer):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
-        keys = [f"{prefix}lora_{which}_{name}" for name in self.adapted for which in "AB"]
+        keys = [f"{prefix}lora_{which}_{name}" for name in self.target_parameters for which in "AB"]
         for key in keys:
             own = getattr(self, key[len(prefix) :])
             if key in state_dict and state_dict[key].shape != own.shape:
@@ -311,8 +311,8 @@ class FusedLoRAExperts(AdapterLayer):
 
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows."""
-        text = f"{self.size}, {self.experts_class.__name__}, adapted={', '.join(self.adapted)}, r={self.r}"
-        text += f", scaling={self.scaling:g}"
+        names = ", ".join(self.target_parameters)
+        text = f"{self.size}, {self.experts_class.__name__}, adapters on {names}, r={self.r}, scaling={self.scaling:g}"
         if self.lora_dropout:
             text += f", lora_dropout={self.lora_dropout:g}"
         if self.backend is not None:
@@ -321,7 +321,7 @@ class FusedLoRAExperts(AdapterLayer):
 
 
 _OWN = frozenset(
-    ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "backend", "scaling", "init", "adapted",
+    ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "backend", "scaling", "init", "target_parameters",
      "experts_class", "plain_attributes", "_base", "size", "merged")
 )  # fmt: skip
 """The attributes that a `FusedLoRAExperts` has beside those of the plain module."""

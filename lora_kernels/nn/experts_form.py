@@ -73,9 +73,8 @@ def why_not(module: Any) -> str:
         return f"this {type(module).__name__} has hooks or a forward of its own, which would be passed over"
     if reason := _why_not_implementation(module):
         return reason
-    own = module._parameters
     for name in names(module):
-        weight = own.get(name)
+        weight = _own(module, name)
         if type(weight) not in (nn.Parameter, Tensor):
             return f"its {name} is {_kind_of(module, name)}, not a plain Parameter"
         if weight.dim() != 3 or weight.shape[0] != module.num_experts or weight.dtype not in check.DTYPES:
@@ -83,7 +82,7 @@ def why_not(module: Any) -> str:
                 f"its {name} is {weight.dtype} {tuple(weight.shape)}, not a stack of {module.num_experts} matrices in "
                 "floating numbers"
             )
-        if module.has_bias and type(own.get(f"{name}_bias")) not in (nn.Parameter, Tensor):
+        if module.has_bias and type(_own(module, f"{name}_bias")) not in (nn.Parameter, Tensor):
             return f"its {name}_bias is {_kind_of(module, f'{name}_bias')}, not a plain Parameter"
     return ""
 
@@ -106,9 +105,14 @@ def _why_not_implementation(module: Any) -> str:
     return f"its config chooses the experts implementation {chosen!r}, which is not one of transformers"
 
 
+def _own(module: nn.Module, name: str) -> Any:
+    """Return the parameter `name`, or None where it is computed from others. A replica of nn.DataParallel has its
+    parameters among its attributes."""
+    return module._parameters.get(name, module.__dict__.get(name))
+
+
 def _kind_of(module: nn.Module, name: str) -> str:
-    if name in module._parameters:
-        return f"a {type(module._parameters[name]).__name__}"
-    if name in getattr(module, "parametrizations", ()):
-        return "parametrised"
-    return "missing" if not hasattr(module, name) else f"a {type(getattr(module, name)).__name__}, no parameter"
+    found = _own(module, name)
+    if found is not None:
+        return f"a {type(found).__name__}"
+    return "parametrised" if hasattr(module, name) else "missing"

@@ -25,7 +25,7 @@ def merged_stacks(layer: Any, safe: bool) -> dict[str, Tensor]:
         raise ValueError(f"this {kind} is offloaded by accelerate: nothing was changed. {BRING_BACK}")
     merging.refuse_absent(layer)
     made = {}
-    for name in layer.adapted:
+    for name in layer.target_parameters:
         stored, (a, b) = layer._parameters.get(name), layer.pair(name)
         if stored is None or any(hasattr(t, "placements") for t in (stored, a, b)):
             raise ValueError(

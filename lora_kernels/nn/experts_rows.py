@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from lora_kernels.core.rows import Rows
 from lora_kernels.ops import plain
+from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
 
 
 class Routing(NamedTuple):
@@ -52,11 +53,8 @@ def gather(x: Tensor, routing: Routing) -> Tensor:
 def combine(z: Tensor, weights: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
     """Return y [T, H] in `dtype` from the sorted rows z [T·k, H] and the weights [T, k] of each token's experts."""
     if _is_plain():
-        return (
-            (z.index_select(0, routing.inverse.view(-1)).view(*weights.shape, z.shape[1]) * weights[..., None])
-            .sum(1)
-            .to(dtype)
-        )
+        rows = z.index_select(0, routing.inverse.view(-1)).view(*weights.shape, z.shape[1])
+        return (rows * weights[..., None]).sum(1).to(dtype)
     return _Combine.apply(z, weights, routing.tokens, routing.inverse, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -94,30 +92,30 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, weights: Tensor, tokens: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
         need_dz, need_dw, *_ = ctx.needs_input_grad
         ctx.save_for_backward(z if need_dw else None, weights if need_dz else None, tokens, inverse)
-        ctx.dtypes = z.dtype, weights.dtype
+        ctx.z_dtype, ctx.weights_dtype = z.dtype, weights.dtype
+        ctx.wide = torch.promote_types(torch.promote_types(z.dtype, weights.dtype), torch.float32)
         if z.dtype == weights.dtype == dtype:
             return _sum(z, inverse, weights)
-        T, k = inverse.shape
-        wide = torch.promote_types(torch.promote_types(z.dtype, weights.dtype), torch.float32)
-        rows = z.index_select(0, inverse.view(-1)).view(T, k, z.shape[1]).to(wide)
-        return torch.bmm(weights[:, None].to(wide), rows)[:, 0].to(dtype)
+        rows = z.index_select(0, inverse.view(-1)).view(*inverse.shape, z.shape[1])
+        with no_autocast(device_type(z)):
+            y = torch.bmm(as_dtype(weights[:, None], ctx.wide), as_dtype(rows, ctx.wide))
+        return as_dtype(y[:, 0], dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, weights, tokens, inverse = ctx.saved_tensors
-        z_dtype, weights_dtype = ctx.dtypes
         need_dz, need_dw, *_ = ctx.needs_input_grad
-        T, k = inverse.shape
         dz = dw = None
-        wide = torch.promote_types(torch.promote_types(z_dtype, weights_dtype), torch.float32)
         if need_dz:
             # The weight of each row, in the order of the rows.
             own = torch.empty_like(weights).view(-1).scatter_(0, inverse.view(-1), weights.reshape(-1))
-            if dy.dtype == z_dtype == weights_dtype:
+            if dy.dtype == ctx.z_dtype == weights.dtype:
                 dz = _sum(dy, tokens[:, None], own[:, None])
             else:
-                dz = (dy.index_select(0, tokens).to(wide) * own[:, None]).to(z_dtype)
+                dz = as_dtype(as_dtype(dy.index_select(0, tokens), ctx.wide) * own[:, None], ctx.z_dtype)
         if need_dw:
-            rows = z.index_select(0, inverse.view(-1)).view(T, k, z.shape[1]).to(wide)
-            dw = torch.bmm(dy[:, None].to(wide), rows.mT)[:, 0].to(weights_dtype)
+            rows = z.index_select(0, inverse.view(-1)).view(*inverse.shape, z.shape[1])
+            with no_autocast(device_type(dy)):
+                dw = torch.bmm(as_dtype(dy[:, None], ctx.wide), as_dtype(rows, ctx.wide).mT)
+            dw = as_dtype(dw[:, 0], ctx.weights_dtype)
         return dz, dw, None, None, None

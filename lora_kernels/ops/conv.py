@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_kernels.backends import dispatch
 from lora_kernels.core.dropout import draw_seed
 from lora_kernels.core.operands import Layer
-from lora_kernels.ops import check, conv_check, conv_plain
+from lora_kernels.ops import check, conv_check, conv_plain, plain
 from lora_kernels.ops.autograd import apply, as_dtype, autocast_of, device_type, no_autocast
 from lora_kernels.ops.conv_dora import dora_conv
 from lora_kernels.ops.conv_function import How, LoRAConvFunction
@@ -92,17 +92,16 @@ def lora_conv(
     moves = window(weight.shape[2:], stride, padding, dilation, groups, padding_mode)
     layer = Layer(weight, lora_a, lora_b, scale, bias, dropout_p, seed)
     n = len(moves.stride)
-    if conv_plain.serves(x, layer, backend):
-        batch = x if x.dim() != n + 1 else x.unsqueeze(0)
-        _refuse_mixed_groups(weight, lora_a, magnitude)
+    in_plain_torch = conv_plain.serves(x, layer, backend)
+    autocast = None if x.is_nested else autocast_of(x)
+    if not (plain.is_tracing() or x.is_nested):  # a trace warns of comparisons of sizes
+        conv_check.operands(x, layer, magnitude, moves, autocast is not None)
+    batch = x if x.dim() != n + 1 else x.unsqueeze(0)
+    if in_plain_torch:
         y = conv_plain.lora_conv(batch, layer, magnitude, moves)
     else:
-        autocast = autocast_of(x)
-        conv_check.operands(x, layer, magnitude, moves, autocast is not None)
-        _refuse_mixed_groups(weight, lora_a, magnitude)
         if weight.requires_grad:
             layer = Layer(check.frozen(weight), lora_a, lora_b, scale, bias, dropout_p, seed)
-        batch = x if x.dim() != n + 1 else x.unsqueeze(0)
         y = _lora_conv(batch, layer, magnitude, moves, backend, autocast)
     return y if batch is x else y.squeeze(0)
 
@@ -166,12 +165,3 @@ def _of_rows(x: Tensor, rows: Tensor, layer: Layer, magnitude: Tensor | None, ba
         y = dora_linear(rows, *flat, m, scale=scale, bias=bias, dropout_p=p, seed=seed, backend=backend)
     y = y.movedim(-1, 1)
     return y.contiguous() if w[0, 0].numel() == 1 and x.is_contiguous() else y
-
-
-def _refuse_mixed_groups(w: Tensor, a: Tensor, magnitude: Tensor | None) -> None:
-    """Raise ValueError for DoRA where A sees all channels and W those of its group: W + s·B A is no weight then."""
-    if magnitude is not None and a.shape[1] != w.shape[1]:
-        raise ValueError(
-            f"DoRA needs an A that sees the channels that W sees, {w.shape[1]}; lora_a is {tuple(a.shape)}. Give it in "
-            "groups, [R, C/groups, k, ...]"
-        )

@@ -24,7 +24,7 @@ def magnitude_of(w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tenso
     """Return ‖W + scale·B A‖ by output channels, in the shape and dtype of `magnitude`: the m with which d = 1. A is in
     `groups` as W is."""
     norms = [
-        weight_norm(*(t.flatten(1) for t in (w_g, a_g, b_g)), scale, magnitude)
+        weight_norm(w_g.flatten(1), a_g.flatten(1), b_g.flatten(1), scale, magnitude)
         for w_g, a_g, b_g in zip(w.chunk(groups), a.chunk(groups), b.chunk(groups), strict=True)
     ]
     return torch.cat(norms).view(magnitude.shape)

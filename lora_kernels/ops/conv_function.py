@@ -29,11 +29,13 @@ from lora_kernels.ops.autograd import (
 from lora_kernels.ops.conv_mask import keep_mask
 from lora_kernels.ops.conv_rows import lies_by_rows
 from lora_kernels.ops.conv_window import Window
+from lora_kernels.ops.watched import watched
 
 _FOLD_FROM = 1024
 """The number of positions of y, over the whole batch, from which computing W' costs less than it saves."""
-_SMALL = 16
-"""h is saved where it has at most this part of x's elements; otherwise it is computed again."""
+_SMALL, _SMALL_WITH_DROPOUT = 4, 16
+"""h is saved where this number of h has at most x's elements; otherwise it is computed again. With dropout x̂ is made
+again in any case."""
 
 
 class How(NamedTuple):
@@ -110,7 +112,8 @@ class LoRAConvFunction(torch.autograd.Function):
             y = window.pointwise().convolve(h, b) * (scale * _factor(how))
         elif not fold:
             y = _add_up(y, h, b, scale * _factor(how), window)
-        keeps_h = need_db and h is not None and (not need_da or h.numel() * _SMALL <= x.numel())
+        small = _SMALL_WITH_DROPOUT if how.p > 0 else _SMALL
+        keeps_h = need_db and h is not None and (not need_da or h.numel() * small <= x.numel())
         needs_x = need_da or (need_db and not keeps_h)
         ctx.save_for_backward(x if needs_x else None, w, a, b, h if keeps_h else None, seed)
         ctx.how, ctx.fold, ctx.dtype, ctx.shape = how, fold, x.dtype, x.shape
@@ -150,9 +153,9 @@ def _gradients(  # type: ignore[no-untyped-def]
     if need_dh or need_db:
         if h is None:
             h = window.convolve(x_hat, a, None, groups) if need_db else _like_h(dy, a)
-        dh, db = window.pointwise().gradients(as_dtype(dy, a.dtype), h, b, need_dh, need_db)
         s = how.scale * _factor(how)
-        dh, db = (None if t is None else t * s for t in (dh, db))
+        dh, db = window.pointwise().gradients(as_dtype(dy, a.dtype), h, b * s, need_dh, need_db)
+        db = None if db is None else db * s  # what came is the gradient of s·B
     if need_da or (need_dx and not fold):
         rest = x_hat if x_hat is not None else as_dtype(like, a.dtype)
         dx, da = window.gradients(dh, rest, a, need_dx and not fold, need_da, groups)
@@ -160,12 +163,14 @@ def _gradients(  # type: ignore[no-untyped-def]
         if fold:
             dx, _ = window.gradients(dy, like, folded(w, a, b, how.scale, window.groups), True, False)
         else:
+            assert dx is not None
+            dx = as_dtype(dx, dtype)
             if keep is not None:
                 dx = keep * dx
             if w is not None:
                 base, _ = window.gradients(dy, as_dtype(like, dtype), as_dtype(w, dtype), True, False)
-                dx = base + dx
-            dx = as_dtype(dx, dtype)
+                assert base is not None
+                dx = base.add_(dx)
     dbias = dy.sum((0, *range(2, dy.dim()))) if need_dbias else None
     return dx, None, da, db, dbias
 
@@ -228,15 +233,22 @@ def _like_h(dy: Tensor, a: Tensor) -> Tensor:
 
 
 def _add_up(y: Tensor, h: Tensor | None, b: Tensor, s: float, window: Window) -> Tensor:
-    """Return y + s·B h, written into y [B, N, ...]."""
+    """Return y + s·B h, written into y [B, N, ...] unless something observes the call."""
     assert h is not None
-    if window.groups == 1 and y.dtype == h.dtype:
-        rank, N = h.shape[1], y.shape[1]
-        if lies_by_rows(y):
-            rows = y.movedim(1, -1).view(-1, N)
-            rows.addmm_(h.movedim(1, -1).reshape(-1, rank), b.view(N, rank).t(), alpha=s)
-            return y
-        if y.is_contiguous():
-            y.flatten(2).baddbmm_(b.view(1, N, rank).expand(y.shape[0], -1, -1), h.flatten(2), alpha=s)
-            return y
-    return y.add_(window.pointwise().convolve(h, b), alpha=s)
+    if y.dtype != h.dtype:  # the sum is rounded once; y + low would be slow in channels_last, because of its two dtypes
+        return window.pointwise().convolve(h, b * s).add_(y).to(y.dtype)
+    if window.groups > 1 or not (y.is_contiguous() or lies_by_rows(y)):
+        return y.add_(window.pointwise().convolve(h, b), alpha=s)
+    rank, N = h.shape[1], y.shape[1]
+    observed = watched(y, h, b, b, None)  # torch's counter of FLOPs has no formula for the functions that write into y
+    if lies_by_rows(y):
+        into, rest = y.movedim(1, -1).view(-1, N), (h.movedim(1, -1).reshape(-1, rank), b.view(N, rank).t())
+        if observed:
+            return torch.addmm(into, *rest, alpha=s).view(y.movedim(1, -1).shape).movedim(-1, 1)
+        into.addmm_(*rest, alpha=s)
+    else:
+        into, rest = y.flatten(2), (b.view(1, N, rank).expand(y.shape[0], -1, -1), h.flatten(2))
+        if observed:
+            return torch.baddbmm(into, *rest, alpha=s).view(y.shape)
+        into.baddbmm_(*rest, alpha=s)
+    return y

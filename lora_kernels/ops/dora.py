@@ -48,6 +48,9 @@ from lora_kernels.ops.watched import watched
 from lora_kernels.ops.weights import whole_weight
 from lora_kernels.quant.weight import QuantizedWeight
 
+Update = tuple[Tensor, Tensor, float | Tensor]
+"""(A, B, scale) of a low-rank update scale·B A."""
+
 
 def dora_linear(
     x: Tensor,
@@ -60,6 +63,7 @@ def dora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    norm_of: Update | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return y = x Wᵀ + bias + (d - 1) ⊙ (x̂ Wᵀ) + d ⊙ scale·(x̂ Aᵀ) Bᵀ with d = m / ‖W + scale·B A‖ by rows and
@@ -72,6 +76,8 @@ def dora_linear(
             `QuantizedWeight` is that of the W that its codes stand for, not rounded to x's dtype.
         magnitude: m [N], in A's dtype or fp32 (fp64 beside an fp64 A). The norm is rounded to m's dtype, so that
             m = `weight_norm` gives d = 1 exactly.
+        norm_of: the (A, B, scale) in the norm, where they are not `lora_a`, `lora_b` and `scale`: a part of them, if
+            the low-rank terms of other adapters are scaled by d too.
 
     Returns:
         y [..., N], in x's dtype, contiguous.
@@ -87,7 +93,7 @@ def dora_linear(
     if prepared is None:
         if not plain.is_tracing():  # a trace warns of comparisons of sizes
             _check_magnitude(weight, lora_a, magnitude)
-        return plain.dora_linear(x, layer, magnitude)
+        return plain.dora_linear(x, layer, magnitude, norm_of)
     x, base, adapter, autocast = prepared
     if autocast and magnitude.dtype in check.HALVES:
         magnitude = magnitude.to(adapter.a.dtype)
@@ -95,16 +101,24 @@ def dora_linear(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if autocast:
         with no_autocast(x.device.type):
-            y = _apply(rows, base, adapter, magnitude, backend)
+            y = _apply(rows, base, adapter, magnitude, norm_of, backend)
     else:
-        y = _apply(rows, base, adapter, magnitude, backend)
+        y = _apply(rows, base, adapter, magnitude, norm_of, backend)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _apply(x: Tensor, base: Base, adapter: Adapter, magnitude: Tensor, backend: str | None) -> Tensor:
+def _apply(
+    x: Tensor, base: Base, adapter: Adapter, magnitude: Tensor, norm_of: Update | None, backend: str | None
+) -> Tensor:
     """Return y, through the autograd Function where one may be needed."""
     (w, bias), (a, b, scale, p, seed) = base, adapter
-    d = ratio(magnitude, weight_norm(w, a, b, scale, magnitude))
+    if norm_of is None:
+        norm = weight_norm(w, a, b, scale, magnitude)
+    else:
+        a_in, b_in, given = norm_of
+        scale_in, b_in = check.scale(given, b_in)
+        norm = weight_norm(w, a_in, b_in, scale_in, magnitude)
+    d = ratio(magnitude, norm)
     if torch.is_grad_enabled() or (not torch.compiler.is_compiling() and outlived(x, w, a, b, d, bias)):
         if isinstance(w, QuantizedWeight):
             how = scale, p, backend, w.format, w.blocksize

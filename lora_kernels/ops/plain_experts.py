@@ -70,7 +70,7 @@ def lora_linear_experts(x: Tensor, layer: Layer, rows: Rows) -> Tensor:
         y = F.linear(own_x, w[e], None if bias is None else bias[e])
         return as_dtype(y + F.linear(F.linear(as_dtype(own_x_hat, a.dtype), a[e]), b[e]) * s, y.dtype)
 
-    if plain.is_tracing() or plain.is_exporting():
+    if plain.is_tracing() or plain.is_exporting() or rows.known_in_order is None:
         ids = rows.ids()
         y = of(0, x, x_hat)
         zero = y.new_zeros(())

@@ -78,9 +78,23 @@ def fitting(rows: Rows, x: Tensor, experts: int) -> Rows:
         raise ValueError(f"rows has {rows.M} {what}, and x {tuple(x.shape)} has {x.shape[0]} rows")
     if rows.order.device != x.device:
         rows = rows.to(x.device)
-    if not torch.compiler.is_compiling() and not rows.is_in_order:
+    if not _seen_later() and not _in_order(rows):
         raise ValueError(OUT_OF_ORDER)
     return rows if rows.n == experts else rows.padded(experts)
+
+
+def _seen_later() -> bool:
+    """Return whether the call goes through its registered operator, which looks at the order of the rows when it
+    runs."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _in_order(rows: Rows) -> bool:
+    """Return whether rows are in order. While a CUDA graph is captured, when no value can be read, those must be made
+    by `Rows.in_order`."""
+    if rows.order.is_cuda and torch.cuda.is_current_stream_capturing():
+        return bool(rows.known_in_order)
+    return rows.is_in_order
 
 
 def require_order(order: Tensor) -> None:

@@ -38,12 +38,12 @@ def each_weight(
     are quantised themselves, and the three tensors of `Nested` follow them."""
     if w_format is None:
         return [as_dtype(w, dtype) for w in ws]
-    scales, blocksizes, whole = iter(w_scales or ()), w_blocksize or (), list[Tensor | QuantizedWeight]()
-    for w, format, blocksize in zip(ws, w_format, blocksizes, strict=True):
-        own = [] if format == "dense" else [next(scales)]
-        if own and own[0].dtype == torch.uint8:
-            own += [next(scales), next(scales), next(scales)]
-        whole.append(whole_weight(w, own, format, blocksize, dtype))
+    scales, first = w_scales or (), 0
+    whole: list[Tensor | QuantizedWeight] = []
+    for w, format, blocksize in zip(ws, w_format, w_blocksize or (), strict=True):
+        count = 0 if format == "dense" else 4 if scales[first].dtype == torch.uint8 else 1
+        whole.append(whole_weight(w, scales[first : first + count], format, blocksize, dtype))
+        first += count
     return whole
 
 
@@ -52,7 +52,10 @@ def each_weight_parts(
 ) -> tuple[list[Tensor], list[Tensor] | None, list[str] | None, list[int] | None]:
     """Return the arguments that stand for the weights of a group, as `each_weight` takes them. The last three are None
     where all weights are dense."""
-    first, scales, formats, blocksizes = list[Tensor](), list[Tensor](), list[str](), list[int]()
+    first: list[Tensor] = []
+    scales: list[Tensor] = []
+    formats: list[str] = []
+    blocksizes: list[int] = []
     for w in ws:
         if isinstance(w, QuantizedWeight):
             first.append(w.codes)

@@ -6,7 +6,7 @@ a little every time. Here W is only read. The result is the one that PEFT define
 * A and B of the layer itself belong to the input projection of q, k and v, those of its out_proj to the output.
 * The adapters' lora_dropout has no effect, because PEFT's merged weights leave no place for it.
 * PEFT 0.19 to 0.21 merge the update of out_proj twice, the second time past autograd: y has W₂ + 2s·B·A, and the
-  gradients of A and B are those of a single one. `_factors` finds out what the installed PEFT does.
+  gradients of A and B are those of a single one. `counted` finds out what the installed PEFT does.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
 _OUT = "out_proj"
 
 
-class _Factors(NamedTuple):
+class Counted(NamedTuple):
     """How often PEFT counts the update of out_proj."""
 
     value: float
@@ -45,7 +45,7 @@ class _Factors(NamedTuple):
 @functools.cache
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _factors() -> _Factors:
+def counted() -> Counted:
     """Return how often the installed PEFT counts the update of out_proj, found out on a layer of one feature."""
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         attention = nn.MultiheadAttention(1, 1, dtype=torch.float32)
@@ -59,7 +59,7 @@ def _factors() -> _Factors:
         x = torch.zeros(1, 1, 1, dtype=torch.float32)
         y = layer(x, x, x)[0].sum()
         (db,) = torch.autograd.grad(y, out.lora_B["one"].weight)
-    return _Factors(y.item(), db.item())
+    return Counted(y.item(), db.item())
 
 
 class _Base(NamedTuple):
@@ -86,8 +86,8 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
     """PEFT's LoRA over an ``nn.MultiheadAttention``. Both of its projections are `lora_kernels.lora_linear`."""
 
     peft_class = peft_layer.MultiheadAttention
-    own: ClassVar = {**FusedLayer.own, "_factors": _factors}
-    _factors: _Factors
+    own: ClassVar = {**FusedLayer.own, "_counted": counted}
+    _counted: Counted
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what PEFT's forward returns: y and the attention weights, in query's dtype."""
@@ -143,11 +143,11 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
             attention.bias_v,
             attention.add_zero_attn,
         )
-        return _Call(qkv, (pairs[0], self._counted(pairs[1])), heads, flags)
+        return _Call(qkv, (pairs[0], self._as_counted(pairs[1])), heads, flags)
 
-    def _counted(self, out: Projection) -> Projection:
+    def _as_counted(self, out: Projection) -> Projection:
         """Return the output projection with its update counted as often as PEFT does."""
-        value, gradient = self._factors
+        value, gradient = self._counted
         if value == gradient == 1.0 or out.a is None or out.b is None:
             return out
         # The value is A's or B's own, because their difference from themselves is 0; the gradient has the weight.
@@ -180,8 +180,8 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         ]
         E = base.attention.embed_dim
         text = f"{E}→{3 * E}, {E}→{E}, " + ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
-        if _factors().value != 1.0:
-            text += f" (out_proj's counts {_factors().value:g} times, as with PEFT)"
+        if counted().value != 1.0:
+            text += f" (out_proj's counts {counted().value:g} times, as with PEFT)"
         if any(isinstance(drop, nn.Dropout) for drop in layer.lora_dropout.values()):
             text += " (lora_dropout has no effect, as with PEFT)"
         return Survey(text, tuple(reasons), tuple(filter(None, calls)))

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import layer as peft_layer
-from peft.tuners.lora import variants
+from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
+from peft.tuners.lora.variants import DoraConv1dVariant, DoraConv2dVariant, DoraConv3dVariant
 from torch import Tensor, nn
 
 from lora_kernels.nn.conv_state import dropped_by_peft
@@ -26,43 +27,15 @@ from lora_kernels.ops.conv_window import window
 from lora_kernels.peft import known
 from lora_kernels.peft.fused import DROPOUTS
 from lora_kernels.peft.layer import FusedLayer, Survey
-from lora_kernels.peft.linear import FusedLinear
+from lora_kernels.peft.linear import OverDense
 from lora_kernels.peft.reading import PeftAdapter, only_eager, weight_and_bias, why_not_biased
 
-_DORA_USES = frozenset(
-    [
-        "F",
-        "Identity",
-        "adapter_name",
-        "base_layer",
-        "base_result",
-        "bias",
-        "conv_fn",
-        "detach",
-        "dilation",
-        "dim",
-        "dropout",
-        "get_base_layer",
-        "get_lora_weight",
-        "get_weight_norm",
-        "groups",
-        "isinstance",
-        "lora_A",
-        "lora_B",
-        "lora_dropout",
-        "lora_magnitude_vector",
-        "lora_weight",
-        "nn",
-        "padding",
-        "reshape",
-        "scaling",
-        "shape",
-        "stride",
-        "training",
-        "view",
-        "weight",
-    ]
-)
+_DORA_USES = """
+F Identity adapter_name base_layer base_result bias conv_fn detach dilation dim dropout get_base_layer
+get_lora_weight get_weight_norm groups isinstance lora_A lora_B lora_dropout lora_magnitude_vector lora_weight nn
+padding reshape scaling shape stride training view weight
+"""
+_DORA = frozenset(_DORA_USES.split())
 """What the forwards of PEFT's DoRA over convolutions use."""
 
 
@@ -161,7 +134,7 @@ class FusedConv(FusedLayer):
             adapters[name] = adapter
         if len(active) > 1 and any(each.magnitude is not None for each in adapters.values()):
             return "a DoRA adapter beside others"
-        reader: Any = FusedLinear
+        reader: Any = OverDense
         dtypes = reader._dtypes(self, x, weight, adapters, autocast_of(x))
         if isinstance(dtypes, str):
             return dtypes
@@ -229,9 +202,7 @@ class FusedConv(FusedLayer):
         kind = type(layer.lora_variant[name])
         if kind is not cls.variant:
             return f"adapter {name!r} is a {kind.__name__}"
-        if reason := known._unknown(kind, "forward", _DORA_USES) or known._unknown(
-            cls.magnitude, "forward", _DORA_USES
-        ):
+        if reason := known._unknown(kind, "forward", _DORA) or known._unknown(cls.magnitude, "forward", _DORA):
             return reason
         if layer.base_layer.groups > 1:
             return f"adapter {name!r} is DoRA over groups, where PEFT takes the norm of no weight"
@@ -278,18 +249,18 @@ class FusedConv1d(FusedConv, peft_layer.Conv1d):
     """PEFT's LoRA over an ``nn.Conv1d``."""
 
     peft_class, base_class = peft_layer.Conv1d, nn.Conv1d
-    variant, magnitude = variants.DoraConv1dVariant, variants.DoraConv1dLayer
+    variant, magnitude = DoraConv1dVariant, DoraConv1dLayer
 
 
 class FusedConv2d(FusedConv, peft_layer.Conv2d):
     """PEFT's LoRA over an ``nn.Conv2d``."""
 
     peft_class, base_class = peft_layer.Conv2d, nn.Conv2d
-    variant, magnitude = variants.DoraConv2dVariant, variants.DoraConv2dLayer
+    variant, magnitude = DoraConv2dVariant, DoraConv2dLayer
 
 
 class FusedConv3d(FusedConv, peft_layer.Conv3d):
     """PEFT's LoRA over an ``nn.Conv3d``."""
 
     peft_class, base_class = peft_layer.Conv3d, nn.Conv3d
-    variant, magnitude = variants.DoraConv3dVariant, variants.DoraConv3dLayer
+    variant, magnitude = DoraConv3dVariant, DoraConv3dLayer

@@ -159,7 +159,7 @@ def _why_not_base(layer: Any) -> str:
         name = wrapper.parameter_name
         if name not in stacks:
             return f"{name} has an adapter, and only those of {' and '.join(stacks)} are fused"
-        if base._parameters[name].requires_grad:
+        if getattr(base, name).requires_grad:
             return f"its {name} is trained"
     if base.num_experts == 1 and base.is_transposed:
         return "a single expert that is stored transposed, to which PEFT adds B·A as it would to W [N, K]"
@@ -204,7 +204,7 @@ def _routing(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, 
 
 def _why_not_dtypes(x: Tensor, base: Any, adapters: Mapping[str, StackAdapter]) -> str:
     """Return why the dtypes of x, the stacks and the adapters cannot be served together, or ""."""
-    dtypes = {base._parameters[name].dtype for name in experts_form.names(base)}
+    dtypes = {getattr(base, name).dtype for name in experts_form.names(base)}
     if len(dtypes) > 1:
         return f"the stacks are {' and '.join(sorted(map(str, dtypes)))}"
     (dtype,) = dtypes

@@ -49,6 +49,7 @@ class Folded(Fused):
     """The fused forward of a layer that keeps A and B as parameters in dictionaries, `first` and `second`, and whose
     forward has no keywords of its own."""
 
+    shares_input: ClassVar = False  # a group compares the matrices of two readings, and these are computed in each
     first: ClassVar[str] = "lora_A"
     second: ClassVar[str] = "lora_B"
     dropouts: ClassVar[str] = "lora_dropout"

@@ -20,7 +20,8 @@ from lora_kernels.nn.dry_run import Watched
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.nn.mixed import CURRENT, current_for
 from lora_kernels.nn.recompute import REMEMBERED
-from lora_kernels.ops.autograd import autocast_of
+from lora_kernels.ops.autograd import as_dtype, autocast_of
+from lora_kernels.ops.dora import Update, dora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.multi import lora_linear_multi
 from lora_kernels.peft import by_row, folds, known, serving, several
@@ -157,12 +158,8 @@ class Fused(FusedLayer):
                 biased = True
             if adapter.activated:
                 activated = True
-        if variants and (len(active) > 1 or names is not None):
-            # `read_adapter` has refused the variants that are not fused.
-            if together := several.why_not(self, adapters, names is not None):
-                return together
-            if activated and names is None:
-                return "an activated LoRA beside others"
+        if activated and names is None and len(active) > 1:
+            return "an activated LoRA beside others"
         if (
             activated
             and names is None
@@ -175,6 +172,9 @@ class Fused(FusedLayer):
         if isinstance(dtypes, str):
             return dtypes
         inner, outer = dtypes
+        beside = len(active) > 1 or names is not None
+        if variants and beside and (together := several.why_not(self, adapters, names is not None, inner)):
+            return together
         if biased and (reason := why_not_biased(inner)):
             return reason
         if self._backend is None and not alone and (dropout or self.quantised_base):
@@ -313,24 +313,35 @@ class Fused(FusedLayer):
         dtypes of x, W and the adapters cannot be served together. `autocast` is `autocast_of(x)`."""
         raise NotImplementedError
 
+    def settle(self, x: Tensor) -> None:
+        """Make the changes to the base that its own forward makes before it computes."""
+
     def _compute(self, x: Tensor, operands: Operands) -> Tensor:
         """Return y of the base with every adapter of `operands`."""
         adapters = operands.adapters
         if len(adapters) > 1 and any(each.p or each.magnitude is not None for each in adapters.values()):
-            return several.compute(x, operands, self._in_one_call)
-        return self._in_one_call(x, operands)
+            return several.compute(self, x, operands)
+        return self.compute_alike(x, operands)
 
-    def _in_one_call(self, x: Tensor, operands: Operands) -> Tensor:
+    def compute_alike(self, x: Tensor, operands: Operands) -> Tensor:
         """Return y of the base with one adapter, or with several that are neither DoRA nor have dropout."""
         adapter = next(iter(operands.adapters.values()))
         if adapter.magnitude is not None:
-            return self._compute_dora(x, operands, adapter)
+            return self.compute_dora(x, operands, adapter)
         w, a, b, scale, bias, p = as_one_adapter(operands)
         return lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
 
-    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
-        """Return y of the base with the DoRA adapter `adapter`."""
-        raise NotImplementedError
+    def compute_dora(
+        self, x: Tensor, operands: Operands, adapter: PeftAdapter, norm_of: Update | None = None
+    ) -> Tensor:
+        """Return y of the base with the DoRA adapter `adapter`, the only one of `operands`; `norm_of` as for
+        `dora_linear`."""
+        w, a, b, scale, bias, p = as_one_adapter(operands)
+        m = adapter.magnitude
+        assert m is not None
+        if m.dtype != a.dtype:  # PEFT may make it in the dtype of a weight that was quantised
+            m = as_dtype(m, torch.float32)
+        return dora_linear(x, w, a, b, m, scale=scale, bias=bias, dropout_p=p, norm_of=norm_of, backend=self._backend)
 
     def compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
         """Return y, where each row of x is computed with the adapter that `rows` gives it. `numbers` are the names and

@@ -44,6 +44,15 @@ get_base_layer lora_A merge merged out_proj to unmerge
 _ATTENTION = frozenset(_ATTENTION_USES.split())
 """What PEFT's forward of an nn.MultiheadAttention uses."""
 
+_AROUND = _LORA | {"quant_linear_module"}
+"""What PEFT's forwards over the layers of other packages use."""
+
+
+def why_not_around(peft_class: type[Any]) -> str:
+    """Return why the fused path may not stand in for the forward of `peft_class`, a LoRA layer of PEFT over a layer of
+    another package, or "" where it may."""
+    return _unknown(peft_class, "forward", _AROUND)
+
 
 _EMBEDDING_USES = """
 F T VARIANT_KWARG_KEYS __base__ _check_forward_args _embed _get_embed_scale _mixed_batch_forward active_adapter
@@ -125,7 +134,8 @@ def why_not_parameter(wrapper: type[Any]) -> str:
 
 def _unknown(owner: type[Any], name: str, known: frozenset[str]) -> str:
     function = getattr(owner, name)
-    if getattr(function, "__module__", "").startswith("peft."):  # @contextmanager gives a function of contextlib
+    made_by = function.__globals__.get("__name__") if isinstance(function, FunctionType) else ""
+    if made_by == "contextlib":  # of @contextmanager
         function = getattr(function, "__wrapped__", function)
     what = f"PEFT's {owner.__name__}.{name}"
     home = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else type(function).__module__

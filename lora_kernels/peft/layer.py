@@ -42,6 +42,8 @@ class FusedLayer:
         "_backend": lambda: None,
     }
     """The attributes that a fused layer has beside PEFT's, and the functions that make their first values."""
+    shares_input: ClassVar[bool] = False
+    """Whether one call can compute layers of this class that read the same x (`lora_kernels.peft.groups`)."""
 
     fused_calls: int
     passed_over: Counter[str]

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
-from lora_kernels.ops.dora import dora_linear
 from lora_kernels.peft import folds, known
 from lora_kernels.peft.fused import DROPOUTS, Fused
-from lora_kernels.peft.reading import OneAdapter, Operands, PeftAdapter, only_eager, weight_and_bias
+from lora_kernels.peft.reading import OneAdapter, PeftAdapter, only_eager, weight_and_bias
 
 _any_autocast = torch._C._is_any_autocast_enabled  # without the time of asking for one device by its name
 
@@ -81,6 +80,7 @@ class FusedLinear(OverDense, peft_layer.Linear):
     call that it can serve."""
 
     peft_class = peft_layer.Linear
+    shares_input = True
     lora_magnitude_vector: Any
 
     def plain_operands(self, x: Tensor) -> OneAdapter | None:
@@ -150,19 +150,3 @@ class FusedLinear(OverDense, peft_layer.Linear):
         if has_hooks(layer.lora_magnitude_vector[name]):
             return f"adapter {name!r} is DoRA, and its magnitude has hooks, which the fused path would pass over"
         return None
-
-    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
-        w: Any = operands.w
-        a, b, _, scale, p, magnitude, _ = adapter
-        assert magnitude is not None
-        return dora_linear(
-            x,
-            w,
-            a,
-            b,
-            magnitude,
-            scale=scale,
-            bias=operands.bias,
-            dropout_p=p,
-            backend=self._backend,
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.kind_models import KIND_MODELS, KindModel
 from torch import nn
 
 from lora_kernels import (
+    AdapterPool,
     adapter_parameters,
     apply_lora,
     load_adapter,
@@ -19,6 +21,7 @@ from lora_kernels import (
     save_adapter,
     trainable_parameters,
 )
+from lora_kernels.jobs import Job, Jobs, LoRAConfig
 from lora_kernels.models.kinds import lora_layers
 
 peft = pytest.importorskip("peft")
@@ -41,6 +44,13 @@ def in_peft(kind: KindModel) -> nn.Module:
     return train(peft.get_peft_model(kind.plain(), config)).eval()
 
 
+def skip_where_peft_cannot_load(kind: KindModel) -> None:
+    from support.peft_experts import BEFORE_20  # which needs PEFT
+
+    if BEFORE_20 and "target_parameters" in kind.rules:
+        pytest.skip(f"PEFT {peft.__version__} cannot load adapters into the experts of the latest transformers")
+
+
 def test_the_layers_that_are_named_get_adapters_that_change_nothing_yet(kind):
     model = kind.plain()
     want = kind.run(model)
@@ -54,6 +64,7 @@ def test_the_layers_that_are_named_get_adapters_that_change_nothing_yet(kind):
 
 
 def test_peft_reads_what_is_saved_and_computes_the_same(kind, tmp_path):
+    skip_where_peft_cannot_load(kind)
     model = adapted(kind)
     save_adapter(model, tmp_path)
     other = peft.PeftModel.from_pretrained(kind.plain(), tmp_path).eval()
@@ -119,3 +130,122 @@ def test_copies_load_the_state_of_the_model(kind):
         parameter.data.zero_()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(kind.run(other), kind.run(model), rtol=0, atol=0)
+
+
+# --- the choice of layers ---
+
+
+class Every(nn.Module):
+    """A layer of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv, self.fc = nn.Embedding(8, 8), nn.Conv1d(8, 8, 3), nn.Linear(8, 8)
+        self.attn, self.norm = nn.MultiheadAttention(8, 2), nn.LayerNorm(8)
+
+
+def test_all_linear_stands_for_linear_layers_alone():
+    model = Every()
+    report = apply_lora(model)
+    assert [layer.name for layer in report.layers] == ["fc"] and set(report.passed_over) == {"attn.out_proj"}
+
+
+def test_all_linear_stands_for_conv1d_too_as_in_peft():
+    model = KIND_MODELS["Conv1D"].plain()
+    config = peft.LoraConfig(target_modules="all-linear", fan_in_fan_out=True)
+    theirs = peft.get_peft_model(KIND_MODELS["Conv1D"].plain(), config)
+    want = {name for name, module in theirs.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert {layer.name for layer in apply_lora(model).layers} == want and len(want) == 8
+
+
+def test_only_linear_layers_are_quantised_or_split():
+    model = Every()
+    report = apply_lora(model, target_modules=["table", "conv", "fc", "attn"], quant="nf4")
+    assert {layer.name: layer.quant for layer in report.layers} == {
+        "table": None, "conv": None, "fc": "nf4", "attn": None
+    }  # fmt: skip
+    assert report.quantised is not None and report.quantised[0] == 8 * 8 * 4
+    with pytest.raises(ValueError, match=r"table, conv \(init='pissa' is for linear layers"):
+        apply_lora(Every(), target_modules=["table", "conv", "fc"], init="pissa")
+
+
+def test_a_parameter_of_a_linear_layer_is_the_layer(tmp_path):
+    rules = {"target_parameters": ["0.weight"], "r": 2}
+    theirs = train(peft.get_peft_model(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), peft.LoraConfig(**rules))).eval()
+    theirs.save_pretrained(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+    model.load_state_dict(
+        {f"0.{key}": theirs.base_model.model[0].base_layer.state_dict()[key] for key in ("weight", "bias")}
+    )
+    load_adapter(model, tmp_path)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("rules", "error", "words"),
+    [
+        ({"target_parameters": "experts.down_proj"}, TypeError, "must be a list"),
+        ({"target_parameters": ["norm.weight"]}, ValueError, r"cannot be replaced: .*norm.*RMSNorm"),
+        ({"target_parameters": ["q_proj.bias"]}, ValueError, "match no"),
+        ({"target_parameters": ["gate.weight"]}, ValueError, r"mlp\.gate"),
+        (
+            {"target_parameters": ["gate_up_proj", "down_proj"], "rank_pattern": {"down_proj": 3}},
+            ValueError,
+            r"several values of r \(8, 3\)|several values of r \(3, 8\)",
+        ),
+        ({"target_parameters": ["experts.down_proj"], "use_dora": True}, ValueError, r"mlp\.experts: use_dora"),
+    ],
+)
+def test_parameters_that_cannot_be_adapted_are_refused(rules, error, words):
+    model = KIND_MODELS["experts"].plain()
+    before = state(model)
+    with pytest.raises(error, match=words):
+        apply_lora(model, **rules)
+    assert_unchanged(model, before)
+
+
+def test_names_of_parameters_that_match_nothing_are_reported():
+    model = KIND_MODELS["experts"].plain()
+    report = apply_lora(model, target_parameters=["experts.down_proj", "experts.up"])
+    assert report.unused == ("target_parameters experts.up",)
+
+
+# --- what others compute or serve ---
+
+
+def test_a_file_of_peft_over_a_convolution_that_it_computes_otherwise_warns(tmp_path):
+    base = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"))
+    peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["0"])).save_pretrained(tmp_path / "theirs")
+    model = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match=r"another function than ours: 0 \(PEFT's forward leaves padding_mode"):
+        load_adapter(model, tmp_path / "theirs")
+    with pytest.warns(UserWarning, match=r"something else in PEFT: 0 \("):
+        save_adapter(model, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(copy.deepcopy(base), tmp_path / "ours")  # it was trained with our function
+
+
+def test_what_is_not_linear_is_refused_by_jobs_and_pools_by_name(tmp_path):
+    kind = KIND_MODELS["embedding"]
+    jobs = Jobs(kind.plain())
+    with pytest.raises(ValueError, match=r"adapt linear layers only.*0 \(a Embedding\)"):
+        jobs.add(Job("a", [torch.zeros(1)], lambda y, x: y.sum(), LoRAConfig(target_modules=["0", "3"])))
+    save_adapter(adapted(kind), tmp_path / "table")
+    with pytest.raises(ValueError, match=r"only those of linear layers.*0\.lora_embedding_A"):
+        AdapterPool(kind.plain()).register("a", tmp_path / "table")
+    save_adapter(adapted(KIND_MODELS["experts"]), tmp_path / "experts")
+    with pytest.raises(ValueError, match="target_parameters"):
+        AdapterPool(KIND_MODELS["experts"].plain()).register("a", tmp_path / "experts")
+
+
+def test_dropout_of_experts_is_left_out_of_the_file_because_peft_refuses_it(tmp_path):
+    kind = KIND_MODELS["one stack of experts"]
+    skip_where_peft_cannot_load(kind)
+    model = kind.plain()
+    apply_lora(model, lora_dropout=0.1, **kind.rules)
+    with pytest.warns(UserWarning, match=r"lora_dropout=0\.1 is not saved"):
+        save_adapter(train(model), tmp_path)
+    other = peft.PeftModel.from_pretrained(kind.plain(), tmp_path).eval()
+    torch.testing.assert_close(kind.run(other), kind.run(model.eval()))

@@ -10,12 +10,24 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 from support import experts
-from support.experts import FAMILIES, Adapter, E, Inputs, experts_of, inputs, same, truth
+from support.experts import (
+    FAMILIES,
+    STACKS,
+    UNUSUAL,
+    Adapter,
+    E,
+    Inputs,
+    experts_of,
+    inputs,
+    same,
+    truth,
+    unusual_experts,
+)
+from support.replicas import replica
 
 from lora_kernels import FusedLoRAExperts
 from lora_kernels.core import dropout
 
-STACKS = ("gate_up_proj", "down_proj")
 RAGGED = {"hidden_size": 13, "moe_intermediate_size": 7, "intermediate_size": 7}
 MOST = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.005}
 
@@ -24,13 +36,13 @@ def layer_of(module: nn.Module, **settings) -> FusedLoRAExperts:
     """Return a layer whose adapters differ from zero."""
     layer = FusedLoRAExperts.from_experts(module, **({"r": 3, "lora_alpha": 4} | settings))
     torch.manual_seed(2)
-    for name in layer.adapted:
+    for name in layer.target_parameters:
         nn.init.normal_(layer.pair(name)[1], 0, 0.3)
     return layer
 
 
 def adapters_of(layer: FusedLoRAExperts) -> dict[str, Adapter]:
-    return {name: Adapter(*layer.pair(name), layer.scaling) for name in layer.adapted}
+    return {name: Adapter(*layer.pair(name), layer.scaling) for name in layer.target_parameters}
 
 
 def step(layer: FusedLoRAExperts, given: Inputs, run=None) -> dict[str, torch.Tensor]:
@@ -40,7 +52,7 @@ def step(layer: FusedLoRAExperts, given: Inputs, run=None) -> dict[str, torch.Te
     y = (layer if run is None else run)(x, given.ids, weights)
     y.backward(given.dy.to(y.dtype))
     got = {"y": y.detach(), "x": x.grad, "weights": weights.grad}
-    for name in layer.adapted:
+    for name in layer.target_parameters:
         a, b = layer.pair(name)
         got |= {f"a {name}": a.grad, f"b {name}": b.grad}
     return got
@@ -56,6 +68,20 @@ def test_values_and_gradients_are_those_of_each_expert_with_its_update(family, i
     same(got, truth(layer, given, adapters_of(layer)), 1e-12)
     for name in STACKS:  # nobody asks for expert 1
         assert all(p.grad[1].count_nonzero() == 0 and p.grad.count_nonzero() for p in layer.pair(name))
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_experts_without_a_gate_with_a_norm_and_transposed_without_biases(kind):
+    try:
+        module = unusual_experts(kind)
+    except (ImportError, AttributeError):
+        pytest.skip(f"this transformers has no {kind}")
+    layer, given = layer_of(module), inputs(torch.float64)
+    got = step(layer, given)
+    same(got, truth(layer, given, adapters_of(layer)), 1e-6 if module.has_post_expert_norm else 1e-12)  # a norm in fp32
+    layer.merge()
+    torch.testing.assert_close(layer(*given[:3]), got["y"], rtol=1e-6, atol=1e-6)
+    assert layer.size == f"{E} × ({experts.H} → {experts.I * (1 + module.has_gate)}, {experts.I} → {experts.H})"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -82,7 +108,7 @@ def test_routing_weights_in_fp32_stay_so_beside_sixteen_bits():
 @pytest.mark.parametrize("name", STACKS)
 def test_one_stack_alone_may_have_an_adapter(name):
     layer, given = layer_of(experts_of("Mixtral", torch.float64), parameters=[name]), inputs(torch.float64)
-    assert layer.adapted == (name,) and set(adapters_of(layer)) == {name}
+    assert layer.target_parameters == (name,) and set(adapters_of(layer)) == {name}
     same(step(layer, given), truth(layer, given, adapters_of(layer)), 1e-12)
 
 
@@ -241,6 +267,38 @@ def test_gradcheck():
 
     leaves = [x, weights, *(getattr(layer, name).detach() for name in names)]
     assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in leaves])
+
+
+def test_biases_of_the_base_can_be_trained():
+    layer, (x, ids, weights, dy) = layer_of(experts_of("GptOss", torch.float64)), inputs(torch.float64)
+    layer.gate_up_proj_bias.requires_grad_()
+    layer(x, ids, weights).backward(dy)
+    got, layer.gate_up_proj_bias.grad = layer.gate_up_proj_bias.grad, None
+    layer.merge()
+    with pytest.warns(UserWarning, match="gets no gradient"):
+        layer(x, ids, weights).backward(dy)
+    torch.testing.assert_close(got, layer.gate_up_proj_bias.grad)
+    assert got[1].count_nonzero() == 0 and got.count_nonzero()
+
+
+def test_replicas_of_data_parallel_compute_and_train():
+    layer, (x, ids, weights, dy) = layer_of(experts_of("GptOss")), inputs()
+    want = step(layer, Inputs(x, ids, weights, dy))
+    layer.zero_grad()
+    y = replica(layer)(x, ids, weights)
+    y.backward(dy)
+    assert torch.equal(y, want["y"]) and torch.equal(layer.lora_A_down_proj.grad, want["a down_proj"])
+
+
+def test_traces_and_exports_compute_the_same_for_other_routings():
+    layer, (x, ids, weights, _) = layer_of(experts_of("Qwen3Moe")).eval(), inputs()
+    other = ids.flip(0)
+    with torch.no_grad():
+        want = layer(x, other, weights)
+        traced = torch.jit.trace(layer, (x, ids, weights), check_trace=False)
+        torch.testing.assert_close(traced(x, other, weights), want)
+        program = torch.export.export(layer, (x, ids, weights))
+        torch.testing.assert_close(program.module()(x, other, weights), want)
 
 
 def test_second_derivatives_are_refused():

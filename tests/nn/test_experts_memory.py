@@ -26,7 +26,7 @@ def made(family: str, dropout: float = 0.0) -> tuple[nn.Module, FusedLoRAExperts
     module = experts_of(family, implementation="grouped_mm", num_experts=E, num_local_experts=E, **sizes)
     module.requires_grad_(False)
     layer = FusedLoRAExperts.from_experts(module, r=R, lora_dropout=dropout)
-    for name in layer.adapted:
+    for name in layer.target_parameters:
         nn.init.normal_(layer.pair(name)[1])
     return module, layer, inputs(tokens=T, k=K, experts=E, hidden=H)
 

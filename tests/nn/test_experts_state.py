@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-from support.experts import E, H, I, experts_of, inputs
+from support.experts import STACKS, E, H, I, experts_of, inputs
 
 from lora_kernels import FusedLoRAExperts
 from lora_kernels.nn.settings import LoRASettings
 
-STACKS = ("gate_up_proj", "down_proj")
-
 
 def layer_of(module: nn.Module, **settings) -> FusedLoRAExperts:
     layer = FusedLoRAExperts.from_experts(module, **({"r": 3} | settings))
-    for name in layer.adapted:
+    for name in layer.target_parameters:
         nn.init.normal_(layer.pair(name)[1], 0, 0.1)
     return layer.eval()
 

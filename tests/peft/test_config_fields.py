@@ -77,9 +77,9 @@ CASES: dict[str, list[Case]] = {
     "use_rslora": [Case({"use_rslora": True})],
     "modules_to_save": [Case({"modules_to_save": ["head"]})],
     "init_lora_weights": [
-        Case({"init_lora_weights": how}) for how in (False, "gaussian", "olora", "pissa", "pissa_niter_4", "orthogonal")
-    ]
-    + [Case({"init_lora_weights": "mica"}, left=variant("MiCALinearVariant"))],
+        Case({"init_lora_weights": how})
+        for how in (False, "gaussian", "olora", "pissa", "pissa_niter_4", "orthogonal", "mica")
+    ],
     "layers_to_transform": [Case({"layers_to_transform": [1], "target_modules": ["q_proj"]}, llama)],
     "layers_pattern": [
         Case({"layers_to_transform": [1], "layers_pattern": "layers", "target_modules": ["q_proj"]}, llama)
@@ -114,13 +114,10 @@ CASES: dict[str, list[Case]] = {
         Case({"target_modules": ["up"], "target_parameters": ["down.weight"]}, left=WRAPPER),
     ],
     "use_bdlora": [
-        Case(
-            {"use_bdlora": sub("BdLoraConfig", target_modules_bd_a=["up"], target_modules_bd_b=["down"], nblocks=2)},
-            left=variant("BdLoraLinearVariant"),
-        )
+        Case({"use_bdlora": sub("BdLoraConfig", target_modules_bd_a=["up"], target_modules_bd_b=["down"], nblocks=2)})
     ],
     "arrow_config": [],  # a router over other adapters, which has a test of its own below
-    "kasa_config": [Case({"kasa_config": sub("KasaConfig")}, left=variant("KasaLinearVariant"))],
+    "kasa_config": [Case({"kasa_config": sub("KasaConfig")})],
     "ensure_weight_tying": [
         Case({"ensure_weight_tying": True, "target_modules": ["embed_tokens", "lm_head"]}, tied_llama, EMBEDDING)
     ],

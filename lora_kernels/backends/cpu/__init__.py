@@ -14,7 +14,7 @@ is small. Nothing of size M×N or M×K is allocated beyond the results.
 In 16 bits the bias is added before x wᵀ is rounded, since the sum may fit where x wᵀ alone overflows. In fp32 it is
 added with s · h bᵀ, which saves torch's GEMM a pass over y.
 
-Many adapters over the rows of one x are in `multi`, with the same kernels.
+Many adapters over the rows of one x are in `multi`, and the experts of a layer in `experts`, with the same kernels.
 
 The kernels read operands with a stride between rows. An x, dy, a, b or h whose last stride is not 1 (a transposed view)
 is copied first; w may have any strides.
@@ -42,9 +42,10 @@ from lora_kernels.quant.weight import QuantizedWeight
 try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
+    from lora_kernels.backends.cpu.around import add_low_rank, low_rank_backward
+    from lora_kernels.backends.cpu.experts import backward_experts, forward_experts
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
     from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
-    from lora_kernels.backends.eager_experts import backward_experts, forward_experts
 except ImportError as error:
     raise ImportError(
         f"the native CPU kernels are missing ({error}): they are built when lora_kernels is installed, which needs a "
@@ -53,6 +54,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "add_low_rank",
     "add_multi",
     "backward",
     "backward_experts",
@@ -63,6 +65,7 @@ __all__ = [
     "forward_experts",
     "forward_multi",
     "keep_mask",
+    "low_rank_backward",
     "name",
     "why_not",
 ]

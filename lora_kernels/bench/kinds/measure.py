@@ -42,7 +42,8 @@ def measure(document: dict[str, Any], cells: Sequence[Cell], setting: Setting, a
 
 def key(cell: Cell) -> str:
     """Return the name of a cell within a run."""
-    return f"{cell.kind}: {cell.name}"
+    dtype = "" if cell.dtype == torch.float32 else f", {str(cell.dtype).removeprefix('torch.')}"
+    return f"{cell.kind}: {cell.name}{dtype}"
 
 
 def _measure(document: dict[str, Any], cell: Cell, setting: Setting, advance: Advance) -> None:

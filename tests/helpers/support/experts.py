@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +15,20 @@ from torch import Tensor, nn
 
 T, K, E, H, I = 9, 2, 5, 12, 8  # noqa: E741
 """Tokens, experts of each token, experts, hidden and intermediate size."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_kernels import Rows, lora_linear_experts
+from lora_kernels.core.operands import Adapter, Base, Needs
+from lora_kernels.testing.experts import judge_expert
+from lora_kernels.testing.judge import Problem
+
+STACKS = ("gate_up_proj", "down_proj")
 
 _SHARED: dict[str, Any] = {
     "vocab_size": 32,
@@ -72,8 +88,7 @@ def experts_of(family: str, dtype: torch.dtype = torch.float32, implementation: 
     torch.manual_seed(0)
     config = config_of(family, **({"hidden_size": H} | settings))
     config._experts_implementation = implementation
-    model = getattr(transformers, f"{family}Model")
-    home = __import__(model.__module__, fromlist=["x"])
+    home = importlib.import_module(getattr(transformers, f"{family}Model").__module__)
     module = getattr(home, f"{family}Experts")(config)
     _randomise(module)
     return module.to(dtype)
@@ -83,6 +98,38 @@ def experts_of(family: str, dtype: torch.dtype = torch.float32, implementation: 
 def _randomise(module: nn.Module) -> None:
     for p in module.parameters():
         nn.init.normal_(p, 0, 0.4)
+
+
+def unusual_experts(kind: str) -> Any:
+    """Return experts in fp64 without a gate, or with a norm behind them, or transposed without biases."""
+    torch.manual_seed(0)
+    model, sizes = _UNUSUAL[kind]
+    home = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    config = types.SimpleNamespace(**sizes, hidden_size=H, _experts_implementation="eager")
+    module = getattr(home, kind)(config)
+    _randomise(module)
+    return module.double()
+
+
+_UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "NemotronHExperts": (
+        "nemotron_h",
+        {"n_routed_experts": E, "moe_intermediate_size": I, "moe_latent_size": None, "mlp_hidden_act": "relu2"},
+    ),
+    "MuseSparkExperts": (
+        "muse_spark",
+        {
+            "num_local_experts": E,
+            "moe_hidden_size": H,
+            "moe_intermediate_size": I,
+            "hidden_act": "silu",
+            "post_norm_eps": 1e-6,
+        },
+    ),
+    "AriaExperts": ("aria", {"moe_num_experts": E, "intermediate_size": I}),
+}
+UNUSUAL = tuple(_UNUSUAL)
+"""Classes of experts that differ from the families above."""
 
 
 class Inputs(NamedTuple):
@@ -146,8 +193,11 @@ def truth(
         rows = (given.ids.flatten()[order] == e).nonzero()[:, 0]
         if len(rows):
             tokens, places = order[rows] // given.ids.shape[1], order[rows] % given.ids.shape[1]
-            z = base._apply_gate(linear("gate_up_proj", e, x[tokens], rows))
-            y = y.index_add(0, tokens, linear("down_proj", e, z, rows) * weights[tokens, places, None])
+            z = linear("gate_up_proj" if base.has_gate else "up_proj", e, x[tokens], rows)
+            z = linear("down_proj", e, base._apply_gate(z) if base.has_gate else base.act_fn(z), rows)
+            if base.has_post_expert_norm:
+                z = base.post_expert_norm(z)
+            y = y.index_add(0, tokens, z * weights[tokens, places, None])
     grads = torch.autograd.grad(y, list(leaves.values()), given.dy.double(), allow_unused=True)
     return {"y": y.detach()} | {
         name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(leaves, grads, strict=True)
@@ -160,3 +210,66 @@ def same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], most: float) -> 
     for name, value in want.items():
         error, largest = (got[name].double() - value).abs().max().item(), value.abs().max().item()
         assert got[name].shape == value.shape and error <= most * largest, f"{name}: {error:.2e} of {largest:.2e}"
+
+
+NAMES = ("x", "a", "b", "bias")
+
+
+def run(m: Experts, rows: Rows | None = None, wanted: Sequence[str] = NAMES, **kwargs: Any) -> dict[str, Tensor]:
+    """Return y and every gradient of a call, by name."""
+    given = {name: t.detach() for name in NAMES if (t := getattr(m, name)) is not None}
+    leaves = {name: t.requires_grad_(name in wanted) for name, t in given.items()}
+    y = lora_linear_experts(
+        leaves["x"], m.w, leaves["a"], leaves["b"], rows or m.rows, scale=m.scale, bias=leaves.get("bias"),
+        dropout_p=m.p, seed=m.seed, **kwargs,
+    )  # fmt: skip
+    if y.requires_grad:
+        y.backward(m.dy)
+    return {"y": y.detach()} | {f"d{name}": t.grad for name, t in leaves.items() if t.grad is not None}
+
+
+def run_module(module: Any, m: Experts, save_h: bool = True, needs: Needs | None = None) -> dict[str, Tensor | None]:
+    """Return the results of a back-end that is called directly, as the operators call it."""
+    y, h = module.forward_experts(m.x, m.base, m.adapter, m.rows, save_h)
+    if not save_h:
+        return {"y": y}
+    needs = needs or Needs(True, (True,), (True,))
+    x, saved = m.x if needs.da[0] else None, h if needs.db[0] else None
+    dx, da, db = module.backward_experts(m.dy, x, Base(m.w), m.adapter, m.rows, saved, needs)
+    return {"y": y, "h": h, "dx": dx, "da": da, "db": db}
+
+
+def check(m: Experts, got: dict[str, Any]) -> None:
+    """Judge every result: each expert over its own rows; zeros for experts without rows and rows without an expert."""
+    for e, first, last in m.spans():
+        of_e = {name: t[e] for name in ("da", "db", "dbias") if (t := got.get(name)) is not None}
+        if first == last:
+            assert all(not t.any() for t in of_e.values()), f"expert {e} has no rows"
+            continue
+        of_e |= {name: t[first:last] for name in ("y", "dx") if (t := got.get(name)) is not None}
+        bias = None if m.bias is None else m.bias[e]
+        q = Problem(m.x[first:last], m.w[e], m.a[e], m.b[e], bias, m.dy[first:last], m.scale, m.p, m.seed)
+        for verdict in judge_expert(of_e, q, first):
+            assert verdict.fault is None, f"expert {e}: {verdict.fault}"
+    used = sum(m.counts)
+    for name in ("y", "dx", "h"):
+        if got.get(name) is not None:
+            assert not got[name][used:].any(), f"{name} of rows without an expert"
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements that an operator of torch has made in new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.by = 0, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                elements = t.untyped_storage().nbytes() // t.element_size()
+                if elements > self.elements:
+                    self.elements, self.by = elements, f"{func} {tuple(t.shape)}"
+        return out
