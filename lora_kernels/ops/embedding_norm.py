@@ -6,9 +6,9 @@ The norm is factored as that of a linear layer is (`dora_norm`, arXiv:2603.22276
 
     n² = ‖E‖² + rowsum((2s·Eᵀ Aᵀ + s²·B (A Aᵀ)) ⊙ B)
 
-E is read once, in blocks of rows, which are contiguous in memory. Beside a batch of few ids this pass over the whole
-table takes most of the time of a call. It is made in every call nevertheless, because a write through ``weight.data``
-or a NumPy view leaves no trace by which a norm that was kept could be known to be stale.
+E is read in blocks of rows, which are contiguous in memory. Beside a batch of few ids the passes over the whole table
+take most of the time of a call. They are made in every call nevertheless, because a write through ``weight.data`` or a
+NumPy view leaves no trace by which a norm that was kept could be known to be stale.
 """
 
 from __future__ import annotations

@@ -218,11 +218,12 @@ def test_nothing_of_the_size_of_y_is_allocated_beside_it(dtype, adapter_dtype, d
     q = problem(V, D, R, (M,), dtype=dtype, adapter_dtype=adapter_dtype, dora=dora, padding_idx=0, embed_scale=2.0)
     a_t, b = q.a_t.requires_grad_(), q.b.requires_grad_()
     m = None if q.m is None else q.m.requires_grad_()
-    with _Sizes([q.w, q.dy]) as seen:
-        y = lora_embedding(q.ids, q.w, a_t, b, scale=1.0, embed_scale=2.0, padding_idx=0, magnitude=m)
-        torch.autograd.grad(y, [a_t, b] if m is None else [a_t, b, m], q.dy)
-    large = [n for n in seen.storages.values() if n >= min(M, V) * D]
-    assert large == [M * D], "y alone"
+    for dy in (q.dy, torch.randn(M, 2 * D).to(dtype)[:, :D], torch.ones((), dtype=dtype).expand(M, D)):
+        with _Sizes([q.w, dy]) as seen:
+            y = lora_embedding(q.ids, q.w, a_t, b, scale=1.0, embed_scale=2.0, padding_idx=0, magnitude=m)
+            torch.autograd.grad(y, [a_t, b] if m is None else [a_t, b, m], dy)
+        large = [n for n in seen.storages.values() if n >= min(M, V) * D]
+        assert large == [M * D], "y alone"
 
 
 @pytest.mark.parametrize("dora", [False, True])
