@@ -110,7 +110,7 @@ class FusedAround(FusedLayer):
             if (
                 adapter.p > 0
                 and self._backend is None
-                and only_eager(x.device, (x.dtype, dtype), (N, K, R), True, "dense")
+                and (x.device.type != "cpu" or only_eager(x.device, (x.dtype, dtype), (N, K, R), True, "dense"))
             ):
                 return "no kernel for dropout here, and PEFT's own forward is faster than plain torch operations"
         return adapters

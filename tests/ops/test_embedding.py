@@ -30,12 +30,22 @@ DTYPES = [
 ]
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def products(request, monkeypatch):
+    """The products by the native kernels and by torch, as where the kernels are not built."""
+    if request.param == "torch":
+        monkeypatch.setattr(embedding_passes, "_native", lambda: None)
+    elif embedding_passes._native() is None:
+        pytest.skip("the kernels are not built")
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 def test_results_are_as_exact_as_those_of_plain_torch(dtype, adapter_dtype, dora):
     for turned, e in ((False, 1.0), (True, torch.tensor(50.596))):
         q = problem(
-            701, 96, 8, (5, 90), dtype=dtype, adapter_dtype=adapter_dtype, dora=dora, turned=turned, embed_scale=e,
+            301, 1030, 8, (5, 60), dtype=dtype, adapter_dtype=adapter_dtype, dora=dora, turned=turned, embed_scale=e,
             padding_idx=3,
         )  # fmt: skip
         check(evaluate(q), q)
@@ -53,6 +63,20 @@ def test_odd_and_empty_shapes_give_the_equation_in_fp64(sizes, shape, layout, do
         own = replace(q, padding_idx=padding_idx, embed_scale=e)
         want = truth(replace(own, padding_idx=None if padding_idx is None else padding_idx % sizes[0]))
         torch.testing.assert_close(evaluate(own), want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 7, 3), (33, 9, 16), (7, 130, 200)])
+def test_the_kernels_and_torch_compute_the_same_products(sizes, monkeypatch):
+    q = problem(*sizes, (67,), strided=True)
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(embedding_passes, "_native", lambda: None)
+        for dy in (q.dy, q.dy[:1].expand(67, -1), q.dy.sum(1, keepdim=True).expand(-1, sizes[1])):
+            own = replace(q, dy=dy)
+            want = truth(own)
+            for name, value in evaluate(own).items():
+                bound = 1e-5 * want[name].abs().max() + 1e-6
+                assert (value - want[name]).abs().max() <= bound, (kernels, name)
 
 
 def test_ids_may_be_of_int32():
@@ -111,6 +135,7 @@ def test_repeated_ids_give_the_same_bits_in_every_run(turned):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("products")
 def test_deterministic_algorithms_give_bits_that_no_number_of_threads_changes():
     q = problem(100, 520, 8, (2000,))
     threads, found = torch.get_num_threads(), []
@@ -181,6 +206,7 @@ class _Sizes(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[:2])
 def test_nothing_of_the_size_of_y_is_allocated_beside_it(dtype, adapter_dtype, dora):

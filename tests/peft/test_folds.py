@@ -256,7 +256,7 @@ def test_gradients_are_the_same_bits_in_every_run(kind: str):
 @pytest.mark.parametrize("kind", ["kasa", "mica", "bdlora", "delora"])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_several_active_adapters_give_pefts_sum(kind: str, p: float, monkeypatch: pytest.MonkeyPatch):
-    """Without dropout they are one call. With dropout only the first is, and the masks of the others are torch's."""
+    """Without dropout they are one call. With dropout each has a mask of its own."""
     model = make(kind, torch.float64, p)
     same_kind = kind in ("kasa", "delora")  # which PEFT refuses beside others
     model.add_adapter("second", config_of(kind, p) if same_kind else config(r=3, lora_dropout=p))
@@ -265,12 +265,12 @@ def test_several_active_adapters_give_pefts_sum(kind: str, p: float, monkeypatch
     fused_equals_peft(model.train(p == 0), torch.randn(5, 24, dtype=torch.float64))
     if not p:
         return
-    monkeypatch.setattr("torch.nn.functional.dropout", lambda x, p, *_, **__: x * 0.25)
-    monkeypatch.setattr("lora_kernels.ops.prepare.draw_seed", lambda device: torch.tensor(5))
+    for i, place in enumerate(("prepare", "around")):
+        monkeypatch.setattr(f"lora_kernels.ops.{place}.draw_seed", lambda device, i=i: torch.tensor(5 + i))
     lora_kernels.fuse(model, backend="eager")
     layer, x = layers_of(model.train())[0], torch.randn(5, 24, dtype=torch.float64)
     want = layer.base_layer(x) + dropout.dropout(x, p, torch.tensor(5)) @ delta(kind, layer).T
-    want += 0.25 * x @ delta(kind if same_kind else "lora", layer, "second").T
+    want += dropout.dropout(x, p, torch.tensor(6)) @ delta(kind if same_kind else "lora", layer, "second").T
     torch.testing.assert_close(layer(x), want)
 
 
