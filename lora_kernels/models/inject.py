@@ -187,7 +187,7 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
             layer.to_plain()
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
-    pairs = ties.refuse_changed(model, layers, untie)
+    merged = ties.plan(model, layers, untie)
     places = places_of(model)
     for layer in layers.values():
         plain = layer.to_plain().requires_grad_(False)
@@ -196,9 +196,9 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
             return plain
         for place in places[id(layer)]:
             put(model, place, plain)
-    for embedding, head in pairs:
+    for embedding, head in merged.pairs:
         ties.tie(model, embedding, head)
-    if untie:
+    if merged.parted:
         ties.untie_config(model)
     return model
 

@@ -26,14 +26,23 @@ class Tied(NamedTuple):
 def tied_heads(model: nn.Module) -> Tied | None:
     """Return the module that ``model.get_input_embeddings()`` returns and the linear layers whose weight is its table.
     None where there are no such layers, or no such method."""
-    get = getattr(bare(model), "get_input_embeddings", None)
-    embedding = get() if callable(get) else None
-    if not isinstance(embedding, nn.Module):
+    embedding = _end(model, "get_input_embeddings")
+    if embedding is None:
         return None
-    embedding = bare(embedding)
     table = embedding._parameters.get("weight")
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m._parameters.get("weight") is table]
     return Tied(embedding, heads) if heads and table is not None else None
+
+
+def _end(model: nn.Module, method: str) -> nn.Module | None:
+    """Return the module that a method of transformers models returns, such as the embedding; None where there is
+    none."""
+    get = getattr(bare(model), method, None)
+    try:
+        end = get() if callable(get) else None
+    except NotImplementedError:  # by models without text
+        return None
+    return bare(end) if isinstance(end, nn.Module) else None
 
 
 class Shared(NamedTuple):
@@ -74,23 +83,36 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in own.items() if isinstance(p, nn.Parameter) and p.ndim > 1 and not is_adapter(name)]
 
 
-def refuse_changed(model: nn.Module, layers: Mapping[str, AdapterLayer], untie: bool) -> list[tuple[str, str]]:
-    """Return the pairs (embedding, head) that are merged into one weight.
+class Merged(NamedTuple):
+    """What becomes of shared weights when a model is merged."""
+
+    pairs: list[tuple[str, str]]
+    """The embeddings and heads with one adapter, which get one weight."""
+    parted: list[str]
+    """The layers that get a weight of their own."""
+
+
+def plan(model: nn.Module, layers: Mapping[str, AdapterLayer], untie: bool) -> Merged:
+    """Return what becomes of the weights that layers share with other modules when they are merged.
 
     Raises ValueError where merging would part a table from the modules that share it, unless `untie` allows it: a
     transformers model would be saved and loaded with one of the two weights for both.
     """
+    ties, ends = ties_by_config(model), (_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings"))
+    shared = shared_bases(model, layers)
     pairs = []
     parted = {}
-    for name, shared in shared_bases(model, layers).items():
-        layer = layers[name]
-        partner = next((n for n in shared.others if isinstance(layers.get(n), TiedLoRALinear)), None)
+    for name, layer in layers.items():
+        others = shared[name].others if name in shared else []
+        partner = next((other for other in others if isinstance(layers.get(other), TiedLoRALinear)), None)
         if isinstance(layer, TiedLoRALinear):
             continue
-        if partner is not None and _one_update(layer, layers[partner]) and set(shared.others) == {partner}:
+        if partner is not None and _one_update(layer, layers[partner]) and set(others) == {partner}:
             pairs.append((name, partner))
-        elif shared.table or ties_by_config(model):
-            parted[name] = some(shared.others)
+        elif others and (shared[name].table or ties):
+            parted[name] = some(others)
+        elif ties and any(layer is end for end in ends):  # a quantised head has codes of its own
+            parted[name] = "the other end of the model, by its config"
     if parted and not untie:
         told = "; ".join(f"{name} shares its weight with {others}" for name, others in parted.items())
         raise ValueError(
@@ -99,7 +121,7 @@ def refuse_changed(model: nn.Module, layers: Mapping[str, AdapterLayer], untie: 
             "model's config to False. apply_lora(model, ensure_weight_tying=True) gives both one adapter from the "
             "start, with which they stay tied"
         )
-    return pairs
+    return Merged(pairs, list(parted))
 
 
 def _one_update(embedding: Any, head: Any) -> bool:

@@ -74,6 +74,23 @@ def test_untie_merges_one_of_the_two_and_the_saved_model_computes_the_same(tmp_p
     torch.testing.assert_close(run(again), want)
 
 
+def test_a_quantised_head_is_parted_from_its_table_too():
+    model = llama()
+    apply_lora(model, target_modules=["lm_head"], quant="int8")
+    want = run(train(model))
+    with pytest.raises(ValueError, match="lm_head shares its weight with the other end of the model"):
+        merge_and_unload(model)
+    merge_and_unload(model, untie=True)
+    assert model.config.tie_word_embeddings is False
+    torch.testing.assert_close(run(model), want, rtol=1e-3, atol=1e-4)
+
+
+def test_untie_leaves_a_tie_that_no_adapter_touches():
+    model = adapted(target_modules=["q_proj"])
+    merge_and_unload(model, untie=True)
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_a_tied_linear_layer_of_another_model_merges_as_before():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
