@@ -166,7 +166,7 @@ def _gradients(  # type: ignore[no-untyped-def]
             assert dx is not None
             dx = as_dtype(dx, dtype)
             if keep is not None:
-                dx = keep * dx
+                dx = dx.mul_(keep)
             if w is not None:
                 base, _ = window.gradients(dy, as_dtype(like, dtype), as_dtype(w, dtype), True, False)
                 assert base is not None
@@ -195,7 +195,7 @@ class MaskedConvFunction(torch.autograd.Function):
             like = dy.new_empty(1).expand(ctx.shape)
             dx, _ = how.window.gradients(dy, like, as_dtype(w, ctx.dtype), True, False)
             assert dx is not None
-            dx = keep_mask(dx, how.window, how.by_rows, how.p, seed, how.backend) * dx * _factor(how)
+            dx.mul_(keep_mask(dx, how.window, how.by_rows, how.p, seed, how.backend)).mul_(_factor(how))
         return *refuse_double_backward("lora_conv", (dx,), dy, w), None, None, None
 
 
@@ -208,7 +208,7 @@ def _x_hat(x: Tensor, dtype: torch.dtype, how: How, seed: Tensor | None) -> Tens
     """Return keep ⊙ x in `dtype`. The factor c goes with the scale."""
     if how.p > 0:
         assert seed is not None
-        x = keep_mask(x, how.window, how.by_rows, how.p, seed, how.backend) * x
+        x = keep_mask(x, how.window, how.by_rows, how.p, seed, how.backend).mul_(x)
     return as_dtype(x, dtype)
 
 
