@@ -4,6 +4,7 @@ together, and merged without a change of the other module."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def plan(model: nn.Module, layers: Mapping[str, AdapterLayer], untie: bool) -> M
     """Return what becomes of the weights that layers share with other modules when they are merged.
 
     Raises ValueError where merging would part a table from the modules that share it, unless `untie` allows it: a
-    transformers model would be saved and loaded with one of the two weights for both.
+    transformers model would be saved and loaded with one of the two weights for both. Raises it also with `untie` for a
+    model whose forward asks the config for the tie, as those of UMT5 and UDOP do.
     """
     ties, ends = ties_by_config(model), (_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings"))
     shared = shared_bases(model, layers)
@@ -120,6 +122,13 @@ def plan(model: nn.Module, layers: Mapping[str, AdapterLayer], untie: bool) -> M
             "merge_and_unload(model, untie=True) gives each a weight of its own, and sets tie_word_embeddings in the "
             "model's config to False. apply_lora(model, ensure_weight_tying=True) gives both one adapter from the "
             "start, with which they stay tied"
+        )
+    forward = inspect.unwrap(type(bare(model)).forward)
+    if parted and "tie_word_embeddings" in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        raise ValueError(
+            f"the forward of {type(bare(model)).__name__} computes something else where tie_word_embeddings is False, "
+            f"so {some(list(parted))} cannot get a weight of its own: apply_lora(model, ensure_weight_tying=True) gives "
+            "both one adapter, with which they stay tied"
         )
     return Merged(pairs, list(parted))
 

@@ -85,6 +85,27 @@ def test_a_quantised_head_is_parted_from_its_table_too():
     torch.testing.assert_close(run(model), want, rtol=1e-3, atol=1e-4)
 
 
+def test_a_model_that_computes_otherwise_without_the_tie_stays_tied():
+    config = transformers.UMT5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=True,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.UMT5ForConditionalGeneration(config).eval()
+    ids = torch.arange(1, 7)[None]
+    apply_lora(model, target_modules=["shared"], ensure_weight_tying=True)
+    want = train(model)(input_ids=ids, labels=ids).loss
+    assert len(lora_layers(model)) == 2
+    model.lm_head.scaling *= 2  # now the two updates differ
+    with pytest.raises(ValueError, match="shares its weight"):
+        merge_and_unload(model)
+    with pytest.raises(ValueError, match="forward of UMT5ForConditionalGeneration computes something else"):
+        merge_and_unload(model, untie=True)
+    model.lm_head.scaling /= 2
+    merge_and_unload(model)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, want)
+
+
 def test_untie_leaves_a_tie_that_no_adapter_touches():
     model = adapted(target_modules=["q_proj"])
     merge_and_unload(model, untie=True)
