@@ -2,8 +2,8 @@
 
     python -m benchmarks.fuzz [--calls N | --minutes M] [--isa NAME] [--seed S] [--exact] [--only K]
 
-One call has a kind (`lora_linear`, a group, many adapters, DoRA, a module, a PEFT layer), sizes, dtypes, strides, a
-format of W, a scale, dropout, leading dimensions, a number of threads, and the gradients that are wanted. Its results
+One call has a kind (`lora_linear`, a group, many adapters, experts, DoRA, a module, a PEFT layer), sizes, dtypes, strides,
+a format of W, a scale, dropout, leading dimensions, a number of threads, and the gradients that are wanted. Its results
 are judged against the equation in fp64. With ``--exact`` the operands are small integers for which every sum is exact,
 and the results must have the bits of the reference: this finds an element from a wrong place that a tolerance hides.
 
@@ -22,15 +22,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import fuzz_calls, fuzz_dora, fuzz_layers, fuzz_multi
+from benchmarks import fuzz_calls, fuzz_dora, fuzz_experts, fuzz_layers, fuzz_multi
 from benchmarks.fuzz_draw import Draw
 from lora_kernels import _C
 from lora_kernels.testing.terminal import Terminal, terminal
 
 KINDS: dict[str, tuple[float, Callable[[Draw], list[str]]]] = {
-    "lora_linear": (0.5, fuzz_calls.linear),
+    "lora_linear": (0.44, fuzz_calls.linear),
     "group": (0.09, fuzz_calls.group),
     "multi": (0.06, fuzz_multi.multi),
+    "experts": (0.06, fuzz_experts.experts),
     "dora_linear": (0.13, fuzz_dora.dora),
     "module": (0.2, fuzz_layers.module),
     "peft": (0.02, fuzz_layers.peft),

@@ -70,11 +70,12 @@ def add_low_rank(
         x: [..., K], fp64, fp32, fp16 or bf16.
         lora_a, lora_b: A [R, K] and B [N, R], in x's dtype, or fp32 beside an x in 16 bits. Beside another x they are
             in the dtype to which x is converted.
-        scale, dropout_p, seed, backend: as for `lora_kernels.lora_linear`. A back-end without a kernel for the half
-            alone is served by torch operations.
+        scale, dropout_p, seed, backend: as for `lora_kernels.lora_linear`. Where the automatic choice has no kernel for
+            the half alone, as on a GPU, `eager` serves the call.
 
     Raises:
-        ValueError: shapes that do not fit together, p outside [0, 1), a scale that is not finite.
+        ValueError: shapes that do not fit together, p outside [0, 1), a scale that is not finite, a named back-end that
+            cannot serve the call.
         TypeError: dtypes other than the above.
         RuntimeError: from autograd, on double backward.
     """
@@ -174,11 +175,19 @@ def _gradients(
 
 
 def _kernels(op: str, rows: Tensor, adapter: Adapter, backend: str | None) -> Any:
-    """Return the back-end that serves a layer of these sizes, or `eager` where it has no kernel for the half alone."""
+    """Return the back-end that serves a layer of these sizes, or `eager` where the automatic choice has no kernel for
+    the half alone. Raises ValueError where the named one has none."""
     (R, K), N, M = adapter.a.shape, adapter.b.shape[0], power_of_two(rows.shape[0])
     call = Call(op, rows.device, rows.dtype, adapter.a.dtype, M, N, K, R, adapter.p > 0)
     module = dispatch.pick(call, backend)
-    return module if hasattr(module, "add_low_rank") else dispatch.load("eager")
+    if hasattr(module, "add_low_rank"):
+        return module
+    if backend is not None:
+        raise ValueError(
+            f"backend={backend!r} has no kernel for the low-rank half alone, which a base with a forward of its own "
+            "needs: pass backend=None"
+        )
+    return dispatch.load("eager")
 
 
 def _check(y: Tensor, x: Tensor, a: Tensor, b: Tensor, p: float) -> None:

@@ -153,9 +153,9 @@ def _gradients(  # type: ignore[no-untyped-def]
     if need_dh or need_db:
         if h is None:
             h = window.convolve(x_hat, a, None, groups) if need_db else _like_h(dy, a)
-        dh, db = window.pointwise().gradients(as_dtype(dy, a.dtype), h, b, need_dh, need_db)
         s = how.scale * _factor(how)
-        dh, db = (None if t is None else t * s for t in (dh, db))
+        dh, db = window.pointwise().gradients(as_dtype(dy, a.dtype), h, b * s, need_dh, need_db)
+        db = None if db is None else db * s  # what came is the gradient of s·B
     if need_da or (need_dx and not fold):
         rest = x_hat if x_hat is not None else as_dtype(like, a.dtype)
         dx, da = window.gradients(dh, rest, a, need_dx and not fold, need_da, groups)

@@ -86,7 +86,10 @@ def window(
         totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
     else:
-        sides = [(each, each) for each in _each("padding", padding, n, 0)]
+        both = _each("padding", padding, n, 0)
+        if padding_mode == "zeros":
+            return Window(stride, both, dilation, groups)
+        sides = [(each, each) for each in both]
     nothing = (0,) * n
     if padding_mode != "zeros":
         pads = tuple(side for pair in reversed(sides) for side in pair)
@@ -103,6 +106,6 @@ def _each(name: str, given: Sizes, n: int, least: int) -> tuple[int, ...]:
     sizes = (given,) * n if isinstance(given, int) else tuple(given)
     if len(sizes) == 1:
         sizes *= n
-    if len(sizes) != n or any(not isinstance(each, int) or each < least for each in sizes):
+    if len(sizes) != n or min(sizes) < least:
         raise ValueError(f"{name} must be an integer of at least {least}, or {n} of them; got {given!r}")
     return sizes

@@ -65,6 +65,7 @@ def _native() -> Any:
     """Return the module of the CPU kernels, or None where they are not built."""
     try:
         from lora_kernels import _C
+        from lora_kernels.backends.cpu import quant  # noqa: F401 - it tells _C the levels of nf4 and fp4
     except ImportError:
         return None
     return _C

@@ -3,7 +3,8 @@
     lora_embedding → check → LoRAEmbeddingFunction → embedding_passes, or the registered operators of them
                            → plain torch operations, where a Function or an operator cannot serve the call
 
-The look-ups and products are torch's own, on every device, so there are no back-ends to choose from.
+The look-ups are torch's own on every device, and the products are those of `embedding_passes`. So there are no back-ends
+to choose from.
 """
 
 from __future__ import annotations
@@ -205,6 +206,11 @@ def _row(padding_idx: int, V: int) -> int:
     return padding_idx % V
 
 
+def _fit(V: int, D: int, V_of_a: int, R: int, D_of_b: int, R_of_b: int) -> bool:
+    """Return whether [V, D], [V, R] and [D, R] are the sizes of E, Aᵀ and B."""
+    return V_of_a == V and D_of_b == D and R_of_b == R and V > 0 and D > 0 and R > 0
+
+
 def _check(
     ids: Tensor, w: Tensor, a_t: Tensor, b: Tensor, embed_scale: float | Tensor, magnitude: Tensor | None
 ) -> None:
@@ -219,12 +225,8 @@ def _check(
             "lora_a_t and lora_b must both have weight's dtype, or both fp32 beside an fp16 or bf16 weight; "
             f"got weight {w.dtype}, lora_a_t {dtype}, lora_b {b.dtype}"
         )
-    if (
-        not (w.dim() == a_t.dim() == b.dim() == 2)
-        or w.shape != (a_t.shape[0], b.shape[0])
-        or a_t.shape[1] != b.shape[1]
-        or not (w.numel() and a_t.numel())
-    ):
+    sizes = *w.shape, *a_t.shape, *b.shape  # whole shapes take torch microseconds to compare
+    if len(sizes) != 6 or not (w.dim() == a_t.dim() == 2 and _fit(*sizes)):
         raise ValueError(
             "weight must be [V, D], lora_a_t [V, R] and lora_b [D, R], each at least 1; got "
             f"weight {tuple(w.shape)}, lora_a_t {tuple(a_t.shape)}, lora_b {tuple(b.shape)}"

@@ -40,8 +40,7 @@ def _run_forward(*args):  # type: ignore[no-untyped-def]
 
 def _fake_forward(ids, w, a_t, b, d, factor, scale, embed_scale, padding_idx, save_h):  # type: ignore
     M, R = ids.shape[0], a_t.shape[1]
-    h = a_t.new_empty(0) if not save_h else a_t.new_empty(R, M).t() if is_turned(a_t) else a_t.new_empty(M, R)
-    return w.new_empty(M, w.shape[1]), h
+    return w.new_empty(M, w.shape[1]), a_t.new_empty(M, R) if save_h else a_t.new_empty(0)
 
 
 def _run_backward(dy, *args):  # type: ignore[no-untyped-def]

@@ -10,8 +10,9 @@ given,
 with d = m / ‖W + s·B A‖ of this DoRA adapter alone. So DoRA without dropout scales what the adapters before it have
 added, and with dropout it does not. Merging does what the first of the two does.
 
-The first call is fused, with as many adapters as it can take. The others are torch operations on [M, R] and [M, N].
-B A and the unit matrix of size K, which PEFT forms for DoRA, are not formed.
+The first call is fused, with as many adapters as it can take, and each further adapter of plain LoRA is one call of
+`add_low_rank`. A further DoRA is torch operations on [M, R] and [M, N]. B A and the unit matrix of size K, which PEFT
+forms for it, are not formed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels.ops import check
+from lora_kernels.ops.around import add_low_rank
 from lora_kernels.ops.autograd import no_autocast
 from lora_kernels.ops.dora_norm import ratio, weight_norm
 from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
@@ -53,11 +55,13 @@ def compute(layer: Any, x: Tensor, operands: Operands) -> Tensor:
     dtype = y.dtype
     for name in names[first:]:
         adapter = operands.adapters[name]
-        low = x.to(adapter.a.dtype)
-        if adapter.p > 0:  # every adapter has a mask of its own
-            low = F.dropout(low, adapter.p)
-        added = F.linear(F.linear(low, adapter.a), adapter.b, adapter.b_bias) * adapter.scale
-        y = y + added if adapter.magnitude is None else _dora(y, low, added, operands, adapter)
+        if adapter.magnitude is not None:
+            y = _dora(y, x, operands, adapter)
+            continue
+        a, b, scale, p = adapter.a, adapter.b, adapter.scale, adapter.p
+        y = add_low_rank(y, x, a, b, scale=scale, dropout_p=p, backend=layer._backend)
+        if adapter.b_bias is not None:
+            y = y + adapter.b_bias * scale
     return y.to(dtype)
 
 
@@ -88,11 +92,15 @@ def _in_one_call(layer: Any, x: Tensor, operands: Operands) -> Tensor:
     return layer.compute_dora(x, operands, whole, (last.a, last.b, last.scale))  # type: ignore[no-any-return]
 
 
-def _dora(y: Tensor, low: Tensor, added: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
-    """Return y with a DoRA adapter, where `low` is x̂ and `added` is s·(x̂ Aᵀ) Bᵀ."""
+def _dora(y: Tensor, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
+    """Return y with the DoRA adapter `adapter`."""
     assert isinstance(operands.w, Tensor)
     assert adapter.magnitude is not None
     w, bias = operands.w, operands.bias
+    low = x.to(adapter.a.dtype)
+    if adapter.p > 0:
+        low = F.dropout(low, adapter.p)  # x̂ multiplies W too, so its mask is torch's
+    added = F.linear(F.linear(low, adapter.a), adapter.b) * adapter.scale
     with no_autocast(y.device.type):
         scale, b = check.scale(adapter.scale, adapter.b)
         d = ratio(adapter.magnitude, weight_norm(w, adapter.a, b, scale, adapter.magnitude))

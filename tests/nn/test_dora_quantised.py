@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,6 +94,18 @@ def test_values_and_gradients_are_those_of_the_dequantised_weight(settings):
     assert {n for n, p in layer.named_parameters() if p.grad is not None} == {
         "lora_A", "lora_B", "lora_magnitude_vector",
     }  # fmt: skip
+
+
+def test_the_first_call_of_a_process_has_the_right_norm():
+    """The native kernels must know the levels of nf4 and fp4 before any product has been computed."""
+    code = (
+        "import torch, lora_kernels\n"
+        "for quant in ('nf4', 'fp4'):\n"
+        "    layer = lora_kernels.FusedLoRALinear.from_linear(torch.nn.Linear(72, 40), quant=quant, use_dora=True)\n"
+        "    want = layer.quantized_weight().dequantize().norm(dim=1)\n"
+        "    torch.testing.assert_close(layer.lora_magnitude_vector.detach(), want)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_over_and_from_bnb_make_such_layers():

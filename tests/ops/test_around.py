@@ -173,3 +173,17 @@ def test_a_compiled_call_is_one_graph():
     torch.testing.assert_close(compiled(x), layer(x))
     got, want = (torch.autograd.grad(each(x).square().sum(), (x, a, b)) for each in (compiled, layer))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_named_back_end_serves_the_call_or_raises(monkeypatch):
+    from types import SimpleNamespace
+
+    from lora_kernels.backends import dispatch
+
+    y, x, a, b = operands(torch.float32)
+    with pytest.raises(ValueError, match="backend='composite' cannot serve this call"):
+        add_low_rank(y, x, a, b, scale=1.0, backend="composite")
+    monkeypatch.setattr(dispatch, "pick", lambda call, backend: SimpleNamespace())
+    with pytest.raises(ValueError, match="no kernel for the low-rank half alone"):
+        add_low_rank(y, x, a, b, scale=1.0, backend="composite")
+    torch.testing.assert_close(add_low_rank(y, x, a, b, scale=1.0), y + x @ a.t() @ b.t())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import judging
 from support.dora_problems import NAMES, Storages, magnitude, plain_torch, run, truth
+from support.fences import fences
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,7 +16,7 @@ from lora_kernels import dora_linear, quantize_weight, reference
 from lora_kernels.backends import eager
 from lora_kernels.backends.cpu import quant as cpu_quant
 from lora_kernels.ops.dora_norm import weight_norm
-from lora_kernels.quant.weight import QuantizedWeight
+from lora_kernels.quant.weight import Nested, QuantizedWeight
 from lora_kernels.testing import judge
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -96,6 +97,24 @@ def test_the_norm_is_exact_to_a_few_eps(kind, size, isa, poison):
         norm = weight_norm(q.w, a, b, q.scale, a)
         assert norm.dtype == a.dtype
         assert ((norm.double() - exact) / exact).abs().max().item() <= 8 * torch.finfo(FP32).eps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_norm_reads_and_writes_inside_its_operands(kind, isa):
+    """Every tensor ends at the last byte before a page that must not be touched."""
+    _C = pytest.importorskip("lora_kernels._C", reason="the native CPU kernels are not built")
+    for size in ((7, 1062, 3), (30, 34, 5), (3, 2, 1)):
+        q, _ = problem(kind, 1, *size)
+        want = weight_norm(q.w, q.a, q.b, 0.5, q.a)
+        with fences() as fenced:
+            nested = q.w.nested and Nested(*map(fenced, q.w.nested))
+            w = replace(q.w, codes=fenced(q.w.codes), scales=fenced(q.w.scales), nested=nested)
+            n = fenced(torch.full((size[0],), torch.nan))
+            _C.row_norm(1, w, fenced(q.a), fenced(q.b), 0.5, n)
+            assert torch.equal(n, want)
+        for a, b in ((q.a[:, :-1], q.b), (q.a, q.b[1:]), (q.a, q.b[:, :0])):
+            with pytest.raises(ValueError, match="the CPU kernels"):
+                _C.row_norm(1, q.w, a, b, 0.5, n.clone())
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 double", "int8"])

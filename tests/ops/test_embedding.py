@@ -30,12 +30,27 @@ DTYPES = [
 ]
 
 
+def without_kernels(monkeypatch) -> None:
+    for module in (embedding_passes, embedding_norm):
+        monkeypatch.setattr(module, "native", lambda: None)
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def products(request, monkeypatch):
+    """The products by the native kernels and by torch, as where the kernels are not built."""
+    if request.param == "torch":
+        without_kernels(monkeypatch)
+    elif embedding_passes.native() is None:
+        pytest.skip("the kernels are not built")
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 def test_results_are_as_exact_as_those_of_plain_torch(dtype, adapter_dtype, dora):
     for turned, e in ((False, 1.0), (True, torch.tensor(50.596))):
         q = problem(
-            701, 96, 8, (5, 90), dtype=dtype, adapter_dtype=adapter_dtype, dora=dora, turned=turned, embed_scale=e,
+            301, 1030, 8, (5, 60), dtype=dtype, adapter_dtype=adapter_dtype, dora=dora, turned=turned, embed_scale=e,
             padding_idx=3,
         )  # fmt: skip
         check(evaluate(q), q)
@@ -53,6 +68,20 @@ def test_odd_and_empty_shapes_give_the_equation_in_fp64(sizes, shape, layout, do
         own = replace(q, padding_idx=padding_idx, embed_scale=e)
         want = truth(replace(own, padding_idx=None if padding_idx is None else padding_idx % sizes[0]))
         torch.testing.assert_close(evaluate(own), want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 7, 3), (33, 9, 16), (7, 130, 200)])
+def test_the_kernels_and_torch_compute_the_same_products(sizes, monkeypatch):
+    q = problem(*sizes, (67,), strided=True)
+    for kernels in (True, False):
+        if not kernels:
+            without_kernels(monkeypatch)
+        for dy in (q.dy, q.dy[:1].expand(67, -1), q.dy.sum(1, keepdim=True).expand(-1, sizes[1])):
+            own = replace(q, dy=dy)
+            want = truth(own)
+            for name, value in evaluate(own).items():
+                bound = 1e-5 * want[name].abs().max() + 1e-6
+                assert (value - want[name]).abs().max() <= bound, (kernels, name)
 
 
 def test_ids_may_be_of_int32():
@@ -111,6 +140,7 @@ def test_repeated_ids_give_the_same_bits_in_every_run(turned):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("products")
 def test_deterministic_algorithms_give_bits_that_no_number_of_threads_changes():
     q = problem(100, 520, 8, (2000,))
     threads, found = torch.get_num_threads(), []
@@ -181,17 +211,19 @@ class _Sizes(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES[:2])
 def test_nothing_of_the_size_of_y_is_allocated_beside_it(dtype, adapter_dtype, dora):
     q = problem(V, D, R, (M,), dtype=dtype, adapter_dtype=adapter_dtype, dora=dora, padding_idx=0, embed_scale=2.0)
     a_t, b = q.a_t.requires_grad_(), q.b.requires_grad_()
     m = None if q.m is None else q.m.requires_grad_()
-    with _Sizes([q.w, q.dy]) as seen:
-        y = lora_embedding(q.ids, q.w, a_t, b, scale=1.0, embed_scale=2.0, padding_idx=0, magnitude=m)
-        torch.autograd.grad(y, [a_t, b] if m is None else [a_t, b, m], q.dy)
-    large = [n for n in seen.storages.values() if n >= min(M, V) * D]
-    assert large == [M * D], "y alone"
+    for dy in (q.dy, torch.randn(M, 2 * D).to(dtype)[:, :D], torch.ones((), dtype=dtype).expand(M, D)):
+        with _Sizes([q.w, dy]) as seen:
+            y = lora_embedding(q.ids, q.w, a_t, b, scale=1.0, embed_scale=2.0, padding_idx=0, magnitude=m)
+            torch.autograd.grad(y, [a_t, b] if m is None else [a_t, b, m], dy)
+        large = [n for n in seen.storages.values() if n >= min(M, V) * D]
+        assert large == [M * D], "y alone"
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -351,6 +383,7 @@ def test_flops_are_those_of_the_products():
 # --- the norm ---
 
 
+@pytest.mark.usefixtures("products")
 def test_the_norm_is_exact_to_a_few_eps():
     q = problem(5000, 40, 8, (1,))
     want = torch.linalg.vector_norm(q.w.double() + 0.5 * q.a_t.double() @ q.b.double().t(), dim=0)

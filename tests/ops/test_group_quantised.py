@@ -161,8 +161,8 @@ def test_the_flops_are_those_of_dense_weights():
 
 
 def test_a_trace_computes_it_in_plain_torch():
-    qs = problems(6, 66, (5, 2), (3, 1))
-    layers = [Layer(q.w, q.a, q.b, 0.5, q.bias) for q in qs]
+    qs = problems(6, 66, (5, 2), (3, 1), kinds=[KINDS[0], KINDS[3]])
+    layers = [Layer(q.w.check(), q.a, q.b, 0.5, q.bias) for q in qs]
     traced = torch.jit.trace(lambda x: lora_linear_group(x, layers), (qs[0].x,), check_trace=False)
     for got, want in zip(traced(qs[0].x), lora_linear_group(qs[0].x, layers), strict=True):
         torch.testing.assert_close(got, want)

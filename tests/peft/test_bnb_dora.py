@@ -142,9 +142,8 @@ def test_eight_bits_beside_a_16_bit_x_are_as_near_as_peft(x_dtype, autocast):
 
 
 def test_files_are_pefts(tmp_path):
-    model, x = dora(), torch.randn(4, 64)
-    net = copy.deepcopy(model.base_model.unload())
-    model = dora(net)
+    net, x = Net(), torch.randn(4, 64)
+    model = dora(copy.deepcopy(net))
     lora_kernels.fuse(model, strict=True)
     y = model(x)
     model.save_pretrained(tmp_path)

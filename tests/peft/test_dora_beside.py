@@ -67,6 +67,8 @@ def test_the_result_is_that_of_the_formula_and_of_merged_weights(order: str):
             total = (layer.lora_magnitude_vector[name].weight / (w + update).norm(dim=1))[:, None] * total
     lora_kernels.fuse(model, strict=True)
     torch.testing.assert_close(layer(x), F.linear(x, total, layer.base_layer.bias))
+    if not hasattr(type(layer), "_unmerged_base_weight"):
+        return  # before PEFT 0.21, merging takes the norm of what was merged before
     want = model(torch.tanh(x))
     model.merge_adapter()
     torch.testing.assert_close(model(torch.tanh(x)), want)
@@ -82,8 +84,10 @@ def test_dropout_of_every_adapter_is_pefts_with_the_same_masks(order: str, monke
     drawn = iter(first)
     monkeypatch.setattr("lora_kernels.ops.prepare.draw_seed", lambda device: next(drawn))
 
+    monkeypatch.setattr("lora_kernels.ops.around.draw_seed", lambda device: torch.tensor(7))
+
     class Same(nn.Dropout):
-        """The mask of the layers' later adapters, whose torch generator this test replaces."""
+        """The mask of a further DoRA, which is torch's."""
 
         def forward(self, x: Tensor) -> Tensor:
             return masked(x)
@@ -92,8 +96,9 @@ def test_dropout_of_every_adapter_is_pefts_with_the_same_masks(order: str, monke
         return x * (torch.arange(x.shape[-1]) % 3 > 0)
 
     for seed, layer in zip(first, (plain.base_model.model.up, plain.base_model.model.down), strict=True):
-        for name in layer.active_adapters:
-            layer.lora_dropout[name] = MaskOfSeed(0.3, seed) if name == "default" else Same(0.3)
+        for name, kind in zip(layer.active_adapters, order, strict=True):
+            layer.lora_dropout[name] = Same(0.3) if kind == "d" else MaskOfSeed(0.3, torch.tensor(7))
+        layer.lora_dropout["default"] = MaskOfSeed(0.3, seed)
     want = run(plain, x)
     monkeypatch.setattr("lora_kernels.peft.several.F.dropout", masked)
     same(run(model, x), want)
@@ -255,3 +260,21 @@ def test_dora_over_a_conv1d_is_pefts(dtype: torch.dtype):
 @pytest.mark.parametrize("order", ["pd", "dp"])
 def test_dora_beside_others_over_a_conv1d_is_pefts(order: str):
     fused_equals_peft(beside(order, net=Conv1DNet), torch.randn(5, 24, dtype=torch.float64))
+
+
+def test_nothing_of_the_masks_of_several_adapters_is_saved():
+    """The forward saves x once, and for each adapter h and its seed."""
+    model, x = beside("ppp", torch.float32, p=0.3), torch.randn(50, 24, requires_grad=True)
+    lora_kernels.fuse(model, strict=True, backend="eager")
+    layer, kept = model.base_model.model.up, dict[int, Tensor]()
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    sizes = sorted(t.untyped_storage().nbytes() for place, t in kept.items() if place not in parameters)
+    assert sizes == sorted([8, 8, 8, 50 * 2 * 4, 50 * 3 * 4, 50 * 4 * 4, 50 * 24 * 4])
+    del y

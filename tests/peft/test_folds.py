@@ -256,7 +256,7 @@ def test_gradients_are_the_same_bits_in_every_run(kind: str):
 @pytest.mark.parametrize("kind", ["kasa", "mica", "bdlora", "delora"])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_several_active_adapters_give_pefts_sum(kind: str, p: float, monkeypatch: pytest.MonkeyPatch):
-    """Without dropout they are one call. With dropout only the first is, and the masks of the others are torch's."""
+    """Without dropout they are one call. With dropout each has a mask of its own."""
     model = make(kind, torch.float64, p)
     same_kind = kind in ("kasa", "delora")  # which PEFT refuses beside others
     model.add_adapter("second", config_of(kind, p) if same_kind else config(r=3, lora_dropout=p))
@@ -265,12 +265,12 @@ def test_several_active_adapters_give_pefts_sum(kind: str, p: float, monkeypatch
     fused_equals_peft(model.train(p == 0), torch.randn(5, 24, dtype=torch.float64))
     if not p:
         return
-    monkeypatch.setattr("torch.nn.functional.dropout", lambda x, p, *_, **__: x * 0.25)
-    monkeypatch.setattr("lora_kernels.ops.prepare.draw_seed", lambda device: torch.tensor(5))
+    for i, place in enumerate(("prepare", "around")):
+        monkeypatch.setattr(f"lora_kernels.ops.{place}.draw_seed", lambda device, i=i: torch.tensor(5 + i))
     lora_kernels.fuse(model, backend="eager")
     layer, x = layers_of(model.train())[0], torch.randn(5, 24, dtype=torch.float64)
     want = layer.base_layer(x) + dropout.dropout(x, p, torch.tensor(5)) @ delta(kind, layer).T
-    want += 0.25 * x @ delta(kind if same_kind else "lora", layer, "second").T
+    want += dropout.dropout(x, p, torch.tensor(6)) @ delta(kind if same_kind else "lora", layer, "second").T
     torch.testing.assert_close(layer(x), want)
 
 
@@ -322,6 +322,19 @@ def test_adalora_over_a_conv1d_is_pefts():
     model = get_peft_model(Conv1DNet().double(), config_of("adalora", fan_in_fan_out=True))
     fold_models.randomise(model)
     fused_equals_peft(model, torch.randn(5, 24, dtype=torch.float64))
+
+
+def test_a_new_delora_in_fp16_stays_finite_where_pefts_overflows():
+    """λ / (r · 1e-4) times the norms of W is above the largest fp16, and B is zero. PEFT multiplies h by the first."""
+    model, x = fold_models.new("delora", torch.float16).to(torch.float16), torch.randn(8, 24, dtype=torch.float16)
+    for layer in layers_of(model):
+        layer.delora_w_norm["default"] = 30 * layer.delora_w_norm["default"].half()
+    plain, base = copy.deepcopy(model), model.base_model.model.up.base_layer
+    lora_kernels.fuse(model, strict=True)
+    assert plain.base_model.model.up(x).isnan().any()
+    torch.testing.assert_close(model.base_model.model.up(x), base(x))
+    got = run(model, x)
+    assert all(got[name].isfinite().all() for name in got if "up.delora_B" not in name)
 
 
 def test_a_delora_with_norms_in_16_bits_beside_fp32_is_left_to_peft_which_raises():

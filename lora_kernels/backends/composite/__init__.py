@@ -52,12 +52,27 @@ try:
         raise ImportError(f"Triton {triton.__version__} is too old")
     from lora_kernels.backends.composite import adapter_table, backward_pass, forward_pass, multi_pass
     from lora_kernels.backends.composite.adapter_table import Table
+    from lora_kernels.backends.composite.experts import backward_experts, forward_experts
     from lora_kernels.backends.triton.device import Target, find_target
     from lora_kernels.backends.triton.launch import mask_launch
     from lora_kernels.backends.triton.quant import dense
 except ImportError as error:
     raise ImportError(f"{error}; Triton 3.6 or later is needed: pip install 'triton>=3.6'") from error
 from lora_kernels.backends.composite import tiles
+
+__all__ = [
+    "backward",
+    "backward_experts",
+    "backward_multi",
+    "base_gemm",
+    "forward",
+    "forward_experts",
+    "forward_multi",
+    "keep_mask",
+    "kernel_class",
+    "name",
+    "why_not",
+]
 
 name = "composite"
 
@@ -80,8 +95,6 @@ def why_not(call: Call) -> list[str]:
             reasons.append(f"serves NVIDIA GPUs from sm_75, not {arch}")
         elif arch == "sm_75" and call.dtype == torch.bfloat16:
             reasons.append("serves bf16 on NVIDIA GPUs from sm_80, not on sm_75, which has no instructions for it")
-    if call.op.endswith("_experts"):
-        reasons.append("serves one layer for all rows of x, not the experts of one")
     if call.op == "add_multi":
         reasons.append("adds many adapters to a base product of its own, not to a given y")
     if call.w_format not in ("dense", *FORMATS):
@@ -91,8 +104,9 @@ def why_not(call: Call) -> list[str]:
 
 def kernel_class(call: Call) -> str:
     """Return the rank block, the number of rows and, above 1, the number of layers that the kernels are compiled for,
-    such as "r16 many" and "r16 many of 3". The kernels of many adapters serve all ranks and numbers of rows: "any"."""
-    if call.op.endswith("_multi"):
+    such as "r16 many" and "r16 many of 3". The kernels of many adapters, and of experts, serve all ranks and
+    numbers of rows: "any"."""
+    if call.op.endswith(("_multi", "_experts")):
         return "any"
     rank = f"r{tiles.block_r(call.R)}" + (" in chunks" if call.R > tiles.MAX_BLOCK_R else "")
     layers = f" of {call.layers}" if call.layers > 1 else ""

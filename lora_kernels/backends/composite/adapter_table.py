@@ -41,6 +41,8 @@ class Facts(NamedTuple):
     """Whether any adapter has dropout."""
     a: Lies
     b: Lies
+    segments: bool = False
+    """Whether the adapters are the experts of a layer, whose rows follow each other and have one mask."""
 
 
 class Table(NamedTuple):
@@ -107,6 +109,29 @@ def make(adapters: Sequence[Adapter | None], das: MaybeTensors | None = None, db
         _lies(each.b for each in known),
     )
     return Table(facts, _written(numbers, known[0].a.device))
+
+
+def make_stack(adapter: Adapter, da: Tensor | None = None, db: Tensor | None = None) -> Table:
+    """Return a new table of the experts of a layer, whose a [E, R, K] and b [E, N, R] are stacks. One launch writes it,
+    whatever E is. A gradient is contiguous."""
+    a, b, scale, p, seed = adapter
+    E, R = a.shape[:2]
+    table = torch.empty(E, FIELDS, dtype=torch.int64, device=a.device)
+    numbers = (
+        a.data_ptr(), b.data_ptr(), 0 if seed is None else seed.data_ptr(), 0 if da is None else da.data_ptr(),
+        0 if db is None else db.data_ptr(), R, *a.stride()[1:], *b.stride()[1:], threshold(p), _bits(scale),
+        _bits(rescale(p)),
+    )  # fmt: skip
+    steps = [_step(a), _step(b), 0, _step(da), _step(db), *[0] * (FIELDS - 5)]
+    kernels.fill_stack[(E,)](table, tuple(map(code_of, numbers)), tuple(map(code_of, steps)), num_warps=1)
+    # Where two of the matrices are aligned, all are.
+    of_a, of_b = _lies(a[:2].transpose(1, 2).unbind()), _lies(b[:2].unbind())
+    return Table(Facts(E, R, a.dtype, p > 0, of_a, of_b, True), table)
+
+
+def _step(stack: Tensor | None) -> int:
+    """Return the bytes from one matrix of a stack to the next."""
+    return 0 if stack is None else stack.stride(0) * stack.element_size()
 
 
 def code_of(number: int) -> int:

@@ -82,6 +82,7 @@ class Shape(NamedTuple):
             "ADAPTERS": max(16, power_of_two(self.facts.n)),
             "TYPE": _TYPES[self.facts.dtype],
             "PRECISION": self.precision,
+            "SEGMENTS": self.facts.segments,
             **arguments,
         }
         given = {name: value for name, value in common.items() if name in kernel.arg_names}

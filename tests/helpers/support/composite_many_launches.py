@@ -16,13 +16,21 @@ from lora_kernels.plans.tiles import Gpu
 
 
 def launches(
-    arch: str, dtype: torch.dtype, adapter_dtype: torch.dtype, *, M: int = 4096, n: int = 8, b: str = "r"
+    arch: str,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    *,
+    M: int = 4096,
+    n: int = 8,
+    b: str = "r",
+    segments: bool = False,
 ) -> list[Launch]:
     """Return the launches of a forward and a backward with all gradients and dropout, over w [4096, 4096], with
-    adapters up to rank 64. b lies as `Lies.unit` says."""
+    adapters up to rank 64. b lies as `Lies.unit` says; with `segments` the adapters are the
+    experts of a layer."""
     N, K, R = 4096, 4096, 64
     x, y, h = empty(M, K, dtype=dtype), empty(M, N, dtype=dtype), empty(M * R, dtype=adapter_dtype)
-    facts = Facts(n, R, adapter_dtype, True, Lies("c", True), Lies(b, True))
+    facts = Facts(n, R, adapter_dtype, True, Lies("c", True), Lies(b, True), segments)
     table = Table(facts, empty(n * FIELDS, dtype=torch.int64))
     rows = Rows(empty(M, dtype=torch.int32), empty(n + 1, dtype=torch.int32))
     gpu, recorded = Gpu(arch, 132), list[Launch]()

@@ -73,6 +73,8 @@ class Keep(NamedTuple):
 
     seed: Any
     T: Any
+    first: Any
+    """The row of the mask that belongs to the adapter's first row."""
 
 
 @triton.jit
@@ -80,6 +82,16 @@ def fill(table, codes):
     """Write table[j] = the number that codes[j] stands for (`adapter_table.code_of`). Grid: one program."""
     for j in tl.static_range(len(codes)):
         tl.store(table + j, (codes[j] - SHIFT) >> 1)
+
+
+@triton.jit
+def fill_stack(table, codes, steps):
+    """Write the numbers of adapter i = codes[j] + i · steps[j], which come as in `fill`. Grid: one program to each
+    adapter."""
+    i = tl.program_id(0)
+    for j in tl.static_range(len(codes)):
+        number, step = (codes[j] - SHIFT) >> 1, (steps[j] - SHIFT) >> 1
+        tl.store(table + i * FIELDS + j, number + i * step)
 
 
 @triton.jit
@@ -156,12 +168,16 @@ def factor_of(table, i, WHICH: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.con
 
 
 @triton.jit
-def keep_of(table, i, DROPOUT: tl.constexpr):
-    """Return the mask of adapter i. Without DROPOUT it is not used."""
+def keep_of(table, i, starts, DROPOUT: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Return the mask of adapter i, which with SEGMENTS is a part of one over all rows. Without DROPOUT it is not
+    used."""
     if DROPOUT:
-        found = Keep(tl.load(field(table, i, SEED).to(tl.pointer_type(tl.int64))), field(table, i, THRESHOLD))
+        first = 0
+        if SEGMENTS:
+            first = tl.load(starts + i)
+        found = Keep(tl.load(field(table, i, SEED).to(tl.pointer_type(tl.int64))), field(table, i, THRESHOLD), first)
     else:
-        found = Keep(0, 0)
+        found = Keep(0, 0, 0)
     return found
 
 
@@ -169,7 +185,7 @@ def keep_of(table, i, DROPOUT: tl.constexpr):
 def kept(tile, keep, place, c, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, DROPOUT: tl.constexpr):
     """Return keep ⊙ tile, for the rows from the adapter's row `place` on and the columns from c on."""
     if DROPOUT:
-        tile = keep_x(tile, keep.seed, place, c, keep.T, BLOCK_M, BLOCK_C)
+        tile = keep_x(tile, keep.seed, keep.first + place, c, keep.T, BLOCK_M, BLOCK_C)
     return tile
 
 

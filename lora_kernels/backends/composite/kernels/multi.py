@@ -4,9 +4,10 @@
     backward    g_i = s_i · dY_i b_i                 dX_i += c_i · keep ⊙ (g_i a_i)
                 da_i = c_i · g_iᵀ (keep ⊙ X_i)       db_i = s_i · dY_iᵀ h_i
 
-X_i are the rows of adapter i. A program computes a tile of one adapter, which it finds from `starts`. A launch has as
-many programs as any split of the rows among the adapters could need, and those that find nothing end at once. The
-numbers that a program adds up, and their order, depend on its own adapter alone.
+X_i are the rows of adapter i. With SEGMENTS, for the experts of a layer, these follow each other in the order of the
+adapters, and one mask is drawn over all rows. A program computes a tile of one adapter, which it finds from `starts`. A
+launch has as many programs as any split of the rows among the adapters could need, and those that find nothing end at
+once. The numbers that a program adds up, and their order, depend on its own adapter alone.
 
 Arrays of parts are in fp32 with rows of `rank` numbers: the largest rank, rounded up. A program touches as many of them
 as its own adapter needs. z is x or dy, and u is h or g.
@@ -62,7 +63,7 @@ def _down(
 def down_multi(
     z, order, starts, table, part, stride_zm, stride_zc, M, COLUMNS, n, rank, chunks, steps, splits,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ADAPTERS: tl.constexpr, WHICH: tl.constexpr, UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr, TYPE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, TYPE: tl.constexpr, DROPOUT: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """part = (keep ⊙ X_i) a_iᵀ, or dY_i b_i, split over the columns into `splits` parts of `steps` steps.
 
@@ -77,7 +78,7 @@ def down_multi(
     if i < n:
         own = own_rows(order, starts, table, i, place, BLOCK_M)
         if chunk * WIDE < own.rank:
-            v, keep = factor_of(table, i, WHICH, UNIT, ALIGNED, TYPE), keep_of(table, i, DROPOUT)
+            v, keep = factor_of(table, i, WHICH, UNIT, ALIGNED, TYPE), keep_of(table, i, starts, DROPOUT, SEGMENTS)
             first = split * steps * BLOCK_C
             last = min(COLUMNS, first + steps * BLOCK_C)
             at = part + (split.to(tl.int64) * M + own.position) * rank
@@ -153,7 +154,8 @@ def _up(
 def up_multi(
     part, order, starts, table, h, out, M, COLUMNS, n, rank, splits, steps, ranges,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ADAPTERS: tl.constexpr, WHICH: tl.constexpr, UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr, TYPE: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, TYPE: tl.constexpr, DROPOUT: tl.constexpr, SEGMENTS: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h_i = c_i · Σ part and Y_i += s_i · h_i b_iᵀ, or with WHICH = A g_i = s_i · Σ part and
     dX_i += c_i · keep ⊙ (g_i a_i).
@@ -168,7 +170,7 @@ def up_multi(
     if i < n:
         own = own_rows(order, starts, table, i, place, BLOCK_M)
         if own.rank > 0:
-            v, keep = factor_of(table, i, WHICH, UNIT, ALIGNED, TYPE), keep_of(table, i, DROPOUT)
+            v, keep = factor_of(table, i, WHICH, UNIT, ALIGNED, TYPE), keep_of(table, i, starts, DROPOUT, SEGMENTS)
             if WHICH == A:
                 factor_h, factor = real(table, i, SCALE), real(table, i, RESCALE)
             else:
@@ -218,7 +220,7 @@ def _across(
 def across_multi(
     z, order, starts, table, u, part, stride_zm, stride_zc, COLUMNS, n, rank, chunks,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PART: tl.constexpr, ADAPTERS: tl.constexpr, OUT: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Parts of (keep ⊙ X_i)ᵀ g_i with OUT = DA, or of dY_iᵀ h_i with OUT = DB, each over PART rows of one adapter.
 
@@ -234,7 +236,7 @@ def across_multi(
         rank_i = field(table, i, RANK).to(tl.int32)
         if (chunk * WIDE < rank_i) & (field(table, i, OUT) != 0):
             end = min(tl.load(starts + i + 1) - tl.load(starts + i), place + PART)
-            keep = keep_of(table, i, DROPOUT)
+            keep = keep_of(table, i, starts, DROPOUT, SEGMENTS)
             u += first_of(table, starts, i, n, ADAPTERS)
             part += tile.to(tl.int64) * COLUMNS * rank
             if rank_i <= NARROW:
