@@ -16,8 +16,8 @@ from lora_kernels.core.operands import Layer
 from lora_kernels.ops import check, conv_check, conv_plain, plain
 from lora_kernels.ops.autograd import apply, as_dtype, autocast_of, device_type, no_autocast
 from lora_kernels.ops.conv_dora import dora_conv
-from lora_kernels.ops.conv_function import How, LoRAConvFunction
-from lora_kernels.ops.conv_rows import lies_by_rows, rows_of
+from lora_kernels.ops.conv_function import How, LoRAConvFunction, may_fold
+from lora_kernels.ops.conv_rows import as_matrix, lies_by_rows, rows_of
 from lora_kernels.ops.conv_window import Sizes, Window, window
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import lora_linear
@@ -68,7 +68,8 @@ def lora_conv(
 
     Which way a call takes:
         * A 1×1 kernel without padding is `lora_linear` of the positions, where x lies in channels_last or the stride
-          is above 1. So are patches, where the kernel is the stride and there is neither padding nor dilation.
+          is above 1. So are patches, where the kernel is the stride and there is neither padding nor dilation, except
+          for those of a contiguous x that are less than 8 wide where the next way can be taken.
         * In fp32 and fp64 without dropout, from 1,024 positions of y on, one convolution with W + s·B A computes y, and
           another one dx. W + s·B A is not saved.
         * Every other call convolves with W and with A, and adds s·B h to y in place.
@@ -112,7 +113,7 @@ def _lora_conv(
     """Return y of an x [B, C, ...]."""
     w, a, b, scale, bias, p, seed = layer
     assert isinstance(w, Tensor), "a convolution has no quantised weight"
-    rows = rows_of(x, w.shape[2:], moves)
+    rows = rows_of(x, w.shape[2:], moves, may_fold(x, w, a, p, moves))
     if rows is not None:
         return _of_rows(x, rows, layer, magnitude, backend)
     s, b = check.scale(scale, b)
@@ -157,7 +158,7 @@ def _of_rows(x: Tensor, rows: Tensor, layer: Layer, magnitude: Tensor | None, ba
     """Return y from x as rows [B, ..., K]. It is contiguous where x is, unless the rows are patches."""
     w, a, b, scale, bias, p, seed = layer
     assert isinstance(w, Tensor)
-    flat = w.flatten(1), a.flatten(1), b.flatten(1)
+    flat = as_matrix(w, x), as_matrix(a, x), b.flatten(1)
     if magnitude is None:
         y = lora_linear(rows, *flat, scale=scale, bias=bias, dropout_p=p, seed=seed, backend=backend)
     else:

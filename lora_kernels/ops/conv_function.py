@@ -5,7 +5,7 @@
     dA = Σ x̂ dh over the positions of the kernel             dB = s·Σ dy h
 
 There are two ways. The folded one convolves with W' = W + s·B A alone, and W' is computed again in the backward. It is
-taken where W' holds all digits of the update and is small beside x: see `folds`. The other way convolves with W and
+taken where W' holds all digits of the update and is small beside x: see `may_fold`. The other way convolves with W and
 with A, and adds s·B h to y in place.
 """
 
@@ -58,15 +58,15 @@ def _is_rounded(device: str) -> bool:
     return device != "cpu" or getattr(settings, "fp32_precision", "none") in ("bf16", "tf32")
 
 
-def folds(x: Tensor, w: Tensor, a: Tensor, positions: int, how: How) -> bool:
-    """Return whether a call is folded: without dropout, in fp32 or fp64 (in 16 bits and in TF32, W' would round the
-    update away), where A sees the channels that W sees, and y has enough positions."""
+def may_fold(x: Tensor, w: Tensor, a: Tensor, p: float, window: Window) -> bool:
+    """Return whether a call of a padded x may be folded: without dropout, in fp32 or fp64 (in 16 bits and in TF32, W'
+    would round the update away), where A sees the channels that W sees, and y has enough positions."""
     return (
-        how.p == 0
+        p == 0
         and x.dtype == a.dtype
         and x.dtype in (torch.float32, torch.float64)
         and a.shape[1] == w.shape[1]
-        and positions >= _FOLD_FROM
+        and _positions(x, w, window) >= _FOLD_FROM
         and not _is_rounded(device_type(x))
     )
 
@@ -102,14 +102,14 @@ class LoRAConvFunction(torch.autograd.Function):
         h = None
         fold = False
         if w is not None:
-            w_now = as_dtype(w, x.dtype)
-            fold = folds(x, w, a, _positions(x, w, window), how)
+            w_now = as_dtype(w, x.dtype)  # under autocast; converted again in the backward, so that no copy is saved
+            fold = may_fold(x, w, a, how.p, window)
             y = window.convolve(x, folded(w_now, a, b, scale, window.groups) if fold else w_now, bias)
         if not fold or (need_db and not need_da):
             h = window.convolve(_x_hat(x, a.dtype, how, seed), a, None, groups)
         if w is None:
             assert h is not None
-            y = window.pointwise().convolve(h, b) * (scale * _factor(how))
+            y = window.pointwise().convolve(h, b * (scale * _factor(how)))
         elif not fold:
             y = _add_up(y, h, b, scale * _factor(how), window)
         small = _SMALL_WITH_DROPOUT if how.p > 0 else _SMALL

@@ -36,7 +36,7 @@ def serves(x: Tensor, layer: Layer, backend: str | None) -> bool:
         or torch._C._are_functorch_transforms_active()
         or plain.is_tracing()
         or plain.is_exporting()
-        or (type(x) not in (Tensor, Parameter) and plain._dispatches(x))
+        or (type(x) is not Tensor and type(x) is not Parameter and plain._dispatches(x))
         or (forward_ad._current_level >= 0 and plain.has_tangent(x, layer))
     )
     if unusual and backend is not None:

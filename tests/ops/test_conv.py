@@ -141,6 +141,7 @@ def test_dropout_is_the_mask_of_x_as_it_lies_in_memory(moves, last, groups):
         ((1, 1), {"stride": 2}, True),
         ((1, 1), {}, True),
         ((3, 4), {"stride": (3, 4)}, False),
+        ((3, 4), {"stride": (3, 4)}, True),
     ],
 )
 def test_dropout_of_rows_is_the_mask_of_the_rows(kernel, moves, last):

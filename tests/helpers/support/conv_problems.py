@@ -100,6 +100,8 @@ def equation(q: Problem) -> Tensor:
     seen_hat = seen
     if q.p and q.rows:
         keep = dropout.keep_mask(torch.tensor(q.seed), seen.shape[0] * seen.shape[1], seen.shape[2], q.p)
+        if not q.x.is_contiguous():  # the channels are the last part of a row then
+            keep = keep.unflatten(1, (-1, q.x.shape[1])).mT.flatten(1)
         seen_hat = seen * keep.view(seen.shape) * dropout.rescale(q.p)
     elif q.p:
         seen_hat, _ = _seen(q, q.x * keep_mask(q) * dropout.rescale(q.p))
