@@ -15,18 +15,6 @@ from torch import Tensor, nn
 
 T, K, E, H, I = 9, 2, 5, 12, 8  # noqa: E741
 """Tokens, experts of each token, experts, hidden and intermediate size."""
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from lora_kernels import Rows, lora_linear_experts
-from lora_kernels.core.operands import Adapter, Base, Needs
-from lora_kernels.testing.experts import judge_expert
-from lora_kernels.testing.judge import Problem
 
 STACKS = ("gate_up_proj", "down_proj")
 
@@ -210,66 +198,3 @@ def same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], most: float) -> 
     for name, value in want.items():
         error, largest = (got[name].double() - value).abs().max().item(), value.abs().max().item()
         assert got[name].shape == value.shape and error <= most * largest, f"{name}: {error:.2e} of {largest:.2e}"
-
-
-NAMES = ("x", "a", "b", "bias")
-
-
-def run(m: Experts, rows: Rows | None = None, wanted: Sequence[str] = NAMES, **kwargs: Any) -> dict[str, Tensor]:
-    """Return y and every gradient of a call, by name."""
-    given = {name: t.detach() for name in NAMES if (t := getattr(m, name)) is not None}
-    leaves = {name: t.requires_grad_(name in wanted) for name, t in given.items()}
-    y = lora_linear_experts(
-        leaves["x"], m.w, leaves["a"], leaves["b"], rows or m.rows, scale=m.scale, bias=leaves.get("bias"),
-        dropout_p=m.p, seed=m.seed, **kwargs,
-    )  # fmt: skip
-    if y.requires_grad:
-        y.backward(m.dy)
-    return {"y": y.detach()} | {f"d{name}": t.grad for name, t in leaves.items() if t.grad is not None}
-
-
-def run_module(module: Any, m: Experts, save_h: bool = True, needs: Needs | None = None) -> dict[str, Tensor | None]:
-    """Return the results of a back-end that is called directly, as the operators call it."""
-    y, h = module.forward_experts(m.x, m.base, m.adapter, m.rows, save_h)
-    if not save_h:
-        return {"y": y}
-    needs = needs or Needs(True, (True,), (True,))
-    x, saved = m.x if needs.da[0] else None, h if needs.db[0] else None
-    dx, da, db = module.backward_experts(m.dy, x, Base(m.w), m.adapter, m.rows, saved, needs)
-    return {"y": y, "h": h, "dx": dx, "da": da, "db": db}
-
-
-def check(m: Experts, got: dict[str, Any]) -> None:
-    """Judge every result: each expert over its own rows; zeros for experts without rows and rows without an expert."""
-    for e, first, last in m.spans():
-        of_e = {name: t[e] for name in ("da", "db", "dbias") if (t := got.get(name)) is not None}
-        if first == last:
-            assert all(not t.any() for t in of_e.values()), f"expert {e} has no rows"
-            continue
-        of_e |= {name: t[first:last] for name in ("y", "dx") if (t := got.get(name)) is not None}
-        bias = None if m.bias is None else m.bias[e]
-        q = Problem(m.x[first:last], m.w[e], m.a[e], m.b[e], bias, m.dy[first:last], m.scale, m.p, m.seed)
-        for verdict in judge_expert(of_e, q, first):
-            assert verdict.fault is None, f"expert {e}: {verdict.fault}"
-    used = sum(m.counts)
-    for name in ("y", "dx", "h"):
-        if got.get(name) is not None:
-            assert not got[name][used:].any(), f"{name} of rows without an expert"
-
-
-class Largest(TorchDispatchMode):
-    """Records the most elements that an operator of torch has made in new memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.by = 0, ""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
-                elements = t.untyped_storage().nbytes() // t.element_size()
-                if elements > self.elements:
-                    self.elements, self.by = elements, f"{func} {tuple(t.shape)}"
-        return out

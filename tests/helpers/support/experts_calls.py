@@ -3,19 +3,18 @@ rows, with the part of the dropout mask that belongs to these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import Rows, lora_linear_experts
-from lora_kernels.core import dropout
 from lora_kernels.core.operands import Adapter, Base, Needs
-from lora_kernels.testing import judge
+from lora_kernels.testing.experts import judge_expert
+from lora_kernels.testing.judge import Problem
 
 COUNTS = (5, 0, 17, 1, 60, 0, 3)
 """The rows of each expert: none, one, a few, and more than one tile."""
@@ -120,19 +119,6 @@ def run_module(module: Any, m: Experts, save_h: bool = True, needs: Needs | None
     return {"y": y, "h": h, "dx": dx, "da": da, "db": db}
 
 
-def reference_from(first: int) -> Callable[..., Tensor]:
-    """Return the equation of one expert, whose row 0 has the mask of row `first`."""
-
-    def reference(x, weight, lora_a, lora_b, *, scale, bias, dropout_p, seed):  # type: ignore[no-untyped-def]
-        x_hat = x.to(lora_a.dtype)
-        if dropout_p:
-            keep = dropout.keep_mask(seed, first + x.shape[0], x.shape[1], dropout_p)[first:]
-            x_hat = torch.where(keep, x_hat, 0.0) * dropout.rescale(dropout_p)
-        return (F.linear(x, weight, bias) + scale * (x_hat @ lora_a.mT @ lora_b.mT)).to(x.dtype)
-
-    return reference
-
-
 def check(m: Experts, got: dict[str, Any]) -> None:
     """Judge every result: each expert over its own rows; zeros for experts without rows and rows without an expert."""
     for e, first, last in m.spans():
@@ -142,12 +128,8 @@ def check(m: Experts, got: dict[str, Any]) -> None:
             continue
         of_e |= {name: t[first:last] for name in ("y", "dx") if (t := got.get(name)) is not None}
         bias = None if m.bias is None else m.bias[e]
-        q = judge.Problem(m.x[first:last], m.w[e], m.a[e], m.b[e], bias, m.dy[first:last], m.scale, m.p, m.seed)
-        reference = reference_from(first)
-        want, plain = judge.evaluate(q.to(torch.float64), reference), judge.evaluate(q, reference)
-        # The bound of rounding is that of all terms, of which dropout leaves some out.
-        whole = replace(q, p=0.0, seed=None, scale=m.scale * (dropout.rescale(m.p) if m.p else 1.0))
-        for verdict in judge.judge(of_e, whole, want, plain):
+        q = Problem(m.x[first:last], m.w[e], m.a[e], m.b[e], bias, m.dy[first:last], m.scale, m.p, m.seed)
+        for verdict in judge_expert(of_e, q, first):
             assert verdict.fault is None, f"expert {e}: {verdict.fault}"
     used = sum(m.counts)
     for name in ("y", "dx", "h"):
