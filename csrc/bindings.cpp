@@ -285,13 +285,20 @@ void row_norm(int threads, py::handle w, py::handle a, py::handle b, double scal
   require(w, "w");
   require(a, "a");
   require(b, "b");
-  const i64 N = view(w).size.first, K = view(w).size.second, R = view(a).size.first;
-  const Operand weight = input(w), own_a = sized(input(a), "a", R, K), own_b = sized(input(b), "b", N, R);
-  const Operand out = sized(output(n), "n", N, 1);
+  const bool dense = is_tensor(w);
+  const lk::cpu::Quantized codes = dense ? lk::cpu::Quantized{} : quantized(w);
+  const i64 N = dense ? view(w).size.first : codes.N, K = dense ? view(w).size.second : codes.K;
+  const i64 R = view(a).size.first;
+  const Operand weight = dense ? input(w) : Operand{}, own_a = sized(input(a), "a", R, K);
+  const Operand own_b = sized(input(b), "b", N, R), out = sized(output(n), "n", N, 1);
   if (out.tile.dtype != DType::f32) throw py::type_error("row_norm writes norms in float32");
+  float* const norms = static_cast<float*>(out.tile.data);
+  const float s = static_cast<float>(scale);
   py::gil_scoped_release unlocked;
-  lk::cpu::row_norm(threads, N, K, R, weight.tile, own_a.tile, own_b.tile, static_cast<float>(scale),
-                    static_cast<float*>(out.tile.data));
+  if (dense)
+    lk::cpu::row_norm(threads, N, K, R, weight.tile, own_a.tile, own_b.tile, s, norms);
+  else
+    lk::cpu::row_norm(threads, codes, R, own_a.tile, own_b.tile, s, norms);
 }
 
 void set_levels(const std::string& format, const std::array<float, 16>& values) {
@@ -373,7 +380,7 @@ PYBIND11_MODULE(_C, m) {
       "Return whether gemm and quantized_gemm take any number of rows of this dtype.");
   m.def(
       "quantized_gemm", &quantized_gemm,
-      "Write y = x w^T, or, transposed, y = x w; in 16 bits with a bias. x has a dtype of has_gemm, or, without both, "
+      "Write y = x w^T, or, transposed, y = x w; in 16 bits with a bias. x has a dtype of has_gemm, or, not transposed, "
       "at most FEW_ROWS rows.");
   m.def("dequantize", &dequantize,
         "Write to out, dequantised, as many rows and columns of w as out has, from row n0 and column k0 on.");

@@ -24,8 +24,16 @@ if TYPE_CHECKING:
         trainable_parameters,
     )
     from lora_kernels.models.loralib import load_loralib
+    from lora_kernels.models.lycoris import load_lycoris
+    from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
+    from lora_kernels.nn.conv import FusedLoRAConv1d, FusedLoRAConv2d, FusedLoRAConv3d
+    from lora_kernels.nn.conv1d import FusedLoRAConv1D
+    from lora_kernels.nn.embedding import FusedLoRAEmbedding
+    from lora_kernels.nn.experts import FusedLoRAExperts
     from lora_kernels.nn.mixed import mixed
     from lora_kernels.nn.parallel import ColwiseLoRA, RowwiseLoRA
+    from lora_kernels.ops.conv import lora_conv
+    from lora_kernels.ops.embedding import lora_embedding
     from lora_kernels.ops.experts import lora_linear_experts
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.ops.multi import lora_linear_multi
@@ -38,7 +46,14 @@ __all__ = [
     "AdapterStack",
     "ColwiseLoRA",
     "FuseReport",
+    "FusedLoRAConv1D",
+    "FusedLoRAConv1d",
+    "FusedLoRAConv2d",
+    "FusedLoRAConv3d",
+    "FusedLoRAEmbedding",
+    "FusedLoRAExperts",
     "FusedLoRALinear",
+    "FusedLoRAMultiheadAttention",
     "QuantizedLoRALinear",
     "QuantizedWeight",
     "Rows",
@@ -54,6 +69,9 @@ __all__ = [
     "fuse",
     "load_adapter",
     "load_loralib",
+    "load_lycoris",
+    "lora_conv",
+    "lora_embedding",
     "lora_linear",
     "lora_linear_experts",
     "lora_linear_group",
@@ -70,6 +88,8 @@ __all__ = [
 _LAZY = {
     "core.many": ("Adapter", "AdapterStack"),
     "core.rows": ("Rows",),
+    "nn.embedding": ("FusedLoRAEmbedding",),
+    "ops.embedding": ("lora_embedding",),
     "models.adapters": ("load_adapter", "save_adapter"),
     "models.inject": (
         "adapter_parameters",
@@ -79,9 +99,15 @@ _LAZY = {
         "trainable_parameters",
     ),
     "models.loralib": ("load_loralib",),
+    "models.lycoris": ("load_lycoris",),
+    "nn.conv": ("FusedLoRAConv1d", "FusedLoRAConv2d", "FusedLoRAConv3d"),
+    "nn.conv1d": ("FusedLoRAConv1D",),
+    "nn.attention": ("FusedLoRAMultiheadAttention",),
+    "nn.experts": ("FusedLoRAExperts",),
     "nn.mixed": ("mixed",),
     "nn.parallel": ("ColwiseLoRA", "RowwiseLoRA"),
     "ops.experts": ("lora_linear_experts",),
+    "ops.conv": ("lora_conv",),
     "ops.group": ("lora_linear_group",),
     "ops.multi": ("lora_linear_multi",),
     "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import suite_tables
 from readme_tables import Run, Runs, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,29 +31,9 @@ def generation(runs: Runs) -> str:
 
 def _layers(run: Run) -> str:
     """Return the tables of the suite `many` with its picture."""
-    document = run.document
-    device, versions = document["device"], document["versions"]
-    peft = f", PEFT {versions['peft']}" if versions["peft"] else ""
-    checks = [check["green"] for check in document["gate"]]
-    parts = [
-        f"**{device['name']} ({device['isa']}), {device['threads']} threads**, torch {versions['torch']}{peft}, "
-        f"{document['date'][:10]}, median of {document['rounds']} interleaved rounds ([all numbers]({run.link()})). "
-        f"Every number stands behind a check against fp64 in the same run: {sum(checks)} of {len(checks)} were right."
-    ]
-    if (picture := run.path.with_suffix(".png")).exists():
-        parts.append(f"![One layer with many adapters in a batch]({run.link(picture)})")
-    for title, header, rows in report.tables(document):
-        ours = header.index("ours") if "ours" in header else None
-        bold = [[f"**{cell}**" if i == ours else cell for i, cell in enumerate(row)] for row in rows]
-        parts += [f"{title}:", markdown(header, bold)]
-    told = [f"{met} of {count} beside {to}" for to, met, count in report.counted(document)]
-    parts.append(f"Targets that are met: {', '.join(told)}.")
-    noise = [entry["ratio"] for entry in document["noise"]]
-    parts.append(
-        "F.linear measured against itself in the same way (widest quartiles of all cells): "
-        f"×{min(r[0] for r in noise):.2f} to ×{max(r[2] for r in noise):.2f}."
-    )
-    return "\n\n".join(parts)
+    told = [f"{met} of {count} beside {to}" for to, met, count in report.counted(run.document)]
+    targets = f"Targets that are met: {', '.join(told)}."
+    return suite_tables.of_run(run, report, "One layer with many adapters in a batch", targets, "F.linear")
 
 
 def _generation(run: Run) -> str:

@@ -4,7 +4,8 @@
 
 Each of them stands between two markers, such as <!-- bench:begin --> and <!-- bench:end -->. Without names the newest
 run of each device type (CPU, CUDA) is taken. So are the newest runs of quantised layers, of generation, of many
-adapters and of the suites on each GPU, which have folders of their own; gpu_report.py fills that of the GPUs.
+adapters, of layers of other kinds and of the suites on each GPU, which have folders of their own; gpu_report.py fills
+that of the GPUs.
 ``--check`` changes nothing: its exit status is 1 if a file is stale.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import kinds_tables
 import many_tables
 from readme_tables import BACKWARD, NO_RUN, Run, Runs, bench, chosen, generation, quantised, ratio
 
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = args.root / "benchmarks" / "results"
     runs = {"bench": args.results or newest(results)}
-    runs |= {name: newest(results / name) for name in ("quantised", "generation", "many", "generation_many", "vllm")}
+    runs |= {name: newest(results / name) for name in FOLDERS}
     runs["gpu"] = newest(results / "gpu", lambda document: f"{document['device']['name']} {document['suite']}")
     stale = False
     for name, blocks in PAGES.items():
@@ -125,6 +127,7 @@ def numbers(runs: Runs) -> str:
     rows += [_decode_number(run) for run in runs["quantised"]]
     for kind, number in (("many", many_tables.number), ("generation_many", many_tables.generation_number)):
         rows += [_number_row(run, *found) for run in runs[kind] if (found := number(run))]
+    rows += [_number_row(run, *found) for run in runs["kinds"] for found in kinds_tables.numbers(run)]
     lines = [row for row in rows if row]
     if not lines:
         return NO_RUN
@@ -181,6 +184,8 @@ def chart(runs: Runs) -> str:
     return f"![{text}]({run.link(run.path.with_suffix('.png'))})"
 
 
+FOLDERS = ("quantised", "generation", "many", "generation_many", "vllm", "kinds")
+"""The folders of benchmarks/results with runs of their own, apart from those of the GPUs."""
 Render = Callable[[Runs], str]
 PAGES: dict[str, dict[str, Render]] = {
     "README.md": {"range": span, "numbers": numbers, "chart": chart, "small": small, "gpu": gpu_tables.short},
@@ -191,6 +196,7 @@ PAGES: dict[str, dict[str, Render]] = {
         "generation": generation,
         "many": many_tables.layers,
         "generation-many": many_tables.generation,
+        "kinds": kinds_tables.layers,
     },
     "docs/vllm.md": {"vllm": many_tables.operators},
 }

@@ -74,5 +74,6 @@ void keep_mask(int threads, Dropout dropout, i64 M, i64 K, Tile out);
 // n [N] = ||w + scale b a|| by rows, for w [N, K], a [R, K] and b [N, R] of any dtypes; see row_norm.cpp. Where
 // rounding leaves less than eps ||w||^2 of n^2, n is the root of that, with the eps of fp32.
 void row_norm(int threads, i64 N, i64 K, i64 R, Tile w, Tile a, Tile b, float scale, float* n);
+void row_norm(int threads, const Quantized& w, i64 R, Tile a, Tile b, float scale, float* n);
 
 }  // namespace lk::cpu

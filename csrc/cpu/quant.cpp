@@ -161,6 +161,12 @@ std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y) {
   return std::make_unique<Codes>(M, w, x, y);
 }
 
+i64 scales_per_row(const Quantized& w) { return segments(w); }
+
+void decode(const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, float* room, float* out) {
+  decode_rows(*kernels().gemm_fp32, w, n0, rows, k0, cols, room, out);
+}
+
 void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, Tile out) {
   const Kernels& k = kernels();
   threads = team(threads, 8.0 * rows * cols);
@@ -183,7 +189,7 @@ void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 c
 }
 
 void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y, Tile bias) {
-  if (M <= kFewRows && !transposed && !bias) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y));
+  if (M <= kFewRows && !transposed) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y), w.N, bias);
   const Gemm& g = *kernels().gemm(x.dtype);
   const i64 N = transposed ? w.K : w.N, K = transposed ? w.N : w.K;
   // some rows of w are decoded at a time, and stay in L1

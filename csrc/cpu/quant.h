@@ -25,8 +25,15 @@ struct Quantized {
 // out [rows, cols] = w[n0.., k0..], dequantised. For 4 bits k0 and cols are even.
 void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, Tile out);
 
+// The number of floats for each row that `decode` needs for scales.
+i64 scales_per_row(const Quantized& w);
+
+// out [rows, cols] = w[n0.., k0..] as floats, by the calling thread; k0 and cols are as in `dequantize`. `room` is memory
+// for rows * scales_per_row(w) floats.
+void decode(const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, float* room, float* out);
+
 // y = x w^T [M, N], or, transposed, y = x w [M, K]. x has a dtype of gemm_of, or, not transposed, at most kFewRows
-// rows.
+// rows. The bias may be absent.
 void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y, Tile bias);
 
 }  // namespace lk::cpu

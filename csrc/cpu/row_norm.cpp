@@ -7,6 +7,7 @@
 #include "grid.h"
 #include "isa.h"
 #include "lora.h"
+#include "quant.h"
 #include "scratch.h"
 
 namespace lk::cpu {
@@ -16,17 +17,40 @@ constexpr i64 kRows = 24;     // rows of w per task
 constexpr i64 kRanks = 8;     // rows of a per task
 constexpr i64 kDepth = 1024;  // columns of w at a time: a row of them stays in L1
 
-}  // namespace
+// A dense w, whose rows are converted where they are not fp32.
+struct Dense {
+  Tile w;
 
-void row_norm(int threads, i64 N, i64 K, i64 R, Tile w, Tile a, Tile b, float scale, float* n) {
+  i64 room() const { return w.dtype == DType::f32 ? 0 : kRows * kDepth; }
+  Tile rows(i64 n0, i64 rows, i64 k, i64 depth, float* room) const {
+    const Tile part = w.at(n0, k);
+    if (part.dtype == DType::f32) return part;
+    kernels().read(part, rows, depth, 1.0f, {room, kDepth});
+    return {room, kDepth, DType::f32};
+  }
+};
+
+// A w in 4 or 8 bits, whose rows are decoded.
+struct Codes {
+  const Quantized& w;
+
+  i64 room() const { return kRows * (kDepth + scales_per_row(w)); }
+  Tile rows(i64 n0, i64 rows, i64 k, i64 depth, float* room) const {
+    decode(w, n0, rows, k, depth, room + kRows * kDepth, room);
+    return {room, depth, DType::f32};
+  }
+};
+
+// `room` of w is the memory in which w.rows puts some rows and columns of w, as floats.
+template <class W>
+void row_norm_of(int threads, i64 N, i64 K, i64 R, const W& w, Tile a, Tile b, float scale, float* n) {
   const LowRank& l = *kernels().fp32;
   const i64 ldk = panel_stride(K), ldr = panel_stride(R);
-  const bool convert = w.dtype != DType::f32;
   threads = team(threads, 2.0 * N * K * (R + 1));
   const Grid tasks = make_grid(N, K, kRows, std::max<i64>(K, 1)), ranks = make_grid(R, K, kRanks, std::max<i64>(K, 1));
 
   // Each thread keeps, for the rows of its task: w as floats, w a^T, b, b (a a^T) and ||w||^2.
-  const i64 floats_per_thread = (convert ? kRows * kDepth : 0) + kRows * (2 * R + ldr) + kRows;
+  const i64 floats_per_thread = w.room() + kRows * (2 * R + ldr) + kRows;
   Scratch scratch;
   float *a_panel, *products, *own;
   for (int pass = 0; pass < 2; ++pass) {
@@ -49,7 +73,7 @@ void row_norm(int threads, i64 N, i64 K, i64 R, Tile w, Tile a, Tile b, float sc
     }
 
     float* const wide = own + worker() * round_up(floats_per_thread, 16);
-    float* const low = wide + (convert ? kRows * kDepth : 0);
+    float* const low = wide + w.room();
     float* const b32 = low + kRows * R;
     float* const b_products = b32 + kRows * R;
     float* const square = b_products + kRows * ldr;
@@ -58,11 +82,7 @@ void row_norm(int threads, i64 N, i64 K, i64 R, Tile w, Tile a, Tile b, float sc
       const i64 n0 = tasks.m0(t), rows = tasks.rows(t);
       for (i64 k = 0; k < K; k += kDepth) {
         const i64 depth = std::min(kDepth, K - k);
-        Tile part = w.at(n0, k);
-        if (convert) {
-          kernels().read(part, rows, depth, 1.0f, {wide, kDepth});
-          part = {wide, kDepth, DType::f32};
-        }
+        const Tile part = w.rows(n0, rows, k, depth, wide);
         l.dot(part, kKeepAll, {a_panel + k, ldk}, {rows, depth, R}, {low, R}, k > 0);
         for (i64 i = 0; i < rows; ++i) {
           const Tile one = part.at(i, 0);
@@ -81,6 +101,16 @@ void row_norm(int threads, i64 N, i64 K, i64 R, Tile w, Tile a, Tile b, float sc
       }
     }
   }
+}
+
+}  // namespace
+
+void row_norm(int threads, i64 N, i64 K, i64 R, Tile w, Tile a, Tile b, float scale, float* n) {
+  row_norm_of(threads, N, K, R, Dense{w}, a, b, scale, n);
+}
+
+void row_norm(int threads, const Quantized& w, i64 R, Tile a, Tile b, float scale, float* n) {
+  row_norm_of(threads, w.N, w.K, R, Codes{w}, a, b, scale, n);
 }
 
 }  // namespace lk::cpu

@@ -17,7 +17,8 @@ A back-end is a module ``lora_kernels.backends.<name>`` with
 * ``backward(dys, x, bases, adapters, hs, needs) -> (dx, das, dbs)``: dx is one sum over all layers; a gradient that
   `Needs` does not ask for is None,
 * ``keep_mask(x, p, seed)``: keep for x [M, K], as numbers 0 and 1 in x's dtype,
-* ``base_gemm(x, w, bias)``: x Wᵀ + bias [M, N] for a dense w, rounded once. A bias is given for an x in 16 bits only.
+* ``base_gemm(x, w, bias, transposed)``: x Wᵀ + bias [M, N], rounded once, or x W [M, K] where `transposed`. A bias is
+  given for an x in 16 bits only, and not beside `transposed`.
 
 bases, adapters, save_h, dys and hs have one entry for each layer, and so have ``needs.da`` and ``needs.db``. A back-end
 whose kernels serve one layer at a time makes its two functions with ``each.py``.

@@ -57,22 +57,36 @@ def why_not(call: Call) -> list[str]:
 def _forward(x: Tensor, base: Base, adapter: Adapter, save_h: bool) -> tuple[Tensor, Tensor | None]:
     """Return (y, h) of one layer."""
     y = _base(x, base)
+    return y, add_low_rank(y, x, adapter, save_h)
+
+
+def add_low_rank(y: Tensor, x: Tensor, adapter: Adapter, save_h: bool) -> Tensor | None:
+    """Add s · h bᵀ to y [M, N], which has x's dtype and contiguous rows, and return h; None unless `save_h`."""
     h = product(_masked(x, adapter), adapter.a.t(), dropout.rescale(adapter.p), adapter.a.dtype)
     add_product(y, h, adapter.b.t(), adapter.scale)
-    return y, h if save_h else None
+    return h if save_h else None
 
 
 def _backward(
     dy: Tensor, x: Tensor | None, base: Base, adapter: Adapter, h: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (dx, da, db) of one layer."""
-    w, (a, b, scale, p, _) = base.w, adapter
+    return low_rank_backward(dy, x, adapter, h, needs, _base_backward(dy, base.w) if needs.dx else None)
+
+
+def low_rank_backward(
+    dy: Tensor, x: Tensor | None, adapter: Adapter, h: Tensor | None, needs: Needs, dx: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dx, da, db) of the low-rank half; None for each that is not needed. That of x is added to `dx`, if one is
+    given."""
+    a, b, scale, p, _ = adapter
     need_dx, (need_da,), (need_db,) = needs
-    dx = da = db = None
+    da = db = None
     if need_dx or need_da:
         g = product(dy, b, scale, b.dtype)
     if need_dx:
-        dx = _base_backward(dy, w)
+        if dx is None:
+            dx = dy.new_zeros(dy.shape[0], a.shape[1])
         if p > 0:
             dx += _masked(product(g, a, dropout.rescale(p), dy.dtype), adapter)
         else:
@@ -155,8 +169,8 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return dropout.keep_mask(seed, x.shape[0], x.shape[1], p).to(x.dtype)
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, w, bias)
+def base_gemm(x: Tensor, w: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    return _base_backward(x, w) if transposed else _base(x, Base(w, bias))
 
 
 def _with_rows(adapters: Sequence[Adapter | None], rows: Rows) -> Iterator[tuple[Adapter, int, slice | Tensor]]:

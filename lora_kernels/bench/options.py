@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels.backends import dispatch
+from lora_kernels.bench.kinds import cells as kinds
 from lora_kernels.bench.record import Setting
 from lora_kernels.bench.shapes import DEFAULT, NAMED, SUITES, TARGETED, Shape
 from lora_kernels.bench.variants import baselines, more_baselines
@@ -15,9 +16,13 @@ from lora_kernels.testing.watch import STUCK
 
 ROUNDS, QUICK_ROUNDS = 15, 4
 RESULTS = Path("benchmarks/results")
-MANY, MANY_DEVICE = "many", "cpu"
-"""The suite that has cells of its own instead of shapes, for many adapters in one batch; and the type of its device."""
-_NOT_OF_MANY = ("without", "peers", "peer", "seconds", "stuck", "resume")
+MANY, KINDS = "many", "kinds"
+"""The suites that have cells of their own instead of shapes: many adapters in one batch, and layers that are no plain
+linear ones."""
+OWN = (MANY, KINDS)
+_OWN_DEVICE = "cpu"
+"""The type of the device that they are for."""
+_NOT_OF_OWN = ("without", "peers", "peer", "seconds", "stuck", "resume")
 """Options that the suite `many` does not have."""
 
 
@@ -29,8 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--suite",
-        choices=[*SUITES, MANY],
-        help=f"a named set of shapes, with its own tables and pictures; {MANY}: many adapters in one batch",
+        choices=[*SUITES, *OWN],
+        help=f"a named set of shapes, with its own tables and pictures; {MANY}: many adapters in one batch; {KINDS}: "
+        "experts, embeddings, convolutions and others",
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=kinds.KINDS, metavar="KIND", help=f"of the suite {KINDS} only these kinds"
     )
     parser.add_argument("--backend", choices=dispatch.BACKENDS, help="measure this one of our back-ends only")
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="do not measure this one")
@@ -93,12 +102,16 @@ def fault(args: argparse.Namespace) -> str | None:
     if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
         return f"--device {args.device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
     kind = device(args).type
-    served = (MANY_DEVICE,) if args.suite == MANY else tuple(SUITES.get(args.suite, (kind,)))
+    served = (_OWN_DEVICE,) if args.suite in OWN else tuple(SUITES.get(args.suite, (kind,)))
     if kind not in served:
         return f"--suite {args.suite} is for {', '.join(served)}, and the device is {kind}"
-    given = [f"--{name}" for name in _NOT_OF_MANY if getattr(args, name)]
-    if args.suite == MANY and given:
-        return f"--suite {MANY} does not take {', '.join(given)}"
+    given = [f"--{name}" for name in _NOT_OF_OWN if getattr(args, name)]
+    if args.suite == KINDS and args.backend:
+        given.append("--backend")
+    if args.suite in OWN and given:
+        return f"--suite {args.suite} does not take {', '.join(given)}"
+    if args.kinds and args.suite != KINDS:
+        return f"--kinds goes with --suite {KINDS}"
     return None
 
 
@@ -109,9 +122,9 @@ def device(args: argparse.Namespace) -> torch.device:
 
 def is_partial(args: argparse.Namespace) -> bool:
     """Return whether the run measures only a part of everything, or another set of shapes. A partial run is written
-    only if --out names a file. The suite `many` is whole by itself."""
-    if args.suite == MANY:
-        return any((args.quick, args.rounds, args.backend))
+    only if --out names a file. A suite with cells of its own is whole by itself."""
+    if args.suite in OWN:
+        return any((args.quick, args.rounds, args.backend, args.kinds))
     narrowed = (args.quick, args.shapes, args.suite, args.rounds, args.backend, args.without, args.seconds, args.peer)
     return any(narrowed)
 
@@ -142,7 +155,19 @@ def shapes(args: argparse.Namespace) -> list[Shape]:
 def _command(args: argparse.Namespace) -> str:
     """Return the command, without the paths that it reads or writes."""
     words = ["python -m lora_kernels bench"]
-    for name in ("device", "suite", "shapes", "backend", "without", "peers", "quick", "rounds", "seconds", "threads"):
+    for name in (
+        "device",
+        "suite",
+        "kinds",
+        "shapes",
+        "backend",
+        "without",
+        "peers",
+        "quick",
+        "rounds",
+        "seconds",
+        "threads",
+    ):
         value = getattr(args, name)
         if value:
             words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [str(value)])]

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels.bench import options, plot, report, report_suite
-from lora_kernels.bench.many import run as many
+from lora_kernels.bench import options, own_suites, plot, report, report_suite
 from lora_kernels.bench.measure import Advance, Bench
 from lora_kernels.bench.record import METHOD, Record
 from lora_kernels.bench.shapes import Shape
@@ -32,8 +31,8 @@ def main(args: argparse.Namespace) -> int:
         return 2
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.suite == options.MANY:
-        return many.main(args, show)
+    if args.suite in options.OWN:
+        return own_suites.main(args, show)
     setting, notes = options.setting(args)
     record = Record(setting, notes)
     if args.resume and args.out.exists():

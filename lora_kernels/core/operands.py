@@ -20,7 +20,7 @@ class Layer(NamedTuple):
     """The operands of one layer as the caller gives them, not checked yet: all that `lora_linear` takes besides x."""
 
     weight: Tensor | QuantizedWeight
-    """W [N, K]. `lora_linear_group` takes a dense tensor only."""
+    """W [N, K]."""
     lora_a: Tensor
     """A [R, K]."""
     lora_b: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_kernels.jobs.runner import Runner
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.targets import some, told_by_reason
-from lora_kernels.nn.base import AdapterLinear
+from lora_kernels.nn.adapter import AdapterLayer
 
 _RATES = ("dropout", "dropout_p", "dropout_prob", "drop_prob", "layerdrop", "drop_path")
 """The ends of the names under which modules keep the rate of a dropout of their own."""
@@ -25,7 +25,7 @@ class Mixers:
         self._candidates = [
             (name or "the model", module)
             for name, _, module in plain_names(model)
-            if isinstance(module, _KINDS) or (_rates(module) and not isinstance(module, AdapterLinear))
+            if isinstance(module, _KINDS) or (_rates(module) and not isinstance(module, AdapterLayer))
         ]
 
     def refuse(self) -> None:

@@ -113,7 +113,7 @@ def load(runner: Runner, directory: str | os.PathLike[str]) -> None:
 def _fill(runner: Runner, weights: dict[str, Tensor], directory: Path) -> None:
     """Write A and B of a file into the parameters of a runner."""
     names = {key.removesuffix(".lora_A") for key in runner.parameters if key.endswith(".lora_A")}
-    stored = adapters_of(weights, PEFT_KEY, False, str(directory / WEIGHTS), names).layers
+    stored = adapters_of(weights, PEFT_KEY, False, str(directory / WEIGHTS), names).linear()
     if stored.keys() != names:
         differ = sorted(stored.keys() ^ names)
         raise ValueError(f"its adapter is in other layers than those that config chooses: {some(differ)}")

@@ -12,9 +12,11 @@ from lora_kernels.core.rows import Rows
 from lora_kernels.jobs.job import LoRAConfig
 from lora_kernels.jobs.layers import Entry, JobLinear, Running, dtype_of, shape_of
 from lora_kernels.models.names import plain_names
-from lora_kernels.models.targets import Target, select, some
+from lora_kernels.models.selection import Target, select
+from lora_kernels.models.targets import some
 from lora_kernels.nn import readers
-from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.mixed import Mixable
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 
@@ -42,12 +44,15 @@ class Sites:
             targets = select(self.model, config.settings(self.adapter_dtype), config.rules).targets
         for target in targets:
             target.settings.check()
+        other = [f"{t.name} (a {type(t.module).__name__})" for t in targets if not issubclass(t.kind, AdapterLinear)]
+        if other:
+            raise ValueError(f"jobs adapt linear layers only, and target_modules match {some(other)}: name others")
         return targets
 
     def new_values(self, targets: list[Target], generator: torch.Generator) -> AdapterValues:
         """Return the first A and B of each layer: A Kaiming-uniform(√5), that is uniform in ±1/√K, and B zero."""
         values: AdapterValues = {}
-        for name, _, settings in ((each.name, each.linear, each.settings) for each in targets):
+        for name, settings in ((each.name, each.settings) for each in targets):
             base = self._base(name)
             (N, K), dtype, device = shape_of(base), settings.dtype_beside(dtype_of(base)), base.weight.device
             bound = K**-0.5
@@ -163,12 +168,12 @@ def _refuse_adapted(model: nn.Module) -> None:
     fused = [
         name
         for name, module in modules.items()
-        if isinstance(module, FusedLoRALinear) and not isinstance(module, QuantizedLoRALinear)
+        if isinstance(module, AdapterLayer) and not isinstance(module, QuantizedLoRALinear)
     ]
     if fused:
         raise ValueError(
-            f"the model has FusedLoRALinear already ({some(fused)}), and jobs put adapters of their own on the plain "
-            "model: merge_and_unload(model) first"
+            f"the model has layers with adapters already ({some(fused)}), and jobs put adapters of their own on the "
+            "plain model: merge_and_unload(model) first"
         )
     trained = [
         name

@@ -5,24 +5,33 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lora_kernels.models.adapter_files import MAGNITUDE, LayerAdapter, StoredAdapters
+from lora_kernels.models.adapter_files import MAGNITUDE, Parts, StoredAdapters, shown
+from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.targets import some
-from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.adapter import AdapterLayer, FilePart, is_adapter
 from lora_kernels.nn.offload import value_of
 
 
-def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
-    """Raise ValueError where an adapter file cannot hold all of a layer: where it has further parameters, or sharded
-    ones, or a base weight that its initialisation has changed."""
-    known = {"weight", "bias", "lora_A", "lora_B", f"lora_{MAGNITUDE}"}
+def refuse_unsaved_parts(layers: dict[str, AdapterLayer]) -> None:
+    """Raise ValueError where an adapter file cannot hold all of a layer: where PEFT's format has no place for its
+    adapter, where the adapter has further parameters, or sharded ones, or where its initialisation has changed the
+    base."""
+    parts: dict[str, dict[str, FilePart]] = {}
+    for name, layer in layers.items():
+        try:
+            parts[name] = layer.file_parts()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; nothing was changed") from None
     more = [
-        f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_parameters() if key not in known
+        f"{name}.{key}"
+        for name, layer in layers.items()
+        for key in _names_of_adapter(layer) ^ {part.parameter for part in parts[name].values()}
     ]
     if more:
         raise ValueError(
-            f"only lora_A, lora_B and lora_{MAGNITUDE} are supported here, the model has {some(more)} too; nothing was "
-            "changed"
+            f"the adapters of these layers have other parameters than PEFT's format knows: {some(sorted(more))}; "
+            "nothing was changed"
         )
     split = [f"{name} (init={layer.init!r})" for name, layer in layers.items() if layer.init != "kaiming"]
     if split:
@@ -34,7 +43,7 @@ def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
         f"{name}.{key} (a {type(p).__name__})"
         for name, layer in layers.items()
         for key, p in layer.named_parameters()
-        if key.startswith("lora_") and type(p) is not nn.Parameter
+        if is_adapter(key) and type(p) is not nn.Parameter
     ]
     if sharded:
         raise ValueError(
@@ -44,33 +53,44 @@ def refuse_unsaved_parts(layers: dict[str, FusedLoRALinear]) -> None:
         )
 
     flat = [
-        f"{name}.lora_{part} {tuple(p.shape)}"
+        f"{name}.{part.parameter} {tuple(p.shape)} instead of {shape}"
         for name, layer in layers.items()
-        for part, p, shape in (
-            ("A", layer.lora_A, (layer.r, layer.in_features)),
-            ("B", layer.lora_B, (layer.out_features, layer.r)),
-            *([(MAGNITUDE, layer.lora_magnitude_vector, (layer.out_features,))] if layer.use_dora else ()),
-        )
+        for key, part in parts[name].items()
+        for p, shape in [(layer.get_parameter(part.parameter), own_shape(layer, key, part))]
         if tuple(p.shape) != shape or not p.is_floating_point() or p.layout != torch.strided
     ]
     if flat:
         raise ValueError(
-            f"these adapters are not dense, of the shapes [r, in], [out, r] and [out]: {some(flat)}; nothing was "
-            "changed. If FSDP1 has flattened them, do this inside `with FSDP.summon_full_params(model):`"
+            f"these adapters are not dense, or not of their shapes: {some(flat)}; nothing was changed. If FSDP1 has "
+            "flattened them, do this inside `with FSDP.summon_full_params(model):`"
         )
 
 
-def values_of(model: nn.Module) -> dict[str, LayerAdapter]:
-    """Return the values of every adapter in `model` by plain name, also where accelerate has offloaded them. Raises
-    ValueError for one that has no values."""
-    values: dict[str, LayerAdapter] = {}
+def _names_of_adapter(layer: AdapterLayer) -> set[str]:
+    """Return the names of the parameters of an adapter, which have "lora_" in them also where they are parametrised."""
+    return {name for name, _ in layer.named_parameters() if "lora_" in name}
+
+
+def own_shape(layer: AdapterLayer, key: str, part: FilePart) -> tuple[int, ...]:
+    """Return the shape in which a layer holds the part `key` of its file."""
+    return tuple(layer.from_file(key, torch.empty(part.shape, device="meta")).shape)
+
+
+def values_of(model: nn.Module) -> dict[str, Parts]:
+    """Return the values of every adapter in `model` by plain name, in the layout of PEFT's file, also where accelerate
+    has offloaded them. Raises ValueError for one that has no values."""
+    values: dict[str, Parts] = {}
     empty = []
-    for name, own_name, layer in plain_names(model):
-        if isinstance(layer, FusedLoRALinear):
-            keys = ["lora_A", "lora_B", *[f"lora_{MAGNITUDE}"] * layer.use_dora]
-            found = [value_of(model, own_name, key) for key in keys]
-            empty += [f"{name}.{key}" for key, value in zip(keys, found, strict=True) if value is None or value.is_meta]
-            values[name] = LayerAdapter(*found)  # type: ignore[arg-type]
+    own_names = {name: own_name for name, own_name, _ in plain_names(model)}
+    for name, layer in lora_layers(model).items():
+        values[name] = {}
+        for key, part in layer.file_parts().items():
+            inside, _, parameter = f"{own_names[name]}.{part.parameter}".rpartition(".")
+            value = value_of(model, inside, parameter)
+            if value is None or value.is_meta:
+                empty.append(f"{name}.{part.parameter}")
+            else:
+                values[name][key] = layer.to_file(key, value)
     if empty:
         raise ValueError(
             f"these adapters are on the meta device and have no values: {some(empty)}; nothing was saved. Give them "
@@ -79,9 +99,13 @@ def values_of(model: nn.Module) -> dict[str, LayerAdapter]:
     return values
 
 
-def refuse_empty(layers: dict[str, FusedLoRALinear]) -> None:
+def refuse_empty(layers: dict[str, AdapterLayer]) -> None:
     """Raise ValueError where an adapter is on the meta device, so that nothing can be written into it."""
-    empty = [name for name, layer in layers.items() if layer.lora_A.is_meta or layer.lora_B.is_meta]
+    empty = [
+        name
+        for name, layer in layers.items()
+        if any(is_adapter(key) and p.is_meta for key, p in layer.named_parameters())
+    ]
     if empty:
         raise ValueError(
             f"these adapters are on the meta device: {some(empty)}; nothing was loaded. Materialise them first, with "
@@ -90,21 +114,18 @@ def refuse_empty(layers: dict[str, FusedLoRALinear]) -> None:
         )
 
 
-def check_ties(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> None:
+def check_ties(stored: StoredAdapters, layers: dict[str, AdapterLayer]) -> None:
     """Raise ValueError where layers share a parameter for which the file has two values."""
     first: dict[int, tuple[str, torch.Tensor]] = {}
     for name, layer in layers.items():
-        a, b, m = stored.layers[name]
-        for part, value in (("A", a), ("B", b), (MAGNITUDE, m)):
-            own = getattr(layer, f"lora_{part}", None)
-            if own is None or value is None:
-                continue
+        for key, part in layer.file_parts().items():
+            own, value = layer.get_parameter(part.parameter), layer.from_file(key, stored.layers[name][key])
             one, other = first.setdefault(id(own), (name, value))
             x, y = (each.to(own.dtype).double() for each in (other, value))
             if one != name and not torch.allclose(x, y, rtol=0, atol=0, equal_nan=True):
                 raise ValueError(
-                    f"{stored.source}: lora_{part} of {one} and of {name} are one parameter in this model, and two "
-                    "different values in the file. Nothing was loaded. Give each layer a parameter of its own first"
+                    f"{stored.source}: {part.parameter} of {one} and of {name} are one parameter in this model, and "
+                    "two different values in the file. Nothing was loaded. Give each layer a parameter of its own first"
                 )
 
 
@@ -119,16 +140,16 @@ def _part_of(have: set[str], modules: dict[str, nn.Module]) -> str:
     return "Is the model the base that the adapter was made for, with LoRA in the same places?"
 
 
-def check_kind(stored: StoredAdapters, layers: dict[str, FusedLoRALinear]) -> None:
+def check_kind(stored: StoredAdapters, layers: dict[str, AdapterLayer]) -> None:
     """Raise ValueError where the file holds DoRA adapters and the model's layers are plain LoRA, or the reverse."""
     source, adapters = stored
-    plain = [f"{n}.lora_{MAGNITUDE}" for n, layer in layers.items() if adapters[n].m is not None and not layer.use_dora]
+    plain = [f"{n}.{MAGNITUDE}" for n, layer in layers.items() if MAGNITUDE in adapters[n] and not layer.use_dora]
     if plain:
         raise ValueError(
             f"{source} is of DoRA, and the model's layers are not: they have no {some(plain)}. Nothing was loaded. "
             "apply_lora(model, ..., use_dora=True) makes such layers, and so does loading into the plain model"
         )
-    dora = [f"{n}.lora_{MAGNITUDE}" for n, layer in layers.items() if adapters[n].m is None and layer.use_dora]
+    dora = [f"{n}.{MAGNITUDE}" for n, layer in layers.items() if MAGNITUDE not in adapters[n] and layer.use_dora]
     if dora:
         raise ValueError(
             f"{source} is of plain LoRA, and the model's layers are DoRA: it has no {some(dora)}. Nothing was loaded. "
@@ -156,12 +177,19 @@ def check_names(stored: StoredAdapters, want: set[str], model: nn.Module) -> Non
         )
 
 
-def check_shapes(stored: StoredAdapters, name: str, r: int, linear: nn.Linear | FusedLoRALinear) -> None:
-    """Raise ValueError where the adapter of `name` does not have rank r or does not fit `linear`."""
-    a, b, _ = stored.layers[name]  # adapters_of has checked that m has as many elements as B has rows
-    want = (r, linear.in_features), (linear.out_features, r)
-    if (tuple(a.shape), tuple(b.shape)) != want:
+def check_shapes(stored: StoredAdapters, name: str, layer: AdapterLayer) -> None:
+    """Raise ValueError where the stored adapter of `name` does not have the parts of `layer`, or not its rank and
+    sizes."""
+    have, want = stored.layers[name], layer.file_parts()
+    if have.keys() != want.keys():
         raise ValueError(
-            f"{stored.source}: {name}.lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} should be {want[0]} and "
-            f"{want[1]} in this model: another base, or another rank. Nothing was loaded"
+            f"{stored.source}: the adapter of {name} has {some([shown(part) for part in have])}, and that of a "
+            f"{type(layer).__name__} has {some([shown(part) for part in want])}: another base. Nothing was loaded"
+        )
+    odd = [key for key, part in want.items() if tuple(have[key].shape) != part.shape]
+    if odd:
+        got = " and ".join(f"{shown(key)} {tuple(have[key].shape)}" for key in odd)
+        raise ValueError(
+            f"{stored.source}: {name}.{got} should be {' and '.join(str(want[key].shape) for key in odd)} in this "
+            "model: another base, or another rank. Nothing was loaded"
         )

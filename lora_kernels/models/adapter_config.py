@@ -16,14 +16,16 @@ from lora_kernels.core import atomic
 from lora_kernels.models import patterns
 from lora_kernels.models.names import bare, plain_names, plain_rules
 from lora_kernels.models.targets import Rules, by_pattern, expressions_of, is_literal, matches, some
-from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.settings import LoRASettings
+from lora_kernels.nn.tied import TiedLoRALinear
 
 CONFIG = "adapter_config.json"
 """The name of the file."""
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "fan_in_fan_out": (False,),
+    "fan_in_fan_out": (True, False),  # PEFT computes by the class of the layer, whatever stands here
     "bias": ("none",),
     "modules_to_save": (None, []),
     # These schemes set A and B only. The others (pissa, olora, loftq, corda, lora_ga) change the base as well.
@@ -33,11 +35,9 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "layer_replication": (None, []),
     "lora_bias": (False,),
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
     "arrow_config": (None, {}),
     "megatron_config": (None, {}),
-    "ensure_weight_tying": (False,),
     "kasa_config": (None,),  # scales the rank's dimensions, and cuts the smallest singular values off the base
     "velora_config": (None,),  # approximates the gradients
     "monteclora_config": (None,),  # adds noise in training
@@ -48,7 +48,8 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 
 _USED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules",
-    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "target_parameters",
+    "ensure_weight_tying",
 }  # fmt: skip
 """The fields that `read_config` uses."""
 _WITHOUT_EFFECT = {
@@ -68,6 +69,8 @@ class AdapterConfig:
     """The settings of every layer, but for the patterns in `rules`."""
     rules: Rules
     """The rules that choose the layers, with rank_pattern and alpha_pattern."""
+    of_peft: bool = False
+    """Whether PEFT has written the file. Its configs have fields that ours have not."""
 
     def for_names(self, names: Collection[str], source: Path | str) -> AdapterConfig:
         """Return the config for a model with these plain names: its rules without the names of wrappers, and checked to
@@ -82,6 +85,8 @@ class AdapterConfig:
             {plain(key): alpha for key, alpha in (rules.alpha_pattern or {}).items()},
             rules.layers_to_transform,
             rules.layers_pattern,
+            [plain(each) for each in rules.target_parameters or ()],
+            rules.ensure_weight_tying,
         )
         for field, expressions in expressions_of(own).items():
             try:
@@ -110,8 +115,8 @@ def read_config(path: Path) -> AdapterConfig:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut short or not JSON; it is not a config of LoRA; a field has a value that LoraConfig
-            does not allow, or asks for something that `FusedLoRALinear` does not compute; a field is not known here and
-            is not off (false, null, 0 or empty), because it may change what is computed.
+            does not allow, or asks for something that is not computed here; a field is not known here and is not off
+            (false, null, 0 or empty), because it may change what is computed.
     """
     try:
         config = json.loads(atomic.contents(path), object_pairs_hook=_without_doubles)
@@ -160,7 +165,10 @@ def checked_config(config: Any, path: Path | str) -> AdapterConfig:
             config.get("alpha_pattern") or {},
             config.get("layers_to_transform"),
             config.get("layers_pattern"),
+            config.get("target_parameters") or (),
+            config.get("ensure_weight_tying", False),
         ),
+        "revision" in config or "peft_version" in config,
     )
 
 
@@ -170,12 +178,14 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "lora_dropout": (int, float),
     "use_rslora": (bool,),
     "use_dora": (bool,),
+    "ensure_weight_tying": (bool,),
     "rank_pattern": (dict, type(None)),
     "alpha_pattern": (dict, type(None)),
     "target_modules": (list, str),
     "exclude_modules": (list, str, type(None)),
     "layers_to_transform": (list, int, type(None)),
     "layers_pattern": (list, str, type(None)),
+    "target_parameters": (list, type(None)),
 }
 
 
@@ -194,6 +204,8 @@ def _check_types(config: dict[str, Any], path: Path | str) -> None:
         value = config.get(key, None if type(None) in types else types[0]())
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         inside = {"rank_pattern": (int,), "alpha_pattern": (int, float), "layers_to_transform": (int,)}.get(key, (str,))
+        if key == "target_modules" and value is None and config.get("target_parameters"):
+            continue
         # type() and not isinstance, because True is an int
         if type(value) not in types or not all(type(v) in inside for v in values):
             raise ValueError(f"{path}: {key}={value!r:.200} is not what LoraConfig has there")
@@ -212,7 +224,7 @@ def _check_numbers(config: dict[str, Any], path: Path | str) -> None:
             raise ValueError(f"{path}: {error}") from None
 
 
-def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str, Any]:
+def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, Any]:
     """Return the fields of LoraConfig that a reader of these layers' adapters needs. The others keep PEFT's defaults.
     Raises ValueError where layers differ in use_rslora or use_dora, because a config has one value of each, and where a
     layer's settings are such that no reader would take them."""
@@ -230,13 +242,15 @@ def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str,
         if having and len(having) < len(layers):
             raise ValueError(f"only some layers have {setting} ({some(having)}): PEFT's format has one setting for all")
     first = next(iter(layers.values()))
-    ranks = {name: layer.r for name, layer in layers.items()}
-    alphas = {name: layer.lora_alpha for name, layer in layers.items()}
+    named = {name: layer for name, layer in layers.items() if not layer.target_parameters}
+    parameters = {f"{name}.{key}": layer for name, layer in layers.items() for key in layer.target_parameters}
+    ranks = {name: layer.r for name, layer in (named | parameters).items()}
+    alphas = {name: layer.lora_alpha for name, layer in (named | parameters).items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     # PEFT matches the names in a list with the ends of modules' names too. So a list is exact only if no other module's
     # name ends in one of them.
-    names = sorted(layers)
-    exact = not any(name not in layers and matches(names, name) for name, _, _ in plain_names(model))
+    names = sorted(named)
+    exact = not any(name not in named and matches(names, name) for name, _, _ in plain_names(model))
     target = names if exact else "|".join(map(re.escape, names))
     kind = type(bare(model))
     return {
@@ -247,13 +261,16 @@ def config_of(model: nn.Module, layers: dict[str, FusedLoRALinear]) -> dict[str,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": max(layer.lora_dropout for layer in layers.values()),
+        # PEFT refuses dropout beside target_parameters, also for a model that is not trained.
+        "lora_dropout": 0.0 if parameters else max(layer.lora_dropout for layer in layers.values()),
         "use_rslora": first.use_rslora,
         "target_modules": target,
+        "target_parameters": sorted(parameters) or None,
+        "ensure_weight_tying": any(isinstance(layer, TiedLoRALinear) for layer in layers.values()),
         "rank_pattern": _pattern(ranks, r),
         "alpha_pattern": _pattern(alphas, alpha),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(layer, FusedLoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
         "use_dora": first.use_dora,
         "lora_bias": False,

@@ -22,23 +22,33 @@ from lora_kernels.models.targets import some
 WEIGHTS = "adapter_model.safetensors"
 """The name of PEFT's file of tensors."""
 
-MAGNITUDE = "magnitude_vector"
+MAGNITUDE = "lora_magnitude_vector"
 # The magnitude's key has no ".weight": it was a parameter in the first PEFT with DoRA, and became a module later.
 PEFT_KEY = re.compile(
-    rf"({WRAPPER}\.)*base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB](?=\.weight)|{MAGNITUDE}$)(\.weight)?"
+    rf"({WRAPPER}\.)*base_model\.model\.(?P<layer>.+)\."
+    rf"(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|{MAGNITUDE}(\.weight)?)"
 )
-LORALIB_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])")
+LORALIB_KEY = re.compile(r"(?P<layer>.+)\.(?P<part>lora_[AB])")
+
+_OTHER = {
+    "lora_A.weight": "lora_B.weight",
+    "lora_B.weight": "lora_A.weight",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora_embedding_B": "lora_embedding_A",
+}
+"""The part of a file that goes with each."""
+
+Parts = dict[str, Tensor]
+"""The tensors of a layer's adapter, by the part of their key in PEFT's file, as `AdapterLayer.file_parts` names it."""
 
 
 class LayerAdapter(NamedTuple):
-    """The adapter of one layer."""
+    """The adapter of one linear layer."""
 
     a: Tensor
     """A [r, in]."""
     b: Tensor
     """B [out, r]."""
-    m: Tensor | None = None
-    """DoRA's magnitude [out]; None without DoRA."""
 
 
 class StoredAdapters(NamedTuple):
@@ -46,8 +56,38 @@ class StoredAdapters(NamedTuple):
 
     source: str
     """The file, or another source, as errors name it."""
-    layers: dict[str, LayerAdapter]
+    layers: dict[str, Parts]
     """The adapters by layer name."""
+
+    def linear(self) -> dict[str, LayerAdapter]:
+        """Return A and B of each layer. Raises ValueError where the adapter of a layer is not that of a linear one."""
+        other = [
+            f"{name}.{shown(part)} {tuple(value.shape)}"
+            for name, parts in self.layers.items()
+            for part, value in parts.items()
+            if part not in ("lora_A.weight", "lora_B.weight") or value.ndim != 2
+        ]
+        if other:
+            raise ValueError(
+                f"{self.source} has adapters of layers that are not linear, and only those of linear layers are served "
+                f"here: {some(other)}"
+            )
+        return {
+            name: LayerAdapter(parts["lora_A.weight"], parts["lora_B.weight"]) for name, parts in self.layers.items()
+        }
+
+
+def shown(part: str) -> str:
+    """Return the part of a key as errors name it."""
+    return part.removesuffix(".weight")
+
+
+def pairs(parts: Parts) -> Iterator[tuple[str, str]]:
+    """Yield the parts of a layer's A and of its B, for each pair that it has."""
+    for part in parts:
+        at = part.rindex("lora_")
+        if part[at:] in ("lora_A.weight", "lora_embedding_A"):
+            yield part, part[:at] + _OTHER[part[at:]]
 
 
 def safetensors_torch() -> Any:
@@ -114,38 +154,39 @@ def one_save(directory: Path) -> Iterator[None]:
 def adapters_of(
     state: Mapping[str, Tensor], key: re.Pattern[str], dora: bool, source: str, names: Collection[str]
 ) -> StoredAdapters:
-    """Return A and B, and with `dora` m, of each layer, from tensors whose names the regular expression `key` matches.
-    The layers have the names of the model, whose plain names are `names`, also where the file was written from a
-    wrapped model.
+    """Return the adapter of each layer, with `dora` also its magnitude, from tensors whose names the regular expression
+    `key` matches. The layers have the names of the model, whose plain names are `names`, also where the file was
+    written from a wrapped model.
 
     Raises ValueError for a name that `key` does not match, for a layer that lacks a part or has one too many or two
     times, and for shapes or dtypes that an adapter cannot have.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Parts] = {}
     surplus, twice = [], []
     for k, tensor in sorted(state.items()):  # the order of a safetensors file differs between processes
         match = key.fullmatch(k)
         if match:
-            layer = plain_name(match["layer"], names)
-            if match["part"] in found.setdefault(layer, {}):
-                twice.append(f"{layer}.lora_{match['part']}")
-            found[layer][match["part"]] = tensor
+            layer, part = _divided(match["layer"], match["part"], names)
+            if part in found.setdefault(layer, {}):
+                twice.append(f"{layer}.{shown(part)}")
+            found[layer][part] = tensor
         else:
             surplus.append(k)
     if twice:
-        raise ValueError(f"{source} has two values for {some(twice)}, with and without the name of a wrapper")
+        raise ValueError(
+            f"{source} has two values for {some(twice)}, under two names, such as with and without that of a wrapper"
+        )
     if surplus:
-        known = f"lora_A, lora_B or lora_{MAGNITUDE}" if dora else "lora_A or lora_B"
+        known = f"lora_A, lora_B or {MAGNITUDE}" if dora else "lora_A or lora_B"
         bases = any(".base_layer." in k for k in surplus)
         way = ". PEFT leaves weights of the base out with save_pretrained(..., save_embedding_layers=False)"
         raise ValueError(
             f"{source} has keys that are no {known}: {some(surplus)}; nothing was loaded{way if bases else ''}"
         )
-    wanted = ("A", "B", MAGNITUDE) if dora else ("A", "B")
-    missing = [f"{name}.lora_{part}" for name, parts in found.items() for part in wanted if part not in parts]
+    missing = [f"{name}.{shown(part)}" for name, parts in found.items() for part in _missing(parts, dora)]
     if missing:
         raise ValueError(f"{source} lacks {some(missing)}; nothing was loaded")
-    beside = [f"{name}.lora_{part}" for name, parts in found.items() for part in parts if part not in wanted]
+    beside = [f"{name}.{MAGNITUDE}" for name, parts in found.items() if MAGNITUDE in parts and not dora]
     if beside:
         raise ValueError(
             f"{source} has {some(beside)}, but use_dora in {CONFIG} is false: the two files are not of one adapter. "
@@ -153,18 +194,52 @@ def adapters_of(
         )
     if not found:
         raise ValueError(f"{source} holds no adapter")
-    adapters = {name: LayerAdapter(parts["A"], parts["B"], parts.get(MAGNITUDE)) for name, parts in found.items()}
-    for name, (a, b, m) in adapters.items():
-        if odd := [f"{t.dtype}" for t in (a, b, m) if t is not None and not t.is_floating_point()]:
-            raise ValueError(f"{source}: the adapter of {name} is {odd[0]}, no floating type; nothing was loaded")
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+    for name, parts in found.items():
+        check_values(parts, name, source)
+    return StoredAdapters(source, found)
+
+
+def _divided(layer: str, part: str, names: Collection[str]) -> tuple[str, str]:
+    """Return the name of the layer that a key names, and the part of the key after it. Where PEFT has wrapped a module
+    and another inside it, the part begins with "base_layer."."""
+    if part in ("lora_A", "lora_B"):  # loralib's, which have no ".weight"
+        part += ".weight"
+    part = part.removesuffix(".weight") if part.startswith(MAGNITUDE) else part
+    name = plain_name(layer, names)
+    if name not in names and ".base_layer" in name:
+        outer, _, inner = f"{layer}.".partition(".base_layer.")
+        if inner or layer.endswith(".base_layer"):
+            return plain_name(outer, names), f"base_layer.{inner}{part}"
+    return name, part
+
+
+def _missing(parts: Parts, dora: bool) -> list[str]:
+    """Return the parts that are not there and should be."""
+    wanted = [part[: (at := part.rindex("lora_"))] + _OTHER[part[at:]] for part in parts if part != MAGNITUDE]
+    wanted = wanted or ["lora_A.weight", "lora_B.weight"]
+    return [part for part in wanted + [MAGNITUDE] * dora if part not in parts]
+
+
+def check_values(parts: Parts, name: str, source: str) -> None:
+    """Raise ValueError for shapes or dtypes that no adapter has."""
+    if odd := [f"{t.dtype}" for t in parts.values() if not t.is_floating_point()]:
+        raise ValueError(f"{source}: the adapter of {name} is {odd[0]}, no floating type; nothing was loaded")
+    for first, second in pairs(parts):
+        a, b = parts[first], parts[second]
+        if (
+            a.ndim < 2
+            or a.ndim != b.ndim
+            or not 0 < b.shape[1] <= a.shape[0]
+            or a.shape[0] % b.shape[1]
+            or (a.ndim == 2 and a.shape[0] != b.shape[1])
+        ):
             raise ValueError(
-                f"{source}: {name}.lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are not [r, in] and [out, r] "
-                "(as of a convolution, or of loralib's MergedLinear); nothing was loaded"
+                f"{source}: {name}.{shown(first)} {tuple(a.shape)} and {shown(second)} {tuple(b.shape)} are not "
+                "[r, in, ...] and [out, r, ...] (as those of loralib's MergedLinear); nothing was loaded"
             )
-        if m is not None and m.shape != b.shape[:1]:
+        m = parts.get(MAGNITUDE)
+        if m is not None and m.numel() != b.shape[0]:
             raise ValueError(
-                f"{source}: {name}.lora_{MAGNITUDE} {tuple(m.shape)} is not [out], a number for each row of lora_B "
+                f"{source}: {name}.{MAGNITUDE} {tuple(m.shape)} is not [out], a number for each row of {shown(second)} "
                 f"{tuple(b.shape)}; nothing was loaded"
             )
-    return StoredAdapters(source, adapters)

@@ -18,11 +18,14 @@ from lora_kernels.models.adapter_checks import (
     refuse_empty,
     refuse_unsaved_parts,
 )
-from lora_kernels.models.adapter_files import LayerAdapter, StoredAdapters
+from lora_kernels.models.adapter_files import Parts, StoredAdapters
+from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport
-from lora_kernels.models.targets import Selection, lora_layers, some
-from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.models.selection import Selection
+from lora_kernels.models.targets import some
+from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.settings import scaling_of
+from lora_kernels.nn.tied import TiedLoRALinear
 
 
 def apply_stored(
@@ -30,10 +33,14 @@ def apply_stored(
 ) -> ApplyReport:
     """Put LoRA layers with the values of `stored` into a plain model, write `others`, and return the report."""
     check_names(stored, {target.name for target in selection.targets}, model)
-    for target in selection.targets:
-        check_shapes(stored, target.name, target.settings.r, target.linear)
 
-    def fill(name: str, layer: FusedLoRALinear) -> None:
+    filled: dict[str, AdapterLayer] = {}
+
+    def fill(name: str, layer: AdapterLayer) -> None:
+        filled[name] = layer
+        check_shapes(stored, name, layer)
+        if any(isinstance(each, TiedLoRALinear) for each in filled.values()):
+            check_ties(stored, filled)
         refuse_empty({name: layer})
         with _written(_pairs(layer, stored.layers[name])):
             pass
@@ -56,7 +63,7 @@ def fill_stored(
     check_names(stored, set(layers), model)
     check_kind(stored, layers)
     for name, layer in layers.items():
-        check_shapes(stored, name, layer.r, layer)
+        check_shapes(stored, name, layer)
         if not math.isfinite(alphas[name]):
             raise ValueError(f"{stored.source}: lora_alpha of {name} is {alphas[name]}")
     merged = [name for name, layer in layers.items() if layer.merged]
@@ -72,9 +79,11 @@ def fill_stored(
     return ApplyReport(tuple(AdaptedLayer.of(name, layer) for name, layer in layers.items()), {}, ())
 
 
-def _pairs(layer: FusedLoRALinear, adapter: LayerAdapter) -> list[tuple[nn.Parameter, Tensor]]:
-    own = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector if layer.use_dora else None
-    return [(p, value) for p, value in zip(own, adapter, strict=True) if p is not None and value is not None]
+def _pairs(layer: AdapterLayer, adapter: Parts) -> list[tuple[nn.Parameter, Tensor]]:
+    return [
+        (layer.get_parameter(part.parameter), layer.from_file(key, adapter[key]))
+        for key, part in layer.file_parts().items()
+    ]
 
 
 @contextlib.contextmanager

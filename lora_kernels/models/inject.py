@@ -1,4 +1,4 @@
-"""LoRA in a plain PyTorch model: `apply_lora` puts `FusedLoRALinear` where PEFT would put its LoRA layers.
+"""LoRA in a plain PyTorch model: `apply_lora` puts layers with adapters where PEFT would put its LoRA layers.
 
 `mark_only_lora_as_trainable` chooses the parameters that are trained, `adapter_parameters` yields the adapters',
 `trainable_parameters` counts the trained ones, and `merge_and_unload` makes the model plain again.
@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from lora_kernels.backends import dispatch
+from lora_kernels.models import ties
+from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport, TrainableParameters
-from lora_kernels.models.targets import Names, Rules, Selection, Target, lora_layers, select, some, told_by_reason
+from lora_kernels.models.selection import Selection, select
+from lora_kernels.models.targets import Names, Rules, some, told_by_reason
 from lora_kernels.nn import dry_run, offload, readers
-from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.adapter import AdapterLayer, is_adapter
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
 
@@ -29,8 +32,10 @@ def apply_lora(
     r: int = 8,
     lora_alpha: float = 8,
     lora_dropout: float = 0.0,
-    target_modules: Names = "all-linear",
+    target_modules: Names | None = None,
     exclude_modules: Names | None = None,
+    target_parameters: Sequence[str] | None = None,
+    ensure_weight_tying: bool = False,
     use_rslora: bool = False,
     use_dora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
@@ -45,9 +50,14 @@ def apply_lora(
     init: str = "kaiming",
     verify: Any = None,
 ) -> ApplyReport:
-    """Replace every ``nn.Linear`` layer that matches, in place, by a `FusedLoRALinear` over the same weight, and freeze
-    every parameter outside the adapters. The rules and defaults are those of PEFT's ``LoraConfig``; PEFT itself is not
-    needed.
+    """Put LoRA on every layer that matches, in place: a `FusedLoRALinear` over the same weight takes the place of an
+    ``nn.Linear``, and so on, and every parameter outside the adapters is frozen. The rules and defaults are those of
+    PEFT's ``LoraConfig``; PEFT itself is not needed.
+
+    A `FusedLoRALinear` goes in the place of an ``nn.Linear``, and a layer of its kind in the place of transformers'
+    Conv1D. Where target_modules name them, `FusedLoRAEmbedding`, `FusedLoRAConv1d` (2d, 3d) and
+    `FusedLoRAMultiheadAttention` take the places of embeddings, convolutions and ``nn.MultiheadAttention``. Where
+    target_parameters name the weights of experts, a `FusedLoRAExperts` takes the place of the module that holds them.
 
     Args:
         model: any module. It is changed in place. The rules see a layer that stands at several places by its first
@@ -55,29 +65,36 @@ def apply_lora(
         r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend: as for `FusedLoRALinear`, but
             lora_alpha is 8 by default, as in PEFT. As in PEFT too, the adapters are in fp32 beside fp16 and bf16
             weights, unless adapter_dtype is the weights' dtype.
-        target_modules: "all-linear" stands for every ``nn.Linear`` but the one that ``model.get_output_embeddings()``
-            returns, if the model has that method. Another string is a regular expression that the whole dotted name
-            must match. Several names choose the layers whose dotted name is one of them, or ends in ``.`` and one of
-            them.
+        target_modules: "all-linear" stands for every ``nn.Linear`` and Conv1D but the one that
+            ``model.get_output_embeddings()`` returns, if the model has that method. Another string is a regular
+            expression that the whole dotted name must match. Several names choose the layers whose dotted name is one
+            of them, or ends in ``.`` and one of them. None is "all-linear", or no layer where target_parameters are
+            given.
         exclude_modules: a regular expression or names, in the same way. It wins over target_modules.
+        target_parameters: the names of parameters, or their ends after a dot, such as "experts.gate_up_proj" and
+            "experts.down_proj" of the experts of transformers. Their ranks and alphas go by these names too.
+        ensure_weight_tying: where an embedding and a head have one weight, and target_modules name one of the two, both
+            get one adapter (see `lora_kernels.nn.tied.TiedLoRALinear`), so that they can be merged into one weight
+            again. There is a warning where the model has no such layers.
         rank_pattern, alpha_pattern: r and lora_alpha by name. Each key is a regular expression for the whole dotted
             name, or for its end after a dot. The first key that matches counts.
         layers_to_transform: the numbers of the blocks whose layers get LoRA, where target_modules are ends of names.
         layers_pattern: the name (or names) of the list of blocks that these numbers count in; None is any list.
-        quant: "nf4", "fp4", "int8" or "fp8" keeps the frozen weights in that format only (QLoRA): each layer becomes a
-            `QuantizedLoRALinear`, and the report gives the bytes. Other modules that share such a weight keep the dense
-            one. The dense model and all quantised weights are in memory together for a moment.
+        quant: "nf4", "fp4", "int8" or "fp8" keeps the frozen weights of linear layers in that format only (QLoRA): each
+            becomes a `QuantizedLoRALinear`, and the report gives the bytes. Other modules that share such a weight keep
+            the dense one. The dense model and all quantised weights are in memory together for a moment. Layers of
+            other kinds keep their dense weights.
         blocksize, double_quant: for nf4 and fp4, as in `quantize_weight`.
-        init: as for `FusedLoRALinear.from_linear`.
+        init: as for `FusedLoRALinear.from_linear`; for linear layers only.
         verify: inputs of the model, with which `ApplyReport.verify` is run at the end: a mapping of keywords, a tuple
             or list of arguments, or one argument. True stands for ``model.dummy_inputs``. There is a warning if an
             adapter turns out to be without effect.
 
-    "all-linear" leaves every module that is not exactly an ``nn.Linear`` as it is, and the report gives the reason.
-    These are quantised layers, GPT-2's Conv1D (its checkpoints hold W transposed; use PEFT and `fuse`), subclasses
-    (``nn.MultiheadAttention`` reads the weight of its out_proj without calling it, so an adapter would have no effect),
-    layers whose weight is a subclass of Parameter (sharded, quantised), and layers with hooks, which would be lost.
-    Where a pattern or a name matches such a module, or no linear layer at all, ValueError is raised.
+    "all-linear" leaves every module that is not exactly an ``nn.Linear`` or Conv1D as it is, and the report gives the
+    reason. These are quantised layers, subclasses (``nn.MultiheadAttention`` reads the weight of its out_proj without
+    calling it, so an adapter would have no effect), layers whose weight is a subclass of Parameter (sharded,
+    quantised), and layers with hooks, which would be lost. Where a pattern or a name matches a module that cannot be
+    replaced, or nothing at all, ValueError is raised.
 
     A layer whose parent reads its weight instead of calling it, as Mamba's mixers do with out_proj, x_proj and dt_proj,
     is refused in the same two ways, and "all-linear" also warns. This is found in the source of the parent's forward.
@@ -88,10 +105,11 @@ def apply_lora(
     use_nested_tensor to False in the ``nn.TransformerEncoder`` around them), and stays off.
 
     Raises:
-        ValueError: nothing matches, or a match cannot be replaced; the model has LoRA layers already; a value that
-            `FusedLoRALinear` refuses; an unknown backend; layers_to_transform with a string; a weight that `quant`
-            cannot hold (NaN, or an odd K in 4 bits), by name.
-        TypeError: an adapter_dtype that does not go with a weight's.
+        ValueError: nothing matches, or a match cannot be replaced; the model has layers with adapters already; a value
+            that a layer of its kind refuses, such as use_dora for experts; an unknown backend; layers_to_transform with
+            a string; patterns that give two parameters of one module, or a head and the embedding that it is tied to,
+            several ranks or alphas; a weight that `quant` cannot hold (NaN, or an odd K in 4 bits), by name.
+        TypeError: an adapter_dtype that does not go with a weight's; target_parameters that are no list.
         ImportError: a backend that is not installed.
         re.error: a string that is no regular expression.
         After any of these, the model is unchanged.
@@ -99,7 +117,12 @@ def apply_lora(
     settings = LoRASettings(
         r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype, backend, quant, blocksize, double_quant, init
     )
-    rules = Rules(target_modules, exclude_modules, rank_pattern, alpha_pattern, layers_to_transform, layers_pattern)
+    if target_modules is None:
+        target_modules = () if target_parameters else "all-linear"
+    rules = Rules(
+        target_modules, exclude_modules, rank_pattern, alpha_pattern, layers_to_transform, layers_pattern,
+        target_parameters, ensure_weight_tying,
+    )  # fmt: skip
     selection = select(model, settings, rules)
     if backend is not None:
         dispatch.load(backend)
@@ -127,23 +150,30 @@ def _warn(report: ApplyReport, selection: Selection) -> None:
             warnings.warn(f"{what}: {told_by_reason(reasons)}", stacklevel=3)
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Replace every `FusedLoRALinear` by a plain ``nn.Linear`` with weight W + s·B·A, or with DoRA d ⊙ that (see
-    `FusedLoRALinear.merge`). Returns `model`, or the new layer where `model` is a `FusedLoRALinear` itself.
+def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
+    """Replace every layer with an adapter by the plain layer that it stands for, with the adapter merged into its
+    weights: W + s·B·A, or with DoRA d ⊙ that (see `FusedLoRALinear.merge`). Returns `model`, or the new layer where
+    `model` is such a layer itself.
 
-    Every parameter is frozen afterwards, as PEFT leaves it: call ``requires_grad_()`` on those that are to train.
-    Other modules whose weights were tied to a merged one keep W. The layers of an offloaded model (accelerate) stay
-    offloaded; their merged weights are kept in the CPU's memory.
+    Every parameter is frozen afterwards, as PEFT leaves it: call ``requires_grad_()`` on those that are to train. The
+    layers of an offloaded model (accelerate) stay offloaded; their merged weights are kept in the CPU's memory.
+
+    Of a table that an embedding and a head share, a merge changes only the one with the adapter. So it is refused where
+    the other would be lost: for an embedding, and for every layer of a transformers model whose config ties weights,
+    which would be saved and loaded with one of the two weights for both. With `untie` each gets a weight of its own,
+    and ``config.tie_word_embeddings`` becomes False. Adapters that were tied (``ensure_weight_tying``) are merged into
+    one weight for both. Other linear layers whose weights were tied to a merged one keep W.
 
     Raises:
-        ValueError: there is no `FusedLoRALinear`, merging one gives weights that are not finite, or torch.compile has
-            compiled one on its own.
+        ValueError: there is no layer with an adapter, merging one gives weights that are not finite, a layer's adapter
+            cannot be merged (a convolution with groups), a shared table would be parted without `untie`, or
+            torch.compile has compiled a layer on its own.
         NotImplementedError: a layer is tensor parallel.
         After any of these, the model is unchanged.
     """
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("the model has no FusedLoRALinear: nothing to merge")
+        raise ValueError("the model has no layer with an adapter: nothing to merge")
     own = {name: own_name for name, own_name, _ in plain_names(model)}
     compiled = [name or "the model" for name in layers if own[name].rpartition(".")[2] == "_orig_mod"]
     if compiled:
@@ -154,26 +184,33 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     # All merges are tried before anything is changed. Keeping their results would hold every weight twice in memory.
     for name, layer in layers.items():
         try:
-            layer.to_linear()
+            layer.to_plain()
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{name or 'the model'}: {error}") from None
+    merged = ties.plan(model, layers, untie)
     places = places_of(model)
     for layer in layers.values():
-        linear = layer.to_linear().requires_grad_(False)
-        offload.offload_like(layer, linear)
+        plain = layer.to_plain().requires_grad_(False)
+        offload.offload_like(layer, plain)
         if layer is model:
-            return linear
+            return plain
         for place in places[id(layer)]:
-            put(model, place, linear)
+            put(model, place, plain)
+    for embedding, head in merged.pairs:
+        ties.tie(model, embedding, head)
+    if merged.parted:
+        ties.untie_config(model)
     return model
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the adapter's parameters of every `FusedLoRALinear` in `model`, also where they are frozen: lora_A, lora_B
-    and with DoRA lora_magnitude_vector."""
+    """Yield the parameters of every adapter in `model`, also where they are frozen: A and B of each layer, and with
+    DoRA its magnitude. One that layers share comes once."""
+    seen: set[int] = set()
     for layer in lora_layers(model).values():
-        for name, parameter in layer.named_parameters(recurse=False):
-            if name.startswith("lora_"):
+        for name, parameter in layer.named_parameters():
+            if is_adapter(name) and id(parameter) not in seen:
+                seen.add(id(parameter))
                 yield parameter
 
 
@@ -181,26 +218,27 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Literal["none", "all", "
     """Freeze everything but the adapters, as loralib's function of this name does. Frozen adapters stay frozen.
 
     Args:
-        model: a model with `FusedLoRALinear` layers.
+        model: a model with adapters.
         bias: "none" trains no bias, "all" every parameter whose own name has "bias" in it, "lora_only" the biases of
             the layers with an adapter.
 
     Raises:
-        ValueError: another `bias`, or a model without `FusedLoRALinear`; nothing is changed.
+        ValueError: another `bias`, or a model without adapters; nothing is changed.
     """
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f'bias must be "none", "all" or "lora_only", got {bias!r}')
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("the model has no FusedLoRALinear: apply_lora(model) first")
+        raise ValueError("the model has no layer with an adapter: apply_lora(model) first")
     adapters = {id(parameter) for parameter in adapter_parameters(model)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad = bias == "all" and "bias" in name.rpartition(".")[2]
     if bias == "lora_only":
         for layer in layers.values():
-            if layer.bias is not None:
-                layer.bias.requires_grad_(True)
+            for name, parameter in layer.named_parameters():
+                if "bias" in name.rpartition(".")[2] and not is_adapter(name):
+                    parameter.requires_grad = True
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
@@ -213,15 +251,15 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 
 
 def put_layers(
-    model: nn.Module, selection: Selection, fill: Callable[[str, FusedLoRALinear], None] | None = None
+    model: nn.Module, selection: Selection, fill: Callable[[str, AdapterLayer], None] | None = None
 ) -> ApplyReport:
-    """Replace every target by a `FusedLoRALinear`, freeze the rest and return the report. `fill` gets the name of each
-    new layer and the layer, to write values into its adapter. On an error nothing is changed."""
+    """Replace every target by its layer with an adapter, freeze the rest and return the report. `fill` gets the name of
+    each new layer and the layer, to write values into its adapter. On an error nothing is changed."""
     return _replaced(model, selection, fill)[0]
 
 
 def _replaced(
-    model: nn.Module, selection: Selection, fill: Callable[[str, FusedLoRALinear], None] | None = None
+    model: nn.Module, selection: Selection, fill: Callable[[str, AdapterLayer], None] | None = None
 ) -> tuple[ApplyReport, Callable[[], None]]:
     """Do what `put_layers` does, and return the report and a function that undoes it."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -229,26 +267,33 @@ def _replaced(
 
     def put_back() -> None:
         for target in selection.targets:
-            for place in places[id(target.linear)]:
-                put(model, place, target.linear)
-        for parameter, requires_grad in trained:  # from_linear freezes the weights that it takes over
+            for place in places[id(target.module)]:
+                put(model, place, target.module)
+        for parameter, requires_grad in trained:  # from_settings freezes the weights that it takes over
             parameter.requires_grad = requires_grad
 
     try:
-        layers = [_adapted(target) for target in selection.targets]
+        made: dict[nn.Module, AdapterLayer] = {}
+        for target in sorted(selection.targets, key=lambda target: target.tied_to is not None):
+            made[target.module] = target.adapted(made)
+        layers = [made[target.module] for target in selection.targets]
         for target, layer in zip(selection.targets, layers, strict=True) if fill else ():
             fill(target.name, layer)  # type: ignore[misc]
         packed = [layer for layer in layers if isinstance(layer, QuantizedLoRALinear)]
-        before = sum(target.linear.weight.nbytes for target in selection.targets)
+        before = sum(
+            target.module.weight.nbytes  # type: ignore[union-attr, misc]
+            for target, layer in zip(selection.targets, layers, strict=True)
+            if isinstance(layer, QuantizedLoRALinear)
+        )
         for parameter, _ in trained:
             parameter.requires_grad = False  # not requires_grad_(), which a lazy layer's parameter refuses
         for target, layer in zip(selection.targets, layers, strict=True):
-            for place in places[id(target.linear)]:
+            for place in places[id(target.module)]:
                 put(model, place, layer)
     except BaseException:
         put_back()
         raise
-    reopen = readers.close_fast_paths(model, FusedLoRALinear)
+    reopen = readers.close_fast_paths(model, AdapterLayer)
 
     def undo() -> None:
         reopen()
@@ -262,13 +307,6 @@ def _replaced(
         selection.doubted,
     )
     return report, undo
-
-
-def _adapted(target: Target) -> FusedLoRALinear:
-    try:
-        return FusedLoRALinear.from_settings(target.linear, target.settings)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{target.name}: {error}") from None
 
 
 def places_of(model: nn.Module) -> dict[int, list[str]]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels.models.targets import by_reason, lora_layers, some
+from lora_kernels.models.kinds import lora_layers
+from lora_kernels.models.targets import by_reason, some
 from lora_kernels.nn import dry_run
+from lora_kernels.nn.adapter import AdapterLayer, is_adapter
 from lora_kernels.nn.dry_run import Inputs, Watched
-from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 
 
@@ -21,16 +22,16 @@ class AdaptedLayer:
     name: str
     r: int
     lora_alpha: float
-    in_features: int
-    out_features: int
+    size: str
+    """The size of the base, such as "768 → 3072"."""
     use_dora: bool = False
     quant: str | None = None
 
     @classmethod
-    def of(cls, name: str, layer: FusedLoRALinear) -> AdaptedLayer:
+    def of(cls, name: str, layer: AdapterLayer) -> AdaptedLayer:
         """Return the entry for `layer`."""
         quant = layer.format if isinstance(layer, QuantizedLoRALinear) else None
-        return cls(name, layer.r, layer.lora_alpha, layer.in_features, layer.out_features, layer.use_dora, quant)
+        return cls(name, layer.r, layer.lora_alpha, layer.size, layer.use_dora, quant)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class ApplyReport:
     """The replaced layers whose weights their parents may read without calling them, and how. `verify` finds out."""
     without_effect: dict[str, str] = field(default_factory=dict)
     """The replaced layers whose adapters a forward passes over, and why, where `verify` has looked."""
+    converted: dict[str, float] = field(default_factory=dict)
+    """The relative error ‖ΔW - s·B A‖ / ‖ΔW‖ of each adapter of another format that was factored anew."""
 
     def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> ApplyReport:
         """Run ``model(*args, **kwargs)`` to see which adapters take part in it, and return the report with
@@ -59,7 +62,7 @@ class ApplyReport:
 
         Raises:
             ValueError: no inputs, and a model without dummy_inputs, or one that cannot run with them; a model without
-                `FusedLoRALinear`.
+                adapters.
         """
         return self.verified_with(model, Inputs(args, kwargs) if args or kwargs else dry_run.inputs_for(model, True))
 
@@ -67,7 +70,7 @@ class ApplyReport:
         """Return what `verify` returns, for inputs as one object."""
         layers = lora_layers(model)
         if not layers:
-            raise ValueError("the model has no FusedLoRALinear: apply_lora(model) first")
+            raise ValueError("the model has no layer with an adapter: apply_lora(model) first")
         watched = {name: _watched(layer) for name, layer in layers.items() if not layer.merged}
         return replace(self, doubted={}, without_effect=dry_run.passed_over(model, watched, inputs))
 
@@ -76,8 +79,7 @@ class ApplyReport:
         lines = [f"{'module':<{width}}  {'r':>4}  {'alpha':>6}  in → out"]
         for layer in self.layers:
             kind = f"  {layer.quant}" if layer.quant else "  DoRA" if layer.use_dora else ""
-            shape = f"{layer.in_features} → {layer.out_features}{kind}"
-            lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {shape}")
+            lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {layer.size}{kind}")
         if self.quantised is not None:
             before, after = self.quantised
             lines.append(f"their weights: {before:,} → {after:,} bytes ({100 * after / before:.1f} %)")
@@ -86,6 +88,9 @@ class ApplyReport:
             f"without effect, {reason}: {some(names)}" for reason, names in by_reason(self.without_effect).items()
         ]
         lines += [f"in doubt, {reason}: {some(names)}" for reason, names in by_reason(self.doubted).items()]
+        if self.converted:
+            told = [f"{name} ({error:.1e})" for name, error in self.converted.items()]
+            lines.append(f"factored anew, with the relative error of the update: {some(told)}")
         if self.unused:
             lines.append(f"matched nothing: {', '.join(self.unused)}")
         return "\n".join(lines)
@@ -103,6 +108,7 @@ class TrainableParameters:
         return f"trainable: {self.trainable:,} of {self.total:,} ({percent:.2f} %)"
 
 
-def _watched(layer: FusedLoRALinear) -> Watched:
-    own = [p for name, p in layer.named_parameters(recurse=False) if not name.startswith("lora_") and name != "bias"]
-    return Watched(layer, own, [layer.lora_A])
+def _watched(layer: AdapterLayer) -> Watched:
+    own = dict(layer.named_parameters())
+    weights = [p for name, p in own.items() if not is_adapter(name) and "bias" not in name.rpartition(".")[2]]
+    return Watched(layer, weights, [p for name, p in own.items() if is_adapter(name) and p.ndim > 1])

@@ -1,21 +1,16 @@
-"""The choice of the layers of a model that get LoRA, by PEFT's rules for names, and the reasons against the others."""
+"""PEFT's rules that choose layers, ranks and alphas by name, and the names of layers as messages show them."""
 
 from __future__ import annotations
 
 import functools
 import re
-import warnings
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lora_kernels.models.names import bare, plain_names
-from lora_kernels.nn import fit, readers
-from lora_kernels.nn.linear import FusedLoRALinear
-from lora_kernels.nn.settings import LoRASettings
+from lora_kernels.models.names import bare
 
 Names = str | Iterable[str]
 """A regular expression for a layer's whole dotted name, or several names of layers. A name stands for every layer whose
@@ -33,105 +28,50 @@ class Rules:
     alpha_pattern: Mapping[str, float] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: Names | None = None
+    target_parameters: Sequence[str] | None = None
+    ensure_weight_tying: bool = False
 
 
-@dataclass(frozen=True)
-class Target:
-    """A layer to replace."""
+class Chosen:
+    """The modules of a model that a set of rules names."""
 
-    name: str
-    """Its first dotted name in the model, without the names of wrappers."""
-    linear: nn.Linear
-    """The layer itself."""
-    settings: LoRASettings
-    """The settings of the layer that replaces it."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The layers of a model that a set of rules chooses."""
-
-    targets: list[Target]
-    passed_over: dict[str, str] = field(default_factory=dict)
-    """The reason why a layer that looks linear is left as it is, for each of these layers."""
-    unused: tuple[str, ...] = ()
-    """The names and patterns of the rules that no target matches."""
-    doubted: dict[str, str] = field(default_factory=dict)
-    """The targets whose weights their parents may read without calling them, and how."""
-    read: dict[str, str] = field(default_factory=dict)
-    """Those of `passed_over` that "all-linear" leaves because their parents read their weights, and how."""
-
-
-def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
-    """Return the layers that `apply_lora` replaces, each with `settings` and its own r and lora_alpha. Nothing is
-    changed. Raises what `apply_lora` raises."""
-    _refuse_adapted(model)
-    wanted, excluded = _names(rules.target_modules), _names(rules.exclude_modules or ())
-    lists = (rules.layers_pattern,) if isinstance(rules.layers_pattern, str) else tuple(rules.layers_pattern or ())
-    numbers = rules.layers_to_transform
-    blocks = frozenset((numbers,) if isinstance(numbers, int) else numbers or ())
-    if blocks and isinstance(wanted, str):
-        raise ValueError("layers_to_transform goes with a list of target_modules, not with a string")
-    every = isinstance(wanted, str) and wanted.lower() == "all-linear"
-    head = _output_head(bare(model)) if every else None
-
-    targets: list[Target] = []
-    reached: list[str] = []
-    passed_over: dict[str, str] = {}
-    unfit: dict[str, str] = {}
-    doubted: dict[str, str] = {}
-    read: dict[str, str] = {}
-    for name, wrapped_name, module in plain_names(model):
-        if not name:
-            continue
-        if every:
-            matched = _looks_linear(module)
-        else:
-            # As in PEFT, layers_to_transform does not apply to a layer whose whole name is in target_modules.
-            matched = matches(wanted, name, wrapped_name) and (
-                not blocks or name in wanted or _block(name, lists) in blocks
-            )
-        if matches(excluded, name, wrapped_name):
-            reason = "in exclude_modules"
-        elif every and module is head:
-            reason = "the output head"
-        elif not matched:
-            reason = "not in target_modules"
-        else:
-            reason = _why_not_in_wrapper(wrapped_name) or fit.why_not(module, in_place=True)
-            if not reason and (reading := readers.reading_in(model, wrapped_name)):
-                if reading.always:
-                    reason = str(reading)
-                    read[name] = reason
-                else:
-                    doubted[name] = str(reading)
-            if not reason and settings.quant and (method := readers.conversion_in(model, wrapped_name)):
-                doubted[name] = f"{method} may convert x to the dtype of its weight, and quantised codes are int8"
-            if reason and not every:
-                unfit[name] = reason
-                continue
-        if not reason:
-            assert isinstance(module, nn.Linear)
-            r = by_pattern(rules.rank_pattern, name, settings.r, wrapped_name)
-            alpha = by_pattern(rules.alpha_pattern, name, settings.lora_alpha, wrapped_name)
-            targets.append(Target(name, module, replace(settings, r=r, lora_alpha=alpha)))
-            reached += [name, wrapped_name]
-        elif _looks_linear(module):
-            passed_over[name] = reason
-    if unfit:
-        raise ValueError(
-            f"target_modules match modules that cannot be replaced: {told_by_reason(unfit)}. Name others, or add these "
-            "to exclude_modules"
+    def __init__(self, model: nn.Module, rules: Rules) -> None:
+        parameters, numbers = rules.target_parameters, rules.layers_to_transform
+        self.wanted, self._excluded = _names(rules.target_modules), _names(rules.exclude_modules or ())
+        self._lists = (
+            (rules.layers_pattern,) if isinstance(rules.layers_pattern, str) else tuple(rules.layers_pattern or ())
         )
-    if not targets:
-        raise ValueError(_nothing(model, wanted, passed_over))
-    _warn_of_ddp(model, targets)
-    return Selection(targets, passed_over, _unused(rules, wanted, reached), doubted, read)
+        self._blocks = frozenset((numbers,) if isinstance(numbers, int) else numbers or ())
+        if self._blocks and isinstance(self.wanted, str):
+            raise ValueError("layers_to_transform goes with a list of target_modules, not with a string")
+        self.every = isinstance(self.wanted, str) and self.wanted.lower() == "all-linear"
+        self._head = _output_head(bare(model)) if self.every else None
+        if isinstance(parameters, str):
+            raise TypeError(f"target_parameters must be a list of names, got {parameters!r:.200}")
+        self._parameters = frozenset(parameters or ())
+        self.fields = "target_modules or target_parameters" if parameters else "target_modules"
+        """The fields of the rules, as errors name them."""
+
+    def parameters(self, module: nn.Module, *names: str) -> tuple[str, ...]:
+        """Return the own parameters of the module with these names that target_parameters name."""
+        return parameters_of(module, self._parameters, *names)
+
+    def why_left(self, module: nn.Module, name: str, wrapped_name: str) -> str:
+        """Return why the rules leave a module as it is, or "" where they choose it."""
+        if matches(self._excluded, name, wrapped_name):
+            return "in exclude_modules"
+        if self.every:
+            return "not linear" if not looks_linear(module) else "the output head" if module is self._head else ""
+        # As in PEFT, layers_to_transform does not apply to a layer whose whole name is in target_modules.
+        free = not self._blocks or name in self.wanted or _block(name, self._lists) in self._blocks
+        return "" if free and matches(self.wanted, name, wrapped_name) else "not in target_modules"
 
 
-def lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
-    """Return every `FusedLoRALinear` in `model` by its first name, without the names of wrappers."""
-    return {name: module for name, _, module in plain_names(model) if isinstance(module, FusedLoRALinear)}
+def parameters_of(module: nn.Module, wanted: Collection[str], *names: str) -> tuple[str, ...]:
+    """Return the own parameters of the module with these names that `wanted` has, by PEFT's rule for target_parameters:
+    ``module.parameter`` is one of them, or ends in a dot and one of them."""
+    own = (key for key, _ in module.named_parameters(recurse=False)) if wanted else ()
+    return tuple(key for key in own if matches(wanted, *(f"{name}.{key}" for name in names)))
 
 
 def matches(names: str | Collection[str], *dotted: str) -> bool:
@@ -176,10 +116,11 @@ def _ends(name: str) -> Iterator[str]:
         name = name.partition(".")[2]
 
 
-def _unused(rules: Rules, wanted: str | Collection[str], names: list[str]) -> tuple[str, ...]:
+def unused(rules: Rules, wanted: str | Collection[str], names: list[str]) -> tuple[str, ...]:
     """Return the names of `wanted` and the patterns of `rules` that match none of the targets' names."""
     ends = {end for name in names for end in _ends(name)}
     unused = [] if isinstance(wanted, str) else [name for name in wanted if name not in ends]
+    unused += [f"target_parameters {name}" for name in rules.target_parameters or () if name not in ends]
     for kind, pattern in (("rank_pattern", rules.rank_pattern), ("alpha_pattern", rules.alpha_pattern)):
         used = {_key(pattern or {}, name) for name in names}
         unused += [f"{kind} {key}" for key in pattern or {} if key not in used]
@@ -246,57 +187,12 @@ def _block(name: str, lists: Sequence[str]) -> int | None:
     return None
 
 
-def _looks_linear(module: nn.Module) -> bool:
-    # The name of the class counts too, since quantised layers and transformers' Conv1D, which need not be an nn.Linear,
-    # belong in the report.
+def looks_linear(module: nn.Module) -> bool:
+    """Return whether a module is one of those that "all-linear" stands for, or belongs in the report beside them. The
+    name of its class counts too, for quantised layers and transformers' Conv1D, which need not be an nn.Linear."""
     kind = type(module).__name__
     leaf = not any(True for _ in module.children())
     return isinstance(module, nn.Linear) or (leaf and ("Linear" in kind or kind == "Conv1D"))
-
-
-def _why_not_in_wrapper(wrapped_name: str) -> str:
-    """Return why a layer cannot be replaced inside the wrapper around it alone, or "" where it can."""
-    if wrapped_name.rpartition(".")[2] == "_orig_mod":
-        return "torch.compile has compiled this layer on its own and would go on calling it: apply LoRA, then compile"
-    return ""
-
-
-def _warn_of_ddp(model: nn.Module, targets: list[Target]) -> None:
-    """Warn if DistributedDataParallel, which reduces the gradients of the parameters that it was made with, is around a
-    target."""
-    inside = {id(target.linear) for target in targets}
-    kind = nn.parallel.DistributedDataParallel
-    if any(isinstance(ddp, kind) and any(id(m) in inside for m in ddp.modules()) for ddp in model.modules()):
-        warnings.warn(
-            "the model is in DistributedDataParallel already, which will not reduce the gradients of new adapters: "
-            "add LoRA first, then wrap the model",
-            stacklevel=4,
-        )
-
-
-def _refuse_adapted(model: nn.Module) -> None:
-    layers = lora_layers(model)
-    if layers:
-        raise ValueError(
-            f"the model has FusedLoRALinear already ({some([name or 'itself' for name in layers])}): "
-            "merge_and_unload(model) first, or give all target_modules in one call"
-        )
-    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
-        raise ValueError("the model has layers of PEFT: call lora_kernels.fuse(model) instead")
-
-
-def _nothing(model: nn.Module, wanted: str | Collection[str], passed_over: dict[str, str]) -> str:
-    """Return the error message for rules that match no layer."""
-    if isinstance(bare(model), nn.Linear):
-        return "the model is an nn.Linear itself and cannot be replaced in place: FusedLoRALinear.from_linear(model)"
-    if not passed_over:
-        kinds = Counter(type(module).__name__ for module in model.modules())
-        return f"the model has no nn.Linear; it has {some([f'{n} {kind}' for kind, n in kinds.most_common()])}"
-    asked = repr(wanted) if isinstance(wanted, str) else some([repr(n) for n in wanted])
-    end = isinstance(wanted, str) and any(matches((wanted,), name) for name in passed_over)
-    hint = f". A string is a regular expression for the whole name: [{wanted!r}] is for ends of names" if end else ""
-    has = told_by_reason(passed_over)
-    return f"target_modules ({asked:.200}) match no nn.Linear to replace; the model has {has}{hint}"
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -17,16 +17,22 @@ class FilePart(NamedTuple):
     """A tensor of an adapter in PEFT's file."""
 
     parameter: str
-    """The name of the layer's own parameter that holds it."""
+    """The name of the layer's own parameter that holds it. That of a child's parameter has dots."""
     shape: tuple[int, ...]
     """The shape in the file."""
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether the parameter of a layer with this name belongs to its adapter."""
+    return name.rpartition(".")[2].startswith("lora_")
 
 
 class AdapterLayer(nn.Module):
     """A layer with a frozen base and a trained low-rank update.
 
     The parameters of the adapter have names that begin with ``lora_``; every other parameter belongs to the base and is
-    frozen. A subclass computes the forward, and defines the methods below that raise NotImplementedError.
+    frozen. A layer with an adapter inside this one is a part of it, and is not saved or merged on its own. A subclass
+    computes the forward, and defines the methods below that raise NotImplementedError.
     """
 
     init = "kaiming"
@@ -35,6 +41,10 @@ class AdapterLayer(nn.Module):
 
     plain: ClassVar[tuple[type[nn.Module], ...]] = ()
     """The classes of the layers in whose place this one can stand in a model."""
+
+    target_parameters: tuple[str, ...] = ()
+    """The parameters of the base that are adapted, where PEFT's config names them in target_parameters, and not the
+    layer in target_modules."""
 
     r: int
     lora_alpha: float
@@ -86,13 +96,19 @@ class AdapterLayer(nn.Module):
 
     def file_parts(self) -> dict[str, FilePart]:
         """Return the tensors of the adapter in PEFT's file, by the part of their key after the layer's name, such
-        as "lora_A.weight"."""
+        as "lora_A.weight". Raises ValueError where PEFT's format has no place for this adapter."""
         raise NotImplementedError
+
+    def why_not_file(self) -> str:
+        """Return why PEFT computes something else from the adapter's file than this layer does; "" where it computes
+        the same."""
+        return ""
 
     def to_file(self, key: str, value: Tensor) -> Tensor:
         """Return the value of an own parameter in the layout of PEFT's file. `key` is one of `file_parts`."""
         return value
 
     def from_file(self, key: str, value: Tensor) -> Tensor:
-        """Return a value of PEFT's file in the layout of the own parameter. `key` is one of `file_parts`."""
+        """Return a value of PEFT's file in the layout of the own parameter, also for a value on the meta device. `key`
+        is one of `file_parts`."""
         return value

@@ -13,7 +13,7 @@ from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
 
 
-def over_dense(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
+def over_dense(kind: Any, linear: Any, settings: LoRASettings) -> Any:
     """Return a layer of class `kind`, a `FusedLoRALinear`, over `linear`'s own weight and bias, or over the base that
     the initialisation makes. `FusedLoRALinear.from_linear` documents the errors."""
     if settings.double_quant:
@@ -25,11 +25,11 @@ def over_dense(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
         )
     split, weight, start = split_named(settings.init, None), cast(nn.Parameter, linear.weight), ()
     if split is not None:
-        base, *start = split(weight, settings.r, settings.scaling)
-        weight = nn.Parameter(base, requires_grad=False)
+        base, *start = split(kind.turned(weight), settings.r, settings.scaling)
+        weight = nn.Parameter(kind.turned(base).contiguous(), requires_grad=False)
     module = kind.__new__(kind)
     nn.Module.__init__(module)
-    module.in_features, module.out_features = linear.in_features, linear.out_features
+    module.in_features, module.out_features = kind.sizes_of(linear)
     module.register_parameter("weight", weight)
     module.register_parameter("bias", linear.bias)
     module.training = linear.training
@@ -44,7 +44,6 @@ def over_codes(kind: Any, weight: QuantizedWeight, bias: nn.Parameter | None, se
     """Return a layer of class `kind`, a `QuantizedLoRALinear`, over `weight`, whose tensors are shared, and `bias`.
     `QuantizedLoRALinear.over` documents the errors."""
     settings.check()
-    _refuse_dora(settings, weight.format)
     weight.check()
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"the bias {tuple(bias.shape)} does not fit a weight of {weight.shape}")
@@ -63,7 +62,6 @@ def over_quantised(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
     its bias."""
     format = settings.quant
     assert format is not None
-    _refuse_dora(settings, format)
     how: dict[str, Any] = {"blocksize": settings.blocksize, "double_quant": settings.double_quant}
     split, start = split_named(settings.init, format), ()
     if split is None:
@@ -73,11 +71,3 @@ def over_quantised(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
     module = over_codes(kind, weight, linear.bias, settings)
     module._start(settings.init, *start)
     return module.train(linear.training)
-
-
-def _refuse_dora(settings: LoRASettings, format: str) -> None:
-    if settings.use_dora:
-        raise ValueError(
-            f"use_dora over a quantised weight ({format}) is not supported: its norm needs the dequantised W in every "
-            "step. Leave out use_dora or quant"
-        )

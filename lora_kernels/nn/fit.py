@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class _OfTransformers(type):
+    def __instancecheck__(cls, module: object) -> bool:
+        kind = type(module)
+        return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+class Conv1DLike(nn.Module, metaclass=_OfTransformers):
+    """The class of transformers' Conv1D for ``isinstance``, which does not import transformers. Subclasses of Conv1D,
+    which may compute something else, are no instances of it."""
 
 
 def why_not(module: nn.Module, in_place: bool) -> str:
@@ -25,6 +38,21 @@ def why_not(module: nn.Module, in_place: bool) -> str:
     return reason
 
 
+def why_not_conv1d(module: nn.Module, in_place: bool) -> str:
+    """Return why a `FusedLoRAConv1D` cannot stand in for `module`, or "" where it can. `in_place` has the meaning that
+    it has in `why_not`, but no subclass is accepted in either case."""
+    if not isinstance(module, Conv1DLike):
+        kind = type(module)
+        return f"it must be a Conv1D of transformers, and is a {kind.__module__}.{kind.__name__}"
+    weight: Any = module.weight
+    if type(weight) is not nn.Parameter:
+        return _why_not_tensor(weight) or f"its weight is a {type(weight).__name__}, not a plain Parameter"
+    if has_hooks(module):
+        which = "it" if in_place else "this Conv1D"
+        return f"{which} has hooks, which would be lost: remove them, and put them on the new module"
+    return ""
+
+
 def has_hooks(*modules: nn.Module) -> bool:
     """Return whether a call of one of the modules runs more than its class's forward: hooks, or a forward of its
     own."""
@@ -43,11 +71,10 @@ def has_hooks(*modules: nn.Module) -> bool:
 
 def _why_not_in_place(module: nn.Module) -> str:
     kind = type(module)
-    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        # A FusedLoRALinear could compute with the transposed view of its weight, but not take its place: the model's
-        # state_dict would have another shape there, and where in = out a checkpoint would load transposed without an
-        # error. The view would also be a Parameter of its own, no longer tied to other modules that share W.
-        return "a Conv1D, whose weight is [in, out]: use PEFT's get_peft_model, then lora_kernels.fuse"
+    if isinstance(module, Conv1DLike):
+        # A FusedLoRALinear cannot take its place: the model's state_dict would have another shape there, and where
+        # in = out a checkpoint would load transposed without an error.
+        return "a Conv1D, whose weight is [in, out]: FusedLoRAConv1D takes its place, FusedLoRALinear cannot"
     if not isinstance(module, nn.Linear):
         return f"a {kind.__name__}, not an nn.Linear"
     if kind.__module__.startswith("bitsandbytes."):

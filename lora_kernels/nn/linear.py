@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.dora_norm import ratio
 from lora_kernels.ops.linear import lora_linear
+from lora_kernels.quant.weight import QuantizedWeight
 
 # torch.fx.symbolic_trace records a call of these functions as one node, as it does with those of torch.
 torch.fx.wrap("lora_linear")
@@ -64,7 +65,7 @@ class FusedLoRALinear(AdapterLinear):
         TypeError: an adapter_dtype that does not go with the weight's dtype.
     """
 
-    plain = (nn.Linear,)
+    plain: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     weight: nn.Parameter
 
     _base: nn.Parameter | None
@@ -91,7 +92,7 @@ class FusedLoRALinear(AdapterLinear):
         settings.check()
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.stored_shape, device=device, dtype=dtype))
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -127,7 +128,7 @@ class FusedLoRALinear(AdapterLinear):
         adapter is valid with this base only.
 
         Raises:
-            ValueError: as the constructor; use_dora with `quant`; double_quant without `quant`; an unknown `init`, or
+            ValueError: as the constructor; double_quant without `quant`; an unknown `init`, or
                 one for the other kind of base; and what the scheme itself raises, for an r above min(in, out) for
                 example.
             TypeError: a weight that is quantised already; a module that is not an nn.Linear, or that has an adapter,
@@ -156,6 +157,16 @@ class FusedLoRALinear(AdapterLinear):
         """Return why a fused layer cannot take the place of `module` in a model, or "" where it can."""
         return fit.why_not(module, in_place=True)
 
+    @staticmethod
+    def sizes_of(module: Any) -> tuple[int, int]:
+        """Return the in_features and out_features of `module`, a layer in whose place this one can stand."""
+        return module.in_features, module.out_features
+
+    @staticmethod
+    def turned(weight: Tensor) -> Tensor:
+        """Return W [out, in] for a tensor in the layout of `weight`, and the other way round."""
+        return weight
+
     @classmethod
     def from_bnb(cls, linear: nn.Linear, **settings: Any) -> FusedLoRALinear:
         """Return a `QuantizedLoRALinear` over a Linear4bit or Linear8bitLt of bitsandbytes, as its `from_bnb` does."""
@@ -183,7 +194,7 @@ class FusedLoRALinear(AdapterLinear):
         Raises what `lora_linear` raises."""
         weight, bias, a, b = self._parts()
         if self._base is not None:
-            self._check_merged(weight, self._base, a)
+            self._check_merged(self.weight, self._base, a)
             return F.linear(input, weight, bias)
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
@@ -200,6 +211,10 @@ class FusedLoRALinear(AdapterLinear):
                 backend=self.backend,
             )
         return lora_linear(input, weight, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
+
+    def frozen_weight(self) -> Tensor | QuantizedWeight:
+        """Return W [out, in], also that of a merged module."""
+        return self.turned(self.weight if self._base is None else self._base)
 
     def _reset_base(self) -> None:
         weight, bias = self.weight, self.bias
@@ -275,36 +290,43 @@ class FusedLoRALinear(AdapterLinear):
             raise ValueError("this module is merged: unmerge() it before it is given another weight")
         super().register_parameter(name, param)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """Return an ``nn.Linear`` with weight W + s·B·A, as `merge` computes it, and a copy of the bias in
         `weight_dtype`. This module stays as it is. That of an offloaded module is on the device of its forward, and is
         not offloaded. Raises what `merge` raises, but takes a parametrised or pruned weight."""
+        linear = self._made_plain(lambda weight: merging.plain_linear(self, self.turned(weight).contiguous()))
+        return cast(nn.Linear, linear)
+
+    def to_plain(self) -> nn.Module:
+        """Return what `to_linear` returns."""
+        return self.to_linear()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _made_plain(self, make: Callable[[Tensor], nn.Module]) -> nn.Module:
+        """Return what `make` returns for the merged weight, in the layout of `weight`."""
         if self.merged:
             self._refuse_lost_merge()
         with offload.onloaded(self):
             if self._base is None:
-                return merging.plain_linear(self, self._merged_weight(safe=True))
+                return make(self._merged_weight(safe=True))
             merging.refuse_absent(self)
-            return merging.plain_linear(self, self.weight.detach().clone())
+            return make(self.weight.detach().clone())
 
-    def to_plain(self) -> nn.Linear:
-        """Return what `to_linear` returns."""
-        return self.to_linear()
+    def _ratio(self) -> Tensor | None:
+        """Return DoRA's d, from the same functions as in the forward; None without DoRA."""
+        return ratio(self.lora_magnitude_vector.detach(), magnitude.norm_of(self)) if self.use_dora else None
 
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
         merging.refuse_sharded(self)
-        d = None
-        if self.use_dora:  # computed by the same functions as the forward's d
-            d = ratio(self.lora_magnitude_vector.detach(), magnitude.norm_of(self))
+        w = self.turned(self.weight)
         merged = merging.updated_weight(
-            self.weight.__getitem__, self.lora_A, self.lora_B, float(self.scaling), self.weight.dtype, d
+            w.__getitem__, self.lora_A, self.lora_B, float(self.scaling), w.dtype, self._ratio()
         )
         if safe:
             merging.refuse_nonfinite(merged, self.scaling)
-        return merged
+        return self.turned(merged).contiguous()
 
     def _reset_adapter(self) -> None:
         super()._reset_adapter()

@@ -15,12 +15,12 @@ _ROWS = 512
 
 
 class MergeReport(NamedTuple):
-    """The cost of quantising W' = W + s·B·A into Q, in Frobenius norms."""
+    """The cost of quantising W' = W + s·B·A, or with DoRA d ⊙ that, into Q, in Frobenius norms."""
 
     error: float
     """‖Q - W'‖ / ‖W'‖."""
     update: float
-    """‖s·B·A‖ / ‖W'‖. Where it is not well above `error`, most of the update is lost."""
+    """‖W' - W‖ / ‖W'‖. Where it is not well above `error`, most of the update is lost."""
 
 
 def row_blocks(N: int) -> list[slice]:
@@ -103,15 +103,15 @@ def refuse_sharded(module: Any) -> None:
             )
 
 
-def report(merged: Tensor, q: QuantizedWeight, a: Tensor, b: Tensor, scale: float) -> MergeReport:
-    """Return the cost of storing `merged`, W + scale·B A in fp32, as q."""
+def report(merged: Tensor, q: QuantizedWeight, update_of: Callable[[slice], Tensor]) -> MergeReport:
+    """Return the cost of storing the merged weight `merged`, in fp32, as q. ``update_of(block)`` returns the rows of
+    merged - W in the slice `block`."""
     wide = wide_dtype(merged.device)
-    a, b = a.to(wide), b.to(wide)
     error = norm = update = 0.0
     for rows in row_blocks(merged.shape[0]):
         want = merged[rows].to(wide)
         norm += want.square().sum().item()
         error += (q.rows(rows.start, rows.stop, torch.float32).to(wide) - want).square().sum().item()
-        update += (b[rows] @ a).square().sum().item()
+        update += update_of(rows).square().sum().item()
     norm = max(norm, torch.finfo(torch.float64).tiny)
-    return MergeReport((error / norm) ** 0.5, abs(scale) * (update / norm) ** 0.5)
+    return MergeReport((error / norm) ** 0.5, (update / norm) ** 0.5)

@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from lora_kernels.core.dropout import draw_seed
 from lora_kernels.nn.base import AdapterLinear
+from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.ops.linear import lora_linear
 
@@ -96,6 +97,11 @@ def _distributed(style: Any, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 def _shard(module: nn.Module, kind: type[FusedLoRALinear], mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
     """Turn each parameter that `placements` names into a DTensor with that placement, and the class of `module` into
     `kind`."""
+    if isinstance(module, FusedLoRAConv1D):
+        raise TypeError(
+            "this plan is for FusedLoRALinear, and a FusedLoRAConv1D stores its weight [in, out], which the plan would "
+            "split in the wrong dimension: take FSDP2, or make it an nn.Linear first, with to_linear()"
+        )
     if not isinstance(module, FusedLoRALinear):
         raise TypeError(
             f"this plan is for FusedLoRALinear, and the module is a {type(module).__name__}: take torch's "

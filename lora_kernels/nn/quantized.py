@@ -16,17 +16,19 @@ from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.loading import PARTS
 from lora_kernels.nn.merging import MergeReport
 from lora_kernels.nn.settings import LoRASettings
+from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import Nested, QuantizedWeight, quantize_like
 
 torch.fx.wrap("lora_linear")  # as in nn/linear.py
+torch.fx.wrap("dora_linear")
 
 
 class QuantizedLoRALinear(FusedLoRALinear):
-    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ over a W in nf4, fp4, int8 or fp8. On a CPU about 8 MB of the
-    dequantised W are in memory at a time; on a GPU it is there as a whole during a call, unless `triton` serves a
-    call of few rows.
+    """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ, or with use_dora DoRA, over a W in nf4, fp4, int8 or fp8. On a CPU
+    about 8 MB of the dequantised W are in memory at a time; on a GPU it is there as a whole during a call, unless
+    `triton` serves a call of few rows.
 
     Make one with ``FusedLoRALinear.from_linear(linear, quant="nf4")``, `over` or `from_bnb`, not with the constructor.
     x may have any dtype of `lora_linear`. A bias of another dtype, as bitsandbytes' layers often have, is converted to
@@ -48,8 +50,11 @@ class QuantizedLoRALinear(FusedLoRALinear):
     when it is loaded. Loading another format, other shapes or half a weight raises ValueError, with nothing changed.
     Files of earlier versions, whose codes may be uint8 or float8, load too.
 
+    With use_dora the norms in d and in the first m are those of the W that the codes stand for. m follows a weight that
+    is loaded, as in `FusedLoRALinear`.
+
     Raises:
-        ValueError: use_dora; and what `FusedLoRALinear` raises.
+        ValueError: what `FusedLoRALinear` raises.
     """
 
     format: str
@@ -75,7 +80,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
         """Return a module over `weight`, whose tensors are shared, and `bias` [out], which is frozen.
 
         Raises:
-            ValueError: use_dora; parts of `weight` that do not fit together, or a bias that does not fit it; and what
+            ValueError: parts of `weight` that do not fit together, or a bias that does not fit it; and what
                 `FusedLoRALinear` raises.
             TypeError: parts of another dtype.
         """
@@ -111,6 +116,10 @@ class QuantizedLoRALinear(FusedLoRALinear):
         """Return the stored weight. Its tensors are the module's own."""
         return self._assembled(self._parts()[0])
 
+    def frozen_weight(self) -> QuantizedWeight:
+        """Return W, also that of a merged module."""
+        return self._unmerged or self.quantized_weight()
+
     @property
     def stored_shape(self) -> tuple[int, int]:
         """The shape of the codes. Those of 4 bits lie two to a byte."""
@@ -140,7 +149,11 @@ class QuantizedLoRALinear(FusedLoRALinear):
             self._check_merged(codes, self._unmerged.codes, a)
             return quantized_linear(input, w, bias, self.backend)
         p = self.lora_dropout if self.training else 0.0
-        return lora_linear(input, w, a, b, scale=self.scaling, bias=bias, dropout_p=p, backend=self.backend)
+        s, backend = self.scaling, self.backend
+        if self.use_dora:
+            m = self.lora_magnitude_vector
+            return dora_linear(input, w, a, b, m, scale=s, bias=bias, dropout_p=p, backend=backend)
+        return lora_linear(input, w, a, b, scale=s, bias=bias, dropout_p=p, backend=backend)
 
     @torch.no_grad()
     def _reset_base(self) -> None:
@@ -157,7 +170,8 @@ class QuantizedLoRALinear(FusedLoRALinear):
     @torch.inference_mode(False)  # what is made in inference mode could not be trained later
     @torch.no_grad()
     def merge(self, safe: bool = True, lossy: bool = False) -> MergeReport:  # type: ignore[override]
-        """Store W + s·B·A, quantised again, and return how much that loses. The old weight is kept for `unmerge`.
+        """Store W + s·B·A, or with DoRA d ⊙ that, quantised again, and return how much that loses. The old weight is
+        kept for `unmerge`.
 
         W + s·B·A is in memory as a whole, in fp32, until it is quantised. Merging a merged module does nothing and
         returns the first report again. `safe` has no effect here, since a result that is not finite cannot be stored.
@@ -178,7 +192,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
             before = self.quantized_weight()
             merged = self._merged_weight(safe=True, dtype=torch.float32)
             after = quantize_like(merged, before)
-            report = merging.report(merged, after, self.lora_A, self.lora_B, float(self.scaling))
+            report = merging.report(merged, after, self._update(before, merged))
             if offload.hook_of(self) is not None:
                 before = before.to("cpu")
             self._put(after)
@@ -221,16 +235,26 @@ class QuantizedLoRALinear(FusedLoRALinear):
             )
         super().register_parameter(name, param)
 
+    def _update(self, w: QuantizedWeight, merged: Tensor) -> Callable[[slice], Tensor]:
+        """Return a function that gives rows of what the adapter adds to W: s·B A, or with DoRA the merged weight minus
+        W."""
+        wide = merging.wide_dtype(merged.device)
+        if self.use_dora:
+            return lambda rows: merged[rows].to(wide) - w.rows(rows.start, rows.stop, torch.float32).to(wide)
+        a, b, scale = self.lora_A.to(wide), self.lora_B.to(wide), float(self.scaling)
+        return lambda rows: b[rows] @ a * scale
+
     def _merged_weight(self, safe: bool, dtype: torch.dtype | None = None) -> Tensor:
         merging.refuse_absent(self)
         merging.refuse_sharded(self)
-        q = self._unmerged or self.quantized_weight()
+        q = self.frozen_weight()
         merged = merging.updated_weight(
             lambda rows: q.rows(rows.start, rows.stop, torch.float32),
             self.lora_A,
             self.lora_B,
             float(self.scaling),
             dtype or self._dtype,
+            self._ratio(),
         )
         if safe:
             merging.refuse_nonfinite(merged, self.scaling)
@@ -257,7 +281,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        q = self._unmerged or self.quantized_weight()
+        q = self.frozen_weight()
         for name, part in zip(PARTS, q.tensors, strict=False):
             destination[prefix + name] = part if keep_vars else part.detach()
         letters = list(loading.signature(self).encode())

@@ -32,6 +32,7 @@ from lora_kernels.core.operands import (
     power_of_two,
 )
 from lora_kernels.core.rows import Rows
+from lora_kernels.quant.weight import QuantizedWeight
 
 
 def forward(x: Tensor, base: Base, adapter: Adapter, backend: str | None, save_h: bool) -> tuple[Tensor, Tensor | None]:
@@ -59,13 +60,21 @@ def keep_mask(x: Tensor, p: float, seed: Tensor, backend: str | None) -> Tensor:
 
 
 def base_gemm(
-    x: Tensor, w: Tensor, backend: str | None, bias: Tensor | None = None, adapter_dtype: torch.dtype | None = None
+    x: Tensor,
+    w: Tensor | QuantizedWeight,
+    backend: str | None,
+    bias: Tensor | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    transposed: bool = False,
 ) -> Tensor:
-    """Return x Wᵀ + bias [M, N], from the back-end that would serve a layer of rank 1 over W, with adapters in x's
-    dtype where `adapter_dtype` is None. A bias may be given for an x in 16 bits only."""
-    dtypes = x.dtype, adapter_dtype or x.dtype
-    call = Call("forward", x.device, *dtypes, x.shape[0], w.shape[0], w.shape[1], 1, False)
-    return dispatch.pick(call, backend).base_gemm(x, w, bias)
+    """Return x Wᵀ + bias [M, N], or x W [M, K] where `transposed`, from the back-end that would serve a layer of rank 1
+    over W, with adapters in x's dtype where `adapter_dtype` is None. A bias may be given for an x in 16 bits only, and
+    not beside `transposed`."""
+    M, (N, K), dtypes = x.shape[0], w.shape, (x.dtype, adapter_dtype or x.dtype)
+    M = 1 << (M - 1).bit_length() if M else 0  # `power_of_two`, without the time of a call
+    w_format = w.format if isinstance(w, QuantizedWeight) else "dense"
+    call = Call("forward", x.device, *dtypes, M, N, K, 1, False, w_format)
+    return dispatch.pick(call, backend).base_gemm(x, w, bias, transposed)
 
 
 def forward_group(

@@ -8,6 +8,7 @@
     many       2·M·N·K, and what is above for the M_i rows and the rank R_i of each adapter
     experts    what is above for the rows that have an expert
     DoRA       2·N·K·R + 2·R·R·(K + N), its norm             W Aᵀ, A Aᵀ, B (A Aᵀ)
+    embedding  2·M·R·D, and each of da and db 2·M·R·D        h Bᵀ, dy B, dyᵀ h
 
 These are the products that plain torch counts for the same layers, whichever back-end computes them and whatever the
 format of W is. Masks, sums and the dequantising of W are not counted, as torch counts none of its own.
@@ -79,20 +80,40 @@ def _forward_group(x: Any, w: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 def _backward_group(  # type: ignore[no-untyped-def]
-    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, **_: Any
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *_: Any, **__: Any
 ) -> int:
     rows = zip(dy, w, a, b, need_da, need_db, strict=True)
     return sum(_backward(dy, x, w, a, b, *[None] * 5, need_dx, da, db) for dy, w, a, b, da, db in rows)
 
 
-def _base_gemm(x: Any, w: Any, *_: Any, **__: Any) -> int:
-    (M, K), N = x, w[0]
-    return 2 * M * N * K
+def _base_gemm(  # type: ignore[no-untyped-def]
+    x, w, backend=None, bias=None, adapter_dtype=None, transposed=False, w_scales=None, w_format="dense", w_blocksize=0,
+    **_: Any,
+) -> int:  # fmt: skip
+    columns = w[1] * (2 if w_blocksize else 1) if transposed else w[0]  # 4-bit codes lie two to a byte
+    total: int = 2 * x[0] * x[1] * columns
+    return total
 
 
 def _dora_norm(w: Any, a: Any, *_: Any, **__: Any) -> int:
-    (N, K), R = w, a[0]
+    N, (R, K) = w[0], a
     return 2 * N * K * R + 2 * R * R * (K + N)
+
+
+def _embedding_forward(ids: Any, w: Any, a_t: Any, b: Any, *_: Any, **__: Any) -> int:
+    (M,), (D, R) = ids, b
+    return 2 * M * R * D
+
+
+def _embedding_backward(  # type: ignore[no-untyped-def]
+    dy, ids, w, a_t, b, d, factor, scale, embed_scale, padding_idx, h, need_da, need_db, need_dd, **_: Any
+) -> int:
+    return (bool(need_da) + bool(need_db or need_dd)) * _embedding_forward(ids, w, a_t, b)
+
+
+def _embedding_norm(w: Any, a_t: Any, b: Any, *_: Any, **__: Any) -> int:
+    (V, D), R = w, a_t[1]
+    return 2 * V * D * R + 2 * R * R * (V + D)
 
 
 # These get the tensors themselves, since the rows of each adapter are values.
@@ -154,6 +175,9 @@ FORMULAS = {
     "backward_group": _backward_group,
     "base_gemm": _base_gemm,
     "dora_norm": _dora_norm,
+    "embedding_forward": _embedding_forward,
+    "embedding_backward": _embedding_backward,
+    "embedding_norm": _embedding_norm,
     "forward_multi": _forward_multi,
     "backward_multi": _backward_multi,
     "forward_experts": _forward_experts,

@@ -20,17 +20,16 @@ from lora_kernels.ops import check, direct, plain, registered
 from lora_kernels.ops.autograd import (
     apply,
     as_dense,
-    autocast_of,
     device_type,
     needs_plain_mode,
     no_autocast,
     no_graph,
     refuse_double_backward,
 )
-from lora_kernels.ops.prepare import prepare, recorded
-from lora_kernels.ops.registered import whole_weight
+from lora_kernels.ops.prepare import bias_beside, prepare, recorded
 from lora_kernels.ops.sums import column_sum
 from lora_kernels.ops.watched import watched
+from lora_kernels.ops.weights import whole_weight
 from lora_kernels.quant.weight import QuantizedWeight
 
 
@@ -89,7 +88,7 @@ def lora_linear(
             differentiate.
     """
     if bias is not None and isinstance(weight, QuantizedWeight) and bias.dtype != x.dtype:
-        bias = _bias_beside(x, bias)
+        bias = bias_beside(x, bias)
     layer = Layer(weight, lora_a, lora_b, scale, bias, dropout_p, seed)
     prepared = prepare("lora_linear", x, layer, backend, quantised=True)
     if prepared is None:
@@ -123,7 +122,7 @@ def explain(
     The arguments are those of `lora_linear` without scale and seed, and the same errors are raised.
     """
     if bias is not None and isinstance(weight, QuantizedWeight) and bias.dtype != x.dtype:
-        bias = _bias_beside(x, bias)
+        bias = bias_beside(x, bias)
     layer = Layer(weight, lora_a, lora_b, 1.0, bias, dropout_p)
     check.operands(x, layer, isinstance(weight, QuantizedWeight))
     if isinstance(weight, Tensor) and weight.requires_grad:
@@ -131,14 +130,6 @@ def explain(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     call = call_of("forward", rows, Base(weight, bias), Adapter(lora_a, lora_b, 1.0, dropout_p))
     return dispatch.explain(call, backend)
-
-
-def _bias_beside(x: Tensor, bias: Tensor) -> Tensor:
-    """Return `bias` in x's dtype. Under autocast, which converts both, and where either is no floating number, which
-    the checks refuse, it is returned as it is."""
-    if bias.dtype in check.DTYPES and x.dtype in check.DTYPES and autocast_of(x) is None:
-        return bias.to(x.dtype)
-    return bias
 
 
 def _apply(x: Tensor, base: Base, adapter: Adapter, backend: str | None) -> Tensor:

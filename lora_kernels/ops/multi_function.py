@@ -25,9 +25,9 @@ from lora_kernels.ops.autograd import (
     refuse_double_backward,
 )
 from lora_kernels.ops.prepare_multi import Biases
-from lora_kernels.ops.registered import whole_weight
 from lora_kernels.ops.sums import column_sum
 from lora_kernels.ops.watched import PLAIN, watched
+from lora_kernels.ops.weights import whole_weight
 from lora_kernels.quant.weight import QuantizedWeight
 
 _FIRST = 6

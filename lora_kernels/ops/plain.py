@@ -21,6 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,28 +97,35 @@ def _lora_linear(x: Tensor, layer: Layer) -> Tensor:
     return as_dtype(y + _low_rank(_dropout(x, p, seed), a, b, scale), y.dtype)
 
 
-def dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
-    """Return y of one DoRA layer. `serves` has checked the operands."""
+def dora_linear(
+    x: Tensor, layer: Layer, magnitude: Tensor, norm_of: tuple[Tensor, Tensor, float | Tensor] | None = None
+) -> Tensor:
+    """Return y of one DoRA layer. `serves` has checked the operands. `norm_of` is (A, B, scale) of the norm, where they
+    are not the layer's."""
     if (x.is_nested and x.layout is torch.strided) or x.is_mkldnn:
         raise ValueError(
             f"x is {kind_of(x)}, and torch cannot multiply such a tensor by DoRA's d. Make a nested x with "
             "layout=torch.jagged, and call to_dense() on an MKL-DNN x"
         )
     if x.layout is not torch.strided and not x.is_nested:
-        return _of_a_layout(_dora_linear, x, layer, magnitude)
-    return _dora_linear(x, layer, magnitude)
+        return _of_a_layout(_dora_linear, x, layer, magnitude, norm_of)
+    return _dora_linear(x, layer, magnitude, norm_of)
 
 
-def _dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
+def _dora_linear(
+    x: Tensor, layer: Layer, magnitude: Tensor, norm_of: tuple[Tensor, Tensor, float | Tensor] | None
+) -> Tensor:
     """Return y as torch computes it. torch raises RuntimeError for layouts that it cannot multiply."""
     w, a, b, scale, bias, p, seed = layer
-    assert isinstance(w, Tensor), "DoRA has no quantised weight"
     scale, b = check.scale(scale, b)
     with no_autocast(x.device.type):
         wide = torch.promote_types(torch.promote_types(w.dtype, a.dtype), torch.float32)
-        whole = w.detach().to(wide) + scale * (b.detach().to(wide) @ a.detach().to(wide))
+        frozen = dense_weight(w, wide).detach()
+        a_in, b_in, scale_in = norm_of or (a, b, scale)
+        whole = frozen.to(wide) + scale_in * (b_in.detach().to(wide) @ a_in.detach().to(wide))
         norm = torch.linalg.vector_norm(whole, dim=1).to(magnitude.dtype)
         d = ratio(magnitude, norm.clamp_min(torch.finfo(magnitude.dtype).smallest_normal))
+    w = dense_weight(w, x.dtype)
     x_hat = _dropout(x, p, seed)
     low = _low_rank(x_hat, a, b, scale)
     if p == 0:
@@ -129,7 +137,7 @@ def _dora_linear(x: Tensor, layer: Layer, magnitude: Tensor) -> Tensor:
     return as_dtype(y + F.linear(x_hat, w) * (d - 1) + low * d, y.dtype)
 
 
-def _of_a_layout(equation: Callable[..., Tensor], x: Tensor, layer: Layer, *rest: Tensor) -> Tensor:
+def _of_a_layout(equation: Callable[..., Tensor], x: Tensor, layer: Layer, *rest: Any) -> Tensor:
     """Return the result of `equation`, one of the two functions above, for a sparse or MKL-DNN x. Raises ValueError
     with the layout and the way out where torch cannot compute it."""
     if layer.dropout_p > 0:

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from lora_kernels.core.dropout import draw_seed
 from lora_kernels.core.operands import Adapter, Base, Layer
 from lora_kernels.ops import check, plain
-from lora_kernels.ops.autograd import outlived
+from lora_kernels.ops.autograd import autocast_of, outlived
 from lora_kernels.quant.weight import QuantizedWeight
 
 _AUTOCAST = (torch.float32, *check.HALVES)
@@ -62,6 +62,14 @@ def prepare(name: str, x: Tensor, layer: Layer, backend: str | None, quantised: 
     if p > 0:
         drawn = draw_seed(x.device) if seed is None else check.seed(seed, x.device)
     return x, Base(w, bias), Adapter(a, b, scale, p, drawn), autocast
+
+
+def bias_beside(x: Tensor, bias: Tensor) -> Tensor:
+    """Return the bias of a `QuantizedWeight`, which may have another dtype than x, in x's dtype. Under autocast, which
+    converts both, and where either is no floating number, which the checks refuse, it is returned as it is."""
+    if bias.dtype in check.DTYPES and x.dtype in check.DTYPES and autocast_of(x) is None:
+        return bias.to(x.dtype)
+    return bias
 
 
 def recorded(x: Tensor, base: Base, adapter: Adapter) -> bool:

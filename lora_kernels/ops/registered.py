@@ -20,31 +20,36 @@ from torch import Tensor
 
 from lora_kernels.core.operands import Adapter, Base, Gradients, MaybeTensors, Needs, Results, Tensors
 from lora_kernels.ops import check, direct, flops
-from lora_kernels.ops.autograd import as_dtype
-from lora_kernels.quant import weight as quant
+from lora_kernels.ops.weights import each_weight, each_weight_parts, weight_parts, whole_weight
 from lora_kernels.quant.weight import QuantizedWeight
 
-_QUANTISED = 'Tensor[]? w_scales=None, str w_format="dense", int w_blocksize=0'
+QUANTISED = 'Tensor[]? w_scales=None, str w_format="dense", int w_blocksize=0'
+"""The last arguments of an operator with one weight. They say what w holds, if that is not a dense W."""
+_QUANTISED_LAYERS = "Tensor[]? w_scales=None, str[]? w_format=None, int[]? w_blocksize=None"
+"""The same for each layer of a group. The scales of all layers are one list, as `each_weight` reads it."""
 _LAYERS = "Tensor[] w, Tensor[] a, Tensor[] b, "
 _SETTINGS = "float[] scale, float[] p, Tensor?[] seed, str? backend, "
 
 library = torch.library.Library("lora_kernels", "DEF")
 library.define(
     "forward(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, float scale, float p, Tensor? seed, "
-    f"str? backend, bool save_h, {_QUANTISED}) -> (Tensor y, Tensor h)"
+    f"str? backend, bool save_h, {QUANTISED}) -> (Tensor y, Tensor h)"
 )
 library.define(
     "backward(Tensor dy, Tensor? x, Tensor w, Tensor a, Tensor b, Tensor? h, float scale, float p, Tensor? seed, "
-    f"str? backend, bool need_dx, bool need_da, bool need_db, {_QUANTISED}) -> (Tensor dx, Tensor da, Tensor db)"
+    f"str? backend, bool need_dx, bool need_da, bool need_db, {QUANTISED}) -> (Tensor dx, Tensor da, Tensor db)"
 )
 library.define("keep_mask(Tensor x, float p, Tensor seed, str? backend) -> Tensor")
 library.define(
-    "base_gemm(Tensor x, Tensor w, str? backend, Tensor? bias=None, ScalarType? adapter_dtype=None) -> Tensor"
+    "base_gemm(Tensor x, Tensor w, str? backend, Tensor? bias=None, ScalarType? adapter_dtype=None, "
+    f"bool transposed=False, {QUANTISED}) -> Tensor"
 )
-library.define(f"forward_group(Tensor x, {_LAYERS}Tensor?[] bias, {_SETTINGS}bool[] save_h) -> Tensor[]")
+library.define(
+    f"forward_group(Tensor x, {_LAYERS}Tensor?[] bias, {_SETTINGS}bool[] save_h, {_QUANTISED_LAYERS}) -> Tensor[]"
+)
 library.define(
     f"backward_group(Tensor[] dy, Tensor? x, {_LAYERS}Tensor[] h, {_SETTINGS}"
-    "bool need_dx, bool[] need_da, bool[] need_db) -> Tensor[]"
+    f"bool need_dx, bool[] need_da, bool[] need_db, {_QUANTISED_LAYERS}) -> Tensor[]"
 )
 
 
@@ -76,11 +81,17 @@ def keep_mask(x: Tensor, p: float, seed: Tensor, backend: str | None) -> Tensor:
 
 
 def base_gemm(
-    x: Tensor, w: Tensor, backend: str | None, bias: Tensor | None = None, adapter_dtype: torch.dtype | None = None
+    x: Tensor,
+    w: Tensor | QuantizedWeight,
+    backend: str | None,
+    bias: Tensor | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    transposed: bool = False,
 ) -> Tensor:
-    """Return x Wᵀ + bias [M, N]."""
+    """Return x Wᵀ + bias [M, N], or x W [M, K] where `transposed`."""
     flops.register()
-    return _base_gemm_op(x, w, backend, bias, adapter_dtype)
+    w, *last = weight_parts(w)
+    return _base_gemm_op(x, w, backend, bias, adapter_dtype, transposed, *last)
 
 
 def forward_group(
@@ -89,7 +100,8 @@ def forward_group(
     """Return (ys, hs) of layers that read the same x; an h has no elements unless its `save_h`."""
     flops.register()
     (w, bias), (a, b, scale, p, seed) = _columns(bases), _columns(adapters)
-    out = _forward_group_op(x, w, a, b, bias, scale, p, seed, backend, save_h)
+    w, *last = each_weight_parts(w)
+    out = _forward_group_op(x, w, a, b, bias, scale, p, seed, backend, save_h, *last)
     return out[: len(w)], out[len(w) :]
 
 
@@ -102,25 +114,12 @@ def backward_group(
     flops.register()
     (w, _), (a, b, scale, p, seed) = _columns(bases), _columns(adapters)
     need_da, need_db = list(needs.da), list(needs.db)
-    dx, *rest = _backward_group_op(dys, x, w, a, b, hs, scale, p, seed, backend, needs.dx, need_da, need_db)
+    w, *last = each_weight_parts(w)
+    dx, *rest = _backward_group_op(dys, x, w, a, b, hs, scale, p, seed, backend, needs.dx, need_da, need_db, *last)
     return dx, rest[: len(w)], rest[len(w) :]
 
 
 # --- layers taken apart, and put together again ---
-
-
-def whole_weight(
-    w: Tensor, w_scales: Sequence[Tensor] | None, w_format: str, w_blocksize: int, dtype: torch.dtype
-) -> Tensor | QuantizedWeight:
-    """Return the weight that the arguments of an operator or a Function stand for, in `dtype`."""
-    if w_format == "dense":
-        return as_dtype(w, dtype)
-    return quant.assemble(w, w_scales or (), w_format, w_blocksize, dtype)
-
-
-def weight_parts(w: Tensor | QuantizedWeight) -> tuple[Tensor] | tuple[Tensor, list[Tensor], str, int]:
-    """Return the arguments that stand for a weight: the tensor itself, or codes, scales, format and blocksize."""
-    return (w.codes, list(w.tensors[1:]), w.format, w.blocksize) if isinstance(w, QuantizedWeight) else (w,)
 
 
 def _columns(rows: Sequence[Base] | Sequence[Adapter]) -> list[Any]:
@@ -141,6 +140,12 @@ def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
 
 def _each_or_empty(ts: MaybeTensors, likes: Iterable[Tensor]) -> list[Tensor]:
     return [_or_empty(t, like) for t, like in zip(ts, likes, strict=True)]
+
+
+def _dense_or(rows: Tensor, w: Sequence[Tensor], w_format: Sequence[str] | None) -> list[Tensor]:
+    """Return the dense tensors of `w`, with `rows` in place of codes."""
+    formats = ["dense"] * len(w) if w_format is None else w_format
+    return [each if format == "dense" else rows for each, format in zip(w, formats, strict=True)]
 
 
 # --- what the operators run, and the shapes of their results for a compiler; the schemas above state the types ---
@@ -179,27 +184,36 @@ def _fake_backward(  # type: ignore
     )
 
 
-def _run_base_gemm(x, w, backend, bias=None, adapter_dtype=None):  # type: ignore[no-untyped-def]
-    check.operator(x, w, w, w, bias)
-    return direct.base_gemm(x, w, backend, bias, adapter_dtype)
+def _run_base_gemm(  # type: ignore[no-untyped-def]
+    x, w, backend, bias=None, adapter_dtype=None, transposed=False, w_scales=None, w_format="dense", w_blocksize=0
+):
+    own = w if w_format == "dense" else x
+    check.operator(x, own, own, own, bias)
+    whole = whole_weight(w, w_scales, w_format, w_blocksize, x.dtype)
+    return direct.base_gemm(x, whole, backend, bias, adapter_dtype, transposed)
 
 
 def _fake_keep_mask(x, p, seed, backend):  # type: ignore
     return x.new_empty(x.shape)
 
 
-def _fake_base_gemm(x, w, backend, bias=None, adapter_dtype=None):  # type: ignore
-    return x.new_empty(x.shape[0], w.shape[0])
+def _fake_base_gemm(  # type: ignore
+    x, w, backend, bias=None, adapter_dtype=None, transposed=False, w_scales=None, w_format="dense", w_blocksize=0
+):
+    return x.new_empty(x.shape[0], w.shape[1] * (2 if w_blocksize else 1) if transposed else w.shape[0])
 
 
-def _run_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore[no-untyped-def]
-    for own_w, own_a, own_b, own_bias in zip(w, a, b, bias, strict=True):
+def _run_forward_group(  # type: ignore[no-untyped-def]
+    x, w, a, b, bias, scale, p, seed, backend, save_h, w_scales=None, w_format=None, w_blocksize=None
+):
+    for own_w, own_a, own_b, own_bias in zip(_dense_or(x, w, w_format), a, b, bias, strict=True):
         check.operator(x, own_w, own_a, own_b, own_bias)
+    w = each_weight(w, w_scales, w_format, w_blocksize, x.dtype)
     ys, hs = direct.forward_group(x, *_layers(w, bias, a, b, scale, p, seed), backend, save_h)
     return [*ys, *_each_or_empty(hs, a)]
 
 
-def _fake_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h):  # type: ignore
+def _fake_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h, *quantised, **named):  # type: ignore
     ys = [x.new_empty(x.shape[0], each.shape[0]) for each in w]
     hs = [
         each.new_empty(x.shape[0], each.shape[0]) if save else each.new_empty(0)
@@ -209,10 +223,12 @@ def _fake_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h):  # t
 
 
 def _run_backward_group(  # type: ignore[no-untyped-def]
-    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db
-):
-    for own_dy, own_w, own_a, own_b in zip(dy, w, a, b, strict=True):
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db,
+    w_scales=None, w_format=None, w_blocksize=None,
+):  # fmt: skip
+    for own_dy, own_w, own_a, own_b in zip(dy, _dense_or(dy[0], w, w_format), a, b, strict=True):
         check.operator(own_dy, own_w, own_a, own_b, None)
+    w = each_weight(w, w_scales, w_format, w_blocksize, dy[0].dtype)
     bases, adapters = _layers(w, [None] * len(w), a, b, scale, p, seed)
     hs = [each if need else None for each, need in zip(h, need_db, strict=True)]
     needs = Needs(need_dx, tuple(need_da), tuple(need_db))
@@ -220,8 +236,10 @@ def _run_backward_group(  # type: ignore[no-untyped-def]
     return [_or_empty(dx, dy[0]), *_each_or_empty(das, a), *_each_or_empty(dbs, b)]
 
 
-def _fake_backward_group(dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db):  # type: ignore
-    dx = dy[0].new_empty(dy[0].shape[0], w[0].shape[1]) if need_dx else dy[0].new_empty(0)
+def _fake_backward_group(  # type: ignore
+    dy, x, w, a, b, h, scale, p, seed, backend, need_dx, need_da, need_db, *quantised, **named
+):
+    dx = dy[0].new_empty(dy[0].shape[0], a[0].shape[1]) if need_dx else dy[0].new_empty(0)
     das = [each.new_empty(each.shape if need else 0) for each, need in zip(a, need_da, strict=True)]
     dbs = [each.new_empty(each.shape if need else 0) for each, need in zip(b, need_db, strict=True)]
     return [dx, *das, *dbs]

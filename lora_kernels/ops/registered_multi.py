@@ -16,7 +16,8 @@ from torch import Tensor
 from lora_kernels.core.operands import Adapter, Base, Gradients, MultiResult, Needs
 from lora_kernels.core.rows import Rows
 from lora_kernels.ops import check, direct, flops
-from lora_kernels.ops.registered import library, weight_parts, whole_weight
+from lora_kernels.ops.registered import library
+from lora_kernels.ops.weights import weight_parts, whole_weight
 
 _ADAPTERS = "Tensor?[] a, Tensor?[] b, float[] scale, float[] p, Tensor?[] seed, Tensor order, Tensor starts, "
 _QUANTISED = 'Tensor[]? w_scales=None, str w_format="dense", int w_blocksize=0'

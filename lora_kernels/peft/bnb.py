@@ -5,6 +5,8 @@ This module is imported only where PEFT has made such a layer, so that other mod
     Linear4bit    y = to x's dtype(c Wᵀ + bias + s · (dropout(c) Aᵀ) Bᵀ), c = x in compute_dtype; W in nf4 or fp4
     Linear8bitLt  y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ, W in int8
 
+or DoRA over the same W (`lora_kernels.dora_linear`).
+
 W is the tensor that bitsandbytes stores, shared and not copied. Merging, which quantises W + s·B·A again, stays PEFT's.
 With int8, bitsandbytes also rounds x to 8 bits, except for outliers (LLM.int8, arXiv:2208.07339) and except while
 training on the CPU. Here x is not rounded, so the result is nearer to the product of x and the stored W.
@@ -29,8 +31,8 @@ from lora_kernels.core.rows import Rows
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
-from lora_kernels.peft import known
 from lora_kernels.peft.fused import Fused
+from lora_kernels.peft.linear import FusedLinear
 from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import DTYPES, Nested, QuantizedWeight
@@ -157,6 +159,7 @@ def _nothing() -> None:
 
 class _FusedBnb(Fused):
     quantised_base: ClassVar = True
+    shares_input: ClassVar = True
     own: ClassVar = {**Fused.own, "_weight_cache": _WeightCache}
     kind: ClassVar[type[Any]]
     """bitsandbytes' class of the base."""
@@ -191,12 +194,12 @@ class _FusedBnb(Fused):
 
     @staticmethod
     def variant_reason(layer: Any, name: str) -> str | None:
-        """Return why the adapter's variant cannot be fused: over a quantised weight only activated LoRA can."""
+        """Return why the adapter's variant is neither a DoRA nor an activated LoRA that can be fused; None where it is
+        one."""
         kind = type(layer.lora_variant[name])
-        if kind is ALoraLinearVariant:
-            return known.why_not_alora(kind) or None
-        what = "DoRA over a quantised weight" if kind is DoraLinearVariant else f"a {kind.__name__}"
-        return f"adapter {name!r} is {what}"
+        if kind in (ALoraLinearVariant, DoraLinearVariant):
+            return FusedLinear.variant_reason(layer, name)
+        return f"adapter {name!r} is a {kind.__name__}"
 
     def prepare(self) -> None:
         """Read the quantised weight now, because a first forward inside ``torch.compile`` could not read it."""
@@ -213,43 +216,42 @@ class _FusedBnb(Fused):
         found = self._base_dtypes(x, autocast)
         if isinstance(found, str):
             return found
-        inner, _ = found
+        inner, outer = found
         for name, adapter in adapters.items():
             dtype = adapter.a.dtype
             if dtype not in (inner, torch.float32) and not (dtype in check.HALVES and inner == torch.float32):
                 return f"adapter {name!r} is {dtype} beside {inner}"
             if dtype != x.dtype and not self.cast_input_dtype_enabled and autocast is None:
                 return f"adapter {name!r} is {dtype} beside {x.dtype}, and x may not be converted"
-        return found
+            if adapter.magnitude is not None and torch.is_autocast_enabled("cuda"):
+                # PEFT multiplies by m / ‖W + s·B A‖, in these dtypes. It converts y back outside of CUDA's autocast.
+                outer = torch.promote_types(outer, torch.promote_types(adapter.magnitude.dtype, x.dtype))
+        return inner, outer
 
     def _base_dtypes(self, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | str:
         """Return the dtypes in which the base is computed and y is returned, or why x's dtype cannot be served."""
         raise NotImplementedError
 
     def _compute(self, x: Tensor, operands: Operands) -> Tensor:
-        self._settle(x)
+        self.settle(x)
         with no_autocast(device_type(x)):
             return as_dtype(super()._compute(as_dtype(x, operands.inner), operands), operands.outer)
 
     def compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
-        self._settle(x)
+        self.settle(x)
         with no_autocast(device_type(x)):
             y = super().compute_rows(as_dtype(x, operands.inner), operands, numbers, rows)
             return as_dtype(y, operands.outer)
 
-    def _settle(self, x: Tensor) -> None:
-        """Make the changes to the base that bitsandbytes' own forward makes before it computes."""
 
-
-class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
-    """PEFT's LoRA linear over a ``Linear4bit``, nf4 or fp4, with double quantisation or without.
+class Over4bit(_FusedBnb):
+    """The part of a fused forward that depends on a ``Linear4bit``, nf4 or fp4, with double quantisation or without.
 
     The fused path converts x to compute_dtype for the base and the adapter. PEFT converts it for the base only. So a
     call is fused only where the adapter loses nothing by this: without autocast for an x in compute_dtype or where
     compute_dtype is fp32, under autocast where compute_dtype is autocast's or fp32. PEFT serves the other calls.
     """
 
-    peft_class = peft_layers.Linear4bit
     kind = Linear4bit
 
     @staticmethod
@@ -274,17 +276,23 @@ class FusedLinear4bit(_FusedBnb, peft_layers.Linear4bit):
             return f"compute_dtype is {inner}, autocast asks for {autocast}"
         return inner, torch.promote_types(dtype, autocast)
 
-    def _settle(self, x: Tensor) -> None:
+    def settle(self, x: Tensor) -> None:
+        """Set compute_dtype by x in the first call, as bitsandbytes does."""
         base: Any = self._modules["base_layer"]
         if not base.compute_type_is_set:
             base.set_compute_type(x)
             base.compute_type_is_set = True
 
 
-class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
-    """PEFT's LoRA linear over a ``Linear8bitLt`` with has_fp16_weights=False. x is not rounded to 8 bits."""
+class FusedLinear4bit(Over4bit, peft_layers.Linear4bit):
+    """PEFT's LoRA linear over a ``Linear4bit``."""
 
-    peft_class = peft_layers.Linear8bitLt
+    peft_class = peft_layers.Linear4bit
+
+
+class Over8bit(_FusedBnb):
+    """The part of a fused forward that depends on a ``Linear8bitLt`` with has_fp16_weights=False."""
+
     kind = Linear8bitLt
 
     @classmethod
@@ -308,3 +316,9 @@ class FusedLinear8bitLt(_FusedBnb, peft_layers.Linear8bitLt):
         # While training on the CPU bitsandbytes calls torch's linear, which autocast converts.
         torch_linear = x.device.type in ("cpu", "xpu") and self.base_layer.training
         return autocast, autocast if torch_linear else torch.promote_types(x.dtype, autocast)
+
+
+class FusedLinear8bitLt(Over8bit, peft_layers.Linear8bitLt):
+    """PEFT's LoRA linear over a ``Linear8bitLt`` with has_fp16_weights=False. x is not rounded to 8 bits."""
+
+    peft_class = peft_layers.Linear8bitLt

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora_kernels.core.many import Adapter
 from lora_kernels.core.rows import BASE, BASE_NAMES, Rows
 from lora_kernels.nn.mixed import Mixed
+from lora_kernels.peft.layer import FusedLayer
 from lora_kernels.peft.reading import Operands
 
 KEYWORDS = frozenset(("adapter_names", *getattr(peft_layer, "VARIANT_KWARG_KEYS", ())))
@@ -168,6 +169,8 @@ def _unfused(model: nn.Module) -> str:
         if issubclass(kind, AuxiliaryTrainingWrapper):
             what = "a copy of its own for each adapter" if hasattr(module, "modules_to_save") else "trainable tokens"
             lines += f"\n  {path}: a {kind.__name__}, which has {what}"
+        elif issubclass(kind, FusedLayer):
+            lines += f"\n  {path}: a {kind.__name__}, which computes the same adapters for all rows"
         else:
             name = f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
             lines += f"\n  {path}: a {name} that is not fused; lora_kernels.fuse(model) says why"

@@ -20,10 +20,11 @@ from lora_kernels.nn.dry_run import Watched
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.nn.mixed import CURRENT, current_for
 from lora_kernels.nn.recompute import REMEMBERED
-from lora_kernels.ops.autograd import autocast_of
+from lora_kernels.ops.autograd import as_dtype, autocast_of
+from lora_kernels.ops.dora import Update, dora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.multi import lora_linear_multi
-from lora_kernels.peft import by_row, known, serving
+from lora_kernels.peft import by_row, folds, known, serving, several
 from lora_kernels.peft.groups import Group
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.reading import (
@@ -137,7 +138,7 @@ class Fused(FusedLayer):
         if isinstance(base, str):
             return base
         w, bias = base
-        present, variants = self._modules["lora_A"]._modules, self.lora_variant
+        present, variants = self.adapters_in(self), self.lora_variant
         active = []
         for name in self.active_adapters if names is None else dict.fromkeys(names):
             if name in present:
@@ -157,11 +158,8 @@ class Fused(FusedLayer):
                 biased = True
             if adapter.activated:
                 activated = True
-        if variants and (len(active) > 1 or names is not None):
-            if any(adapter.magnitude is not None for adapter in adapters.values()):
-                return "a DoRA adapter beside others"  # `read_adapter` has refused the variants that are not fused
-            if activated and names is None:
-                return "an activated LoRA beside others"
+        if activated and names is None and len(active) > 1:
+            return "an activated LoRA beside others"
         if (
             activated
             and names is None
@@ -174,6 +172,9 @@ class Fused(FusedLayer):
         if isinstance(dtypes, str):
             return dtypes
         inner, outer = dtypes
+        beside = len(active) > 1 or names is not None
+        if variants and beside and (together := several.why_not(self, adapters, names is not None, inner)):
+            return together
         if biased and (reason := why_not_biased(inner)):
             return reason
         if self._backend is None and not alone and (dropout or self.quantised_base):
@@ -186,6 +187,18 @@ class Fused(FusedLayer):
                 what = "dropout" if w_format == "dense" else f"a weight in {w_format}"
                 return f"no kernel for {what} here, and PEFT's own forward is faster than plain torch operations"
         return Operands(w, bias, adapters, inner, outer, activated)
+
+    @staticmethod
+    def adapters_in(layer: Any) -> Mapping[str, Any]:
+        """Return a mapping whose keys are the names of the adapters of `layer`, which may not be fused yet."""
+        adapters: Mapping[str, Any] = layer._modules["lora_A"]._modules
+        return adapters
+
+    @staticmethod
+    def first_matrix(layer: Any, name: str) -> Tensor:
+        """Return the parameter of adapter `name` that a forward of it reads first."""
+        a: Tensor = layer.lora_A[name].weight
+        return a
 
     @staticmethod
     def read_base(layer: Any) -> tuple[Tensor | QuantizedWeight, Tensor | None] | str:
@@ -202,14 +215,12 @@ class Fused(FusedLayer):
         modules = layer._modules
         down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         dropout = modules["lora_dropout"]._modules[name]
-        a: Any = None
-        a_bias = None
-        linear = type(down) is nn.Linear and type(up) is nn.Linear
-        if linear:
-            a, a_bias = weight_and_bias(down)
-        if not linear or a_bias is not None:
+        of_linear = type(down) is nn.Linear and type(up) is nn.Linear
+        read: Any = weight_and_bias if of_linear else folds.matrix
+        of_a, of_b = read(down), read(up)
+        if of_a is None or of_b is None or of_a[1] is not None:
             return f"adapter {name!r} consists of a {type(down).__name__} and a {type(up).__name__}"
-        b, b_bias = weight_and_bias(up)
+        (a, _), (b, b_bias) = of_a, of_b
         for weight in (a, b):
             if type(weight) not in (nn.Parameter, Tensor):
                 return f"adapter {name!r} has a {type(weight).__name__}"
@@ -223,8 +234,12 @@ class Fused(FusedLayer):
         p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
         if p >= 1:
             return f"adapter {name!r} drops everything: p = {dropout.p}"
+        if variant is None:
+            return PeftAdapter(a, b, b_bias, layer.scaling[name], p)
+        if type(variant) in folds.UNKNOWN:
+            return PeftAdapter(folds.scaled(layer, name, a), b, b_bias, layer.scaling[name], p)
         activated = type(variant) is ALoraLinearVariant
-        magnitude = None if variant is None or activated else layer.lora_magnitude_vector[name].weight
+        magnitude = None if activated else layer.lora_magnitude_vector[name].weight
         return PeftAdapter(a, b, b_bias, layer.scaling[name], p, magnitude, activated)
 
     @staticmethod
@@ -253,12 +268,13 @@ class Fused(FusedLayer):
         base = cls.read_base(layer)
         if isinstance(base, str):
             return base
-        adapters = [cls.read_adapter(layer, name) for name in layer.lora_A]
+        names = list(cls.adapters_in(layer))
+        adapters = [cls.read_adapter(layer, name) for name in names]
         reasons = [why for why in adapters if isinstance(why, str)]
         biased = any(isinstance(each, PeftAdapter) and each.b_bias is not None for each in adapters)
         if biased and (dtype := cls.known_dtype(layer)):
             reasons += filter(None, [why_not_biased(dtype)])
-        ranks = ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
+        ranks = ", ".join(f"{name} r={layer.r[name]}" for name in names)
         calls = [serving.call_of_layer(base[0], each) for each in adapters if not isinstance(each, str)]
         text = f"{layer.in_features}→{layer.out_features}{cls.base_note(layer)}, {ranks}"
         return Survey(text, tuple(reasons), tuple(filter(None, calls)))
@@ -283,11 +299,11 @@ class Fused(FusedLayer):
 
     def watched(self) -> Watched | None:
         """Return what a dry forward looks at in this layer; None for one that computes no adapter at present."""
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        active = [name for name in self.active_adapters if name in self.adapters_in(self)]
         if self.merged or self.disable_adapters or not active:
             return None
         base = [p for name, p in self.base_layer.named_parameters(recurse=False) if name != "bias"]
-        a = [self.lora_A[name].weight for name in active]
+        a = [self.first_matrix(self, name) for name in active]
         return Watched(cast(nn.Module, self), base, a, lambda: (self.fused_calls, dict(self.passed_over)))
 
     def _dtypes(
@@ -297,29 +313,35 @@ class Fused(FusedLayer):
         dtypes of x, W and the adapters cannot be served together. `autocast` is `autocast_of(x)`."""
         raise NotImplementedError
 
+    def settle(self, x: Tensor) -> None:
+        """Make the changes to the base that its own forward makes before it computes."""
+
     def _compute(self, x: Tensor, operands: Operands) -> Tensor:
         """Return y of the base with every adapter of `operands`."""
         adapters = operands.adapters
-        adapter = next(iter(adapters.values()))
-        if adapter.magnitude is not None:  # it is the only one: `read` leaves DoRA beside other adapters to PEFT
-            return self._compute_dora(x, operands, adapter)
-        later: list[str] = []
-        if len(adapters) > 1 and any(each.p for each in adapters.values()):
-            first, *later = list(adapters)
-            operands = operands._replace(adapters={first: adapters[first]})
-        w, a, b, scale, bias, p = as_one_adapter(operands)
-        y = lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
-        if not later:
-            return y
-        dtype = y.dtype
-        for name in later:  # every adapter has a dropout mask of its own
-            low = self._cast_input_dtype(x, adapters[name].a.dtype)
-            y = y + self.lora_B[name](self.lora_A[name](self.lora_dropout[name](low))) * self.scaling[name]
-        return y.to(dtype)
+        if len(adapters) > 1 and any(each.p or each.magnitude is not None for each in adapters.values()):
+            return several.compute(self, x, operands)
+        return self.compute_alike(x, operands)
 
-    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
-        """Return y of the base with the DoRA adapter `adapter`."""
-        raise NotImplementedError
+    def compute_alike(self, x: Tensor, operands: Operands) -> Tensor:
+        """Return y of the base with one adapter, or with several that are neither DoRA nor have dropout."""
+        adapter = next(iter(operands.adapters.values()))
+        if adapter.magnitude is not None:
+            return self.compute_dora(x, operands, adapter)
+        w, a, b, scale, bias, p = as_one_adapter(operands)
+        return lora_linear(x, w, a, b, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
+
+    def compute_dora(
+        self, x: Tensor, operands: Operands, adapter: PeftAdapter, norm_of: Update | None = None
+    ) -> Tensor:
+        """Return y of the base with the DoRA adapter `adapter`, the only one of `operands`; `norm_of` as for
+        `dora_linear`."""
+        w, a, b, scale, bias, p = as_one_adapter(operands)
+        m = adapter.magnitude
+        assert m is not None
+        if m.dtype != a.dtype:  # PEFT may make it in the dtype of a weight that was quantised
+            m = as_dtype(m, torch.float32)
+        return dora_linear(x, w, a, b, m, scale=scale, bias=bias, dropout_p=p, norm_of=norm_of, backend=self._backend)
 
     def compute_rows(self, x: Tensor, operands: Operands, numbers: Sequence[tuple[str, int]], rows: Rows) -> Tensor:
         """Return y, where each row of x is computed with the adapter that `rows` gives it. `numbers` are the names and

@@ -57,7 +57,7 @@ def fuse(
             for the names in `lora_kernels.peft.groups.FAMILIES` (q/k/v and gate/up of Llama, Qwen, Mistral, Gemma;
             query/key/value of BERT and ViT). Other models need names, such as ``[("wq", "wk", "wv")]``. A layer that
             is called with another x computes alone. So do layers inside torch.compile, and for tensors of inference
-            mode. Layers over bitsandbytes' weights are not grouped.
+            mode. The layers of a group have bases of one kind: all dense, all in 4 bits or all in 8.
         verify: inputs of the model, with which `FuseReport.verify` is run at the end: a mapping of keywords, a tuple or
             list of arguments, or one argument. True stands for ``model.dummy_inputs``.
 
@@ -87,13 +87,23 @@ def fuse(
         peft_groups.check_families(model, families)
     inputs = None if verify is None or verify is False else dry_run.inputs_for(model, verify)
     fused, not_fused, layers, calls = {}, {}, dict[str, tuple[Any, type[FusedLayer]]](), list[Call]()
+    inner: dict[str, str] = {}
     layer: Any
     for path, layer in model.named_modules():
         if not (isinstance(layer, LoraLayer) or kinds.is_known(type(layer))):
             continue
-        kind = kinds.fused_kind(type(layer))
+        kind = kinds.fused_kind(type(layer), layer)
+        if (outer := inner.get(path)) is not None:
+            if outer in fused:
+                fused[path] = f"computed by {outer}"
+            else:
+                not_fused[path] = f"computed by {outer}, which is not fused"
         if isinstance(kind, str):
-            not_fused[path] = kind
+            if outer is None:
+                not_fused[path] = kind
+            continue
+        inner |= {f"{path}.{name}" if path else name: outer or path for name in kind.inner(layer)}
+        if outer is not None:
             continue
         reading = readers.reading_in(model, path) if path else None
         passed = str(reading) if reading is not None and reading.always else ""
@@ -121,9 +131,9 @@ def fuse(
         for layer, kind in layers.values():
             _swap(layer, kind, backend)
         reopen = readers.close_fast_paths(model, FusedLayer)  # type: ignore[arg-type]
-        groups = peft_groups.group(model, FusedLinear, families)
-        refs = {name: weakref.ref(layers[name][0]) for name in fused}
-        report = FuseReport(fused, not_fused, groups, tuple(calls), backend, refs)
+        groups = peft_groups.group(model, families)
+        refs = {name: weakref.ref(layers[name][0]) for name in fused if name in layers}
+        report = FuseReport(fused, not_fused, groups, tuple(calls), backend, refs, inner)
         if inputs is None:
             return report
         report = report.verified_with(model, inputs)
@@ -195,7 +205,7 @@ class _FusingFactory:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.before.__func__(*args, **kwargs)
         # Base and adapter are not checked here. They may still change, and every forward checks them.
-        if self.enabled and not isinstance(kind := kinds.fused_kind(type(module)), str):
+        if self.enabled and not isinstance(kind := kinds.fused_kind(type(module), module), str):
             _swap(module, kind, None)
         return module
 

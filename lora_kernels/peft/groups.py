@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.peft.layer import FusedLayer
 from lora_kernels.peft.shared import Forward, SharedInput
 
 FAMILIES: tuple[tuple[str, ...], ...] = (
@@ -53,7 +54,10 @@ class Group:
     def take(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return the y of `layer` for x; None where the layer has to compute it alone."""
         forward = self.here.forward
-        return None if forward is None else forward.take(self, layer, x)
+        y = None if forward is None else forward.take(self, layer, x)
+        if y is not None:
+            layer.settle(x)
+        return y
 
     def leave(self, layer: Any, reason: str) -> None:
         """Let `layer` compute alone from now on. The group ends when its last layer leaves."""
@@ -115,9 +119,13 @@ def check_families(model: nn.Module, families: Sequence[Sequence[str]]) -> None:
             raise ValueError(f"group: no module of the model has two of {', '.join(map(repr, family))} for children")
 
 
-def group(model: nn.Module, kind: type[nn.Module], families: Sequence[Sequence[str]]) -> dict[str, SharedInput]:
-    """Group the layers of class `kind` that one of `families` names, where they are children of one parent and have the
-    same in_features.
+def _can_be_grouped(layer: nn.Module | None) -> bool:
+    return isinstance(layer, FusedLayer) and layer.shares_input
+
+
+def group(model: nn.Module, families: Sequence[Sequence[str]]) -> dict[str, SharedInput]:
+    """Group the fused layers that one of `families` names, where they are children of one parent, have the same
+    in_features, and are of one class that can be grouped (`FusedLayer.shares_input`).
 
     Returns:
         Name of the parent → the group's report. A second group of the same parent has the key "parent (2)".
@@ -126,9 +134,9 @@ def group(model: nn.Module, kind: type[nn.Module], families: Sequence[Sequence[s
     for path, parent in list(model.named_modules()):
         count = 0
         for family in families:
-            names = [name for name in family if isinstance(parent._modules.get(name), kind)]
+            names = [name for name in family if _can_be_grouped(parent._modules.get(name))]
             layers: list[Any] = [parent._modules[name] for name in names]
-            if len(names) < 2 or len({layer.in_features for layer in layers}) > 1:
+            if len(names) < 2 or len({(type(layer), layer.in_features) for layer in layers}) > 1:
                 continue
             if any(layer._group is not None for layer in layers) or len({id(layer) for layer in layers}) < len(layers):
                 continue

@@ -8,7 +8,7 @@ and its reason is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lora_kernels.core.operands import Call
@@ -42,6 +42,8 @@ class FusedLayer:
         "_backend": lambda: None,
     }
     """The attributes that a fused layer has beside PEFT's, and the functions that make their first values."""
+    shares_input: ClassVar[bool] = False
+    """Whether one call can compute layers of this class that read the same x (`lora_kernels.peft.groups`)."""
 
     fused_calls: int
     passed_over: Counter[str]
@@ -58,6 +60,11 @@ class FusedLayer:
     def survey(cls, layer: Any) -> Survey | str:
         """Return what there is to fuse in `layer`, which may be of `peft_class` still, or why it is left to PEFT."""
         raise NotImplementedError
+
+    @classmethod
+    def inner(cls, layer: Any) -> Sequence[str]:
+        """Return the names, beneath `layer`, of the layers of PEFT inside it that its own forward computes."""
+        return ()
 
     def prepare(self) -> None:
         """Do the work that a layer needs once, before its first fused forward."""

@@ -1,4 +1,4 @@
-"""`FusedLinear`: PEFT's LoRA linear over a dense base, on the fused path, for plain LoRA and for DoRA."""
+"""`FusedLinear`: PEFT's LoRA linear over a dense base, on the fused path; `OverDense`, its part for other kinds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
-from lora_kernels.ops.dora import dora_linear
-from lora_kernels.peft import known
+from lora_kernels.peft import folds, known
 from lora_kernels.peft.fused import DROPOUTS, Fused
-from lora_kernels.peft.reading import OneAdapter, Operands, PeftAdapter, only_eager, weight_and_bias
+from lora_kernels.peft.reading import OneAdapter, PeftAdapter, only_eager, weight_and_bias
 
 _any_autocast = torch._C._is_any_autocast_enabled  # without the time of asking for one device by its name
 
@@ -26,11 +25,62 @@ _ALORA_UNKNOWN = known.why_not_alora(ALoraLinearVariant)
 """The same for activated LoRA."""
 
 
-class FusedLinear(Fused, peft_layer.Linear):
+def dense_base(layer: Any, transposed: bool, of_conv1d: bool) -> tuple[Tensor, Tensor | None] | str:
+    """Return W [N, K] and bias of the frozen nn.Linear or Conv1D that `layer` wraps, or why they cannot be used. With
+    `transposed` it stores Wᵀ; `of_conv1d` says that it is a Conv1D."""
+    base = layer._modules["base_layer"]
+    kind = type(base)
+    # BaseTunerLayer is an abstract class, for which isinstance takes microseconds.
+    if kind is not nn.Linear and isinstance(base, BaseTunerLayer):
+        return "its base is another tuner's layer"
+    if kind.forward is nn.Linear.forward:
+        if transposed:
+            return "fan_in_fan_out over an nn.Linear"
+    elif not of_conv1d:
+        return f"its base is a {kind.__name__} with a forward of its own"
+    weight, bias = weight_and_bias(base)
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its base weight is a {type(weight).__name__}"
+    if weight.requires_grad:
+        return "its base weight is trained"
+    if has_hooks(base):
+        return "its base layer has hooks, which the fused path would pass over"
+    return weight.t() if transposed else weight, bias
+
+
+class OverDense(Fused):
+    """The part of a fused forward that depends on a base in its own floating dtype."""
+
+    @staticmethod
+    def known_dtype(layer: Any) -> torch.dtype:
+        """Return the dtype of W."""
+        dtype: torch.dtype = weight_and_bias(layer.base_layer)[0].dtype
+        return dtype
+
+    def _dtypes(
+        self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
+    ) -> tuple[torch.dtype, torch.dtype] | str:
+        given = x.dtype
+        if given not in check.DTYPES or w.dtype not in check.DTYPES or (given != w.dtype and not autocast):
+            return f"x is {given}, the base weight {w.dtype}"
+        for name, adapter in adapters.items():
+            dtype = adapter.a.dtype
+            if dtype == given:
+                continue
+            if dtype != torch.float32 and not (autocast and dtype in check.HALVES):
+                return f"adapter {name!r} is {dtype} beside {given}"
+            if not (self.cast_input_dtype_enabled and given in check.HALVES) and not autocast:
+                return f"adapter {name!r} is {dtype} beside {given}, and x may not be converted"
+        inner = autocast or given
+        return inner, inner
+
+
+class FusedLinear(OverDense, peft_layer.Linear):
     """PEFT's LoRA linear over an ``nn.Linear`` or a Conv1D. `lora_kernels.lora_linear` or `dora_linear` computes every
     call that it can serve."""
 
     peft_class = peft_layer.Linear
+    shares_input = True
     lora_magnitude_vector: Any
 
     def plain_operands(self, x: Tensor) -> OneAdapter | None:
@@ -80,80 +130,23 @@ class FusedLinear(Fused, peft_layer.Linear):
     @staticmethod
     def read_base(layer: Any) -> tuple[Tensor, Tensor | None] | str:
         """Return W [N, K] and bias of a frozen nn.Linear or Conv1D, or why they cannot be used. A Conv1D stores Wᵀ."""
-        base = layer._modules["base_layer"]
-        kind = type(base)
-        # BaseTunerLayer is an abstract class, for which isinstance takes microseconds.
-        if kind is not nn.Linear and isinstance(base, BaseTunerLayer):
-            return "its base is another tuner's layer"
-        transposed = layer.fan_in_fan_out
-        if kind.forward is nn.Linear.forward:
-            if transposed:
-                return "fan_in_fan_out over an nn.Linear"
-        elif not layer.is_target_conv_1d_layer:
-            return f"its base is a {kind.__name__} with a forward of its own"
-        weight, bias = weight_and_bias(base)
-        if type(weight) not in (nn.Parameter, Tensor):
-            return f"its base weight is a {type(weight).__name__}"
-        if weight.requires_grad:
-            return "its base weight is trained"
-        if has_hooks(base):
-            return "its base layer has hooks, which the fused path would pass over"
-        return weight.t() if transposed else weight, bias
-
-    @staticmethod
-    def known_dtype(layer: Any) -> torch.dtype:
-        """Return the dtype of W."""
-        dtype: torch.dtype = weight_and_bias(layer.base_layer)[0].dtype
-        return dtype
+        return dense_base(layer, layer.fan_in_fan_out, layer.is_target_conv_1d_layer)
 
     @staticmethod
     def variant_reason(layer: Any, name: str) -> str | None:
-        """Return why the adapter's variant is neither a DoRA nor an activated LoRA that can be fused; None where it is
-        one."""
+        """Return why the adapter's variant is none that can be fused: DoRA, activated LoRA, or one of
+        `lora_kernels.peft.folds`; None where it is one."""
         kind = type(layer.lora_variant[name])
+        if kind in folds.UNKNOWN:
+            return folds.why_not(layer, name)
         if kind is ALoraLinearVariant:
             return _ALORA_UNKNOWN or None
         if kind is not DoraLinearVariant:
             return f"adapter {name!r} is a {kind.__name__}"
         if _DORA_UNKNOWN:
             return _DORA_UNKNOWN
-        if layer.fan_in_fan_out:
-            return f"adapter {name!r} is DoRA over a Conv1D"
         if layer.lora_B[name].bias is not None:
             return f"adapter {name!r} is DoRA with a bias of its own"
         if has_hooks(layer.lora_magnitude_vector[name]):
             return f"adapter {name!r} is DoRA, and its magnitude has hooks, which the fused path would pass over"
         return None
-
-    def _dtypes(
-        self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
-    ) -> tuple[torch.dtype, torch.dtype] | str:
-        given = x.dtype
-        if given not in check.DTYPES or w.dtype not in check.DTYPES or (given != w.dtype and not autocast):
-            return f"x is {given}, the base weight {w.dtype}"
-        for name, adapter in adapters.items():
-            dtype = adapter.a.dtype
-            if dtype == given:
-                continue
-            if dtype != torch.float32 and not (autocast and dtype in check.HALVES):
-                return f"adapter {name!r} is {dtype} beside {given}"
-            if not (self.cast_input_dtype_enabled and given in check.HALVES) and not autocast:
-                return f"adapter {name!r} is {dtype} beside {given}, and x may not be converted"
-        inner = autocast or given
-        return inner, inner
-
-    def _compute_dora(self, x: Tensor, operands: Operands, adapter: PeftAdapter) -> Tensor:
-        w: Any = operands.w
-        a, b, _, scale, p, magnitude, _ = adapter
-        assert magnitude is not None
-        return dora_linear(
-            x,
-            w,
-            a,
-            b,
-            magnitude,
-            scale=scale,
-            bias=operands.bias,
-            dropout_p=p,
-            backend=self._backend,
-        )

@@ -34,6 +34,8 @@ class FuseReport:
     """The back-end that `fuse` was asked for."""
     layers: Mapping[str, weakref.ref[Any]] = field(default_factory=dict, repr=False, compare=False)
     """The layers of `fused`, whose counters ``str()`` reads. They are not kept alive."""
+    inner: Mapping[str, str] = field(default_factory=dict)
+    """The layers that a layer around them computes: name → the name of that layer."""
 
     def verify(self, model: nn.Module, *args: Any, **kwargs: Any) -> FuseReport:
         """Run ``model(*args, **kwargs)`` to see which layers it computes by their fused forward, and return a report
@@ -55,6 +57,7 @@ class FuseReport:
         watched = {name: found for name, layer in layers.items() if (found := layer.watched()) is not None}
         groups = [group for group in self.groups.values() if hasattr(group, "__dict__")]
         over = dry_run.passed_over(model, watched, inputs, groups)
+        over |= {name: f"computed by {outer}: {over[outer]}" for name, outer in self.inner.items() if outer in over}
         fused = {name: what for name, what in self.fused.items() if name not in over}
         return replace(self, fused=fused, not_fused=self.not_fused | over)
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from lora_kernels.ops.autograd import autocast_of
+from lora_kernels.ops.autograd import as_dtype, autocast_of, device_type, no_autocast
 from lora_kernels.ops.group import Layer, lora_linear_group
 from lora_kernels.ops.watched import observers
+from lora_kernels.peft import folds
 from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
+from lora_kernels.quant.weight import QuantizedWeight
 
 
 class SharedInput:
@@ -143,8 +145,8 @@ class Forward:
         reads: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
         for i, member in members.items():
             sources = _sources(member, x)
-            if not isinstance(sources, str) and reads and sources[1].dtype != reads[0][0][1].dtype:
-                sources = "its adapter has another dtype"
+            if not isinstance(sources, str) and reads and _dtypes_of(sources) != _dtypes_of(reads[0][0]):
+                sources = "its adapter, or its computation, has another dtype"
             if isinstance(sources, str):
                 self._over = True  # every layer computes alone to the end of this forward
                 report.passed_over[f"{report.names[i]}: {sources}"] += 1
@@ -157,7 +159,7 @@ class Forward:
                 return None
             layers.append(_layer(sources))
         state = _state(x)
-        y, *others = lora_linear_group(x, layers, backend=first._backend)
+        y, *others = _results(x, layers, reads[0][0], first._backend)
         report.calls += 1
         _, *rest = members
         self._pending[id(x)] = _Pending(
@@ -198,24 +200,43 @@ def _state(x: Tensor) -> tuple[Any, ...]:
 
 
 def _sources(layer: Any, x: Tensor) -> tuple[Any, ...] | str:
-    """Return the operands of a layer, (w, a, b, scale, bias, p) and in unusual cases the bias of B and the dtype of the
-    computation; or why no group can compute them."""
+    """Return the operands of a layer, (w, a, b, scale, bias, p) and in unusual cases the bias of B and the dtypes of
+    the computation and of y; or why no group can compute them."""
     short: tuple[Any, ...] | None = layer.plain_operands(x)
     if short is not None:
         return short
     whole = layer.read(x)
     if isinstance(whole, str):
         return whole or "no adapter is to be computed"
-    adapter, *more = whole.adapters.values()
+    (name, adapter), *more = whole.adapters.items()
     if more or adapter.magnitude is not None:
         return "several adapters, or DoRA"
-    return whole.w, adapter.a, adapter.b, adapter.scale, whole.bias, adapter.p, adapter.b_bias, whole.inner
+    if folds.is_folded(layer, name):
+        return "its A or B is computed anew in every call"
+    return whole.w, adapter.a, adapter.b, adapter.scale, whole.bias, adapter.p, adapter.b_bias, whole.inner, whole.outer
+
+
+def _dtypes_of(sources: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the dtypes that the layers of one call have in common: that of the adapter, and beside a quantised W those
+    of the computation and of y."""
+    return (sources[1].dtype, *(sources[7:] if isinstance(sources[0], QuantizedWeight) else ()))
+
+
+def _results(x: Tensor, layers: list[Layer], sources: tuple[Any, ...], backend: str | None) -> Sequence[Tensor]:
+    """Return the y of all layers; `sources` are the operands of the first. Over bitsandbytes' weights x and y are
+    converted here, and not by autocast, as in the call of one layer."""
+    if not isinstance(sources[0], QuantizedWeight):
+        return lora_linear_group(x, layers, backend=backend)
+    inner, outer = sources[7:]
+    with no_autocast(device_type(x)):
+        ys = lora_linear_group(as_dtype(x, inner), layers, backend=backend)
+        return [as_dtype(y, outer) for y in ys]
 
 
 def _layer(sources: tuple[Any, ...]) -> Layer:
     """Return the operands in the form that `lora_linear_group` takes."""
     if len(sources) > 6:
-        w, a, b, scale, bias, p, b_bias, inner = sources
+        w, a, b, scale, bias, p, b_bias, inner, _ = sources
         whole = Operands(w, bias, {"": PeftAdapter(a, b, b_bias, scale, p)}, inner, inner)
         sources = as_one_adapter(whole)
     return Layer(*sources)
@@ -225,7 +246,11 @@ def _versions(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what changes when one of the operands is written to, is given other memory, as by ``w.data = new``, or
     begins or ceases to want a gradient. Raises RuntimeError for tensors of inference mode."""
     w, a, b, scale, bias, _, *more = sources
-    version = w._version + a._version + b._version  # none of them ever decreases
+    codes = w
+    if isinstance(w, QuantizedWeight):
+        codes, *scales = w.tensors
+        more += scales
+    version = codes._version + a._version + b._version  # none of them ever decreases
     wanted = a.requires_grad + 2 * b.requires_grad
     others = []
     for t in (scale, bias, *more):
@@ -233,15 +258,26 @@ def _versions(sources: tuple[Any, ...]) -> tuple[Any, ...]:
             version += t._version
             wanted = 2 * wanted + t.requires_grad
             others.append(t.data_ptr())
-    return version, wanted, w.data_ptr(), a.data_ptr(), b.data_ptr(), *others
+    return version, wanted, codes.data_ptr(), a.data_ptr(), b.data_ptr(), *others
 
 
 def _same(before: tuple[Any, ...], now: tuple[Any, ...] | str) -> bool:
     """Return whether two readings of a layer gave the same operands."""
     if len(before) != len(now):
         return False
-    for one, other in zip(before, now, strict=True):
-        # A Conv1D's weight is transposed by every reading.
-        if one is not other and not (one.is_set_to(other) if isinstance(one, Tensor) else one == other):
+    return all(one is other or _equal(one, other) for one, other in zip(before, now, strict=True))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two operands are the same. Every reading transposes a Conv1D's weight, and makes a new object of
+    a quantised weight, whose tensors are the same."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.is_set_to(other)
+    if isinstance(one, QuantizedWeight):
+        if not isinstance(other, QuantizedWeight) or len(one.tensors) != len(other.tensors):
             return False
-    return True
+        alike = (one.format, one.shape, one.dtype, one.blocksize) == (
+            other.format, other.shape, other.dtype, other.blocksize,
+        )  # fmt: skip
+        return alike and all(map(_equal, one.tensors, other.tensors))
+    return bool(one == other)

@@ -52,4 +52,4 @@ class HostTier:
 
 def nbytes_of(values: Values) -> int:
     """Return the bytes of A and B in all layers."""
-    return sum(a.nbytes + b.nbytes for a, b, _ in values.values())
+    return sum(a.nbytes + b.nbytes for a, b in values.values())

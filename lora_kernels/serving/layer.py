@@ -15,6 +15,7 @@ from lora_kernels.models.inject import places_of, put
 from lora_kernels.models.names import plain_names
 from lora_kernels.nn import fit, mixed, readers
 from lora_kernels.nn.base import AdapterLinear
+from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.quantized import QuantizedLoRALinear, quantized_linear
 from lora_kernels.ops.check import DTYPES, HALVES
 from lora_kernels.ops.multi import lora_linear_multi
@@ -156,6 +157,8 @@ def _why_not(model: nn.Module, own_name: str, module: nn.Module) -> str:
     """Return why a pool cannot serve a layer, or "" where it can."""
     if own_name.rpartition(".")[2] == "_orig_mod":
         return "torch.compile has compiled this layer on its own: make the pool first, then compile"
+    if isinstance(module, FusedLoRAConv1D):
+        return "a FusedLoRAConv1D, whose weight is [in, out], and a pool reads weights [out, in]"
     if isinstance(module, AdapterLinear):
         if module.merged or module.use_dora or bool(module.lora_B.count_nonzero()):
             return "it has an adapter of its own, which the pool would pass over: merge_and_unload(model) first"

@@ -126,7 +126,7 @@ class Residents:
         """Return the adapter of each layer in the layout of the kernels."""
         values = self._values(version)
         found = {}
-        for name, (a, b, _) in values.items():
+        for name, (a, b) in values.items():
             a, b = (t.to(self._device, non_blocking=self._pin) for t in (a, b))
             found[name] = stored(a, b, version.source.scales[name])
         if self._device.type == "cuda":
@@ -156,7 +156,7 @@ class Residents:
         Without `copy` they may be the same tensors. Raises ValueError for values that are not finite."""
         found = {}
         for name, adapter in values.items():
-            parts = [t.detach().to("cpu", self._places[name].dtype, copy=copy) for t in adapter[:2] if t is not None]
+            parts = [t.detach().to("cpu", self._places[name].dtype, copy=copy) for t in adapter]
             if not all(bool(t.isfinite().all()) for t in parts):
                 raise ValueError(f"{source.label}: the adapter of {name} is not finite in {parts[0].dtype}")
             found[name] = LayerAdapter(*(t.pin_memory() if self._pin else t for t in parts))

@@ -93,8 +93,8 @@ class Source:
                     "another version"
                 )
             tensors = read_weights(self.directory / WEIGHTS)
-        found = adapters_of(tensors, PEFT_KEY, False, self.label, self.ranks.keys())
-        return {name: found.layers[name] for name in self.ranks}
+        found = adapters_of(tensors, PEFT_KEY, False, self.label, self.ranks.keys()).linear()
+        return {name: found[name] for name in self.ranks}
 
 
 def opened(name: str, source: AdapterSource, config: Any, targets: Targets) -> tuple[Source, Values | None]:
@@ -158,20 +158,22 @@ def _checked(
             "lora_kernels.fuse"
         )
     config = config.for_names(targets.names, label)
-    stored = adapters_of(tensors, PEFT_KEY, False, label, targets.names)
-    fitting = {name: each for name, each in stored.layers.items() if name in targets.places}
+    if config.rules.target_parameters:
+        raise ValueError(
+            f"{label} adapts parameters of experts (target_parameters), and a pool serves linear layers only"
+        )
+    stored = adapters_of(tensors, PEFT_KEY, False, label, targets.names).linear()
+    fitting = {name: each for name, each in stored.items() if name in targets.places}
     passed_over = {
-        name: targets.passed_over.get(name, "the model has no such layer")
-        for name in stored.layers
-        if name not in fitting
+        name: targets.passed_over.get(name, "the model has no such layer") for name in stored if name not in fitting
     }
     if not fitting:
         raise ValueError(
-            f"{label} matches no layer of this model. It has adapters for {some(sorted(stored.layers))}; the pool "
+            f"{label} matches no layer of this model. It has adapters for {some(sorted(stored))}; the pool "
             f"serves {some(sorted(targets.places))}"
         )
     scales, ranks, nbytes = {}, {}, 0
-    for name, (a, b, _) in fitting.items():
+    for name, (a, b) in fitting.items():
         place, R = targets.places[name], config.rank(name)
         if (tuple(a.shape), tuple(b.shape)) != ((R, place.K), (place.N, R)):
             raise ValueError(

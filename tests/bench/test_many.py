@@ -11,7 +11,8 @@ import torch
 from support import measured_pages
 
 from lora_kernels.__main__ import main
-from lora_kernels.bench.many import measure, methods, pool, report, run
+from lora_kernels.bench.many import cells as many_cells
+from lora_kernels.bench.many import measure, methods, pool, report
 from lora_kernels.bench.many.cells import (
     BASE_ONLY,
     DECODE,
@@ -50,7 +51,7 @@ def bench(*words: str) -> int:
 @pytest.fixture
 def small(monkeypatch):
     """A suite of two cells."""
-    monkeypatch.setattr(run, "cells", lambda: [SMALL[0], SMALL[4]])
+    monkeypatch.setattr(many_cells, "cells", lambda: [SMALL[0], SMALL[4]])
     monkeypatch.setattr(pool, "REGISTERED", 16)
 
 
@@ -59,7 +60,7 @@ def document(tmp_path_factory):
     """The document of one run."""
     path = tmp_path_factory.mktemp("many") / "run.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "cells", lambda: SMALL)
+        patch.setattr(many_cells, "cells", lambda: SMALL)
         patch.setattr(pool, "REGISTERED", 16)
         assert bench("--rounds", "2", "--out", str(path)) == 0
     return json.loads(path.read_text())

@@ -249,7 +249,7 @@ def test_jobs_that_cannot_be_are_refused_and_nothing_changes(changed, error, tex
 def test_models_with_adapters_already():
     adapted = classifier()
     apply_lora(adapted)
-    with pytest.raises(ValueError, match="has FusedLoRALinear already"):
+    with pytest.raises(ValueError, match="has layers with adapters already"):
         Jobs(adapted, [job(0)])
     assert isinstance(adapted.one, FusedLoRALinear) and adapted.one.lora_A.requires_grad
     peft = pytest.importorskip("peft")

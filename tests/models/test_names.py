@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 from lora_kernels import apply_lora, load_adapter, load_loralib, merge_and_unload, save_adapter
+from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import bare, plain_name, plain_names, plain_rules
-from lora_kernels.models.targets import lora_layers
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("safetensors.torch")

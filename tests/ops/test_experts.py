@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import judging
-from support.experts import COUNTS, Experts, check, experts, run
+from support.experts_calls import COUNTS, Experts, check, experts, run
 
 from lora_kernels import Rows, lora_linear, lora_linear_experts
 from lora_kernels.ops.experts import explain_experts

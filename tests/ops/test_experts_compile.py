@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.experts import experts
+from support.experts_calls import experts
 
 from lora_kernels import Rows, lora_linear_experts
 

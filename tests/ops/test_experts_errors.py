@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from support.experts import Experts, experts
+from support.experts_calls import Experts, experts
 
 from lora_kernels import Rows, lora_linear_experts, quantize_weight
 from lora_kernels.backends import dispatch

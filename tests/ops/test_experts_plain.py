@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from support.experts import Experts, experts
+from support.experts_calls import Experts, experts
 from support.wrapper import Wrapper
 from torch import Tensor, nn
 from torch.autograd import forward_ad

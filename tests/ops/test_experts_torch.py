@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import judging
-from support.experts import Experts, Largest, check, experts, run
+from support.experts_calls import Experts, Largest, check, experts, run
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode

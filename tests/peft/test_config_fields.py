@@ -20,19 +20,9 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora import config as peft_config  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from support.peft_models import Net, fused_layers, randomise  # noqa: E402
+from support.peft_models import Conv1DNet, Net, fused_layers, randomise  # noqa: E402
 
 import lora_kernels  # noqa: E402
-
-
-class Conv1DNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        conv = pytest.importorskip("transformers").pytorch_utils.Conv1D
-        self.up, self.down = conv(40, 24), conv(24, 40)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
 
 
 def llama(**kwargs) -> nn.Module:
@@ -87,9 +77,9 @@ CASES: dict[str, list[Case]] = {
     "use_rslora": [Case({"use_rslora": True})],
     "modules_to_save": [Case({"modules_to_save": ["head"]})],
     "init_lora_weights": [
-        Case({"init_lora_weights": how}) for how in (False, "gaussian", "olora", "pissa", "pissa_niter_4", "orthogonal")
-    ]
-    + [Case({"init_lora_weights": "mica"}, left=variant("MiCALinearVariant"))],
+        Case({"init_lora_weights": how})
+        for how in (False, "gaussian", "olora", "pissa", "pissa_niter_4", "orthogonal", "mica")
+    ],
     "layers_to_transform": [Case({"layers_to_transform": [1], "target_modules": ["q_proj"]}, llama)],
     "layers_pattern": [
         Case({"layers_to_transform": [1], "layers_pattern": "layers", "target_modules": ["q_proj"]}, llama)
@@ -124,13 +114,10 @@ CASES: dict[str, list[Case]] = {
         Case({"target_modules": ["up"], "target_parameters": ["down.weight"]}, left=WRAPPER),
     ],
     "use_bdlora": [
-        Case(
-            {"use_bdlora": sub("BdLoraConfig", target_modules_bd_a=["up"], target_modules_bd_b=["down"], nblocks=2)},
-            left=variant("BdLoraLinearVariant"),
-        )
+        Case({"use_bdlora": sub("BdLoraConfig", target_modules_bd_a=["up"], target_modules_bd_b=["down"], nblocks=2)})
     ],
     "arrow_config": [],  # a router over other adapters, which has a test of its own below
-    "kasa_config": [Case({"kasa_config": sub("KasaConfig")}, left=variant("KasaLinearVariant"))],
+    "kasa_config": [Case({"kasa_config": sub("KasaConfig")})],
     "ensure_weight_tying": [
         Case({"ensure_weight_tying": True, "target_modules": ["embed_tokens", "lm_head"]}, tied_llama, EMBEDDING)
     ],

@@ -12,11 +12,14 @@ import pytest
 import torch
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
+from peft.tuners.adalora import layer as adalora  # noqa: E402
+from peft.tuners.delora import layer as delora  # noqa: E402
 from peft.tuners.lora import LoraModel, dora, layer, variants  # noqa: E402
+from support import fold_models  # noqa: E402
 from support.peft_models import config, fused_layers, make, run, same  # noqa: E402
 
 import lora_kernels  # noqa: E402
-from lora_kernels.peft import known  # noqa: E402
+from lora_kernels.peft import folds, known  # noqa: E402
 
 DORA = variants.DoraLinearVariant, dora.DoraLinearLayer
 
@@ -51,6 +54,7 @@ def test_the_installed_pefts_forwards_are_known():
 
     kinds = [layer.Linear, *(getattr(bnb, name) for name in ("Linear4bit", "Linear8bitLt") if hasattr(bnb, name))]
     assert [known.why_not_lora(kind) for kind in kinds] == [""] * len(kinds)
+    assert set(folds.UNKNOWN.values()) == {""}
     assert known.why_not_dora(*DORA) == ""
 
 
@@ -96,6 +100,39 @@ def test_new_things_in_mixed_batches_and_in_dora_are_named(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(owner, "forward", staticmethod(changed(owner.forward, old, new)))
             assert re.search(rf"{owner.__name__}.forward uses (shift|temperature),", known.why_not_dora(*DORA))
+
+
+@pytest.mark.parametrize(
+    ("kind", "owner", "old", "new"),
+    [
+        ("adalora", adalora.SVDLinear, "* scaling / ranknum", "* scaling / ranknum * self.temperature"),
+        ("delora", delora.DeloraLinear, "h = h * scaling", "h = h * scaling * self.temperature"),
+    ],
+)
+def test_new_things_in_other_methods_are_named_and_left_to_peft(kind, owner, old, new, monkeypatch):
+    monkeypatch.setattr(owner, "forward", changed(owner.forward, old, new))
+    monkeypatch.setattr(owner, "temperature", 0.5, raising=False)
+    model, x = fold_models.make(kind), torch.randn(4, 24)
+    want = run(copy.deepcopy(model), x)
+    why = f"PEFT's {owner.__name__}.forward uses temperature, which this version of lora_kernels does not know"
+    assert set(lora_kernels.fuse(model).not_fused.values()) == {why}
+    same(run(model, x), want)
+
+
+@pytest.mark.parametrize("kind", ["kasa", "mica", "bdlora"])
+def test_a_variant_of_an_unknown_kind_is_pefts(kind, monkeypatch):
+    model, x = fold_models.make(kind), torch.randn(4, 24)
+    variant = type(fold_models.layers_of(model)[0].lora_variant["default"])
+    assert folds.UNKNOWN[variant] == ""
+    forward = changed(variant.forward, "* scaling", "* scaling * module.temperature")
+    with monkeypatch.context() as patch:
+        patch.setattr(variant, "forward", staticmethod(forward))
+        why = known.why_not(variant, folds._USES[variant.__name__])
+    assert "uses temperature," in why
+    monkeypatch.setitem(folds.UNKNOWN, variant, why)
+    assert set(lora_kernels.fuse(model).not_fused.values()) == {why}
+    lora_kernels.unfuse(plain := copy.deepcopy(model))
+    assert torch.equal(model(x), plain(x))
 
 
 def test_dora_of_an_unknown_kind_is_pefts(monkeypatch):

@@ -245,7 +245,7 @@ def test_a_model_that_is_not_fused_is_refused():
     ("kwargs", "text"),
     [
         ({"modules_to_save": ["head"]}, "base_model.model.head: a ModulesToSaveWrapper, which has a copy of its own"),
-        ({"target_modules": ["up", "emb"]}, "base_model.model.emb: a lora.layer.Embedding that is not fused"),
+        ({"target_modules": ["up", "emb"]}, "base_model.model.emb: a FusedEmbedding, which computes the same adapters"),
         (
             {"trainable_token_indices": {"emb": [1]}},
             "base_model.model.emb: a .*TrainableTokens.*, which has trainable tokens",

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from support.replicas import replica
-from torch import nn
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from support.peft_models import (  # noqa: E402
+    Conv1DNet,
     config,
     fused_equals_peft,
     fused_layers,
@@ -115,17 +115,6 @@ def test_adapters_by_sample_give_pefts_values():
     fused_equals_peft(model.eval(), torch.randn(5, 3, 24), adapter_names=names)
     with pytest.raises(ValueError, match="adapter_names"):
         model(torch.randn(4, 3, 24), adapter_names=names)
-
-
-class Conv1DNet(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        from transformers.pytorch_utils import Conv1D
-
-        self.up, self.down = Conv1D(40, 24).to(dtype), Conv1D(24, 40).to(dtype)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
 
 
 def test_a_conv1d_gives_pefts_values():

@@ -54,15 +54,6 @@ def test_weights_that_are_not_finite_are_counted_and_placed(quant, value):
     )
 
 
-@pytest.mark.parametrize("quant", FORMATS)
-def test_dora_over_a_quantised_weight_is_refused(quant):
-    refused(
-        ValueError, rf"use_dora over a quantised weight \({quant}\).*Leave", nn.Linear(8, 4), quant=quant, use_dora=True
-    )
-    with pytest.raises(ValueError, match="use_dora"):
-        QuantizedLoRALinear.over(quantize_weight(torch.randn(4, 8), quant), use_dora=True)
-
-
 def test_settings_that_do_not_go_together_are_refused():
     refused(
         ValueError,

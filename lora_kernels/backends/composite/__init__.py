@@ -240,8 +240,12 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, w, bias)
+def base_gemm(x: Tensor, w: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    target = find_target(x.device)
+    assert target is not None, "dispatch asks why_not first"
+    with target.guard():
+        whole = _dense(w, x.dtype)
+        return x @ whole if transposed else F.linear(x, whole, bias)
 
 
 def _dense(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:

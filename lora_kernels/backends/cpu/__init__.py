@@ -42,6 +42,7 @@ from lora_kernels.quant.weight import QuantizedWeight
 try:
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
+    from lora_kernels.backends.cpu.around import add_low_rank, low_rank_backward
     from lora_kernels.backends.cpu.experts import backward_experts, forward_experts
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
     from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
@@ -53,6 +54,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
+    "add_low_rank",
     "add_multi",
     "backward",
     "backward_experts",
@@ -63,6 +65,7 @@ __all__ = [
     "forward_experts",
     "forward_multi",
     "keep_mask",
+    "low_rank_backward",
     "name",
     "why_not",
 ]
@@ -144,6 +147,11 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x wᵀ + bias [M, N] for a dense w of any strides. A bias may be given for an x in 16 bits only."""
-    return gemm.base_gemm(x if x.stride()[1] == 1 else x.contiguous(), w, bias=bias)
+def base_gemm(x: Tensor, w: Tensor | QuantizedWeight, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """Return x wᵀ + bias [M, N], or x w [M, K] where `transposed`, for a dense w of any strides or a quantised one. A
+    bias may be given for an x in 16 bits only."""
+    if x.stride()[1] != 1:
+        x = x.contiguous()
+    if isinstance(w, QuantizedWeight):
+        return quant.quantized_gemm(x, w, transposed, bias)
+    return gemm.base_gemm(x, w.t() if transposed else w, bias=bias)

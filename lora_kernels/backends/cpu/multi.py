@@ -19,7 +19,7 @@ from lora_kernels.core.operands import Adapter, Base, Gradients, MultiResult, Ne
 from lora_kernels.core.rows import Rows
 from lora_kernels.quant.weight import QuantizedWeight
 
-_NOTHING = Base(None)  # type: ignore[arg-type]
+NOTHING = Base(None)  # type: ignore[arg-type]
 """What stands for the base where y holds its product already: no w is read, and no bias is added."""
 
 
@@ -51,7 +51,7 @@ def add_multi(y: Tensor, x: Tensor, adapters: Sequence[Adapter | None], rows: Ro
         x = x.contiguous()
     if isinstance(adapters, AdapterStack):
         adapters = adapters.slots
-    _C.forward_multi(torch.get_num_threads(), x, _NOTHING, adapters, rows.order, rows.starts, y, None, False)
+    _C.forward_multi(torch.get_num_threads(), x, NOTHING, adapters, rows.order, rows.starts, y, None, False)
 
 
 def backward_multi(

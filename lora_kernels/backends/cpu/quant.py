@@ -27,8 +27,8 @@ for _format, _levels in quant_tables.LEVELS.items():
 
 
 def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False, bias: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ [M, N], or x W [M, K] where `transposed`, new and contiguous. A bias may be given for an x in 16 bits
-    of more than `_C.FEW_ROWS` rows; the sum is rounded once.
+    """Return x Wᵀ [M, N], or x W [M, K] where `transposed`, new and contiguous. A bias may be given for an x in 16
+    bits; the sum is rounded once.
 
     x [M, .] is fp32, bf16 or fp16, and its last stride is 1.
     """
@@ -37,7 +37,7 @@ def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False, bias
         return x.new_zeros(M, K if transposed else N)
     y = x.new_empty(M, K if transposed else N)
     if M <= _C.FEW_ROWS and not transposed:
-        _own(x, w, transposed, y)
+        _own(x, w, transposed, y, bias)
     elif not _C.has_gemm(x.dtype):
         _by_blocks(x, w, transposed, y, bias)
     else:

@@ -119,9 +119,9 @@ def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return mask
 
 
-def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x Wᵀ + bias [M, N]."""
-    return F.linear(x, w, bias)
+def base_gemm(x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """Return x Wᵀ + bias [M, N], or x W [M, K] where `transposed`."""
+    return x @ w if transposed else F.linear(x, w, bias)
 
 
 def _plan(op: str, M: int, base: Base, adapter: Adapter) -> Sm90Plan:

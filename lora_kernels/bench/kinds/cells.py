@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,13 +14,16 @@ FROZEN, OURS, PEFT = "frozen", "ours", "PEFT"
 """The names of ways: the layer without an adapter, this package's, and PEFT's own forward."""
 
 
+TIME, SAVED = "time", "saved"
+"""What is compared: the time of a step, or the bytes that autograd keeps after a forward, without parameters."""
+
+
 class Target(NamedTuple):
     """The most that our way may take, as a ratio of times or of bytes: ours / `to`."""
 
     to: str
     most: float
-    what: str = "time"
-    """"time" or "saved": the bytes that autograd keeps, parameters not counted."""
+    what: str = TIME
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Way:
     trained: tuple[Tensor, ...] = ()
     """x, where its gradient is wanted, and the adapter's parameters, in the same order in every way of a cell. Those of
     the frozen layer are x alone."""
+    frozen: tuple[Tensor, ...] = ()
+    """The parameters of the base. Neither they nor trained Parameters count among the bytes that are saved."""
     faults: Callable[[], list[str]] | None = None
     """Returns what is wrong with y and the gradients against the equation in fp64, in words; None for the frozen
     layer."""
@@ -50,3 +56,13 @@ class Cell:
     backward: bool = True
     """Whether the backward is timed too. Otherwise the forward runs under ``torch.no_grad()``."""
     dtype: torch.dtype = torch.float32
+
+
+KINDS = ("experts", "embedding", "conv", "attention", "qdora", "folded")
+"""The modules of this folder that have cells, in the order of the tables."""
+
+
+def cells(kinds: Sequence[str] = KINDS) -> list[Cell]:
+    """Return the cells of the named modules."""
+    found = (importlib.import_module(f"lora_kernels.bench.kinds.{kind}") for kind in kinds)
+    return [cell for module in found for cell in module.cells()]

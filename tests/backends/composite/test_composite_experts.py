@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import judging
-from support.experts import Experts, check, experts, run_module
+from support.experts_calls import Experts, check, experts, run_module
 
 from lora_kernels.core.operands import Needs
 from lora_kernels.core.rows import Rows

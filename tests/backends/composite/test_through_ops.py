@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,28 +56,39 @@ def test_a_layer_is_right(dtypes, p) -> None:
     judging.check(judging.evaluate(q, lora_linear, backend="composite"), q)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_dora_is_right(p) -> None:
-    q = judging.problem(90, 40, 72, 16, dtype=torch.bfloat16, p=p)
-    m = dora_problems.magnitude(q)
-    got = dora_problems.run(q, m, backend="composite")
-    want, plain = dora_problems.truth(q, m), dora_problems.plain_torch(q, m)
+@pytest.mark.parametrize(("p", "quant", "adapters"), [
+    (0.0, None, torch.bfloat16), (0.3, None, torch.bfloat16), (0.0, "nf4", torch.float32), (0.3, "nf4", torch.bfloat16),
+])  # fmt: skip
+def test_dora_is_right(p, quant, adapters) -> None:
+    q = judging.problem(90, 40, 72, 16, dtype=torch.bfloat16, adapter_dtype=adapters, p=p)
+    w = lora_kernels.quantize_weight(q.w, quant) if quant else None
+    stored = q if w is None else replace(q, w=w.dequantize(torch.float32))
+    m = dora_problems.magnitude(stored)
+    got = dora_problems.run(q if w is None else replace(q, w=w), m, backend="composite")
+    want, plain = (
+        dora_problems.truth(stored, m),
+        dora_problems.plain_torch(replace(stored, w=stored.w.to(q.x.dtype)), m),
+    )
     for name in dora_problems.NAMES:
         from lora_kernels.testing import judge
 
         assert judge.against_plain(name, got[name], want[name], plain[name]).fault is None
 
 
-def test_a_group_has_the_bits_of_its_layers() -> None:
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_a_group_has_the_bits_of_its_layers(quant) -> None:
     qs = [judging.problem(70, N, 72, R, dtype=torch.bfloat16, p=p, seed=N) for N, R, p in ((40, 16, 0.3), (24, 8, 0.0))]
     x = qs[0].x
+    if quant:
+        qs = [replace(q, w=lora_kernels.quantize_weight(q.w, quant)) for q in qs]
     layers = [Layer(q.w, q.a, q.b, q.scale, q.bias, q.p, q.seed) for q in qs]
     got = lora_linear_group(x, layers, backend="composite")
     for y, q in zip(got, qs, strict=True):
         alone = lora_linear(
             x, q.w, q.a, q.b, scale=q.scale, bias=q.bias, dropout_p=q.p, seed=q.seed, backend="composite"
         )
-        judging.check({"y": y}, judging.Problem(x, q.w, q.a, q.b, q.bias, q.dy, q.scale, q.p, q.seed))
+        stored = q.w if quant is None else q.w.dequantize(torch.bfloat16)
+        judging.check({"y": y}, judging.Problem(x, stored, q.a, q.b, q.bias, q.dy, q.scale, q.p, q.seed))
         assert torch.equal(y, alone)
 
 

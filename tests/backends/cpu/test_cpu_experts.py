@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.experts import COUNTS, Experts, check, experts, run_module
+from support.experts_calls import COUNTS, Experts, check, experts, run_module
 from support.fences import fences
 from support.judging import DTYPES
 

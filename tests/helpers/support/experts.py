@@ -1,155 +1,200 @@
-"""Calls of `lora_linear_experts` for tests, and their judge: every expert is judged as a layer of its own over its own
-rows, with the part of the dropout mask that belongs to these."""
+"""Tiny experts modules of transformers' models, and what they compute with adapters, in fp64 and expert by expert."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import copy
+import importlib
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
 
-from lora_kernels import Rows, lora_linear_experts
-from lora_kernels.core.operands import Adapter, Base, Needs
-from lora_kernels.testing.experts import judge_expert
-from lora_kernels.testing.judge import Problem
+T, K, E, H, I = 9, 2, 5, 12, 8  # noqa: E741
+"""Tokens, experts of each token, experts, hidden and intermediate size."""
 
-COUNTS = (5, 0, 17, 1, 60, 0, 3)
-"""The rows of each expert: none, one, a few, and more than one tile."""
+STACKS = ("gate_up_proj", "down_proj")
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": K,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {"moe_intermediate_size": I, "intermediate_size": I, "num_experts": E},
+    "Mixtral": {"intermediate_size": I, "num_local_experts": E},
+    "GptOss": {"intermediate_size": I, "num_local_experts": E, "layer_types": ["full_attention"] * 2},
+    "DeepseekV3": {
+        "moe_intermediate_size": I,
+        "intermediate_size": I,
+        "n_routed_experts": E,
+        "head_dim": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "kv_lora_rank": 4,
+        "q_lora_rank": 4,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+    "Olmoe": {"intermediate_size": I, "num_experts": E},
+}
+"""The families whose experts are tested, and the sizes of a tiny model."""
 
 
-@dataclass(frozen=True)
-class Experts:
-    """The operands of one call. The last rows of x have no expert where `counts` does not cover them."""
+def config_of(family: str, **settings: Any) -> Any:
+    return getattr(transformers, f"{family}Config")(**(_SHARED | FAMILIES[family] | settings))
 
+
+def model_of(family: str, implementation: str = "eager", **settings: Any) -> Any:
+    """Return a tiny causal language model with random weights."""
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config_of(family, **settings))
+    model.set_experts_implementation(implementation)
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj"):
+            _randomise(module)
+    return model.requires_grad_(True)
+
+
+def experts_of(family: str, dtype: torch.dtype = torch.float32, implementation: str = "eager", **settings: Any) -> Any:
+    """Return one experts module of a family with random weights."""
+    torch.manual_seed(0)
+    config = config_of(family, **({"hidden_size": H} | settings))
+    config._experts_implementation = implementation
+    home = importlib.import_module(getattr(transformers, f"{family}Model").__module__)
+    module = getattr(home, f"{family}Experts")(config)
+    _randomise(module)
+    return module.to(dtype)
+
+
+@torch.no_grad()
+def _randomise(module: nn.Module) -> None:
+    for p in module.parameters():
+        nn.init.normal_(p, 0, 0.4)
+
+
+def unusual_experts(kind: str) -> Any:
+    """Return experts in fp64 without a gate, or with a norm behind them, or transposed without biases."""
+    torch.manual_seed(0)
+    model, sizes = _UNUSUAL[kind]
+    home = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    config = types.SimpleNamespace(**sizes, hidden_size=H, _experts_implementation="eager")
+    module = getattr(home, kind)(config)
+    _randomise(module)
+    return module.double()
+
+
+_UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "NemotronHExperts": (
+        "nemotron_h",
+        {"n_routed_experts": E, "moe_intermediate_size": I, "moe_latent_size": None, "mlp_hidden_act": "relu2"},
+    ),
+    "MuseSparkExperts": (
+        "muse_spark",
+        {
+            "num_local_experts": E,
+            "moe_hidden_size": H,
+            "moe_intermediate_size": I,
+            "hidden_act": "silu",
+            "post_norm_eps": 1e-6,
+        },
+    ),
+    "AriaExperts": ("aria", {"moe_num_experts": E, "intermediate_size": I}),
+}
+UNUSUAL = tuple(_UNUSUAL)
+"""Classes of experts that differ from the families above."""
+
+
+class Inputs(NamedTuple):
     x: Tensor
-    w: Tensor
+    ids: Tensor
+    weights: Tensor
+    dy: Tensor
+
+
+def inputs(
+    dtype: torch.dtype = torch.float32, tokens: int = T, k: int = K, experts: int = E, hidden: int = H
+) -> Inputs:
+    """Return x, the experts of each token with one expert that nobody asks for, their weights, and dy."""
+    torch.manual_seed(1)
+    used = torch.tensor([e for e in range(experts) if e != 1 or experts == 1])
+    ids = used[torch.rand(tokens, len(used)).topk(min(k, len(used)), dim=-1).indices]
+    x, weights, dy = torch.randn(tokens, hidden), torch.rand(ids.shape), torch.randn(tokens, hidden)
+    return Inputs(x.to(dtype), ids, weights.to(dtype), dy.to(dtype))
+
+
+class Adapter(NamedTuple):
+    """The adapter of a stack: A [E, r, K], B [E, N, r], s."""
+
     a: Tensor
     b: Tensor
-    bias: Tensor | None
-    dy: Tensor
     scale: float
-    p: float
-    seed: Tensor | None
-    counts: tuple[int, ...]
-
-    @property
-    def rows(self) -> Rows:
-        """The rows, made anew."""
-        rest = self.x.shape[0] - sum(self.counts)
-        return Rows.by_length([*self.counts, rest], [*range(len(self.counts)), -1], len(self.counts))
-
-    @property
-    def base(self) -> Base:
-        return Base(self.w, self.bias)
-
-    @property
-    def adapter(self) -> Adapter:
-        return Adapter(self.a, self.b, self.scale, self.p, self.seed)
-
-    def spans(self) -> list[tuple[int, int, int]]:
-        """Return (expert, first row, row after the last) of every expert, with rows or without."""
-        ends = torch.tensor([0, *self.counts]).cumsum(0).tolist()
-        return [(e, ends[e], ends[e + 1]) for e in range(len(self.counts))]
 
 
-def experts(
-    N: int,
-    K: int,
-    R: int,
-    counts: Sequence[int] = COUNTS,
-    *,
-    rest: int = 0,
-    dtype: torch.dtype = torch.float32,
-    adapter_dtype: torch.dtype | None = None,
-    p: float = 0.0,
-    bias: bool = True,
-    layout: str = "rows",
-    seed: int = 0,
-) -> Experts:
-    """Return random operands. `layout` is "rows", contiguous; "peft", with B as PEFT stores it and W as gpt-oss does;
-    or "strided", with gaps between the elements of all."""
-    generator = torch.Generator().manual_seed(seed)
-    E, M = len(counts), sum(counts) + rest
+def truth(
+    module: Any,
+    given: Inputs,
+    adapters: Mapping[str, Adapter],
+    masks: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Return y and the gradients of x, the weights, A and B in fp64.
 
-    def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        if layout != "strided":
-            return (torch.randn(*shape, generator=generator) * std).to(dtype)
-        whole = torch.randn(*(2 * n for n in reversed(shape)), generator=generator) * std
-        return whole.to(dtype).permute(*reversed(range(len(shape))))[tuple(slice(1, None, 2) for _ in shape)]
+    Each expert is computed alone by F.linear: with W + s·B·A, or where there is a mask for a stack with W and the
+    adapter over the masked x. ``masks[stack](x, rows)`` gives x̂ for the rows with these numbers, sorted by expert.
+    """
+    base = copy.deepcopy(module).double()
+    operands = {"x": given.x, "weights": given.weights}
+    for name, each in adapters.items():
+        operands |= {f"a {name}": each.a, f"b {name}": each.b}
+    leaves = {name: t.detach().double().requires_grad_() for name, t in operands.items()}
 
-    own = adapter_dtype or dtype
-    w = draw(E, K, N, std=K**-0.5).transpose(1, 2) if layout == "peft" else draw(E, N, K, std=K**-0.5)
-    a = draw(E, R, K, std=K**-0.5, dtype=own)
-    b = draw(E, N, R, std=R**-0.5, dtype=own)
-    if layout == "peft":
-        b = b.permute(1, 2, 0).reshape(N, R * E).view(N, R, E).permute(2, 0, 1)
-    return Experts(
-        draw(M, K), w, a, b, draw(E, N) if bias else None, draw(M, N), 0.75, p,
-        torch.tensor(987654321 + (seed << 40)) if p else None, tuple(counts),
-    )  # fmt: skip
+    def linear(name: str, e: int, x: Tensor, rows: Tensor) -> Tensor:
+        w = getattr(base, name)[e]
+        w = w.t() if base.is_transposed else w
+        bias = getattr(base, f"{name}_bias")[e] if base.has_bias else None
+        if name not in adapters:
+            return F.linear(x, w, bias)
+        a, b, s = leaves[f"a {name}"][e], leaves[f"b {name}"][e], adapters[name].scale
+        if masks is None:
+            return F.linear(x, w + s * (b @ a), bias)
+        return F.linear(x, w, bias) + s * F.linear(F.linear(masks[name](x, rows), a), b)
 
-
-NAMES = ("x", "a", "b", "bias")
-
-
-def run(m: Experts, rows: Rows | None = None, wanted: Sequence[str] = NAMES, **kwargs: Any) -> dict[str, Tensor]:
-    """Return y and every gradient of a call, by name."""
-    given = {name: t.detach() for name in NAMES if (t := getattr(m, name)) is not None}
-    leaves = {name: t.requires_grad_(name in wanted) for name, t in given.items()}
-    y = lora_linear_experts(
-        leaves["x"], m.w, leaves["a"], leaves["b"], rows or m.rows, scale=m.scale, bias=leaves.get("bias"),
-        dropout_p=m.p, seed=m.seed, **kwargs,
-    )  # fmt: skip
-    if y.requires_grad:
-        y.backward(m.dy)
-    return {"y": y.detach()} | {f"d{name}": t.grad for name, t in leaves.items() if t.grad is not None}
+    x, weights = leaves["x"], leaves["weights"]
+    order = given.ids.flatten().sort(stable=True).indices
+    y = 0 * x
+    for e in range(base.num_experts):
+        rows = (given.ids.flatten()[order] == e).nonzero()[:, 0]
+        if len(rows):
+            tokens, places = order[rows] // given.ids.shape[1], order[rows] % given.ids.shape[1]
+            z = linear("gate_up_proj" if base.has_gate else "up_proj", e, x[tokens], rows)
+            z = linear("down_proj", e, base._apply_gate(z) if base.has_gate else base.act_fn(z), rows)
+            if base.has_post_expert_norm:
+                z = base.post_expert_norm(z)
+            y = y.index_add(0, tokens, z * weights[tokens, places, None])
+    grads = torch.autograd.grad(y, list(leaves.values()), given.dy.double(), allow_unused=True)
+    return {"y": y.detach()} | {
+        name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(leaves, grads, strict=True)
+    }
 
 
-def run_module(module: Any, m: Experts, save_h: bool = True, needs: Needs | None = None) -> dict[str, Tensor | None]:
-    """Return the results of a back-end that is called directly, as the operators call it."""
-    y, h = module.forward_experts(m.x, m.base, m.adapter, m.rows, save_h)
-    if not save_h:
-        return {"y": y}
-    needs = needs or Needs(True, (True,), (True,))
-    x, saved = m.x if needs.da[0] else None, h if needs.db[0] else None
-    dx, da, db = module.backward_experts(m.dy, x, Base(m.w), m.adapter, m.rows, saved, needs)
-    return {"y": y, "h": h, "dx": dx, "da": da, "db": db}
-
-
-def check(m: Experts, got: dict[str, Any]) -> None:
-    """Judge every result: each expert over its own rows; zeros for experts without rows and rows without an expert."""
-    for e, first, last in m.spans():
-        of_e = {name: t[e] for name in ("da", "db", "dbias") if (t := got.get(name)) is not None}
-        if first == last:
-            assert all(not t.any() for t in of_e.values()), f"expert {e} has no rows"
-            continue
-        of_e |= {name: t[first:last] for name in ("y", "dx") if (t := got.get(name)) is not None}
-        bias = None if m.bias is None else m.bias[e]
-        q = Problem(m.x[first:last], m.w[e], m.a[e], m.b[e], bias, m.dy[first:last], m.scale, m.p, m.seed)
-        for verdict in judge_expert(of_e, q, first):
-            assert verdict.fault is None, f"expert {e}: {verdict.fault}"
-    used = sum(m.counts)
-    for name in ("y", "dx", "h"):
-        if got.get(name) is not None:
-            assert not got[name][used:].any(), f"{name} of rows without an expert"
-
-
-class Largest(TorchDispatchMode):
-    """Records the most elements that an operator of torch has made in new memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.by = 0, ""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)}
-        for t in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
-                elements = t.untyped_storage().nbytes() // t.element_size()
-                if elements > self.elements:
-                    self.elements, self.by = elements, f"{func} {tuple(t.shape)}"
-        return out
+def same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], most: float) -> None:
+    """Assert that every value is within `most` of the largest one of its tensor."""
+    assert got.keys() == want.keys() and len(got) > 2
+    for name, value in want.items():
+        error, largest = (got[name].double() - value).abs().max().item(), value.abs().max().item()
+        assert got[name].shape == value.shape and error <= most * largest, f"{name}: {error:.2e} of {largest:.2e}"

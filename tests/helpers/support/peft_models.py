@@ -27,6 +27,18 @@ class Net(nn.Module):
         return self.head(self.down(torch.tanh(self.up(x))))
 
 
+class Conv1DNet(nn.Module):
+    """Two of GPT-2's linear layers, which store Wᵀ."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        conv = pytest.importorskip("transformers").pytorch_utils.Conv1D
+        self.up, self.down = conv(40, 24).to(dtype), conv(24, 40).to(dtype)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
 def config(**kwargs) -> LoraConfig:
     return LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"]} | kwargs))
 
@@ -51,13 +63,14 @@ def fused_layers(model: nn.Module) -> list[Fused]:
     return [module for module in model.modules() if isinstance(module, Fused)]
 
 
-def run(model: nn.Module, x: torch.Tensor, **kwargs) -> dict[str, torch.Tensor]:
-    """Return y and every gradient."""
-    model.zero_grad(set_to_none=True)
+def run(model, x: torch.Tensor, of: nn.Module | None = None, **kwargs) -> dict[str, torch.Tensor]:
+    """Return y and every gradient: those of the parameters of `of`, where `model` is another function of it."""
+    owner = model if of is None else of
+    owner.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_()
     y = model(x, **kwargs)
     y.double().square().sum().backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in owner.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "dx": x.grad} | grads
 
 

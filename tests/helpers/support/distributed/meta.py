@@ -54,14 +54,19 @@ def fill_a_sharded_model(folder: Path, kind: str) -> None:
         refuses(ValueError, "is sharded", call)
 
 
-@check(why_not=NO_FSDP)
-def fill_a_sharded_quantised_model(folder: Path) -> None:
+@check("lora", "dora", why_not=NO_FSDP)
+def fill_a_sharded_quantised_model(folder: Path, kind: str) -> None:
     torch.manual_seed(0)
-    full, x = adapted(quant="nf4"), torch.randn(3, K)
+    settings = {"quant": "nf4", "use_dora": kind == "dora"}
+    full, x = adapted(**settings), torch.randn(3, K)
     nn.init.normal_(full[0].lora_B)
-    model = emptied(quant="nf4")
+    model = emptied(**settings)
     set_model_state_dict(model, full.state_dict(), options=WHOLE)
     torch.testing.assert_close(model(x), full(x))
+    base = {name: t for name, t in full.state_dict().items() if "lora" not in name}
+    fresh = emptied(**settings)
+    set_model_state_dict(fresh, base, options=WHOLE)  # a new magnitude becomes the norm of the codes of all processes
+    torch.testing.assert_close(fresh(x), nn.functional.linear(x, full[0].quantized_weight().dequantize(), full[0].bias))
     refuses(ValueError, "is sharded", lambda: model[0].merge(lossy=True))
     refuses(ValueError, "codes of this", model[0].reset_parameters)
     dense = nn.Sequential(nn.Linear(K, N)).state_dict()

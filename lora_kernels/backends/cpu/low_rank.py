@@ -1,0 +1,30 @@
+"""The products of a low-rank half whose h is known, by the kernels of a linear layer: h is their x, and I their A.
+
+    y += s · h Bᵀ          g = dy B, db = dyᵀ h in one pass over dy
+
+All operands are fp32, and their last stride is 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels import _C
+from lora_kernels.core.operands import Adapter, Base
+
+
+def add_product(y: Tensor, h: Tensor, b: Tensor, scale: float) -> None:
+    """Add scale · h bᵀ to y [M, N] in place, for h [M, R] and b [N, R]."""
+    adapter = Adapter(torch.eye(b.shape[1]), b, scale)
+    _C.forward(torch.get_num_threads(), h, [Base(b)], [adapter], [y], [None], [False])
+
+
+def gradients(dy: Tensor, h: Tensor | None, b: Tensor, need_g: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Return (g [M, R], db [N, R]) of dy [M, N]. g is None unless `need_g`, db where h is None. One is wanted."""
+    N, R = b.shape
+    g = dy.new_zeros(dy.shape[0], R) if need_g else None
+    db = None if h is None else b.new_empty(N, R)
+    adapter = Adapter(torch.eye(R), b, 1.0)
+    _C.backward(torch.get_num_threads(), [dy], None, [Base(b)], [adapter], [h], g, [None], [db], [False])
+    return g, db
