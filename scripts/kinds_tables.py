@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import suite_tables
 from many_tables import THEN
 from readme_tables import Run, Runs
@@ -26,12 +24,17 @@ def _layers(run: Run) -> str:
     )
 
 
-def numbers(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Yield what is measured, our number and PEFT's: the first row of each kind that both ways have."""
+def number(run: Run) -> tuple[str, str, str] | None:
+    """Return what is measured, our numbers and PEFT's: the first row of each kind that both ways have."""
     timings = {(e["cell"], e["way"]): e for e in run.document["timings"]}
+    found = {}
     for kind in report.kinds(run.document):
         names = [name for name, cell in run.document["cells"].items() if cell["kind"] == kind and cell["backward"]]
         name = next((name for name in names if {(name, OURS), (name, PEFT)} <= timings.keys()), None)
         if name is not None:
-            ours, theirs = (timings[name, way]["ratio"][1] for way in (OURS, PEFT))
-            yield f"{kind}: {report.size(run.document['cells'][name])}", f"×{ours:.2f}", f"×{theirs:.2f}"
+            found[kind] = [f"×{timings[name, way]['ratio'][1]:.2f}" for way in (OURS, PEFT)]
+    if not found:
+        return None
+    ours, theirs = zip(*found.values(), strict=True)
+    what = f"The same, {', '.join(found)}: first rows of [the tables](docs/measuring.md#other-kinds-of-layers)"
+    return what, " / ".join(ours), " / ".join(theirs)

@@ -125,9 +125,12 @@ def numbers(runs: Runs) -> str:
     for run in runs["bench"]:
         rows += [_step_number(run), _bytes_number(run)]
     rows += [_decode_number(run) for run in runs["quantised"]]
-    for kind, number in (("many", many_tables.number), ("generation_many", many_tables.generation_number)):
+    for kind, number in (
+        ("kinds", kinds_tables.number),
+        ("many", many_tables.number),
+        ("generation_many", many_tables.generation_number),
+    ):
         rows += [_number_row(run, *found) for run in runs[kind] if (found := number(run))]
-    rows += [_number_row(run, *found) for run in runs["kinds"] for found in kinds_tables.numbers(run)]
     lines = [row for row in rows if row]
     if not lines:
         return NO_RUN

@@ -16,7 +16,7 @@ from lora_kernels.models.selection import Target, select
 from lora_kernels.models.targets import some
 from lora_kernels.nn import readers
 from lora_kernels.nn.adapter import AdapterLayer
-from lora_kernels.nn.base import AdapterLinear
+from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.mixed import Mixable
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 
@@ -44,9 +44,9 @@ class Sites:
             targets = select(self.model, config.settings(self.adapter_dtype), config.rules).targets
         for target in targets:
             target.settings.check()
-        other = [f"{t.name} (a {type(t.module).__name__})" for t in targets if not issubclass(t.kind, AdapterLinear)]
+        other = [f"{t.name} (a {type(t.module).__name__})" for t in targets if t.kind is not FusedLoRALinear]
         if other:
-            raise ValueError(f"jobs adapt linear layers only, and target_modules match {some(other)}: name others")
+            raise ValueError(f"jobs adapt nn.Linear layers only, and target_modules match {some(other)}: name others")
         return targets
 
     def new_values(self, targets: list[Target], generator: torch.Generator) -> AdapterValues:

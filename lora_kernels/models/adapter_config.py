@@ -242,8 +242,10 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
         if having and len(having) < len(layers):
             raise ValueError(f"only some layers have {setting} ({some(having)}): PEFT's format has one setting for all")
     first = next(iter(layers.values()))
-    named = {name: layer for name, layer in layers.items() if not layer.target_parameters}
-    parameters = {f"{name}.{key}": layer for name, layer in layers.items() for key in layer.target_parameters}
+    # Jobs give the settings of linear layers in the place of layers, and these have no target_parameters.
+    adapted = {name: getattr(layer, "target_parameters", ()) for name, layer in layers.items()}
+    named = {name: layer for name, layer in layers.items() if not adapted[name]}
+    parameters = {f"{name}.{key}": layers[name] for name, keys in adapted.items() for key in keys}
     ranks = {name: layer.r for name, layer in (named | parameters).items()}
     alphas = {name: layer.lora_alpha for name, layer in (named | parameters).items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]

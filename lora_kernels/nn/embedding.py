@@ -45,7 +45,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
             m starts as ‖E‖.
         adapter_dtype: the dtype of A, B and m. None is fp32 beside an fp16 or bf16 table, as in PEFT, and else the
             table's dtype.
-        backend: None, or the name of a back-end, all of which stand for the same torch operations here.
+        backend: None, or the name of a back-end. It has no effect, because an embedding is computed in one way only.
 
     Attributes:
         weight: [num_embeddings, embedding_dim], the frozen E, or the merged table while `merged`.

@@ -3,7 +3,8 @@
     lora_embedding → check → LoRAEmbeddingFunction → embedding_passes, or the registered operators of them
                            → plain torch operations, where a Function or an operator cannot serve the call
 
-The look-ups and products are torch's own, on every device, so there are no back-ends to choose from.
+The look-ups are torch's own on every device, and the products are those of `embedding_passes`. So there are no back-ends
+to choose from.
 """
 
 from __future__ import annotations

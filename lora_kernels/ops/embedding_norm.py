@@ -6,9 +6,9 @@ The norm is factored as that of a linear layer is (`dora_norm`, arXiv:2603.22276
 
     n² = ‖E‖² + rowsum((2s·Eᵀ Aᵀ + s²·B (A Aᵀ)) ⊙ B)
 
-E is read once, in blocks of rows, which are contiguous in memory. Beside a batch of few ids this pass over the whole
-table takes most of the time of a call. It is made in every call nevertheless, because a write through ``weight.data``
-or a NumPy view leaves no trace by which a norm that was kept could be known to be stale.
+E is read in blocks of rows, which are contiguous in memory. Beside a batch of few ids the passes over the whole table
+take most of the time of a call. They are made in every call nevertheless, because a write through ``weight.data`` or a
+NumPy view leaves no trace by which a norm that was kept could be known to be stale.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from lora_kernels.ops import flops, registered
 from lora_kernels.ops.autograd import outlived
+from lora_kernels.ops.embedding_passes import native
 from lora_kernels.ops.watched import watched
 
-_ROWS = 512
-"""The number of rows of E in a block. On a CPU they stay in its cache, and no sum in fp32 is longer than this but for
-that of Eᵀ Aᵀ, whose terms have either sign."""
+_ROWS, _BLOCKS = 256, 16
+"""The number of rows of E in a block, which stays in a CPU's cache, and the number of blocks whose squares are added up
+in fp32 before their sum is added in fp64."""
 
 
 def column_norm(w: Tensor, a_t: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
@@ -42,17 +43,24 @@ def _run_norm(w: Tensor, a_t: Tensor, b: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(torch.promote_types(w.dtype, a_t.dtype), torch.float32)
     (V, D), R = w.shape, b.shape[1]
     long = wide if w.device.type == "mps" else torch.float64  # Metal has no fp64
-    step = min(V, _ROWS if w.is_cpu else 16 * _ROWS)
-    squares, square = w.new_empty(step, D, dtype=wide), w.new_zeros(D, dtype=long)
-    products, gram = w.new_zeros(R, D, dtype=wide), w.new_zeros(R, R, dtype=long)
+    kernels = native() if w.is_cpu and wide == torch.float32 and w.stride(1) == 1 else None
     b = b.to(wide)
-    for v in range(0, V, step):
+    step = min(V, _ROWS if w.is_cpu else _BLOCKS * _ROWS)
+    squares, square = w.new_zeros(step, D, dtype=wide), w.new_zeros(D, dtype=long)
+    low, gram = w.new_zeros(D, R, dtype=wide), w.new_zeros(R, R, dtype=long)
+    for i, v in enumerate(range(0, V, step)):
         block, own = w[v : v + step].to(wide), a_t[v : v + step].to(wide)
-        square += torch.mul(block, block, out=squares[: block.shape[0]]).sum(0)
-        products.addmm_(own.t(), block)
+        squares[: block.shape[0]].addcmul_(block, block)
+        if i % _BLOCKS == _BLOCKS - 1:
+            square += squares.sum(0)
+            squares.zero_()
         gram += own.t() @ own
-    square = square.to(wide)
-    low = torch.addmm(products.t(), b, gram.to(wide), beta=2 * scale, alpha=scale * scale)
+        if kernels is None:
+            low.addmm_(block.t(), own)
+    if kernels is not None:
+        _, low = kernels.gradients(w, a_t.to(wide).contiguous(), b.contiguous(), False)
+    square = (square + squares.sum(0)).to(wide)
+    low = torch.addmm(low, b, gram.to(wide), beta=2 * scale, alpha=scale * scale)
     norm_sq = (low * b).sum(1).add_(square)
     # Rounding may leave 0 or less where A B cancels a column, and d must stay finite.
     return torch.maximum(norm_sq, square * torch.finfo(wide).eps).sqrt_()

@@ -1,4 +1,4 @@
-"""The forward and the backward of an embedding with LoRA or DoRA, in torch operations.
+"""The forward and the backward of an embedding with LoRA or DoRA.
 
     forward    h = Aᵀ[ids]                           y = e · d ⊙ (E[ids] + s · h Bᵀ)        e = embed_scale
     backward   g = s·e · (dy (d ⊙ B))                da[:, id] = Σ over the places of id of gᵀ
@@ -91,7 +91,7 @@ def backward(
     h = None if h is None or not (need_db or need_dd) else as_dtype(h, wide)
     dd = b.new_zeros(b.shape[0]) if need_dd else None
     gs, low = [], None
-    whole = dy.dtype == wide and not need_dd and dy.stride(1) == 1
+    whole = dy.dtype == wide and not need_dd and dy.is_contiguous()
     for rows in (slice(None),) if whole else _blocks(dy):
         block = as_dtype(dy[rows], wide).contiguous()
         g, part = _products(block, None if h is None else h[rows], b_d, need_da)
@@ -143,12 +143,12 @@ def _product(u: Tensor, v: Tensor) -> Tensor:
 
 def _kernels(t: Tensor) -> Any:
     """Return the module of the kernels that serve products with `t`, or None where torch computes them."""
-    return _native() if t.is_cpu and t.dtype == torch.float32 and t.shape[0] > 0 else None
+    return native() if t.is_cpu and t.dtype == torch.float32 and t.shape[0] > 0 else None
 
 
 @functools.cache
-def _native() -> Any:
-    """Return the module of the CPU kernels, or None where they are not built."""
+def native() -> Any:
+    """Return the module of the native kernels for a CPU, or None where they are not built."""
     try:
         from lora_kernels.backends.cpu import low_rank
     except ImportError:

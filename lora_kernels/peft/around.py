@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from lora_kernels.nn.dry_run import Watched
@@ -120,8 +121,8 @@ class FusedAround(FusedLayer):
         """Return adapter `name` of `layer`, which may not be fused yet, or why it cannot be fused."""
         variant = layer.lora_variant.get(name)
         if variant is not None:
-            what = type(variant).__name__.removesuffix("LinearVariant")
-            return f"adapter {name!r} is {what}, which the base's own forward does not leave room for"
+            what = "DoRA" if isinstance(variant, DoraLinearVariant) else f"a {type(variant).__name__}"
+            return f"adapter {name!r} is {what}, which needs more of the base than its own forward"
         adapter = FusedLinear.read_adapter(layer, name)
         if not isinstance(adapter, str) and adapter.b_bias is not None:
             return f"adapter {name!r} has lora_bias"

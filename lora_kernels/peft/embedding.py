@@ -67,7 +67,7 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
         if isinstance(read, str):
             if read and not compiling:
                 self.passed_over[read] += 1
-            return cast(Tensor, self.peft_class.forward(self, x, *args, **kwargs))
+            return self.peft_class.forward(self, x, *args, **kwargs)
         if not compiling:
             self.__dict__["fused_calls"] += 1
         base = self._modules["base_layer"]

@@ -78,6 +78,8 @@ class FusedExperts(FusedLayer, peft_layer.ParamWrapper):
                 continue
             names = [] if wrapper.merged else [name for name in wrapper.active_adapters if name in wrapper.lora_A]
             active = active or bool(names)
+            if names and (reason := experts_form.why_not(base)):  # `enable` does not ask what is in a wrapper
+                return reason
             if len(set(names)) < len(names):
                 return "an adapter that is active twice"
             if wrapper is not self and has_hooks(wrapper):

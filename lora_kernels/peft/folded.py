@@ -24,12 +24,11 @@ from peft.tuners.delora import layer as delora
 from torch import Tensor, nn
 
 from lora_kernels.core.rows import Rows
-from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype
 from lora_kernels.peft import known
 from lora_kernels.peft.by_row import KEYWORDS
-from lora_kernels.peft.fused import DROPOUTS, Fused
+from lora_kernels.peft.fused import Fused, probability
 from lora_kernels.peft.linear import OverDense, dense_base
 from lora_kernels.peft.reading import Operands, PeftAdapter
 
@@ -94,12 +93,9 @@ class Folded(Fused):
             return f"adapter {name!r} has {cls.first} in {a.dtype} and {cls.second} in {b.dtype}"
         if 0 in a.shape:
             return f"adapter {name!r} has rank 0"
-        kind = type(dropout)
-        if kind not in DROPOUTS or has_hooks(dropout):
-            return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
-        p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
-        if p >= 1:
-            return f"adapter {name!r} drops everything: p = {dropout.p}"
+        p = probability(dropout, name)
+        if isinstance(p, str):
+            return p
         a, b = cls.folded(layer, name, a, b)
         return PeftAdapter(a, b, None, 1.0, p)
 

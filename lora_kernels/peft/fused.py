@@ -44,6 +44,16 @@ DROPOUTS = (nn.Identity, nn.Dropout)
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
+def probability(dropout: Any, name: str) -> float | str:
+    """Return the probability with which `dropout`, the module of adapter `name`, drops an element in this call, or why
+    the adapter cannot be fused."""
+    kind = type(dropout)
+    if kind not in DROPOUTS or has_hooks(dropout):
+        return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
+    p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
+    return f"adapter {name!r} drops everything: p = {dropout.p}" if p >= 1 else p
+
+
 class Fused(FusedLayer):
     """The fused forward of PEFT's LoRA linears. A subclass inherits from this class and then from `peft_class`.
 
@@ -228,12 +238,9 @@ class Fused(FusedLayer):
             return f"adapter {name!r} has lora_A in {a.dtype} and lora_B in {b.dtype}"
         if has_hooks(down) or has_hooks(up):
             return f"adapter {name!r} has hooks, which the fused path would pass over"
-        kind = type(dropout)
-        if kind not in DROPOUTS or has_hooks(dropout):
-            return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
-        p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
-        if p >= 1:
-            return f"adapter {name!r} drops everything: p = {dropout.p}"
+        p = probability(dropout, name)
+        if isinstance(p, str):
+            return p
         if variant is None:
             return PeftAdapter(a, b, b_bias, layer.scaling[name], p)
         if type(variant) in folds.UNKNOWN:

@@ -14,6 +14,7 @@ from lora_kernels.core.many import AdapterStack
 from lora_kernels.models.inject import places_of, put
 from lora_kernels.models.names import plain_names
 from lora_kernels.nn import fit, mixed, readers
+from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.quantized import QuantizedLoRALinear, quantized_linear
@@ -108,8 +109,8 @@ def install(model: nn.Module) -> tuple[dict[str, PooledLinear], dict[str, str], 
     """Put a `PooledLinear` in the place of every layer of `model` that can have adapters.
 
     Returns the stand-ins by plain name, the reason why another layer that looks linear has none by its name, and a
-    function that puts the layers back. Raises ValueError for a model that has a pool, layers of PEFT, or no layer that
-    can have adapters.
+    function that puts the layers back. Raises ValueError for a model that has a pool, layers of PEFT, adapters on other
+    layers than linear ones, or no layer that can have adapters.
     """
     found: dict[str, PooledLinear] = {}
     passed_over: dict[str, str] = {}
@@ -121,6 +122,11 @@ def install(model: nn.Module) -> tuple[dict[str, PooledLinear], dict[str, str], 
             raise ValueError(
                 "the model has layers of PEFT: give the pool its base model, which model.unload() returns, or serve "
                 "PEFT's adapters with lora_kernels.fuse(model) and lora_kernels.mixed"
+            )
+        if isinstance(module, AdapterLayer) and not isinstance(module, AdapterLinear):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__} with an adapter of its own, and a pool serves "
+                "adapters of linear layers only: merge_and_unload(model) first"
             )
         if not name or not _looks_linear(module):
             continue

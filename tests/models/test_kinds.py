@@ -229,12 +229,19 @@ def test_a_file_of_peft_over_a_convolution_that_it_computes_otherwise_warns(tmp_
 
 def test_what_is_not_linear_is_refused_by_jobs_and_pools_by_name(tmp_path):
     kind = KIND_MODELS["embedding"]
-    jobs = Jobs(kind.plain())
-    with pytest.raises(ValueError, match=r"adapt linear layers only.*0 \(a Embedding\)"):
-        jobs.add(Job("a", [torch.zeros(1)], lambda y, x: y.sum(), LoRAConfig(target_modules=["0", "3"])))
+    for model, targets, words in (
+        (kind, ["0", "3"], r"0 \(a Embedding\)"),
+        (KIND_MODELS["Conv1D"], "all-linear", "a Conv1D"),
+    ):
+        with pytest.raises(ValueError, match=rf"adapt nn\.Linear layers only.*{words}"):
+            Jobs(model.plain()).add(
+                Job("a", [torch.zeros(1)], lambda y, x: y.sum(), LoRAConfig(target_modules=targets))
+            )
     save_adapter(adapted(kind), tmp_path / "table")
     with pytest.raises(ValueError, match=r"only those of linear layers.*0\.lora_embedding_A"):
         AdapterPool(kind.plain()).register("a", tmp_path / "table")
+    with pytest.raises(ValueError, match="0 is a FusedLoRAEmbedding with an adapter of its own"):
+        AdapterPool(adapted(kind))
     save_adapter(adapted(KIND_MODELS["experts"]), tmp_path / "experts")
     with pytest.raises(ValueError, match="target_parameters"):
         AdapterPool(KIND_MODELS["experts"].plain()).register("a", tmp_path / "experts")

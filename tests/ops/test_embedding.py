@@ -30,12 +30,17 @@ DTYPES = [
 ]
 
 
+def without_kernels(monkeypatch) -> None:
+    for module in (embedding_passes, embedding_norm):
+        monkeypatch.setattr(module, "native", lambda: None)
+
+
 @pytest.fixture(params=["kernels", "torch"])
 def products(request, monkeypatch):
     """The products by the native kernels and by torch, as where the kernels are not built."""
     if request.param == "torch":
-        monkeypatch.setattr(embedding_passes, "_native", lambda: None)
-    elif embedding_passes._native() is None:
+        without_kernels(monkeypatch)
+    elif embedding_passes.native() is None:
         pytest.skip("the kernels are not built")
 
 
@@ -70,7 +75,7 @@ def test_the_kernels_and_torch_compute_the_same_products(sizes, monkeypatch):
     q = problem(*sizes, (67,), strided=True)
     for kernels in (True, False):
         if not kernels:
-            monkeypatch.setattr(embedding_passes, "_native", lambda: None)
+            without_kernels(monkeypatch)
         for dy in (q.dy, q.dy[:1].expand(67, -1), q.dy.sum(1, keepdim=True).expand(-1, sizes[1])):
             own = replace(q, dy=dy)
             want = truth(own)
@@ -213,11 +218,12 @@ def test_nothing_of_the_size_of_y_is_allocated_beside_it(dtype, adapter_dtype, d
     q = problem(V, D, R, (M,), dtype=dtype, adapter_dtype=adapter_dtype, dora=dora, padding_idx=0, embed_scale=2.0)
     a_t, b = q.a_t.requires_grad_(), q.b.requires_grad_()
     m = None if q.m is None else q.m.requires_grad_()
-    with _Sizes([q.w, q.dy]) as seen:
-        y = lora_embedding(q.ids, q.w, a_t, b, scale=1.0, embed_scale=2.0, padding_idx=0, magnitude=m)
-        torch.autograd.grad(y, [a_t, b] if m is None else [a_t, b, m], q.dy)
-    large = [n for n in seen.storages.values() if n >= min(M, V) * D]
-    assert large == [M * D], "y alone"
+    for dy in (q.dy, torch.randn(M, 2 * D).to(dtype)[:, :D], torch.ones((), dtype=dtype).expand(M, D)):
+        with _Sizes([q.w, dy]) as seen:
+            y = lora_embedding(q.ids, q.w, a_t, b, scale=1.0, embed_scale=2.0, padding_idx=0, magnitude=m)
+            torch.autograd.grad(y, [a_t, b] if m is None else [a_t, b, m], dy)
+        large = [n for n in seen.storages.values() if n >= min(M, V) * D]
+        assert large == [M * D], "y alone"
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -377,6 +383,7 @@ def test_flops_are_those_of_the_products():
 # --- the norm ---
 
 
+@pytest.mark.usefixtures("products")
 def test_the_norm_is_exact_to_a_few_eps():
     q = problem(5000, 40, 8, (1,))
     want = torch.linalg.vector_norm(q.w.double() + 0.5 * q.a_t.double() @ q.b.double().t(), dim=0)

@@ -324,6 +324,19 @@ def test_adalora_over_a_conv1d_is_pefts():
     fused_equals_peft(model, torch.randn(5, 24, dtype=torch.float64))
 
 
+def test_a_new_delora_in_fp16_stays_finite_where_pefts_overflows():
+    """λ / (r · 1e-4) times the norms of W is above the largest fp16, and B is zero. PEFT multiplies h by the first."""
+    model, x = fold_models.new("delora", torch.float16).to(torch.float16), torch.randn(8, 24, dtype=torch.float16)
+    for layer in layers_of(model):
+        layer.delora_w_norm["default"] = 30 * layer.delora_w_norm["default"].half()
+    plain, base = copy.deepcopy(model), model.base_model.model.up.base_layer
+    lora_kernels.fuse(model, strict=True)
+    assert plain.base_model.model.up(x).isnan().any()
+    torch.testing.assert_close(model.base_model.model.up(x), base(x))
+    got = run(model, x)
+    assert all(got[name].isfinite().all() for name in got if "up.delora_B" not in name)
+
+
 def test_a_delora_with_norms_in_16_bits_beside_fp32_is_left_to_peft_which_raises():
     model = make("delora", torch.bfloat16)
     lora_kernels.fuse(model, strict=True)

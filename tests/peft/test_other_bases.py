@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft import LoraConfig, get_peft_model  # noqa: E402
@@ -250,13 +251,33 @@ def test_what_is_saved_has_no_mask_and_no_x_after_dropout(make):
 
 
 def test_a_variant_and_a_bias_are_left_to_peft_with_the_reason():
-    for kwargs, why in (({"use_dora": True}, "is Dora"), ({"lora_bias": True}, "has lora_bias")):
+    for kwargs, why in (({"use_dora": True}, "is DoRA, which needs more"), ({"lora_bias": True}, "has lora_bias")):
         model, x = model_of(Linear(), **kwargs), torch.randn(4, K)
         want = run(model, x)
         report = lora_kernels.fuse(model)
         assert why in report.not_fused["base_model.model.q"]
         same(run(model, x), want)
         assert layer_of(model).fused_calls == 0 and why in next(iter(layer_of(model).passed_over))
+
+
+def test_a_recomputation_draws_the_same_masks():
+    model, x = model_of(Linear(), lora_dropout=0.3).train(), torch.randn(6, K, requires_grad=True)
+    lora_kernels.fuse(model, strict=True)
+    runs = []
+    for call in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        torch.manual_seed(1)
+        y = call(x)
+        a, b = (getattr(layer_of(model), name)["default"].weight for name in ("lora_A", "lora_B"))
+        runs.append([y.detach(), *torch.autograd.grad(y.square().sum(), (x, a, b))])
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph():
+    model, x = model_of(Linear()), torch.randn(6, K)
+    lora_kernels.fuse(model, strict=True)
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_further_arguments_are_left_to_peft():

@@ -2,7 +2,7 @@
 
     y += s · h Bᵀ          g = dy B, db = dyᵀ h in one pass over dy
 
-All operands are fp32, and their last stride is 1.
+The last stride of every operand is 1, and dtypes are fp32, but dy may be in 16 bits.
 """
 
 from __future__ import annotations
