@@ -2,10 +2,11 @@
 
     python -m benchmarks.fuzz [--calls N | --minutes M] [--isa NAME] [--seed S] [--exact] [--only K]
 
-One call has a kind (`lora_linear`, a group, many adapters, experts, DoRA, a module, a PEFT layer), sizes, dtypes, strides,
-a format of W, a scale, dropout, leading dimensions, a number of threads, and the gradients that are wanted. Its results
-are judged against the equation in fp64. With ``--exact`` the operands are small integers for which every sum is exact,
-and the results must have the bits of the reference: this finds an element from a wrong place that a tolerance hides.
+One call has a kind (`lora_linear`, a group, many adapters, experts, DoRA, a module, a PEFT layer), sizes, dtypes,
+strides, a format of W, a scale, dropout, leading dimensions, a number of threads, and the gradients that are wanted.
+Its results are judged against the equation in fp64. With ``--exact`` the operands are small integers for which every
+sum is exact, and the results must have the bits of the reference: this finds an element from a wrong place that a
+tolerance hides.
 
 A fault is printed with the command that repeats it. `benchmarks.endurance` calls back-ends directly, on a GPU too.
 """

@@ -54,6 +54,17 @@ dtype. The h [M_i, R_i] of adapter i begins in it at Σ M_j R_j over the adapter
 is bit-equal to what the frozen layer would give for this x: ``F.linear(x, w, bias)`` for a dense w. da and db of an
 adapter without rows are None or zeros.
 
+The experts of one layer are two more, whose `Call` has the op "forward_experts" or "backward_experts":
+
+* ``forward_experts(x, base, adapter, rows, save_h) -> (y, h)``,
+* ``backward_experts(dy, x, base, adapter, rows, h, needs) -> (dx, da, db)``.
+
+``base`` and ``adapter`` hold stacks: w [E, N, K] (dense, of any dtype, which is then converted to x's one expert at a
+time), bias [E, N], a [E, R, K] and b [E, N, R]. The equation holds for the rows X_e of expert e, which follow each
+other in x (`Rows.is_in_order`). y and dx are zeros in the rows that no expert has, and da and db in the experts without
+rows. There is one mask over all rows of x. h is [M, R]; what it holds in rows without an expert is never read.
+``needs`` has one entry for da and one for db. Nothing of the size of w is made, and nothing of the size of y beside y.
+
 A back-end may also have ``add_multi(y, x, adapters, rows) -> None``, whose `Call` has the op "add_multi". It adds the
 low-rank half s · (x A_iᵀ) B_iᵀ of each adapter i to the rows of y [M, N] in place, and touches no other row. y has x's
 dtype and last stride 1, and may be columns of a larger tensor. No adapter has dropout.

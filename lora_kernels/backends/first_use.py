@@ -37,6 +37,8 @@ _ROWS_OF_MANY = (600, 30, 0, 45)
 """The rows of each of several adapters: more than one sum takes, fewer than a tile has, none, and more than a tile has.
 With their ranks they give every h enough roundings."""
 _RANKS_OF_MANY = (8, 40, 16, 24)
+_RANKS_OF_EXPERTS = (8, 40)
+"""The rank of the experts of one layer, in two turns: with one block and with several."""
 _ENOUGH = 1024
 """The independent roundings that `accuracy.errors_beside` needs."""
 
@@ -101,8 +103,9 @@ def _check(module: ModuleType, call: Call) -> Verdict:
     """Run a pass of a back-end on small operands, and compare its results with those of plain torch."""
     M = next((rows for rows in _ROWS if rows >= call.M), _ROWS[-1])
     R = max(16, power_of_two(call.R))
-    multi = call.op.endswith("_multi")
-    count = 1 if multi else math.ceil(_ENOUGH / ((1 - _P) * M * R))
+    count = math.ceil(_ENOUGH / ((1 - _P) * M * R))
+    if call.op.endswith(("_multi", "_experts")):
+        count = 1 if call.op.endswith("_multi") else len(_RANKS_OF_EXPERTS)
     got: list[dict[str, Tensor]] = []
     want: list[dict[str, Tensor]] = []
     plain: list[dict[str, Tensor]] = []
@@ -115,7 +118,7 @@ def _check(module: ModuleType, call: Call) -> Verdict:
     ):
         try:
             for turn in range(count):
-                problem = _ManyAdapters(call) if multi else _Problem(call, M, R, turn)
+                problem = _problem(call, M, R, turn)
                 want.append(problem.by_torch(torch.float64))
                 plain.append(problem.by_torch())
                 with torch.no_grad():
@@ -131,6 +134,13 @@ def _check(module: ModuleType, call: Call) -> Verdict:
             first = (str(error).strip().splitlines() or ["no message"])[0]
             return Verdict(BROKEN, f"{type(error).__name__}: {first}", file.today())
     return Verdict(WRONG if faults else RIGHT, "; ".join(faults), file.today())
+
+
+def _problem(call: Call, M: int, R: int, turn: int) -> _Problem | _ManyAdapters | _Experts:
+    """Return the operands of one call of the check."""
+    if call.op.endswith("_multi"):
+        return _ManyAdapters(call)
+    return _Experts(call, turn) if call.op.endswith("_experts") else _Problem(call, M, R, turn)
 
 
 def _no_saved_tensors_hooks() -> AbstractContextManager[object]:
@@ -277,3 +287,50 @@ class _ManyAdapters:
                 assert gradient is not None
                 found[f"{name} of adapter {i}"] = gradient
         return found
+
+
+class _Experts:
+    """The operands of one call of the experts of a layer, whose rows follow each other. Some rows have no expert."""
+
+    def __init__(self, call: Call, turn: int) -> None:
+        draw, R = _Draw(call, turn), _RANKS_OF_EXPERTS[turn]
+        lengths = (*_ROWS_OF_MANY, 25)
+        n = len(_ROWS_OF_MANY)
+        self.rows = Rows.by_length(lengths, [*range(n), -1], n).to(call.device)
+        self.layers = [(draw.base(), draw.adapter(R, 0)) for _ in range(n)]
+        self.x, self.dy = draw(sum(lengths), _K, 1.0), draw(sum(lengths), _N, 1.0)
+        ws, biases = zip(*[base for base, _ in self.layers], strict=True)
+        self.base = Base(torch.stack(ws), torch.stack(biases))
+        first = self.layers[0][1]
+        a = torch.stack([adapter.a for _, adapter in self.layers])
+        b = torch.stack([adapter.b for _, adapter in self.layers])
+        self.adapter = Adapter(a, b, first.scale, first.p, first.seed)
+
+    def by_torch(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return y and the gradients by the equation in plain torch, each expert as a layer over its own rows. The rows
+        before these are there for the mask, and have a dy of zero."""
+        found: dict[str, Tensor] = {}
+        for e, first, last in self.rows.spans():
+            dy = torch.cat([torch.zeros_like(self.dy[:first]), self.dy[first:last]])
+            y, dx, da, db = _by_torch(self.x[:last], *self.layers[e], dy, dtype)
+            found |= self._named(e, y=y[first:], dx=dx[first:], da=da, db=db)
+        return found
+
+    def by(self, module: ModuleType, op: str) -> dict[str, Tensor]:
+        """Return the results of one pass of a back-end, in the form of `by_torch`."""
+        y, h = module.forward_experts(self.x, self.base, self.adapter, self.rows, True)
+        found: dict[str, Tensor] = {}
+        if op == "backward_experts":
+            needs = Needs(True, (True,), (True,))
+            dx, das, dbs = module.backward_experts(self.dy, self.x, self.base, self.adapter, self.rows, h, needs)
+        for e, first, last in self.rows.spans():
+            if op == "backward_experts":
+                found |= self._named(e, dx=dx[first:last], da=das[e], db=dbs[e])
+            else:  # h is judged by the db that it gives
+                own = self.dy[first:last].double().t() @ h[first:last].double()
+                found |= self._named(e, y=y[first:last], db=self.adapter.scale * own)
+        return found
+
+    def _named(self, e: int, **results: Tensor) -> dict[str, Tensor]:
+        """Return the results of an expert as vectors, since those of two ranks follow each other."""
+        return {f"{name} of expert {e}": t.flatten() for name, t in results.items()}

@@ -16,10 +16,10 @@ from lora_kernels.core import atomic
 from lora_kernels.models import patterns
 from lora_kernels.models.names import bare, plain_names, plain_rules
 from lora_kernels.models.targets import Rules, by_pattern, expressions_of, is_literal, matches, some
+from lora_kernels.models.ties import are_tied
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.settings import LoRASettings
-from lora_kernels.nn.tied import TiedLoRALinear
 
 CONFIG = "adapter_config.json"
 """The name of the file."""
@@ -268,7 +268,7 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
         "use_rslora": first.use_rslora,
         "target_modules": target,
         "target_parameters": sorted(parameters) or None,
-        "ensure_weight_tying": any(isinstance(layer, TiedLoRALinear) for layer in layers.values()),
+        "ensure_weight_tying": are_tied(layers),
         "rank_pattern": _pattern(ranks, r),
         "alpha_pattern": _pattern(alphas, alpha),
         "bias": "none",

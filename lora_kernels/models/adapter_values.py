@@ -23,9 +23,9 @@ from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport
 from lora_kernels.models.selection import Selection
 from lora_kernels.models.targets import some
+from lora_kernels.models.ties import are_tied
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.settings import scaling_of
-from lora_kernels.nn.tied import TiedLoRALinear
 
 
 def apply_stored(
@@ -39,7 +39,7 @@ def apply_stored(
     def fill(name: str, layer: AdapterLayer) -> None:
         filled[name] = layer
         check_shapes(stored, name, layer)
-        if any(isinstance(each, TiedLoRALinear) for each in filled.values()):
+        if are_tied(filled):
             check_ties(stored, filled)
         refuse_empty({name: layer})
         with _written(_pairs(layer, stored.layers[name])):

@@ -35,7 +35,6 @@ from lora_kernels.models.reports import ApplyReport
 from lora_kernels.models.selection import select
 from lora_kernels.models.targets import Rules, parameters_of, some, told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer, is_adapter
-from lora_kernels.nn.tied import TiedLoRALinear
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -211,13 +210,13 @@ def _warn_of_what_is_not_saved(model: nn.Module, layers: dict[str, AdapterLayer]
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         warnings.warn(f"these trained parameters are in no adapter and were not saved: {some(others)}", stacklevel=3)
+    # The config tells that layers have the adapter of an embedding.
+    told = {id(p) for layer in layers.values() for key, p in layer.named_parameters() if "lora_embedding_" in key}
     first: dict[int, str] = {}
     tied = []
     for name, layer in layers.items():
-        for key, p in (
-            () if isinstance(layer, TiedLoRALinear) else layer.named_parameters()
-        ):  # the config tells that tie
-            if is_adapter(key) and first.setdefault(id(p), f"{name}.{key}") != f"{name}.{key}":
+        for key, p in layer.named_parameters():
+            if is_adapter(key) and id(p) not in told and first.setdefault(id(p), f"{name}.{key}") != f"{name}.{key}":
                 tied.append(f"{name}.{key} (to {first[id(p)]})")
     if tied:
         warnings.warn(

@@ -73,8 +73,8 @@ def apply_lora(
         exclude_modules: a regular expression or names, in the same way. It wins over target_modules.
         target_parameters: the names of parameters, or their ends after a dot, such as "experts.gate_up_proj" and
             "experts.down_proj" of the experts of transformers. Their ranks and alphas go by these names too.
-        ensure_weight_tying: where an embedding and a head have one weight, and target_modules name one of the two, both
-            get one adapter (see `lora_kernels.nn.tied.TiedLoRALinear`), so that they can be merged into one weight
+        ensure_weight_tying: where an embedding and other layers have one weight, and target_modules name one of them,
+            all get one adapter (see `lora_kernels.nn.tied.TiedLoRALinear`), so that they can be merged into one weight
             again. There is a warning where the model has no such layers.
         rank_pattern, alpha_pattern: r and lora_alpha by name. Each key is a regular expression for the whole dotted
             name, or for its end after a dot. The first key that matches counts.
@@ -196,8 +196,8 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
             return plain
         for place in places[id(layer)]:
             put(model, place, plain)
-    for embedding, head in merged.pairs:
-        ties.tie(model, embedding, head)
+    for names in merged.groups:
+        ties.tie(model, names)
     if merged.parted:
         ties.untie_config(model)
     return model

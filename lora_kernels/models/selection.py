@@ -6,19 +6,18 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from lora_kernels.models import kinds
 from lora_kernels.models.names import bare, plain_names
 from lora_kernels.models.targets import Chosen, Rules, by_pattern, looks_linear, matches, some, told_by_reason, unused
-from lora_kernels.models.ties import Tied, tied_heads
+from lora_kernels.models.ties import Tied, tied_to_embedding, with_adapter_of
 from lora_kernels.nn import readers
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.settings import LoRASettings
-from lora_kernels.nn.tied import TiedLoRALinear
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Target:
         more: dict[str, Any] = {"parameters": self.parameters} if experts else {}
         try:
             if self.tied_to is not None:
-                return TiedLoRALinear.over(cast(nn.Linear, self.module), made[self.tied_to], self.settings)
+                return with_adapter_of(made[self.tied_to], self.module, self.settings)
             return self.kind.from_settings(self.module, self.settings, **more)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.name}: {error}") from None
@@ -83,7 +82,7 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
             continue
         parameters = chosen.parameters(module, name, wrapped_name)
         keys = [(f"{name}.{each}", f"{wrapped_name}.{each}") for each in parameters] or [(name, wrapped_name)]
-        is_tied = tied is not None and (module is tied.embedding or module in tied.heads)
+        is_tied = tied is not None and (module is tied.embedding or module in tied.others)
         if left := "" if parameters or is_tied else chosen.why_left(module, name, wrapped_name):
             if looks_linear(module):
                 passed_over[name] = left
@@ -99,7 +98,7 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
             doubted[name] = f"{method} may convert x to the dtype of its weight, and quantised codes are int8"
         if not reason:
             assert kind is not None
-            source = tied.embedding if tied is not None and module in tied.heads else None
+            source = tied.embedding if tied is not None and module in tied.others else None
             own = _own_settings(settings, rules, kind, keys)
             targets.append(Target(name, module, own, kind, parameters, source))
             reached += [each for key in keys for each in key]
@@ -120,29 +119,36 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
 
 
 def _tied(model: nn.Module, chosen: Chosen) -> Tied | None:
-    """Return the embedding and the heads that ensure_weight_tying adapts together: those of the model, if the rules
-    choose one of them. Warns where there are none, as PEFT does."""
-    tied = tied_heads(model)
+    """Return the layers that ensure_weight_tying adapts together: the embedding of the model and those with its weight,
+    if the rules choose one of them. Warns where there are none, as PEFT does."""
+    tied = tied_to_embedding(model)
     if tied is None:
         warnings.warn(
-            "ensure_weight_tying has no effect: the model has no head with the embedding's weight", stacklevel=4
+            "ensure_weight_tying has no effect: no layer of the model has the embedding's weight", stacklevel=4
         )
         return None
     named = {id(module): names for *names, module in plain_names(model)}
-    if any(not chosen.why_left(module, *named[id(module)]) for module in (tied.embedding, *tied.heads)):
+    if any(not chosen.why_left(module, *named[id(module)]) for module in (tied.embedding, *tied.others)):
         return tied
     warnings.warn(
-        "ensure_weight_tying has no effect: neither the embedding nor a head with its weight is chosen", stacklevel=4
+        "ensure_weight_tying has no effect: neither the embedding nor a layer with its weight is chosen", stacklevel=4
     )
     return None
 
 
 def _check_tied(targets: list[Target]) -> None:
-    """Raise ValueError where a head that gets the adapter of an embedding would have other settings."""
+    """Raise ValueError where a layer that gets the adapter of an embedding would have other settings."""
     own = {target.module: target for target in targets}
     for target in targets:
         source = own.get(target.tied_to) if target.tied_to is not None else None
-        if source is not None and source.settings != target.settings:
+        if source is None:
+            continue
+        if target.settings.use_dora:
+            raise ValueError(
+                f"{target.name} cannot have the adapter of {source.name} with use_dora: DoRA's magnitudes are by "
+                "columns of the table in an embedding, and by rows in a head. Leave out use_dora or ensure_weight_tying"
+            )
+        if source.settings != target.settings:
             raise ValueError(
                 f"{target.name} gets the adapter of {source.name} (ensure_weight_tying), but r or lora_alpha differs: "
                 f"{target.settings.r} and {source.settings.r}, {target.settings.lora_alpha:g} and "

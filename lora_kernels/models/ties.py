@@ -4,6 +4,7 @@ together, and merged without a change of the other module."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,25 +14,29 @@ from torch import nn
 from lora_kernels.models.names import bare, plain_names
 from lora_kernels.models.targets import some
 from lora_kernels.nn.adapter import AdapterLayer, is_adapter
+from lora_kernels.nn.embedding import FusedLoRAEmbedding
+from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.nn.tied import TiedLoRALinear
 
 
 class Tied(NamedTuple):
-    """The embedding of a model and the heads that share its table."""
+    """The embedding of a model and the other layers that share its table."""
 
     embedding: nn.Module
-    heads: Sequence[nn.Module]
+    others: Sequence[nn.Module]
+    """Output heads, and the embeddings of an encoder and a decoder."""
 
 
-def tied_heads(model: nn.Module) -> Tied | None:
-    """Return the module that ``model.get_input_embeddings()`` returns and the linear layers whose weight is its table.
-    None where there are no such layers, or no such method."""
+def tied_to_embedding(model: nn.Module) -> Tied | None:
+    """Return the module that ``model.get_input_embeddings()`` returns, and the linear layers and embeddings that share
+    its table. None where there are no such layers, or no such method."""
     embedding = _end(model, "get_input_embeddings")
     if embedding is None:
         return None
-    table = embedding._parameters.get("weight")
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m._parameters.get("weight") is table]
-    return Tied(embedding, heads) if heads and table is not None else None
+    table, kinds = embedding._parameters.get("weight"), (nn.Linear, nn.Embedding)
+    sharing = [m for m in model.modules() if isinstance(m, kinds) and m._parameters.get("weight") is table]
+    others = [module for module in sharing if module is not embedding]
+    return Tied(embedding, others) if others and table is not None else None
 
 
 def _end(model: nn.Module, method: str) -> nn.Module | None:
@@ -45,34 +50,81 @@ def _end(model: nn.Module, method: str) -> nn.Module | None:
     return bare(end) if isinstance(end, nn.Module) else None
 
 
-class Shared(NamedTuple):
-    """A layer whose base other modules share."""
+def with_adapter_of(source: AdapterLayer, module: Any, settings: LoRASettings) -> AdapterLayer:
+    """Return a layer over the weight of `module`, a linear layer or an embedding, with the adapter of `source`, which
+    is a `FusedLoRAEmbedding`. Raises ValueError or TypeError where that cannot be."""
+    if isinstance(module, nn.Linear):
+        return TiedLoRALinear.over(module, source, settings)
+    layer = FusedLoRAEmbedding.from_settings(module, settings)
+    for name, parameter in source.named_parameters(recurse=False):
+        if is_adapter(name):
+            setattr(layer, name, parameter)
+    return layer
 
-    others: list[str]
-    """The names of the others."""
-    table: bool
-    """Whether the layer is no linear one, but an embedding."""
+
+def are_tied(layers: Mapping[str, AdapterLayer]) -> bool:
+    """Return whether some of the layers have the adapter of an embedding that is another of them."""
+    tables = [id(b) for layer in layers.values() if (b := getattr(layer, "lora_embedding_B", None)) is not None]
+    return len(set(tables)) < len(tables)
 
 
-def shared_bases(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> dict[str, Shared]:
-    """Return the layers whose base weights other modules of the model share, also those that are merged."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+class Merged(NamedTuple):
+    """What becomes of shared weights when a model is merged."""
+
+    groups: list[list[str]]
+    """The layers that have one adapter and get one weight."""
+    parted: list[str]
+    """The layers that get a weight of their own."""
+
+
+def plan(model: nn.Module, layers: Mapping[str, AdapterLayer], untie: bool) -> Merged:
+    """Return what becomes of the weights that layers share with other modules when they are merged.
+
+    Raises ValueError where merging would part a table from the modules that share it, unless `untie` allows it: a
+    transformers model would be saved and loaded with one of the two weights for both. Raises it also with `untie` for a
+    model whose forward asks the config for the tie, as those of UMT5 and UDOP do.
+    """
+    ties = _ties_by_config(model)
+    groups: list[list[str]] = []
+    parted: dict[str, str] = {}
+    for names in _sharing(model, layers):
+        own = [name for name in names if name in layers]
+        if own == names and len({_update(layers[name]) for name in own}) == 1:
+            groups.append(own)
+        elif ties or any(isinstance(layers[name], FusedLoRAEmbedding) for name in own):
+            parted |= {name: some([other for other in names if other != name]) for name in own}
+    shared = {name for names in groups for name in names} | parted.keys()
+    for end in (_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")) if ties else ():
+        # A quantised head has codes of its own.
+        parted |= {name: "the other end" for name, layer in layers.items() if layer is end and name not in shared}
+    if parted and not untie:
+        told = "; ".join(f"{name} shares its weight with {others}" for name, others in parted.items())
+        raise ValueError(
+            f"{told}: merging would change one and not the other, and code that ties them again would lose one. "
+            "merge_and_unload(model, untie=True) gives each a weight of its own, and sets tie_word_embeddings in the "
+            "model's config to False. apply_lora(model, ensure_weight_tying=True) gives both one adapter from the "
+            "start, with which they stay tied"
+        )
+    kind = type(bare(model))
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if parted and "tie_word_embeddings" in getattr(code, "co_names", ()):
+        raise ValueError(
+            f"the forward of {kind.__name__} computes something else where tie_word_embeddings is False, so "
+            f"{some(list(parted))} cannot get a weight of its own: apply_lora(model, ensure_weight_tying=True) gives "
+            "both one adapter, with which they stay tied"
+        )
+    return Merged(groups, list(parted))
+
+
+def _sharing(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> list[list[str]]:
+    """Return the names of the modules that share a weight, for each weight that several have and one of `layers` is
+    among them. A part of a layer counts as the layer."""
+    inside = {id(part): name for name, layer in layers.items() for part in layer.modules()}
+    owners: dict[int, dict[str, None]] = {}
     for name, _, module in plain_names(model):
         for p in _weights(module):
-            owners.setdefault(id(p), []).append((name, module))
-    found = {}
-    for name, layer in layers.items():
-        inside = set(map(id, layer.modules()))
-        others = [
-            other or "the model"
-            for module in layer.modules()
-            for p in _weights(module)
-            for other, owner in owners[id(p)]
-            if id(owner) not in inside
-        ]
-        if others:
-            found[name] = Shared(others, hasattr(layer, "num_embeddings"))
-    return found
+            owners.setdefault(id(p), {})[inside.get(id(module), name)] = None
+    return [list(names) for names in owners.values() if len(names) > 1 and any(name in layers for name in names)]
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
@@ -83,56 +135,19 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in own.items() if isinstance(p, nn.Parameter) and p.ndim > 1 and not is_adapter(name)]
 
 
-class Merged(NamedTuple):
-    """What becomes of shared weights when a model is merged."""
-
-    pairs: list[tuple[str, str]]
-    """The embeddings and heads with one adapter, which get one weight."""
-    parted: list[str]
-    """The layers that get a weight of their own."""
-
-
-def plan(model: nn.Module, layers: Mapping[str, AdapterLayer], untie: bool) -> Merged:
-    """Return what becomes of the weights that layers share with other modules when they are merged.
-
-    Raises ValueError where merging would part a table from the modules that share it, unless `untie` allows it: a
-    transformers model would be saved and loaded with one of the two weights for both.
-    """
-    ties, ends = ties_by_config(model), (_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings"))
-    shared = shared_bases(model, layers)
-    pairs = []
-    parted = {}
-    for name, layer in layers.items():
-        others = shared[name].others if name in shared else []
-        partner = next((other for other in others if isinstance(layers.get(other), TiedLoRALinear)), None)
-        if isinstance(layer, TiedLoRALinear):
-            continue
-        if partner is not None and _one_update(layer, layers[partner]) and set(others) == {partner}:
-            pairs.append((name, partner))
-        elif others and (shared[name].table or ties):
-            parted[name] = some(others)
-        elif ties and any(layer is end for end in ends):  # a quantised head has codes of its own
-            parted[name] = "the other end of the model, by its config"
-    if parted and not untie:
-        told = "; ".join(f"{name} shares its weight with {others}" for name, others in parted.items())
-        raise ValueError(
-            f"{told}: merging would change one and not the other, and code that ties them again would lose one. "
-            "merge_and_unload(model, untie=True) gives each a weight of its own, and sets tie_word_embeddings in the "
-            "model's config to False. apply_lora(model, ensure_weight_tying=True) gives both one adapter from the "
-            "start, with which they stay tied"
-        )
-    return Merged(pairs, list(parted))
+def _update(layer: Any) -> tuple[Any, ...]:
+    """Return what the update of a layer is made of. Layers for which this is equal have the same merged weight, if they
+    have the same weight."""
+    if isinstance(layer, TiedLoRALinear):
+        return id(layer.lora_B), id(layer.lora_embedding_B), layer.scaling, None
+    if isinstance(layer, FusedLoRAEmbedding) and not layer.use_dora:
+        a, pad = layer.lora_embedding_A, layer.padding_idx
+        left_out = pad if pad is not None and bool(a.detach()[pad].any()) else None  # the row that A does not change
+        return id(a), id(layer.lora_embedding_B), layer.scaling, left_out
+    return (id(layer),)
 
 
-def _one_update(embedding: Any, head: Any) -> bool:
-    """Return whether an embedding and a head with its adapter have the same merged weight."""
-    if head.lora_B is not embedding.lora_embedding_A or head.lora_embedding_B is not embedding.lora_embedding_B:
-        return False
-    pad = embedding.padding_idx  # the embedding leaves this row out, and the head does not
-    return bool(head.scaling == embedding.scaling) and (pad is None or not bool(head.lora_B.detach()[pad].any()))
-
-
-def ties_by_config(model: nn.Module) -> bool:
+def _ties_by_config(model: nn.Module) -> bool:
     """Return whether the config of a transformers model says that the head has the embedding's weight."""
     return any(getattr(config, "tie_word_embeddings", False) for config in _configs(model))
 
@@ -158,7 +173,8 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 @torch.no_grad()
-def tie(model: nn.Module, embedding: str, head: str) -> None:
-    """Make the weight of the embedding that of the head."""
+def tie(model: nn.Module, names: Sequence[str]) -> None:
+    """Give the modules with these plain names the weight of the first."""
     modules = {name: module for name, _, module in plain_names(model)}
-    modules[head].weight = modules[embedding].weight
+    for name in names[1:]:
+        modules[name].weight = modules[names[0]].weight

@@ -27,13 +27,8 @@ class TiedLoRALinear(FusedLoRALinear):
 
     @classmethod
     def over(cls, linear: nn.Linear, embedding: AdapterLayer, settings: LoRASettings) -> TiedLoRALinear:
-        """Return a head over the weight of `linear` and the adapter of `embedding`, a `FusedLoRAEmbedding`. Raises
-        ValueError for use_dora, because the head's magnitudes would not be those of the embedding."""
-        if settings.use_dora:
-            raise ValueError(
-                "a tied head has the embedding's adapter, and DoRA's magnitudes are by columns of the table there, and "
-                "by rows here: leave out use_dora or ensure_weight_tying"
-            )
+        """Return a head over the weight of `linear` and the adapter of `embedding`, a `FusedLoRAEmbedding` without
+        DoRA. Raises what `FusedLoRALinear.from_linear` raises."""
         layer: Any = FusedLoRALinear.from_settings(linear, settings)
         layer.__class__ = cls
         del layer._parameters["lora_A"]

@@ -3,8 +3,8 @@
     lora_embedding → check → LoRAEmbeddingFunction → embedding_passes, or the registered operators of them
                            → plain torch operations, where a Function or an operator cannot serve the call
 
-The look-ups are torch's own on every device, and the products are those of `embedding_passes`. So there are no back-ends
-to choose from.
+The look-ups are torch's own on every device, and the products those of `embedding_passes`. So there are no back-ends to
+choose from.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def lora_embedding(
         padding_idx: the row of E that is not adapted. That row of Aᵀ counts as zero, and its gradient is zero.
         magnitude: m [D], in A's dtype or fp32 (fp64 beside an fp64 A).
 
-    ids and h = Aᵀ[ids] [M, R] are saved for the backward, h only if B needs a gradient. Nothing of size M×D is
+    ids and h [M, R], the rows of Aᵀ, are saved for the backward, h only if B needs a gradient. Nothing of size M×D is
     allocated beside y, and nothing of size V×D. Autocast changes nothing, as it changes nothing for an embedding.
     Gradients are bit-identical from run to run, on a GPU too. Transforms of torch.func, forward-mode AD, export and
     jit.trace are served by plain torch operations.

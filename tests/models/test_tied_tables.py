@@ -78,11 +78,41 @@ def test_a_quantised_head_is_parted_from_its_table_too():
     model = llama()
     apply_lora(model, target_modules=["lm_head"], quant="int8")
     want = run(train(model))
-    with pytest.raises(ValueError, match="lm_head shares its weight with the other end of the model"):
+    with pytest.raises(ValueError, match="lm_head shares its weight with the other end"):
         merge_and_unload(model)
     merge_and_unload(model, untie=True)
     assert model.config.tie_word_embeddings is False
     torch.testing.assert_close(run(model), want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_computes_otherwise_without_the_tie_stays_tied(tmp_path):
+    config = transformers.UMT5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=True,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.UMT5ForConditionalGeneration(config).eval()
+    plain, ids = copy.deepcopy(model), torch.arange(1, 7)[None]
+    apply_lora(model, target_modules=["shared"], ensure_weight_tying=True)
+    want = train(model)(input_ids=ids, labels=ids).loss
+    names = ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"]
+    assert list(lora_layers(model)) == names and len(list(adapter_parameters(model))) == 2
+    model.lm_head.scaling *= 2  # now the two updates differ
+    with pytest.raises(ValueError, match="shares its weight"):
+        merge_and_unload(model)
+    with pytest.raises(ValueError, match="forward of UMT5ForConditionalGeneration computes something else"):
+        merge_and_unload(model, untie=True)
+    model.lm_head.scaling /= 2
+    save_adapter(model, tmp_path)
+    again = copy.deepcopy(plain)
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(again(input_ids=ids, labels=ids).loss, want, rtol=0, atol=0)
+    assert len(list(adapter_parameters(again))) == 2
+    other = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    torch.testing.assert_close(other(input_ids=ids, labels=ids).loss, want)
+    merge_and_unload(model)
+    assert len({id(model.get_submodule(name).weight) for name in names}) == 1
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, want)
 
 
 def test_untie_leaves_a_tie_that_no_adapter_touches():
@@ -207,11 +237,11 @@ def test_a_copy_of_a_tied_model_is_tied_in_itself():
 
 def test_what_has_no_tied_weights_is_told():
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.warns(UserWarning, match="no head with the embedding's weight"):
+    with pytest.warns(UserWarning, match="no layer of the model has the embedding's weight"):
         apply_lora(model, ensure_weight_tying=True)
-    with pytest.warns(UserWarning, match="neither the embedding nor a head"):
+    with pytest.warns(UserWarning, match="neither the embedding nor a layer"):
         apply_lora(llama(), target_modules=["q_proj"], ensure_weight_tying=True)
     with pytest.raises(ValueError, match="r or lora_alpha differs"):
         apply_lora(llama(), **TIED, rank_pattern={"lm_head": 2})
-    with pytest.raises(ValueError, match="DoRA's magnitudes"):
+    with pytest.raises(ValueError, match=r"lm_head cannot have the adapter of model\.embed_tokens with use_dora"):
         apply_lora(llama(), **TIED, use_dora=True)

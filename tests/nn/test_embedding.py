@@ -106,6 +106,18 @@ def test_an_embedding_in_bf16_trains_an_adapter_in_bf16_or_fp32():
         FusedLoRAEmbedding(V, D, adapter_dtype=torch.float16)
 
 
+def test_a_layer_that_is_made_in_inference_mode_can_be_trained():
+    base = nn.Embedding(V, D)
+    with torch.inference_mode():
+        layer = FusedLoRAEmbedding.from_embedding(base, r=R, use_dora=True)
+    layer(IDS).sum().backward()
+    assert layer.lora_embedding_A.grad is not None
+    with torch.inference_mode():
+        layer.merge()
+    layer.unmerge()
+    layer(IDS).sum().backward()
+
+
 def test_threads_compute_the_same_layer_at_once():
     layer, found = trained(use_dora=True), {}
     want = layer(IDS).detach()

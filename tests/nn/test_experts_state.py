@@ -267,12 +267,25 @@ def test_modules_that_are_not_of_the_known_form_are_refused_with_the_reason():
     assert "its _apply_gate uses halves of its class" in why(module)
 
 
-def test_a_quantised_class_of_transformers_is_refused():
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
-    kind = next((k for k in vars(fp8).values() if isinstance(k, type) and k.__name__.endswith("Experts")), None)
-    if kind is None:
-        pytest.skip("this transformers has no such class")
-    assert FusedLoRAExperts.why_not(kind.__new__(kind))
+def test_a_class_whose_experts_are_quantised_is_refused():
+    """transformers gives such classes an interface of their own, whose functions read scales beside the codes."""
+    from transformers.integrations import moe
+
+    class Codes(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts = config.num_experts
+            self.gate_up_proj = nn.Parameter(torch.zeros(E, 2 * I, H))
+            self.down_proj = nn.Parameter(torch.zeros(E, H, I))
+
+        def forward(self, *args):
+            raise AssertionError
+
+    config = experts_of("Qwen3Moe").config
+    module = moe.use_experts_implementation(Codes, experts_interface=moe.ExpertsInterface())(config)
+    assert FusedLoRAExperts.why_not(module) == (
+        "a Codes, whose experts are quantised or computed by functions of its own"
+    )
 
 
 def test_no_warning_is_raised():

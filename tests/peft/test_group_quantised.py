@@ -268,6 +268,7 @@ def test_copies_have_groups_of_their_own(how):
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @compiles_whole_models
 def test_a_grouped_model_compiles_into_one_graph():
     model, x = make(), x_of()

@@ -95,6 +95,8 @@ def why_not(call: Call) -> list[str]:
             reasons.append(f"serves NVIDIA GPUs from sm_75, not {arch}")
         elif arch == "sm_75" and call.dtype == torch.bfloat16:
             reasons.append("serves bf16 on NVIDIA GPUs from sm_80, not on sm_75, which has no instructions for it")
+    if call.op.endswith("_experts") and call.w_format != "dense":
+        reasons.append(f"serves experts whose weights are dense, not {call.w_format}")
     if call.op == "add_multi":
         reasons.append("adds many adapters to a base product of its own, not to a given y")
     if call.w_format not in ("dense", *FORMATS):

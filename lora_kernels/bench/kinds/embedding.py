@@ -32,7 +32,7 @@ def cells() -> list[Cell]:
         saved = Target(PEFT, 1.0, SAVED)
         found += [
             Cell("embedding", name, partial(_lora, *sizes), (Target(PEFT, 0.6), saved)),
-            Cell("embedding", f"{name}, forward", partial(_lora, *sizes), (Target(PEFT, 0.4),), backward=False),
+            Cell("embedding", f"{name}, inference", partial(_lora, *sizes), (Target(PEFT, 0.4),), backward=False),
             Cell("embedding", f"{name}, DoRA", partial(_dora, *sizes), (Target(_LORA, 2.0), Target(PEFT, 0.6), saved)),
         ]
     return found

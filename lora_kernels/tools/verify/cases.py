@@ -16,7 +16,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
 from lora_kernels.evidence import file
 from lora_kernels.plans.sm90 import BY_RULE, CLUSTERS, WITHOUT_CLUSTERS, Sm90Plan
-from lora_kernels.tools.verify import many
+from lora_kernels.tools.verify import experts, many
 from lora_kernels.tools.verify.subject import Setting, Size
 
 PASSES = ("forward", "backward")
@@ -74,13 +74,13 @@ def kernel_classes(
 ) -> list[KernelClass]:
     """Return every class that the table of cases reaches on a device with the types of `settings`, the first of these
     first, and every further class that `layers`, sizes with their dropout probabilities, would run. The classes of many
-    adapters have cases of their own."""
+    adapters and of experts have cases of their own."""
     named = list(dict.fromkeys((*CASES, *layers)))
     return [
         each
         for setting in settings
         for name in back_ends(device)
-        for op in (*PASSES, *many.PASSES)
+        for op in (*PASSES, *many.PASSES, *experts.PASSES)
         for each in _classes(name, op, device, setting, named if op in PASSES else many.CASES, most)
     ]
 

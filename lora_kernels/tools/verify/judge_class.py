@@ -10,7 +10,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.evidence import file
 from lora_kernels.evidence import find as evidence
 from lora_kernels.plans.sm90 import BY_RULE, may_cluster
-from lora_kernels.tools.verify import judging, many
+from lora_kernels.tools.verify import experts, judging, many
 from lora_kernels.tools.verify.cases import KernelClass
 from lora_kernels.tools.verify.events import SLOW, Teller
 from lora_kernels.tools.verify.subject import Operands, Run, Size, run_of
@@ -40,6 +40,9 @@ def _judge(device: torch.device, each: KernelClass, size: Size, p: float, tell: 
     if each.op in many.PASSES:
         operands = many.ManyOperands(each.setting._replace(p=p), size, device, 0)
         by = many.standard(operands)
+    elif each.op in experts.PASSES:
+        operands = experts.ExpertsOperands(each.setting._replace(p=p), size, device, 0)
+        by = experts.standard(operands)
     else:
         operands = Operands(each.setting._replace(p=p), size, device, 0)
         by = judging.standard(operands)
@@ -56,7 +59,8 @@ def _judge(device: torch.device, each: KernelClass, size: Size, p: float, tell: 
 def _runs(device: torch.device, each: KernelClass, size: Size) -> Iterator[tuple[str, Run]]:
     """Yield the ways to run a pass that the class is judged by, each with a prefix that names it."""
     if not each.plans:
-        make = many.run_of if each.op in many.PASSES else run_of
+        kind = many if each.op in many.PASSES else experts
+        make = kind.run_of if each.op in kind.PASSES else run_of
         yield "", make(dispatch.load(each.backend), each.op)
         return
     from lora_kernels.tools.verify import cuda

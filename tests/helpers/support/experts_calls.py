@@ -4,7 +4,7 @@ rows, with the part of the dropout mask that belongs to these."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,13 @@ class Experts:
     def rows(self) -> Rows:
         """The rows, made anew."""
         rest = self.x.shape[0] - sum(self.counts)
-        return Rows.by_length([*self.counts, rest], [*range(len(self.counts)), -1], len(self.counts))
+        rows = Rows.by_length([*self.counts, rest], [*range(len(self.counts)), -1], len(self.counts))
+        return rows.to(self.x.device)
+
+    def to(self, device: torch.device) -> Experts:
+        """Return the same numbers on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)})
 
     @property
     def base(self) -> Base:

@@ -45,7 +45,9 @@ def gpu(plan_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sm90.serve_cpu(monkeypatch)
     refused = cuda.why_not
     # It serves the emulated GPU, and still refuses the passes that have no kernel.
-    monkeypatch.setattr(cuda, "why_not", lambda call: refused(call)[:1] if call.op.endswith("_multi") else [])
+    monkeypatch.setattr(
+        cuda, "why_not", lambda call: refused(call)[:1] if call.op.endswith(("_multi", "_experts")) else []
+    )
     monkeypatch.setattr(tuning, "BACKENDS", ("cuda",))
     monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", ("cuda", "eager"))
 
