@@ -66,8 +66,9 @@ def lora_embedding(
 
     ids and h [M, R], the rows of Aᵀ, are saved for the backward, h only if B needs a gradient. Nothing of size M×D is
     allocated beside y, and nothing of size V×D. Autocast changes nothing, as it changes nothing for an embedding.
-    Gradients are bit-identical from run to run, on a GPU too. Transforms of torch.func, forward-mode AD, export and
-    jit.trace are served by plain torch operations.
+    Gradients are bit-identical from run to run on a CPU; on a GPU torch's backward of an embedding adds them,
+    and that has not been run here. Transforms of torch.func, forward-mode AD, export and jit.trace are served by plain
+    torch operations.
 
     Returns:
         y [..., D], in E's dtype, contiguous.

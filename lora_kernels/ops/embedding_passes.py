@@ -163,7 +163,7 @@ def _scattered(g: Tensor, ids: Tensor, a_t: Tensor, padding_idx: int | None) -> 
         g.masked_fill_((ids == padding_idx)[:, None], 0)
     if is_turned(a_t) and g.is_cpu:
         sums = g.new_zeros(R, V).index_add_(1, ids, g.t()).t()
-    else:  # index_add_ adds with atomics on a GPU, and this operator does not
+    else:  # index_add_ adds with atomics on a GPU; torch's backward of an embedding sorts the ids
         sums = torch.ops.aten.embedding_dense_backward.default(g, ids, V, -1, False)
         if is_turned(a_t):
             sums = sums.t().contiguous().t()
