@@ -174,10 +174,8 @@ def test_lazily_negated_operands_are_served(place):
     assert torch.equal(got["y"], want["y"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.filterwarnings("ignore:no kernel is chosen")
-def test_the_operators_pass_opcheck(dtype):
-    m = experts(6, 4, 2, (3, 0, 2), rest=1, p=0.2, dtype=dtype)
+def test_the_operators_pass_opcheck():
+    m = experts(6, 4, 2, (3, 0, 2), rest=1, p=0.2)
     adapter, rows = (m.scale, m.p, m.seed), (m.rows.order, m.rows.starts)
     forward = (m.x, m.w, m.a, m.b, m.bias, *adapter, *rows, None, True)
     torch.library.opcheck(FORWARD, forward)
