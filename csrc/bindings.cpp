@@ -378,10 +378,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "has_gemm", [](py::handle of) { return lk::cpu::gemm_of(dtype(of)); },
       "Return whether gemm and quantized_gemm take any number of rows of this dtype.");
-  m.def(
-      "quantized_gemm", &quantized_gemm,
-      "Write y = x w^T, or, transposed, y = x w; in 16 bits with a bias. x has a dtype of has_gemm, or, not transposed, "
-      "at most FEW_ROWS rows.");
+  m.def("quantized_gemm", &quantized_gemm,
+        "Write y = x w^T, or, transposed, y = x w; in 16 bits with a bias. x has a dtype of has_gemm, or, not "
+        "transposed, "
+        "at most FEW_ROWS rows.");
   m.def("dequantize", &dequantize,
         "Write to out, dequantised, as many rows and columns of w as out has, from row n0 and column k0 on.");
   m.def("set_levels", &set_levels, "Set the 16 numbers that the codes of nf4 or fp4 stand for.");

@@ -28,8 +28,8 @@ void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 c
 // The number of floats for each row that `decode` needs for scales.
 i64 scales_per_row(const Quantized& w);
 
-// out [rows, cols] = w[n0.., k0..] as floats, by the calling thread; k0 and cols are as in `dequantize`. `room` is memory
-// for rows * scales_per_row(w) floats.
+// out [rows, cols] = w[n0.., k0..] as floats, by the calling thread; k0 and cols are as in `dequantize`. `room` is
+// memory for rows * scales_per_row(w) floats.
 void decode(const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, float* room, float* out);
 
 // y = x w^T [M, N], or, transposed, y = x w [M, K]. x has a dtype of gemm_of, or, not transposed, at most kFewRows
