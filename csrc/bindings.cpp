@@ -301,6 +301,25 @@ void row_norm(int threads, py::handle w, py::handle a, py::handle b, double scal
     lk::cpu::row_norm(threads, codes, R, own_a.tile, own_b.tile, s, norms);
 }
 
+void column_sums(int threads, py::handle w, py::handle a_t, py::handle square, py::handle low, py::handle gram) {
+  require(w, "w");
+  require(a_t, "a_t");
+  const Operand weight = input(w);
+  const View a = view(a_t);
+  const i64 V = weight.size.first, D = weight.size.second, R = a.size.second;
+  require_size("lora_a_t", a.size, V, R);
+  const bool turned = a.stride.first == 1 && a.stride.second != 1;
+  const Operand own_a =
+      turned ? Operand{py::reinterpret_borrow<py::object>(a_t), {a.data, a.stride.second, a.dtype}} : input(a_t);
+  const Operand of_w = sized(output(square), "square", D, 1), of_both = sized(output(low), "low", R, D);
+  const Operand of_a = sized(output(gram), "gram", R, R);
+  for (const Operand* out : {&of_w, &of_both, &of_a})
+    if (out->tile.dtype != DType::f32) throw py::type_error("column_sums writes sums in float32");
+  float* const squares = static_cast<float*>(of_w.tile.data);
+  py::gil_scoped_release unlocked;
+  lk::cpu::column_sums(threads, V, D, R, weight.tile, own_a.tile, turned, squares, of_both.tile, of_a.tile);
+}
+
 void set_levels(const std::string& format, const std::array<float, 16>& values) {
   if (format != "nf4" && format != "fp4") throw std::invalid_argument("only nf4 and fp4 have levels, not " + format);
   levels[format == "fp4"] = values;
@@ -386,6 +405,7 @@ PYBIND11_MODULE(_C, m) {
         "Write to out, dequantised, as many rows and columns of w as out has, from row n0 and column k0 on.");
   m.def("set_levels", &set_levels, "Set the 16 numbers that the codes of nf4 or fp4 stand for.");
   m.def("keep_mask", &keep_mask, "Write 1 to out where dropout keeps an element, else 0.");
+  m.def("column_sums", &column_sums, "Write the sums of the norms of w + s (b a)^T by columns, in float32.");
   m.def("row_norm", &row_norm, "Write n = ||w + scale b a|| by rows, in float32.");
   m.def("dropout_rule", &dropout_rule, "Return (threshold, rescale) for the probability p of dropout.");
   m.def("philox", &philox, "Return Philox4x32-10 of one counter and key.");

@@ -95,6 +95,9 @@ constexpr Kernels kTable = {
     [](Panel src, i64 rows, i64 cols, float factor, Tile out) {
       LK_BY_DTYPE(out.dtype, (write_t<T>(src, rows, cols, factor, out)))
     },
+    [](Tile x, i64 rows, i64 cols, float* out) {
+      LK_BY_DTYPE(x.dtype, (add_squares<T>(rows_of<const T>(x), rows, cols, out)))
+    },
 };
 
 }  // namespace

@@ -186,6 +186,9 @@ struct Kernels {
 
   // out[j, i] = factor * src[i, j] with src [rows, cols]
   void (*write_t)(Panel src, i64 rows, i64 cols, float factor, Tile out);
+
+  // out[j] += sum_i x[i, j]^2
+  void (*add_squares)(Tile x, i64 rows, i64 cols, float* out);
 };
 
 // Each of these is defined in a file compiled with the flags of its instruction set.

@@ -76,4 +76,8 @@ void keep_mask(int threads, Dropout dropout, i64 M, i64 K, Tile out);
 void row_norm(int threads, i64 N, i64 K, i64 R, Tile w, Tile a, Tile b, float scale, float* n);
 void row_norm(int threads, const Quantized& w, i64 R, Tile a, Tile b, float scale, float* n);
 
+// square [D] = ||w||^2 by columns, low [R, D] = a w and gram [R, R] = a a^T in fp32, for w [V, D] and a^T [V, R] of any
+// dtypes; see column_norm.cpp. Where `turned`, a_t holds a [R, V].
+void column_sums(int threads, i64 V, i64 D, i64 R, Tile w, Tile a_t, bool turned, float* square, Tile low, Tile gram);
+
 }  // namespace lk::cpu

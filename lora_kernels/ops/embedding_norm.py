@@ -6,9 +6,10 @@ The norm is factored as that of a linear layer is (`dora_norm`, arXiv:2603.22276
 
     n² = ‖E‖² + rowsum((2s·Eᵀ Aᵀ + s²·B (A Aᵀ)) ⊙ B)
 
-E is read in blocks of rows, which are contiguous in memory. Beside a batch of few ids the passes over the whole table
-take most of the time of a call. They are made in every call nevertheless, because a write through ``weight.data`` or a
-NumPy view leaves no trace by which a norm that was kept could be known to be stale.
+On a CPU one native kernel reads E once (csrc/cpu/column_norm.cpp). Elsewhere, and for an E that it does not read, torch
+computes the same sums over blocks of rows, which are contiguous in memory. Beside a batch of few ids the pass over the
+whole table takes most of the time of a call. It is made in every call nevertheless, because a write through
+``weight.data`` or a NumPy view leaves no trace by which a norm that was kept could be known to be stale.
 """
 
 from __future__ import annotations
@@ -41,11 +42,20 @@ def column_norm(w: Tensor, a_t: Tensor, b: Tensor, scale: float, magnitude: Tens
 def _run_norm(w: Tensor, a_t: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return n [D] in the widest dtype of E, A and fp32."""
     wide = torch.promote_types(torch.promote_types(w.dtype, a_t.dtype), torch.float32)
-    (V, D), R = w.shape, b.shape[1]
-    long = wide if w.device.type == "mps" else torch.float64  # Metal has no fp64
     kernels = native() if w.is_cpu and wide == torch.float32 and w.stride(1) == 1 else None
+    square, low, gram = _sums(w, a_t, wide) if kernels is None else kernels.column_sums(w, a_t)
     b = b.to(wide)
-    step = min(V, _ROWS if w.is_cpu else _BLOCKS * _ROWS)
+    low = torch.addmm(low.t(), b, gram, beta=2 * scale, alpha=scale * scale)
+    norm_sq = (low * b).sum(1).add_(square)
+    # Rounding may leave 0 or less where A B cancels a column, and d must stay finite.
+    return torch.maximum(norm_sq, square * torch.finfo(wide).eps).sqrt_()
+
+
+def _sums(w: Tensor, a_t: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (‖E‖² by columns [D], A E [R, D], A Aᵀ [R, R]) in the dtype `wide`."""
+    (V, D), R = w.shape, a_t.shape[1]
+    long = wide if w.device.type == "mps" else torch.float64  # Metal has no fp64
+    step = min(max(V, 1), _ROWS if w.is_cpu else _BLOCKS * _ROWS)
     squares, square = w.new_zeros(step, D, dtype=wide), w.new_zeros(D, dtype=long)
     low, gram = w.new_zeros(D, R, dtype=wide), w.new_zeros(R, R, dtype=long)
     for i, v in enumerate(range(0, V, step)):
@@ -55,15 +65,8 @@ def _run_norm(w: Tensor, a_t: Tensor, b: Tensor, scale: float) -> Tensor:
             square += squares.sum(0)
             squares.zero_()
         gram += own.t() @ own
-        if kernels is None:
-            low.addmm_(block.t(), own)
-    if kernels is not None:
-        _, low = kernels.gradients(w, a_t.to(wide).contiguous(), b.contiguous(), False)
-    square = (square + squares.sum(0)).to(wide)
-    low = torch.addmm(low, b, gram.to(wide), beta=2 * scale, alpha=scale * scale)
-    norm_sq = (low * b).sum(1).add_(square)
-    # Rounding may leave 0 or less where A B cancels a column, and d must stay finite.
-    return torch.maximum(norm_sq, square * torch.finfo(wide).eps).sqrt_()
+        low.addmm_(block.t(), own)
+    return (square + squares.sum(0)).to(wide), low.t(), gram.to(wide)
 
 
 def _fake_norm(w, a_t, b, scale):  # type: ignore

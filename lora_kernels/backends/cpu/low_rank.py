@@ -2,7 +2,8 @@
 
     y += s · h Bᵀ          g = dy B, db = dyᵀ h in one pass over dy
 
-The last stride of every operand is 1, and dtypes are fp32, but dy may be in 16 bits.
+The last stride of every operand is 1, and dtypes are fp32, but dy may be in 16 bits. `column_sums` are the sums of which
+the norm of DoRA over an embedding consists.
 """
 
 from __future__ import annotations
@@ -28,3 +29,12 @@ def gradients(dy: Tensor, h: Tensor | None, b: Tensor, need_g: bool) -> tuple[Te
     adapter = Adapter(torch.eye(R), b, 1.0)
     _C.backward(torch.get_num_threads(), [dy], None, [Base(b)], [adapter], [h], g, [None], [db], [False])
     return g, db
+
+
+def column_sums(w: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (‖w‖² by columns [D], a_tᵀ w [R, D], a_tᵀ a_t [R, R]) in fp32 for w [V, D] and a_t [V, R], in one pass over
+    w. Both may be in 16 bits. The bits do not depend on the number of threads."""
+    D, R = w.shape[1], a_t.shape[1]
+    square, low, gram = (torch.empty(*size, dtype=torch.float32) for size in ((D,), (R, D), (R, R)))
+    _C.column_sums(torch.get_num_threads(), w, a_t, square, low, gram)
+    return square, low, gram
