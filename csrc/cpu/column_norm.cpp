@@ -13,10 +13,9 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kRows = 24;             // rows of a block: while one is summed, `outer` prefetches the next
-constexpr i64 kStrip = 192;           // columns of a block that stay in L1 for all sums
-constexpr i64 kRowsInFp32 = 768;      // rows whose sums are added up in fp32
-constexpr i64 kPartFloats = 1 << 14;  // sums of a task in fp32
+constexpr i64 kRows = 12;             // rows of a block: while one is summed, `outer` prefetches a later one
+constexpr i64 kRowsInFp32 = 384;      // rows whose sums are added up in fp32
+constexpr i64 kPartFloats = 1 << 15;  // sums of a task in fp32
 constexpr i64 kSlabs = 8;
 constexpr i64 kSlabDoubles = 1 << 19;  // sums of all slabs in fp64
 
@@ -38,7 +37,8 @@ struct Columns {
 };
 
 Columns columns_of(i64 V, i64 cols, i64 sums) {
-  const i64 chunk = std::clamp<i64>(kPartFloats / (sums + 1) / 64 * 64, 64, 1024);
+  const i64 most = std::max<i64>(kPartFloats / (sums + 1) / 64, 1) * 64;
+  const i64 chunk = round_up(ceil_div(cols, std::max<i64>(1, ceil_div(cols, most))), 64);
   const i64 slabs = std::clamp<i64>(kSlabDoubles / std::max<i64>(1, sums * cols), 1, kSlabs);
   return {make_grid(V, cols, std::max(kRowsInFp32, ceil_div(V, slabs)), chunk), sums};
 }
@@ -63,12 +63,9 @@ void sum_task(const Columns& c, i64 t, const Tile* w, Tile a_t, bool turned, i64
         l.dot_panel_t(a_t.at(0, m0), R, rows, {own.a, R});
       else
         l.outer_rows(a_t.at(m0, 0), rows, R, 1.0f, own.a);
-      for (i64 k = 0; k < width; k += kStrip) {
-        const i64 n = std::min(kStrip, width - k);
-        const Tile x = w ? w->at(m0, k0 + k) : Tile{own.a + k0 + k, R, DType::f32};
-        l.outer(x, kKeepAll, {own.a, R}, {rows, n, R}, {own.part + k, ld});
-        if (c.sums > R) kernels().add_squares(x, rows, n, own.part + R * ld + k);
-      }
+      const Tile x = w ? w->at(m0, k0) : Tile{own.a + k0, R, DType::f32};
+      if (c.sums > R) kernels().add_squares(x, rows, width, own.part + R * ld);
+      l.outer(x, kKeepAll, {own.a, R}, {rows, width, R}, {own.part, ld});
     }
     for (i64 j = 0; j < c.sums; ++j) {
       double* const total = c.at(slab, j, k0);

@@ -114,33 +114,35 @@ void outer(Tile x, Keep keep, Panel G, Extent e, Sums D) {
     outer_cols<T, KEEP, true, 1>(xs.at(0, k), keep.at(0, k), G, e, D.at(0, k), static_cast<int>(e.cols - k));
 }
 
-// ---- out[k] += sum_m x[m, k]^2: NV vectors of columns, lanes along k ----
+// ---- out[k] += sum_m x[m, k]^2: MR rows, lanes along k ----
 
-template <class T, bool TAIL, int NV>
-void squares_block(Rows<const T> x, i64 rows, float* out, int n) {
-  reg acc[NV];
-  LK_UNROLL for (int v = 0; v < NV; ++v) acc[v] = V::zero();
-  for (i64 m = 0; m < rows; ++m) LK_UNROLL for (int v = 0; v < NV; ++v) {
-      const T* in = x.row(m) + v * W;
-      const reg xv = TAIL ? V::load(in, n) : V::load(in);
-      acc[v] = V::fma(xv, xv, acc[v]);
-    }
-  LK_UNROLL for (int v = 0; v < NV; ++v) {
-    float* o = out + v * W;
-    if (TAIL)
-      V::store(o, V::add(V::load(o, n), acc[v]), n);
-    else
-      V::store(o, V::add(V::load(o), acc[v]));
+template <class T, bool TAIL, int MR>
+LK_INLINE void squares_step(Rows<const T> x, float* out, int n) {
+  reg acc = V::zero();
+  LK_UNROLL for (int i = 0; i < MR; ++i) {
+    const reg xv = TAIL ? V::load(x.row(i), n) : V::load(x.row(i));
+    acc = V::fma(xv, xv, acc);
   }
+  if (TAIL)
+    V::store(out, V::add(V::load(out, n), acc), n);
+  else
+    V::store(out, V::add(V::load(out), acc));
 }
 
+template <class T, int MR>
+void squares_rows(Rows<const T> x, i64 cols, float* out) {
+  i64 k = 0;
+  for (; k + W <= cols; k += W) squares_step<T, false, MR>(x.at(0, k), out + k, W);
+  if (k < cols) squares_step<T, true, MR>(x.at(0, k), out + k, static_cast<int>(cols - k));
+}
+
+// Whole rows are read, because memory is read fastest from their beginning to their end.
 template <class T>
 void add_squares(Rows<const T> x, i64 rows, i64 cols, float* out) {
-  constexpr int NV = 4;
-  i64 k = 0;
-  for (; k + NV * W <= cols; k += NV * W) squares_block<T, false, NV>(x.at(0, k), rows, out + k, W);
-  for (; k + W <= cols; k += W) squares_block<T, false, 1>(x.at(0, k), rows, out + k, W);
-  if (k < cols) squares_block<T, true, 1>(x.at(0, k), rows, out + k, static_cast<int>(cols - k));
+  constexpr int MR = 12;
+  i64 m = 0;
+  for (; m + MR <= rows; m += MR) squares_rows<T, MR>(x.at(m, 0), cols, out);
+  for (; m < rows; ++m) squares_rows<T, 1>(x.at(m, 0), cols, out);
 }
 
 // ---- y[m, k] += keep(sum_r H[m, r] P[r, k]) + bias[k]: MR rows by NV vectors of columns, lanes along k ----

@@ -383,15 +383,41 @@ def test_flops_are_those_of_the_products():
 # --- the norm ---
 
 
-@pytest.mark.usefixtures("products")
-def test_the_norm_is_exact_to_a_few_eps():
-    q = problem(5000, 40, 8, (1,))
-    want = torch.linalg.vector_norm(q.w.double() + 0.5 * q.a_t.double() @ q.b.double().t(), dim=0)
-    got = column_norm(q.w, q.a_t, q.b, 0.5, q.w[0])
+def check_norm(q, w: Tensor) -> Tensor:
+    """Return the norm, which is exact to a few eps."""
+    want = torch.linalg.vector_norm(w.double() + 0.5 * q.a_t.double() @ q.b.double().t(), dim=0)
+    got = column_norm(w, q.a_t, q.b, 0.5, torch.empty(0))
     assert ((got - want).abs() / want).max() < 8 * torch.finfo(torch.float32).eps
-    half = column_norm(q.w.bfloat16(), q.a_t, q.b, 0.5, q.w[0])
-    want = torch.linalg.vector_norm(q.w.bfloat16().double() + 0.5 * q.a_t.double() @ q.b.double().t(), dim=0)
-    assert ((half - want).abs() / want).max() < 8 * torch.finfo(torch.float32).eps
+    return got
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_is_exact_to_a_few_eps(dtype):
+    for sizes in ((5000, 40, 8), (999, 131, 20)):
+        for turned in (False, True):
+            q = problem(*sizes, (1,), turned=turned)
+            check_norm(q, q.w.to(dtype))
+
+
+def test_the_norm_is_exact_with_every_instruction_set_and_its_bits_with_any_number_of_threads(isa):
+    q = problem(3000, 200, 8, (1,))
+    threads, norms = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            norms.append(check_norm(q, q.w))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*norms)
+
+
+@pytest.mark.usefixtures("products")
+def test_the_norm_over_an_empty_table_is_the_smallest_number():
+    w, a_t, b = torch.empty(0, 5), torch.empty(0, 2), torch.ones(5, 2)
+    norm = column_norm(w, a_t, b, 0.5, torch.ones(5))
+    assert torch.equal(norm, torch.full((5,), torch.finfo(torch.float32).smallest_normal))
+    assert column_norm(torch.empty(4, 0), torch.ones(4, 2), torch.empty(0, 2), 0.5, torch.empty(0)).shape == (0,)
 
 
 def test_a_column_that_is_zero_or_cancelled_has_a_finite_d():

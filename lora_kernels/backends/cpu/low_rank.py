@@ -2,8 +2,8 @@
 
     y += s · h Bᵀ          g = dy B, db = dyᵀ h in one pass over dy
 
-The last stride of every operand is 1, and dtypes are fp32, but dy may be in 16 bits. `column_sums` are the sums of which
-the norm of DoRA over an embedding consists.
+The last stride of every operand is 1, and dtypes are fp32, but dy may be in 16 bits. `column_sums` returns
+the sums that make up the norm of DoRA over an embedding.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ def gradients(dy: Tensor, h: Tensor | None, b: Tensor, need_g: bool) -> tuple[Te
 
 
 def column_sums(w: Tensor, a_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (‖w‖² by columns [D], a_tᵀ w [R, D], a_tᵀ a_t [R, R]) in fp32 for w [V, D] and a_t [V, R], in one pass over
-    w. Both may be in 16 bits. The bits do not depend on the number of threads."""
+    """Return (‖w‖² by columns [D], a_tᵀ w [R, D], a_tᵀ a_t [R, R]) in fp32 for w [V, D] and a_t [V, R].
+
+    w is read once. Both may be in 16 bits. The bits do not depend on the number of threads.
+    """
     D, R = w.shape[1], a_t.shape[1]
     square, low, gram = (torch.empty(*size, dtype=torch.float32) for size in ((D,), (R, D), (R, R)))
     _C.column_sums(torch.get_num_threads(), w, a_t, square, low, gram)
