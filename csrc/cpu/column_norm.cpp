@@ -13,11 +13,11 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kRows = 12;             // rows of a block: while one is summed, `outer` prefetches a later one
-constexpr i64 kRowsInFp32 = 384;      // rows whose sums are added up in fp32
-constexpr i64 kPartFloats = 1 << 15;  // sums of a task in fp32
-constexpr i64 kSlabs = 8;
-constexpr i64 kSlabDoubles = 1 << 19;  // sums of all slabs in fp64
+constexpr i64 kRows = 12;              // rows of a block: while one is summed, `outer` prefetches a later one
+constexpr i64 kRowsInFp32 = 384;       // rows whose sums are added up in fp32
+constexpr i64 kPartFloats = 1 << 15;   // sums of a task in fp32
+constexpr i64 kSlabs = 8;              // the most slabs of rows
+constexpr i64 kSlabDoubles = 1 << 19;  // sums of all slabs in fp64, beyond which there is one slab
 
 // Columns of x [V, cols], whose products with a^T [V, R] have `sums` rows: R, or R + 1 with the sums of squares.
 struct Columns {
