@@ -110,6 +110,9 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         if isinstance(base, str):
             return base
         attention, out, weights, biases = base
+        # PEFT's own forward replaces its weights. It has done so in inference mode, and now it does so out of it.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(w.is_inference() for w in weights):
+            return "a base weight that PEFT's forward has made in inference mode, which no backward can have"
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return ""

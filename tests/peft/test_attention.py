@@ -64,6 +64,24 @@ def run(model, x, **kwargs) -> dict[str, torch.Tensor]:
     return {"y": y.detach(), "dx": x.grad} | ({} if weights is None else {"weights": weights.detach()}) | grads
 
 
+def test_a_model_that_peft_has_run_in_inference_mode_can_be_trained():
+    """PEFT's forward leaves weights of inference mode behind, which autograd cannot save."""
+    model, x = make(torch.float64), torch.randn(B, L, E, dtype=torch.float64)
+    with torch.inference_mode():
+        model(x)
+    layer = model.base_model.model.attn
+    assert layer.base_layer.in_proj_weight.is_inference()
+    want = run(copy.deepcopy(model), x)
+    lora_kernels.fuse(model, strict=True)
+    with torch.no_grad():
+        model(x)
+    for _ in range(2):
+        got = run(model, x)
+        assert got.keys() == want.keys()
+        torch.testing.assert_close(got, want)
+    assert (layer.fused_calls, sum(layer.passed_over.values())) == (2, 1)
+
+
 def same(got, want) -> None:
     """Assert that `got` holds what `want` holds."""
     for name, value in want.items():
