@@ -207,6 +207,8 @@ def _read_base(layer: Any) -> _Base | str:
     out = attention._modules[_OUT]
     if not isinstance(out, peft_layer.Linear):
         return f"its out_proj is a {type(out).__name__}"
+    if out.fan_in_fan_out:
+        return "fan_in_fan_out, with which PEFT transposes the update of its out_proj"
     linear = out._modules["base_layer"]
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         return f"its out_proj is a {type(linear).__name__} with a forward of its own"

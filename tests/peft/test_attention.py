@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -342,3 +343,24 @@ def test_a_compiled_model_is_one_graph():
     want = run(model, x, need_weights=False)
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, need_weights=False), want["y"])
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
+def test_an_out_proj_whose_update_peft_transposes_is_left_to_peft():
+    model, x = make(torch.float64, config={"fan_in_fan_out": True}), torch.randn(B, L, E, dtype=torch.float64)
+    want = run(copy.deepcopy(model), x)
+    report = lora_kernels.fuse(model)
+    assert "fan_in_fan_out" in report.not_fused["base_model.model.attn"]
+    torch.testing.assert_close(run(model, x), want)
+
+
+def test_a_file_with_a_conv1d_beside_an_attention_warns_that_peft_transposes_an_update(tmp_path):
+    conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
+    plain = nn.ModuleDict({"gpt": conv1d(E, E), "attn": nn.MultiheadAttention(E, H)})
+    model = copy.deepcopy(plain)
+    lora_kernels.apply_lora(model, r=2, target_modules=["gpt", "attn"])
+    with pytest.warns(UserWarning, match="PEFT transposes the update"):
+        lora_kernels.save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_kernels.load_adapter(copy.deepcopy(plain), tmp_path)  # what we have written means the same to us
