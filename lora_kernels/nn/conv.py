@@ -161,7 +161,7 @@ class AdapterConv(AdapterLayer):
         """Return y [B, out_channels, ...] for x = `input` [B, in_channels, ...], which has the name that nn.Conv2d
         gives it, or without B for one sample. Raises what `lora_conv` raises."""
         if self._base is not None:
-            conv_state.warn_merged(self)
+            conv_state.check_merged(self)
             moves = window(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
             return convolve(moves.padded(input), self.weight, self.bias, moves, self.groups)
         return lora_conv(
