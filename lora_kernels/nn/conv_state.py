@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels.nn import merging, offload
+from lora_kernels.nn import merging
 from lora_kernels.ops.conv_dora import magnitude_of
 from lora_kernels.ops.dora_norm import ratio
 
@@ -67,22 +66,6 @@ def is_new_magnitude(layer: Any, or_norm: bool) -> bool:
     """Return whether m is NaN, as it is after ``to_empty``, or with `or_norm` the norm."""
     m = layer.lora_magnitude_vector
     return bool(m.isnan().all()) or (or_norm and torch.equal(m, _norm(layer)))
-
-
-def check_merged(layer: Any) -> None:
-    """Warn where the adapter of a merged layer would be trained were it not merged. Raise ValueError where accelerate
-    has offloaded the layer since it was merged: it keeps the values of ``state_dict``, which are W."""
-    if torch.compiler.is_compiling():
-        return
-    if offload.hook_of(layer) is not None:
-        raise ValueError(
-            f"this {type(layer).__name__} was merged when accelerate offloaded it, and accelerate has kept the weight "
-            "without the adapter. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) and unmerge()"
-        )
-    if layer.training and layer.lora_A.requires_grad and torch.is_grad_enabled():
-        warnings.warn(
-            f"this {type(layer).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
-        )
 
 
 def dropped_by_peft(conv: Any) -> str:
