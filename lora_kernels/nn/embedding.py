@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.nn import embedding_fit, merging
+from lora_kernels.nn import embedding_fit, loading, merging
 from lora_kernels.nn.adapter import FilePart
 from lora_kernels.nn.replaced import ReplacedWeight
 from lora_kernels.nn.settings import LoRASettings
@@ -329,10 +329,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
             if self.lora_embedding_A.is_meta and not self.weight.is_meta:  # assign=True: the adapter has no values
-                for name in self._adapter_shapes():
-                    old = getattr(self, name)
-                    values = torch.empty_like(old, device=self.weight.device)
-                    setattr(self, name, nn.Parameter(values, requires_grad=old.requires_grad))
+                loading.put_adapter_beside(self, self.weight.device)
                 self.reset_adapter()
         if follows and (plain or self._magnitude_is_new(False)):
             self._reset_magnitude()

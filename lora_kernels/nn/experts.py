@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import experts_form, experts_forward, experts_merging, merging, offload
+from lora_kernels.nn import experts_form, experts_forward, experts_merging, loading, merging, offload
 from lora_kernels.nn.adapter import AdapterLayer, FilePart
 from lora_kernels.nn.experts_forward import StackAdapter
 from lora_kernels.nn.settings import LoRASettings
@@ -318,6 +318,10 @@ class FusedLoRAExperts(AdapterLayer):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if not any(key in state_dict for key in keys):  # the state_dict of the plain module, which has no adapter
             missing_keys[:] = [key for key in missing_keys if key not in keys]
+            weight = getattr(self, self.target_parameters[0])
+            if self.pair(self.target_parameters[0])[0].is_meta and not weight.is_meta:  # assign=True: it has no values
+                loading.put_adapter_beside(self, weight.device)
+                self._reset_adapter()
         if merged:
             self.merge()
 
