@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn import conv_state, fit, loading
-from lora_kernels.nn.adapter import AdapterLayer, FilePart
+from lora_kernels.nn.adapter import FilePart
+from lora_kernels.nn.replaced import ReplacedWeight
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.conv import lora_conv
 from lora_kernels.ops.conv_plain import convolve
@@ -20,7 +21,7 @@ from lora_kernels.ops.conv_window import Sizes, window
 torch.fx.wrap("lora_conv")  # torch.fx.symbolic_trace records a call as one node, as it does with functions of torch
 
 
-class AdapterConv(AdapterLayer):
+class AdapterConv(ReplacedWeight):
     """What `FusedLoRAConv1d`, `FusedLoRAConv2d` and `FusedLoRAConv3d` have in common."""
 
     kind: ClassVar[type[Any]]
@@ -35,9 +36,7 @@ class AdapterConv(AdapterLayer):
     groups: int
     padding_mode: str
     grouped: bool
-    weight: nn.Parameter
     bias: nn.Parameter | None
-    _base: nn.Parameter | None
 
     def __init__(
         self,
@@ -144,7 +143,6 @@ class AdapterConv(AdapterLayer):
         self.lora_B = nn.Parameter(torch.empty(of_b, **like))
         if self.use_dora:
             self.lora_magnitude_vector = nn.Parameter(torch.empty(of_m, **like))
-        self.__dict__["_base"] = None
         self.reset_adapter()
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -161,7 +159,7 @@ class AdapterConv(AdapterLayer):
         """Return y [B, out_channels, ...] for x = `input` [B, in_channels, ...], which has the name that nn.Conv2d
         gives it, or without B for one sample. Raises what `lora_conv` raises."""
         if self._base is not None:
-            conv_state.warn_merged(self)
+            self._check_merged()
             moves = window(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
             return convolve(moves.padded(input), self.weight, self.bias, moves, self.groups)
         return lora_conv(
@@ -181,13 +179,6 @@ class AdapterConv(AdapterLayer):
             backend=self.backend,
         )
 
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` holds W + s·B·A, or with DoRA d ⊙ that, at present."""
-        return self._base is not None
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def merge(self, safe: bool = True) -> None:
         """Put W + s·B·A, or with DoRA d ⊙ that, into `weight`, computed in fp64 and rounded once. The base weight stays
         in memory for `unmerge`. A weight that other modules share stays W for them.
@@ -197,23 +188,17 @@ class AdapterConv(AdapterLayer):
                 weight of W's shape computes them; for a weight that is parametrised, pruned, sharded, or on the meta
                 device. The module is then as it was.
         """
-        if self._base is None:
-            merged = nn.Parameter(conv_state.merged_weight(self, safe), requires_grad=False)
-            self.__dict__["_base"] = self._parameters["weight"]
-            self._parameters["weight"] = merged
+        super().merge(safe)
 
-    def unmerge(self) -> None:
-        """Put W back as `weight`: the Parameter of before `merge`. Does nothing where nothing is merged."""
-        if self._base is not None:
-            self._parameters["weight"] = self._base
-            self.__dict__["_base"] = None
+    def _merged_weight(self, safe: bool) -> Tensor:
+        return conv_state.merged_weight(self, safe)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def to_plain(self) -> nn.Module:
         """Return a convolution of torch with weight W + s·B·A, as `merge` computes it, and a copy of the bias. This
         module stays as it is. Raises what `merge` raises."""
-        merged = conv_state.merged_weight(self, True) if self._base is None else self.weight.detach().clone()
+        merged = self._copy_of_merged() if self.merged else conv_state.merged_weight(self, True)
         conv = self.kind(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
             self.groups, self.bias is not None, self.padding_mode, device="meta",
@@ -273,24 +258,13 @@ class AdapterConv(AdapterLayer):
         """Move and convert every tensor with `fn`, also the base weight of a merged module. The adapter gets its first
         values where `fn` gives memory that nobody has written, as ``Module.to_empty`` does."""
         emptied = self.lora_A.is_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
-        if self._base is not None:
-            self._parameters["_base"] = self._base  # so that torch treats it as every other parameter
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            if "_base" in self._parameters:
-                self.__dict__["_base"] = self._parameters.pop("_base")
+        super()._apply(fn, recurse)
         if emptied and not self.lora_A.is_meta:
             merged = self.merged
             self.reset_adapter()
             if self.use_dora and not merged:  # W has no values yet, so neither has its norm
                 nn.init.constant_(self.lora_magnitude_vector, math.nan)
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base is not None:
-            destination[prefix + "weight"] = self._base if keep_vars else self._base.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
@@ -311,12 +285,6 @@ class AdapterConv(AdapterLayer):
             conv_state.reset_magnitude(self)
         if merged:
             self.merge()
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Add a parameter. Raises ValueError for a new weight of a merged module: the adapter would be dropped."""
-        if name == "weight" and self.__dict__.get("_base") is not None:
-            raise ValueError("this module is merged: unmerge() it before it is given another weight")
-        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows: those of torch's convolutions, and the adapter's."""

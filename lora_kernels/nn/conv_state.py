@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -67,14 +66,6 @@ def is_new_magnitude(layer: Any, or_norm: bool) -> bool:
     """Return whether m is NaN, as it is after ``to_empty``, or with `or_norm` the norm."""
     m = layer.lora_magnitude_vector
     return bool(m.isnan().all()) or (or_norm and torch.equal(m, _norm(layer)))
-
-
-def warn_merged(layer: Any) -> None:
-    """Warn where the adapter of a merged layer would be trained were it not merged."""
-    if layer.training and layer.lora_A.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        warnings.warn(
-            f"this {type(layer).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
-        )
 
 
 def dropped_by_peft(conv: Any) -> str:

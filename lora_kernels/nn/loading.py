@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.nn.adapter import is_adapter
 from lora_kernels.quant.weight import CODES, quantize_like
 
 PARTS = ("weight", "weight_scales", "weight_table", "weight_absmax", "weight_offset")
@@ -27,8 +28,8 @@ def check_rank(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
 def put_adapter_beside(layer: Any, device: torch.device) -> None:
     """Give `layer` an adapter of the same shapes on `device`, with values still to be set."""
     with torch.inference_mode(False):  # what is made in inference mode could not be trained later
-        for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
-            if (old := layer._parameters.get(name)) is not None:
+        for name, old in list(layer._parameters.items()):
+            if old is not None and is_adapter(name):
                 empty = torch.empty_like(old, device=device)
                 setattr(layer, name, nn.Parameter(empty, requires_grad=old.requires_grad))
 
