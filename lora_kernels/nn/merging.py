@@ -83,9 +83,10 @@ def refuse_computed(module: nn.Module) -> None:
     """Raise ValueError where `weight` is no Parameter of the module's own, but computed from others: merging could not
     replace it."""
     if "weight" not in module._parameters:
+        first = "Take to_linear(), or make" if hasattr(module, "to_linear") else "Make"
         raise ValueError(
             f"the weight of this {type(module).__name__} is parametrised, pruned or sharded, so merge() and unmerge() "
-            "cannot replace it: nothing was changed. Take to_linear(), or make the weight plain first, with "
+            f"cannot replace it: nothing was changed. {first} the weight plain first, with "
             'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight") or prune.remove(layer, "weight")'
         )
 

@@ -60,7 +60,7 @@ class ReplacedWeight(AdapterLayer):
             raise ValueError("this module is merged: unmerge() it before it is given another weight")
         super().register_parameter(name, param)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReplacedWeight:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLayer:
         """Move and convert every tensor with `fn`, also the base weight of a merged module."""
         base = self._base
         if base is not None:
