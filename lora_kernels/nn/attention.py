@@ -267,12 +267,9 @@ class FusedLoRAMultiheadAttention(AdapterLayer):
         keys = [prefix + name for name in _PARTS.values()]
         if not any(key in state_dict for key in keys):  # the state_dict of an nn.MultiheadAttention
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            if (
-                self.lora_A.is_meta and not self.in_proj_weight.is_meta
-            ):  # assign=True: the adapter has no values to keep
-                for name in _PARTS.values():
-                    empty = torch.empty_like(self.get_parameter(name), device=self.in_proj_weight.device)
-                    setattr(self, name, nn.Parameter(empty, requires_grad=self.get_parameter(name).requires_grad))
+            weight = self.in_proj_weight
+            if self.lora_A.is_meta and not weight.is_meta:  # assign=True: the adapter has no values to keep
+                loading.put_adapter_beside(self, weight.device)
                 self.reset_adapter()
 
     def extra_repr(self) -> str:

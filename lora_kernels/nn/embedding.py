@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.nn import embedding_fit, merging, offload
+from lora_kernels.nn import embedding_fit, loading, merging, offload
 from lora_kernels.nn.adapter import FilePart
 from lora_kernels.nn.replaced import ReplacedWeight
 from lora_kernels.nn.settings import LoRASettings
@@ -261,13 +261,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
 
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
-        for name, shape in {"weight": self._shape, **self._adapter_shapes()}.items():
-            t = getattr(self, name)
-            if t.shape != shape or hasattr(t, "placements"):
-                raise ValueError(
-                    f"{name} of this FusedLoRAEmbedding is sharded, {type(t).__name__} {tuple(t.shape)} for {shape}: "
-                    "nothing was changed. Merge a whole module that has loaded the gathered state"
-                )
+        merging.refuse_sharded(self, {"weight": self._shape, **self._adapter_shapes()})
         wide = merging.wide_dtype(self.weight.device)
         b, d = self.lora_embedding_B.detach().to(wide), None
         if self.use_dora:
@@ -329,13 +323,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
-        for name in _ADAPTER[:2]:
-            key = prefix + name
-            if key in state_dict and state_dict[key].shape[1] != self.r:
-                raise ValueError(
-                    f"{key} {tuple(state_dict[key].shape)} is of rank {state_dict[key].shape[1]}, this module of "
-                    f"r={self.r}: nothing was loaded into it. Build it with r={state_dict[key].shape[1]}"
-                )
+        loading.check_rank(self, state_dict, prefix, dict.fromkeys(_ADAPTER[:2], 1))
         keys = [prefix + name for name in self._adapter_shapes()]
         plain = not any(key in state_dict for key in keys)  # the state_dict of an nn.Embedding, which has no adapter
         merged = self.merged
@@ -345,10 +333,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
             if self.lora_embedding_A.is_meta and not self.weight.is_meta:  # assign=True: the adapter has no values
-                for name in self._adapter_shapes():
-                    old = getattr(self, name)
-                    values = torch.empty_like(old, device=self.weight.device)
-                    setattr(self, name, nn.Parameter(values, requires_grad=old.requires_grad))
+                loading.put_adapter_beside(self, self.weight.device)
                 self.reset_adapter()
         if follows and (plain or self._magnitude_is_new(False)):
             self._reset_magnitude()

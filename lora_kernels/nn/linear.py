@@ -303,7 +303,7 @@ class FusedLoRALinear(AdapterLinear, ReplacedWeight):
 
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
-        merging.refuse_sharded(self)
+        merging.refuse_sharded(self, self.whole_shapes)
         w = self.turned(self.weight)
         merged = merging.updated_weight(
             w.__getitem__, self.lora_A, self.lora_B, float(self.scaling), w.dtype, self._ratio()

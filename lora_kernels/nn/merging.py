@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -91,10 +91,10 @@ def refuse_computed(module: nn.Module) -> None:
         )
 
 
-def refuse_sharded(module: Any) -> None:
-    """Raise ValueError where this process holds only a part of W, A or B: as a DTensor, or as FSDP1 leaves them."""
-    N, K, R = module.out_features, module.in_features, module.r
-    for name, shape in (("weight", module.stored_shape), ("lora_A", (R, K)), ("lora_B", (N, R))):
+def refuse_sharded(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where this process holds only a part of W, A or B: as a DTensor, or as FSDP1 leaves them.
+    `shapes` has the whole shape of each parameter by name."""
+    for name, shape in shapes.items():
         t = getattr(module, name)
         if t.shape != shape or hasattr(t, "placements"):
             raise ValueError(
