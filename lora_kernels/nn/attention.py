@@ -116,10 +116,12 @@ class FusedLoRAMultiheadAttention(AdapterLayer):
         """Return what `from_attention` returns, for its keywords as one object. Raises ValueError for use_dora, `quant`
         and an `init` other than "kaiming" too, which are for linear layers."""
         settings.check()
-        if settings.use_dora or settings.quant is not None or settings.init != "kaiming":
+        plain = {"use_dora": False, "quant": None, "init": "kaiming"}
+        given = [f"{name}={value!r}" for name in plain if (value := getattr(settings, name)) != plain[name]]
+        if given:
             raise ValueError(
-                f"use_dora={settings.use_dora}, quant={settings.quant!r}, init={settings.init!r} are for linear "
-                "layers: an nn.MultiheadAttention takes plain LoRA over dense weights, with init='kaiming'"
+                f"{', '.join(given)} is for linear layers: an nn.MultiheadAttention takes plain LoRA over dense "
+                "weights, with init='kaiming'"
             )
         if reason := _why_not(module, in_place=False):
             raise TypeError(reason)
