@@ -96,6 +96,12 @@ class AdapterLinear(AdapterLayer):
         """The shape of `weight`, which holds a quantised W as codes."""
         return self.out_features, self.in_features
 
+    @property
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of W, as it is stored, A and B in a process that holds all of them."""
+        N, K = self.out_features, self.in_features
+        return {"weight": self.stored_shape, "lora_A": (self.r, K), "lora_B": (N, self.r)}
+
     def _check_merged(self, weight: Tensor, base: Tensor, lora_a: Tensor) -> None:
         """Check the forward of a merged module, with `weight` as its weight and `base` as W. Warn if its adapter would
         be trained were it not merged. Raise ValueError where `weight` is W again: accelerate, for example, offloads the

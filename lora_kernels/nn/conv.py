@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import conv_state, fit, loading
+from lora_kernels.nn import conv_fit, conv_state, loading
 from lora_kernels.nn.adapter import FilePart
 from lora_kernels.nn.replaced import ReplacedWeight
 from lora_kernels.nn.settings import LoRASettings
@@ -65,7 +65,7 @@ class AdapterConv(ReplacedWeight):
         conv = self.kind(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        _check(conv, settings, grouped)
+        conv_fit.check(conv, settings, grouped)
         super().__init__()
         self._take(conv, settings, grouped)
 
@@ -101,7 +101,7 @@ class AdapterConv(ReplacedWeight):
         an initialisation that splits W too, which convolutions do not have."""
         if reason := cls.why_not(module):
             raise TypeError(reason)
-        _check(module, settings, grouped)
+        conv_fit.check(module, settings, grouped)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._take(module, settings, grouped)
@@ -110,22 +110,7 @@ class AdapterConv(ReplacedWeight):
     @classmethod
     def why_not(cls, module: nn.Module) -> str:
         """Return why a layer of this class cannot take the place of `module`, or "" where it can."""
-        kind = type(module)
-        if kind is not cls.kind:
-            why = f"a {kind.__name__}, not torch's own nn.{cls.kind.__name__}"
-            if isinstance(module, cls.kind):
-                why += ": a subclass may compute something else"
-            elif getattr(module, "transposed", False):
-                why += ": LoRA over a transposed convolution is not there, neither here nor in PEFT"
-            return why
-        if type(module.weight) is not nn.Parameter:
-            return (
-                f"its weight is a {type(module.weight).__name__}, not a plain Parameter: where it is parametrised or "
-                "pruned, make it plain first, with torch.nn.utils.parametrize.remove_parametrizations or prune.remove"
-            )
-        if fit.has_hooks(module):
-            return "it has hooks, which would be lost: remove them, and put them on the new module"
-        return ""
+        return conv_fit.why_not(module, cls.kind)
 
     def _take(self, conv: Any, settings: LoRASettings, grouped: bool) -> None:
         """Take over the parameters and attributes of `conv`, and add an adapter with its first values."""
@@ -159,7 +144,7 @@ class AdapterConv(ReplacedWeight):
         """Return y [B, out_channels, ...] for x = `input` [B, in_channels, ...], which has the name that nn.Conv2d
         gives it, or without B for one sample. Raises what `lora_conv` raises."""
         if self._base is not None:
-            self._check_merged()
+            self._check_replaced()
             moves = window(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
             return convolve(moves.padded(input), self.weight, self.bias, moves, self.groups)
         return lora_conv(
@@ -198,7 +183,7 @@ class AdapterConv(ReplacedWeight):
     def to_plain(self) -> nn.Module:
         """Return a convolution of torch with weight W + s·B·A, as `merge` computes it, and a copy of the bias. This
         module stays as it is. Raises what `merge` raises."""
-        merged = self._copy_of_merged() if self.merged else conv_state.merged_weight(self, True)
+        merged = self._copy_of_merged() if self.merged else self._merged_weight(safe=True)
         conv = self.kind(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
             self.groups, self.bias is not None, self.padding_mode, device="meta",
@@ -255,8 +240,8 @@ class AdapterConv(ReplacedWeight):
             conv_state.reset_magnitude(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterConv:
-        """Move and convert every tensor with `fn`, also the base weight of a merged module. The adapter gets its first
-        values where `fn` gives memory that nobody has written, as ``Module.to_empty`` does."""
+        """Move and convert every tensor with `fn`. The adapter gets its first values where `fn` gives memory that
+        nobody has written, as ``Module.to_empty`` does."""
         emptied = self.lora_A.is_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
         super()._apply(fn, recurse)
         if emptied and not self.lora_A.is_meta:
@@ -350,21 +335,3 @@ class FusedLoRAConv3d(AdapterConv):
     """A convolution in three dimensions with LoRA: see `FusedLoRAConv2d`."""
 
     kind, plain = nn.Conv3d, (nn.Conv3d,)
-
-
-def _check(conv: Any, settings: LoRASettings, grouped: bool) -> None:
-    """Raise ValueError or TypeError for settings that do not go with `conv`."""
-    settings.check()
-    settings.dtype_beside(conv.weight.dtype)
-    if settings.quant is not None or settings.init != "kaiming":
-        raise ValueError(
-            f"a convolution takes no quant and no init but 'kaiming'; got quant={settings.quant!r}, "
-            f"init={settings.init!r}"
-        )
-    if settings.r % conv.groups:
-        raise ValueError(f"r must be a multiple of groups; got r={settings.r}, groups={conv.groups}")
-    if settings.use_dora and conv.groups > 1 and not grouped:
-        raise ValueError(
-            f"DoRA over groups={conv.groups} needs an A in groups: make the layer with grouped=True. An A that sees "
-            "all channels has no W + s·B A of W's shape, whose norm DoRA takes"
-        )

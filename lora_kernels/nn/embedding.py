@@ -163,7 +163,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
         """Return y [..., embedding_dim] for ids = `input`, of int64 or int32. Raises what `lora_embedding` raises."""
         weight = self.weight
         if self._base is not None:
-            self._check_merged()
+            self._check_replaced()
             y = F.embedding(input, weight)
             e = self.embed_scale
             return y * e.to(weight.dtype) if isinstance(e, Tensor) else y if e == 1 else y * e
@@ -245,13 +245,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
 
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
-        for name, shape in {"weight": self._shape, **self._adapter_shapes()}.items():
-            t = getattr(self, name)
-            if t.shape != shape or hasattr(t, "placements"):
-                raise ValueError(
-                    f"{name} of this FusedLoRAEmbedding is sharded, {type(t).__name__} {tuple(t.shape)} for {shape}: "
-                    "nothing was changed. Merge a whole module that has loaded the gathered state"
-                )
+        merging.refuse_sharded(self, {"weight": self._shape, **self._adapter_shapes()})
         wide = merging.wide_dtype(self.weight.device)
         b, d = self.lora_embedding_B.detach().to(wide), None
         if self.use_dora:
@@ -313,13 +307,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
-        for name in _ADAPTER[:2]:
-            key = prefix + name
-            if key in state_dict and state_dict[key].shape[1] != self.r:
-                raise ValueError(
-                    f"{key} {tuple(state_dict[key].shape)} is of rank {state_dict[key].shape[1]}, this module of "
-                    f"r={self.r}: nothing was loaded into it. Build it with r={state_dict[key].shape[1]}"
-                )
+        loading.check_rank(self, state_dict, prefix, dict.fromkeys(_ADAPTER[:2], 1))
         keys = [prefix + name for name in self._adapter_shapes()]
         plain = not any(key in state_dict for key in keys)  # the state_dict of an nn.Embedding, which has no adapter
         merged = self.merged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,9 +16,14 @@ PARTS = ("weight", "weight_scales", "weight_table", "weight_absmax", "weight_off
 """The tensors of a quantised weight: a parameter and buffers. The last three exist only with double quantisation."""
 
 
-def check_rank(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    """Raise ValueError where the adapter in `state_dict` has another rank than `layer`'s."""
-    for key, dim in ((prefix + "lora_A", 0), (prefix + "lora_B", 1)):
+_RANKS: Mapping[str, int] = MappingProxyType({"lora_A": 0, "lora_B": 1})
+
+
+def check_rank(layer: Any, state_dict: dict[str, Any], prefix: str, ranks: Mapping[str, int] = _RANKS) -> None:
+    """Raise ValueError where the adapter in `state_dict` has another rank than `layer`'s. `ranks` tells which dimension
+    of a parameter is the rank, by its name."""
+    for name, dim in ranks.items():
+        key = prefix + name
         if key in state_dict and state_dict[key].shape[dim] != layer.r:
             rank = state_dict[key].shape[dim]
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -83,17 +83,18 @@ def refuse_computed(module: nn.Module) -> None:
     """Raise ValueError where `weight` is no Parameter of the module's own, but computed from others: merging could not
     replace it."""
     if "weight" not in module._parameters:
+        first = "Take to_linear(), or make" if hasattr(module, "to_linear") else "Make"
         raise ValueError(
             f"the weight of this {type(module).__name__} is parametrised, pruned or sharded, so merge() and unmerge() "
-            "cannot replace it: nothing was changed. Take to_linear(), or make the weight plain first, with "
+            f"cannot replace it: nothing was changed. {first} the weight plain first, with "
             'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight") or prune.remove(layer, "weight")'
         )
 
 
-def refuse_sharded(module: Any) -> None:
-    """Raise ValueError where this process holds only a part of W, A or B: as a DTensor, or as FSDP1 leaves them."""
-    N, K, R = module.out_features, module.in_features, module.r
-    for name, shape in (("weight", module.stored_shape), ("lora_A", (R, K)), ("lora_B", (N, R))):
+def refuse_sharded(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where this process holds only a part of W, A or B: as a DTensor, or as FSDP1 leaves them.
+    `shapes` has the whole shape of each parameter by name."""
+    for name, shape in shapes.items():
         t = getattr(module, name)
         if t.shape != shape or hasattr(t, "placements"):
             raise ValueError(

@@ -54,7 +54,7 @@ class ReplacedWeight(AdapterLayer):
             self._parameters["weight"] = self._base
             self.__dict__.update(_base=None, _merged_as=None)
 
-    def _check_merged(self) -> None:
+    def _check_replaced(self) -> None:
         """Check the forward of a merged module. Warn if the adapter would be trained were it not merged. Raise
         ValueError where the weight is W again, because accelerate has offloaded the module, or one around it, since:
         it keeps the values of ``state_dict``."""
@@ -90,7 +90,7 @@ class ReplacedWeight(AdapterLayer):
             raise ValueError("this module is merged: unmerge() it before it is given another weight")
         super().register_parameter(name, param)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReplacedWeight:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLayer:
         """Move and convert every tensor with `fn`, also the base weight of a merged module."""
         base = self._base
         known = base is not None and self._parameters["weight"] is self._merged_as
