@@ -32,6 +32,12 @@ from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
 
 _OUT = "out_proj"
 
+_USES = """
+ValueError __class__ __name__ _check_forward_args active_adapters adapter_names base_layer disable_adapters dtype
+get_base_layer lora_A merge merged out_proj to unmerge
+"""
+"""The names that PEFT's forward of an nn.MultiheadAttention uses."""
+
 
 class Counted(NamedTuple):
     """How often PEFT counts the update of out_proj."""
@@ -160,7 +166,7 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
     @classmethod
     def why_not_forward(cls) -> str:
         """Return why PEFT's forward is not the one that this package knows, or "" where it is."""
-        return known.why_not_attention(cls.peft_class)
+        return known.why_not(cls.peft_class, _USES)
 
     @classmethod
     def inner(cls, layer: Any) -> Sequence[str]:
@@ -184,7 +190,7 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         E = base.attention.embed_dim
         text = f"{E}→{3 * E}, {E}→{E}, " + ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
         if counted().value != 1.0:
-            text += f" (out_proj's counts {counted().value:g} times, as with PEFT)"
+            text += f" (the update of out_proj counts {counted().value:g} times, as with PEFT)"
         if any(isinstance(drop, nn.Dropout) for drop in layer.lora_dropout.values()):
             text += " (lora_dropout has no effect, as with PEFT)"
         return Survey(text, tuple(reasons), tuple(filter(None, calls)))

@@ -71,7 +71,11 @@ def test_a_compiled_program_serves_any_rows(kind, way):
         assert torch.equal(got, want) and torch.equal(program(x, of), want)
         wanted = [x, *(t for each in adapters for t in each[:2])] if kind == "list" else [x]
         dy = torch.randn_like(got)
-        assert equal(gradients(got, wanted, dy), gradients(want, wanted, dy))
+        (dx, *compiled_ab), (wanted_dx, *ab) = gradients(got, wanted, dy), gradients(want, wanted, dy)
+        assert equal(compiled_ab, ab)
+        # Where no row has an adapter, torch's own F.linear computes both passes outside of a compiler, and its GEMM may
+        # round dx in another order than the one that was chosen here.
+        assert torch.allclose(dx, wanted_dx, rtol=1e-5, atol=1e-6) if (ids < 0).all() else torch.equal(dx, wanted_dx)
     assert len(compiled) <= 2
 
 
