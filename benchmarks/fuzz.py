@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[float, Callable[[Draw], list[str]]]] = {
     "multi": (0.06, fuzz_multi.multi),
     "experts": (0.06, fuzz_experts.experts),
     "dora_linear": (0.13, fuzz_dora.dora),
+    "qdora": (0.05, fuzz_dora.quantised),
     "embedding": (0.06, fuzz_embedding.embedding),
     "conv": (0.08, fuzz_conv.conv),
     "attention": (0.06, fuzz_attention.attention),
