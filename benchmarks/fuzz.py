@@ -1,9 +1,10 @@
 """Random calls of the public functions and layers on a CPU, each of them judged. Run it from the checkout:
 
-    python -m benchmarks.fuzz [--calls N | --minutes M] [--isa NAME] [--seed S] [--exact] [--only K]
+    python -m benchmarks.fuzz [--calls N | --minutes M] [--kind NAME] [--isa NAME] [--seed S] [--exact] [--only K]
 
-One call has a kind (`lora_linear`, a group, many adapters, experts, DoRA, a module, a PEFT layer), sizes, dtypes,
-strides, a format of W, a scale, dropout, leading dimensions, a number of threads, and the gradients that are wanted.
+One call has a kind (`lora_linear`, a group, many adapters, experts, DoRA, an embedding, a convolution, an attention, a
+module, a PEFT layer), sizes, dtypes, strides, a format of W, a scale, dropout, leading dimensions, a number of threads,
+and the gradients that are wanted.
 Its results are judged against the equation in fp64. With ``--exact`` the operands are small integers for which every
 sum is exact, and the results must have the bits of the reference: this finds an element from a wrong place that a
 tolerance hides.
@@ -23,7 +24,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import fuzz_calls, fuzz_dora, fuzz_experts, fuzz_layers, fuzz_multi
+from benchmarks import (
+    fuzz_attention,
+    fuzz_calls,
+    fuzz_conv,
+    fuzz_dora,
+    fuzz_embedding,
+    fuzz_experts,
+    fuzz_layers,
+    fuzz_multi,
+)
 from benchmarks.fuzz_draw import Draw
 from lora_kernels import _C
 from lora_kernels.testing.terminal import Terminal, terminal
@@ -34,6 +44,10 @@ KINDS: dict[str, tuple[float, Callable[[Draw], list[str]]]] = {
     "multi": (0.06, fuzz_multi.multi),
     "experts": (0.06, fuzz_experts.experts),
     "dora_linear": (0.13, fuzz_dora.dora),
+    "qdora": (0.05, fuzz_dora.quantised),
+    "embedding": (0.06, fuzz_embedding.embedding),
+    "conv": (0.08, fuzz_conv.conv),
+    "attention": (0.06, fuzz_attention.attention),
     "module": (0.2, fuzz_layers.module),
     "peft": (0.02, fuzz_layers.peft),
 }
@@ -57,10 +71,11 @@ def kinds() -> list[str]:
     return [name for name in KINDS if name != "peft" or fuzz_layers.HAS_PEFT]
 
 
-def one(seed: int, k: int, exact: bool, isa: str | None) -> tuple[Draw, str, list[str]]:
-    """Make call k. Return its draw, its kind, and what is wrong. Without `isa` the draw chooses one."""
+def one(seed: int, k: int, exact: bool, isa: str | None, kind: str | None = None) -> tuple[Draw, str, list[str]]:
+    """Make call k. Return its draw, its kind, and what is wrong. Without `isa` and `kind` the draw chooses them."""
     draw, names = Draw(seed, k, exact), kinds()
-    kind = draw.random.choices(names, [KINDS[name][0] for name in names])[0]
+    drawn_kind = draw.random.choices(names, [KINDS[name][0] for name in names])[0]
+    kind = kind or drawn_kind
     best = _C.cpu_isa()
     drawn = draw.pick("isa", _C.cpu_isas())
     if isa is not None:
@@ -75,20 +90,28 @@ def one(seed: int, k: int, exact: bool, isa: str | None) -> tuple[Draw, str, lis
     return draw, kind, faults
 
 
-def run(seed: int, calls: range, exact: bool, isa: str | None, show: Terminal, minutes: float | None = None) -> Record:
-    """Make calls until `calls` or `minutes` are spent, and print every fault."""
+def run(
+    seed: int,
+    calls: range,
+    exact: bool,
+    isa: str | None,
+    show: Terminal,
+    minutes: float | None = None,
+    only: str | None = None,
+) -> Record:
+    """Make calls until `calls` or `minutes` are spent, and print every fault. `only` names the kind of all calls."""
     record, start = Record(), time.monotonic()
     with warnings.catch_warnings(), show.progress(len(calls)) as advance:
         warnings.simplefilter("ignore")  # of calls in fp64, which no kernel serves, and of checkpointing
         for k in calls:
             if minutes is not None and time.monotonic() - start > 60 * minutes:
                 break
-            draw, kind, faults = one(seed, k, exact, isa)
+            draw, kind, faults = one(seed, k, exact, isa, only)
             record.calls += 1
             record.kinds[kind] += 1
             if faults:
                 words = f"{' --exact' if exact else ''}{f' --isa {isa}' if isa else ''}"
-                again = f"python -m benchmarks.fuzz --seed {seed} --only {k}{words}"
+                again = f"python -m benchmarks.fuzz --seed {seed} --only {k} --kind {kind}{words}"
                 record.faults.append(
                     f"{kind}, call {k}: {'; '.join(faults)}\n    {' '.join(draw.said)}\n    again: {again}"
                 )
@@ -107,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--calls", type=int, metavar="N", help="the number of calls (default: 2000)")
     parser.add_argument("--minutes", type=float, metavar="M", help="the time for all calls")
+    parser.add_argument("--kind", choices=kinds(), help="the kind of all calls (default: each call draws one)")
     parser.add_argument("--isa", choices=_C.cpu_isas(), help="an instruction set (default: each call draws one)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--exact", action="store_true", help="small integers, whose results must have the exact bits")
@@ -120,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     calls = args.calls or (10**9 if args.minutes else 2000)
     which = range(calls) if args.only is None else range(args.only, args.only + 1)
     start = time.monotonic()
-    record = run(args.seed, which, args.exact, args.isa, show, args.minutes)
+    record = run(args.seed, which, args.exact, args.isa, show, args.minutes, args.kind)
     seconds = time.monotonic() - start
     what = ", ".join(f"{count} {kind}" for kind, count in record.kinds.most_common())
     show.line(

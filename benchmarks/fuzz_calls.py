@@ -1,7 +1,7 @@
 """The random calls of `lora_linear` and `lora_linear_group`, and what decides whether their results are right.
 
 A kind of call of `benchmarks.fuzz` is a function of a `Draw`. It makes a call and returns what is wrong. Further kinds
-are in `fuzz_dora.py`, `fuzz_multi.py` and `fuzz_layers.py`.
+are in the other files `fuzz_*.py`.
 """
 
 from __future__ import annotations

@@ -10,46 +10,52 @@ import torch
 from torch import Tensor
 
 from benchmarks.fuzz_calls import LEAVES, Results, Watched, compare, leaves, missing, results, surroundings, twice
-from benchmarks.fuzz_draw import Draw, problems
+from benchmarks.fuzz_draw import FORMATS, Draw, problems
 from lora_kernels import dora_linear
 from lora_kernels.core import dropout
 from lora_kernels.ops.dora_norm import weight_norm
+from lora_kernels.quant.weight import QuantizedWeight
 from lora_kernels.testing.judge import Problem, against_bound
 
 
-def dora(draw: Draw) -> list[str]:
+def quantised(draw: Draw) -> list[str]:
+    """`dora_linear` over a quantised W, whose norm is that of the dequantised W in fp32."""
+    return dora(draw, draw.pick("w", FORMATS))
+
+
+def dora(draw: Draw, format: str = "dense") -> list[str]:
     """`dora_linear`. The magnitude is the norm times 1 or 2 in exact mode, so that d is exact."""
-    (one,) = problems(draw, dora=True)
+    (one,) = problems(draw, 1, format, dora=True)
     q, tensors = one.q, leaves(draw, one.q)
     dtype = torch.promote_types(q.a.dtype, torch.float32) if draw.chance("wide-m", 0.5) else q.a.dtype
-    norm = weight_norm(q.w, q.a, q.b, q.scale, torch.empty(0, dtype=dtype))
+    norm = weight_norm(one.w, q.a, q.b, q.scale, torch.empty(0, dtype=dtype))
     factor = torch.randint(0, 2, norm.shape, generator=draw.generator).double().exp2() if draw.exact else (
         0.5 + torch.rand(norm.shape, generator=draw.generator, dtype=torch.float64)
     )  # fmt: skip
     m = (norm.double() * factor).to(dtype).requires_grad_(draw.random.random() < 0.7)
     backend = draw.pick("backend", (None, "cpu", "eager")) if q.x.dtype != torch.float64 else None
-    watched = Watched(q.x, q.w, q.a, q.b, q.bias, q.dy, m)
+    watched = Watched(q.x, one.w, q.a, q.b, q.bias, q.dy, m)
 
     def call() -> Results:
         for t in (*tensors.values(), m):
             t.grad = None
         y = dora_linear(
-            tensors["x"], q.w, tensors["a"], tensors["b"], m, scale=q.scale, bias=tensors.get("bias"), dropout_p=q.p,
+            tensors["x"], one.w, tensors["a"], tensors["b"], m, scale=q.scale, bias=tensors.get("bias"), dropout_p=q.p,
             seed=q.seed, backend=backend,
         )  # fmt: skip
         return results(y, q.dy, tensors | {"m": m})
 
     with surroundings(draw):
         got, faults = twice(draw, call)
-        norm = norm_within(q, m)
+        norm = norm_within(q, m, one.codes)
     faults += missing(got["y"], got, tensors | {"m": m}) + watched.faults()
     return faults + dora_faults(draw, q, m.detach(), norm, got)
 
 
-def norm_within(q: Problem, m: Tensor) -> Tensor:
+def norm_within(q: Problem, m: Tensor, codes: QuantizedWeight | None = None) -> Tensor:
     """Return the norm as a call computes it. Where W + s·B A is nearly 0, its digits depend on the number of threads
     and on deterministic algorithms, so it is computed again within the surroundings of the call."""
-    return weight_norm(q.w, q.a, q.b, q.scale, m.detach())
+    return weight_norm(q.w if codes is None else codes, q.a, q.b, q.scale, m.detach())
 
 
 def dora_faults(draw: Draw, q: Problem, m: Tensor, norm: Tensor, got: Results) -> list[str]:

@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "experts, embeddings, convolutions and others",
     )
     parser.add_argument(
-        "--kinds", nargs="+", choices=kinds.KINDS, metavar="KIND", help=f"of the suite {KINDS} only these kinds"
+        "--kinds",
+        nargs="+",
+        choices=kinds.KINDS,
+        metavar="KIND",
+        help=f"measure only these kinds of layers, with --suite {KINDS}: {', '.join(kinds.KINDS)}",
     )
     parser.add_argument("--backend", choices=dispatch.BACKENDS, help="measure this one of our back-ends only")
     parser.add_argument("--without", action="append", default=[], metavar="NAME", help="do not measure this one")

@@ -25,7 +25,7 @@ CONFIG = "adapter_config.json"
 """The name of the file."""
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "fan_in_fan_out": (True, False),  # PEFT computes by the class of the layer, whatever stands here
+    "fan_in_fan_out": (True, False),  # PEFT corrects it by the class of the layer, but not for an attention's out_proj
     "bias": ("none",),
     "modules_to_save": (None, []),
     # These schemes set A and B only. The others (pissa, olora, loftq, corda, lora_ga) change the base as well.

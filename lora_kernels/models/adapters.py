@@ -35,6 +35,8 @@ from lora_kernels.models.reports import ApplyReport
 from lora_kernels.models.selection import select
 from lora_kernels.models.targets import Rules, parameters_of, some, told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer, is_adapter
+from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
+from lora_kernels.nn.conv1d import FusedLoRAConv1D
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -180,7 +182,11 @@ def _pattern_name(name: str, module: nn.Module, rules: Rules) -> str:
 
 def _warn_of_peft(layers: Mapping[str, AdapterLayer], what: str) -> None:
     """Warn of the layers whose adapters PEFT computes in another way."""
-    if reasons := {name: reason for name, layer in layers.items() if (reason := layer.why_not_file())}:
+    reasons = {name: reason for name, layer in layers.items() if (reason := layer.why_not_file())}
+    if any(isinstance(layer, FusedLoRAConv1D) for layer in layers.values()):
+        why = "beside a Conv1D, for which it sets fan_in_fan_out, PEFT transposes the update of an attention's out_proj"
+        reasons |= {name: why for name, layer in layers.items() if isinstance(layer, FusedLoRAMultiheadAttention)}
+    if reasons:
         warnings.warn(f"{what}: {told_by_reason(reasons)}", stacklevel=3)
 
 

@@ -105,10 +105,11 @@ def apply_lora(
     use_nested_tensor to False in the ``nn.TransformerEncoder`` around them), and stays off.
 
     Raises:
-        ValueError: nothing matches, or a match cannot be replaced; the model has layers with adapters already; a value
-            that a layer of its kind refuses, such as use_dora for experts; an unknown backend; layers_to_transform with
-            a string; patterns that give two parameters of one module, or a head and the embedding that it is tied to,
-            several ranks or alphas; a weight that `quant` cannot hold (NaN, or an odd K in 4 bits), by name.
+        ValueError: nothing matches, or a match cannot be replaced; `quant`, and no linear layer is chosen; the model
+            has layers with adapters already; a value that a layer of its kind refuses, such as use_dora for experts; an
+            unknown backend; layers_to_transform with a string; patterns that give two parameters of one module, or a
+            head and the embedding that it is tied to, several ranks or alphas; a weight that `quant` cannot hold (NaN,
+            or an odd K in 4 bits), by name.
         TypeError: an adapter_dtype that does not go with a weight's; target_parameters that are no list.
         ImportError: a backend that is not installed.
         re.error: a string that is no regular expression.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +77,7 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
     unfit: dict[str, str] = {}
     doubted: dict[str, str] = {}
     read: dict[str, str] = {}
+    parts: set[int] = set()  # the modules inside of targets, which go with them
     for name, wrapped_name, module in plain_names(model):
         if not name:
             continue
@@ -84,7 +85,7 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
         keys = [(f"{name}.{each}", f"{wrapped_name}.{each}") for each in parameters] or [(name, wrapped_name)]
         is_tied = tied is not None and (module is tied.embedding or module in tied.others)
         if left := "" if parameters or is_tied else chosen.why_left(module, name, wrapped_name):
-            if looks_linear(module):
+            if looks_linear(module) and id(module) not in parts:
                 passed_over[name] = left
             continue
         kind = kinds.kind_of_parameters(module, parameters) if parameters else kinds.kind_of(module)
@@ -102,6 +103,7 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
             own = _own_settings(settings, rules, kind, keys)
             targets.append(Target(name, module, own, kind, parameters, source))
             reached += [each for key in keys for each in key]
+            parts.update(map(id, module.modules()))
         elif chosen.every and not parameters and not is_tied:
             passed_over[name] = reason
         else:
@@ -112,7 +114,12 @@ def select(model: nn.Module, settings: LoRASettings, rules: Rules) -> Selection:
             "these to exclude_modules"
         )
     if not targets:
-        raise ValueError(_nothing(model, chosen.wanted, passed_over))
+        raise ValueError(_nothing(model, chosen, passed_over))
+    if settings.quant is not None and not any(issubclass(target.kind, AdapterLinear) for target in targets):
+        raise ValueError(
+            f"quant={settings.quant!r} is for linear layers, and none is chosen: {some([t.name for t in targets])}. "
+            "Leave it out, or add linear layers to target_modules"
+        )
     _check_tied(targets)
     _warn_of_ddp(model, targets)
     return Selection(targets, passed_over, unused(rules, chosen.wanted, reached), doubted, read)
@@ -212,15 +219,31 @@ def _refuse_adapted(model: nn.Module) -> None:
         raise ValueError("the model has layers of PEFT: call lora_kernels.fuse(model) instead")
 
 
-def _nothing(model: nn.Module, wanted: str | Collection[str], passed_over: dict[str, str]) -> str:
+def _nothing(model: nn.Module, chosen: Chosen, passed_over: dict[str, str]) -> str:
     """Return the error message for rules that match no layer."""
+    wanted = chosen.wanted
     if isinstance(bare(model), nn.Linear):
         return "the model is an nn.Linear itself and cannot be replaced in place: FusedLoRALinear.from_linear(model)"
-    if not passed_over:
-        kinds = Counter(type(module).__name__ for module in model.modules())
-        return f"the model has no nn.Linear; it has {some([f'{n} {kind}' for kind, n in kinds.most_common()])}"
+    if chosen.named_parameters and not wanted:
+        return _no_parameter(model, chosen.named_parameters)
+    classes = Counter(type(module).__name__ for module in model.modules())
+    has = told_by_reason(passed_over) or some([f"{n} {name}" for name, n in classes.most_common()])
+    if chosen.every and not passed_over:
+        return (
+            f"the model has no linear layer, which 'all-linear' stands for; it has {has}. Name its embeddings, "
+            "convolutions or attentions in target_modules"
+        )
     asked = repr(wanted) if isinstance(wanted, str) else some([repr(n) for n in wanted])
     end = isinstance(wanted, str) and any(matches((wanted,), name) for name in passed_over)
     hint = f". A string is a regular expression for the whole name: [{wanted!r}] is for ends of names" if end else ""
-    has = told_by_reason(passed_over)
-    return f"target_modules ({asked:.200}) match no nn.Linear to replace; the model has {has}{hint}"
+    return f"target_modules ({asked:.200}) match no layer to replace; the model has {has}{hint}"
+
+
+def _no_parameter(model: nn.Module, wanted: Sequence[str]) -> str:
+    """Return the error message for target_parameters that name nothing."""
+    stacks = [
+        f"{name}.{key}" for name, _, module in plain_names(model) for key, p in module._parameters.items()
+        if p is not None and p.ndim == 3
+    ]  # fmt: skip
+    has = f"the model has {some(stacks)}" if stacks else "the model has no stacks of experts"
+    return f"target_parameters ({some([repr(name) for name in wanted])}) name no parameter of the model; {has}"

@@ -48,7 +48,8 @@ class Chosen:
         self._head = _output_head(bare(model)) if self.every else None
         if isinstance(parameters, str):
             raise TypeError(f"target_parameters must be a list of names, got {parameters!r:.200}")
-        self._parameters = frozenset(parameters or ())
+        self.named_parameters = tuple(parameters or ())
+        self._parameters = frozenset(self.named_parameters)
         self.fields = "target_modules or target_parameters" if parameters else "target_modules"
         """The fields of the rules, as errors name them."""
 

@@ -116,10 +116,12 @@ class FusedLoRAMultiheadAttention(AdapterLayer):
         """Return what `from_attention` returns, for its keywords as one object. Raises ValueError for use_dora, `quant`
         and an `init` other than "kaiming" too, which are for linear layers."""
         settings.check()
-        if settings.use_dora or settings.quant is not None or settings.init != "kaiming":
+        plain = {"use_dora": False, "quant": None, "init": "kaiming"}
+        given = [f"{name}={value!r}" for name in plain if (value := getattr(settings, name)) != plain[name]]
+        if given:
             raise ValueError(
-                f"use_dora={settings.use_dora}, quant={settings.quant!r}, init={settings.init!r} are for linear "
-                "layers: an nn.MultiheadAttention takes plain LoRA over dense weights, with init='kaiming'"
+                f"{', '.join(given)} is for linear layers: an nn.MultiheadAttention takes plain LoRA over dense "
+                "weights, with init='kaiming'"
             )
         if reason := _why_not(module, in_place=False):
             raise TypeError(reason)
@@ -267,12 +269,9 @@ class FusedLoRAMultiheadAttention(AdapterLayer):
         keys = [prefix + name for name in _PARTS.values()]
         if not any(key in state_dict for key in keys):  # the state_dict of an nn.MultiheadAttention
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            if (
-                self.lora_A.is_meta and not self.in_proj_weight.is_meta
-            ):  # assign=True: the adapter has no values to keep
-                for name in _PARTS.values():
-                    empty = torch.empty_like(self.get_parameter(name), device=self.in_proj_weight.device)
-                    setattr(self, name, nn.Parameter(empty, requires_grad=self.get_parameter(name).requires_grad))
+            weight = self.in_proj_weight
+            if self.lora_A.is_meta and not weight.is_meta:  # assign=True: the adapter has no values to keep
+                loading.put_adapter_beside(self, weight.device)
                 self.reset_adapter()
 
     def extra_repr(self) -> str:

@@ -96,6 +96,12 @@ class AdapterLinear(AdapterLayer):
         """The shape of `weight`, which holds a quantised W as codes."""
         return self.out_features, self.in_features
 
+    @property
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of W, as it is stored, A and B in a process that holds all of them."""
+        N, K = self.out_features, self.in_features
+        return {"weight": self.stored_shape, "lora_A": (self.r, K), "lora_B": (N, self.r)}
+
     def _check_merged(self, weight: Tensor, base: Tensor, lora_a: Tensor) -> None:
         """Check the forward of a merged module, with `weight` as its weight and `base` as W. Warn if its adapter would
         be trained were it not merged. Raise ValueError where `weight` is W again: accelerate, for example, offloads the
@@ -107,18 +113,7 @@ class AdapterLinear(AdapterLayer):
                 f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
             )
         self._refuse_lost_merge()
-        before = self._merged_as
-        if before is None or weight is before or not _are_plain(weight, base, before):
-            return
-        if _same(weight, base) and not _same(before, base):
-            raise ValueError(
-                f"this {type(self).__name__} is merged, but its weight is W without the adapter: other code has put "
-                "the weight of state_dict() there, as accelerate does where it offloads the modules around this one. "
-                "Call unmerge(), after accelerate.hooks.remove_hook_from_module(model, recurse=True) if the model is "
-                "offloaded, and merge again"
-            )
-        if weight._base is None:  # FSDP gives views, which must not be kept
-            self.__dict__["_merged_as"] = weight
+        self.__dict__["_merged_as"] = merging.refuse_lost(self, weight, base, self._merged_as)
 
     def _refuse_lost_merge(self) -> None:
         """Raise ValueError for a merged module that accelerate has offloaded since it was merged."""
@@ -183,16 +178,3 @@ class AdapterLinear(AdapterLayer):
         if self.backend is not None:
             text += f", backend={self.backend!r}"
         return text + (", merged" if self.merged else "")
-
-
-def _are_plain(*tensors: Tensor) -> bool:
-    """Return whether the values of these tensors can be compared."""
-    plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors)
-    return plain and not torch._C._are_functorch_transforms_active()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two matrices are equal. Most that are not differ in their first row."""
-    return one.shape == other.shape and all(
-        torch.equal(one[rows], other[rows].to(one.device, one.dtype)) for rows in (slice(1), slice(1, None))
-    )

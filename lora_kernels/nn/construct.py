@@ -50,7 +50,7 @@ def over_codes(kind: Any, weight: QuantizedWeight, bias: nn.Parameter | None, se
     module = kind.__new__(kind)
     nn.Module.__init__(module)
     module.out_features, module.in_features = weight.shape
-    module._unmerged = module._base = None
+    module._unmerged = None
     module._put(weight)
     module.register_parameter("bias", bias)
     module._add_adapter(settings)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import conv_state, fit, loading
-from lora_kernels.nn.adapter import AdapterLayer, FilePart
+from lora_kernels.nn import conv_fit, conv_state, loading
+from lora_kernels.nn.adapter import FilePart
+from lora_kernels.nn.replaced import ReplacedWeight
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.conv import lora_conv
 from lora_kernels.ops.conv_plain import convolve
@@ -20,7 +21,7 @@ from lora_kernels.ops.conv_window import Sizes, window
 torch.fx.wrap("lora_conv")  # torch.fx.symbolic_trace records a call as one node, as it does with functions of torch
 
 
-class AdapterConv(AdapterLayer):
+class AdapterConv(ReplacedWeight):
     """What `FusedLoRAConv1d`, `FusedLoRAConv2d` and `FusedLoRAConv3d` have in common."""
 
     kind: ClassVar[type[Any]]
@@ -35,9 +36,7 @@ class AdapterConv(AdapterLayer):
     groups: int
     padding_mode: str
     grouped: bool
-    weight: nn.Parameter
     bias: nn.Parameter | None
-    _base: nn.Parameter | None
 
     def __init__(
         self,
@@ -66,7 +65,7 @@ class AdapterConv(AdapterLayer):
         conv = self.kind(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        _check(conv, settings, grouped)
+        conv_fit.check(conv, settings, grouped)
         super().__init__()
         self._take(conv, settings, grouped)
 
@@ -102,7 +101,7 @@ class AdapterConv(AdapterLayer):
         an initialisation that splits W too, which convolutions do not have."""
         if reason := cls.why_not(module):
             raise TypeError(reason)
-        _check(module, settings, grouped)
+        conv_fit.check(module, settings, grouped)
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._take(module, settings, grouped)
@@ -111,22 +110,7 @@ class AdapterConv(AdapterLayer):
     @classmethod
     def why_not(cls, module: nn.Module) -> str:
         """Return why a layer of this class cannot take the place of `module`, or "" where it can."""
-        kind = type(module)
-        if kind is not cls.kind:
-            why = f"a {kind.__name__}, not torch's own nn.{cls.kind.__name__}"
-            if isinstance(module, cls.kind):
-                why += ": a subclass may compute something else"
-            elif getattr(module, "transposed", False):
-                why += ": LoRA over a transposed convolution is not there, neither here nor in PEFT"
-            return why
-        if type(module.weight) is not nn.Parameter:
-            return (
-                f"its weight is a {type(module.weight).__name__}, not a plain Parameter: where it is parametrised or "
-                "pruned, make it plain first, with torch.nn.utils.parametrize.remove_parametrizations or prune.remove"
-            )
-        if fit.has_hooks(module):
-            return "it has hooks, which would be lost: remove them, and put them on the new module"
-        return ""
+        return conv_fit.why_not(module, cls.kind)
 
     def _take(self, conv: Any, settings: LoRASettings, grouped: bool) -> None:
         """Take over the parameters and attributes of `conv`, and add an adapter with its first values."""
@@ -144,7 +128,6 @@ class AdapterConv(AdapterLayer):
         self.lora_B = nn.Parameter(torch.empty(of_b, **like))
         if self.use_dora:
             self.lora_magnitude_vector = nn.Parameter(torch.empty(of_m, **like))
-        self.__dict__["_base"] = None
         self.reset_adapter()
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -161,7 +144,7 @@ class AdapterConv(AdapterLayer):
         """Return y [B, out_channels, ...] for x = `input` [B, in_channels, ...], which has the name that nn.Conv2d
         gives it, or without B for one sample. Raises what `lora_conv` raises."""
         if self._base is not None:
-            conv_state.warn_merged(self)
+            self._check_replaced()
             moves = window(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
             return convolve(moves.padded(input), self.weight, self.bias, moves, self.groups)
         return lora_conv(
@@ -181,13 +164,6 @@ class AdapterConv(AdapterLayer):
             backend=self.backend,
         )
 
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` holds W + s·B·A, or with DoRA d ⊙ that, at present."""
-        return self._base is not None
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def merge(self, safe: bool = True) -> None:
         """Put W + s·B·A, or with DoRA d ⊙ that, into `weight`, computed in fp64 and rounded once. The base weight stays
         in memory for `unmerge`. A weight that other modules share stays W for them.
@@ -197,23 +173,17 @@ class AdapterConv(AdapterLayer):
                 weight of W's shape computes them; for a weight that is parametrised, pruned, sharded, or on the meta
                 device. The module is then as it was.
         """
-        if self._base is None:
-            merged = nn.Parameter(conv_state.merged_weight(self, safe), requires_grad=False)
-            self.__dict__["_base"] = self._parameters["weight"]
-            self._parameters["weight"] = merged
+        super().merge(safe)
 
-    def unmerge(self) -> None:
-        """Put W back as `weight`: the Parameter of before `merge`. Does nothing where nothing is merged."""
-        if self._base is not None:
-            self._parameters["weight"] = self._base
-            self.__dict__["_base"] = None
+    def _merged_weight(self, safe: bool) -> Tensor:
+        return conv_state.merged_weight(self, safe)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def to_plain(self) -> nn.Module:
         """Return a convolution of torch with weight W + s·B·A, as `merge` computes it, and a copy of the bias. This
         module stays as it is. Raises what `merge` raises."""
-        merged = conv_state.merged_weight(self, True) if self._base is None else self.weight.detach().clone()
+        merged = self._copy_of_merged() if self.merged else self._merged_weight(safe=True)
         conv = self.kind(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
             self.groups, self.bias is not None, self.padding_mode, device="meta",
@@ -270,27 +240,16 @@ class AdapterConv(AdapterLayer):
             conv_state.reset_magnitude(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterConv:
-        """Move and convert every tensor with `fn`, also the base weight of a merged module. The adapter gets its first
-        values where `fn` gives memory that nobody has written, as ``Module.to_empty`` does."""
+        """Move and convert every tensor with `fn`. The adapter gets its first values where `fn` gives memory that
+        nobody has written, as ``Module.to_empty`` does."""
         emptied = self.lora_A.is_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
-        if self._base is not None:
-            self._parameters["_base"] = self._base  # so that torch treats it as every other parameter
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            if "_base" in self._parameters:
-                self.__dict__["_base"] = self._parameters.pop("_base")
+        super()._apply(fn, recurse)
         if emptied and not self.lora_A.is_meta:
             merged = self.merged
             self.reset_adapter()
             if self.use_dora and not merged:  # W has no values yet, so neither has its norm
                 nn.init.constant_(self.lora_magnitude_vector, math.nan)
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base is not None:
-            destination[prefix + "weight"] = self._base if keep_vars else self._base.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
@@ -311,12 +270,6 @@ class AdapterConv(AdapterLayer):
             conv_state.reset_magnitude(self)
         if merged:
             self.merge()
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Add a parameter. Raises ValueError for a new weight of a merged module: the adapter would be dropped."""
-        if name == "weight" and self.__dict__.get("_base") is not None:
-            raise ValueError("this module is merged: unmerge() it before it is given another weight")
-        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         """Return the settings that ``repr`` shows: those of torch's convolutions, and the adapter's."""
@@ -382,21 +335,3 @@ class FusedLoRAConv3d(AdapterConv):
     """A convolution in three dimensions with LoRA: see `FusedLoRAConv2d`."""
 
     kind, plain = nn.Conv3d, (nn.Conv3d,)
-
-
-def _check(conv: Any, settings: LoRASettings, grouped: bool) -> None:
-    """Raise ValueError or TypeError for settings that do not go with `conv`."""
-    settings.check()
-    settings.dtype_beside(conv.weight.dtype)
-    if settings.quant is not None or settings.init != "kaiming":
-        raise ValueError(
-            f"a convolution takes no quant and no init but 'kaiming'; got quant={settings.quant!r}, "
-            f"init={settings.init!r}"
-        )
-    if settings.r % conv.groups:
-        raise ValueError(f"r must be a multiple of groups; got r={settings.r}, groups={conv.groups}")
-    if settings.use_dora and conv.groups > 1 and not grouped:
-        raise ValueError(
-            f"DoRA over groups={conv.groups} needs an A in groups: make the layer with grouped=True. An A that sees "
-            "all channels has no W + s·B A of W's shape, whose norm DoRA takes"
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -25,13 +24,9 @@ def merged_weight(layer: Any, safe: bool) -> Tensor:
             "groups, so no weight of W's shape holds the adapter: nothing was changed. Keep the layer unmerged, or "
             "make it with grouped=True"
         )
-    for name, shape in zip(("weight", "lora_A", "lora_B"), (_whole(layer), *layer._shapes()[:2]), strict=True):
-        t = getattr(layer, name)
-        if t.shape != shape or hasattr(t, "placements"):
-            raise ValueError(
-                f"{name} of this {type(layer).__name__} is sharded, {type(t).__name__} {tuple(t.shape)} for {shape}: "
-                "nothing was changed. Merge a whole module that has loaded the full state"
-            )
+    of_a, of_b, _ = layer._shapes()
+    of_w = layer.out_channels, layer.in_channels // g, *layer.kernel_size
+    merging.refuse_sharded(layer, {"weight": of_w, "lora_A": of_a, "lora_B": of_b})
     d = None
     if layer.use_dora:
         d = ratio(layer.lora_magnitude_vector.detach(), _norm(layer)).flatten().chunk(g)
@@ -44,10 +39,6 @@ def merged_weight(layer: Any, safe: bool) -> Tensor:
     if safe:
         merging.refuse_nonfinite(made, layer.scaling)
     return made
-
-
-def _whole(layer: Any) -> tuple[int, ...]:
-    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
 
 
 def _norm(layer: Any) -> Tensor:
@@ -67,14 +58,6 @@ def is_new_magnitude(layer: Any, or_norm: bool) -> bool:
     """Return whether m is NaN, as it is after ``to_empty``, or with `or_norm` the norm."""
     m = layer.lora_magnitude_vector
     return bool(m.isnan().all()) or (or_norm and torch.equal(m, _norm(layer)))
-
-
-def warn_merged(layer: Any) -> None:
-    """Warn where the adapter of a merged layer would be trained were it not merged."""
-    if layer.training and layer.lora_A.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        warnings.warn(
-            f"this {type(layer).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
-        )
 
 
 def dropped_by_peft(conv: Any) -> str:

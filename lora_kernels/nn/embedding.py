@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.nn import embedding_fit, merging, offload
+from lora_kernels.nn import embedding_fit, loading, merging
 from lora_kernels.nn.adapter import FilePart
 from lora_kernels.nn.replaced import ReplacedWeight
 from lora_kernels.nn.settings import LoRASettings
@@ -164,7 +163,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
         """Return y [..., embedding_dim] for ids = `input`, of int64 or int32. Raises what `lora_embedding` raises."""
         weight = self.weight
         if self._base is not None:
-            self._check_merged()
+            self._check_replaced()
             y = F.embedding(input, weight)
             e = self.embed_scale
             return y * e.to(weight.dtype) if isinstance(e, Tensor) else y if e == 1 else y * e
@@ -178,21 +177,6 @@ class FusedLoRAEmbedding(ReplacedWeight):
             padding_idx=self.padding_idx,
             magnitude=self.lora_magnitude_vector if self.use_dora else None,
         )
-
-    def _check_merged(self) -> None:
-        """Warn if the adapter would be trained were it not merged. Raise ValueError for a module that accelerate has
-        offloaded since it was merged: it keeps the values of ``state_dict``, which are E."""
-        if torch.compiler.is_compiling():
-            return
-        if offload.hook_of(self) is not None:
-            raise ValueError(
-                "this FusedLoRAEmbedding was merged before accelerate offloaded it, and accelerate has kept the table "
-                "without the adapter. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) and unmerge()"
-            )
-        if self.training and self.lora_embedding_A.requires_grad and torch.is_grad_enabled():
-            warnings.warn(
-                "this FusedLoRAEmbedding is merged: its adapter gets no gradient until unmerge()", stacklevel=3
-            )
 
     # --- first values ---
 
@@ -248,7 +232,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
     def to_plain(self) -> nn.Module:
         """Return a layer of the class that this one was made from, an ``nn.Embedding`` or a scaled embedding, with the
         adapter merged into its table. This module stays as it is. Raises what `merge` raises."""
-        merged = self.weight.detach().clone() if self.merged else self._merged_weight(safe=True)
+        merged = self._copy_of_merged() if self.merged else self._merged_weight(safe=True)
         kind: Any = self._plain_kind
         with torch.device("meta"):
             plain = kind(self.num_embeddings, self.embedding_dim, self.padding_idx)
@@ -261,13 +245,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
 
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
-        for name, shape in {"weight": self._shape, **self._adapter_shapes()}.items():
-            t = getattr(self, name)
-            if t.shape != shape or hasattr(t, "placements"):
-                raise ValueError(
-                    f"{name} of this FusedLoRAEmbedding is sharded, {type(t).__name__} {tuple(t.shape)} for {shape}: "
-                    "nothing was changed. Merge a whole module that has loaded the gathered state"
-                )
+        merging.refuse_sharded(self, {"weight": self._shape, **self._adapter_shapes()})
         wide = merging.wide_dtype(self.weight.device)
         b, d = self.lora_embedding_B.detach().to(wide), None
         if self.use_dora:
@@ -329,13 +307,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors
-        for name in _ADAPTER[:2]:
-            key = prefix + name
-            if key in state_dict and state_dict[key].shape[1] != self.r:
-                raise ValueError(
-                    f"{key} {tuple(state_dict[key].shape)} is of rank {state_dict[key].shape[1]}, this module of "
-                    f"r={self.r}: nothing was loaded into it. Build it with r={state_dict[key].shape[1]}"
-                )
+        loading.check_rank(self, state_dict, prefix, dict.fromkeys(_ADAPTER[:2], 1))
         keys = [prefix + name for name in self._adapter_shapes()]
         plain = not any(key in state_dict for key in keys)  # the state_dict of an nn.Embedding, which has no adapter
         merged = self.merged
@@ -345,10 +317,7 @@ class FusedLoRAEmbedding(ReplacedWeight):
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
             if self.lora_embedding_A.is_meta and not self.weight.is_meta:  # assign=True: the adapter has no values
-                for name in self._adapter_shapes():
-                    old = getattr(self, name)
-                    values = torch.empty_like(old, device=self.weight.device)
-                    setattr(self, name, nn.Parameter(values, requires_grad=old.requires_grad))
+                loading.put_adapter_beside(self, self.weight.device)
                 self.reset_adapter()
         if follows and (plain or self._magnitude_is_new(False)):
             self._reset_magnitude()

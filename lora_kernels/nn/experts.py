@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import experts_form, experts_forward, experts_merging, offload
+from lora_kernels.nn import experts_form, experts_forward, experts_merging, loading, merging, offload
 from lora_kernels.nn.adapter import AdapterLayer, FilePart
 from lora_kernels.nn.experts_forward import StackAdapter
 from lora_kernels.nn.settings import LoRASettings
@@ -54,6 +54,8 @@ class FusedLoRAExperts(AdapterLayer):
     _base: dict[str, nn.Parameter]
     """The base stacks while merged, else nothing. They stand neither with the parameters nor with the buffers, because
     `state_dict` holds them under the names of the merged ones."""
+    _merged_as: dict[str, Tensor | None]
+    """The merged stacks that `merge` has put in, or those in their place that have been found not to be the base."""
 
     @classmethod
     def from_experts(
@@ -100,7 +102,7 @@ class FusedLoRAExperts(AdapterLayer):
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         own = {name: value for name, value in module.__dict__.items() if name not in _OF_MODULE}
-        new.__dict__.update(own, plain_attributes=tuple(own), _base={}, experts_class=type(module))
+        new.__dict__.update(own, plain_attributes=tuple(own), _base={}, _merged_as={}, experts_class=type(module))
         new._parameters.update(module._parameters)
         new._buffers.update(module._buffers)
         new._modules.update(module._modules)
@@ -203,13 +205,13 @@ class FusedLoRAExperts(AdapterLayer):
         new = {name: nn.Parameter(stack, False) for name, stack in experts_merging.merged_stacks(self, safe).items()}
         base = {name: self._parameters[name] for name in new}
         self._parameters.update(new)
-        self.__dict__["_base"] = base
+        self.__dict__.update(_base=base, _merged_as=dict(new))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the stacks of before `merge` back. Does nothing where nothing is merged."""
         self._parameters.update(self._base)
-        self.__dict__["_base"] = {}
+        self.__dict__.update(_base={}, _merged_as={})
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -218,6 +220,8 @@ class FusedLoRAExperts(AdapterLayer):
         This module stays as it is. Raises what `merge` raises."""
         if not self._base:
             return experts_merging.plain(self, experts_merging.merged_stacks(self, True))
+        merging.refuse_absent(self)
+        self._refuse_lost_merge()
         return experts_merging.plain(self, {name: getattr(self, name).detach().clone() for name in self._base})
 
     def _check_merged(self) -> None:
@@ -234,6 +238,12 @@ class FusedLoRAExperts(AdapterLayer):
             warnings.warn(
                 f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
             )
+        self._refuse_lost_merge()
+
+    def _refuse_lost_merge(self) -> None:
+        """Raise ValueError where a stack of a merged module is the base again."""
+        for name, base in self._base.items():
+            self._merged_as[name] = merging.refuse_lost(self, getattr(self, name), base, self._merged_as[name])
 
     @property
     def size(self) -> str:
@@ -275,6 +285,7 @@ class FusedLoRAExperts(AdapterLayer):
         that nobody has written, as ``Module.to_empty`` does, the adapter gets its first values."""
         a = self.pair(self.target_parameters[0])[0]
         emptied = a.is_meta or getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+        known = [name for name in self._base if self._parameters[name] is self._merged_as[name]]
         held = {f"_base_{name}": p for name, p in self._base.items()}
         self._parameters.update(held)  # so that torch treats them as every other parameter
         try:
@@ -282,6 +293,7 @@ class FusedLoRAExperts(AdapterLayer):
         finally:
             for name in self._base:
                 self._base[name] = cast(nn.Parameter, self._parameters.pop(f"_base_{name}"))
+        self._merged_as.update({name: self._parameters[name] for name in known})
         if emptied and not self.pair(self.target_parameters[0])[0].is_meta:
             self._reset_adapter()
         return self
@@ -306,6 +318,10 @@ class FusedLoRAExperts(AdapterLayer):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if not any(key in state_dict for key in keys):  # the state_dict of the plain module, which has no adapter
             missing_keys[:] = [key for key in missing_keys if key not in keys]
+            weight = getattr(self, self.target_parameters[0])
+            if self.pair(self.target_parameters[0])[0].is_meta and not weight.is_meta:  # assign=True: it has no values
+                loading.put_adapter_beside(self, weight.device)
+                self._reset_adapter()
         if merged:
             self.merge()
 
@@ -322,7 +338,7 @@ class FusedLoRAExperts(AdapterLayer):
 
 _OWN = frozenset(
     ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "backend", "scaling", "init", "target_parameters",
-     "experts_class", "plain_attributes", "_base", "size", "merged")
+     "experts_class", "plain_attributes", "_base", "_merged_as", "size", "merged")
 )  # fmt: skip
 """The attributes that a `FusedLoRAExperts` has beside those of the plain module."""
 

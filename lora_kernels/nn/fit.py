@@ -82,6 +82,11 @@ def _why_not_in_place(module: nn.Module) -> str:
             f"a {kind.__name__} of bitsandbytes: use PEFT's get_peft_model, then lora_kernels.fuse, or "
             "QuantizedLoRALinear.from_bnb"
         )
+    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return (
+            "the out_proj of an nn.MultiheadAttention, which reads its weight without calling it: name the attention "
+            "instead"
+        )
     if kind is not nn.Linear:
         return (
             f"a {kind.__name__}: a subclass of nn.Linear may compute something else, or have its weight read by other "

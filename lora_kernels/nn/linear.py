@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels.nn import construct, fit, loading, magnitude, merging, offload
 from lora_kernels.nn.base import AdapterLinear
+from lora_kernels.nn.replaced import ReplacedWeight
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.dora_norm import ratio
@@ -23,7 +24,7 @@ torch.fx.wrap("lora_linear")
 torch.fx.wrap("dora_linear")
 
 
-class FusedLoRALinear(AdapterLinear):
+class FusedLoRALinear(AdapterLinear, ReplacedWeight):
     """y = x Wᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ with W and bias frozen: what an ``nn.Linear`` computes, and LoRA.
 
     It is called as an ``nn.Linear`` is, and has its attributes, but is no subclass of it: code that looks for
@@ -66,11 +67,6 @@ class FusedLoRALinear(AdapterLinear):
     """
 
     plain: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    weight: nn.Parameter
-
-    _base: nn.Parameter | None
-    """The base weight while merged: the very Parameter that `weight` was, which other modules may share. It stands
-    neither with the parameters nor with the buffers, because `state_dict` holds it as `weight`."""
 
     def __init__(
         self,
@@ -176,18 +172,12 @@ class FusedLoRALinear(AdapterLinear):
         super()._add_adapter(settings)
         if self.use_dora:
             self.lora_magnitude_vector = nn.Parameter(torch.empty_like(self.lora_B[:, 0]))
-        self._base = None
         self.reset_adapter()
 
     def _start(self, init: str, *ab: Tensor) -> None:
         super()._start(init, *ab)
         if ab and self.use_dora:
             self._reset_magnitude()
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` holds W + s·B·A, or with DoRA d ⊙ that, at present."""
-        return self._base is not None
 
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features], which has the name that nn.Linear gives it.
@@ -284,12 +274,6 @@ class FusedLoRALinear(AdapterLinear):
         # nn.Module's __setattr__ would make them parameters of the module.
         self.__dict__.update(_base=base, _merged_as=merged)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Add a parameter. Raises ValueError for a new weight of a merged module: the adapter would be dropped."""
-        if name == "weight" and self.__dict__.get("_base") is not None:
-            raise ValueError("this module is merged: unmerge() it before it is given another weight")
-        super().register_parameter(name, param)
-
     def to_linear(self) -> nn.Linear:
         """Return an ``nn.Linear`` with weight W + s·B·A, as `merge` computes it, and a copy of the bias in
         `weight_dtype`. This module stays as it is. That of an offloaded module is on the device of its forward, and is
@@ -319,7 +303,7 @@ class FusedLoRALinear(AdapterLinear):
 
     def _merged_weight(self, safe: bool) -> Tensor:
         merging.refuse_absent(self)
-        merging.refuse_sharded(self)
+        merging.refuse_sharded(self, self.whole_shapes)
         w = self.turned(self.weight)
         merged = merging.updated_weight(
             w.__getitem__, self.lora_A, self.lora_B, float(self.scaling), w.dtype, self._ratio()
@@ -332,24 +316,6 @@ class FusedLoRALinear(AdapterLinear):
         super()._reset_adapter()
         if self.use_dora:  # W has no values yet, so neither has its norm
             nn.init.constant_(self.lora_magnitude_vector, math.nan)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRALinear:
-        """Move and convert every tensor with `fn`, also the base weight of a merged module."""
-        base = self._base
-        if base is None:
-            super()._apply(fn, recurse)
-            return self
-        self._parameters["_base"] = base  # so that torch treats it as every other parameter
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self.__dict__["_base"] = self._parameters.pop("_base")
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base is not None:
-            destination[prefix + "weight"] = self._base if keep_vars else self._base.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _, _, missing_keys, _, _ = rest  # nn.Module gives: metadata, strict, missing, unexpected, errors

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_kernels.nn.adapter import is_adapter
 from lora_kernels.quant.weight import CODES, quantize_like
 
 PARTS = ("weight", "weight_scales", "weight_table", "weight_absmax", "weight_offset")
 """The tensors of a quantised weight: a parameter and buffers. The last three exist only with double quantisation."""
 
 
-def check_rank(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    """Raise ValueError where the adapter in `state_dict` has another rank than `layer`'s."""
-    for key, dim in ((prefix + "lora_A", 0), (prefix + "lora_B", 1)):
+_RANKS: Mapping[str, int] = MappingProxyType({"lora_A": 0, "lora_B": 1})
+
+
+def check_rank(layer: Any, state_dict: dict[str, Any], prefix: str, ranks: Mapping[str, int] = _RANKS) -> None:
+    """Raise ValueError where the adapter in `state_dict` has another rank than `layer`'s. `ranks` tells which dimension
+    of a parameter is the rank, by its name."""
+    for name, dim in ranks.items():
+        key = prefix + name
         if key in state_dict and state_dict[key].shape[dim] != layer.r:
             rank = state_dict[key].shape[dim]
             raise ValueError(
@@ -27,8 +35,8 @@ def check_rank(layer: Any, state_dict: dict[str, Any], prefix: str) -> None:
 def put_adapter_beside(layer: Any, device: torch.device) -> None:
     """Give `layer` an adapter of the same shapes on `device`, with values still to be set."""
     with torch.inference_mode(False):  # what is made in inference mode could not be trained later
-        for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
-            if (old := layer._parameters.get(name)) is not None:
+        for name, old in list(layer._parameters.items()):
+            if old is not None and is_adapter(name):
                 empty = torch.empty_like(old, device=device)
                 setattr(layer, name, nn.Parameter(empty, requires_grad=old.requires_grad))
 

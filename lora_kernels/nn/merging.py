@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -83,17 +83,18 @@ def refuse_computed(module: nn.Module) -> None:
     """Raise ValueError where `weight` is no Parameter of the module's own, but computed from others: merging could not
     replace it."""
     if "weight" not in module._parameters:
+        first = "Take to_linear(), or make" if hasattr(module, "to_linear") else "Make"
         raise ValueError(
             f"the weight of this {type(module).__name__} is parametrised, pruned or sharded, so merge() and unmerge() "
-            "cannot replace it: nothing was changed. Take to_linear(), or make the weight plain first, with "
+            f"cannot replace it: nothing was changed. {first} the weight plain first, with "
             'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight") or prune.remove(layer, "weight")'
         )
 
 
-def refuse_sharded(module: Any) -> None:
-    """Raise ValueError where this process holds only a part of W, A or B: as a DTensor, or as FSDP1 leaves them."""
-    N, K, R = module.out_features, module.in_features, module.r
-    for name, shape in (("weight", module.stored_shape), ("lora_A", (R, K)), ("lora_B", (N, R))):
+def refuse_sharded(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where this process holds only a part of W, A or B: as a DTensor, or as FSDP1 leaves them.
+    `shapes` has the whole shape of each parameter by name."""
+    for name, shape in shapes.items():
         t = getattr(module, name)
         if t.shape != shape or hasattr(t, "placements"):
             raise ValueError(
@@ -115,3 +116,35 @@ def report(merged: Tensor, q: QuantizedWeight, update_of: Callable[[slice], Tens
         update += update_of(rows).square().sum().item()
     norm = max(norm, torch.finfo(torch.float64).tiny)
     return MergeReport((error / norm) ** 0.5, (update / norm) ** 0.5)
+
+
+def refuse_lost(layer: Any, weight: Tensor, base: Tensor, before: Tensor | None) -> Tensor | None:
+    """Raise ValueError for a merged `layer` whose `weight` is W, `base`, again: other code has put the values of
+    ``state_dict`` there, as accelerate does where it offloads a module around the layer.
+
+    `before` is the merged weight as it was known in the last forward; None is not compared. Returns the one that is
+    known from now on.
+    """
+    if before is None or weight is before or not _are_plain(weight, base, before):
+        return before
+    if _same(weight, base) and not _same(before, base):
+        raise ValueError(
+            f"this {type(layer).__name__} is merged, but its weight is W without the adapter: other code has put "
+            "the weight of state_dict() there, as accelerate does where it offloads the modules around this one. "
+            "Call unmerge(), after accelerate.hooks.remove_hook_from_module(model, recurse=True) if the model is "
+            "offloaded, and merge again"
+        )
+    return weight if weight._base is None else before  # FSDP gives views, which must not be kept
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Return whether the values of these tensors can be compared."""
+    plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in tensors)
+    return plain and not torch._C._are_functorch_transforms_active()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two weights are equal. Most that are not differ in their first row."""
+    return one.shape == other.shape and all(
+        torch.equal(one[rows], other[rows].to(one.device, one.dtype)) for rows in (slice(1), slice(1, None))
+    )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_kernels.core.rows import Rows
 from lora_kernels.nn import recompute
-from lora_kernels.nn.base import AdapterLinear
+from lora_kernels.nn.adapter import AdapterLayer
 
 NamesOrIds = Sequence[str | None] | Sequence[int] | Tensor | Rows
 """What `mixed` takes."""
@@ -216,7 +216,7 @@ def mixable(model: nn.Module) -> Mixable:
             layers.add(id(module))
             inside.update(map(id, module.children()))
             tables[find] = None
-        elif isinstance(module, AdapterLinear) and id(module) not in inside:
+        elif isinstance(module, AdapterLayer) and id(module) not in inside:
             raise RuntimeError(
                 f"a {kind.__name__} has one adapter, which every row would get: mixed takes models of PEFT after "
                 "lora_kernels.fuse(model), or an AdapterPool"

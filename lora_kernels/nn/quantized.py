@@ -246,7 +246,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     def _merged_weight(self, safe: bool, dtype: torch.dtype | None = None) -> Tensor:
         merging.refuse_absent(self)
-        merging.refuse_sharded(self)
+        merging.refuse_sharded(self, self.whole_shapes)
         q = self.frozen_weight()
         merged = merging.updated_weight(
             lambda rows: q.rows(rows.start, rows.stop, torch.float32),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import merging
-from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn import merging, offload
+from lora_kernels.nn.adapter import AdapterLayer, is_adapter
 
 
 class ReplacedWeight(AdapterLayer):
@@ -23,6 +24,8 @@ class ReplacedWeight(AdapterLayer):
     _base: nn.Parameter | None = None
     """The weight while merged: the very Parameter that `weight` was. It stands neither with the parameters nor with the
     buffers, because `state_dict` holds it as `weight`."""
+    _merged_as: Tensor | None = None
+    """The Parameter that `merge` has put in as `weight`, or one in its place that has been found not to be W."""
 
     @property
     def merged(self) -> bool:
@@ -38,7 +41,8 @@ class ReplacedWeight(AdapterLayer):
             return
         merging.refuse_computed(self)
         merged = nn.Parameter(self._merged_weight(safe), requires_grad=False)
-        self.__dict__["_base"] = self._parameters["weight"]  # nn.Module's __setattr__ would make it a parameter
+        # nn.Module's __setattr__ would make parameters of these.
+        self.__dict__.update(_base=self._parameters["weight"], _merged_as=merged)
         self._parameters["weight"] = merged
 
     @torch.no_grad()
@@ -48,7 +52,33 @@ class ReplacedWeight(AdapterLayer):
         if self._base is not None:
             merging.refuse_computed(self)
             self._parameters["weight"] = self._base
-            self.__dict__["_base"] = None
+            self.__dict__.update(_base=None, _merged_as=None)
+
+    def _check_replaced(self) -> None:
+        """Check the forward of a merged module. Warn if the adapter would be trained were it not merged. Raise
+        ValueError where the weight is W again, because accelerate has offloaded the module, or one around it, since:
+        it keeps the values of ``state_dict``."""
+        if torch.compiler.is_compiling() or self._base is None:
+            return
+        if offload.hook_of(self) is not None:
+            raise ValueError(
+                f"this {type(self).__name__} was merged when accelerate offloaded it, and accelerate has kept the "
+                "weight without the adapter. Call accelerate.hooks.remove_hook_from_module(model, recurse=True) and "
+                "unmerge()"
+            )
+        trained = any(p is not None and p.requires_grad and is_adapter(name) for name, p in self._parameters.items())
+        if self.training and trained and torch.is_grad_enabled():
+            warnings.warn(
+                f"this {type(self).__name__} is merged: its adapter gets no gradient until unmerge()", stacklevel=3
+            )
+        self.__dict__["_merged_as"] = merging.refuse_lost(self, self.weight, self._base, self._merged_as)
+
+    def _copy_of_merged(self) -> Tensor:
+        """Return a copy of the merged weight. Raises ValueError where it is W again, or has no values here."""
+        merging.refuse_absent(self)
+        assert self._base is not None
+        merging.refuse_lost(self, self.weight, self._base, self._merged_as)
+        return self.weight.detach().clone()
 
     def _merged_weight(self, safe: bool) -> Tensor:
         """Return the merged weight. Raises ValueError where it cannot be computed, or with `safe` is not finite."""
@@ -60,9 +90,10 @@ class ReplacedWeight(AdapterLayer):
             raise ValueError("this module is merged: unmerge() it before it is given another weight")
         super().register_parameter(name, param)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReplacedWeight:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLayer:
         """Move and convert every tensor with `fn`, also the base weight of a merged module."""
         base = self._base
+        known = base is not None and self._parameters["weight"] is self._merged_as
         if base is not None:
             self._parameters["_base"] = base  # so that torch treats it as every other parameter
         try:
@@ -70,6 +101,8 @@ class ReplacedWeight(AdapterLayer):
         finally:
             if base is not None:
                 self.__dict__["_base"] = self._parameters.pop("_base")
+        if known:
+            self.__dict__["_merged_as"] = self._parameters["weight"]
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

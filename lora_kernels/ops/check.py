@@ -110,18 +110,27 @@ def frozen(w: Tensor) -> Tensor:
     ValueError for any other W, because none of the operators gives a gradient for it.
 
     FullyShardedDataParallel with use_orig_params=True puts frozen and trained parameters of a module into one flat
-    parameter, which is trained. In a forward the module's parameters are views of it.
+    parameter, which is trained. In a forward the module's parameters are views of it, and w is one of these, or a part
+    of one: a slice of rows, or the transposed weight of a Conv1D.
     """
     flat: Any = None if torch.compiler.is_compiling() else w._base
     if getattr(flat, "_is_flat_param", False):
         for parameter, view in zip(flat._params or (), flat._tensors or (), strict=False):
-            if view is w and not parameter.requires_grad:
+            if view is not None and not parameter.requires_grad and _lies_in(w, view):
                 return w.detach()
     cause = "" if w.grad_fn is None else f", because it is computed from a tensor that does ({w.grad_fn.name()})"
     raise ValueError(
         f"weight {tuple(w.shape)} requires a gradient{cause}, and none is computed for it here, because W is frozen. "
         "Call weight.requires_grad_(False) before the model is wrapped, or pass weight.detach()"
     )
+
+
+def _lies_in(part: Tensor, whole: Tensor) -> bool:
+    """Return whether the memory of a view, `part`, is inside that of another view of the same tensor. `whole` is
+    contiguous."""
+    first = part.storage_offset() - whole.storage_offset()
+    last = first + sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
+    return first >= 0 and last < whole.numel()
 
 
 def operator(rows: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:

@@ -52,7 +52,8 @@ def _fault(
         return "no size of weight and no rank may be 0"
     if of_group * g != C or N % g:
         return f"x must have {of_group} · groups channels, and N must be a multiple of groups"
-    if a_shape[2:] != w_shape[2:] or a_shape[1] not in (C, of_group):
+    # Not as `a_shape[1] not in (C, of_group)`, to which torch.compile(dynamic=True) gives a wrong answer.
+    if a_shape[2:] != w_shape[2:] or (a_shape[1] != C and a_shape[1] != of_group):
         either = f"{C}" if g == 1 else f"{C}, or {of_group} for an A in groups"
         return f"lora_a must have the kernel of weight and C = {either}"
     if R % g or b_shape != (N, R // g, *ones):

@@ -27,6 +27,7 @@ from lora_kernels.ops import check
 from lora_kernels.ops.around import add_low_rank
 from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.peft import known
+from lora_kernels.peft.fused import LORA_USES
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.linear import FusedLinear
 from lora_kernels.peft.reading import PeftAdapter, only_eager
@@ -131,7 +132,7 @@ class FusedAround(FusedLayer):
     @classmethod
     def why_not_forward(cls) -> str:
         """Return why PEFT's forward is not one that this package knows, or "" where it is."""
-        return known.why_not_around(cls.peft_class)
+        return known.why_not(cls.peft_class, f"{LORA_USES} quant_linear_module")
 
     @classmethod
     def survey(cls, layer: Any) -> Survey | str:

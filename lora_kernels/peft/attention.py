@@ -32,6 +32,12 @@ from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
 
 _OUT = "out_proj"
 
+_USES = """
+ValueError __class__ __name__ _check_forward_args active_adapters adapter_names base_layer disable_adapters dtype
+get_base_layer lora_A merge merged out_proj to unmerge
+"""
+"""The names that PEFT's forward of an nn.MultiheadAttention uses."""
+
 
 class Counted(NamedTuple):
     """How often PEFT counts the update of out_proj."""
@@ -110,6 +116,9 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         if isinstance(base, str):
             return base
         attention, out, weights, biases = base
+        # PEFT's own forward replaces its weights. It has done so in inference mode, and now it does so out of it.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(w.is_inference() for w in weights):
+            return "a base weight that PEFT's forward has made in inference mode, which no backward can have"
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return ""
@@ -157,7 +166,7 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
     @classmethod
     def why_not_forward(cls) -> str:
         """Return why PEFT's forward is not the one that this package knows, or "" where it is."""
-        return known.why_not_attention(cls.peft_class)
+        return known.why_not(cls.peft_class, _USES)
 
     @classmethod
     def inner(cls, layer: Any) -> Sequence[str]:
@@ -181,7 +190,7 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         E = base.attention.embed_dim
         text = f"{E}→{3 * E}, {E}→{E}, " + ", ".join(f"{name} r={layer.r[name]}" for name in layer.lora_A)
         if counted().value != 1.0:
-            text += f" (out_proj's counts {counted().value:g} times, as with PEFT)"
+            text += f" (the update of out_proj counts {counted().value:g} times, as with PEFT)"
         if any(isinstance(drop, nn.Dropout) for drop in layer.lora_dropout.values()):
             text += " (lora_dropout has no effect, as with PEFT)"
         return Survey(text, tuple(reasons), tuple(filter(None, calls)))
@@ -204,6 +213,8 @@ def _read_base(layer: Any) -> _Base | str:
     out = attention._modules[_OUT]
     if not isinstance(out, peft_layer.Linear):
         return f"its out_proj is a {type(out).__name__}"
+    if out.fan_in_fan_out:
+        return "fan_in_fan_out, with which PEFT transposes the update of its out_proj"
     linear = out._modules["base_layer"]
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         return f"its out_proj is a {type(linear).__name__} with a forward of its own"

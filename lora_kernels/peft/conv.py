@@ -25,18 +25,17 @@ from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.conv import lora_conv, low_rank_conv
 from lora_kernels.ops.conv_window import window
 from lora_kernels.peft import known
-from lora_kernels.peft.fused import DROPOUTS
+from lora_kernels.peft.fused import LORA_USES
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.linear import OverDense
-from lora_kernels.peft.reading import PeftAdapter, only_eager, weight_and_bias, why_not_biased
+from lora_kernels.peft.reading import PeftAdapter, only_eager, probability, weight_and_bias, why_not_biased
 
 _DORA_USES = """
 F Identity adapter_name base_layer base_result bias conv_fn detach dilation dim dropout get_base_layer
 get_lora_weight get_weight_norm groups isinstance lora_A lora_B lora_dropout lora_magnitude_vector lora_weight nn
 padding reshape scaling shape stride training view weight
 """
-_DORA = frozenset(_DORA_USES.split())
-"""What the forwards of PEFT's DoRA over convolutions use."""
+"""The names that the forwards of PEFT's DoRA over a convolution use."""
 
 
 class _Operands(NamedTuple):
@@ -183,12 +182,9 @@ class FusedConv(FusedLayer):
             return f"adapter {name!r} has lora_A in {a.dtype} and lora_B in {b.dtype}"
         if has_hooks(down, up):
             return f"adapter {name!r} has hooks, which the fused path would pass over"
-        kind = type(dropout)
-        if kind not in DROPOUTS or has_hooks(dropout):
-            return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
-        p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
-        if p >= 1:
-            return f"adapter {name!r} drops everything: p = {dropout.p}"
+        p = probability(dropout, name)
+        if isinstance(p, str):
+            return p
         magnitude = None
         if name in layer.lora_variant:
             if reason := cls._why_not_variant(layer, name):
@@ -202,7 +198,7 @@ class FusedConv(FusedLayer):
         kind = type(layer.lora_variant[name])
         if kind is not cls.variant:
             return f"adapter {name!r} is a {kind.__name__}"
-        if reason := known._unknown(kind, "forward", _DORA) or known._unknown(cls.magnitude, "forward", _DORA):
+        if reason := known.why_not(kind, _DORA_USES) or known.why_not(cls.magnitude, _DORA_USES):
             return reason
         if layer.base_layer.groups > 1:
             return f"adapter {name!r} is DoRA over groups, where PEFT takes the norm of no weight"
@@ -215,7 +211,7 @@ class FusedConv(FusedLayer):
     @classmethod
     def why_not_forward(cls) -> str:
         """Return why PEFT's forwards of this class are not those that this package knows, or "" where they are."""
-        return known.why_not_lora(cls.peft_class)
+        return known.why_not(cls.peft_class, LORA_USES, "forward", "_mixed_batch_forward")
 
     @classmethod
     def survey(cls, layer: Any) -> Survey | str:

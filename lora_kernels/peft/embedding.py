@@ -26,7 +26,19 @@ from lora_kernels.peft import known
 from lora_kernels.peft.by_row import KEYWORDS
 from lora_kernels.peft.layer import FusedLayer, Survey
 
-_DORA_UNKNOWN = known.why_not_dora_embedding(DoraEmbeddingVariant, DoraEmbeddingLayer)
+_USES = """
+F T VARIANT_KWARG_KEYS __base__ _check_forward_args _embed _get_embed_scale _mixed_batch_forward active_adapter
+active_adapters adapter_names append base_layer disable_adapters dtype embedding enumerate forward get get_base_layer
+input_fn input_fns keys lora_embedding_A lora_embedding_B lora_variant max_norm merged norm_type output_fn output_fns
+padding_idx pop result scale_grad_by_freq scaling set sparse to unmerge x
+"""
+"""The names that PEFT's forwards of an embedding with plain LoRA use."""
+_DORA_USES = """
+T _embed _get_embed_scale adapter_name base_layer detach dtype embed_fn get_base_layer get_lora_weight get_weight_norm
+lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector lora_weight scaling to weight
+"""
+"""The names that the forwards of PEFT's DoRA over an embedding use."""
+_DORA_UNKNOWN = known.why_not(DoraEmbeddingVariant, _DORA_USES) or known.why_not(DoraEmbeddingLayer, _DORA_USES)
 """Why DoRA of the installed PEFT cannot be fused; "" for the versions that this package knows."""
 
 
@@ -161,7 +173,7 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
     @classmethod
     def why_not_forward(cls) -> str:
         """Return why PEFT's forward of this class is not the one that this package knows, or "" where it is."""
-        return known.why_not_embedding(cls.peft_class)
+        return known.why_not(cls.peft_class, _USES, "forward", "_mixed_batch_forward", "_embed")
 
     @classmethod
     def survey(cls, layer: Any) -> Survey | str:

@@ -24,6 +24,15 @@ from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.peft import known
 from lora_kernels.peft.layer import FusedLayer, Survey
 
+_USES = """
+ALLOWED_COMPUTE_DTYPES Linear UPCAST_DTYPES ValueError _LoraFactorsProxy _LoraParameterProxy __class__ __name__
+_activate_lora _check_forward_args _did_swap_in_out_features _remove_parametrizations active_adapters adapter_names any
+base_layer cached device disable_adapters dtype einsum get_base_layer get_delta_factors get_delta_weight get_param
+getattr len lora_A lora_B merged nn num_experts original parameter_name parametrizations parametrize pop
+register_parametrization requires_grad requires_grad_ reshape scaling shape to torch unmerge utils weight
+"""
+"""The names that PEFT's wrapper of a parameter uses in a forward."""
+
 _ROUTING = ("top_k_index", "top_k_weights"), ("router_indices", "routing_weights")
 """The names that experts modules give to the experts of each token and their weights."""
 
@@ -103,7 +112,7 @@ class FusedExperts(FusedLayer, peft_layer.ParamWrapper):
     def why_not_forward(cls) -> str:
         """Return why PEFT's forward of a wrapped parameter is not the one that this package knows, or "" where it
         is."""
-        return known.why_not_parameter(peft_layer.ParamWrapper)
+        return known.why_not(peft_layer.ParamWrapper, _USES, "forward", "_activate_lora", "get_delta_weight")
 
     @classmethod
     def survey(cls, layer: Any) -> Survey | str:

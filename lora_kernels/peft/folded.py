@@ -28,9 +28,9 @@ from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype
 from lora_kernels.peft import known
 from lora_kernels.peft.by_row import KEYWORDS
-from lora_kernels.peft.fused import Fused, probability
+from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.linear import OverDense, dense_base
-from lora_kernels.peft.reading import Operands, PeftAdapter
+from lora_kernels.peft.reading import Operands, PeftAdapter, probability
 
 _ADALORA_USES = """
 T _cast_input_dtype active_adapters base_layer disable_adapters dtype keys lora_A lora_B lora_E lora_dropout merged

@@ -33,25 +33,21 @@ from lora_kernels.peft.reading import (
     PeftAdapter,
     as_one_adapter,
     only_eager,
+    probability,
     weight_and_bias,
     why_not_biased,
 )
 from lora_kernels.quant.weight import QuantizedWeight
 
-DROPOUTS = (nn.Identity, nn.Dropout)
-"""PEFT's modules for a dropout of 0, and for others."""
+LORA_USES = """
+VARIANT_KWARG_KEYS __base__ _cast_input_dtype _check_forward_args _mixed_batch_forward active_adapter active_adapters
+adapter_names alora_offsets append base_layer clone disable_adapters dtype enumerate forward get is_autocast_enabled
+keys lora_A lora_B lora_dropout lora_variant merged pop result scaling set to torch unmerge weight x
+"""
+"""The names that PEFT's forwards of plain LoRA use. A fused layer looks at the variants of LoRA, which `lora_variant`
+holds."""
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-def probability(dropout: Any, name: str) -> float | str:
-    """Return the probability with which `dropout`, the module of adapter `name`, drops an element in this call, or why
-    the adapter cannot be fused."""
-    kind = type(dropout)
-    if kind not in DROPOUTS or has_hooks(dropout):
-        return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
-    p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
-    return f"adapter {name!r} drops everything: p = {dropout.p}" if p >= 1 else p
 
 
 class Fused(FusedLayer):
@@ -267,7 +263,7 @@ class Fused(FusedLayer):
     @classmethod
     def why_not_forward(cls) -> str:
         """Return why PEFT's forwards of this class are not those that this package knows, or "" where they are."""
-        return known.why_not_lora(cls.peft_class)
+        return known.why_not(cls.peft_class, LORA_USES, "forward", "_mixed_batch_forward")
 
     @classmethod
     def survey(cls, layer: Any) -> Survey | str:

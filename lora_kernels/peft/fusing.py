@@ -152,7 +152,8 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every fused layer of `model` its PEFT class back, as it was before `fuse`."""
+    """Give every fused layer of `model` its PEFT class back, as it was before `fuse`. The path for inference of
+    ``nn.TransformerEncoderLayer``, which passes over adapters, stays switched off."""
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
             _unfuse_one(layer)

@@ -14,15 +14,26 @@ from torch import Tensor, nn
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.peft import folds, known
-from lora_kernels.peft.fused import DROPOUTS, Fused
-from lora_kernels.peft.reading import OneAdapter, PeftAdapter, only_eager, weight_and_bias
+from lora_kernels.peft.fused import Fused
+from lora_kernels.peft.reading import DROPOUTS, OneAdapter, PeftAdapter, only_eager, weight_and_bias
 
 _any_autocast = torch._C._is_any_autocast_enabled  # without the time of asking for one device by its name
 
-_DORA_UNKNOWN = known.why_not_dora(DoraLinearVariant, DoraLinearLayer)
+DORA_USES = """
+F Identity adapter_name base_layer base_result bias dequantize_module_weight detach dtype fan_in_fan_out get_base_layer
+get_lora_weight get_weight_norm isinstance linear lora_A lora_B lora_dropout lora_magnitude_vector lora_weight nn
+scaling to training transpose view weight
+"""
+"""The names that the forwards of PEFT's DoRA over a linear layer use."""
+_ALORA_USES = """
+alora_offsets arange bool device dtype get int len long lora_A lora_B lora_dropout min scaling shape tensor to torch
+unsqueeze view weight zeros
+"""
+"""The names that the forward of PEFT's activated LoRA uses."""
+_DORA_UNKNOWN = known.why_not(DoraLinearVariant, DORA_USES) or known.why_not(DoraLinearLayer, DORA_USES)
 """Why DoRA of the installed PEFT cannot be fused; "" for the versions that this package knows."""
-_ALORA_UNKNOWN = known.why_not_alora(ALoraLinearVariant)
-"""The same for activated LoRA."""
+_ALORA_UNKNOWN = known.why_not(ALoraLinearVariant, _ALORA_USES)
+"""Why activated LoRA of the installed PEFT cannot be fused; "" for the versions that this package knows."""
 
 
 def dense_base(layer: Any, transposed: bool, of_conv1d: bool) -> tuple[Tensor, Tensor | None] | str:

@@ -10,12 +10,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
+from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.quant.weight import QuantizedWeight
+
+DROPOUTS = (nn.Identity, nn.Dropout)
+"""PEFT's modules for a dropout of 0, and for others."""
 
 
 class PeftAdapter(NamedTuple):
@@ -87,6 +91,16 @@ def why_not_biased(dtype: torch.dtype) -> str:
     of it. PEFT adds the second bias in fp32.
     """
     return f"lora_bias beside {dtype}: the sum of the two biases would be rounded to it" * (dtype in check.HALVES)
+
+
+def probability(dropout: Any, name: str) -> float | str:
+    """Return the probability with which `dropout`, the module of adapter `name`, drops an element in this call, or why
+    the adapter cannot be fused."""
+    kind = type(dropout)
+    if kind not in DROPOUTS or has_hooks(dropout):
+        return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
+    p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
+    return f"adapter {name!r} drops everything: p = {dropout.p}" if p >= 1 else p
 
 
 def weight_and_bias(module: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ pytest.importorskip("lora_kernels._C", reason="the native CPU kernels are not bu
 from benchmarks import fuzz, fuzz_calls
 from benchmarks.fuzz_draw import MOST, Draw, is_exact, problems
 from lora_kernels import _C, lora_linear
+from lora_kernels.ops import attention, conv_function, embedding_passes
 from lora_kernels.testing.judge import truth
 from lora_kernels.testing.terminal import Terminal
 
@@ -50,24 +51,24 @@ def test_exact_problems_have_exact_results_that_are_not_all_zero():
 
 
 @pytest.mark.parametrize(
-    ("seed", "k"),
+    ("seed", "k", "kind"),
     [
-        pytest.param(0, 60, id="the bias is within a z in bf16"),
-        pytest.param(1, 694, id="fp64, with many elements"),
-        pytest.param(1, 1375, id="the norm of a row that is nearly 0, under deterministic algorithms"),
-        pytest.param(11, 3392, id="a g of subnormals in fp16"),
-        pytest.param(12, 13249, id="a dy whose rows are all alike"),
+        pytest.param(0, 60, "dora_linear", id="the bias is within a z in bf16"),
+        pytest.param(1, 694, "group", id="fp64, with many elements"),
+        pytest.param(1, 1375, "module", id="the norm of a row that is nearly 0, under deterministic algorithms"),
+        pytest.param(11, 3392, "multi", id="a g of subnormals in fp16"),
+        pytest.param(12, 13249, "lora_linear", id="a dy whose rows are all alike"),
     ],
 )
-def test_calls_whose_rounding_is_large_have_no_faults(seed, k):
-    assert fuzz.one(seed, k, False, None)[2] == []
+def test_calls_whose_rounding_is_large_have_no_faults(seed, k, kind):
+    assert fuzz.one(seed, k, False, None, kind)[2] == []
 
 
 @pytest.mark.parametrize(
     "k", [pytest.param(1105, id="a strided W is copied"), pytest.param(1169, id="the layer's mask keeps more")]
 )
 def test_exact_calls_of_layers_are_judged_by_what_the_layer_has(k):
-    assert fuzz.one(1537, k, True, "baseline")[2] == []
+    assert fuzz.one(1537, k, True, "baseline", "module")[2] == []
 
 
 @pytest.mark.parametrize("name", ["x", "w", "a", "b", "dy", "bias"])
@@ -107,6 +108,42 @@ def test_a_wrong_element_is_found_and_the_printed_command_repeats_it(monkeypatch
     capsys.readouterr()
     monkeypatch.undo()
     assert fuzz.main(again.split()) == 0 and "no faults" in capsys.readouterr().out
+
+
+def mask_of_the_other_layout(monkeypatch):
+    right = conv_function.keep_mask
+    monkeypatch.setattr(
+        conv_function, "keep_mask", lambda x, window, by_rows, *rest: right(x, window, not by_rows, *rest)
+    )
+
+
+def gradient_of_the_padding_row(monkeypatch):
+    right = embedding_passes._scattered
+    monkeypatch.setattr(embedding_passes, "_scattered", lambda g, ids, a_t, row: right(g, ids, a_t, None))
+
+
+def b_of_other_features(monkeypatch):
+    right = attention.Projection.part
+
+    def part(self, start, stop):
+        return right(self, start, stop)._replace(b=self.b[: stop - start])
+
+    monkeypatch.setattr(attention.Projection, "part", part)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("conv", mask_of_the_other_layout),
+        ("embedding", gradient_of_the_padding_row),
+        ("attention", b_of_other_features),
+    ],
+)
+def test_a_fault_in_a_layer_is_found(kind, fault, exact, monkeypatch):
+    assert not fuzz.run(3, range(12), exact, None, Terminal(), only=kind).faults
+    fault(monkeypatch)
+    assert fuzz.run(3, range(12), exact, None, Terminal(), only=kind).faults
 
 
 def test_an_exception_is_a_fault_and_many_faults_end_the_run(monkeypatch):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +51,44 @@ def test_values_and_gradients_are_those_of_the_plain_model(one_process, use_dora
     for (name, got), want in zip(sharded.named_parameters(), plain.parameters(), strict=True):
         if want.requires_grad:
             torch.testing.assert_close(got.grad, want.grad, msg=name)
+
+
+class Attention(nn.Module):
+    """Attention to another sequence, whose projections are computed with parts of W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x.flip(0), x.flip(1), need_weights=False)[0]
+
+
+def conv1d() -> nn.Module:
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(Attention, "attn"), (conv1d, "0"), (lambda: nn.Conv1d(2, 3, 3), "0"), (lambda: nn.Conv1d(2, 3, 1), "0")],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_layers_that_are_not_linear_or_store_another_layout_are_trained(one_process, make, name):
+    torch.manual_seed(0)
+    model = nn.Sequential(make())
+    apply_lora(model, r=4, target_modules=[f"0.{name}" if name != "0" else name])
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter)
+    plain, x = copy.deepcopy(model), torch.randn(3, 2, 16)
+    sharded = wrapped(model)
+    y = sharded(x)
+    torch.testing.assert_close(y, plain(x))
+    y.square().sum().backward()
+    plain(x).square().sum().backward()
+    for (key, got), want in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+        if want.requires_grad:
+            torch.testing.assert_close(got.grad, want.grad, msg=key)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

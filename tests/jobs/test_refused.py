@@ -225,7 +225,7 @@ def test_losses_that_are_none(loss, text):
         ({"config": {"r": 8}}, TypeError, "must be a lora_kernels.jobs.LoRAConfig, got a dict"),
         ({"config": LoRAConfig(r=0)}, ValueError, "r must be an integer of at least 1"),
         ({"config": LoRAConfig(lora_dropout=1.0)}, ValueError, "lora_dropout"),
-        ({"config": LoRAConfig(target_modules=["none"])}, ValueError, "match no nn.Linear"),
+        ({"config": LoRAConfig(target_modules=["none"])}, ValueError, "match no layer"),
         ({"data": []}, ValueError, "has no samples"),
         ({"data": iter([])}, TypeError, "must be a dataset"),
         ({"data": 3, "batch_size": None}, TypeError, "must be an iterable of batches"),

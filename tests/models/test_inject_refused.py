@@ -37,7 +37,7 @@ def test_a_module_that_is_not_exactly_a_linear_is_passed_over_with_a_reason():
     report = apply_lora(model)
     assert [layer.name for layer in report.layers] == ["fc"]
     assert set(report.passed_over) == {"own", "lazy", "attention.out_proj", "norm", "hooked", "wrapped"}
-    assert "NonDynamicallyQuantizableLinear" in report.passed_over["attention.out_proj"]
+    assert "the out_proj of an nn.MultiheadAttention" in report.passed_over["attention.out_proj"]
     assert "hooks" in report.passed_over["hooked"] and "hooks" in report.passed_over["wrapped"]
     assert all(module is before[name] for name, module in model.named_modules() if name in before)
 

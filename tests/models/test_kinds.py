@@ -187,7 +187,7 @@ def test_a_parameter_of_a_linear_layer_is_the_layer(tmp_path):
     [
         ({"target_parameters": "experts.down_proj"}, TypeError, "must be a list"),
         ({"target_parameters": ["norm.weight"]}, ValueError, r"cannot be replaced: .*norm.*RMSNorm"),
-        ({"target_parameters": ["q_proj.bias"]}, ValueError, "match no"),
+        ({"target_parameters": ["q_proj.bias"]}, ValueError, r"'q_proj.bias'\) name no parameter .*experts\.down_proj"),
         ({"target_parameters": ["gate.weight"]}, ValueError, r"mlp\.gate"),
         (
             {"target_parameters": ["gate_up_proj", "down_proj"], "rank_pattern": {"down_proj": 3}},
@@ -203,6 +203,21 @@ def test_parameters_that_cannot_be_adapted_are_refused(rules, error, words):
     with pytest.raises(error, match=words):
         apply_lora(model, **rules)
     assert_unchanged(model, before)
+
+
+def test_errors_name_the_kinds_of_layers_that_the_model_has():
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ValueError, match=r"no linear layer.*2 Conv2d.*target_modules"):
+        apply_lora(convolutions)
+    with pytest.raises(ValueError, match=r"quant='nf4' is for linear layers, and none is chosen: 0\."):
+        apply_lora(convolutions, target_modules=["0"], quant="nf4")
+
+
+def test_a_part_of_a_chosen_attention_is_not_reported_as_passed_over():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
+    assert set(apply_lora(model, target_modules=["attention"]).passed_over) == {"fc"}
+    with pytest.raises(ValueError, match=r"out_proj of an nn.MultiheadAttention.*name the attention instead"):
+        apply_lora(nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), target_modules=["out_proj"])
 
 
 def test_names_of_parameters_that_match_nothing_are_reported():

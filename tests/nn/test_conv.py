@@ -242,6 +242,21 @@ def test_a_merged_layer_takes_no_other_weight_and_warns_while_it_is_trained():
         layer(inputs())
 
 
+def test_a_merged_layer_that_accelerate_offloads_is_refused():
+    accelerate = pytest.importorskip("accelerate")
+    layer, x = trained().eval(), inputs()
+    y = layer(x)
+    accelerate.cpu_offload(layer, torch.device("cpu"))
+    torch.testing.assert_close(layer(x), y)
+    with pytest.raises(ValueError, match="meta device"):
+        layer.merge()
+    accelerate.hooks.remove_hook_from_module(layer)
+    layer.merge()
+    accelerate.cpu_offload(layer, torch.device("cpu"))
+    with pytest.raises(ValueError, match="was merged when accelerate offloaded it"):
+        layer(x)
+
+
 # --- state ---
 
 

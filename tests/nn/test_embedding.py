@@ -217,7 +217,7 @@ def test_a_merged_layer_that_accelerate_offloads_is_refused():
     accelerate.hooks.remove_hook_from_module(layer)
     layer.merge()
     accelerate.cpu_offload(layer, torch.device("cpu"))
-    with pytest.raises(ValueError, match="merged before accelerate offloaded it"):
+    with pytest.raises(ValueError, match="was merged when accelerate offloaded it"):
         layer(IDS)
 
 

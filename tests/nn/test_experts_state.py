@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="transformers is not installed")
-from support.experts import STACKS, E, H, I, experts_of, inputs
+from support.experts import STACKS, E, H, I, K, T, experts_of, inputs
 
 from lora_kernels import FusedLoRAExperts
 from lora_kernels.nn.settings import LoRASettings
@@ -174,6 +174,17 @@ def test_memory_that_nobody_has_written_gets_a_fresh_adapter():
     nn.init.ones_(layer.lora_B_down_proj)
     layer.reset_adapter()
     assert layer.lora_B_down_proj.count_nonzero() == 0
+
+
+def test_a_module_on_the_meta_device_takes_the_tensors_of_the_plain_module():
+    plain = experts_of("Qwen3Moe")
+    layer = FusedLoRAExperts.from_experts(copy.deepcopy(plain).to("meta"), r=2)
+    with torch.inference_mode():
+        layer.load_state_dict(plain.state_dict(), assign=True)
+    x, ids, weights = torch.randn(T, H), torch.randint(E, (T, K)), torch.rand(T, K)
+    torch.testing.assert_close(layer(x, ids, weights), plain(x, ids, weights))
+    layer(x, ids, weights).sum().backward()
+    assert all(p.grad is not None for name, p in layer.named_parameters() if name.startswith("lora_"))
 
 
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])

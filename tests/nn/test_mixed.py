@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_kernels import FusedLoRALinear
+from lora_kernels import FusedLoRAConv2d, FusedLoRAEmbedding, FusedLoRALinear, FusedLoRAMultiheadAttention
 from lora_kernels.core.rows import Rows
 from lora_kernels.nn.mixed import Mixed, current_for, mixable, mixed, table_of
 
@@ -156,10 +156,21 @@ def test_a_model_without_a_layer_that_computes_by_row_is_refused():
         mixed(nn.Linear(2, 2), ["a"])
 
 
-def test_layers_with_one_adapter_are_refused(model):
-    model.three = FusedLoRALinear(4, 4, r=2)
-    with pytest.raises(RuntimeError, match="a FusedLoRALinear has one adapter"):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FusedLoRALinear(4, 4, r=2),
+        lambda: FusedLoRAEmbedding(4, 4, r=2),
+        lambda: FusedLoRAConv2d(4, 4, 3, r=2),
+        lambda: FusedLoRAMultiheadAttention.from_attention(nn.MultiheadAttention(4, 2), r=2),
+    ],
+)
+def test_layers_of_every_kind_with_one_adapter_are_refused(model, make):
+    model.three = make()
+    with pytest.raises(RuntimeError, match=f"a {type(model.three).__name__} has one adapter"):
         mixed(model, ["a"])
+    with pytest.raises(RuntimeError, match=f"a {type(model.three).__name__} has one adapter"):
+        mixed(nn.Sequential(model.three), ["a"])
 
 
 def test_threads_of_data_parallel_are_refused(model):

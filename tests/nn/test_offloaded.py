@@ -7,10 +7,13 @@ import copy
 
 import pytest
 import torch
+from support.adapter_models import train
+from support.kind_models import KIND_MODELS
 from support.layer_kinds import KINDS
 from torch import nn
 
-from lora_kernels import FusedLoRALinear, merge_and_unload
+from lora_kernels import FusedLoRALinear, apply_lora, merge_and_unload
+from lora_kernels.models.kinds import lora_layers
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import remove_hook_from_module  # noqa: E402
@@ -223,3 +226,26 @@ def test_a_merged_layer_is_not_computed_from_what_accelerate_has_kept(quant):
     remove_hook_from_module(net, recurse=True)
     net[0].unmerge()
     assert torch.equal(net(x), want)
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("kind", ["convolution", "embedding", "experts"])
+def test_a_merged_layer_of_another_kind_does_not_compute_without_its_adapter(kind, around):
+    net = KIND_MODELS[kind].plain()
+    apply_lora(net, r=2, **KIND_MODELS[kind].rules)
+    train(net).eval()
+    want = KIND_MODELS[kind].run(net)
+    layers = [layer for layer in lora_layers(net).values() if not isinstance(layer, FusedLoRALinear)]
+    for layer in layers:
+        layer.merge()
+    torch.testing.assert_close(KIND_MODELS[kind].run(net), want)
+    accelerate.cpu_offload(net, execution_device="cpu", preload_module_classes=[type(net).__name__] if around else None)
+    with pytest.raises(ValueError, match="meta device"):
+        merge_and_unload(net)
+    for call in (KIND_MODELS[kind].run, merge_and_unload):  # the failed forward leaves accelerate's values there
+        with pytest.raises(ValueError, match="without the adapter"):
+            call(net)
+    remove_hook_from_module(net, recurse=True)
+    for layer in layers:
+        layer.unmerge()
+    torch.testing.assert_close(KIND_MODELS[kind].run(net), want)

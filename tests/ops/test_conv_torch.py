@@ -161,6 +161,16 @@ def test_a_compiler_traces_the_whole_call(call, p):
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.parametrize("call", ["groups", "two branches"])
+def test_a_compiler_traces_every_size_at_once(call):
+    torch._dynamo.reset()
+    shape, moves = CALLS[call]
+    q = problem(shape, 12, (3, 3), dtype=torch.float32, **moves)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    for name, value in evaluate(q, ours).items():
+        torch.testing.assert_close(evaluate(q, compiled)[name], value, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_same_results():
     torch._dynamo.reset()

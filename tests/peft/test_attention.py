@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -62,6 +63,24 @@ def run(model, x, **kwargs) -> dict[str, torch.Tensor]:
     (y.square().sum() + (0 if weights is None else weights.square().sum())).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "dx": x.grad} | ({} if weights is None else {"weights": weights.detach()}) | grads
+
+
+def test_a_model_that_peft_has_run_in_inference_mode_can_be_trained():
+    """PEFT's forward leaves weights of inference mode behind, which autograd cannot save."""
+    model, x = make(torch.float64), torch.randn(B, L, E, dtype=torch.float64)
+    with torch.inference_mode():
+        model(x)
+    layer = model.base_model.model.attn
+    assert layer.base_layer.in_proj_weight.is_inference()
+    want = run(copy.deepcopy(model), x)
+    lora_kernels.fuse(model, strict=True)
+    with torch.no_grad():
+        model(x)
+    for _ in range(2):
+        got = run(model, x)
+        assert got.keys() == want.keys()
+        torch.testing.assert_close(got, want)
+    assert (layer.fused_calls, sum(layer.passed_over.values())) == (2, 1)
 
 
 def same(got, want) -> None:
@@ -324,3 +343,24 @@ def test_a_compiled_model_is_one_graph():
     want = run(model, x, need_weights=False)
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, need_weights=False), want["y"])
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
+def test_an_out_proj_whose_update_peft_transposes_is_left_to_peft():
+    model, x = make(torch.float64, config={"fan_in_fan_out": True}), torch.randn(B, L, E, dtype=torch.float64)
+    want = run(copy.deepcopy(model), x)
+    report = lora_kernels.fuse(model)
+    assert "fan_in_fan_out" in report.not_fused["base_model.model.attn"]
+    torch.testing.assert_close(run(model, x), want)
+
+
+def test_a_file_with_a_conv1d_beside_an_attention_warns_that_peft_transposes_an_update(tmp_path):
+    conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
+    plain = nn.ModuleDict({"gpt": conv1d(E, E), "attn": nn.MultiheadAttention(E, H)})
+    model = copy.deepcopy(plain)
+    lora_kernels.apply_lora(model, r=2, target_modules=["gpt", "attn"])
+    with pytest.warns(UserWarning, match="PEFT transposes the update"):
+        lora_kernels.save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_kernels.load_adapter(copy.deepcopy(plain), tmp_path)  # what we have written means the same to us

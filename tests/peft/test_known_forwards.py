@@ -19,9 +19,18 @@ from support import fold_models  # noqa: E402
 from support.peft_models import config, fused_layers, make, run, same  # noqa: E402
 
 import lora_kernels  # noqa: E402
-from lora_kernels.peft import folds, known  # noqa: E402
+from lora_kernels.peft import folds, known, linear  # noqa: E402
+from lora_kernels.peft.fused import LORA_USES  # noqa: E402
 
 DORA = variants.DoraLinearVariant, dora.DoraLinearLayer
+
+
+def why_not_lora(kind: type) -> str:
+    return known.why_not(kind, LORA_USES, "forward", "_mixed_batch_forward")
+
+
+def why_not_dora() -> str:
+    return "".join(known.why_not(owner, linear.DORA_USES) for owner in DORA)
 
 
 @pytest.fixture
@@ -53,9 +62,9 @@ def test_the_installed_pefts_forwards_are_known():
     from peft.tuners.lora import bnb
 
     kinds = [layer.Linear, *(getattr(bnb, name) for name in ("Linear4bit", "Linear8bitLt") if hasattr(bnb, name))]
-    assert [known.why_not_lora(kind) for kind in kinds] == [""] * len(kinds)
+    assert [why_not_lora(kind) for kind in kinds] == [""] * len(kinds)
     assert set(folds.UNKNOWN.values()) == {""}
-    assert known.why_not_dora(*DORA) == ""
+    assert why_not_dora() == ""
 
 
 def test_a_forward_that_uses_something_new_is_pefts(monkeypatch, disabled):
@@ -84,7 +93,7 @@ def test_a_forward_that_uses_something_new_is_pefts(monkeypatch, disabled):
 )
 def test_whatever_a_forward_reads_is_named(monkeypatch, old, new, name):
     monkeypatch.setattr(layer.Linear, "forward", changed(layer.Linear.forward, old, new))
-    assert known.why_not_lora(layer.Linear) == (
+    assert why_not_lora(layer.Linear) == (
         f"PEFT's Linear.forward uses {name}, which this version of lora_kernels does not know"
     )
 
@@ -92,14 +101,14 @@ def test_whatever_a_forward_reads_is_named(monkeypatch, old, new, name):
 def test_new_things_in_mixed_batches_and_in_dora_are_named(monkeypatch):
     mixed = changed(layer.LoraLayer._mixed_batch_forward, "self.base_layer(x, ", "self.by_sample(x, ")
     monkeypatch.setattr(layer.Linear, "_mixed_batch_forward", mixed)
-    assert "by_sample" in known.why_not_lora(layer.Linear)
+    assert "by_sample" in why_not_lora(layer.Linear)
     for owner, old, new in (
         (DORA[0], "result = result + ", "result = result + module.shift + "),
         (DORA[1], "mag_norm_scale = ", "mag_norm_scale = self.temperature * "),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, "forward", staticmethod(changed(owner.forward, old, new)))
-            assert re.search(rf"{owner.__name__}.forward uses (shift|temperature),", known.why_not_dora(*DORA))
+            assert re.search(rf"{owner.__name__}.forward uses (shift|temperature),", why_not_dora())
 
 
 @pytest.mark.parametrize(
@@ -155,7 +164,7 @@ def test_a_forward_that_another_package_has_put_in_place_is_kept(monkeypatch):
     assert why == f"PEFT's Linear.forward has been replaced by a function of {__name__}"
     same(run(model, x), want)
     monkeypatch.setattr(layer.Linear, "forward", torch._dynamo.disable(original))
-    assert "has been replaced by a function of torch" in known.why_not_lora(layer.Linear)
+    assert "has been replaced by a function of torch" in why_not_lora(layer.Linear)
 
 
 def test_a_variant_that_does_not_exist_yet_is_pefts():

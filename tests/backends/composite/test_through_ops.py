@@ -27,7 +27,7 @@ from lora_kernels import (
     lora_linear_group,
     lora_linear_multi,
 )
-from lora_kernels.backends import composite, dispatch, first_use
+from lora_kernels.backends import composite, dispatch, first_use_problems
 from lora_kernels.backends.triton import device
 from lora_kernels.core import operands
 from lora_kernels.core.operands import Base, Layer
@@ -150,7 +150,7 @@ def test_the_check_passes_for_every_class(tmp_path: Path, M, R) -> None:
     ],
 )
 def test_its_own_check_switches_many_adapters_on(tmp_path: Path, monkeypatch, dtypes, p, quant) -> None:
-    monkeypatch.setattr(first_use, "_ROWS_OF_MANY", (130, 30, 0, 45))  # as many as the interpreter can afford
+    monkeypatch.setattr(first_use_problems, "_ROWS_OF_MANY", (130, 30, 0, 45))  # as many as the interpreter can afford
     q = judging.problem(20, 40, 72, 16, dtype=dtypes[0], adapter_dtype=dtypes[1], p=p)
     w = lora_kernels.quantize_weight(q.w, quant) if quant else q.w
     rows, adapters = Rows.by_length([8, 3, 9], [1, -1, 0]), [Adapter(q.a, q.b, q.scale, q.p)] * 2
@@ -204,7 +204,7 @@ def test_many_adapters_go_to_eager_where_the_check_fails(tmp_path: Path, monkeyp
         y[3, 5:9] += 8
         return y, h
 
-    monkeypatch.setattr(first_use, "_ROWS_OF_MANY", (130, 30, 0, 45))
+    monkeypatch.setattr(first_use_problems, "_ROWS_OF_MANY", (130, 30, 0, 45))
     monkeypatch.setattr(composite, "forward_multi", forward_multi)
     q = judging.problem(20, 40, 72, 16, dtype=torch.bfloat16)
     call = operands.call_of_multi("forward_multi", q.x, q.base, [q.adapter])
