@@ -36,5 +36,6 @@ def number(run: Run) -> tuple[str, str, str] | None:
     if not found:
         return None
     ours, theirs = zip(*found.values(), strict=True)
-    what = f"The same, {', '.join(found)}: first rows of [the tables](docs/measuring.md#other-kinds-of-layers)"
+    kinds = " / ".join(found)
+    what = f"The same of other layers: {kinds} ([tables](docs/measuring.md#other-kinds-of-layers))"
     return what, " / ".join(ours), " / ".join(theirs)
