@@ -11,7 +11,7 @@ PYTHON_FILES := lora_kernels tests benchmarks docs examples scripts csrc setup.p
 .PHONY: help test test-slow demo bench bench-many bench-kinds doctor docs lint format clean
 
 help:
-	@echo "make test       set up and run the tests that a contributor runs (about 7 minutes on 2 cores)"
+	@echo "make test       set up and run the tests that a contributor runs (about 9 minutes on 2 cores)"
 	@echo "                (PEFT=0.19.1: with that version of PEFT instead of the pinned one)"
 	@echo "make test-slow  run the rest: emulated and interpreted GPU kernels, ahead-of-time compiles, long runs"
 	@echo "make demo       fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
