@@ -37,5 +37,5 @@ def number(run: Run) -> tuple[str, str, str] | None:
         return None
     ours, theirs = zip(*found.values(), strict=True)
     kinds = " / ".join(found)
-    what = f"The same of other layers: {kinds} ([tables](docs/measuring.md#other-kinds-of-layers))"
+    what = f"The same for other layers: {kinds} ([tables](docs/measuring.md#other-kinds-of-layers))"
     return what, " / ".join(ours), " / ".join(theirs)
