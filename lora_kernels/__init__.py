@@ -115,7 +115,7 @@ _LAZY = {
 }
 """The names that are imported when they are first asked for, by module. They need PEFT, or few programs use them."""
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
-_DOORS = ("group", "initialise", "jobs", "parallel", "serving")
+_DOORS = ("analysis", "group", "initialise", "jobs", "parallel", "serving", "train")
 """The public modules that are imported when they are first asked for, as in `lora_kernels.initialise.pissa`."""
 
 

@@ -24,7 +24,7 @@ ORDER: list[set[str]] = [
     {"ops"},
     {"nn"},
     {"models", "peft"},
-    {"serving", "jobs"},
+    {"serving", "jobs", "train", "analysis"},
     {"group", "parallel", "initialise", "__init__"},
     {"testing"},
     {"bench"},

@@ -1,0 +1,1 @@
+"""How adapters are trained: learning rates by matrix, frozen matrices, restarts and their schedule."""
