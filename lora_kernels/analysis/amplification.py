@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.analysis.delta import DeltaSVD, check_factors, delta_svd, wide
+from lora_kernels.analysis.frozen import FrozenWeight, Leading
 from lora_kernels.analysis.subspaces import similarity_of
-from lora_kernels.analysis.weights import FrozenWeight, Leading
 from lora_kernels.quant.weight import QuantizedWeight
 
 
@@ -30,8 +30,8 @@ class Amplification:
     projected: float
     """‖UᵀWV‖_F."""
     projected_top: float | None
-    """The same for W's own leading k singular vectors, which is √(Σ_{i≤k} σᵢ²) of W: the most that it can be. None where
-    it was not asked for."""
+    """The same for W's own leading k singular vectors, which is √(Σ_{i≤k} σᵢ²) of W, the most that it can be. None
+    where it was not asked for."""
     projected_random: float
     """The same for random U and V, the root of its mean square: ‖W‖_F · k / √(N K)."""
 

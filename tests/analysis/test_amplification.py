@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_kernels import quantize_weight
 from lora_kernels.analysis import amplification, intruder_dimensions, subspace_similarity, weight_similarity
-from lora_kernels.analysis.weights import FrozenWeight
+from lora_kernels.analysis.frozen import FrozenWeight
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
