@@ -144,9 +144,15 @@ def intruder_dimensions(
     below 1.
     """
     check_factors(lora_a, lora_b)
-    frozen = fitting(weight, lora_a, lora_b)
     if k < 1:
         raise ValueError(f"k={k} leading singular vectors: it must be at least 1")
+    return intruders_of(fitting(weight, lora_a, lora_b), lora_a, lora_b, scale, k, threshold)
+
+
+def intruders_of(
+    frozen: FrozenWeight, lora_a: Tensor, lora_b: Tensor, scale: float, k: int = 10, threshold: float = 0.5
+) -> Intruders:
+    """Return what `intruder_dimensions` returns. Raises ValueError for A, B or a scale with NaN or infinite values."""
     a, b = (wide(each).to(frozen.device) for each in (lora_a, lora_b))
     a = a * float(scale)
     gram, is_right = frozen.gram()
