@@ -269,8 +269,8 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
         "target_modules": target,
         "target_parameters": sorted(parameters) or None,
         "ensure_weight_tying": are_tied(layers),
-        "rank_pattern": _pattern(ranks, r),
-        "alpha_pattern": _pattern(alphas, alpha),
+        "rank_pattern": pattern_for(ranks, r),
+        "alpha_pattern": pattern_for(alphas, alpha),
         "bias": "none",
         "fan_in_fan_out": any(isinstance(layer, FusedLoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
@@ -280,7 +280,7 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
     }
 
 
-def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
+def pattern_for(values: dict[str, Any], default: Any) -> dict[str, Any]:
     """Return a rank_pattern or alpha_pattern for `values` by layer. Its keys are plain names if these match the right
     layers only, and otherwise regular expressions for whole names."""
     # The first key that matches counts. The file's keys are sorted, so the test must try them in that order.
