@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels.analysis import report_table
-from lora_kernels.analysis.amplification import Amplification, Intruders
+from lora_kernels.analysis.directions import Amplification, Intruders
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 

@@ -136,7 +136,7 @@ def _of_pair(pair: Pair) -> Iterator[Update]:
 def _of_directory(directory: Path) -> Updates:
     stored = read_stored(directory, to_write=False)
     updates = []
-    for layer, own in stored.layers.items():
+    for layer, own in sorted(stored.layers.items(), key=_in_order):
         dora = any(key.startswith(f"base_model.model.{layer}.{MAGNITUDE}") for key in stored.others)
         stacks = _stacks(layer, stored.fields, sum(each.stacked for each in own))
         for each in own:
@@ -156,6 +156,11 @@ def _of_directory(directory: Path) -> Updates:
     return Updates(str(directory), updates, tuple(notes), bool(stored.fields.get("fan_in_fan_out")))
 
 
+def _in_order(item: tuple[str, Any]) -> list[tuple[int, str]]:
+    """Return a key that sorts names with their numbers as numbers, since files hold them in no order."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in item[0].split(".")]
+
+
 def _stacks(layer: str, fields: Mapping[str, Any], count: int) -> list[str]:
     """Return the names of the adapted stacks of a module of experts, the outermost wrapper's last. A file does not tell
     them: PEFT nests its wrappers in the order of the module's parameters, in which down_proj is the last."""
@@ -173,7 +178,11 @@ def _of_state(state: Mapping[str, Tensor], source: str, lora_alpha: float | None
     layers = adapters_of(own, key, dora, source, ()).layers
     if lora_alpha is None:
         raise ValueError(f"{source} does not hold lora_alpha, which s = lora_alpha / r needs: pass it (loralib's is 1)")
-    updates = [each for name, parts in layers.items() for each in _of_parts(name, parts, lora_alpha, source)]
+    updates = [
+        each
+        for name, parts in sorted(layers.items(), key=_in_order)
+        for each in _of_parts(name, parts, lora_alpha, source)
+    ]
     beside = sorted(set(state) - set(own))
     notes = [f"not looked at, since it is no low-rank update: {some(beside)}"] if beside else []
     return Updates(source, updates, tuple(notes))

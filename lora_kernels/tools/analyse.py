@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora_kernels.analysis.analyse import analyse
+from lora_kernels.analysis.analysing import analyse
 from lora_kernels.analysis.report import Report
 from lora_kernels.analysis.report_table import renderables
 from lora_kernels.core import atomic

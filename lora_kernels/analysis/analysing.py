@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lora_kernels.analysis.amplification import amplification_of, fitting, intruders_of
 from lora_kernels.analysis.bases import Base, base_of, missing_all
 from lora_kernels.analysis.delta import DeltaSVD, delta_svd
+from lora_kernels.analysis.directions import amplification_of, fitting, intruders_of
 from lora_kernels.analysis.measures import effective_rank, energy_rank, stable_rank
 from lora_kernels.analysis.progress import over
 from lora_kernels.analysis.report import Comparison, LayerReport, Report
