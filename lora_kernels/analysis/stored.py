@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_kernels.core import atomic
@@ -89,8 +90,10 @@ class StoredAdapter:
         return self.config.alpha(_names_in_patterns(name, self.config)[0])
 
 
-def read_stored(directory: str | os.PathLike[str]) -> StoredAdapter:
-    """Return the adapter in `directory`.
+def read_stored(directory: str | os.PathLike[str], to_write: bool = True) -> StoredAdapter:
+    """Return the adapter in `directory`. With ``to_write=False`` it is only looked at: a tie with a head, an
+    initialisation that changed the base and a convolution with groups are then read too, whose B becomes [N, r] with a
+    block for each group.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -103,8 +106,9 @@ def read_stored(directory: str | os.PathLike[str]) -> StoredAdapter:
         raise FileNotFoundError(f"there is no directory {directory}, or it is no directory of an adapter")
     with one_save(directory):
         fields, tensors = _fields(directory / CONFIG), read_weights(directory / WEIGHTS)
-    config = checked_config({k: v for k, v in fields.items() if k not in _BESIDE}, directory / CONFIG)
-    if config.rules.ensure_weight_tying:
+    beside = _BESIDE if to_write else (*_BESIDE, "init_lora_weights")
+    config = checked_config({k: v for k, v in fields.items() if k not in beside}, directory / CONFIG)
+    if config.rules.ensure_weight_tying and to_write:
         raise ValueError(
             f"{directory}: ensure_weight_tying is set, so a head shares the adapter of an embedding, and the two would "
             "not stay equal. Train or save the adapter without the tie"
@@ -116,7 +120,7 @@ def read_stored(directory: str | os.PathLike[str]) -> StoredAdapter:
     stored = adapters_of(own, PEFT_KEY, config.settings.use_dora, str(directory / WEIGHTS), ())
     names = [each for name in stored.layers for each in _names_in_patterns(name, config)]
     config = config.for_names(names, directory / CONFIG)
-    layers = {name: _updates(name, parts, config, directory) for name, parts in stored.layers.items()}
+    layers = {name: _updates(name, parts, config, directory, to_write) for name, parts in stored.layers.items()}
     others |= {f"{_PREFIX}{n}.{MAGNITUDE}": p[MAGNITUDE] for n, p in stored.layers.items() if MAGNITUDE in p}
     if any(key not in own for key in _keys(stored.layers)):  # the file was written from a wrapped model
         fields |= exact_rules(list(layers))
@@ -197,7 +201,7 @@ def _names_in_patterns(name: str, config: AdapterConfig) -> list[str]:
     return [f"{name}.{parameter}" for module, _, parameter in named if matches([module], name)] or [name]
 
 
-def _updates(name: str, parts: Parts, config: AdapterConfig, directory: Path) -> list[Update]:
+def _updates(name: str, parts: Parts, config: AdapterConfig, directory: Path, to_write: bool) -> list[Update]:
     """Return the updates of a layer. Raises ValueError where they do not have the rank of the config."""
     key = _names_in_patterns(name, config)[0]
     r, experts = config.rank(key), key != name
@@ -205,6 +209,8 @@ def _updates(name: str, parts: Parts, config: AdapterConfig, directory: Path) ->
     updates = []
     for first, second in pairs(parts):
         a, b = parts[first], parts[second]
+        if a.shape[0] != b.shape[1] and not to_write:
+            b = torch.block_diag(*b.flatten(1).chunk(a.shape[0] // b.shape[1])).view(-1, a.shape[0], *b.shape[2:])
         if a.shape[0] != b.shape[1]:
             raise ValueError(
                 f"{directory}: {name}.{shown(first)} {tuple(a.shape)} and {shown(second)} {tuple(b.shape)} are of a "

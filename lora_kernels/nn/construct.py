@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lora_kernels.nn.init import split_named
+from lora_kernels.nn.init_schemes import split_named
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
 
