@@ -15,8 +15,8 @@ st = pytest.importorskip("safetensors.torch", reason="safetensors is not install
 from support.rank_files import IDS, Mixed, deltas, relative, truncated  # noqa: E402
 
 import lora_kernels  # noqa: E402
-from lora_kernels.analysis import extract_lora  # noqa: E402
 from lora_kernels.analysis import extract as module  # noqa: E402
+from lora_kernels.analysis import extract_lora  # noqa: E402
 
 STEP = 2.0**-24
 

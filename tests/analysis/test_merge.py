@@ -21,9 +21,7 @@ WEIGHTS = [0.7, -1.3]
 def two(tmp_path, **settings):
     """Return the updates of two adapters of different ranks, scales and layers, weighted and added up."""
     first = saved(tmp_path / "a", **settings)
-    second = saved(
-        tmp_path / "b", 1, r=4, lora_alpha=6, use_rslora=True, target_modules=["q", "v", "head"], **settings
-    )
+    second = saved(tmp_path / "b", 1, r=4, lora_alpha=6, use_rslora=True, target_modules=["q", "v", "head"], **settings)
     mine, theirs = deltas(first), deltas(second)
     return {
         name: WEIGHTS[0] * mine.get(name, torch.zeros(())) + WEIGHTS[1] * theirs.get(name, torch.zeros(()))
@@ -188,7 +186,7 @@ def test_what_has_no_sum_is_refused_by_name_and_nothing_is_written(tmp_path):
         ("a weight for each adapter", ([], [])),
         ("finite numbers, got nan", ([a], [float("nan")])),
         ("how must be one of 'svd', 'concat', 'weights', got 'ties'", ([a], [1.0], "ties")),
-        ("go with how=\"svd\"", ([a], [1.0], "concat", 3)),
+        ('go with how="svd"', ([a], [1.0], "concat", 3)),
         ("r must be an integer", ([a], [1.0], "svd", 0)),
         (r"conv has the ranks \[3, 6\]", ([a, b], [1.0, 1.0], "weights")),
         ("dora is of DoRA", ([a, tmp_path / "dora"], [1.0, 1.0])),
