@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_kernels.analysis.roles import roles_of
 from lora_kernels.analysis.short_names import short_names
+from lora_kernels.analysis.tables import as_table, as_text
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.pairs import pairs
@@ -63,29 +64,16 @@ class Budget:
 
     def table(self) -> Table:
         """Return a table of rich. Raises ImportError where rich is not installed."""
-        try:
-            from rich.table import Table
-        except ImportError as error:
-            raise ImportError("the table needs rich: pip install rich, or print the budget itself") from error
-        header, *rows = self._rows()
-        table = Table(header[0], title=f"at most {self.parameters:,} parameters", title_justify="left")
-        for column in header[1:]:
-            table.add_column(column, justify="left" if not column else "right")
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return as_table(self._rows(), self._title())
 
     def __rich__(self) -> Table:
         return self.table()
 
     def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip()
-            for row in rows
-        ]
-        return "\n".join([f"at most {self.parameters:,} parameters", *lines])
+        return f"{self._title()}\n{as_text(self._rows())}"
+
+    def _title(self) -> str:
+        return f"at most {self.parameters:,} parameters"
 
     def _rows(self) -> list[list[str]]:
         rows = [["weights", "layers", "one rank", "rank", "parameters", ""]]

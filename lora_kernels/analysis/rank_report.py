@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lora_kernels.analysis.tables import as_table, as_text
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -68,26 +70,13 @@ class RankReport:
 
     def table(self) -> Table:
         """Return a table of rich. Raises ImportError where rich is not installed."""
-        try:
-            from rich.table import Table
-        except ImportError as error:
-            raise ImportError("the table needs rich: pip install rich, or print the report itself") from error
-        header, *rows = self._rows()
-        table = Table(header[0], caption="\n".join([self._total(), *self.notes]), caption_justify="left")
-        for column in header[1:]:
-            table.add_column(column, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return as_table(self._rows(), notes=[self._total(), *self.notes])
 
     def __rich__(self) -> Table:
         return self.table()
 
     def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join([*lines, self._total(), *self.notes])
+        return "\n".join([as_text(self._rows()), self._total(), *self.notes])
 
     def _total(self) -> str:
         return f"{len(self.layers)} layers, {self.parameters:,} parameters, error over all {self.error:.2e}"

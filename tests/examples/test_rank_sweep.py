@@ -25,7 +25,7 @@ def rank_sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_sweep_trains_every_choice_at_every_rank_and_at_equal_cost(
     rank_sweep: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lengths = rank_sweep.Lengths(pretrain_epochs=1, steps=3, seeds=2, ranks=(1, 8, 64))
+    lengths = rank_sweep.Lengths(pretrain_epochs=1, steps=5, seeds=2, ranks=(1, 8, 64))
     document = rank_sweep.run(tmp_path / "sweep", lengths, "python examples/rank_sweep.py")
 
     assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(document))
@@ -54,7 +54,7 @@ def test_two_seeds_begin_with_other_numbers(rank_sweep: ModuleType) -> None:
     model = rank_sweep.ViT().eval()
     low, high = rank_sweep.COMPARED
     name = rank_sweep.OF
-    jobs = rank_sweep.Jobs(model, [rank_sweep.job(name, low, data, 3, 0), rank_sweep.job(name, high, data, 3, 1)])
+    jobs = rank_sweep.Jobs(model, [rank_sweep.job(name, low, data, 5, 0), rank_sweep.job(name, high, data, 5, 1)])
     first, second = (rank_sweep.factors(jobs, f"{name} r {r}")[0] for r in (low, high))
     phi = rank_sweep.subspace_similarity((first, first.T), (second, second.T))
     assert phi[0, 0] < 0.3  # 1/96 is expected, and 1 from one seed
