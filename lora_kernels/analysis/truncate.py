@@ -56,7 +56,7 @@ def balanced(parts: Sequence[DeltaSVD], k: int, dtype: torch.dtype) -> tuple[Ten
         a[: len(root)], b[:, : len(root)] = root[:, None] * v[:, :k].T, u[:, :k] * root
         factors.append((a, b))
     a, b = (torch.stack(each).to(dtype) for each in zip(*factors, strict=True))
-    if not (a.isfinite().all() and b.isfinite().all()):
+    if not (a.float().isfinite().all() and b.float().isfinite().all()):  # 8 bits have no isfinite
         raise ValueError(f"A or B overflows {dtype}")
     return a, b
 

@@ -69,6 +69,8 @@ def test_the_svd_is_the_nearest_update_to_the_sum(keep, tmp_path):
 
 @pytest.mark.parametrize(("how", "theirs"), [("concat", "cat"), ("svd", "svd"), ("weights", "linear")])
 def test_peft_merges_the_same_in_memory(how, theirs, tmp_path):
+    if how == "svd" and tuple(map(int, peft.__version__.split(".")[:2])) < (0, 20):
+        pytest.skip("PEFT 0.19 multiplies with s twice")
     settings = {"target_modules": ["q", "v"]}
     model = saved(tmp_path / "a", **settings)
     saved(tmp_path / "b", 1, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -247,6 +248,9 @@ def test_the_report_is_a_table_and_json(tmp_path):
     for text in (str(report), console.export_text()):
         assert "mlp.q" in text and "12 → 14" in text and f"{report.error:.2e}" in text
     assert json.loads(json.dumps(report.to_json()))["layers"][0]["r"] == 2
+    hostile = [dataclasses.replace(report.layers[0], name="[red]q[/red]\x1b[31m")]
+    console.print(type(report)(hostile))
+    assert "[red]q[/red]\\x1b[31m" in console.export_text() and "\x1b" not in str(type(report)(hostile))
     many = type(report)([layer for layer in report.layers for _ in range(20)], (), {}, report.tensors)
     assert "q (20)" in str(many) and len(str(many).splitlines()) == 6
 

@@ -22,6 +22,7 @@ def rank_sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("rank_sweep")
 
 
+@pytest.mark.slow
 def test_the_sweep_trains_every_choice_at_every_rank_and_at_equal_cost(
     rank_sweep: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
