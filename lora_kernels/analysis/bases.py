@@ -144,6 +144,8 @@ def _of_layer(module: Any, update: Update) -> Found | str:
         layer = layer.get_base_layer()
     if update.kind == EXPERTS:
         return _of_expert(layer, update)
+    if update.layer.endswith(".out_proj") and hasattr(layer, "in_proj_weight"):  # one layer of ours has both updates
+        layer = layer.out_proj
     weight = getattr(layer, "in_proj_weight", None)
     weight = getattr(layer, "weight", None) if weight is None else weight
     if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
