@@ -117,9 +117,8 @@ class FrozenWeight:
         newest = images
         for _ in range(min(_STEPS, min(N, K) // q) - 1):
             new = self.transposed_times(newest)
-            for _ in range(2):  # once leaves rounding errors
-                new = new - basis @ (basis.T @ new)
-            new = torch.linalg.qr(new)[0]
+            for _ in range(2):  # where W has a low rank, the first leaves rounding errors, which are normalised
+                new = torch.linalg.qr(new - basis @ (basis.T @ new))[0]
             newest = self.times(new)
             basis, images = torch.cat([basis, new], 1), torch.cat([images, newest], 1)
         images = images.double()

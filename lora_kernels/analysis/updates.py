@@ -122,6 +122,8 @@ def _of_pair(pair: Pair) -> Iterator[Update]:
     layer, part = pair.name.removeprefix("base_model.model.").replace(".base_layer", ""), pair.part
     if pair.kind == ATTENTION and part:
         layer, part = f"{layer}.{part}", ""
+    if pair.a.is_meta or hasattr(pair.a, "placements") or hasattr(pair.b, "placements"):
+        raise ValueError(f"A and B of {layer} are sharded or have no values here: gather the state, and pass that")
     a, b = pair.as_a(pair.a.detach()), pair.as_b(pair.b.detach())
     kind = ATTENTION if pair.name.endswith("base_layer.out_proj") else pair.kind
     if kind != EXPERTS:
