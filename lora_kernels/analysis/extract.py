@@ -138,14 +138,13 @@ class _Difference:
     def _why_not(self, name: str, rules: Any, mine: tuple[int, ...], theirs: tuple[int, ...]) -> str:
         if mine != theirs:
             return f"of other shapes, {mine} and {theirs}"
-        kinds = {self._new.kind(name), self._old.kind(name)}
-        if not all(kinds):
-            # A model knows what its modules are, and files only guess.
+        kind = _kind(self._new, self._old, name)
+        if not kind:
             return "no weight of a linear layer or convolution"
         chosen = rules is not None and matches(rules, name.rpartition(".")[0])
         if rules is not None and not chosen:
             return "not in target_modules"
-        return "an embedding: name it in target_modules" if EMBEDDING in kinds and not chosen else ""
+        return "an embedding: name it in target_modules" if kind == EMBEDDING and not chosen else ""
 
     def left(self) -> dict[str, str]:
         """Return why each tensor that differs is left out, with its relative difference."""
@@ -173,7 +172,7 @@ def _extracted(
     mine, theirs = new.tensor(name), old.tensor(name)
     if not (mine.is_floating_point() and theirs.is_floating_point()):
         raise ValueError(f"{name} is {mine.dtype} and {theirs.dtype}, as quantised weights are: give dense models")
-    kind = new.kind(name)
+    kind = _kind(new, old, name)
     e = difference(mine, theirs)
     tail = tuple(e.shape[2:])
     e = e.flatten(1) if kind == CONV else e.T if kind in (TRANSPOSED, EMBEDDING) else e
@@ -222,9 +221,14 @@ def _factors(e: Tensor, r: int | None, energy: float | None, norm: float) -> tup
         start = min(2 * start, tried)
 
 
+def _kind(new: Weights, old: Weights, name: str) -> str:
+    """Return what a tensor is the weight of, by a model where one of the two is one."""
+    return (old if new.guesses else new).kind(name)
+
+
 def _fields(new: Weights, old: Weights, ranks: dict[str, int], base: Any) -> dict[str, Any]:
     """Return the fields of LoraConfig for layers with these ranks and s = 1."""
-    kinds = {new.kind(f"{name}.weight") for name in ranks}
+    kinds = {_kind(new, old, f"{name}.weight") for name in ranks}
     where = getattr(base, "name_or_path", None) if isinstance(base, torch.nn.Module) else base
     return {
         "peft_type": "LORA",

@@ -38,6 +38,8 @@ class Weights:
 
     name: str
     """What errors call it."""
+    guesses = False
+    """Whether `kind` goes by names, because the classes of the modules are not known."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor."""
@@ -104,6 +106,8 @@ class _OfModel(Weights):
 
 
 class _OfFiles(Weights):
+    guesses = True
+
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._open = safetensors_torch().safe_open
