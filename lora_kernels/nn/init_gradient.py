@@ -63,15 +63,15 @@ def gradient_factors(
         raise ValueError(f"gamma must be positive and finite, got {gamma}")
     largest = gradient.abs().max().item()
     if not 0 < largest < math.inf:
-        why = "zero: no batch reaches this layer" if largest == 0 else "not finite"
+        why = "zero" if largest == 0 else "not finite"
         raise ValueError(f"the gradient {(N, K)} is {why}, so it gives no adapter")
     normal = (gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / largest).float()
     u, s, vt = svd(normal, min(4 * r, N, K), _ITERATIONS)
     rank = int((s > 4 * torch.finfo(torch.float32).eps * math.sqrt(max(N, K)) * s[0]).sum())
     if rank < 2 * r:
         raise ValueError(
-            f"the gradient {(N, K)} has rank {rank}, and LoRA-GA takes 2r = {2 * r} of its singular vectors: take more "
-            "rows of data, or a smaller r"
+            f"the gradient {(N, K)} has rank {rank}, and LoRA-GA takes 2r = {2 * r} of its singular vectors: the rows "
+            "of data are few, or the layers behind this one are narrow"
         )
     size = N**0.25 / math.sqrt(gamma)
     return finite("A", (size * vt[:r]).to(dtype)), finite("B", (size * u[:, r : 2 * r]).to(dtype))

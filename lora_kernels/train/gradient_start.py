@@ -16,7 +16,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.models.inject import put_layers, warn_of
 from lora_kernels.models.reports import ApplyReport
 from lora_kernels.models.selection import Target, select
-from lora_kernels.models.targets import Names, Rules, some
+from lora_kernels.models.targets import Names, Rules, some, told_by_reason
 from lora_kernels.nn.construct import put_split
 from lora_kernels.nn.init import checked
 from lora_kernels.nn.init_gradient import check_rank, gradient_factors
@@ -99,21 +99,20 @@ def lora_ga(
     _check(selection.targets, gamma)
     warn_of(selection.read, selection.doubted)
     starts: dict[str, tuple[Tensor, Tensor]] = {}
-    missed = []
+    unfit: dict[str, str] = {}
     layers = {target.name: target.module for target in selection.targets}
     own = {target.name: target for target in selection.targets}
     with _progress(batches, len(blocks_of(layers, memory))) as advance:
         for name, gradient in mean_gradients(model, layers, batches, loss, memory, advance):
-            if gradient is None or not gradient.any():
-                missed.append(name)
-            else:
+            try:
                 starts[name] = _start(own[name], gradient, gamma)
+            except ValueError as error:
+                unfit[name] = str(error)
             del gradient  # before the next block's gradients are made
-    if missed:
+    if unfit:
         raise ValueError(
-            f"these layers got no gradient from the batches: {some(missed)}. Add them to exclude_modules, or give "
-            "batches that reach them. Reentrant activation checkpointing passes no gradient unless its inputs need one "
-            "(model.enable_input_require_grads())"
+            f"these batches give LoRA-GA no first values for some layers: {told_by_reason(unfit)}. Leave them out with "
+            "exclude_modules, give them a smaller r with rank_pattern, or give more or other batches"
         )
 
     def fill(name: str, layer: Any) -> None:
@@ -125,14 +124,19 @@ def lora_ga(
     return put_layers(model, selection, fill)
 
 
-def _start(target: Target, gradient: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def _start(target: Target, gradient: Tensor | None, gamma: float) -> tuple[Tensor, Tensor]:
     """Return A and B of a target for the gradient of its weight. All ranks get those of the first: equal gradients may
-    decompose differently on unequal machines."""
+    decompose differently on unequal machines. Raises ValueError for a gradient that gives none."""
+    if gradient is None:
+        raise ValueError(
+            "there is no gradient: the loss does not depend on the layer, or reentrant activation checkpointing passes "
+            "none on, which model.enable_input_require_grads() mends"
+        )
     kind: Any = target.kind
     module: Any = target.module
     settings = target.settings
     dtype = settings.dtype_beside(module.weight.dtype)
-    start = _named(target.name, lambda: gradient_factors(kind.turned(gradient), settings.r, gamma, dtype))
+    start = gradient_factors(kind.turned(gradient), settings.r, gamma, dtype)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for factor in start:
             dist.broadcast(factor, 0)
