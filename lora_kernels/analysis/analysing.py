@@ -12,9 +12,10 @@ from torch import nn
 from lora_kernels.analysis.bases import Base, base_of, missing_all
 from lora_kernels.analysis.delta import DeltaSVD, delta_svd
 from lora_kernels.analysis.directions import amplification_of, fitting, intruders_of
+from lora_kernels.analysis.findings import Comparison, LayerReport
 from lora_kernels.analysis.measures import effective_rank, energy_rank, stable_rank
 from lora_kernels.analysis.progress import over
-from lora_kernels.analysis.report import Comparison, LayerReport, Report
+from lora_kernels.analysis.report import Report
 from lora_kernels.analysis.subspaces import similarity_of
 from lora_kernels.analysis.updates import Source, Update, updates_of
 from lora_kernels.models.targets import some

@@ -20,7 +20,7 @@ from lora_kernels.models.targets import some
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.fit import Conv1DLike
 from lora_kernels.quant.bnb import from_bnb
-from lora_kernels.quant.weight import QuantizedWeight
+from lora_kernels.quant.weight import DTYPES, QuantizedWeight
 
 _STATE = ".quant_state.bitsandbytes__"
 """What follows the name of a weight that bitsandbytes has stored in 4 bits."""
@@ -144,6 +144,8 @@ def _of_layer(module: Any, update: Update) -> Found | str:
         layer = layer.get_base_layer()
     if update.kind == EXPERTS:
         return _of_expert(layer, update)
+    if update.layer.endswith(".out_proj") and hasattr(layer, "in_proj_weight"):  # one layer of ours has both updates
+        layer = layer.out_proj
     weight = getattr(layer, "in_proj_weight", None)
     weight = getattr(layer, "weight", None) if weight is None else weight
     if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
@@ -165,6 +167,10 @@ def _of_expert(module: Any, update: Update) -> Found | str:
 def _arranged(weight: Tensor, update: Update, transposed: bool) -> Found | str:
     """Return the weight as [N, K] or its transpose, as the shapes of A and B say, or by `transposed` where N = K."""
     N, K = update.b.shape[0], update.a.shape[1]
+    if weight.is_meta:
+        return "its weight is on the meta device, which holds no values (the model is offloaded, or not loaded yet)"
+    if weight.dtype not in (torch.float64, *DTYPES):
+        return f"its weight is {weight.dtype}, whose scales are not read: only bitsandbytes' formats are, and this package's"
     flat = weight.flatten(1) if update.kind == CONV or weight.dim() > 2 else weight
     if tuple(flat.shape) == (N, K) and not (transposed and N == K):
         return Found(flat, False)

@@ -94,22 +94,22 @@ class FrozenWeight:
     def leading(self, k: int, seed: int = 0) -> Leading:
         """Return the leading k singular values and right singular vectors of W, in fp64.
 
-        They are exact to rounding where min(N, K) is at most 512. Otherwise they come from a block Krylov space of
-        4 (k + 8) dimensions (Musco and Musco, "Randomized Block Krylov Methods", 2015, arXiv:1504.05477) with a fixed
-        `seed`, in seven products with W. Every value is then a lower bound of its singular value. It is within 6 % even
-        for a W of independent random numbers, whose singular values lie closest together, and far closer where they
-        decay; single vectors among singular values that hardly differ are not resolved. Raises ValueError for a k
-        outside 1 … min(N, K).
+        They are exact to rounding where min(N, K) is at most 512, or at most 2 (k + 8). Otherwise they come from a
+        block Krylov space of 4 (k + 8) dimensions (Musco and Musco, "Randomized Block Krylov Methods", 2015,
+        arXiv:1504.05477) with a fixed `seed`, in seven products with W. Every value is then a lower bound of its
+        singular value. It is within 6 % even for a W of independent random numbers, whose singular values lie closest
+        together, and far closer where they decay; single vectors among singular values that hardly differ are not
+        resolved. Raises ValueError for a k outside 1 … min(N, K).
         """
         N, K = self.shape
         if not 1 <= k <= min(N, K):
             raise ValueError(f"k={k} leading singular values of a weight {self.shape}: from 1 to {min(N, K)} are there")
-        if min(N, K) <= EXACT:
+        q = k + _MORE
+        if min(N, K) <= max(EXACT, 2 * q):
             gram, is_right = self.gram()
             values, vectors = torch.linalg.eigh(gram)
             s, vectors = values.flip(0)[:k].clamp(min=0).sqrt(), vectors.flip(1)[:, :k]
             return Leading(s, vectors if is_right else torch.linalg.qr(self.transposed_times(vectors).double())[0])
-        q = min(k + _MORE, K)
         generator = torch.Generator().manual_seed(seed)
         new = torch.randn(K, q, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
         basis = torch.linalg.qr(new)[0]
@@ -117,9 +117,8 @@ class FrozenWeight:
         newest = images
         for _ in range(min(_STEPS, min(N, K) // q) - 1):
             new = self.transposed_times(newest)
-            for _ in range(2):  # once leaves rounding errors
-                new = new - basis @ (basis.T @ new)
-            new = torch.linalg.qr(new)[0]
+            for _ in range(2):  # where W has a low rank, the first leaves rounding errors, which are normalised
+                new = torch.linalg.qr(new - basis @ (basis.T @ new))[0]
             newest = self.times(new)
             basis, images = torch.cat([basis, new], 1), torch.cat([images, newest], 1)
         images = images.double()

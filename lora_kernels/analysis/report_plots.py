@@ -6,18 +6,16 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lora_kernels.analysis import plots
+from lora_kernels.analysis.findings import Findings, LayerReport
 from lora_kernels.analysis.subspaces import random_similarity
 
-if TYPE_CHECKING:
-    from lora_kernels.analysis.report import LayerReport, Report
 
-
-def draw(report: Report, directory: Path, suffix: str) -> list[Path]:
+def draw(report: Findings, directory: Path, suffix: str) -> list[Path]:
     """Write the pictures of a report and return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     layers = report.layers
@@ -79,7 +77,7 @@ def _all_numbered(blocks: Sequence[str]) -> bool:
     return len({re.sub(r"\d+$", "", block) for block in blocks}) == 1
 
 
-def _heat_maps(layers: Sequence[LayerReport], path: Path, report: Report) -> None:
+def _heat_maps(layers: Sequence[LayerReport], path: Path, report: Findings) -> None:
     """Draw φ(i, j) of a module: the mean over its layers, the first and the last of them, and unrelated subspaces.
     Where layers differ in size, those of the most frequent size are drawn."""
     phis: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}

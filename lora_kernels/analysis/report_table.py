@@ -7,12 +7,10 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from lora_kernels.analysis.findings import Findings, LayerReport
 from lora_kernels.models.targets import some
-
-if TYPE_CHECKING:
-    from lora_kernels.analysis.report import LayerReport, Report
 
 _WIDTH = 160
 """Columns of a table as text."""
@@ -60,7 +58,7 @@ _COMPARED = (
 )
 
 
-def as_text(report: Report, every: bool | None = None) -> str:
+def as_text(report: Findings, every: bool | None = None) -> str:
     """Return the tables as text of at most 160 columns. Raises ImportError where rich is not installed."""
     out = io.StringIO()
     console = _rich("rich.console").Console(file=out, width=_WIDTH, color_system=None, highlight=False)
@@ -70,7 +68,7 @@ def as_text(report: Report, every: bool | None = None) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def renderables(report: Report, every: bool | None = None) -> Iterator[Any]:
+def renderables(report: Findings, every: bool | None = None) -> Iterator[Any]:
     """Yield what rich prints: the tables and the notes. Raises ImportError where rich is not installed."""
     text = _rich("rich.text").Text  # names may look like rich's markup
     modules: dict[str, list[LayerReport]] = {}
@@ -129,7 +127,7 @@ def _cell(column: Column, layers: Sequence[LayerReport]) -> str:
     return middle if low == high else f"{middle} ({low}–{high})"
 
 
-def _notes(report: Report) -> Iterator[str]:
+def _notes(report: Findings) -> Iterator[str]:
     yield from (f"Note: {note}." for note in report.notes)
     reasons: dict[str, list[str]] = {}
     for name, reason in report.without_weight:

@@ -30,6 +30,8 @@ from lora_kernels.nn.settings import scaling_of
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 """A model with adapters, a state dict, the directory of an adapter, or a file of loralib."""
 
+_OUT_PROJ = 2
+"""The factor with which PEFT 0.19 to 0.21 compute the update of an attention's out_proj, which they add twice."""
 _CHANGES_BASE = ("pissa", "olora", "loftq", "lq_lora", "corda", "lora_ga", "milora")
 
 
@@ -117,14 +119,17 @@ def _of_model(model: nn.Module, name: str | None) -> Updates:
 
 def _of_pair(pair: Pair) -> Iterator[Update]:
     """Yield the updates of a pair: one, or one for each expert."""
-    layer, part = pair.name.replace(".base_layer", ""), pair.part
+    layer, part = pair.name.removeprefix("base_model.model.").replace(".base_layer", ""), pair.part
     if pair.kind == ATTENTION and part:
         layer, part = f"{layer}.{part}", ""
+    if pair.a.is_meta or hasattr(pair.a, "placements") or hasattr(pair.b, "placements"):
+        raise ValueError(f"A and B of {layer} are sharded or have no values here: gather the state, and pass that")
     a, b = pair.as_a(pair.a.detach()), pair.as_b(pair.b.detach())
-    if pair.kind != EXPERTS:
+    kind = ATTENTION if pair.name.endswith("base_layer.out_proj") else pair.kind
+    if kind != EXPERTS:
         b = b[0] if len(b) == 1 else torch.block_diag(*b)  # the groups of a convolution have rows of their own
         yield Update(
-            f"{layer}.{part}" if part else layer, pair.kind, a.flatten(0, 1), b, pair.scale,
+            f"{layer}.{part}" if part else layer, kind, a.flatten(0, 1), b, pair.scale,
             pair.magnitude is not None, pair, layer, part,
         )  # fmt: skip
         return
@@ -140,15 +145,17 @@ def _of_directory(directory: Path) -> Updates:
         dora = any(key.startswith(f"base_model.model.{layer}.{MAGNITUDE}") for key in stored.others)
         stacks = _stacks(layer, stored.fields, sum(each.stacked for each in own))
         for each in own:
-            part = stacks.pop() if each.stacked else ""
+            depth = each.part.count("base_layer.")
+            part = stacks[len(stacks) - 1 - depth] if each.stacked else ""
             experts = len(each.a) > 1
             of_out = each.part.startswith("base_layer.out_proj.")
             name = f"{layer}.out_proj" if of_out else layer
             kind = EMBEDDING if "embedding" in each.part else CONV if any(each.tails) else LINEAR
             kind = EXPERTS if experts else ATTENTION if of_out or len(own) > 1 else kind
+            scale = each.scale * (_OUT_PROJ if of_out else 1)
             for e, (a, b) in enumerate(zip(each.a, each.b, strict=True)):
                 full, expert = (f"{name}.{part}[{e}]", e) if experts else (name, -1)
-                updates.append(Update(full, kind, a, b, each.scale, dora, None, name, part * experts, expert))
+                updates.append(Update(full, kind, a, b, scale, dora, None, name, part * experts, expert))
     beside = sorted({key for key in stored.others if MAGNITUDE not in key})
     notes = [f"not looked at, since it is no low-rank update: {some(beside)}"] if beside else []
     init = stored.fields.get("init_lora_weights")

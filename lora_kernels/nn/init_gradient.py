@@ -12,6 +12,7 @@ full fine-tuning would.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,25 +58,31 @@ def gradient_factors(
     The SVD is randomised with 4r columns and 4 subspace iterations, as the authors' is. Its random numbers have a fixed
     seed, and the largest element of each right singular vector is made positive.
     """
-    N, K = gradient.shape
-    if not 1 <= r <= min(N, K) // 2:
-        raise ValueError(
-            f"LoRA-GA takes 2r singular vectors of a gradient, so r must lie between 1 and min(N, K) / 2 = "
-            f"{min(N, K) // 2} for a weight {(N, K)}, got {r}"
-        )
+    N, K = check_rank(gradient.shape, r)
     if not 0 < gamma < math.inf:
         raise ValueError(f"gamma must be positive and finite, got {gamma}")
     largest = gradient.abs().max().item()
     if not 0 < largest < math.inf:
-        why = "zero: no batch reaches this layer" if largest == 0 else "not finite"
+        why = "zero" if largest == 0 else "not finite"
         raise ValueError(f"the gradient {(N, K)} is {why}, so it gives no adapter")
     normal = (gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / largest).float()
     u, s, vt = svd(normal, min(4 * r, N, K), _ITERATIONS)
     rank = int((s > 4 * torch.finfo(torch.float32).eps * math.sqrt(max(N, K)) * s[0]).sum())
     if rank < 2 * r:
         raise ValueError(
-            f"the gradient {(N, K)} has rank {rank}, and LoRA-GA takes 2r = {2 * r} of its singular vectors: take more "
-            "rows of data, or a smaller r"
+            f"the gradient {(N, K)} has rank {rank}, and LoRA-GA takes 2r = {2 * r} of its singular vectors: the rows "
+            "of data are few, or the layers behind this one are narrow"
         )
     size = N**0.25 / math.sqrt(gamma)
     return finite("A", (size * vt[:r]).to(dtype)), finite("B", (size * u[:, r : 2 * r]).to(dtype))
+
+
+def check_rank(shape: Sequence[int], r: int) -> tuple[int, int]:
+    """Return N and K of a weight of this shape. Raises ValueError where it does not have 2r singular vectors."""
+    N, K = shape
+    if not 1 <= r <= min(N, K) // 2:
+        raise ValueError(
+            f"LoRA-GA takes 2r singular vectors of a gradient, so r must lie between 1 and min(N, K) / 2 = "
+            f"{min(N, K) // 2} for a weight {(N, K)}, got {r}"
+        )
+    return N, K

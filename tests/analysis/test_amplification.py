@@ -129,6 +129,12 @@ def test_leading_vectors_of_the_weight(N, K):
         torch.testing.assert_close((got.v * v[:, :5]).sum(0).abs(), torch.ones(5).double(), rtol=0, atol=1e-5)
 
 
+def test_a_weight_of_low_rank_has_no_more_than_its_values():
+    w = (random(700, 10) @ random(10, 600, seed=1)).float()
+    got, want = FrozenWeight(w).leading(16).s, torch.linalg.svdvals(w.double())[:16]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=want[0].item() * 1e-6)
+
+
 def test_phi_of_the_weight_and_the_update_is_that_of_their_vectors():
     w, a, b = problem(40, 30, 4)
     u, s, vt = torch.linalg.svd(w, full_matrices=False)

@@ -149,7 +149,7 @@ def test_a_reference_is_marked_and_limits_make_the_scale_linear(tmp_path):
     plot_layers(values, tmp_path / "log.svg", **how)
     plot_layers(values, tmp_path / "linear.svg", limits=(0.0, 1.0), reference=0.5, **how)
     log, linear = texts(tmp_path / "log.svg"), texts(tmp_path / "linear.svg")
-    assert "^{-2}" in log and "^{-2}" not in linear and "<!-- 0.0 -->" in linear
+    assert "^{-2}" in log and "^{-2}" not in linear and "<!-- 1.00 -->" in linear
     assert "#d55e00" in linear and "#d55e00" not in log
 
 

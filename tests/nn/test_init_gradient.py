@@ -104,10 +104,10 @@ W = torch.ones(6, 9)
     ("gradient", "r", "kwargs", "message"),
     [
         (torch.ones(9, 6), 2, {}, r"shape of the weight \(6, 9\), got \(9, 6\)"),
-        (torch.zeros(6, 9), 2, {}, r"gradient \(6, 9\) is zero: no batch reaches this layer"),
+        (torch.zeros(6, 9), 2, {}, r"gradient \(6, 9\) is zero, so it gives no adapter"),
         (torch.full((6, 9), math.nan), 2, {}, "not finite"),
         (torch.full((6, 9), math.inf), 2, {}, "not finite"),
-        (torch.ones(6, 9), 2, {}, r"rank 1, and LoRA-GA takes 2r = 4 .* smaller r"),
+        (torch.ones(6, 9), 2, {}, r"rank 1, and LoRA-GA takes 2r = 4 .* rows of data are few"),
         (torch.randn(6, 3) @ torch.randn(3, 9), 2, {}, "rank 3, and LoRA-GA takes 2r = 4"),
         (torch.randn(6, 9), 4, {}, r"between 1 and min\(N, K\) / 2 = 3 for a weight \(6, 9\), got 4"),
         (torch.randn(6, 9), 2, {"gamma": 0.0}, "gamma must be positive and finite, got 0.0"),
