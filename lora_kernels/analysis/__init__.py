@@ -1,7 +1,7 @@
 """What an adapter has learned: measures of ΔW, and tools that change ranks."""
 
 from lora_kernels.analysis.analysing import analyse
-from lora_kernels.analysis.budget import budget
+from lora_kernels.analysis.budgeting import budget
 from lora_kernels.analysis.directions import amplification, intruder_dimensions, weight_similarity
 from lora_kernels.analysis.extract import extract_lora
 from lora_kernels.analysis.measures import effective_rank, energy_rank, stable_rank
