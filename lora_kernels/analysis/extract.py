@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lora_kernels.analysis.truncate import check_rank, kept_rank
 from lora_kernels.analysis.weights import TRANSPOSED, Source, Weights, difference, weights_of
 from lora_kernels.models.adapter_files import Parts
 from lora_kernels.models.pairs import CONV, EMBEDDING
-from lora_kernels.models.targets import Names, matches, some, told_by_reason
+from lora_kernels.models.targets import Names, by_reason, matches, some
 from lora_kernels.nn import low_rank
 
 EXACT = 1024
@@ -28,19 +29,30 @@ _NITER, _MORE = 6, 8
 """The iterations of the randomised SVD, and the columns that it finds beyond those that are kept."""
 
 
+class Left(NamedTuple):
+    """A tensor that differs between two models and is not in the adapter."""
+
+    reason: str
+    relative: float | None
+    """‖tuned - base‖ / ‖base‖; None where the two cannot be subtracted."""
+
+
 @dataclass(frozen=True)
 class Extracted(RankReport):
     """The adapter that was extracted, and what it does not hold."""
 
-    left: dict[str, str] = field(default_factory=dict)
-    """The tensors that differ between the two models and are not in the adapter, with the reason and the relative
-    difference ‖tuned - base‖ / ‖base‖. A base with the adapter lacks these changes."""
+    left: dict[str, Left] = field(default_factory=dict)
+    """The tensors that differ between the two models and are not in the adapter. A base with the adapter lacks these
+    changes."""
     unchanged: int = 0
     """The number of tensors that are equal in both models."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what `RankReport.to_json` returns, with what the adapter does not hold."""
-        return super().to_json() | {"left": self.left, "unchanged": self.unchanged}
+        return super().to_json() | {
+            "left": {name: each._asdict() for name, each in self.left.items()},
+            "unchanged": self.unchanged,
+        }
 
 
 def extract_lora(
@@ -98,16 +110,17 @@ def extract_lora(
             ranked, parts[module] = layer
             layers.append(ranked)
     left = found.left()
+    told = _told(left)
     if not layers:
-        told = f": {told_by_reason(left)}" if left else ""
-        raise ValueError(f"no layer that an adapter could hold differs between {new.name} and {old.name}{told}")
+        raise ValueError(
+            f"no layer that an adapter could hold differs between {new.name} and {old.name}. {told}".strip()
+        )
     fields = _fields(new, old, {layer.name: layer.r for layer in layers}, base)
     if out_dir is not None:
         write_stored(out_dir, fields, parts)
     if left:
-        warnings.warn(f"these tensors differ and are not in the adapter: {told_by_reason(left)}", stacklevel=2)
-    notes = (f"not in the adapter: {told_by_reason(left)}",) if left else ()
-    return Extracted(layers, notes, fields, parts, left, len(found.unchanged))
+        warnings.warn(told, stacklevel=2)
+    return Extracted(layers, (told,) * bool(left), fields, parts, left, len(found.unchanged))
 
 
 class _Difference:
@@ -146,12 +159,12 @@ class _Difference:
             return "not in target_modules"
         return "an embedding: name it in target_modules" if kind == EMBEDDING and not chosen else ""
 
-    def left(self) -> dict[str, str]:
-        """Return why each tensor that differs is left out, with its relative difference."""
+    def left(self) -> dict[str, Left]:
+        """Return the tensors that differ and are left out."""
         left = {}
         for name, reason in sorted(self._reasons.items()):
             if reason.startswith(("only in", "of other")):
-                left[name] = reason
+                left[name] = Left(reason, None)
                 continue
             mine, theirs = self._new.tensor(name), self._old.tensor(name).to(self._new.tensor(name).device)
             if torch.equal(mine, theirs.to(mine.dtype)):
@@ -159,10 +172,20 @@ class _Difference:
             elif mine.is_floating_point():
                 norm = low_rank.norm(theirs.double().reshape(-1, 1))
                 far = low_rank.norm((mine.double() - theirs.double()).reshape(-1, 1))
-                left[name] = f"{reason}, {far / norm if norm else math.inf:.2g} of its norm"
+                left[name] = Left(reason, far / norm if norm else math.inf)
             else:
-                left[name] = reason
+                left[name] = Left(reason, None)
         return left
+
+
+def _told(left: Mapping[str, Left]) -> str:
+    """Return the tensors that are left out as text, with the largest relative difference for each reason."""
+    parts = []
+    for reason, names in by_reason({name: each.reason for name, each in left.items()}).items():
+        known = [far for name in names if (far := left[name].relative) is not None]
+        size = f", changed by up to {max(known):.2g} of their norm" if known else ""
+        parts.append(f"{some(names)} ({reason}{size})")
+    return f"these tensors differ and are not in the adapter: {'; '.join(parts)}" if parts else ""
 
 
 def _extracted(

@@ -110,11 +110,12 @@ def test_what_differs_and_is_no_linear_weight_is_named_with_its_size(tmp_path):
     with pytest.warns(UserWarning, match=r"emb.weight .*mlp.q.bias|mlp.q.bias.*emb.weight"):
         report = extract_lora(tuned, base, r=2)
     assert sorted(report.left) == ["emb.weight", "extra.bias", "extra.weight", "mlp.q.bias"]
-    assert "name it in target_modules" in report.left["emb.weight"] and "0.5 of its norm" in report.left["emb.weight"]
-    far = (1 / base.mlp.q.bias.norm() * 14**0.5).item()
-    assert f"{far:.2g} of its norm" in report.left["mlp.q.bias"]
-    assert report.left["extra.bias"] == "only in one of the models"
-    assert "mlp.q.bias" in str(report) and report.to_json()["left"] == report.left
+    assert report.left["emb.weight"] == ("an embedding: name it in target_modules", pytest.approx(0.5))
+    assert report.left["mlp.q.bias"].relative == pytest.approx((14**0.5 / base.mlp.q.bias.norm()).item())
+    assert report.left["extra.bias"] == ("only in one of the models", None)
+    assert "changed by up to 0.5 of their norm" in str(report)
+    told = json.loads(json.dumps(report.to_json()))["left"]
+    assert told["extra.weight"] == {"reason": "only in one of the models", "relative": None}
     # The others are equal: biases of v, conv and head, and the weight of the head.
     assert report.unchanged == 4
 
