@@ -38,15 +38,17 @@ def print_tables(document: Document) -> None:
     points = {(point["weights"], point["r"]): point["accuracies"] for point in document["points"]}
     names = [name for name, _ in lines(document)]
     ranks = sorted({r for _, r in points if sum((name, r) in points for name in names) == len(names)})
-    table = Table("accuracy, mean over the seeds", title_justify="left")
+    table = Table("accuracy, %")
     for r in ranks:
         table.add_column(f"r {r}", justify="right")
+    table.add_column("largest ±", justify="right")
     for name in names:
-        table.add_row(name, *(words(points[name, r]) for r in ranks))
+        told = [words(points[name, r]).split(" ±") for r in ranks]
+        table.add_row(name, *(mean for mean, _ in told), max((spread for _, spread in told), key=float))
     console.print(table)
 
     table = Table(f"at most {document['equal']['parameters']:,} parameters")
-    for column in ("rank", "parameters", "accuracy"):
+    for column in ("rank", "parameters", "accuracy, %"):
         table.add_column(column, justify="right")
     for point in document["points"]:
         if is_equal(document, point):
@@ -65,14 +67,14 @@ def print_tables(document: Document) -> None:
 
 
 def words(accuracies: list[float]) -> str:
-    """Return a mean in percent, and half the distance between the lowest and the highest value."""
-    return f"{statistics.fmean(accuracies):.1%} ± {50 * (max(accuracies) - min(accuracies)):.1f}"
+    """Return the mean over the seeds in percent, and half the distance between the lowest and the highest."""
+    return f"{100 * statistics.fmean(accuracies):.1f} ±{50 * (max(accuracies) - min(accuracies)):.1f}"
 
 
 def plot(document: Document, path: Path) -> Path:
     """Draw accuracy over the rank and over the parameters, and the similarity of two adapters."""
     with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12.5, 4.1), width_ratios=(5, 5, 4))
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 4), width_ratios=(5, 5, 4.4))
         for (name, points), (colour, mark) in zip(lines(document), LOOKS, strict=True):
             values = [[100 * value for value in point["accuracies"]] for point in points]
             for axes, key in ((left, "r"), (middle, "parameters")):

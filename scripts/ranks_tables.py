@@ -18,8 +18,7 @@ def short(runs: Runs) -> str:
 
 def _short(run: Run) -> str:
     equal = [point for point in run.document["points"] if _is_equal(run, point)]
-    best = max(equal, key=_mean)
-    at_cost = ", ".join(f"{p['weights']} at rank {p['r']} {_mean(p):.0%}" for p in equal)
+    at_cost = ", ".join(f"{_mean(p):.0%} on {p['weights']} at rank {p['r']}" for p in equal)
     spans = ", ".join(
         f"{name} {_mean(points[0]):.0%} to {_mean(points[-1]):.0%}" for name, points in _by_weights(run).items()
     )
@@ -27,7 +26,7 @@ def _short(run: Run) -> str:
     return "\n".join(
         [
             _picture(run),
-            f"At {run.document['equal']['parameters']:,} trained parameters: {at_cost}; {best['weights']} is best.",
+            f"A small vision transformer on a new task: {run.document['equal']['parameters']:,} parameters reach {at_cost}.",
             f"From rank {low} to rank {high}: {spans}. [How to choose]({run.link(run.root / 'docs' / 'ranks.md')}).",
         ]
     )

@@ -87,7 +87,10 @@ def test_the_pages_say_what_the_document_says(tmp_path: Path) -> None:
     run = script.Run.read(path, root / "README.md", root)
     lines = importlib.import_module("ranks_tables").short({"ranks": [run]}).splitlines()
     assert len(lines) == 3 and "](benchmarks/results/ranks/a.png)" in lines[0]
-    assert lines[1] == "At 40 trained parameters: {q} at rank 4 40%, all at rank 2 75%; all is best."
+    assert (
+        lines[1]
+        == "A small vision transformer on a new task: 40 parameters reach 40% on {q} at rank 4, 75% on all at rank 2."
+    )
     assert (
         lines[2].startswith("From rank 1 to rank 4: {q} 20% to 40%, all 50% to 80%.") and "(docs/ranks.md)" in lines[2]
     )
