@@ -17,6 +17,7 @@ def short(runs: Runs) -> str:
 
 
 def _short(run: Run) -> str:
+    cost = run.document["equal"]["parameters"]
     equal = [point for point in run.document["points"] if _is_equal(run, point)]
     at_cost = ", ".join(f"{_mean(p):.0%} on {p['weights']} at rank {p['r']}" for p in equal)
     spans = ", ".join(
@@ -26,7 +27,7 @@ def _short(run: Run) -> str:
     return "\n".join(
         [
             _picture(run),
-            f"A small vision transformer on a new task: {run.document['equal']['parameters']:,} parameters reach {at_cost}.",
+            f"A small vision transformer on a new task: {cost:,} parameters reach {at_cost}.",
             f"From rank {low} to rank {high}: {spans}. [How to choose]({run.link(run.root / 'docs' / 'ranks.md')}).",
         ]
     )

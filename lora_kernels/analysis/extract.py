@@ -17,7 +17,7 @@ from lora_kernels.analysis.rank_report import RankedLayer, RankReport
 from lora_kernels.analysis.short_names import short_names
 from lora_kernels.analysis.stored import rank_fields, write_stored
 from lora_kernels.analysis.truncate import check_rank, kept_rank
-from lora_kernels.analysis.weights import TRANSPOSED, Source, Weights, difference, weights_of
+from lora_kernels.analysis.weights import TRANSPOSED, Source, Weights, difference, relative_difference, weights_of
 from lora_kernels.models.adapter_files import Parts
 from lora_kernels.models.pairs import CONV, EMBEDDING
 from lora_kernels.models.targets import Names, by_reason, matches, some
@@ -166,15 +166,12 @@ class _Difference:
             if reason.startswith(("only in", "of other")):
                 left[name] = Left(reason, None)
                 continue
-            mine, theirs = self._new.tensor(name), self._old.tensor(name).to(self._new.tensor(name).device)
-            if torch.equal(mine, theirs.to(mine.dtype)):
+            mine, theirs = self._new.tensor(name), self._old.tensor(name)
+            if torch.equal(mine, theirs.to(mine.device, mine.dtype)):
                 self.unchanged.append(name)
-            elif mine.is_floating_point():
-                norm = low_rank.norm(theirs.double().reshape(-1, 1))
-                far = low_rank.norm((mine.double() - theirs.double()).reshape(-1, 1))
-                left[name] = Left(reason, far / norm if norm else math.inf)
             else:
-                left[name] = Left(reason, None)
+                subtracts = mine.is_floating_point() and theirs.is_floating_point()
+                left[name] = Left(reason, relative_difference(mine, theirs) if subtracts else None)
         return left
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_kernels.core import atomic
 from lora_kernels.models.adapter_files import safetensors_torch
@@ -83,6 +85,9 @@ class _OfModel(Weights):
                 if first.setdefault(id(tensor), own) == own:  # a tied weight counts once, under its first name
                     self._tensors[own] = tensor.detach()
                     self._modules[own] = module
+        odd = [f"{n} (a {type(t).__name__})" for n, t in self._tensors.items() if is_traceable_wrapper_subclass(t)]
+        if odd:
+            raise ValueError(f"{self.name} has sharded or quantised weights: {some(odd)}; give a whole, dense model")
         if empty := [name for name, tensor in self._tensors.items() if tensor.is_meta]:
             raise ValueError(f"{self.name} has no values for {some(empty)}: they are on the meta device")
 
@@ -183,3 +188,13 @@ def difference(tuned: Tensor, base: Tensor) -> Tensor:
     for mine, theirs, into in zip(tuned.split(512), base.split(512), out.split(512), strict=True):
         into.copy_(mine.double() - theirs.to(mine.device).double())
     return out
+
+
+def relative_difference(tuned: Tensor, base: Tensor) -> float:
+    """Return ‖tuned - base‖ / ‖base‖ in fp64, without a copy of the whole in fp64."""
+    mine, theirs = tuned.reshape(-1), base.to(tuned.device).reshape(-1)
+    far, norm = [], []
+    for one, other in zip(mine.split(1 << 20), theirs.split(1 << 20), strict=True):
+        far.append(torch.linalg.vector_norm(one.double() - other.double()).item())
+        norm.append(torch.linalg.vector_norm(other.double()).item())
+    return math.hypot(*far) / size if (size := math.hypot(*norm)) else math.inf

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 st = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
@@ -191,6 +192,8 @@ def test_what_cannot_be_extracted_is_refused_by_name_and_nothing_is_written(tmp_
     nan.mlp.q.weight.data[0, 0] = torch.nan
     codes = copy.deepcopy(tuned)
     codes.mlp.q.weight = nn.Parameter(torch.zeros(14, 12, dtype=torch.int8), requires_grad=False)
+    wrapped = copy.deepcopy(tuned)
+    wrapped.mlp.q.weight = nn.Parameter(TwoTensor(tuned.mlp.q.weight.detach(), tuned.mlp.q.weight.detach()))
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"x" * 20)
@@ -201,6 +204,7 @@ def test_what_cannot_be_extracted_is_refused_by_name_and_nothing_is_written(tmp_
         (ValueError, "adapters in mlp.q", (adapted, base, out, 2)),
         (ValueError, "mlp.q.weight: .*not finite", (nan, base, out, 2)),
         (ValueError, "mlp.q.weight is torch.int8", (codes, base, out, 2)),
+        (ValueError, r"mlp.q.weight .a TwoTensor.; give a whole, dense model", (wrapped, base, out, 2)),
         (ValueError, "meta device", (Mixed().to("meta"), base, out, 2)),
         (ValueError, "target_modules match no weight", (tuned, base, out, 2, None, ["nothing"])),
         (FileNotFoundError, "no safetensors file in .*empty", (tmp_path / "empty", base, out, 2)),

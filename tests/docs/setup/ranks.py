@@ -3,13 +3,11 @@
 import copy
 
 from support.adapter_models import adapted, llama
-from support.rank_files import saved
 
-from lora_kernels import merge_and_unload
+from lora_kernels import merge_and_unload, save_adapter
 
-llm, plain = llama(), llama()
-for number, name in enumerate(("adapter", "other")):
-    saved(name, number, model=plain, target_modules=["q_proj", "v_proj"])
-tuned = adapted(copy.deepcopy(plain), r=2, target_modules=["q_proj", "v_proj"])
-plain.save_pretrained("base")
-merge_and_unload(tuned).save_pretrained("tuned")
+llm = llama()
+for name in ("adapter", "other"):
+    save_adapter(adapted(copy.deepcopy(llm), r=6, target_modules=["q_proj", "v_proj"]), name)
+llm.save_pretrained("base")
+merge_and_unload(adapted(copy.deepcopy(llm), r=2, target_modules=["q_proj", "v_proj"])).save_pretrained("tuned")
