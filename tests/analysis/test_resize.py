@@ -187,6 +187,34 @@ def test_the_experts_of_a_layer_share_a_rank(tmp_path):
         assert layer.error == pytest.approx((left / squares) ** 0.5, rel=1e-6) and left / squares <= 0.1
 
 
+def test_peft_reads_the_ranks_of_experts_from_the_result(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from support.experts import E, experts_of
+    from support.peft_experts import Holder, config, randomise
+
+    def two() -> nn.Module:
+        return nn.ModuleDict({name: Holder(experts_of("Qwen3Moe", torch.float64, "eager")) for name in ("one", "two")})
+
+    before = randomise(peft.get_peft_model(two(), config(r=4, lora_alpha=3, use_rslora=True)))
+    with torch.no_grad():  # the second has a lower rank for the same energy
+        for name, p in before.named_parameters():
+            if "two" in name and "lora_B" in name:
+                p.view(len(p), 4, E).mul_(torch.tensor([1, 0.1, 0.01, 0.01])[:, None])
+    before.save_pretrained(tmp_path / "old")
+    report = resize_adapter(tmp_path / "old", tmp_path / "new", energy=0.7)
+    assert len(report.config["rank_pattern"]) == 2  # a key for each parameter of one of the layers
+    after = peft.PeftModel.from_pretrained(two(), tmp_path / "new")
+    ranks = {layer.name: layer.r for layer in report.layers}
+    assert ranks["two.experts"] < ranks["one.experts"] < 4
+    for name, r in ranks.items():
+        old, new = (model.base_model.model.get_submodule(name) for model in (before, after))
+        for _ in range(2):  # of the two parameters, one wraps the other
+            wanted, got = (each.get_delta_weight("default").detach().double() for each in (old, new))
+            for one, other in zip(got, wanted, strict=True):
+                assert relative(one, truncated(other, r)) < 1e-6
+            old, new = old.base_layer, new.base_layer
+
+
 def test_a_directory_can_be_resized_in_place_and_a_file_of_a_compiled_model_is_read(tmp_path):
     before = deltas(saved(tmp_path))
     edit_weights(tmp_path, lambda t: [t.__setitem__(k.replace("mlp.", "mlp._orig_mod."), t.pop(k)) for k in list(t)])
