@@ -60,7 +60,7 @@ def merge_adapters(
         out_dir: the directory to write. Both files are replaced together or not at all.
         how: "svd", "concat" or "weights".
         r: the rank of each layer for "svd". None, without `energy`, is the largest that the layer has in one of the
-            adapters, as in PEFT.
+            adapters (PEFT gives every layer the largest of all).
         energy: for "svd", keep the least rank with Σ_{i≤r} σᵢ² ≥ energy · Σ σᵢ² in each layer, and with `r` at most r.
 
     Raises:

@@ -79,7 +79,8 @@ class RankReport:
         return "\n".join([as_text(self._rows()), self._total(), *self.notes])
 
     def _total(self) -> str:
-        return f"{len(self.layers)} layers, {self.parameters:,} parameters, error over all {self.error:.2e}"
+        count = f"{len(self.layers)} layer" + "s" * (len(self.layers) != 1)
+        return f"{count}, {self.parameters:,} parameters, error over all {self.error:.2e}"
 
     def _rows(self) -> list[list[str]]:
         if len(self.layers) <= _MOST_LINES:
