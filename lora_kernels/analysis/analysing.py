@@ -16,7 +16,7 @@ from lora_kernels.analysis.findings import Comparison, LayerReport
 from lora_kernels.analysis.measures import effective_rank, energy_rank, stable_rank
 from lora_kernels.analysis.progress import over
 from lora_kernels.analysis.report import Report
-from lora_kernels.analysis.subspaces import similarity_of
+from lora_kernels.analysis.subspaces import random_similarity, similarity_of
 from lora_kernels.analysis.updates import Source, Update, updates_of
 from lora_kernels.models.targets import some
 
@@ -166,6 +166,7 @@ def _compare(svd: DeltaSVD, other: Update) -> Comparison:
         phi=tuple(map(tuple, phi.tolist())),
         at_rank=float(phi[svd.rank - 1, second.rank - 1]) if both else float("nan"),
         mean=float(phi.nanmean()),
+        mean_random=float(random_similarity(svd.rank, second.rank, len(v1)).mean()) if both else float("nan"),
         random=max(svd.rank, second.rank) / len(v1),
         cosine=inner / norms if both else float("nan"),
     )
