@@ -90,7 +90,7 @@ def analyse(
         layers.append(found if isinstance(found, LayerReport) else layer)
         if svd.rank == 0:
             without_values.append(update.name)
-    if weights is not None and len(without) == len(layers):
+    if base is not None and weights is not None and len(without) == len(layers):
         raise ValueError(missing_all(weights, without))
     notes = list(dict.fromkeys((*own.notes, *(theirs.notes if theirs else ()))))
     if without_values:
