@@ -16,7 +16,7 @@ from lora_kernels.analysis.findings import Comparison, LayerReport
 from lora_kernels.analysis.measures import effective_rank, energy_rank, stable_rank
 from lora_kernels.analysis.progress import over
 from lora_kernels.analysis.report import Report
-from lora_kernels.analysis.subspaces import similarity_of
+from lora_kernels.analysis.subspaces import random_similarity, similarity_of
 from lora_kernels.analysis.updates import Source, Update, updates_of
 from lora_kernels.models.targets import some
 
@@ -90,7 +90,7 @@ def analyse(
         layers.append(found if isinstance(found, LayerReport) else layer)
         if svd.rank == 0:
             without_values.append(update.name)
-    if weights is not None and len(without) == len(layers):
+    if base is not None and weights is not None and len(without) == len(layers):
         raise ValueError(missing_all(weights, without))
     notes = list(dict.fromkeys((*own.notes, *(theirs.notes if theirs else ()))))
     if without_values:
@@ -166,6 +166,7 @@ def _compare(svd: DeltaSVD, other: Update) -> Comparison:
         phi=tuple(map(tuple, phi.tolist())),
         at_rank=float(phi[svd.rank - 1, second.rank - 1]) if both else float("nan"),
         mean=float(phi.nanmean()),
+        mean_random=float(random_similarity(svd.rank, second.rank, len(v1)).mean()) if both else float("nan"),
         random=max(svd.rank, second.rank) / len(v1),
         cosine=inner / norms if both else float("nan"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -55,9 +56,9 @@ def base_of(base: nn.Module | str | os.PathLike[str] | None, updates: Updates) -
     if base is None:
         return _OwnLayers()
     if isinstance(base, nn.Module):
-        return _OfModel(base)
+        return _OfModel(base, updates)
     path = Path(base)
-    return _OfFiles(weights_of(path if path.exists() else _cached(str(base))), updates.transposed)
+    return _OfFiles(weights_of(path if path.exists() else _cached(str(base))), updates)
 
 
 class _OwnLayers(Base):
@@ -69,31 +70,33 @@ class _OwnLayers(Base):
 
 
 class _OfModel(Base):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, updates: Updates) -> None:
         self.name = f"the {type(model).__name__}"
         self._modules = {name.replace(".base_layer", ""): module for name, _, module in plain_names(model)}
+        self._names = _names_in(self._modules, updates)
 
     def find(self, update: Update) -> Found | str:
-        name = _name_in(plain_name(update.layer, self._modules), self._modules)
-        if name is None:
+        name = self._names[update.layer]
+        if name not in self._modules:
             return f"{self.name} has no {update.layer}"
         return _of_layer(self._modules[name], update)
 
 
 class _OfFiles(Base):
-    def __init__(self, weights: Weights, transposed: bool | None) -> None:
+    def __init__(self, weights: Weights, updates: Updates) -> None:
         self.name = weights.name
-        self._weights, self._transposed = weights, transposed
+        self._weights, self._transposed = weights, bool(updates.transposed)
         self._shapes = weights.shapes()
         self._of_bnb = {key.partition(_STATE)[0]: key for key in self._shapes if _STATE in key}
         self._modules = {key.removesuffix(".weight"): key for key in self._shapes if key.endswith(".weight")}
         self._modules |= {key.removesuffix(".in_proj_weight"): key for key in self._shapes if "in_proj_weight" in key}
+        self._names = _names_in(self._modules, updates)
 
     def find(self, update: Update) -> Found | str:
         if update.kind == EXPERTS:
             return "the weights of experts lie in files in several forms: pass the model as the base"
-        name = _name_in(update.layer, self._modules)
-        if name is None:
+        name = self._names[update.layer]
+        if name not in self._modules:
             return f"{self.name} has no weight of {update.layer}"
         key = self._modules[name]
         if key in self._of_bnb:
@@ -102,7 +105,7 @@ class _OfFiles(Base):
         if f"{name}.SCB" in self._shapes:
             weight.SCB = self._weights.tensor(f"{name}.SCB")  # type: ignore[attr-defined]
             return Found(from_bnb(weight), False)
-        return _arranged(weight, update, update.kind == EMBEDDING or bool(self._transposed))
+        return _arranged(weight, update, update.kind == EMBEDDING or self._transposed)
 
     def _four_bit(self, key: str) -> Tensor:
         """Return the weight `key` of bitsandbytes with its state, as a Params4bit has it."""
@@ -124,13 +127,25 @@ class _OfFiles(Base):
         return weight
 
 
-def _name_in(name: str, names: dict[str, Any]) -> str | None:
-    """Return the one of `names` that stands for `name`: the same, or one that lacks or has more parts in front, as
-    "h.0.attn" and "transformer.h.0.attn" of a model and its inner one. None where there is none, or several."""
-    if name in names:
-        return name
-    ends = [each for each in names if each and (each.endswith(f".{name}") or name.endswith(f".{each}"))]
-    return ends[0] if len(ends) == 1 else None
+def _names_in(names: Collection[str], updates: Updates) -> dict[str, str]:
+    """Return the name that the base has, or would have, for each layer of the adapter.
+
+    They are the same, or all of those of the adapter, or all of those of the base, have a prefix more, as those of a
+    model have beside those of its inner one: "transformer.h.0.attn" and "h.0.attn". The prefix with which most layers
+    are found is taken.
+    """
+    layers = list(dict.fromkeys(plain_name(update.layer, names) for update in updates.updates))
+    more = {name.removesuffix(layer) for layer in layers for name in names if name.endswith(f".{layer}")}
+    less = {layer.removesuffix(name) for layer in layers for name in names if name and layer.endswith(f".{name}")}
+    ways = [("", ""), *((prefix, "") for prefix in sorted(more)), *(("", prefix) for prefix in sorted(less))]
+    best = max(ways, key=lambda way: sum(_renamed(layer, *way) in names for layer in layers))
+    return {update.layer: _renamed(plain_name(update.layer, names), *best) for update in updates.updates}
+
+
+def _renamed(layer: str, more: str, less: str) -> str:
+    """Return a name with the prefix `more`, and without the prefix `less`. One without that prefix has no counterpart,
+    and becomes a name that nothing has."""
+    return f"{more}{layer.removeprefix(less)}" if layer.startswith(less) else f"no {less}{layer}"
 
 
 def _of_layer(module: Any, update: Update) -> Found | str:
@@ -170,7 +185,7 @@ def _arranged(weight: Tensor, update: Update, transposed: bool) -> Found | str:
     if weight.is_meta:
         return "its weight is on the meta device, which holds no values (the model is offloaded, or not loaded yet)"
     if weight.dtype not in (torch.float64, *DTYPES):
-        return f"its weight is {weight.dtype}, whose scales are not read: only bitsandbytes' formats are, and this package's"
+        return f"its weight is {weight.dtype}, and of quantised ones those of bitsandbytes and this package are read"
     flat = weight.flatten(1) if update.kind == CONV or weight.dim() > 2 else weight
     if tuple(flat.shape) == (N, K) and not (transposed and N == K):
         return Found(flat, False)

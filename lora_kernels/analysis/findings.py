@@ -21,6 +21,8 @@ class Comparison:
     """φ at the ranks of the two updates: how much of the smaller one's input directions the other has."""
     mean: float
     """The mean φ over i and j."""
+    mean_random: float
+    """What `mean` is for unrelated updates."""
     random: float
     """What `at_rank` is for unrelated updates, max(rank₁, rank₂) / K."""
     cosine: float

@@ -43,6 +43,8 @@ class FrozenWeight:
             raise ValueError(f"the weight {shape} is not [N, K]: flatten that of a convolution with weight.flatten(1)")
         if weight.device.type == "meta":
             raise ValueError(f"the weight {shape} is on the meta device, which holds no values: load the model first")
+        if weight.device.type == "mps":  # which has no fp64
+            weight = weight.to("cpu")
         if isinstance(weight, Tensor):
             if not weight.is_floating_point():
                 raise TypeError(

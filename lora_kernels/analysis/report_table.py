@@ -54,6 +54,7 @@ _COMPARED = (
     Column("φ at both ranks", lambda layer: layer.comparison and layer.comparison.at_rank),
     Column("random", lambda layer: layer.comparison and layer.comparison.random),
     Column("mean φ", lambda layer: layer.comparison and layer.comparison.mean),
+    Column("random", lambda layer: layer.comparison and layer.comparison.mean_random),
     Column("cosine", lambda layer: layer.comparison and layer.comparison.cosine),
 )
 
@@ -92,7 +93,7 @@ def renderables(report: Findings, every: bool | None = None) -> Iterator[Any]:
         yield text(note)
     if not each:
         yield text(
-            "Of each module: the median of its layers with their range, and the largest of the whole numbers. "
+            "Of each module: the median of its layers and their range, and the largest of r and of the ranks. "
             "--layers, or report.table(every=True), shows each layer."
         )
 
@@ -116,7 +117,7 @@ def _table(
 
 
 def _cell(column: Column, layers: Sequence[LayerReport]) -> str:
-    """Return one number, the largest of several, or their median and range."""
+    """Return one number, the largest of several, or their median above their range."""
     numbers = [value for layer in layers if (value := column.value(layer)) is not None and not math.isnan(value)]
     if not numbers:
         return "–"
@@ -124,7 +125,7 @@ def _cell(column: Column, layers: Sequence[LayerReport]) -> str:
         bound = any(column.at_least(layer) for layer in layers if column.value(layer) == max(numbers))
         return f"{'≥ ' * bound}{_number(max(numbers))}"
     low, middle, high = (_number(each) for each in (min(numbers), median(numbers), max(numbers)))
-    return middle if low == high else f"{middle} ({low}–{high})"
+    return middle if low == high else f"{middle}\n{low}–{high}"
 
 
 def _notes(report: Findings) -> Iterator[str]:

@@ -129,6 +129,7 @@ def test_two_adapters_of_different_rank_are_compared_layer_by_layer(tmp_path):
     assert layer.comparison.first == pytest.approx(phi[0, 0].item())
     assert layer.comparison.mean == pytest.approx(phi.mean().item())
     assert layer.comparison.random == 5 / 16
+    assert layer.comparison.mean_random == pytest.approx(49 / 15 / 16)  # Σ max(i, j) = 49
     deltas = [(b.double() @ a.double()).flatten() for a, b in pairs]
     assert layer.comparison.cosine == pytest.approx(torch.cosine_similarity(*deltas, dim=0).item(), abs=1e-9)
     assert report.layers[1].comparison is None and len(report.only_here) == len(report.only_there) == 11
@@ -260,6 +261,26 @@ def test_merged_layers_and_foreign_bases_are_named_and_not_measured():
     assert "Without W: fc: W (8, 7) does not go with" in str(report)
     with pytest.raises(ValueError, match="has the weight of none of the adapter's layers"):
         analyse(model, base=nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_a_layer_is_not_taken_for_another_that_ends_in_its_name():
+    model = adapted(net(), target_modules=["inner.fc", "head"])
+    other = net()
+    del other.inner.fc
+    other.fc = nn.Linear(8, 8)  # as large as inner.fc, which is not there
+    assert analyse(model, base=other).without_weight == (("inner.fc", "the Sequential has no inner.fc"),)
+
+
+def test_weights_that_hold_no_values_are_named():
+    model = adapted(net(), target_modules=["inner.fc", "head"])
+    other = net()
+    other.head.to("meta")
+    other.inner.fc.weight = nn.Parameter(other.inner.fc.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="float8"):
+        analyse(model, base=other)
+    other.fc = nn.Linear(5, 8)
+    report = analyse(adapted(net(), target_modules=["fc", "head"]), base=other)
+    assert [name for name, reason in report.without_weight if "meta device" in reason] == ["head"]
 
 
 def test_an_untrained_adapter_has_no_directions_and_says_so():
