@@ -78,7 +78,7 @@ def plot_similarity(
             axis.set_box_aspect(ratio)
             hatch(axis)
             axis.set(xticks=ticks(r2), yticks=ticks(r1, most=9 if ratio > 0.6 else 5))
-            axis.set_title(short(name, 34))
+            axis.set_title(short(name, int(13 * side) + 3))  # as long as a panel and its gap are wide
             if n % wide == 0:
                 axis.set_ylabel(rows)
             if n + wide >= len(shown):

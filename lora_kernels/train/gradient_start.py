@@ -37,6 +37,7 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+@torch.inference_mode(False)  # what is made in inference mode could not be trained later
 def lora_ga(
     model: nn.Module,
     batches: Iterable[Any],
@@ -186,7 +187,10 @@ def _progress(batches: Any, passes: int) -> Iterator[Callable[[], None]]:
     except ImportError:
         yield lambda: None
         return
-    total = passes * len(batches) if hasattr(batches, "__len__") else None
+    try:
+        total = passes * len(batches)
+    except TypeError:  # a DataLoader over an iterable has no length
+        total = None
     columns = TextColumn("gradients for LoRA-GA"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("", total=total)

@@ -36,7 +36,7 @@ def texts(path: Path) -> str:
 
 
 def test_phi_has_i_downwards_and_j_to_the_right(tmp_path):
-    plot_similarity({"q": [[0.0, 0.0], [0.5, 1.0]]}, tmp_path / "phi.png")
+    plot_similarity({"q": [[0.0, 0.0], [0.5, 1.0]]}, tmp_path / "phi.png", dpi=80)
     picture = pixels(tmp_path / "phi.png")
     map_only = picture[:, : int(0.7 * picture.shape[1])]  # without the colour bar
     row, column = places(map_only, HIGH)
@@ -46,13 +46,13 @@ def test_phi_has_i_downwards_and_j_to_the_right(tmp_path):
 
 def test_colours_of_phi_are_from_0_to_1_whatever_the_values_are(tmp_path):
     for value, colour in ((0.0, LOW), (0.5, MIDDLE), (1.0, HIGH)):
-        plot_similarity({"q": torch.full((3, 4), value)}, tmp_path / "phi.png")
+        plot_similarity({"q": torch.full((3, 4), value)}, tmp_path / "phi.png", dpi=80)
         picture = pixels(tmp_path / "phi.png")
         places(picture[:, : int(0.7 * picture.shape[1])], colour)
 
 
 def test_what_has_no_value_is_hatched(tmp_path):
-    plot_similarity({"q": [[1.0, math.nan], [math.nan, math.nan]]}, tmp_path / "phi.png")
+    plot_similarity({"q": [[1.0, math.nan], [math.nan, math.nan]]}, tmp_path / "phi.png", dpi=80)
     plot_layers([[1.0], [math.nan]], tmp_path / "map.png", blocks=["0", "1"], modules=["q"], label="rank")
     for name in ("phi.png", "map.png"):
         places(pixels(tmp_path / name), [0xEE] * 3)
@@ -119,7 +119,7 @@ def test_spectra_of_one_value_or_none_are_drawn(spectra, tmp_path):
 
 def test_a_map_has_blocks_to_the_right_and_modules_downwards(tmp_path):
     values = [[0.0, 0.5], [0.0, 1.0]]
-    plot_layers(values, tmp_path / "map.png", blocks=["0", "1"], modules=["q", "v"], label="rank")
+    plot_layers(values, tmp_path / "map.png", blocks=["0", "1"], modules=["q", "v"], label="rank", dpi=80)
     picture = pixels(tmp_path / "map.png")
     cells = picture[:, : int(0.68 * picture.shape[1])]
     row, column = places(cells, HIGH)

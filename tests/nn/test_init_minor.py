@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.initialise_weights import EPS, WEIGHTS, gaussian, norm, product, same
 
-from lora_kernels import FusedLoRALinear
+from lora_kernels import FusedLoRAConv1D, FusedLoRALinear
 from lora_kernels.nn.init import milora, pissa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,3 +70,15 @@ def test_a_layer_computes_what_the_linear_does_and_trains(settings):
     assert layer.splits_base
     layer(x).square().sum().backward()
     assert layer.lora_A.grad.abs().max() > 0 and layer.lora_B.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("init", ["milora", "gaussian", "orthogonal"])
+def test_conv1d_of_gpt2_takes_it_in_its_own_layout(init):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    base, x = conv1d(20, 24), torch.randn(5, 24)
+    layer = FusedLoRAConv1D.from_conv1d(base, r=4, init=init)
+    assert layer.init == init and layer.splits_base == (init == "milora")
+    torch.testing.assert_close(layer(x), base(x), rtol=1e-4, atol=1e-5)
+    if init == "milora":
+        values = torch.linalg.svdvals(base.weight.detach().double())[-4:]
+        torch.testing.assert_close(layer.scaling * layer.lora_A.double().square().sum(1), values, rtol=1e-4, atol=1e-6)

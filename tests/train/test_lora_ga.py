@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,20 @@ def test_conv1d_of_gpt2_gets_the_formula_in_its_own_layout():
     torch.testing.assert_close(model[0].weight, twin[0].weight.T, rtol=0, atol=1e-4)
 
 
+def test_without_a_loss_the_models_own_is_taken():
+    class Output(Model):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(loss=F.cross_entropy(super().forward(input_ids).flatten(0, 1), labels.flatten()))
+
+    model, data = Output(), batches(2)
+    twin = Model()
+    twin.load_state_dict(model.state_dict())
+    lora_ga(model, [{"input_ids": x, "labels": y} for x, y in data], r=3, target_modules=NAMES)
+    lora_ga(twin, data, loss, r=3, target_modules=NAMES)
+    assert torch.equal(model.up.lora_B, twin.up.lora_B)
+
+
+@pytest.mark.slow
 def test_a_model_of_transformers_gives_its_own_loss():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -309,6 +324,37 @@ def test_what_cannot_be_is_refused_and_the_model_stays(make, given, error, messa
 
 def test_an_iterator_is_enough_for_one_pass():
     lora_ga(Model(), iter(batches(2)), loss, r=3, target_modules=NAMES)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([torch.arange(36).view(4, 9) % 20, torch.arange(36).view(4, 9) % 7])
+
+
+def test_a_data_loader_without_a_length_is_read_once_for_each_block():
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    model = Model()
+    lora_ga(model, loader, lambda m, ids: loss(m, (ids, ids)), r=3, target_modules=NAMES, memory=2 * 4 * 24 * 24)
+    assert all(model.get_submodule(name).init == "lora_ga" for name in NAMES)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_what_is_made_without_gradients_can_be_trained(mode):
+    model, data = Model(), batches(2)
+    with mode():
+        lora_ga(model, data, loss, r=3, target_modules=NAMES)
+    loss(model, data[0]).backward()
+    assert model.up.lora_A.grad.abs().max() > 0 and not model.up.weight.is_inference()
+
+
+def test_the_progress_is_shown_at_a_terminal_only(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    lora_ga(Model(), batches(2), loss, r=3, target_modules=NAMES)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    lora_ga(Model(), batches(2), loss, r=3, target_modules=NAMES)
+    assert "gradients for LoRA-GA" in capsys.readouterr().err
 
 
 def test_blocks_hold_what_fits_with_one_gradient_more():
