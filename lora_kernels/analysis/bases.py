@@ -78,7 +78,7 @@ class _OfModel(Base):
     def find(self, update: Update) -> Found | str:
         name = self._names[update.layer]
         if name not in self._modules:
-            return f"{self.name} has no {update.layer}"
+            return f"{self.name} has no {some([update.layer])}"
         return _of_layer(self._modules[name], update)
 
 
@@ -97,7 +97,7 @@ class _OfFiles(Base):
             return "the weights of experts lie in files in several forms: pass the model as the base"
         name = self._names[update.layer]
         if name not in self._modules:
-            return f"{self.name} has no weight of {update.layer}"
+            return f"{self.name} has no weight of {some([update.layer])}"
         key = self._modules[name]
         if key in self._of_bnb:
             return Found(from_bnb(self._four_bit(key)), False)

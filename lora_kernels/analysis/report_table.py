@@ -112,7 +112,7 @@ def _table(
         table.add_column(column.title, justify="right", overflow="fold")
     for name, layers in lines:
         count = [str(len(layers))] if first == "module" else []
-        table.add_row(text(name), *count, *(_cell(column, layers) for column in columns))
+        table.add_row(text(some([name])), *count, *(_cell(column, layers) for column in columns))
     return table
 
 

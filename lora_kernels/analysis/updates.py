@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from lora_kernels.models.adapter_files import (
 from lora_kernels.models.adapter_files import pairs as part_pairs
 from lora_kernels.models.pairs import ATTENTION, CONV, EMBEDDING, EXPERTS, LINEAR, Pair, pairs
 from lora_kernels.models.targets import matches, some
+from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.settings import scaling_of
+from lora_kernels.ops.embedding_passes import without_row
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 """A model with adapters, a state dict, the directory of an adapter, or a file of loralib."""
@@ -124,7 +126,10 @@ def _of_pair(pair: Pair) -> Iterator[Update]:
         layer, part = f"{layer}.{part}", ""
     if pair.a.is_meta or hasattr(pair.a, "placements") or hasattr(pair.b, "placements"):
         raise ValueError(f"A and B of {layer} are sharded or have no values here: gather the state, and pass that")
-    a, b = pair.as_a(pair.a.detach()), pair.as_b(pair.b.detach())
+    a, b = pair.a.detach(), pair.as_b(pair.b.detach())
+    if pair.kind == EMBEDDING and isinstance(pair.layer, AdapterLayer):
+        a = without_row(a, cast(Any, pair.layer).padding_idx)  # which that layer does not adapt, whatever A holds there
+    a = pair.as_a(a)
     kind = ATTENTION if pair.name.endswith("base_layer.out_proj") else pair.kind
     if kind != EXPERTS:
         b = b[0] if len(b) == 1 else torch.block_diag(*b)  # the groups of a convolution have rows of their own

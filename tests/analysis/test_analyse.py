@@ -240,6 +240,21 @@ def test_dora_is_measured_by_its_direction():
     assert "with DoRA" in report.notes[-1]
 
 
+def test_the_padding_row_of_an_embedding_has_no_update():
+    model = nn.Sequential(nn.Embedding(7, 5, padding_idx=2))
+    adapted(model, target_modules=["0"])
+    layer = model[0]
+    delta = layer.to_plain().weight.double() - layer.weight.double()
+    assert layer.lora_embedding_A[2].abs().sum() > 0 and delta[2].abs().sum() == 0
+    assert analyse(model).layers[0].norm == pytest.approx(delta.norm().item(), rel=1e-6)
+
+
+def test_names_that_would_move_the_cursor_are_shown_as_text():
+    state = {"a\x1b[2J.lora_A": torch.ones(1, 3), "a\x1b[2J.lora_B": torch.ones(2, 1)}
+    report = analyse(state, state, lora_alpha=1)
+    assert "\x1b" not in str(report) and "a" in str(report)
+
+
 def test_what_an_initialisation_took_out_of_the_base_is_said(tmp_path):
     model = adapted(net(), target_modules=["out"], init="pissa")
     assert "started as 'pissa'" in analyse(model).notes[0]
