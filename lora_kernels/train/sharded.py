@@ -1,0 +1,102 @@
+"""Tensors of which each process has a part: DTensors, as FSDP2 and tensor parallel plans make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def is_plain(t: Tensor) -> bool:
+    """Return whether t is dense, and is no subclass but a DTensor."""
+    return (type(t) in (Tensor, nn.Parameter) or hasattr(t, "placements")) and t.layout == torch.strided
+
+
+def whole(t: Tensor) -> Tensor:
+    """Return t without its graph, gathered from all processes if it is a DTensor."""
+    t = t.detach()
+    return t.full_tensor() if hasattr(t, "placements") else t  # type: ignore[operator, no-any-return]
+
+
+def local(t: Tensor) -> Tensor:
+    """Return this process's part of t, in the same memory."""
+    t = t.detach()
+    return t.to_local() if hasattr(t, "placements") else t  # type: ignore[operator, no-any-return]
+
+
+def like(full: Tensor, t: Tensor) -> Tensor:
+    """Return `full`, which every process has, divided as t is: this process's part of it where t is a DTensor."""
+    if not hasattr(t, "placements"):
+        return full
+    return _divided(full, t.device_mesh, t.placements)
+
+
+def write(t: Tensor, full: Tensor) -> None:
+    """Write `full`, which every process has, into t."""
+    t = t.detach()
+    t.zero_()  # also of a DTensor, whose version counter the next line does not touch
+    local(t).copy_(like(full.to(local(t).device), t))
+
+
+def agreed_seed(generator: torch.Generator | None, device: torch.device, failed: bool) -> int:
+    """Return a number from the generator of process 0, None being torch's default generator of the CPU, which all
+    processes get. Raises ValueError if another process has `failed`; if this one has, its caller raises."""
+    drawn = torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu")
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return int(drawn.item())
+    both = torch.stack([drawn.cpu(), torch.tensor(0)]).to(device)
+    distributed.broadcast(both, 0)
+    both[1] = int(failed)
+    distributed.all_reduce(both[1:], distributed.ReduceOp.MAX)
+    if both[1].item() and not failed:
+        raise ValueError("another process has refused the restart; its error says why. Nothing was changed")
+    return int(both[0].item())
+
+
+def parts_beside(weight: Any, left: Tensor, right: Tensor, stacked: bool) -> tuple[Tensor, Tensor] | str:
+    """Return the parts of left [G, P, R] and right [G, R, Q] whose product belongs to this process's part of the
+    DTensor `weight`, or why there are none. `weight` is [G, P, Q] if `stacked`, else [P, Q] or [P, ...]."""
+    from torch.distributed.tensor import Replicate, Shard  # heavy to import, and loaded where there is a DTensor
+
+    of_left, of_right = [], []
+    for placement in weight.placements:
+        dim = None
+        if type(placement) is Shard:
+            dim = placement.dim + (not stacked)
+        elif not isinstance(placement, Replicate):
+            return f"its weight is divided as {weight.placements}, of which Shard and Replicate are served"
+        if dim is not None and weight.ndim > 3 and dim > 1:
+            return f"its weight is divided as {weight.placements}, within its kernel"
+        of_left.append(Shard(dim) if dim in (0, 1) else Replicate())
+        of_right.append(Shard(dim) if dim in (0, 2) else Replicate())
+    mesh = weight.device_mesh
+    return _divided(left, mesh, of_left), _divided(right, mesh, of_right)
+
+
+def summed(value: float, t: Any) -> float:
+    """Return the sum of `value` over the processes that hold different parts of t."""
+    if not hasattr(t, "placements"):
+        return value
+    number = torch.tensor(value, dtype=torch.float64, device=t.to_local().device)
+    for dim, placement in enumerate(t.placements):
+        if placement.is_shard():
+            distributed.all_reduce(number, group=t.device_mesh.get_group(dim))
+    return number.item()
+
+
+def reshard(model: nn.Module) -> None:
+    """Make every part of a model under FSDP2 hold its parts again: after a forward without a backward some have whole
+    parameters, in memory of their own."""
+    for module in model.modules():
+        method: Callable[[], None] | None = getattr(module, "reshard", None)
+        if method is not None and hasattr(module, "set_requires_gradient_sync"):
+            method()
+
+
+def _divided(full: Tensor, mesh: Any, placements: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    held = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return held.redistribute(mesh, placements).to_local()
