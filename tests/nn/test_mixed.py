@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lora_kernels import FusedLoRAConv2d, FusedLoRAEmbedding, FusedLoRALinear, FusedLoRAMultiheadAttention
 from lora_kernels.core.rows import Rows
-from lora_kernels.nn.mixed import Mixed, current_for, mixable, mixed, table_of
+from lora_kernels.nn.in_force import current_for
+from lora_kernels.nn.mixed import Mixed, mixable, mixed, table_of
 
 TABLE = {"a": 0, "b": 1, "c": 2}
 
