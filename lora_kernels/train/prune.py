@@ -43,17 +43,18 @@ class Moment(NamedTuple):
 
 
 def moments_of(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Moment]]:
-    """Return the moments that the optimisers have for each of the named parameters, the first moment first. A parameter that has no state yet,
-    or whose state is in another process, has none.
+    """Return the moments that the optimisers have for each of the named parameters, the first moment first. A
+    parameter that has no state yet, or whose state is in another process, has none.
 
     Raises ValueError for a trained parameter that no optimiser has, and for a state that is not known here.
     """
     states: dict[int, Mapping[str, Any]] = {}
     for optimizer in optimizers:
-        optimizer = getattr(optimizer, "optim", optimizer)  # torch's ZeroRedundancyOptimizer has it inside
+        # torch's ZeroRedundancyOptimizer has another optimiser inside, with the states of this process.
+        state = getattr(optimizer, "optim", optimizer).state
         for group in optimizer.param_groups:
             for p in group["params"]:
-                states[id(p)] = optimizer.state.get(p, {})
+                states[id(p)] = state.get(p, {})
     absent = [name for name, p in parameters.items() if p.requires_grad and id(p) not in states]
     if absent:
         raise ValueError(
