@@ -31,9 +31,9 @@ class Cycle:
         self.master: dict[str, Tensor] | None = {} if master else None
         self.reports: list[tuple[int, RestartReport]] = []
 
-    def begin(self, model: nn.Module, step: int, steps: int) -> None:
-        """Prepare for a training that goes on at `step` and ends after `steps`. Raises ValueError where `restart` would
-        refuse the model, so that a training does not stop at its first restart."""
+    def begin(self, model: nn.Module, step: int, steps: float) -> None:
+        """Prepare for a training that goes on at `step` and ends after `steps`, which may be infinite. Raises
+        ValueError where `restart` would refuse the model, so that a training does not stop at its first restart."""
         updates, _ = restartable.updates_of(model)
         if step >= self.every:
             restartable.mark(model, updates)
@@ -42,7 +42,7 @@ class Cycle:
                 f"every={self.every}, but the training ends after {steps} steps: there will be no restart", stacklevel=3
             )
 
-    def is_due(self, step: int, steps: int) -> bool:
+    def is_due(self, step: int, steps: float) -> bool:
         """Return whether there is a restart after this many steps. After the last one there is none."""
         return step > 0 and step % self.every == 0 and step != steps
 

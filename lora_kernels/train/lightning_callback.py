@@ -42,7 +42,7 @@ class LightningReLoRA(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the model, and make the restart that the checkpoint was saved just before."""
-        self._cycle.begin(pl_module, trainer.global_step, int(trainer.estimated_stepping_batches))
+        self._cycle.begin(pl_module, trainer.global_step, trainer.estimated_stepping_batches)
         self._restart_if_due(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -50,7 +50,7 @@ class LightningReLoRA(Callback):  # type: ignore[misc]
         self._restart_if_due(trainer, pl_module)
 
     def _restart_if_due(self, trainer: Any, pl_module: Any) -> None:
-        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        step, steps = trainer.global_step, trainer.estimated_stepping_batches
         if step != self._last and self._cycle.is_due(step, steps):  # a step may be of several batches
             self._cycle.restart(pl_module, trainer.optimizers, step)
             self._last = step

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.pairs import EMBEDDING, Pair, pairs
 from lora_kernels.models.targets import some, told_by_reason
@@ -22,6 +23,22 @@ RESTARTED = "restarted"
 PEFT_MARK = "relora"
 """What ``init_lora_weights`` in PEFT's config is after a restart. PEFT refuses to load such an adapter alone."""
 
+_KINDS = frozenset(
+    (
+        "FusedLoRALinear",
+        "QuantizedLoRALinear",
+        "TiedLoRALinear",
+        "FusedLoRAConv1D",
+        "FusedLoRAEmbedding",
+        "FusedLoRAConv1d",
+        "FusedLoRAConv2d",
+        "FusedLoRAConv3d",
+        "FusedLoRAMultiheadAttention",
+        "FusedLoRAExperts",
+    )
+)
+"""The layers whose update is s·B A of their own A and B, or of those of the embedding that they are tied to."""
+
 
 def updates_of(model: nn.Module) -> tuple[list[Update], tuple[str, ...]]:
     """Return the updates that are trained, and the names of the layers whose adapters are frozen.
@@ -29,8 +46,8 @@ def updates_of(model: nn.Module) -> tuple[list[Update], tuple[str, ...]]:
     Raises ValueError where one cannot go into its weight, naming every such layer and the reason.
     """
     _refuse_fsdp1(model)
-    updates, left, reasons = [], [], {}
-    for pair in pairs(model):
+    updates, left, reasons = [], [], {name: why for name, layer in lora_layers(model).items() if (why := _kind(layer))}
+    for pair in pairs(model) if not reasons else ():
         if not (pair.a.requires_grad or pair.b.requires_grad):
             left.append(pair.name)
             continue
@@ -51,6 +68,14 @@ def updates_of(model: nn.Module) -> tuple[list[Update], tuple[str, ...]]:
             f"W + s·B·A of {some(over)} is not finite in {updates[0].weight.dtype}: nothing was changed. Look at A, B"
         )
     return updates, tuple(left)
+
+
+def _kind(layer: AdapterLayer) -> str:
+    """Return why the update of `layer` is not that of its own A and B; "" where it is."""
+    kind = next(each for each in type(layer).__mro__ if each.__module__.startswith("lora_kernels."))
+    if kind.__name__ in _KINDS:  # FSDP2 and parametrizations make subclasses
+        return ""
+    return f"a {kind.__name__}, whose update is not made of an A and a B of its own alone"
 
 
 def mark(model: nn.Module, updates: Iterable[Update]) -> list[str]:

@@ -156,6 +156,7 @@ def _peft_alone(folder: Path) -> None:
         raise ValueError("restarted") from error
 
 
+@pytest.mark.slow
 def test_transformers_trainer_keeps_the_master_of_a_16_bit_base_in_its_checkpoints(tmp_path: Path) -> None:
     model = made("ours", torch.bfloat16)
     callback = run_trainer(model, tmp_path, master=True)
@@ -239,6 +240,7 @@ def run_lightning(model: nn.Module, out: Path, resume: Path | None = None, **set
     return callback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["ours", "PEFT"])
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_restarts_and_goes_on_with_the_same_bits(who: str, tmp_path: Path) -> None:

@@ -344,6 +344,18 @@ def _nan() -> nn.Module:
     return one
 
 
+class _OtherLinear(FusedLoRALinear):
+    """A layer of this package that reads the A and B of others too."""
+
+    __module__ = "lora_kernels.nn.other"
+
+
+def _other_kind() -> nn.Module:
+    one = layer()
+    one.__class__ = _OtherLinear
+    return one
+
+
 def _shared() -> nn.Module:
     linear = nn.Linear(6, 6)
     return nn.ModuleDict({name: FusedLoRALinear.from_linear(linear, r=2) for name in ("first", "second")})
@@ -356,6 +368,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "switched off": (_switched_off, "its scaling is 0"),
     "too large for fp16": (_overflowing, "of the layer is not finite in torch.float16"),
     "NaN": (_nan, "of the layer is not finite"),
+    "another kind": (_other_kind, "a _OtherLinear, whose update is not made of an A and a B of its own alone"),
     "a shared weight": (_shared, "the weight of first is that of second too"),
     "on the meta device": (lambda: layer().to("meta"), "it has no values here"),
     "no adapter": (lambda: nn.Linear(3, 4), "no trained adapter"),
@@ -426,6 +439,20 @@ def test_fsdp1_is_refused(tmp_path: Any) -> None:
             restart(model)
     finally:
         dist.destroy_process_group()
+
+
+def test_the_bias_of_pefts_b_stays_and_goes_on_counting() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.LoraModel(
+        nn.Sequential(nn.Linear(6, 5)), peft.LoraConfig(r=2, target_modules=["0"], lora_bias=True), "default"
+    )
+    randomise(model)
+    x = torch.randn(4, 6)
+    y = model(x)
+    with pytest.warns(UserWarning, match="the base weights have changed"):
+        restart(model)
+    torch.testing.assert_close(model(x), y)
+    assert model.model[0].lora_B["default"].bias.all()
 
 
 def test_old_gradients_become_zero_and_the_rest_keeps_theirs() -> None:
