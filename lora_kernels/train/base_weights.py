@@ -24,17 +24,15 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """W + s · left · right, of which each process holds the part that it has of W."""
+    """W + s·B A, of which each process holds the part that it has of W."""
 
     pair: Pair
     weight: nn.Parameter
     """The Parameter that holds W."""
+    turned: bool
+    """Whether it holds Wᵀ."""
     w: Tensor
-    """[G, P, Q], a view of the memory of `weight`: W, or Wᵀ where it is stored so."""
-    left: Tensor
-    """[G, P, R]: B, or Aᵀ where `w` is Wᵀ."""
-    right: Tensor
-    """[G, R, Q]: A, or Bᵀ."""
+    """[G, P, Q], a view of the memory of `weight`: W, or Wᵀ."""
 
     @property
     def name(self) -> str:
@@ -42,25 +40,40 @@ class Update:
         return ".".join(filter(None, (self.pair.name, self.pair.part))) or "the layer"
 
     def norm(self) -> float:
-        """Return ‖s · left · right‖ of the whole update, from products of R × R matrices."""
+        """Return ‖s·B A‖ of the whole update, from products of R × R matrices."""
         pair, wide = self.pair, merging.wide_dtype(self.w.device)
         a, b = pair.as_a(sharded.whole(pair.a)).to(wide), pair.as_b(sharded.whole(pair.b)).to(wide)
         squares = ((b.mT @ b) * (a @ a.mT)).sum().item()  # ‖B A‖² = tr(BᵀB A Aᵀ)
         return float(abs(pair.scale) * max(squares, 0.0) ** 0.5)
 
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Return left [G, P, R] and right [G, R, Q], whose product belongs to `w`: B and A, or Aᵀ and Bᵀ. Every process
+        that has a part of them makes this call."""
+        pair = self.pair
+        a, b = pair.as_a(sharded.whole(pair.a)), pair.as_b(sharded.whole(pair.b))
+        if pair.kind == EMBEDDING and (row := getattr(pair.layer, "padding_idx", None)) is not None:
+            a = without_row(a[0].t(), row).t()[None]  # a layer of ours passes over the update of this row
+        if pair.kind == CONV:
+            order = _in_memory(self.weight)
+            inside = a.view(*a.shape[:2], *self.weight.shape[1:])
+            a = inside.permute(0, 1, *(dim + 1 for dim in order)).reshape(a.shape)
+        left, right = (a.mT, b.mT) if self.turned else (b, a)
+        return sharded.parts_beside(self.weight, left, right, pair.kind == EXPERTS)
+
     def overflows(self) -> bool:
-        """Return whether an element of this process's part of W + s · left · right is not finite in W's dtype."""
+        """Return whether an element of this process's part of W + s·B A is not finite in W's dtype."""
+        left, right = self.sides()
         if not self.w.numel():
             return False
-        rows, columns = self.left.float().norm(dim=2).amax(), self.right.float().norm(dim=1).amax()
+        rows, columns = left.float().norm(dim=2).amax(), right.float().norm(dim=1).amax()
         least, most = self.w.aminmax()
         bound = torch.maximum(-least, most).float() + abs(self.pair.scale) * rows * columns
         if bound.item() <= torch.finfo(self.w.dtype).max:
             return False
-        return any(not torch.isfinite(total.to(self.w.dtype)).all() for _, _, _, total in self._sums(self.w))
+        return any(not torch.isfinite(total.to(self.w.dtype)).all() for *_, total in self._sums(self.w))
 
     def add(self, master: Tensor | None = None) -> float:
-        """Write W + s · left · right over W, and return the sum of squares of what rounding has changed.
+        """Write W + s·B A over W, and return the sum of squares of what rounding has changed.
 
         Blocks of W are computed one after the other, in fp32, or in fp64 where W or an adapter is in fp64 or torch may
         round the factors of fp32 products. With `master`, W in fp32 of the shape of `w`, the sums are made in it, and W
@@ -82,8 +95,9 @@ class Update:
         G, P, Q = self.w.shape
         rows = max(1, (_BLOCK if device.type == "cpu" else _BLOCK_ON_A_GPU) // max(1, Q))
         buffers = torch.empty(3, min(rows, P), Q, dtype=wide, device=device)
+        lefts, rights = self.sides()
         for g in range(G):
-            left, right = self.left[g].to(wide) * self.pair.scale, self.right[g].to(wide)
+            left, right = lefts[g].to(wide) * self.pair.scale, rights[g].to(wide)
             for first in range(0, P, rows):
                 place = g, slice(first, min(P, first + rows))
                 before, change, total = buffers[:, : min(P, first + rows) - first]
@@ -163,46 +177,30 @@ def _place(pair: Pair) -> tuple[Any, str, bool]:
 
 def _beside(pair: Pair, weight: nn.Parameter, turned: bool) -> Update | str:
     """Return the update beside this process's part of `weight`, or why their shapes do not go together."""
-    a, b = pair.as_a(sharded.whole(pair.a)), pair.as_b(sharded.whole(pair.b))
-    if pair.kind == EMBEDDING and (row := getattr(pair.layer, "padding_idx", None)) is not None:
-        a = without_row(a[0].t(), row).t()[None]  # a layer of ours passes over the update of this row
-    left, right = (a.mT, b.mT) if turned else (b, a)
-    whole = tuple(weight.shape)
-    if pair.kind == CONV:
-        right, w = _in_memory_order(right, weight)
-    else:
-        w = sharded.local(weight)
-    groups, P, _ = left.shape
-    Q = right.shape[2]
-    if groups * P * Q != weight.numel() or left.shape[2] != right.shape[1]:
+    a, b = pair.as_a(torch.empty(pair.a.shape, device="meta")), pair.as_b(torch.empty(pair.b.shape, device="meta"))
+    if a.shape[1] != b.shape[2] or b.shape[0] * b.shape[1] * a.shape[2] != weight.numel():
         return (
-            f"A {tuple(pair.a.shape)} and B {tuple(pair.b.shape)} do not go with a weight {whole}: a process holds a "
-            "part of it, as with FSDP1 or ZeRO-3 (use FSDP2), or A sees the channels of all groups of a convolution"
+            f"A {tuple(pair.a.shape)} and B {tuple(pair.b.shape)} do not go with a weight {tuple(weight.shape)}: a "
+            "process holds a part of it, as with FSDP1 or ZeRO-3 (use FSDP2), or A sees the channels of all groups of "
+            "a convolution"
         )
-    if hasattr(weight, "placements"):
-        parts = sharded.parts_beside(weight, left, right, pair.kind == EXPERTS)
-        if isinstance(parts, str):
-            return parts
-        left, right = parts
-        groups, P, Q = left.shape[0], left.shape[1], right.shape[2]
-    try:
-        view = w.detach().view(groups, P, Q)
-    except RuntimeError:
-        return f"its weight {whole} has the strides {w.stride()}: make it contiguous first"
-    return Update(pair, weight, view, left, right)
-
-
-def _in_memory_order(right: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A [G, R, Q] and the weight of a convolution with the channels and the kernel in the order in which they
-    lie in memory, such as channels_last."""
+    if reason := sharded.why_not_beside(weight):
+        return reason
     w = sharded.local(weight)
-    order = sorted(range(1, w.ndim), key=lambda dim: w.stride(dim), reverse=True)
-    if order != list(range(1, w.ndim)):
-        G, R, Q = right.shape
-        inside = right.view(G, R, *w.shape[1:])
-        right = inside.permute(0, 1, *(dim + 1 for dim in order)).reshape(G, R, Q)
-        w = w.permute(0, *order)
-    return right, w
+    if pair.kind == CONV:
+        w = w.permute(0, *_in_memory(weight))
+        try:
+            w = w.view(pair.groups, w.shape[0] // pair.groups, a.shape[2])
+        except RuntimeError:
+            return f"its weight {tuple(weight.shape)} has the strides {w.stride()}: make it contiguous first"
+    return Update(pair, weight, turned, w if pair.kind == EXPERTS or pair.kind == CONV else w[None])
+
+
+def _in_memory(weight: Tensor) -> list[int]:
+    """Return the dimensions of the channels and the kernel of a convolution in the order in which they lie in memory,
+    such as channels_last."""
+    stride = sharded.local(weight).stride()
+    return sorted(range(1, weight.ndim), key=lambda dim: stride[dim], reverse=True)
 
 
 def _sum_dtype(update: Update) -> torch.dtype:

@@ -24,20 +24,11 @@ PEFT_MARK = "relora"
 """What ``init_lora_weights`` in PEFT's config is after a restart. PEFT refuses to load such an adapter alone."""
 
 _KINDS = frozenset(
-    (
-        "FusedLoRALinear",
-        "QuantizedLoRALinear",
-        "TiedLoRALinear",
-        "FusedLoRAConv1D",
-        "FusedLoRAEmbedding",
-        "FusedLoRAConv1d",
-        "FusedLoRAConv2d",
-        "FusedLoRAConv3d",
-        "FusedLoRAMultiheadAttention",
-        "FusedLoRAExperts",
-    )
+    f"lora_kernels.nn.{name}"
+    for name in ("linear", "quantized", "tied", "conv1d", "embedding", "conv", "attention", "experts", "parallel")
 )
-"""The layers whose update is s·B A of their own A and B, or of those of the embedding that they are tied to."""
+"""The modules of the layers whose update is s·B A of their own A and B, or of those of the embedding that they are tied
+to."""
 
 
 def updates_of(model: nn.Module) -> tuple[list[Update], tuple[str, ...]]:
@@ -73,7 +64,7 @@ def updates_of(model: nn.Module) -> tuple[list[Update], tuple[str, ...]]:
 def _kind(layer: AdapterLayer) -> str:
     """Return why the update of `layer` is not that of its own A and B; "" where it is."""
     kind = next(each for each in type(layer).__mro__ if each.__module__.startswith("lora_kernels."))
-    if kind.__name__ in _KINDS:  # FSDP2 and parametrizations make subclasses
+    if kind.__module__ in _KINDS:  # FSDP2 and parametrizations make subclasses elsewhere
         return ""
     return f"a {kind.__name__}, whose update is not made of an A and a B of its own alone"
 

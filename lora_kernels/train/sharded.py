@@ -51,22 +51,30 @@ def agreed_seed(generator: torch.Generator | None, device: torch.device, failed:
     return int(both[0].item())
 
 
-def parts_beside(weight: Any, left: Tensor, right: Tensor, stacked: bool) -> tuple[Tensor, Tensor] | str:
-    """Return the parts of left [G, P, R] and right [G, R, Q] whose product belongs to this process's part of the
-    DTensor `weight`, or why there are none. `weight` is [G, P, Q] if `stacked`, else [P, Q] or [P, ...]."""
+def why_not_beside(weight: Any) -> str:
+    """Return why `parts_beside` does not serve the way in which `weight` is divided; "" where it does."""
+    if not hasattr(weight, "placements"):
+        return ""
     from torch.distributed.tensor import Replicate, Shard  # heavy to import, and loaded where there is a DTensor
 
-    of_left, of_right = [], []
     for placement in weight.placements:
-        dim = None
-        if type(placement) is Shard:
-            dim = placement.dim + (not stacked)
-        elif not isinstance(placement, Replicate):
+        if type(placement) is not Shard and not isinstance(placement, Replicate):
             return f"its weight is divided as {weight.placements}, of which Shard and Replicate are served"
-        if dim is not None and weight.ndim > 3 and dim > 1:
+        if isinstance(placement, Shard) and weight.ndim > 3 and placement.dim > 0:
             return f"its weight is divided as {weight.placements}, within its kernel"
-        of_left.append(Shard(dim) if dim in (0, 1) else Replicate())
-        of_right.append(Shard(dim) if dim in (0, 2) else Replicate())
+    return ""
+
+
+def parts_beside(weight: Any, left: Tensor, right: Tensor, stacked: bool) -> tuple[Tensor, Tensor]:
+    """Return the parts of left [G, P, R] and right [G, R, Q], which every process has, whose product belongs to this
+    process's part of `weight`. A `weight` that is divided is [G, P, Q] if `stacked`, else [P, Q] or [P, ...]."""
+    if not hasattr(weight, "placements"):
+        return left, right
+    from torch.distributed.tensor import Replicate, Shard
+
+    dims = [placement.dim + (not stacked) if placement.is_shard() else None for placement in weight.placements]
+    of_left = [Shard(dim) if dim in (0, 1) else Replicate() for dim in dims]
+    of_right = [Shard(dim) if dim in (0, 2) else Replicate() for dim in dims]
     mesh = weight.device_mesh
     return _divided(left, mesh, of_left), _divided(right, mesh, of_right)
 
