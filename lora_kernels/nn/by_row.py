@@ -18,9 +18,20 @@ NAME = "default"
 def adapter_table(model: nn.Module) -> dict[str, int]:
     """Return the number of the adapter of this package's layers by its name. Raises RuntimeError where one of them
     cannot leave its adapter out of single rows."""
+    from lora_kernels.nn.linear import FusedLoRALinear  # it imports this module
+    from lora_kernels.nn.quantized import QuantizedLoRALinear
+
+    forwards = FusedLoRALinear.forward, QuantizedLoRALinear.forward
     for name, module in model.named_modules():
-        if isinstance(module, AdapterLayer) and hasattr(type(module), "adapter_table") and module.use_dora:
+        if not (isinstance(module, AdapterLayer) and hasattr(type(module), "adapter_table")):
+            continue
+        if module.use_dora:
             raise RuntimeError(f"{name or 'the model'} has DoRA, which no row can be without: leave use_dora out")
+        if type(module).forward not in forwards:
+            raise RuntimeError(
+                f"{name or 'the model'} is a {type(module).__name__}, whose forward computes its adapter for every "
+                "row: mixed takes plain FusedLoRALinear and QuantizedLoRALinear layers"
+            )
     return {NAME: 0}
 
 

@@ -142,6 +142,7 @@ class Projection:
         address = None if hasattr(frozen, "placements") else frozen.data_ptr()  # of another dtype, it lies elsewhere
         return id(frozen), address, frozen.dtype, version
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _renew(self) -> None:
         """Make `_inverse` from the frozen matrix that the layer has now."""

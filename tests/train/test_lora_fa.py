@@ -261,6 +261,20 @@ def test_a_write_between_forward_and_backward_is_seen_too() -> None:
     torch.testing.assert_close(layer.lora_B.grad, plain @ torch.linalg.inv(a @ a.T) / 4)
 
 
+def test_a_model_on_the_meta_device_is_projected_when_it_has_values() -> None:
+    with torch.device("meta"):
+        layer = FusedLoRALinear(5, 7, r=3, lora_alpha=6, dtype=torch.float64)
+    frozen = freeze_a(layer)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    step = of_x(torch.randn(8, 5, dtype=torch.float64))
+    got = gradients(layer, step)
+    frozen.remove()
+    a = layer.lora_A.detach()
+    assert got.keys() == {"lora_B"}
+    torch.testing.assert_close(got["lora_B"], gradients(layer, step)["lora_B"] @ torch.linalg.inv(a @ a.T) / 4)
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_of_the_model_is_projected_by_itself(how: str) -> None:
     model = nn.Sequential(linear())
