@@ -15,6 +15,8 @@ from lora_kernels import apply_lora, mixed
 from lora_kernels.models.pairs import pairs
 from lora_kernels.train import adapter_dropout
 
+peft = pytest.importorskip("peft")
+
 B, S = 8, 6
 
 
@@ -36,7 +38,6 @@ def models(layout: str, adapters: tuple[str, ...] = ("default",)) -> tuple[nn.Mo
     if layout == "ours":
         apply_lora(model, **rules)
     else:
-        peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(**rules), adapter_name=adapters[0])
         for name in adapters[1:]:
             model.add_adapter(name, peft.LoraConfig(**rules))
