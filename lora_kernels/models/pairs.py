@@ -7,7 +7,7 @@ parameters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,5 +185,10 @@ def _tied(pair: Pair, tables: list[Pair]) -> bool:
     embeddings `tables`: parameters of its own, in the same memory."""
     if pair.kind != LINEAR:
         return False
-    of_same = (each for each in tables if each.adapter == pair.adapter)
-    return any(torch._C._is_alias_of(pair.a, each.b) for each in of_same)  # type: ignore[attr-defined]
+    return lies_in_memory_of(pair.a, (each.b for each in tables if each.adapter == pair.adapter))
+
+
+def lies_in_memory_of(parameter: Tensor, others: Iterable[Tensor]) -> bool:
+    """Return whether `parameter` is one of `others`, or another tensor in the memory of one, as PEFT's tied heads have
+    them."""
+    return any(torch._C._is_alias_of(parameter, other) for other in others)  # type: ignore[attr-defined]
