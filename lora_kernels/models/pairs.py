@@ -7,7 +7,7 @@ parameters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,8 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
     """Return every low-rank update of `model`, in the order of its modules.
 
     `adapter` chooses one of PEFT's adapters by its name; None takes all of them. Layers of other methods of PEFT than
-    LoRA (AdaLoRA, LoHa, VeRA, ...) have no such updates and are left out. A head that is tied to an embedding and
+    LoRA (AdaLoRA, LoHa, VeRA, ...), and of this package whose factors belong to many layers (VeRA, Tied-LoRA), have no
+    such updates and are left out. A head that is tied to an embedding and
     shares its adapter has none of its own either: the update of both is the embedding's.
 
     Raises:
@@ -124,7 +125,7 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
 def _of_own(name: str, layer: Any) -> Iterator[Pair]:
     """Yield the updates of an `AdapterLayer`."""
     magnitude = layer._parameters.get("lora_magnitude_vector")
-    if isinstance(layer, TiedLoRALinear):
+    if isinstance(layer, TiedLoRALinear) or "lora_u" in layer._parameters:
         return
     for kind, part, of_a, of_b in _own_names(layer):
         a, b = layer._parameters.get(of_a), layer._parameters.get(of_b)
@@ -184,5 +185,10 @@ def _tied(pair: Pair, tables: list[Pair]) -> bool:
     embeddings `tables`: parameters of its own, in the same memory."""
     if pair.kind != LINEAR:
         return False
-    of_same = (each for each in tables if each.adapter == pair.adapter)
-    return any(torch._C._is_alias_of(pair.a, each.b) for each in of_same)  # type: ignore[attr-defined]
+    return lies_in_memory_of(pair.a, (each.b for each in tables if each.adapter == pair.adapter))
+
+
+def lies_in_memory_of(parameter: Tensor, others: Iterable[Tensor]) -> bool:
+    """Return whether `parameter` is one of `others`, or another tensor in the memory of one, as PEFT's tied heads have
+    them."""
+    return any(torch._C._is_alias_of(parameter, other) for other in others)  # type: ignore[attr-defined]

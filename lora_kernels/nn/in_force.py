@@ -1,4 +1,4 @@
-"""`current_for`: the context of `lora_kernels.mixed` that a layer computes in.
+"""`current_for`: the context of `lora_kernels.mixed`, a `Mixed`, that a layer computes in.
 
 Every forward of a layer asks, and so this module imports little.
 """
@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import threading
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lora_kernels.nn import recompute
 
-if TYPE_CHECKING:
-    from lora_kernels.nn.mixed import Mixed
-
-CURRENT: ContextVar[Mixed | None] = ContextVar("lora_kernels.mixed", default=None)
+CURRENT: ContextVar[Any] = ContextVar("lora_kernels.mixed", default=None)
 """The innermost context in force. It belongs to a thread, or to a task of asyncio."""
 
 
@@ -26,19 +23,19 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         # In the instance of each thread, because compilers do not notice that it takes the place of a class attribute.
-        self.current: Mixed | None = None
+        self.current: Any = None
         self.interleaved = False
         """Whether tasks of this thread are in contexts of their own at the same time. `current` is then that of one of
         them, and nothing tells a compiled forward which task it belongs to."""
-        self.entered: list[Mixed] = []
+        self.entered: list[Any] = []
 
-    def enter(self, context: Mixed) -> None:
+    def enter(self, context: Any) -> None:
         if self.current is not context.outer:
             self.interleaved = True
         self.entered.append(context)
         self.current = context
 
-    def leave(self, context: Mixed) -> None:
+    def leave(self, context: Any) -> None:
         if context in self.entered:  # a generator may be closed in another thread
             self.entered.remove(context)
         self.current = self.entered[-1] if self.entered else None
@@ -49,7 +46,7 @@ class _Here(threading.local):
 HERE = _Here()
 
 
-def current_for(layer: Any) -> Mixed | None:
+def current_for(layer: Any) -> Any:
     """Return the innermost context in force that `layer` belongs to, or None.
 
     Raises RuntimeError in a backward that computes the layer again outside of the context of its first forward.
@@ -71,16 +68,16 @@ def current_for(layer: Any) -> Mixed | None:
     return context
 
 
-def _of(layer: Any, context: Mixed | None) -> Mixed | None:
+def _of(layer: Any, context: Any) -> Any:
     while context is not None and id(layer) not in context.layers:
         context = context.outer
     return context
 
 
-def _of_the_caller() -> Mixed | None:
+def _of_the_caller() -> Any:
     """Return the context of the thread that called backward(). On a GPU autograd computes in a thread of its own, to
     which newer versions of torch hand the variables of the calling thread."""
     if not torch._C._is_key_in_tls("context"):  # type: ignore[attr-defined]
         return None
-    found: Mixed | None = torch._C._get_obj_in_tls("context").get(CURRENT)  # type: ignore[attr-defined]
+    found = torch._C._get_obj_in_tls("context").get(CURRENT)  # type: ignore[attr-defined]
     return found

@@ -184,6 +184,7 @@ class FusedLoRALinear(AdapterLinear, ReplacedWeight):
         if ab and self.use_dora:
             self._reset_magnitude()
 
+    @by_row.asks
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features], which has the name that nn.Linear gives it.
         Raises what `lora_linear` raises."""

@@ -143,6 +143,7 @@ class QuantizedLoRALinear(FusedLoRALinear):
             self.format, (N, K), self._dtype, codes, parts["weight_scales"], self.blocksize, nested, checked=True
         )
 
+    @by_row.asks
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features]. Raises what `lora_linear` raises."""
         if torch.compiler.is_compiling() or CURRENT.get() is not None or REMEMBERED:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lora_kernels.train.dropping import adapter_dropout as adapter_dropout
-from lora_kernels.train.lora_fa import FrozenA as FrozenA
-from lora_kernels.train.lora_fa import freeze_a as freeze_a
-from lora_kernels.train.loraplus import loraplus_groups as loraplus_groups
-from lora_kernels.train.restart import RestartedLayer as RestartedLayer
-from lora_kernels.train.restart import RestartReport as RestartReport
-from lora_kernels.train.restart import restart as restart
-from lora_kernels.train.schedule import jagged_cosine as jagged_cosine
+from lora_kernels.train.dropping import adapter_dropout
+from lora_kernels.train.lora_fa import FrozenA, freeze_a
+from lora_kernels.train.loraplus import loraplus_groups
+from lora_kernels.train.restart import RestartedLayer, RestartReport, restart
+from lora_kernels.train.schedule import jagged_cosine
 
 if TYPE_CHECKING:
-    from lora_kernels.train.hf_callback import ReLoRACallback as ReLoRACallback
-    from lora_kernels.train.lightning_callback import LightningReLoRA as LightningReLoRA
+    from lora_kernels.train.hf_callback import ReLoRACallback
+    from lora_kernels.train.lightning_callback import LightningReLoRA
+
+__all__ = [
+    "FrozenA",
+    "LightningReLoRA",
+    "ReLoRACallback",
+    "RestartReport",
+    "RestartedLayer",
+    "adapter_dropout",
+    "freeze_a",
+    "jagged_cosine",
+    "loraplus_groups",
+    "restart",
+]
 
 _LAZY = {"ReLoRACallback": "hf_callback", "LightningReLoRA": "lightning_callback"}
 """The names that need transformers or Lightning, by module."""

@@ -70,7 +70,7 @@ class Update:
         bound = torch.maximum(-least, most).float() + abs(self.pair.scale) * rows * columns
         if bound.item() <= torch.finfo(self.w.dtype).max:
             return False
-        return any(not torch.isfinite(total.to(self.w.dtype)).all() for *_, total in self._sums(self.w))
+        return any(not torch.isfinite(total.to(self.w.dtype)).all() for *_, total in self._sums(self.w, (left, right)))
 
     def add(self, master: Tensor | None = None) -> float:
         """Write W + s·B A over W, and return the sum of squares of what rounding has changed.
@@ -80,7 +80,7 @@ class Update:
         is what it rounds to.
         """
         lost = torch.zeros((), dtype=merging.wide_dtype(self.w.device), device=self.w.device)
-        for place, before, change, total in self._sums(self.w if master is None else master):
+        for place, before, change, total in self._sums(self.w if master is None else master, self.sides()):
             if master is not None:
                 master[place].copy_(total)
             self.w[place].copy_(total if master is None else master[place])
@@ -88,16 +88,16 @@ class Update:
             lost += total.copy_(self.w[place]).sub_(before).sub_(change).square_().sum()
         return sharded.summed(lost.item(), self.weight)
 
-    def _sums(self, start: Tensor) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
-        """Yield, for one block of [G, P, Q] after the other: where it is, `start`, the update and their sum there. The
-        memory of these three is that of the next block."""
+    def _sums(self, start: Tensor, sides: tuple[Tensor, Tensor]) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
+        """Yield, for one block of [G, P, Q] after the other: where it is, `start`, the update of `sides` and their sum
+        there. The memory of these three is that of the next block."""
         wide, device = _sum_dtype(self), self.w.device
         G, P, Q = self.w.shape
         rows = max(1, (_BLOCK if device.type == "cpu" else _BLOCK_ON_A_GPU) // max(1, Q))
         buffers = torch.empty(3, min(rows, P), Q, dtype=wide, device=device)
-        lefts, rights = self.sides()
         for g in range(G):
-            left, right = lefts[g].to(wide) * self.pair.scale, rights[g].to(wide)
+            left, right = (side[g].to(wide) for side in sides)
+            left = left * self.pair.scale
             for first in range(0, P, rows):
                 place = g, slice(first, min(P, first + rows))
                 before, change, total = buffers[:, : min(P, first + rows) - first]
@@ -125,6 +125,8 @@ def update_of(pair: Pair) -> Update | str:
             f"its {name} is a {type(weight).__name__} in {weight.dtype}: to quantise W + s·B·A again loses part of the "
             "update at every restart. Train over a dense weight, such as bf16"
         )
+    if not weight.device == pair.a.device == pair.b.device:
+        return f"its {name} is on {weight.device}, A on {pair.a.device} and B on {pair.b.device}: move them together"
     if not pair.zero_at_start.requires_grad:
         return "the matrix that restart makes zero is frozen, so the update would stay zero"
     if pair.scale == 0:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_kernels.models.names import bare
-from lora_kernels.models.pairs import Pair, pairs
+from lora_kernels.models.pairs import Pair, lies_in_memory_of, pairs
 from lora_kernels.train.projection import Projection
 
 
@@ -161,7 +161,7 @@ def _check(model: nn.Module, chosen: list[Pair], project: bool) -> None:
     own = {id(factor) for pair in chosen for factor in (pair.a, pair.b)}
     for name, parameter in model.named_parameters():
         tied = parameter.requires_grad and id(parameter) not in own
-        if tied and any(torch._C._is_alias_of(parameter, pair.random_at_start) for pair in chosen):  # type: ignore[attr-defined]
+        if tied and lies_in_memory_of(parameter, (pair.random_at_start for pair in chosen)):
             raise ValueError(
                 f"{name} lies in the memory of an adapter that is to be frozen, as ensure_weight_tying of PEFT makes "
                 "it: use apply_lora(ensure_weight_tying=True), whose layers share their parameters"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lora_kernels.models.pairs import EMBEDDING, Pair, pairs
+from lora_kernels.models.pairs import EMBEDDING, Pair, lies_in_memory_of, pairs
 
 _A, _B, _EMBEDDING, _OTHER, _NOT_DECAYED = "A", "B", "embedding", "other", "not decayed"
 
@@ -54,7 +53,7 @@ def loraplus_groups(
         if not parameter.requires_grad:
             continue
         role = roles.get(id(parameter))
-        if role is None and _is_in_memory_of(parameter, tables):
+        if role is None and lies_in_memory_of(parameter, tables):
             role = _EMBEDDING
         if role is None:
             role = _NOT_DECAYED if parameter.dim() < 2 or id(parameter) in magnitudes else _OTHER
@@ -101,9 +100,3 @@ def _roles(found: list[Pair]) -> dict[int, str]:
                     "layers parameters of their own"
                 )
     return roles
-
-
-def _is_in_memory_of(parameter: Tensor, others: list[nn.Parameter]) -> bool:
-    """Return whether `parameter` lies in the memory of one of the `others`: PEFT's ensure_weight_tying makes other
-    Parameters for the head over the memory of the embedding's."""
-    return any(torch._C._is_alias_of(parameter, other) for other in others)  # type: ignore[attr-defined]

@@ -127,7 +127,7 @@ class Projection:
             inverse = self._inverse = inverse.to(grad.device)
         made = torch.empty_like(grad, memory_format=torch.contiguous_format)
         with torch.autocast(grad.device.type, enabled=False):
-            self._rows_of_trained(made).copy_(self._rows_of_trained(grad).to(inverse.dtype) @ inverse / scale**2)
+            self._rows_of_trained(made).copy_(self._rows_of_trained(grad).to(inverse.dtype) @ (inverse / scale**2))
         return made
 
     def _rows_of_trained(self, t: Tensor) -> Tensor:
@@ -142,6 +142,7 @@ class Projection:
         address = None if hasattr(frozen, "placements") else frozen.data_ptr()  # of another dtype, it lies elsewhere
         return id(frozen), address, frozen.dtype, version
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _renew(self) -> None:
         """Make `_inverse` from the frozen matrix that the layer has now."""

@@ -128,10 +128,19 @@ def test_dora_and_merged_layers_are_refused() -> None:
         layer(torch.randn(1, 64))
 
 
+def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
+    class Other(FusedLoRALinear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1
+
+    with pytest.raises(RuntimeError, match="0 is a Other, whose forward computes its adapter for every row"):
+        mixed(nn.Sequential(Other(4, 4, r=2)), [0])
+
+
 @pytest.mark.slow
 def test_a_compiled_model_serves_other_rows_and_none() -> None:
     layer = layer_of()
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 64)
     with torch.no_grad():
         for ids in (None, IDS, -1 - IDS, None):

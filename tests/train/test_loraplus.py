@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.frozen_models import TIED, tied_llama
 from support.kind_models import KIND_MODELS
 from torch import Tensor, nn
 
@@ -153,13 +154,7 @@ def test_only_the_adapters_that_are_trained_are_grouped() -> None:
 
 
 def test_a_head_that_shares_the_adapter_of_an_embedding_is_grouped_with_it() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    plain = transformers.LlamaForCausalLM(config)
-    rules = {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True}
+    plain, rules = tied_llama(), TIED
     ours, theirs = copy.deepcopy(plain), peft.get_peft_model(plain, peft.LoraConfig(**rules))
     apply_lora(ours, **rules)
     for model, count in ((ours, 2), (theirs, 4)):  # PEFT makes Parameters of its own over the same memory
