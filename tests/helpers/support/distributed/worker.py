@@ -22,6 +22,7 @@ import torch.multiprocessing as mp
 from support.distributed import data as distributed_data
 from support.distributed import frozen as distributed_frozen
 from support.distributed import meta as distributed_meta
+from support.distributed import restarts as distributed_restarts
 from support.distributed import tensor as distributed_tensor
 from support.distributed.models import CHECKS, SKIPPED
 
@@ -31,6 +32,7 @@ __all__ = [
     "distributed_data",
     "distributed_frozen",
     "distributed_meta",
+    "distributed_restarts",
     "distributed_tensor",
     "main",
 ]
