@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_kernels.nn.init import split_named
+from lora_kernels.nn.init_schemes import split_named
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
 
@@ -36,6 +36,15 @@ def over_dense(kind: Any, linear: Any, settings: LoRASettings) -> Any:
     module._add_adapter(settings)
     module._start(settings.init, *start)
     return module
+
+
+@torch.inference_mode(False)  # what is made in inference mode could not be trained later
+@torch.no_grad()
+def put_split(layer: Any, init: str, base: Tensor, a: Tensor, b: Tensor) -> None:
+    """Give `layer`, a `FusedLoRALinear`, the `base` [N, K], A and B into which the scheme `init` has split its weight.
+    The base becomes a Parameter of its own, and who shares the old one keeps it."""
+    layer.weight = nn.Parameter(layer.turned(base).contiguous(), requires_grad=False)
+    layer._start(init, a, b)
 
 
 @torch.inference_mode(False)  # what is made in inference mode could not be trained later
