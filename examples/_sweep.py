@@ -41,10 +41,12 @@ def print_tables(document: Document) -> None:
     table = Table("accuracy, %")
     for r in ranks:
         table.add_column(f"r {r}", justify="right")
-    table.add_column("largest ±", justify="right")
+    table.add_column("± most", justify="right")
     for name in names:
-        told = [words(points[name, r]).split(" ±") for r in ranks]
-        table.add_row(name, *(mean for mean, _ in told), max((spread for _, spread in told), key=float))
+        _add(table, name, {r: points[name, r] for r in ranks}, ranks)
+    cut = document["cut"]
+    own = {point["r"]: point["accuracies"] for point in cut["points"]}
+    _add(table, f"{cut['weights']}, cut from {cut['from']}", own, ranks)
     console.print(table)
 
     table = Table(f"at most {document['equal']['parameters']:,} parameters")
@@ -63,6 +65,14 @@ def print_tables(document: Document) -> None:
         + ", ".join(f"{phi[i - 1][i - 1]:.2f} ({i / same['d']:.2f} at random) for i = {i}" for i in (1, 2, low)),
         sep="\n",
         highlight=False,
+    )
+
+
+def _add(table: Table, name: str, values: dict[int, list[float]], ranks: list[int]) -> None:
+    """Add a row of means, with the largest spread at its end."""
+    told = {r: words(accuracies).split(" ±") for r, accuracies in values.items()}
+    table.add_row(
+        name, *(told[r][0] if r in told else "" for r in ranks), max((s for _, s in told.values()), key=float)
     )
 
 
@@ -92,11 +102,18 @@ def plot(document: Document, path: Path) -> Path:
                 fillstyle="none",
                 markersize=11,
             )
+        cut = document["cut"]
+        (colour, _), *_ = (
+            looks for (name, _), looks in zip(lines(document), LOOKS, strict=True) if name == cut["weights"]
+        )
+        means = [100 * statistics.fmean(point["accuracies"]) for point in cut["points"]]
+        label = f"{cut['weights']}, cut from {cut['from']}"
+        left.plot([point["r"] for point in cut["points"]], means, "x--", color=colour, markersize=6, label=label)
         ranks = sorted({point["r"] for point in document["points"]} & {2**i for i in range(10)})
         left.set(xscale="log", xlabel="rank r", ylabel="accuracy on rotated test digits, %")
         left.set_xticks(ranks, [str(r) for r in ranks])
         left.minorticks_off()
-        left.legend(frameon=False, loc="lower right")
+        middle.legend(handles=left.lines, frameon=False, loc="lower right", fontsize=9)  # there is more room
         middle.axvline(document["equal"]["parameters"], color=LOSS, linestyle=":", linewidth=1.2)
         middle.set(xscale="log", xlabel="trained parameters", title="circles: the best rank within the dotted line")
         middle.title.set(fontsize=9, color=LOSS)

@@ -6,7 +6,9 @@
 2. Adapt it to rotated digits with ranks from 1 to 64 on four choices of weights: {q}, {q, v}, {q, k, v, o} and all
    linear layers; and with the ranks that `lora_kernels.analysis.budget` gives each choice at one number of parameters.
    `lora_kernels.jobs` trains all of them in the same steps on one base, once for each seed.
-3. Show the accuracies over the rank and over the parameters, and how much the directions of a rank 8 and of a rank 64
+3. Cut the rank 64 adapters of all linear layers to the lower ranks with `resize_adapter`, to compare with those that
+   were trained at these ranks.
+4. Show the accuracies over the rank and over the parameters, and how much the directions of a rank 8 and of a rank 64
    adapter of one layer have in common (the paper's figure 3).
 
 One rule for all: the same steps, batches, AdamW and learning rate, with s = 8 / √r (rsLoRA). With s = α / r and one α
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +35,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lora_kernels.analysis import budget, subspace_similarity
+from lora_kernels import load_adapter
+from lora_kernels.analysis import budget, resize_adapter, subspace_similarity
 from lora_kernels.jobs import Job, Jobs, LoRAConfig
 from lora_kernels.testing import documents, machine
 
@@ -48,6 +52,8 @@ EQUAL = 2
 COMPARED = (8, 64)
 """The ranks whose directions are compared, in the layer LAYER of {q, v}."""
 LAYER, OF = "blocks.1.q", "{q, v}"
+CUT = "all linear"
+"""The weights whose adapters of the highest rank are cut to the lower ranks."""
 RATE, ALPHA, BATCH = 5e-3, 8, 32
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "ranks"
 
@@ -91,6 +97,7 @@ def sweep(model: ViT, training: Digits, test: Digits, lengths: Lengths) -> dict[
     points |= {(choice.name, choice.r): choice for choice in equal.choices}
     data = TensorDataset(training.rotated, training.labels)
     found: dict[tuple[str, int], list[float]] = {point: [] for point in points}
+    cuts: dict[int, list[float]] = {r: [] for r in lengths.ranks[:-1]}
     trained: list[dict[int, tuple[Tensor, Tensor]]] = []
     words = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*words) as progress:
@@ -102,6 +109,8 @@ def sweep(model: ViT, training: Digits, test: Digits, lengths: Lengths) -> dict[
                 with jobs.using(f"{name} r {r}"):
                     right = logits(jobs.model, test.rotated).argmax(1) == test.labels
                 found[name, r].append(right.float().mean().item())
+            for r, right in cut(jobs, f"{CUT} r {lengths.ranks[-1]}", model, test, list(cuts)).items():
+                cuts[r].append(right)
             trained.append({r: factors(jobs, f"{OF} r {r}") for r in COMPARED})
     return {
         "points": [
@@ -111,8 +120,26 @@ def sweep(model: ViT, training: Digits, test: Digits, lengths: Lengths) -> dict[
             )
         ],
         "equal": {"parameters": equal.parameters, "ranks": {choice.name: choice.r for choice in equal.choices}},
+        "cut": {
+            "weights": CUT,
+            "from": lengths.ranks[-1],
+            "points": [{"r": r, "accuracies": values} for r, values in cuts.items()],
+        },
         "similarity": similarity(trained),
     }
+
+
+def cut(jobs: Jobs, name: str, model: ViT, test: Digits, ranks: list[int]) -> dict[int, float]:
+    """Return the accuracy of a job's adapter cut to each rank, through its files."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        jobs.save(name, folder)
+        for r in ranks:
+            resize_adapter(folder, f"{folder}/{r}", r=r)
+            adapted = copy.deepcopy(model)
+            load_adapter(adapted, f"{folder}/{r}")
+            _, found[r] = accuracies(adapted, test)
+    return found
 
 
 def factors(jobs: Jobs, name: str) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ def short(runs: Runs) -> str:
 
 
 def _short(run: Run) -> str:
-    cost = run.document["equal"]["parameters"]
+    cost, page = run.document["equal"]["parameters"], run.link(run.root / "docs" / "ranks.md")
     equal = [point for point in run.document["points"] if _is_equal(run, point)]
     at_cost = ", ".join(f"{_mean(p):.0%} on {p['weights']} at rank {p['r']}" for p in equal)
     spans = ", ".join(
@@ -28,8 +28,19 @@ def _short(run: Run) -> str:
         [
             _picture(run),
             f"A small vision transformer on a new task: {cost:,} parameters reach {at_cost}.",
-            f"From rank {low} to rank {high}: {spans}. [How to choose]({run.link(run.root / 'docs' / 'ranks.md')}).",
+            f"From rank {low} to rank {high}: {spans}. {_cut(run)} [How to choose]({page}).",
         ]
+    )
+
+
+def _cut(run: Run) -> str:
+    """Return a sentence about the update that was cut to a middle rank, beside the one that was trained at it."""
+    cut = run.document["cut"]
+    point = cut["points"][len(cut["points"]) // 2]
+    beside = next(p for p in _by_weights(run)[cut["weights"]] if p["r"] == point["r"])
+    return (
+        f"Trained at rank {cut['from']} and cut to {point['r']} by `resize_adapter`, {cut['weights']} reach "
+        f"{_mean(point):.0%}; trained at {point['r']}, {_mean(beside):.0%}."
     )
 
 
@@ -49,6 +60,9 @@ def _full(run: Run) -> str:
     by_weights = _by_weights(run)
     ranks = sorted(set.intersection(*({p["r"] for p in points} for points in by_weights.values())))
     table = [[name, *(_told(p) for r in ranks for p in points if p["r"] == r)] for name, points in by_weights.items()]
+    cut = document["cut"]
+    own = {p["r"]: _told(p) for p in cut["points"]}
+    table.append([f"{cut['weights']}, cut from {cut['from']}", *(own.get(r, "") for r in ranks)])
     rows = [
         [p["weights"], str(p["r"]), f"{p['parameters']:,}", _told(p)] for p in document["points"] if _is_equal(run, p)
     ]

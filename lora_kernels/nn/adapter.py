@@ -37,7 +37,8 @@ class AdapterLayer(nn.Module):
     """
 
     init = "kaiming"
-    """The scheme by which the adapter was initialised: see `splits_base`."""
+    """The scheme by which the adapter was initialised, or "restarted" after `lora_kernels.train.restart`. Most change
+    W: see `splits_base`."""
 
     plain: ClassVar[tuple[type[nn.Module], ...]] = ()
     """The classes of the layers in whose place this one can stand in a model."""

@@ -3,14 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn.init_schemes import split_named
+from lora_kernels.nn.init_values import FIRST_VALUES
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
+
+
+def _split(init: str, quant: str | None) -> Callable[..., Any] | None:
+    """Return what `split_named` returns. Its module is imported where W is split, because most programs split none, and
+    importing the package is to stay quick."""
+    if init in FIRST_VALUES:
+        return None
+    from lora_kernels.nn.init_schemes import split_named
+
+    return split_named(init, quant)
 
 
 def over_dense(kind: Any, linear: Any, settings: LoRASettings) -> Any:
@@ -23,7 +34,7 @@ def over_dense(kind: Any, linear: Any, settings: LoRASettings) -> Any:
             f"the weight of this {type(linear).__name__} is {linear.weight.dtype}, quantised already: "
             "QuantizedLoRALinear.from_bnb takes the layers of bitsandbytes"
         )
-    split, weight, start = split_named(settings.init, None), cast(nn.Parameter, linear.weight), ()
+    split, weight, start = _split(settings.init, None), cast(nn.Parameter, linear.weight), ()
     if split is not None:
         base, *start = split(kind.turned(weight), settings.r, settings.scaling)
         weight = nn.Parameter(kind.turned(base).contiguous(), requires_grad=False)
@@ -72,7 +83,7 @@ def over_quantised(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
     format = settings.quant
     assert format is not None
     how: dict[str, Any] = {"blocksize": settings.blocksize, "double_quant": settings.double_quant}
-    split, start = split_named(settings.init, format), ()
+    split, start = _split(settings.init, format), ()
     if split is None:
         weight = quantize_weight(linear.weight, format, **how)
     else:

@@ -42,6 +42,9 @@ def test_the_sweep_trains_every_choice_at_every_rank_and_at_equal_cost(
     wanted = {(name, r) for name in each for r in (1, 8, 64)} | set(document["equal"]["ranks"].items())
     assert points.keys() == wanted
     assert all(len(point["accuracies"]) == 2 for point in points.values())
+    cut = document["cut"]
+    assert (cut["weights"], cut["from"], [point["r"] for point in cut["points"]]) == ("all linear", 64, [1, 8])
+    assert all(len(point["accuracies"]) == 2 for point in cut["points"])
     phi = torch.tensor(document["similarity"]["phi"])
     assert phi.shape == (8, 8) and bool(((phi >= 0) & (phi <= 1)).all())
     told = capsys.readouterr().out
@@ -75,6 +78,11 @@ def test_the_pages_say_what_the_document_says(tmp_path: Path) -> None:
         "setting": {"steps": 9, "batch": 8, "rate": 0.005, "alpha": 8, "seeds": 2, "rotated": 0.123, "upright": 0.9},
         "points": points,
         "equal": {"parameters": 40, "ranks": {"{q}": 4, "all": 2}},
+        "cut": {
+            "weights": "all",
+            "from": 4,
+            "points": [{"r": r, "accuracies": [value]} for r, value in ((1, 0.4), (2, 0.7))],
+        },
     }
     root = checkout(tmp_path / "checkout")
     path = put(root, "ranks/a.json", document, png=True)
@@ -82,6 +90,7 @@ def test_the_pages_say_what_the_document_says(tmp_path: Path) -> None:
     assert script.main(["--root", str(root)]) == 0
     page = (root / "docs" / "ranks.md").read_text()
     assert "| {q} | 20.0% ± 1.0 | 30.0% ± 1.0 | 40.0% ± 1.0 |" in page
+    assert "| all, cut from 4 | 40.0% ± 0.0 | 70.0% ± 0.0 |  |" in page
     assert "| all | 2 | 40 | 75.0% ± 1.0 |" in page and "](../benchmarks/results/ranks/a.png)" in page
 
     run = script.Run.read(path, root / "README.md", root)
@@ -94,3 +103,4 @@ def test_the_pages_say_what_the_document_says(tmp_path: Path) -> None:
     assert (
         lines[2].startswith("From rank 1 to rank 4: {q} 20% to 40%, all 50% to 80%.") and "(docs/ranks.md)" in lines[2]
     )
+    assert "Trained at rank 4 and cut to 2 by `resize_adapter`, all reach 70%; trained at 2, 75%." in lines[2]
