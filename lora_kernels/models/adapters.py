@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.core import atomic
-from lora_kernels.models import inject
+from lora_kernels.models import inject, shared_config, shared_files
 from lora_kernels.models.adapter_checks import refuse_unsaved_parts, values_of
-from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, config_of, read_config
+from lora_kernels.models.adapter_config import (
+    CONFIG,
+    AdapterConfig,
+    checked_config,
+    config_of,
+    read_config,
+    read_fields,
+)
 from lora_kernels.models.adapter_files import (
     PEFT_KEY,
     WEIGHTS,
@@ -33,6 +40,7 @@ from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_name, plain_names
 from lora_kernels.models.reports import ApplyReport
 from lora_kernels.models.selection import select
+from lora_kernels.models.shared import shared_layers
 from lora_kernels.models.targets import Rules, parameters_of, some, told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer, is_adapter
 from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
@@ -77,16 +85,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not layers or "" in layers:
         what = "is such a layer itself: put it in a module, for a name" if layers else "has no layer with an adapter"
         raise ValueError(f"the model {what}; nothing was saved")
-    refuse_unsaved_parts(layers)
-    values = values_of(model)
+    if shared_layers(model):
+        config, values = shared_files.contents(model, layers)
+    else:
+        refuse_unsaved_parts(layers)
+        values = {
+            f"base_model.model.{name}.{part}": value
+            for name, adapter in values_of(model).items()
+            for part, value in adapter.items()
+        }
     _warn_of_what_is_not_saved(model, layers)
-    _warn_of_peft(layers, "the adapters of these layers compute something else in PEFT")
-    config = config_of(model, layers)
-    tensors = {
-        f"base_model.model.{name}.{part}": value.to("cpu", copy=True).contiguous()  # tied ones become separate
-        for name, adapter in values.items()
-        for part, value in adapter.items()
-    }
+    if not shared_layers(model):
+        _warn_of_peft(layers, "the adapters of these layers compute something else in PEFT")
+        config = config_of(model, layers)
+    tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in values.items()}  # tied ones part
     weights = st.save(tensors, metadata={"format": "pt"})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -136,6 +148,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     """
     directory = Path(directory)
     config, tensors = _read(directory)
+    if isinstance(config, shared_config.SharedConfig):
+        return shared_files.load(model, directory, config, tensors)
     names = {name: module for name, _, module in plain_names(model)}
     config = config.for_names(names, directory / CONFIG)
     tensors = _without_equal_bases(tensors, names)
@@ -244,9 +258,12 @@ def _warn_of_what_is_not_saved(model: nn.Module, layers: dict[str, AdapterLayer]
         )
 
 
-def _read(directory: Path) -> tuple[AdapterConfig, Parts]:
+def _read(directory: Path) -> tuple[AdapterConfig | shared_config.SharedConfig, Parts]:
     """Return what the two files of an adapter hold, which no `save_adapter` replaces in the meantime."""
     if not directory.is_dir():
         return read_config(directory / CONFIG), {}  # which raises the error
     with one_save(directory):
-        return read_config(directory / CONFIG), read_weights(directory / WEIGHTS)
+        fields = read_fields(directory / CONFIG)
+        shared = isinstance(fields, dict) and fields.get("peft_type") in shared_config.FORMATS
+        config = (shared_config.checked if shared else checked_config)(fields, directory / CONFIG)
+        return config, read_weights(directory / WEIGHTS)

@@ -37,6 +37,7 @@ def apply_vera(
     vera_dropout: float = 0.0,
     d_initial: float = 0.1,
     projection_prng_key: int = 0,
+    save_projection: bool = True,
     target_modules: Names = "all-linear",
     exclude_modules: Names | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
@@ -66,6 +67,8 @@ def apply_vera(
         vera_dropout: p in [0, 1): dropout on x in the adapter, while training.
         d_initial: what u starts as.
         projection_prng_key: the number from which A and B are drawn, the same on every machine and rank.
+        save_projection: whether `save_adapter` writes A and B. Without them a file has u and v alone, and its reader
+            draws A and B from the key.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, adapter_dtype, backend, quant, blocksize,
             double_quant, verify: as for `apply_lora`. Layers other than ``nn.Linear`` and transformers' Conv1D are
             refused where they are named.
@@ -80,7 +83,8 @@ def apply_vera(
         first_u=d_initial, first_v=0.0,
     )  # fmt: skip
     rules = Rules(target_modules, exclude_modules, None, None, layers_to_transform, layers_pattern)
-    return _applied(model, settings, rules, {"key": projection_prng_key}, verify)
+    own = {"key": projection_prng_key, "save_projection": save_projection}
+    return _applied(model, settings, rules, own, verify)
 
 
 def apply_tied_lora(
@@ -128,15 +132,16 @@ def apply_tied_lora(
 
     Raises what `apply_lora` raises, and ValueError where none of the four is trained. The model is then unchanged.
     """
-    zero = next((name for name, trained in zip("BvuA", (train_b, train_v, train_u, train_a), strict=True) if trained), "")
-    if not zero:
+    trained = {"B": train_b, "v": train_v, "u": train_u, "A": train_a}
+    zero = next((name for name, is_trained in trained.items() if is_trained), None)
+    if zero is None:
         raise ValueError("train_a, train_b, train_u and train_v are all False: nothing would be trained")
     settings = SharedSettings(
         r, lora_alpha, lora_dropout, False, False, adapter_dtype, backend, quant, blocksize, double_quant,
         train_u=train_u, train_v=train_v, first_u=float(zero != "u"), first_v=float(zero != "v"),
     )  # fmt: skip
     rules = Rules(target_modules, exclude_modules, None, None, layers_to_transform, layers_pattern)
-    own = {"key": None, "train_a": train_a, "train_b": train_b, "zero": zero if zero in "AB" else None}
+    own = {"key": None, "train_a": train_a, "train_b": train_b, "zero": zero if zero in ("A", "B") else None}
     return _applied(model, settings, rules, own, verify)
 
 
@@ -163,17 +168,15 @@ def shared_selection(selection: Selection) -> Selection:
     return replace(selection, targets=[replace(target, kind=_KINDS[target.kind]) for target in selection.targets])
 
 
-def factors_for(selection: Selection, sizes: tuple[int, int] | None = None, **own: Any) -> SharedFactors:
+def factors_for(selection: Selection, **own: Any) -> SharedFactors:
     """Return factors that all chosen layers can share, on the device of the first, in the dtype of the adapters.
 
-    `sizes` are K_max and N_max where these are larger than the layers need. Raises TypeError or ValueError where the
-    layers are on several devices or in several dtypes, so that no A could be that of all.
+    `own` are further keywords of `SharedFactors`. Raises ValueError where the layers are on several devices or in
+    several dtypes, so that no A could be that of all.
     """
     first, *_ = selection.targets
     shapes = [sizes_of(target) for target in selection.targets]
     K, N = (max(each) for each in zip(*shapes, strict=True))
-    if sizes is not None:
-        K, N = sizes
     weights: list[Any] = [target.module.weight for target in selection.targets]
     places = {str(w.device) for w in weights}
     dtypes = {target.settings.dtype_beside(w.dtype) for target, w in zip(selection.targets, weights, strict=True)}

@@ -212,8 +212,8 @@ class _DenseForward(SharedAdapter):
         return self._computed(input, weight, bias, a, b)
 
 
-class SharedLoRALinear(_DenseForward, FusedLoRALinear):
-    """y = x Wᵀ + bias + s · (((dropout(x) Aᵀ) ⊙ u) Bᵀ) ⊙ v with W and bias frozen, and A and B shared with other layers.
+class SharedLoRALinear(_DenseForward, FusedLoRALinear):  # type: ignore[misc]
+    """y = x Wᵀ + bias + s · (((dropout(x) Aᵀ) ⊙ u) Bᵀ) ⊙ v, with W and bias frozen and A and B of several layers.
 
     VeRA (Kopiczko, Blankevoort and Asano, 2023, arXiv:2310.11454) trains u and v over random A and B. Tied-LoRA
     (Renduchintala, Konuk and Kuchaiev, 2023, arXiv:2311.09578) trains all four. `apply_vera` and `apply_tied_lora` make
@@ -265,11 +265,11 @@ class SharedLoRALinear(_DenseForward, FusedLoRALinear):
         return cls.from_settings(linear, settings)
 
 
-class SharedLoRAConv1D(_DenseForward, FusedLoRAConv1D):
+class SharedLoRAConv1D(_DenseForward, FusedLoRAConv1D):  # type: ignore[misc]
     """A `SharedLoRALinear` over the Conv1D of transformers, which stores Wᵀ."""
 
 
-class SharedQuantizedLoRALinear(SharedAdapter, QuantizedLoRALinear):
+class SharedQuantizedLoRALinear(SharedAdapter, QuantizedLoRALinear):  # type: ignore[misc]
     """A `SharedLoRALinear` over a weight in 4 or 8 bits."""
 
     def forward(self, input: Tensor) -> Tensor:

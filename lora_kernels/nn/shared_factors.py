@@ -30,12 +30,13 @@ class SharedFactors(nn.Module):
             torch's global generator as LoRA does, Kaiming-uniform(√5).
         train_a, train_b: whether A and B are trained.
         zero: "A" or "B" starts as zeros; None, neither.
+        save_projection: whether files hold A and B. Otherwise a reader draws them from `key`.
         device, dtype: of A and B; fp32 by default.
 
     Attributes:
         lora_A: [r, K_max], a parameter.
         lora_B: [N_max, r], a parameter.
-        key: the number from which A and B were drawn, or None.
+        key, save_projection: the arguments of these names.
 
     Raises ValueError for sizes below 1 or a key that is no integer in [0, 2⁶³).
     """
@@ -50,6 +51,7 @@ class SharedFactors(nn.Module):
         train_a: bool = False,
         train_b: bool = False,
         zero: str | None = None,
+        save_projection: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -61,7 +63,7 @@ class SharedFactors(nn.Module):
         if key is not None and (not isinstance(key, int) or isinstance(key, bool) or not 0 <= key < 1 << 63):
             raise ValueError(f"key must be an integer in [0, 2**63) or None, got {key!r}")
         self.r, self.in_features, self.out_features = r, in_features, out_features
-        self.key, self.zero = key, zero
+        self.key, self.zero, self.save_projection = key, zero, save_projection
         dtype = dtype or torch.float32
         self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device), train_a)
         self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=device), train_b)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.core.operands import Adapter, Base, Layer, Needs
-from lora_kernels.ops import check, direct, plain, registered
+from lora_kernels.ops import direct, plain, registered
 from lora_kernels.ops.autograd import (
     apply,
     as_dense,
