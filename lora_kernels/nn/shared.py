@@ -182,9 +182,12 @@ class SharedAdapter:
         unexpected_keys[:] = [key for key in unexpected_keys if key != prefix + "weight_format"]
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            if self.lora_u.is_meta and not self.weight.is_meta:  # assign=True: the vectors have no values to keep
+            if self.lora_u.is_meta and not self.weight.is_meta:  # assign=True: the adapter has no values to keep
                 loading.put_adapter_beside(self, self.weight.device)
                 self._reset_adapter()
+                if self._factors.lora_A.is_meta:
+                    loading.put_adapter_beside(self._factors, self.weight.device)
+                    self._factors.reset_parameters()
 
     def _in_own_format(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         """Return `state_dict` with the weight in the format of this layer."""

@@ -101,10 +101,6 @@ class SharedFactors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if plain:
             missing_keys[:] = [key for key in missing_keys if key not in keys]
-            there = next((t.device for t in state_dict.values() if isinstance(t, Tensor)), None)
-            if self.lora_A.is_meta and there is not None:  # assign=True: they have no values to keep
-                loading.put_adapter_beside(self, there)
-                self.reset_parameters()
 
     def extra_repr(self) -> str:
         """Return the sizes that ``repr`` shows."""

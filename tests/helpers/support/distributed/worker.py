@@ -25,7 +25,15 @@ from support.distributed import shared as distributed_shared
 from support.distributed import tensor as distributed_tensor
 from support.distributed.models import CHECKS, SKIPPED
 
-__all__ = ["SKIPPED", "checks_of", "distributed_data", "distributed_meta", "distributed_shared", "distributed_tensor", "main"]
+__all__ = [
+    "SKIPPED",
+    "checks_of",
+    "distributed_data",
+    "distributed_meta",
+    "distributed_shared",
+    "distributed_tensor",
+    "main",
+]
 
 
 def checks_of(size: int) -> list[str]:
