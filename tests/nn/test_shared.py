@@ -244,7 +244,7 @@ def test_copies_and_pickles_have_factors_of_their_own_and_no_kept_fold():
         agrees(net, x)
 
 
-def test_threads_that_evaluate_and_change_see_no_fold_of_another_state():
+def test_threads_that_evaluate_while_folds_are_dropped_compute_the_same():
     net, x = evaluated()
     wrong = []
 
@@ -413,6 +413,7 @@ def test_repr_tells_the_settings():
     assert "SharedFactors(r=5, in_features=48, out_features=40, key=0, train_a=True, train_b=True)" in repr(net)
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_one_graph_and_no_kept_fold():
     net, x = shared(train=(False, False)).eval(), torch.randn(3, WIDE)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
