@@ -159,7 +159,7 @@ def shared_selection(selection: Selection) -> Selection:
     """Return the same choice of layers, with the classes that share their factors. Raises ValueError for layers of
     which there is no such class."""
     unfit = {
-        target.name: f"no linear layer but a {type(target.module).__name__}, and shared factors go on linear layers"
+        target.name: f"of class {type(target.module).__name__}, and shared factors go on linear layers only"
         for target in selection.targets
         if target.kind not in _KINDS
     }

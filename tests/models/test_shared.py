@@ -175,7 +175,7 @@ class Named(Net):
 
 
 @pytest.mark.parametrize(("make", "apply", "error", "match"), [
-    (Net, lambda m: apply_vera(m, target_modules=["embed", "up"]), ValueError, "no linear layer but a Embedding, and shared"),
+    (Net, lambda m: apply_vera(m, target_modules=["embed", "up"]), ValueError, "of class Embedding, and shared"),
     (Net, lambda m: apply_vera(m, target_modules=["nothing"]), ValueError, "match no layer to replace"),
     (Net, lambda m: apply_vera(m, r=0), ValueError, "r must be an integer of at least 1, got 0"),
     (Net, lambda m: apply_vera(m, projection_prng_key=-1), ValueError, "key must be an integer"),

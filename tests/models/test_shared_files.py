@@ -17,6 +17,9 @@ peft = pytest.importorskip("peft")
 st = pytest.importorskip("safetensors.torch")
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
+READS_FACTORS = hasattr(peft.tuners.vera.VeraModel, "_remap_adapter_state_dict_for_load")
+"""Whether PEFT reads A and B of a file. Earlier versions draw them from the key, whatever the file holds, and save the
+vectors of all adapters with each."""
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(5))
 NAMES = ["up", "middle", "down"]
 
@@ -119,6 +122,7 @@ def test_a_round_trip_has_the_same_bits(projection, tmp_path):
     assert torch.equal(loaded.up.lora_u, torch.full((8,), 0.2))
 
 
+@pytest.mark.skipif(not READS_FACTORS, reason="this PEFT saves the vectors of all adapters with each")
 def test_a_file_of_wider_factors_gives_the_layers_their_part(tmp_path):
     """PEFT's second adapter has the A and B of the first, which may have had wider layers."""
     model = theirs()
@@ -265,7 +269,11 @@ def test_changed_factors_are_not_left_out_of_a_file(tmp_path):
         save_adapter(model, tmp_path)
     model.lora_shared.save_projection = True
     save_adapter(model, tmp_path)
-    torch.testing.assert_close(peft.PeftModel.from_pretrained(net(), tmp_path).eval()(X), model(X))
+    loaded = net()
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded.eval()(X), model(X))
+    if READS_FACTORS:
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(net(), tmp_path).eval()(X), model(X))
 
 
 def test_an_adapter_without_values_is_refused(tmp_path):
