@@ -264,6 +264,7 @@ def _read(directory: Path) -> tuple[AdapterConfig | shared_config.SharedConfig, 
         return read_config(directory / CONFIG), {}  # which raises the error
     with one_save(directory):
         fields = read_fields(directory / CONFIG)
-        shared = isinstance(fields, dict) and fields.get("peft_type") in shared_config.FORMATS
+        kind = fields.get("peft_type") if isinstance(fields, dict) else None
+        shared = isinstance(kind, str) and kind in shared_config.FORMATS
         config = (shared_config.checked if shared else checked_config)(fields, directory / CONFIG)
         return config, read_weights(directory / WEIGHTS)
