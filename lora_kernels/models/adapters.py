@@ -58,6 +58,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     and so is that of a model that accelerate has offloaded. Trained parameters outside the adapters are not saved: a
     warning names them.
 
+    Layers that share A and B have PEFT's format of VeRA, which has these once, or not at all with
+    ``save_projection=False``. PEFT knows no Tied-LoRA: where A or B is trained, or s is not 1, the same keys begin with
+    ``tied_`` and the config's peft_type is "TIED_LORA", which `load_adapter` alone reads.
+
     The names in the file are those of the model without wrappers (torch.compile, activation checkpointing, DDP, FSDP,
     ...) around it or around parts of it. Tied adapters are written for each layer: a warning says that the tie is not
     saved, unless it is that of ``ensure_weight_tying``. A warning names the layers that PEFT computes in another way
@@ -85,19 +89,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not layers or "" in layers:
         what = "is such a layer itself: put it in a module, for a name" if layers else "has no layer with an adapter"
         raise ValueError(f"the model {what}; nothing was saved")
-    if shared_layers(model):
-        config, values = shared_files.contents(model, layers)
-    else:
-        refuse_unsaved_parts(layers)
-        values = {
-            f"base_model.model.{name}.{part}": value
-            for name, adapter in values_of(model).items()
-            for part, value in adapter.items()
-        }
+    contents = shared_files.contents if shared_layers(model) else _contents
+    config, values = contents(model, layers)
     _warn_of_what_is_not_saved(model, layers)
-    if not shared_layers(model):
-        _warn_of_peft(layers, "the adapters of these layers compute something else in PEFT")
-        config = config_of(model, layers)
+    _warn_of_peft(layers, "the adapters of these layers compute something else in PEFT")
     tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in values.items()}  # tied ones part
     weights = st.save(tensors, metadata={"format": "pt"})
     directory = Path(directory)
@@ -110,12 +105,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     )
 
 
+def _contents(model: nn.Module, layers: dict[str, AdapterLayer]) -> tuple[dict[str, Any], Parts]:
+    """Return the config and the tensors of a file of LoRA. Raises what `save_adapter` raises."""
+    refuse_unsaved_parts(layers)
+    values = {
+        f"base_model.model.{name}.{part}": value
+        for name, adapter in values_of(model).items()
+        for part, value in adapter.items()
+    }
+    return config_of(model, layers), values
+
+
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyReport:
     """Load an adapter in PEFT's format, made by PEFT or by `save_adapter`, from `directory` into `model`.
 
     A model with adapters must have them exactly where the file has some, with the same ranks, and with use_dora if the
     file holds DoRA adapters. A, B and m are written into its parameters, rounded to their dtype. lora_alpha, use_rslora
     and scaling become those of the config; lora_dropout and the choice of what is trained stay the model's.
+
+    A directory of VeRA, or of Tied-LoRA from `save_adapter`, gives u, v, A and B. Where a file of VeRA has no A and B,
+    they are drawn from its projection_prng_key.
 
     PEFT writes the weights of an adapted embedding and of the head beside the adapter. They must equal the model's.
 

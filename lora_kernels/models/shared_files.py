@@ -48,9 +48,8 @@ def load(model: nn.Module, directory: Path, config: SharedConfig, tensors: Mappi
     try:
         selection = shared_selection(select(model, config.settings, rules))
     except ValueError as error:
-        raise ValueError(
-            f"{directory} is an adapter of another base, or of layers not supported here: {error}"
-        ) from None
+        why = f"{directory} is an adapter of another base, or of layers not supported here: {error}"
+        raise ValueError(why) from None
     _check_names(str(directory), set(layers), {target.name for target in selection.targets}, names)
     made = factors_for(selection, key=config.key, save_projection=config.save_projection, **config.train)
     values = _factor_values(made, made.in_features, made.out_features, config, factors, str(directory))
@@ -111,10 +110,8 @@ def _parts(
     surplus, twice, odd = [], [], []
     for key, value in sorted(tensors.items()):
         if match := of_layer.fullmatch(key):
-            own, part = (
-                layers.setdefault(plain_name(match["layer"], names), {}),
-                "u" if match["part"] == format.u else "v",
-            )
+            own = layers.setdefault(plain_name(match["layer"], names), {})
+            part = "u" if match["part"] == format.u else "v"
         elif match := of_factor.fullmatch(key):
             own, part = factors, match["part"]
         else:
