@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.shared import SharedAdapter
 from lora_kernels.nn.tied import TiedLoRALinear
 
 LINEAR, EMBEDDING, CONV, EXPERTS, ATTENTION = "linear", "embedding", "conv", "experts", "attention"
@@ -90,7 +91,8 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
 
     `adapter` chooses one of PEFT's adapters by its name; None takes all of them. Layers of other methods of PEFT than
     LoRA (AdaLoRA, LoHa, VeRA, ...) have no such updates and are left out. A head that is tied to an embedding and
-    shares its adapter has none of its own either: the update of both is the embedding's.
+    shares its adapter has none of its own either: the update of both is the embedding's. Nor have layers whose A and B
+    are those of all (VeRA and Tied-LoRA of this package): `lora_kernels.models.shared.shared_layers` finds them.
 
     Raises:
         ValueError: for a variant of PEFT's LoRA whose update is no s·B A (KaSA, BD-LoRA, QA-LoRA, Arrow, MonteCLoRA);
@@ -119,7 +121,7 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
 def _of_own(name: str, layer: Any) -> Iterator[Pair]:
     """Yield the updates of an `AdapterLayer`."""
     magnitude = layer._parameters.get("lora_magnitude_vector")
-    if isinstance(layer, TiedLoRALinear):
+    if isinstance(layer, (TiedLoRALinear, SharedAdapter)):
         return
     for kind, part, of_a, of_b in _own_names(layer):
         a, b = layer._parameters.get(of_a), layer._parameters.get(of_b)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,26 +75,16 @@ class SharedAdapter:
     @property
     def lora_A(self) -> Tensor:
         """A of this layer [r, in], columns of the shared one."""
-        return self._a_and_b()[0]
+        return self._factors.lora_A[:, : self.in_features]
 
     @property
     def lora_B(self) -> Tensor:
         """B' = v ⊙ B ⊙ u of this layer [out, r], computed anew."""
-        return folded(self._a_and_b()[1], self.lora_u, self.lora_v)
-
-    def _a_and_b(self) -> tuple[Tensor, Tensor]:
-        """Return this layer's columns of A and rows of B: the Parameters themselves where it takes all of them."""
-        factors = self._factors
-        a, b = factors.lora_A, factors.lora_B
-        if factors.in_features != self.in_features:
-            a = a[:, : self.in_features]  # type: ignore[assignment]
-        if factors.out_features != self.out_features:
-            b = b[: self.out_features]  # type: ignore[assignment]
-        return a, b
+        return folded(self._factors.lora_B[: self.out_features], self.lora_u, self.lora_v)
 
     def _parts(self) -> tuple[Any, Any, Any, Any]:
-        layer: Any = self
-        return layer.turned(self.weight), layer.bias, *self._a_and_b()
+        layer, factors = cast(Any, self), self._factors
+        return layer.turned(self.weight), layer.bias, factors.lora_A, factors.lora_B
 
     def _add_adapter(self, settings: LoRASettings) -> None:
         layer: Any = self
@@ -132,7 +122,7 @@ class SharedAdapter:
             nn.init.constant_(vector, value)
 
     def _computed(self, x: Tensor, w: Tensor | QuantizedWeight, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        """Return y of a layer that is not merged."""
+        """Return y of a layer that is not merged, for the whole of the shared A and B."""
         layer: Any = self
         u, v = self.lora_u, self.lora_v
         s, p, backend = layer.scaling, 0.0, layer.backend
@@ -140,7 +130,7 @@ class SharedAdapter:
             p, self.__dict__["_kept"] = layer.lora_dropout, None
         elif not torch.compiler.is_compiling() and (kept := kept_fold(self._kept, x, b, u, v)) is not None:
             self.__dict__["_kept"] = kept
-            return lora_linear(x, w, a, kept.folded, scale=s, bias=bias, backend=backend)
+            return lora_linear(x, w, a[:, : self.in_features], kept.folded, scale=s, bias=bias, backend=backend)
         return shared_lora_linear(x, w, a, b, u, v, scale=s, bias=bias, dropout_p=p, backend=backend)
 
     def _trained(self, a: Tensor, b: Tensor) -> Tensor:

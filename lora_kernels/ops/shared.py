@@ -62,8 +62,8 @@ def shared_lora_linear(
 
     Args:
         x, weight, bias, dropout_p, seed, backend: as for `lora_kernels.lora_linear`.
-        lora_a: A [R, K], in x's dtype, or fp32 beside an x in 16 bits. It may be columns of a wider matrix.
-        lora_b: B [N, R], in A's dtype. It may be rows of a taller matrix.
+        lora_a: A [R, K], in x's dtype, or fp32 beside an x in 16 bits. Of a wider one the first K columns are taken.
+        lora_b: B [N, R], in A's dtype. Of a taller one the first N rows are taken.
         lora_u: u [R], in A's dtype or fp32.
         lora_v: v [N], in A's dtype or fp32.
         scale: s, a finite float. VeRA has 1.
@@ -73,6 +73,7 @@ def shared_lora_linear(
 
     Raises what `lora_kernels.lora_linear` raises, and ValueError or TypeError for a u or v that does not fit B.
     """
+    lora_a, lora_b = sliced(weight, lora_a, lora_b)
     _check(lora_b, lora_u, lora_v)
     if bias is not None and isinstance(weight, QuantizedWeight) and bias.dtype != x.dtype:
         bias = bias_beside(x, bias)
@@ -90,6 +91,13 @@ def shared_lora_linear(
             a, b, s, p, drawn = adapter
             y, _ = _forward(rows, base, Adapter(a, folded(b, lora_u, lora_v), s, p, drawn), backend, False)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def sliced(weight: Tensor | QuantizedWeight, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the columns of A and the rows of B that a layer with this weight takes: A and B themselves where it takes
+    all of them."""
+    N, K = weight.shape
+    return a if a.shape[-1] == K else a[..., :K], b if b.shape[0] == N else b[:N]
 
 
 def folded(b: Tensor, u: Tensor, v: Tensor) -> Tensor:

@@ -233,6 +233,17 @@ def test_a_trace_holds_no_kept_fold():
         torch.testing.assert_close(traced(x), net(x))
 
 
+def test_torch_fx_records_the_whole_parameters():
+    for net in (evaluated()[0], shared()):
+        x = torch.randn(3, WIDE)
+        with torch.no_grad():
+            traced = torch.fx.symbolic_trace(net)
+        net.one.lora_v.data.mul_(3)
+        net.lora_shared.lora_A.data.mul_(2)
+        torch.testing.assert_close(traced(x), net(x))
+        assert "lora_shared.lora_A" in dict(traced.named_parameters())
+
+
 def test_copies_and_pickles_have_factors_of_their_own_and_no_kept_fold():
     net, x = evaluated()
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):

@@ -17,7 +17,7 @@ NAMES = ("x", "a", "b", "u", "v", "bias")
 
 
 def operands(dtype=torch.float64, adapters=None, shape=(M,), N=N, K=K, R=R):
-    """Return leaves, with A and B as slices of wider matrices, and the frozen weight."""
+    """Return leaves, with an A and a B that are wider than the layer, and the frozen weight."""
     adapters = adapters or dtype
     wide = torch.randn(R, K + 7) / K**0.5, torch.randn(N + 3, R) / R**0.5
     made = {
@@ -33,8 +33,7 @@ def operands(dtype=torch.float64, adapters=None, shape=(M,), N=N, K=K, R=R):
 
 def run(leaves, w, **settings):
     x, a, b, u, v, bias = (leaves[name] for name in NAMES)
-    b = b[: v.shape[0]]
-    return shared_lora_linear(x, w, a[:, : x.shape[-1]], b, u, v, bias=bias, **{"scale": 0.75, **settings})
+    return shared_lora_linear(x, w, a, b, u, v, bias=bias, **{"scale": 0.75, **settings})
 
 
 def dy_of(y):
