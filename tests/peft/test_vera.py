@@ -216,6 +216,7 @@ def test_input_casting_that_is_off_is_pefts_own():
     assert up.passed_over == {"the adapter is torch.float32 beside torch.bfloat16": 1}
 
 
+@pytest.mark.slow
 def test_a_compiler_sees_one_graph():
     theirs, ours = both()
     x = torch.randn(3, 12)
