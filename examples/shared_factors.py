@@ -107,6 +107,8 @@ def plot(results: Results, path: Path) -> Path:
         left.set(xlabel="training step", ylabel="accuracy on rotated test digits, %", ylim=(0, 104))
         left.legend(frameon=False, loc="lower right")
         right.set(xlabel="trained parameters", xscale="log")
+        right.set_xticks([3_000, 10_000, 30_000], ["3,000", "10,000", "30,000"])
+        right.minorticks_off()
         right.margins(x=0.25)
         figure.suptitle("Fewer trained parameters, by sharing A and B", fontsize=13, fontweight="bold")
         path.parent.mkdir(parents=True, exist_ok=True)
