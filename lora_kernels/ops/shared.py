@@ -121,9 +121,11 @@ def _check(b: Tensor, u: Tensor, v: Tensor) -> None:
     if any(t.dtype not in (b.dtype, torch.float32) for t in (u, v)):
         raise TypeError(f"lora_u and lora_v must be in {b.dtype}, as lora_b is, or fp32; got {u.dtype} and {v.dtype}")
     if u.device != b.device or v.device != b.device:
+        way = "A layer that was moved alone has left the shared factors behind: move the whole model"
+        if b.is_meta:  # and u and v are where accelerate has put them for this forward
+            way = "If accelerate has offloaded them, keep them: accelerate.hooks.remove_hook_from_module(model.lora_shared)"
         raise ValueError(
-            f"lora_u, lora_v and lora_b must be on one device; got {u.device}, {v.device} and {b.device}. A layer that "
-            "was moved alone has left the shared factors behind: move the whole model"
+            f"lora_u, lora_v and lora_b must be on one device; got {u.device}, {v.device} and {b.device}. {way}"
         )
 
 

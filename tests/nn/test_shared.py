@@ -361,6 +361,17 @@ def test_a_layer_that_is_moved_without_the_model_is_refused_with_the_way_out():
         net.one(torch.randn(3, 32, device="meta"))
 
 
+def test_an_offloaded_model_says_how_to_keep_its_factors():
+    accelerate = pytest.importorskip("accelerate")
+    net, x = shared(train=(False, False)), torch.randn(3, WIDE)
+    want = net(x)
+    accelerate.cpu_offload(net, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"remove_hook_from_module\(model.lora_shared\)"):
+        net(x)
+    accelerate.hooks.remove_hook_from_module(net.lora_shared)
+    assert torch.equal(net(x), want)
+
+
 # --- merging ---
 
 
