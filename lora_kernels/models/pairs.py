@@ -7,7 +7,7 @@ parameters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.nn.adapter import AdapterLayer
-from lora_kernels.nn.shared import SharedAdapter
 from lora_kernels.nn.tied import TiedLoRALinear
 
 LINEAR, EMBEDDING, CONV, EXPERTS, ATTENTION = "linear", "embedding", "conv", "experts", "attention"
@@ -50,13 +49,18 @@ class Pair:
     random, if the initialisation does not say otherwise."""
     b: nn.Parameter
     """The matrix that makes y, in the layer's own layout. It starts at zero, but at random in an embedding."""
-    scale: float
-    """s, as the layer multiplies with it now. That of the out_proj of an attention of PEFT is twice PEFT's scaling,
-    because PEFT adds the update twice."""
     magnitude: nn.Parameter | None = None
     """DoRA's m."""
     groups: int = 1
     """The number of updates that the two hold side by side: the experts of a stack, the groups of a convolution."""
+    counted: int = 1
+    """How often the layer adds the update: 2 for the out_proj of an attention of PEFT, else 1."""
+
+    @property
+    def scale(self) -> float:
+        """s, by which the layer multiplies B A now, times `counted`. It is read from the layer, where it may change."""
+        scaling: Any = self.layer.scaling
+        return float(scaling[self.adapter] if isinstance(scaling, dict) else scaling) * self.counted
 
     @property
     def zero_at_start(self) -> nn.Parameter:
@@ -90,9 +94,9 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
     """Return every low-rank update of `model`, in the order of its modules.
 
     `adapter` chooses one of PEFT's adapters by its name; None takes all of them. Layers of other methods of PEFT than
-    LoRA (AdaLoRA, LoHa, VeRA, ...) have no such updates and are left out. A head that is tied to an embedding and
-    shares its adapter has none of its own either: the update of both is the embedding's. Nor have layers whose A and B
-    are those of all (VeRA and Tied-LoRA of this package): `lora_kernels.models.shared.shared_layers` finds them.
+    LoRA (AdaLoRA, LoHa, VeRA, ...), and of this package whose factors belong to many layers (VeRA, Tied-LoRA), have no
+    such updates and are left out. A head that is tied to an embedding and
+    shares its adapter has none of its own either: the update of both is the embedding's.
 
     Raises:
         ValueError: for a variant of PEFT's LoRA whose update is no s·B A (KaSA, BD-LoRA, QA-LoRA, Arrow, MonteCLoRA);
@@ -121,7 +125,7 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
 def _of_own(name: str, layer: Any) -> Iterator[Pair]:
     """Yield the updates of an `AdapterLayer`."""
     magnitude = layer._parameters.get("lora_magnitude_vector")
-    if isinstance(layer, (TiedLoRALinear, SharedAdapter)):
+    if isinstance(layer, TiedLoRALinear) or "lora_u" in layer._parameters:
         return
     for kind, part, of_a, of_b in _own_names(layer):
         a, b = layer._parameters.get(of_a), layer._parameters.get(of_b)
@@ -132,7 +136,7 @@ def _of_own(name: str, layer: Any) -> Iterator[Pair]:
                 "(remove_parametrizations, prune.remove), or use FSDP2"
             )
         groups = a.shape[0] if kind == EXPERTS else layer.groups if kind == CONV else 1
-        yield Pair(name, layer, "", kind, part, a, b, float(layer.scaling), magnitude, groups)
+        yield Pair(name, layer, "", kind, part, a, b, magnitude, groups)
 
 
 def _own_names(layer: Any) -> Iterator[tuple[str, str, str, str]]:
@@ -171,9 +175,9 @@ def _of_peft(name: str, layer: Any, counted: int) -> Iterator[Pair]:
                 f"adapter {adapter!r} of {name} is PEFT's {variant}, whose update is no product s·B A of its lora_A "
                 "and lora_B"
             )
-        vectors, scale = layer.lora_magnitude_vector, float(layer.scaling[adapter]) * counted
+        vectors = layer.lora_magnitude_vector
         magnitude = vectors[adapter].weight if adapter in vectors else None
-        yield Pair(name, layer, adapter, of, part, a, b, scale, magnitude, groups)
+        yield Pair(name, layer, adapter, of, part, a, b, magnitude, groups, counted)
 
 
 def _tied(pair: Pair, tables: list[Pair]) -> bool:
@@ -181,5 +185,10 @@ def _tied(pair: Pair, tables: list[Pair]) -> bool:
     embeddings `tables`: parameters of its own, in the same memory."""
     if pair.kind != LINEAR:
         return False
-    of_same = (each for each in tables if each.adapter == pair.adapter)
-    return any(torch._C._is_alias_of(pair.a, each.b) for each in of_same)  # type: ignore[attr-defined]
+    return lies_in_memory_of(pair.a, (each.b for each in tables if each.adapter == pair.adapter))
+
+
+def lies_in_memory_of(parameter: Tensor, others: Iterable[Tensor]) -> bool:
+    """Return whether `parameter` is one of `others`, or another tensor in the memory of one, as PEFT's tied heads have
+    them."""
+    return any(torch._C._is_alias_of(parameter, other) for other in others)  # type: ignore[attr-defined]

@@ -123,7 +123,8 @@ def _check(b: Tensor, u: Tensor, v: Tensor) -> None:
     if u.device != b.device or v.device != b.device:
         way = "A layer that was moved alone has left the shared factors behind: move the whole model"
         if b.is_meta:  # and u and v are where accelerate has put them for this forward
-            way = "If accelerate has offloaded them, keep them: accelerate.hooks.remove_hook_from_module(model.lora_shared)"
+            keep = "accelerate.hooks.remove_hook_from_module(model.lora_shared)"
+            way = f"If accelerate has offloaded the shared factors, keep them: {keep}"
         raise ValueError(
             f"lora_u, lora_v and lora_b must be on one device; got {u.device}, {v.device} and {b.device}. {way}"
         )

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from support.distributed import data as distributed_data
+from support.distributed import frozen as distributed_frozen
 from support.distributed import meta as distributed_meta
 from support.distributed import shared as distributed_shared
 from support.distributed import tensor as distributed_tensor
@@ -29,6 +30,7 @@ __all__ = [
     "SKIPPED",
     "checks_of",
     "distributed_data",
+    "distributed_frozen",
     "distributed_meta",
     "distributed_shared",
     "distributed_tensor",
