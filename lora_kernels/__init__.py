@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from lora_kernels.models.loralib import load_loralib
     from lora_kernels.models.lycoris import load_lycoris
+    from lora_kernels.models.shared import apply_tied_lora, apply_vera
     from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
     from lora_kernels.nn.conv import FusedLoRAConv1d, FusedLoRAConv2d, FusedLoRAConv3d
     from lora_kernels.nn.conv1d import FusedLoRAConv1D
@@ -61,6 +62,8 @@ __all__ = [
     "__version__",
     "adapter_parameters",
     "apply_lora",
+    "apply_tied_lora",
+    "apply_vera",
     "dequantize_weight",
     "disable",
     "dora_linear",
@@ -100,6 +103,7 @@ _LAZY = {
     ),
     "models.loralib": ("load_loralib",),
     "models.lycoris": ("load_lycoris",),
+    "models.shared": ("apply_tied_lora", "apply_vera"),
     "nn.conv": ("FusedLoRAConv1d", "FusedLoRAConv2d", "FusedLoRAConv3d"),
     "nn.conv1d": ("FusedLoRAConv1D",),
     "nn.attention": ("FusedLoRAMultiheadAttention",),

@@ -109,6 +109,8 @@ def _shard(module: nn.Module, kind: type[FusedLoRALinear], mesh: DeviceMesh, pla
         )
     if isinstance(module, AdapterLinear.quantized_kind):
         raise ValueError("a quantised weight cannot be sharded here: take the dense weight, or FSDP2")
+    if "lora_A" not in module._parameters:
+        raise ValueError("an adapter whose A and B are shared by layers cannot be sharded here: take FSDP2")
     if module.use_dora:
         raise ValueError("there is no tensor parallel DoRA here, because its norms need whole rows of W + s·B·A")
     if module.merged:
