@@ -106,9 +106,10 @@ def load_reslora(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     for name, layer in layers.items():
         for parameter, value in zip((layer.lora_A, layer.lora_B), own[name], strict=True):
             parameter.copy_(value)
-        ratio = layer.r / layer.total_rank
-        layer.use_rslora = config.settings.use_rslora
-        layer.lora_alpha = config.alpha(name) * (math.sqrt(ratio) if layer.use_rslora else ratio)
+        rslora, ratio = config.settings.use_rslora, layer.r / layer.total_rank
+        alpha = config.alpha(name) * (math.sqrt(ratio) if rslora else ratio)
+        if rslora != layer.use_rslora or not math.isclose(alpha, layer.lora_alpha, rel_tol=1e-12):
+            layer.use_rslora, layer.lora_alpha = rslora, alpha
         layer.scaling = scaling_of(layer.lora_alpha, layer.r, layer.use_rslora)
     return ApplyReport(tuple(AdaptedLayer.of(name, layer) for name, layer in layers.items()), {}, ())
 

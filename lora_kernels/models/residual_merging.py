@@ -99,7 +99,7 @@ def reslora_to_lora(model: nn.Module, inputs: Any = None, how: How = "fit") -> M
             f'structure "{structure}" becomes plain LoRA approximately only: give inputs of the model, on which the '
             "error is measured"
         )
-    given = dry_run.inputs_for(model, inputs)
+    given, training = dry_run.inputs_for(model, inputs), {name: layer.training for name, layer in layers.items()}
     with _evaluation(model):
         with _seen(layers) as seen:
             before = _first_tensor(model(*given.args, **given.kwargs))
@@ -119,6 +119,8 @@ def reslora_to_lora(model: nn.Module, inputs: Any = None, how: How = "fit") -> M
         except BaseException:
             undo()
             raise
+    for name, layer in made.items():
+        layer.training = training[name]
     chains = {id(layer._chain): layer._chain for layer in layers.values()}
     for module in model.modules():
         for chain in chains.values():
