@@ -119,8 +119,8 @@ def reslora_to_lora(model: nn.Module, inputs: Any = None, how: How = "fit") -> M
         except BaseException:
             undo()
             raise
-    for name, layer in made.items():
-        layer.training = training[name]
+    for name, plain in made.items():
+        plain.training = training[name]
     chains = {id(layer._chain): layer._chain for layer in layers.values()}
     for module in model.modules():
         for chain in chains.values():
@@ -163,8 +163,7 @@ def _approximated(
     s = float(layer.scaling)
     update = s * (x @ a.T + wanted) @ b.T
     wrong = s * (x @ new_a.T) @ b.T - update
-    weight, bias, _, _ = layer._parts()
-    y = layer._of_base(x.to(layer.weight_dtype), weight, bias).to(wide) + update
+    y = layer.as_lora(layer.lora_A, torch.zeros_like(layer.lora_B))(x.to(layer.weight_dtype)).to(wide) + update
     made = layer.as_lora(new_a.to(layer.lora_A.dtype), layer.lora_B)
     return made, LayerError(tuple(alphas), _relative(wrong, y), _relative(wrong, update))
 

@@ -17,19 +17,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels.core.dropout import draw_seed
 from lora_kernels.nn.adapter import FilePart
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.linear import FusedLoRALinear
-from lora_kernels.nn.quantized import QuantizedLoRALinear, quantized_linear
+from lora_kernels.nn.quantized import QuantizedLoRALinear
 from lora_kernels.nn.residual_calls import Chain, refuse_compilers
 from lora_kernels.ops.around import add_low_rank
-from lora_kernels.ops.autograd import as_dtype, autocast_of, no_autocast
+from lora_kernels.ops.linear import lora_linear
 from lora_kernels.quant.weight import QuantizedWeight
 
 Structure = Literal["bs", "is", "ms"]
+_Base = tuple[Tensor | QuantizedWeight, Tensor | None]
+"""W and bias."""
 
 
 class ResLoRALinear(FusedLoRALinear):
@@ -80,44 +82,50 @@ class ResLoRALinear(FusedLoRALinear):
         refuse_compilers()
         weight, bias, a, b = self._parts()
         p = self.lora_dropout if self.training else 0.0
-        y = self._of_base(input.reshape(-1, input.shape[-1]), weight, bias)
-        add = self._with_input_shortcut if self.structure == "is" else self._with_middle_shortcuts
-        return add(y, input, a, b, p).view(*input.shape[:-1], self.out_features)
+        # One seed for all products over x: the mask is a function of it and of the place of an element.
+        how: dict[str, Any] = {"dropout_p": p, "seed": draw_seed(input.device) if p else None, "backend": self.backend}
+        base = self._base_of(weight), bias
+        if self.structure == "is":
+            return self._with_input_shortcut(input, base, a, b, how)
+        return self._with_middle_shortcuts(input, base, a, b, how)
 
-    def _of_base(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        """Return x Wᵀ + bias."""
-        return F.linear(x, weight, bias)
+    def _base_of(self, weight: Any) -> Tensor | QuantizedWeight:
+        """Return W for the weight that `_parts` gives."""
+        return cast(Tensor, weight)
 
-    def _with_input_shortcut(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
-        """Return y [M, N] + s · B A dropout(x_n + x_{n−1})."""
-        s, before = self.scaling, self._before(x)
+    def _with_input_shortcut(self, x: Tensor, base: _Base, a: Tensor, b: Tensor, how: dict[str, Any]) -> Tensor:
+        """Return x_n Wᵀ + bias + s · B A dropout(x_n + x_{n−1}), as LoRA over x_n plus the low-rank half over x_{n−1}
+        with the same mask. No sum of the two is made or saved."""
+        s, before = self.scaling, self._before(x.shape)
         self._chain.hand_on(self._place, x)
-        # The first layer of a chain reads x + x, so that the update has the same magnitude in every block.
-        both, s = (x + before[0], s) if before else (x, 2 * s)
-        return add_low_rank(y, both.reshape(-1, both.shape[-1]), a, b, scale=s, dropout_p=p, backend=self.backend)
+        if not before:  # reads x + x, so that the update has the same magnitude in every block
+            return lora_linear(x, base[0], a, b, scale=2 * s, bias=base[1], **how)
+        y = lora_linear(x, base[0], a, b, scale=s, bias=base[1], **how)
+        return add_low_rank(y, before[0], a, b, scale=s, **how)
 
-    def _with_middle_shortcuts(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, p: float) -> Tensor:
-        """Return y [M, N] + s · B (A_n x̂_n + Σ h_{n−k})."""
-        autocast = autocast_of(x)
-        with no_autocast(x.device.type):
-            x = x if autocast is None else x.to(autocast)
-            h = F.linear(as_dtype(F.dropout(x, p), a.dtype), a)
-            before = self._before(h)
-            self._chain.hand_on(self._place, h)
-            total = torch.stack([h, *before]).sum(0) if before else h
-            return y + (F.linear(total.reshape(-1, total.shape[-1]), b) * self.scaling).to(y.dtype)
+    def _with_middle_shortcuts(self, x: Tensor, base: _Base, a: Tensor, b: Tensor, how: dict[str, Any]) -> Tensor:
+        """Return x_n Wᵀ + bias + s · B (A_n x̂_n + Σ h_{n−k}), as LoRA over x_n plus s · B Σ h_{n−k}. A layer that later
+        ones read computes its h again, with the same mask, so that it has a graph of its own."""
+        shape, one = (*x.shape[:-1], self.r), torch.eye(self.r, dtype=a.dtype, device=a.device)
+        before = self._before(shape)
+        if self._chain.is_read(self._place):
+            self._chain.hand_on(self._place, add_low_rank(a.new_zeros(shape), x, a, one, scale=1.0, **how))
+        y = lora_linear(x, base[0], a, b, scale=self.scaling, bias=base[1], **how)
+        if not before:
+            return y
+        total = before[0] if len(before) == 1 else torch.stack(before).sum(0)
+        return add_low_rank(y, total, one, b, scale=self.scaling, backend=self.backend)
 
-    def _before(self, t: Tensor) -> list[Tensor]:
-        """Return what the earlier layers have handed on, for a t of the same kind of this layer. Raises ValueError for
-        tensors of other shapes."""
+    def _before(self, shape: Sequence[int]) -> list[Tensor]:
+        """Return what the earlier layers have handed on. Raises ValueError for tensors of another shape."""
         before = self._chain.before(self._place, len(self.earlier))
         names = self._chain.names
         for k, other in enumerate(before, 1):
-            if other.shape != t.shape:
+            if other.shape != torch.Size(shape):
                 raise ValueError(
                     f"the rows of {names[self._place]} are not those of {names[self._place - k]}: "
-                    f"{tuple(t.shape[:-1])} and {tuple(other.shape[:-1])}. Shortcuts of activations need the same "
-                    'tokens in every block: take structure="bs"'
+                    f"{tuple(shape[:-1])} and {tuple(other.shape[:-1])}. Shortcuts of activations need the same tokens "
+                    'in every block: take structure="bs"'
                 )
         return before
 
@@ -213,8 +221,8 @@ class QuantizedResLoRALinear(ResLoRALinear, QuantizedLoRALinear):
 
     plain_kind = QuantizedLoRALinear
 
-    def _of_base(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        return quantized_linear(x, self._assembled(weight), bias, self.backend)
+    def _base_of(self, weight: Any) -> QuantizedWeight:
+        return self._assembled(weight)
 
     def _update(self, w: QuantizedWeight, merged: Tensor) -> Callable[[slice], Tensor]:
         return cast(QuantizedLoRALinear, self.as_lora())._update(w, merged)

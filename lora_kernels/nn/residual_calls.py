@@ -101,13 +101,17 @@ class Chain:
             )
         return call
 
+    def is_read(self, place: int) -> bool:
+        """Return whether a later layer reads what the layer at `place` hands on."""
+        return self.reach > 0 and place < len(self.names) - 1
+
     def hand_on(self, place: int, t: Tensor) -> None:
         """Keep t, the input or the h of the layer at `place`, for later layers of the same forward.
 
         Raises RuntimeError where the next layer has not read what this one handed on before: which of the two is its
         own could not be told.
         """
-        if not self.reach or place == len(self.names) - 1:
+        if not self.is_read(place):
             return
         call = self._call(place)
         if place in call.unread:

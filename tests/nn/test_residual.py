@@ -11,7 +11,7 @@ from support.judging import saved_bytes
 from support.residual_models import K, N, adapters, by_formula, fill, gradients, made
 from torch import nn
 
-from lora_kernels import FusedLoRALinear, apply_reslora, merge_and_unload
+from lora_kernels import FusedLoRALinear, apply_lora, apply_reslora, merge_and_unload
 from lora_kernels.core import dropout
 from lora_kernels.core.dropout import draw_seed
 from lora_kernels.nn.quantized import QuantizedLoRALinear
@@ -125,43 +125,53 @@ def test_block_shortcuts_are_one_lora_of_the_summed_rank_with_one_mask():
     assert not torch.equal(layer(rows(50)), layer(rows(50)))
 
 
-def test_an_input_shortcut_drops_elements_of_the_sum():
+@pytest.mark.parametrize("structure", ["is", "ms"])
+def test_dropout_takes_one_mask_for_the_sum_of_inputs_and_the_mask_of_its_block_for_h(structure):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K)).double()
-    apply_reslora(model, "is", r=2, lora_alpha=2, lora_dropout=0.5)
+    apply_reslora(model, structure, r=2, lora_alpha=2, lora_dropout=0.5)
     fill(model)
     torch.manual_seed(5)
     seeds = [draw_seed(torch.device("cpu")) for _ in range(2)]
     torch.manual_seed(5)
-    y = model(rows(40))
-
-    def layer(n, x, both):
-        one = model[n]
-        dropped = dropout.dropout(both, 0.5, seeds[n])
-        return x @ one.weight.T + one.bias + dropped @ one.lora_A.T @ one.lora_B.T
-
-    first = layer(0, rows(40), rows(40) + rows(40))
-    torch.testing.assert_close(y, layer(1, first, first + rows(40)))
-
-
-def test_dropout_of_middle_shortcuts_is_repeated_by_a_seed_and_off_in_evaluation():
-    model = made("ms", 1, lora_dropout=0.5)
-    torch.manual_seed(5)
-    y = model(rows(30))
-    torch.manual_seed(5)
-    assert torch.equal(model(rows(30)), y)
-    assert not torch.equal(model(rows(30)), y)
-    want, _, _ = by_formula(model, rows(30), "ms", 1)
-    torch.testing.assert_close(model.eval()(rows(30)), want)
+    leaf = rows(40).requires_grad_()
+    y = model(leaf)
+    x, (a0, b0, a1, b1) = rows(40).requires_grad_(), (p.detach().requires_grad_() for p in adapters(model).values())
+    base = [lambda t, one=one: t @ one.weight.T + one.bias for one in model]
+    if structure == "is":
+        first = base[0](x) + dropout.dropout(x + x, 0.5, seeds[0]) @ a0.T @ b0.T
+        want = base[1](first) + dropout.dropout(first + x, 0.5, seeds[1]) @ a1.T @ b1.T
+    else:
+        h = dropout.dropout(x, 0.5, seeds[0]) @ a0.T
+        first = base[0](x) + h @ b0.T
+        want = base[1](first) + (dropout.dropout(first, 0.5, seeds[1]) @ a1.T + h) @ b1.T
+    torch.testing.assert_close(y, want)
+    got = gradients(y, leaf, adapters(model))
+    want = gradients(want, x, dict(zip(adapters(model), (a0, b0, a1, b1), strict=True)))
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+    model.eval()
+    assert torch.equal(model(rows(40)), model(rows(40)))
 
 
 def test_block_shortcuts_save_x_once_and_h_of_the_summed_rank():
-    torch.manual_seed(0)
     x = rows(64).requires_grad_()
     layer = made("bs", None).blocks[2].up
     factors = 9 * (K + N) * 8  # the stacked A and B
     assert saved_bytes(lambda: layer(x)) == saved_bytes(lambda: layer.as_lora()(x)) + factors
     assert saved_bytes(lambda: layer(x)) == 64 * (K + 9) * 8 + factors
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("structure", ["is", "ms"])
+def test_shortcuts_of_activations_save_one_more_h_than_lora_and_no_sum_and_no_mask(structure, p):
+    x = rows(64).requires_grad_()
+    plain, model = (nn.Sequential(*(nn.Linear(K, K) for _ in range(3))).double() for _ in range(2))
+    apply_lora(plain, r=2, lora_dropout=p)
+    apply_reslora(model, structure, r=2, lora_dropout=p)
+    h, one = 64 * 2 * 8, 2 * 2 * 8
+    matrices = 0 if structure == "is" else 3 * one  # in every layer
+    assert saved_bytes(lambda: model(x)) == saved_bytes(lambda: plain(x)) + 2 * h + matrices
 
 
 def test_the_scale_of_a_layer_is_that_of_all_its_terms():

@@ -107,6 +107,17 @@ def test_a_checkpoint_around_all_blocks_computes_the_same(structure, previous, r
     assert same([y, x.grad, *(p.grad for p in adapters(model).values())], want)
 
 
+@pytest.mark.parametrize(("structure", "previous"), ACTIVATIONS)
+def test_a_recomputation_inside_of_another_forward_does_not_read_its_tensors(structure, previous):
+    model = made(structure, previous)
+    for block in model.blocks:
+        block.reentrant = False
+    y = model(rows(1).requires_grad_())
+    model.blocks[1].up.register_forward_pre_hook(lambda module, args: y.sum().backward())
+    with pytest.raises(RuntimeError, match=r"computes blocks\.2\.\w+ again in the backward"):
+        model(rows(2))
+
+
 class Interrupt(BaseException):
     pass
 
