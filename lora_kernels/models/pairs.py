@@ -11,14 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.tied import TiedLoRALinear
 
 LINEAR, EMBEDDING, CONV, EXPERTS, ATTENTION = "linear", "embedding", "conv", "experts", "attention"
 """The kinds of layers, as `Pair.kind` names them."""
+
+_PLAIN_VARIANTS = ("Dora", "ALora", "Velora", "MiCA")
+"""How the names of those variants of PEFT's LoRA begin whose update is s·B A."""
+
+_COUNTED_TWICE = 2
+"""PEFT 0.19 to 0.21 merge the update of an attention's out_proj twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +34,7 @@ class Pair:
     """A and B of one low-rank update s·B A."""
 
     name: str
-    """The plain name of the layer in the model."""
+    """The plain name of the layer in the model. Of two stacks of experts, PEFT has one at "….base_layer"."""
     layer: nn.Module
     """The layer with the adapter: an `AdapterLayer`, or a layer of PEFT, fused or not."""
     adapter: str
@@ -34,16 +42,20 @@ class Pair:
     kind: str
     """LINEAR, EMBEDDING, CONV, EXPERTS or ATTENTION: what the layer is."""
     part: str
-    """Which update of the layer it is, where it has several: "out_proj", "gate_up_proj", ...; else ""."""
+    """Which update of the layer it is, where it has several or names its parameter: "out_proj", "gate_up_proj", ...;
+    else ""."""
     a: nn.Parameter
     """The matrix that reads x, in the layer's own layout. That of an embedding starts at zero; every other starts at
-    random."""
+    random, if the initialisation does not say otherwise."""
     b: nn.Parameter
     """The matrix that makes y, in the layer's own layout. It starts at zero, but at random in an embedding."""
     scale: float
-    """s, as the layer multiplies with it now."""
+    """s, as the layer multiplies with it now. That of the out_proj of an attention of PEFT is twice PEFT's scaling,
+    because PEFT adds the update twice."""
     magnitude: nn.Parameter | None = None
     """DoRA's m."""
+    groups: int = 1
+    """The number of updates that the two hold side by side: the experts of a stack, the groups of a convolution."""
 
     @property
     def zero_at_start(self) -> nn.Parameter:
@@ -55,73 +67,117 @@ class Pair:
         """The matrix that starts at random: A, and of an embedding B."""
         return self.b if self.kind == EMBEDDING else self.a
 
+    def as_a(self, t: Tensor) -> Tensor:
+        """Return t, which is laid out as `a`, as A [groups, R, K]: a view where t is contiguous. K of a convolution
+        counts the channels and the kernel, K of an embedding is the size of the vocabulary."""
+        if self.kind == EMBEDDING and isinstance(self.layer, AdapterLayer):
+            return t.t()[None]
+        rows = t.flatten(1) if self.kind == CONV else t.reshape(-1, t.shape[-1])
+        return rows.reshape(self.groups, rows.shape[0] // self.groups, rows.shape[1])
+
+    def as_b(self, t: Tensor) -> Tensor:
+        """Return t, which is laid out as `b`, such as a gradient of it, as B [groups, N, R]: a view where t is
+        contiguous."""
+        if self.kind != EXPERTS:
+            return t.reshape(self.groups, t.shape[0] // self.groups, t.shape[1])
+        if isinstance(self.layer, AdapterLayer):
+            return t
+        return t.reshape(t.shape[0], -1, self.groups).permute(2, 0, 1)  # PEFT has the expert as the fastest dimension
+
 
 def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
     """Return every low-rank update of `model`, in the order of its modules.
 
-    `adapter` chooses one of PEFT's adapters by its name; None takes all of them. Layers of PEFT of other methods than
-    LoRA (LoHa, VeRA, ...) have no such updates and are left out.
+    `adapter` chooses one of PEFT's adapters by its name; None takes all of them. Layers of other methods of PEFT than
+    LoRA (AdaLoRA, LoHa, VeRA, ...) have no such updates and are left out. A head that is tied to an embedding and
+    shares its adapter has none of its own either: the update of both is the embedding's.
+
+    Raises:
+        ValueError: for a variant of PEFT's LoRA whose update is no s·B A (KaSA, BD-LoRA, QA-LoRA, Arrow, MonteCLoRA);
+            where A or B of a layer is no parameter of its own, because it is parametrised, pruned or flattened.
+        KeyError: where the model has adapters of PEFT, and none is called `adapter`.
     """
     own = {id(layer): name for name, layer in lora_layers(model).items()}
     peft = sys.modules.get("peft.tuners.lora.layer")  # no layer is PEFT's while nobody has imported it
     found: list[Pair] = []
+    twice: set[int] = set()
     for name, _, module in plain_names(model):
         if id(module) in own:
             found += _of_own(name, module)
         elif peft is not None and isinstance(module, peft.LoraLayer):
-            found += [pair for pair in _of_peft(name, module) if adapter in (None, pair.adapter)]
-    return found
+            if isinstance(module, peft.MultiheadAttention):
+                twice.add(id(module.get_base_layer().out_proj))  # type: ignore[no-untyped-call, operator]
+            found += _of_peft(name, module, _COUNTED_TWICE if id(module) in twice else 1)
+    names = list(dict.fromkeys(pair.adapter for pair in found if pair.adapter))
+    if adapter is not None and names and adapter not in names:
+        raise KeyError(f"no adapter is called {adapter!r}; the model has {', '.join(names)}")
+    tables = [pair for pair in found if pair.kind == EMBEDDING]
+    chosen = [pair for pair in found if adapter is None or pair.adapter in (adapter, "")]
+    return [pair for pair in chosen if not _tied(pair, tables)]
 
 
 def _of_own(name: str, layer: Any) -> Iterator[Pair]:
     """Yield the updates of an `AdapterLayer`."""
-    assert isinstance(layer, AdapterLayer)
     magnitude = layer._parameters.get("lora_magnitude_vector")
-    for own, parameter in layer.named_parameters(recurse=False):
-        if own == "lora_embedding_A" or own.startswith("lora_A"):
-            b = getattr(layer, own.replace("_A", "_B"))
-            part = own.removeprefix("lora_A").removeprefix("_")
-            if own == "lora_embedding_A":
-                kind, part = EMBEDDING, ""
-            elif layer.target_parameters:
-                kind = EXPERTS
-            elif hasattr(layer, "kernel_size"):
-                kind = CONV
-            else:
-                kind = ATTENTION if hasattr(layer, "in_proj_weight") else LINEAR
-            yield Pair(name, layer, "", kind, part, parameter, b, layer.scaling, magnitude)
-
-
-def _of_peft(name: str, layer: Any) -> Iterator[Pair]:
-    """Yield the updates of a LoRA layer of PEFT, one for each of its adapters."""
-    base = layer.get_base_layer()
-    part = getattr(layer, "parameter_name", "")
-    for adapter in layer.lora_embedding_A:
-        yield Pair(
-            name,
-            layer,
-            adapter,
-            EMBEDDING,
-            part,
-            layer.lora_embedding_A[adapter],
-            layer.lora_embedding_B[adapter],
-            layer.scaling[adapter],
-            _magnitude(layer, adapter),
-        )
-    for adapter in layer.lora_A:
-        if part:
-            kind = EXPERTS
-        elif hasattr(base, "kernel_size"):
-            kind = CONV
-        else:
-            kind = ATTENTION if hasattr(base, "in_proj_weight") else LINEAR
-        a, b = layer.lora_A[adapter], layer.lora_B[adapter]
-        if hasattr(a, "weight"):  # AdaLoRA's and others' are no modules
-            yield Pair(
-                name, layer, adapter, kind, part, a.weight, b.weight, layer.scaling[adapter], _magnitude(layer, adapter)
+    if isinstance(layer, TiedLoRALinear):
+        return
+    for kind, part, of_a, of_b in _own_names(layer):
+        a, b = layer._parameters.get(of_a), layer._parameters.get(of_b)
+        if a is None or b is None:
+            raise ValueError(
+                f"{of_a if a is None else of_b} of {name or 'the model'}, a {type(layer).__name__}, is no parameter of "
+                "the layer: it is parametrised, pruned or flattened. Make that permanent first "
+                "(remove_parametrizations, prune.remove), or use FSDP2"
             )
+        groups = a.shape[0] if kind == EXPERTS else layer.groups if kind == CONV else 1
+        yield Pair(name, layer, "", kind, part, a, b, float(layer.scaling), magnitude, groups)
 
 
-def _magnitude(layer: Any, adapter: str) -> nn.Parameter | None:
-    vectors = layer.lora_magnitude_vector
-    return vectors[adapter].weight if adapter in vectors else None
+def _own_names(layer: Any) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the kind, the part and the names of A and B of each update of an `AdapterLayer`."""
+    if layer.target_parameters:
+        for part in layer.target_parameters:
+            yield EXPERTS, part, f"lora_A_{part}", f"lora_B_{part}"
+    elif hasattr(layer, "embedding_dim"):
+        yield EMBEDDING, "", "lora_embedding_A", "lora_embedding_B"
+    elif hasattr(layer, "in_proj_weight"):
+        yield ATTENTION, "", "lora_A", "lora_B"
+        yield ATTENTION, "out_proj", "lora_A_out", "lora_B_out"
+    else:
+        yield (CONV if hasattr(layer, "kernel_size") else LINEAR), "", "lora_A", "lora_B"
+
+
+def _of_peft(name: str, layer: Any, counted: int) -> Iterator[Pair]:
+    """Yield the updates of a LoRA layer of PEFT, one for each of its adapters."""
+    base, part = layer.get_base_layer(), getattr(layer, "parameter_name", "")
+    kind, groups = LINEAR, 1
+    if part:
+        if getattr(base, part).dim() == 3:
+            kind, groups = EXPERTS, layer.num_experts
+    elif hasattr(base, "kernel_size"):
+        kind, groups = CONV, base.groups
+    elif hasattr(base, "in_proj_weight"):
+        kind = ATTENTION
+    found = {each: (EMBEDDING, a, layer.lora_embedding_B[each]) for each, a in layer.lora_embedding_A.items()}
+    for adapter, a in layer.lora_A.items():
+        if hasattr(a, "weight"):  # those of AdaLoRA are no modules
+            found[adapter] = kind, a.weight, layer.lora_B[adapter].weight
+    for adapter, (of, a, b) in found.items():
+        variant = type(layer.lora_variant[adapter]).__name__ if adapter in layer.lora_variant else ""
+        if variant and not variant.lstrip("_").startswith(_PLAIN_VARIANTS):
+            raise ValueError(
+                f"adapter {adapter!r} of {name} is PEFT's {variant}, whose update is no product s·B A of its lora_A "
+                "and lora_B"
+            )
+        vectors, scale = layer.lora_magnitude_vector, float(layer.scaling[adapter]) * counted
+        magnitude = vectors[adapter].weight if adapter in vectors else None
+        yield Pair(name, layer, adapter, of, part, a, b, scale, magnitude, groups)
+
+
+def _tied(pair: Pair, tables: list[Pair]) -> bool:
+    """Return whether `pair` is that of a head to which PEFT's ensure_weight_tying has given the adapter of one of the
+    embeddings `tables`: parameters of its own, in the same memory."""
+    if pair.kind != LINEAR:
+        return False
+    of_same = (each for each in tables if each.adapter == pair.adapter)
+    return any(torch._C._is_alias_of(pair.a, each.b) for each in of_same)  # type: ignore[attr-defined]
