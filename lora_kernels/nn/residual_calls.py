@@ -24,8 +24,8 @@ class _Call:
         self.chain = chain
         self.in_backward = in_backward()
         """Whether a backward has opened it: the module around the chain is then computed again as a whole."""
-        self.kept: dict[int, Tensor] = {}
-        """What the layers of the chain hand on, by their places in it."""
+        self.kept: dict[int, tuple[Tensor, int | None]] = {}
+        """What the layers of the chain hand on, by their places in it, and its version counter then."""
         self.unread: set[int] = set()
         """The layers whose tensors the next layer has not read yet."""
 
@@ -119,12 +119,15 @@ class Chain:
                 f"{self.names[place]} was called twice in one forward of {self.around} before "
                 f"{self.names[place + 1]} was called once, so it cannot be told which call is whose. {_WAY_OUT}"
             )
-        call.kept[place] = t
+        if t.is_inference():  # which has no version counter
+            call.kept[place] = t.clone(), None
+        else:
+            call.kept[place] = t, t._version
         call.unread.add(place)
 
     def before(self, place: int, number: int) -> list[Tensor]:
         """Return what the `number` layers before the one at `place` have handed on in this forward, the nearest first.
-        Raises RuntimeError where one of them was not called."""
+        Raises RuntimeError where one of them was not called, or where a tensor was written to in the meantime."""
         if not number:
             return []
         call = self._call(place)
@@ -138,8 +141,14 @@ class Chain:
             )
         call.unread.discard(place - 1)
         found = [call.kept[i] for i in wanted]
+        for i, (t, version) in zip(wanted, found, strict=True):
+            if version is not None and version != t._version:
+                raise RuntimeError(
+                    f"the x of {self.names[i]} was written to after that layer had read it, and {self.names[place]} "
+                    f"needs it as it was: write y = y + x for y += x in the model. {_WAY_OUT}"
+                )
         call.kept.pop(place - self.reach, None)  # no later layer reads it
-        return found
+        return [t for t, _ in found]
 
 
 def refuse_compilers() -> None:
