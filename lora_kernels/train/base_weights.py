@@ -1,4 +1,4 @@
-"""`Update`: a low-rank update of a model beside the weight that it belongs to, and its sum with that weight, in place."""
+"""`Update`: a low-rank update of a model beside the weight that it belongs to, and their sum in place."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Update:
         if not self.w.numel():
             return False
         rows, columns = self.left.float().norm(dim=2).amax(), self.right.float().norm(dim=1).amax()
-        bound = self.w.abs().amax().float() + abs(self.pair.scale) * rows * columns
+        least, most = self.w.aminmax()
+        bound = torch.maximum(-least, most).float() + abs(self.pair.scale) * rows * columns
         if bound.item() <= torch.finfo(self.w.dtype).max:
             return False
         return any(not torch.isfinite(total.to(self.w.dtype)).all() for _, _, _, total in self._sums(self.w))
@@ -71,7 +72,7 @@ class Update:
                 master[place].copy_(total)
             self.w[place].copy_(total if master is None else master[place])
             # What has arrived in W, less what should have.
-            lost += torch.sub(self.w[place], before, out=total).sub_(change).square_().sum()
+            lost += total.copy_(self.w[place]).sub_(before).sub_(change).square_().sum()
         return sharded.summed(lost.item(), self.weight)
 
     def _sums(self, start: Tensor) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
@@ -205,9 +206,12 @@ def _in_memory_order(right: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_dtype(update: Update) -> torch.dtype:
-    """Return the dtype of the sums: fp32 if products of fp32 are made in fp32, else fp64."""
-    tensors = (update.w, update.pair.a, update.pair.b)
+    """Return the dtype of the sums: fp32 if torch makes products of fp32 in fp32, else fp64."""
     if update.w.device.type == "mps":
         return torch.float32
-    exact = torch.get_float32_matmul_precision() == "highest" and not any(t.dtype == torch.float64 for t in tensors)
-    return torch.float32 if exact else torch.float64
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the precision was set for a single back-end
+        exact = False
+    tensors = (update.w, update.pair.a, update.pair.b)
+    return torch.float32 if exact and not any(t.dtype == torch.float64 for t in tensors) else torch.float64

@@ -25,8 +25,8 @@ def checked(master: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str
             continue
         if copy.shape != w.shape or copy.dtype != torch.float32:
             raise ValueError(
-                f"master[{update.name!r}] is {tuple(copy.shape)} in {copy.dtype}, and must be {tuple(w.shape)} in fp32, "
-                "as the restart made it that filled it, on as many processes. Nothing was changed"
+                f"master[{update.name!r}] is {tuple(copy.shape)} in {copy.dtype}, and must be {tuple(w.shape)} in "
+                "fp32, as the restart made it that filled it, on as many processes. Nothing was changed"
             )
         copy = copy.to(w.device)
         if not all(torch.equal(mine.to(w.dtype), its) for mine, its in zip(_rows(copy), _rows(w), strict=True)):

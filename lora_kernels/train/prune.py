@@ -54,7 +54,7 @@ def moments_of(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]
         optimizer = getattr(optimizer, "optim", optimizer)  # torch's ZeroRedundancyOptimizer has it inside
         for group in optimizer.param_groups:
             for p in group["params"]:
-                states[id(p)] = optimizer.state[p] if p in optimizer.state else {}
+                states[id(p)] = optimizer.state.get(p, {})
     absent = [name for name, p in parameters.items() if p.requires_grad and id(p) not in states]
     if absent:
         raise ValueError(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lora_kernels.models.pairs import EMBEDDING, EXPERTS, Pair
 from lora_kernels.models.targets import some
-from lora_kernels.train import masters, prune as pruning, restartable, sharded
+from lora_kernels.train import masters, restartable, sharded
+from lora_kernels.train import prune as pruning
 from lora_kernels.train.base_weights import Update
 
 
@@ -94,9 +95,9 @@ def restart(
 
     Raises:
         ValueError: a model without adapters; layers whose update cannot go into their weight (quantised, merged,
-            offloaded, sharded by FSDP1 or ZeRO-3, with several adapters, ...); a weight that another layer reads too; values that
-            are not finite; an optimiser with unknown states, or without A or B; prune or how out of range; a `master`
-            that is not that of these weights. Nothing is changed then.
+            offloaded, sharded by FSDP1 or ZeRO-3, with several adapters, ...); a weight that another layer reads too;
+            values that are not finite; an optimiser with unknown states, or without A or B; prune or how out of range;
+            a `master` that is not that of these weights. Nothing is changed then.
 
     An adapter file is worthless from now on, since it holds no base: `save_adapter` refuses such a model, and PEFT
     refuses to load what its ``save_pretrained`` has saved. Save the state_dict of the whole model.

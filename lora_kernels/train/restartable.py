@@ -48,7 +48,7 @@ def updates_of(model: nn.Module) -> tuple[list[Update], tuple[str, ...]]:
     over = [update.name for update in updates if update.overflows()]
     if over:
         raise ValueError(
-            f"W + s·B·A is not finite in {updates[0].weight.dtype} in {some(over)}: nothing was changed. Look at A and B"
+            f"W + s·B·A of {some(over)} is not finite in {updates[0].weight.dtype}: nothing was changed. Look at A, B"
         )
     return updates, tuple(left)
 
@@ -64,7 +64,7 @@ def mark(model: nn.Module, updates: Iterable[Update]) -> list[str]:
             names.add(update.pair.adapter)
     new = set()
     for module in model.modules() if names else ():
-        configs = getattr(module, "peft_config", None)
+        configs: Any = getattr(module, "peft_config", None)
         for name in names.intersection(configs) if isinstance(configs, dict) else ():
             if configs[name].init_lora_weights != PEFT_MARK:
                 configs[name].init_lora_weights = PEFT_MARK

@@ -19,7 +19,8 @@ def jagged_cosine(
         f(t) = c(t′)                                               otherwise
 
     with t′ = t + adjust, ρ = t′ mod every and n = t′ div every. So f is 0 at every restart, which is due when the
-    number of finished steps is a multiple of `every`, and is back on the cosine after `restart_warmup` steps.
+    number of finished steps is a multiple of `every`, and is back on the cosine after `restart_warmup` steps. c stays
+    at `minimum` from step `steps` on.
 
     Args:
         steps: the steps of the whole training.
@@ -31,8 +32,8 @@ def jagged_cosine(
             the same places.
 
     Raises:
-        ValueError: `steps` that `every` does not divide; a first warm-up that ends after the first cycle; a warm-up that
-            is no shorter than its cycle; a minimum outside (0, 1].
+        ValueError: `steps` that `every` does not divide; a first warm-up that ends after the first cycle; a
+            restart_warmup that is no shorter than a cycle; a minimum outside (0, 1].
 
     Lialin, Shivagunde, Muckatira and Rumshisky, "ReLoRA: High-Rank Training Through Low-Rank Updates", 2023
     (arXiv:2307.05695). The formula is that of the authors' code.

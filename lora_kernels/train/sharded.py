@@ -16,21 +16,17 @@ def is_plain(t: Tensor) -> bool:
 
 def whole(t: Tensor) -> Tensor:
     """Return t without its graph, gathered from all processes if it is a DTensor."""
-    t = t.detach()
-    return t.full_tensor() if hasattr(t, "placements") else t  # type: ignore[operator, no-any-return]
+    return _dtensor(t).full_tensor() if hasattr(t, "placements") else t.detach()  # type: ignore[no-any-return]
 
 
 def local(t: Tensor) -> Tensor:
     """Return this process's part of t, in the same memory."""
-    t = t.detach()
-    return t.to_local() if hasattr(t, "placements") else t  # type: ignore[operator, no-any-return]
+    return _dtensor(t).to_local() if hasattr(t, "placements") else t.detach()  # type: ignore[no-any-return]
 
 
 def like(full: Tensor, t: Tensor) -> Tensor:
     """Return `full`, which every process has, divided as t is: this process's part of it where t is a DTensor."""
-    if not hasattr(t, "placements"):
-        return full
-    return _divided(full, t.device_mesh, t.placements)
+    return _divided(full, _dtensor(t).device_mesh, _dtensor(t).placements) if hasattr(t, "placements") else full
 
 
 def write(t: Tensor, full: Tensor) -> None:
@@ -93,6 +89,11 @@ def reshard(model: nn.Module) -> None:
         method: Callable[[], None] | None = getattr(module, "reshard", None)
         if method is not None and hasattr(module, "set_requires_gradient_sync"):
             method()
+
+
+def _dtensor(t: Tensor) -> Any:
+    """Return t without its graph, for what only a DTensor has."""
+    return t.detach()
 
 
 def _divided(full: Tensor, mesh: Any, placements: Any) -> Tensor:
