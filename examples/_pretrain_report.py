@@ -8,81 +8,98 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from _report import LOSS, ROTATED, STYLE, UPRIGHT
+from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
 SHOWN = "model.layers.1.self_attn.q_proj"
+"""The layer whose ΔW is drawn."""
 COLOURS = {"full rank": LOSS, "LoRA": ROTATED, "ReLoRA": UPRIGHT}
 WITHOUT = ("#c05621", "#319795", "#805ad5")
 """The colours of ReLoRA without one of its parts."""
 
 
-def by_method(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the entries of each way, in the order of the document."""
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each way, with the means over the seeds, and the standard deviation of the perplexity."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for entry in document["runs"]:
-        found.setdefault(entry["method"], []).append(entry)
-    return found
+    for run in runs:
+        found.setdefault(run["method"], []).append(run)
+    return [
+        {
+            "method": name,
+            "rate": each[0]["rate"],
+            "trained": each[0]["trained"],
+            "perplexity": spread([run["perplexity"] for run in each]),
+            "effective_rank": statistics.fmean(run["effective_rank"] for run in each),
+            "above": statistics.fmean(run["above"] for run in each),
+            "seconds": statistics.median(run["seconds"][1] for run in each),
+        }
+        for name, each in found.items()
+    ]
 
 
-def spread(values: list[float]) -> str:
-    """Return the mean, and the standard deviation if there are several values."""
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+def spread(values: list[float]) -> list[float]:
+    """Return the mean of the values and, if there are several, their standard deviation."""
+    return [statistics.fmean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+
+
+def told(perplexity: list[float]) -> str:
+    return " ± ".join(f"{value:.2f}" for value in perplexity)
 
 
 def print_table(document: dict[str, Any]) -> None:
-    start = spread([each["perplexity"] for each in document["starts"]])
-    table = Table(
-        "after the warm start", title=f"Perplexity of a byte of held-out text, {start} before", title_justify="left"
-    )
-    for column in ("perplexity", "learning\nrate", "trained", "effective\nrank of ΔW", "σ above 1 %\nof σ₁", "a step"):
-        table.add_column(column, justify="right")
-    for name, entries in by_method(document).items():
-        first = entries[0]
-        table.add_row(
-            name,
-            spread([each["perplexity"] for each in entries]),
-            f"{first['rate']:g}",
-            f"{first['trained']:,}",
-            f"{statistics.fmean(each['effective_rank'] for each in entries):.1f}",
-            f"{statistics.fmean(each['above'] for each in entries):.1f}",
-            f"{1e3 * statistics.median(each['seconds'][1] for each in entries):.1f} ms",
-        )
     console = Console()
+    before = told(spread([start["perplexity"] for start in document["starts"]]))
+    table = Table("", title=f"perplexity of a held-out byte ({before} at the start)", title_justify="left")
+    for column in ("perplexity", "learning\nrate", "trained", "effective\nrank of ΔW", "σ > 1 %\nof σ₁", "a step"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in document["rows"]:
+        table.add_row(
+            row["method"],
+            told(row["perplexity"]),
+            f"{row['rate']:g}",
+            f"{row['trained']:,}",
+            f"{row['effective_rank']:.1f}",
+            f"{row['above']:.1f}",
+            f"{1e3 * row['seconds']:.1f} ms",
+        )
     console.print(table)
-    taken = [each["restart_seconds"] for each in document["runs"] if each["restart_seconds"] is not None]
-    if taken:
-        console.print(f"A restart of the whole model took {1e3 * statistics.median(taken):.1f} ms.", highlight=False)
+    taken = [run["restart_seconds"] for run in document["runs"] if run["restart_seconds"] is not None]
+    console.print(f"a restart of all layers: {1e3 * statistics.median(taken):.1f} ms", highlight=False)
 
 
 def plot(document: dict[str, Any], path: Path) -> Path:
-    """Draw perplexities over steps with the restarts, beside the singular values of one ΔW, of the first seed."""
-    settings = document["settings"]
-    entries = {name: found[0] for name, found in by_method(document).items()}
+    """Draw perplexities over the steps, with the restarts, beside the singular values of one ΔW; of the first seed."""
     others = iter(WITHOUT)
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.6), width_ratios=(3, 2))
-        for name, entry in entries.items():
-            steps, values = zip(*entry["curve"], strict=True)
-            whole = name in COLOURS
-            look = {"color": COLOURS[name]} if whole else {"color": next(others), "linestyle": "--", "linewidth": 1.2}
-            left.plot(steps, values, label=name, **look)
-            if whole:
-                right.plot(range(1, len(entry["spectra"][SHOWN]) + 1), entry["spectra"][SHOWN], label=name, **look)
-        for step in range(settings["every"], settings["steps"], settings["every"]):
-            left.axvline(step, color=UPRIGHT, alpha=0.25, linewidth=0.8, linestyle=":", zorder=0)
-        # The first steps would take most of the height.
-        late = [value for e in entries.values() for step, value in e["curve"] if step >= settings["every"]]
-        left.set(xlabel="step after the warm start; dotted: restarts", ylabel="perplexity of a byte, held out")
-        left.set(xlim=(0, settings["steps"]), ylim=(0.95 * min(late), 1.05 * max(late)))
-        left.legend(frameon=False)
-        largest = max(values[0] for e in entries.values() if (values := e["spectra"][SHOWN]))
-        right.set(xlabel="index", ylabel="singular value of ΔW", yscale="log", ylim=(1e-4 * largest, 2 * largest))
-        right.set_title(SHOWN.removeprefix("model."), fontsize=10)
+        for run in document["runs"][: len(document["rows"])]:
+            name = run["method"]
+            if name in COLOURS:
+                left.plot(*zip(*run["curve"], strict=True), label=name, color=COLOURS[name])
+                values = run["spectra"][SHOWN]
+                right.plot(range(1, len(values) + 1), values, label=name, color=COLOURS[name])
+            else:
+                left.plot(*zip(*run["curve"], strict=True), "--", label=name, color=next(others), linewidth=1.2)
+        _finish_curves(left, document)
+        largest = max(line.get_ydata()[0] for line in right.lines)
+        right.set(yscale="log", ylim=(1e-4 * largest, 2 * largest), xlabel="number of the singular value")
+        right.set_ylabel(f"singular value of ΔW, {SHOWN.removeprefix('model.')}")
         right.legend(frameon=False)
         figure.suptitle("Pretraining in full, with LoRA and with ReLoRA", fontsize=13, fontweight="bold")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         plt.close(figure)
     return path
+
+
+def _finish_curves(axes: Axes, document: dict[str, Any]) -> None:
+    settings = document["settings"]
+    steps, every = settings["steps"], settings["every"]
+    for step in range(every, steps, every):
+        axes.axvline(step, color=UPRIGHT, alpha=0.35, linewidth=0.9, linestyle=":", zorder=0)
+    # The first steps, which are alike, would take most of the height.
+    late = [value for line in axes.lines for step, value in line.get_xydata() if every <= step and value > 1]
+    axes.set(xlim=(0, steps), ylim=(0.95 * min(late), 1.05 * max(late)))
+    axes.set(xlabel="step after the warm start (dotted: restarts)", ylabel="perplexity of a held-out byte")
+    axes.legend(frameon=False, loc="upper right")

@@ -14,7 +14,7 @@ rate up again after it. In every way the embeddings, the norms and the head are 
 The learning rate of each way is the best of 0.0025, 0.005, 0.01, ... on a seed and on held-out text that the table does
 not use. ``--grid`` shows it: it trains each way at its rate, at half of it and at twice of it.
 
-``--record`` writes the results to benchmarks/results/relora, from where scripts/update_readme.py takes them to the docs.
+``--record`` writes the results to benchmarks/results/relora. scripts/update_readme.py takes them to docs/relora.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from _pretrain import Data, above, effective_rank, linear_weights, load_data, make_model, perplexity, spectra
-from _pretrain_report import plot, print_table
+from _pretrain_report import plot, print_table, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -87,7 +87,7 @@ class Lengths:
     rows: int = 512
 
 
-SHORT = Lengths(warm_start=20, steps=80, every=20, warmup=4, measure=20, rows=64)
+SHORT = Lengths(warm_start=20, steps=60, every=20, warmup=4, measure=10, rows=64)
 
 
 def batches(rows: Tensor, seed: int) -> Iterator[Tensor]:
@@ -204,7 +204,7 @@ def compare(lengths: Lengths, seeds: int) -> dict[str, Any]:
         document["starts"].append({"seed": seed, "perplexity": perplexity(start, data.test)})
         trainings = train(start, METHODS, data, lengths, seed, f"seed {seed} of {seeds}")
         document["runs"] += [entry(name, each, start, data, seed) for name, each in trainings.items()]
-    return document
+    return document | {"rows": summary(document["runs"])}
 
 
 def grid(lengths: Lengths, methods: dict[str, Method]) -> None:
@@ -213,9 +213,7 @@ def grid(lengths: Lengths, methods: dict[str, Method]) -> None:
     start = warm_start(data, lengths, GRID_SEED)
     for name, method in methods.items():
         rates = [method.rate * factor for factor in (0.5, 1, 2)]
-        found = train(
-            start, {str(r): replace(method, rate=r) for r in rates}, data, lengths, GRID_SEED, f"{name:22}"
-        )
+        found = train(start, {str(r): replace(method, rate=r) for r in rates}, data, lengths, GRID_SEED, f"{name:22}")
         told = "  ".join(f"lr {float(rate):g}: {each.curve[-1][1]:.3f}" for rate, each in found.items())
         Console().print(f"{name:22} {told}", highlight=False)
 
