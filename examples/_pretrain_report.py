@@ -74,13 +74,13 @@ def plot(document: dict[str, Any], path: Path) -> Path:
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.6), width_ratios=(3, 2))
         for run in document["runs"][: len(document["rows"])]:
-            name = run["method"]
+            name, curve, values = run["method"], run["curve"], run["spectrum"]
+            steps = [i * document["settings"]["measure"] for i in range(len(curve))]
             if name in COLOURS:
-                left.plot(*zip(*run["curve"], strict=True), label=name, color=COLOURS[name])
-                values = run["spectra"][SHOWN]
+                left.plot(steps, curve, label=name, color=COLOURS[name])
                 right.plot(range(1, len(values) + 1), values, label=name, color=COLOURS[name])
             else:
-                left.plot(*zip(*run["curve"], strict=True), "--", label=name, color=next(others), linewidth=1.2)
+                left.plot(steps, curve, "--", label=name, color=next(others), linewidth=1.2)
         _finish_curves(left, document)
         largest = max(line.get_ydata()[0] for line in right.lines)
         right.set(yscale="log", ylim=(1e-4 * largest, 2 * largest), xlabel="number of the singular value")

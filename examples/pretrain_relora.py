@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from _pretrain import Data, above, effective_rank, linear_weights, load_data, make_model, perplexity, spectra
-from _pretrain_report import plot, print_table, summary
+from _pretrain_report import SHOWN, plot, print_table, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -84,7 +84,8 @@ class Lengths:
     """The steps of a warm-up, of the first one and of those after restarts."""
     measure: int = 40
     """The steps between two points of a curve."""
-    rows: int = 512
+    rows: int = 1024
+    """The sequences in each part of the held-out text; a point of a curve takes the first 128."""
 
 
 SHORT = Lengths(warm_start=20, steps=60, every=20, warmup=4, measure=10, rows=64)
@@ -122,7 +123,7 @@ class Training:
         self.done = 0
         self.seconds: list[float] = []
         self.restart_seconds: list[float] = []
-        self.curve: list[tuple[int, float]] = []
+        self.curve: list[float] = []
 
     def step(self, batch: Tensor) -> None:
         if self.method.restarts and self.done and self.done % self.lengths.every == 0:
@@ -139,7 +140,7 @@ class Training:
         self.done += 1
 
     def measure(self, rows: Tensor) -> None:
-        self.curve.append((self.done, perplexity(self.model, rows)))
+        self.curve.append(perplexity(self.model, rows[:128]))
 
 
 def warm_start(data: Data, lengths: Lengths, seed: int) -> LlamaForCausalLM:
@@ -186,7 +187,7 @@ def entry(name: str, training: Training, start: LlamaForCausalLM, data: Data, se
         "restart_seconds": statistics.median(training.restart_seconds) if training.restart_seconds else None,
         "effective_rank": statistics.fmean(effective_rank(each) for each in values.values()),
         "above": statistics.fmean(above(each) for each in values.values()),
-        "spectra": {name: [float(f"{value:.4g}") for value in each.tolist()] for name, each in values.items()},
+        "spectrum": [float(f"{value:.4g}") for value in values[SHOWN].tolist()],
     }
 
 
@@ -214,7 +215,9 @@ def grid(lengths: Lengths, methods: dict[str, Method]) -> None:
     for name, method in methods.items():
         rates = [method.rate * factor for factor in (0.5, 1, 2)]
         found = train(start, {str(r): replace(method, rate=r) for r in rates}, data, lengths, GRID_SEED, f"{name:22}")
-        told = "  ".join(f"lr {float(rate):g}: {each.curve[-1][1]:.3f}" for rate, each in found.items())
+        told = "  ".join(
+            f"lr {float(rate):g}: {perplexity(each.model, data.choose):.3f}" for rate, each in found.items()
+        )
         Console().print(f"{name:22} {told}", highlight=False)
 
 
