@@ -1,6 +1,25 @@
 """How adapters are trained: learning rates by matrix, frozen matrices, restarts and their schedule."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lora_kernels.train.restart import RestartedLayer as RestartedLayer
 from lora_kernels.train.restart import RestartReport as RestartReport
 from lora_kernels.train.restart import restart as restart
 from lora_kernels.train.schedule import jagged_cosine as jagged_cosine
+
+if TYPE_CHECKING:
+    from lora_kernels.train.hf_callback import ReLoRACallback as ReLoRACallback
+    from lora_kernels.train.lightning_callback import LightningReLoRA as LightningReLoRA
+
+_LAZY = {"ReLoRACallback": "hf_callback", "LightningReLoRA": "lightning_callback"}
+"""The names that need transformers or Lightning, by module."""
+
+
+def __getattr__(name: str) -> Any:
+    """Return a name of `_LAZY`, importing it when it is first asked for."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"lora_kernels.train.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'lora_kernels.train' has no attribute {name!r}")

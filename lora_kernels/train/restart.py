@@ -54,8 +54,6 @@ class RestartReport:
         return "\n".join(lines)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def restart(
     model: nn.Module,
     optimizer: Any = None,
@@ -111,11 +109,13 @@ def restart(
             f"the base weights have changed, and PEFT's save_pretrained saves the adapter {some(named)} without them: "
             "save the state_dict of the whole model. PEFT refuses to load the adapter alone, by the value "
             f"{restartable.PEFT_MARK!r} of init_lora_weights in its config",
-            stacklevel=3,  # this function is decorated
+            stacklevel=2,
         )
     return report
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def carry_out(
     model: nn.Module,
     optimizer: Any,
