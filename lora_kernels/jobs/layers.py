@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lora_kernels.core.many import Adapter
 from lora_kernels.core.rows import Rows
-from lora_kernels.nn.mixed import Mixable, Mixed, current_for
+from lora_kernels.nn.in_force import current_for
+from lora_kernels.nn.mixed import Mixable, Mixed
 from lora_kernels.nn.quantized import QuantizedLoRALinear, quantized_linear
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.multi import lora_linear_multi

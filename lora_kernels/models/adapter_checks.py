@@ -36,8 +36,9 @@ def refuse_unsaved_parts(layers: dict[str, AdapterLayer]) -> None:
     split = [f"{name} (init={layer.init!r})" for name, layer in layers.items() if layer.init != "kaiming"]
     if split:
         raise ValueError(
-            f"the initialisation of these layers changed their base weights: {some(split)}; nothing was changed now. "
-            "An adapter file holds no base: save the state_dict of the whole model, or merge_and_unload() it first"
+            f"the initialisation, or a restart, of these layers changed their base weights: {some(split)}; nothing was "
+            "changed now. An adapter file holds no base: save the state_dict of the whole model, or merge_and_unload() "
+            "it first"
         )
     sharded = [
         f"{name}.{key} (a {type(p).__name__})"

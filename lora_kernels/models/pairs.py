@@ -49,13 +49,18 @@ class Pair:
     random, if the initialisation does not say otherwise."""
     b: nn.Parameter
     """The matrix that makes y, in the layer's own layout. It starts at zero, but at random in an embedding."""
-    scale: float
-    """s, as the layer multiplies with it now. That of the out_proj of an attention of PEFT is twice PEFT's scaling,
-    because PEFT adds the update twice."""
     magnitude: nn.Parameter | None = None
     """DoRA's m."""
     groups: int = 1
     """The number of updates that the two hold side by side: the experts of a stack, the groups of a convolution."""
+    counted: int = 1
+    """How often the layer adds the update: 2 for the out_proj of an attention of PEFT, else 1."""
+
+    @property
+    def scale(self) -> float:
+        """s, by which the layer multiplies B A now, times `counted`. It is read from the layer, where it may change."""
+        scaling: Any = self.layer.scaling
+        return float(scaling[self.adapter] if isinstance(scaling, dict) else scaling) * self.counted
 
     @property
     def zero_at_start(self) -> nn.Parameter:
@@ -130,7 +135,7 @@ def _of_own(name: str, layer: Any) -> Iterator[Pair]:
                 "(remove_parametrizations, prune.remove), or use FSDP2"
             )
         groups = a.shape[0] if kind == EXPERTS else layer.groups if kind == CONV else 1
-        yield Pair(name, layer, "", kind, part, a, b, float(layer.scaling), magnitude, groups)
+        yield Pair(name, layer, "", kind, part, a, b, magnitude, groups)
 
 
 def _own_names(layer: Any) -> Iterator[tuple[str, str, str, str]]:
@@ -169,9 +174,9 @@ def _of_peft(name: str, layer: Any, counted: int) -> Iterator[Pair]:
                 f"adapter {adapter!r} of {name} is PEFT's {variant}, whose update is no product s·B A of its lora_A "
                 "and lora_B"
             )
-        vectors, scale = layer.lora_magnitude_vector, float(layer.scaling[adapter]) * counted
+        vectors = layer.lora_magnitude_vector
         magnitude = vectors[adapter].weight if adapter in vectors else None
-        yield Pair(name, layer, adapter, of, part, a, b, scale, magnitude, groups)
+        yield Pair(name, layer, adapter, of, part, a, b, magnitude, groups, counted)
 
 
 def _tied(pair: Pair, tables: list[Pair]) -> bool:

@@ -36,8 +36,8 @@ class AdapterLayer(nn.Module):
     """
 
     init = "kaiming"
-    """The scheme by which the adapter was initialised. Every scheme but "kaiming" splits W into a new base and an
-    adapter, and that adapter is valid with this module's base only."""
+    """The scheme by which the adapter was initialised, or "restarted" after `lora_kernels.train.restart`. All but
+    "kaiming" change W, and the adapter is then valid with this module's base only."""
 
     plain: ClassVar[tuple[type[nn.Module], ...]] = ()
     """The classes of the layers in whose place this one can stand in a model."""

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.nn import construct, fit, loading, magnitude, merging, offload
+from lora_kernels.nn import by_row, construct, fit, loading, magnitude, merging, offload
 from lora_kernels.nn.base import AdapterLinear
+from lora_kernels.nn.in_force import CURRENT, current_for
+from lora_kernels.nn.recompute import REMEMBERED
 from lora_kernels.nn.replaced import ReplacedWeight
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.dora import dora_linear
@@ -67,6 +69,9 @@ class FusedLoRALinear(AdapterLinear, ReplacedWeight):
     """
 
     plain: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+
+    adapter_table = staticmethod(by_row.adapter_table)
+    """The number of the layer's adapter, which `lora_kernels.mixed` asks for."""
 
     def __init__(
         self,
@@ -182,6 +187,10 @@ class FusedLoRALinear(AdapterLinear, ReplacedWeight):
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features], which has the name that nn.Linear gives it.
         Raises what `lora_linear` raises."""
+        if torch.compiler.is_compiling() or CURRENT.get() is not None or REMEMBERED:
+            context = current_for(self)
+            if context is not None:
+                return by_row.forward_in(context, self, input)
         weight, bias, a, b = self._parts()
         if self._base is not None:
             self._check_merged(self.weight, self._base, a)

@@ -5,14 +5,13 @@
 
 A layer that can do this has a static method ``adapter_table(model)``, which returns the numbers of the model's adapters
 by name, and raises where something in the model cannot be computed by row. In its forward such a layer asks
-`current_for`, and hands what it has computed to `Mixed.computed`.
+`in_force.current_for`, and hands what it has computed to `Mixed.computed`.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar, Token
+from contextvars import Token
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from lora_kernels.core.rows import Rows
 from lora_kernels.nn import recompute
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.in_force import CURRENT, HERE
 
 NamesOrIds = Sequence[str | None] | Sequence[int] | Tensor | Rows
 """What `mixed` takes."""
@@ -92,46 +92,13 @@ class Mixed:
             raise RuntimeError("a context of lora_kernels.mixed is entered once: call mixed() again")
         self.outer, self.in_backward = CURRENT.get(), recompute.in_backward()
         self._token = CURRENT.set(self)
-        _HERE.enter(self)
+        HERE.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
-        _HERE.leave(self)
+        HERE.leave(self)
         CURRENT.reset(self._token)
-
-
-CURRENT: ContextVar[Mixed | None] = ContextVar("lora_kernels.mixed", default=None)
-"""The innermost context in force. It belongs to a thread, or to a task of asyncio."""
-
-
-class _Here(threading.local):
-    """The same for compilers, which can read no ContextVar: a compiled forward sees the context that its thread has
-    entered last."""
-
-    def __init__(self) -> None:
-        # In the instance of each thread, because compilers do not notice that it takes the place of a class attribute.
-        self.current: Mixed | None = None
-        self.interleaved = False
-        """Whether tasks of this thread are in contexts of their own at the same time. `current` is then that of one of
-        them, and nothing tells a compiled forward which task it belongs to."""
-        self.entered: list[Mixed] = []
-
-    def enter(self, context: Mixed) -> None:
-        if self.current is not context.outer:
-            self.interleaved = True
-        self.entered.append(context)
-        self.current = context
-
-    def leave(self, context: Mixed) -> None:
-        if context in self.entered:  # a generator may be closed in another thread
-            self.entered.remove(context)
-        self.current = self.entered[-1] if self.entered else None
-        if not self.entered:
-            self.interleaved = False
-
-
-_HERE = _Here()
 
 
 def mixed(model: nn.Module, names_or_ids: NamesOrIds) -> Mixed:
@@ -142,7 +109,8 @@ def mixed(model: nn.Module, names_or_ids: NamesOrIds) -> Mixed:
     inside it.
 
     Args:
-        model: a model of PEFT after `lora_kernels.fuse`, or another whose layers compute by row.
+        model: a model of PEFT after `lora_kernels.fuse`, one with `FusedLoRALinear` layers, whose adapter is number 0
+            and called "default", or another whose layers compute by row.
         names_or_ids: the adapters, in one of these forms:
 
             * one name for each sample, x[j]; None and "__base__" are the base alone,
@@ -166,43 +134,6 @@ def table_of(model: nn.Module) -> dict[str, int]:
     return dict(mixable(model).table)
 
 
-def current_for(layer: Any) -> Mixed | None:
-    """Return the innermost context in force that `layer` belongs to, or None.
-
-    Raises RuntimeError in a backward that computes the layer again outside of the context of its first forward.
-    """
-    if torch.compiler.is_compiling():
-        if _HERE.interleaved:  # without fullgraph=True the layer then runs as it does without a compiler
-            raise RuntimeError(
-                "several tasks of this thread are inside a context `mixed`, and a compiled layer cannot tell which one "
-                "calls it: leave the context before `await`, or compile without fullgraph=True"
-            )
-        return _of(layer, _HERE.current)
-    context = CURRENT.get()
-    if context is None and not recompute.REMEMBERED:
-        return None
-    if context is None and recompute.in_backward():
-        context = _of_the_caller()
-    context = _of(layer, context)
-    recompute.check(layer, context)
-    return context
-
-
-def _of(layer: Any, context: Mixed | None) -> Mixed | None:
-    while context is not None and id(layer) not in context.layers:
-        context = context.outer
-    return context
-
-
-def _of_the_caller() -> Mixed | None:
-    """Return the context of the thread that called backward(). On a GPU autograd computes in a thread of its own, to
-    which newer versions of torch hand the variables of the calling thread."""
-    if not torch._C._is_key_in_tls("context"):  # type: ignore[attr-defined]
-        return None
-    found: Mixed | None = torch._C._get_obj_in_tls("context").get(CURRENT)  # type: ignore[attr-defined]
-    return found
-
-
 def mixable(model: nn.Module) -> Mixable:
     """Return the layers of `model` that compute by row, and its adapters. Raises RuntimeError where there is no such
     layer, or a part of the model has adapters that cannot be computed by row."""
@@ -212,14 +143,14 @@ def mixable(model: nn.Module) -> Mixable:
     for module in model.modules():
         kind = type(module)
         find: Callable[[nn.Module], Table] | None = getattr(kind, "adapter_table", None)
-        if find is not None:
+        if find is not None and id(module) not in inside:
             layers.add(id(module))
             inside.update(map(id, module.children()))
             tables[find] = None
         elif isinstance(module, AdapterLayer) and id(module) not in inside:
             raise RuntimeError(
-                f"a {kind.__name__} has one adapter, which every row would get: mixed takes models of PEFT after "
-                "lora_kernels.fuse(model), or an AdapterPool"
+                f"a {kind.__name__} has one adapter, which every row would get: mixed takes FusedLoRALinear and "
+                "QuantizedLoRALinear, models of PEFT after lora_kernels.fuse(model), and an AdapterPool"
             )
         elif isinstance(module, nn.DataParallel):
             raise RuntimeError("the threads of nn.DataParallel do not see a context: take DistributedDataParallel")
@@ -229,7 +160,7 @@ def mixable(model: nn.Module) -> Mixable:
             "after get_peft_model or from_pretrained"
         )
     if len(tables) > 1:
-        raise RuntimeError("this model has layers of PEFT and layers of a pool: mixed takes one of them")
+        raise RuntimeError("this model has layers of PEFT, of this package or of a pool: mixed takes one kind of them")
     (find,) = tables
     return Mixable(frozenset(layers), find(model))
 

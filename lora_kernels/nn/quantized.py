@@ -10,11 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.nn import construct, loading, merging, offload
+from lora_kernels.nn import by_row, construct, loading, merging, offload
 from lora_kernels.nn.base import AdapterLinear
+from lora_kernels.nn.in_force import CURRENT, current_for
 from lora_kernels.nn.linear import FusedLoRALinear
 from lora_kernels.nn.loading import PARTS
 from lora_kernels.nn.merging import MergeReport
+from lora_kernels.nn.recompute import REMEMBERED
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.ops.dora import dora_linear
 from lora_kernels.ops.linear import lora_linear
@@ -143,6 +145,10 @@ class QuantizedLoRALinear(FusedLoRALinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features]. Raises what `lora_linear` raises."""
+        if torch.compiler.is_compiling() or CURRENT.get() is not None or REMEMBERED:
+            context = current_for(self)
+            if context is not None:
+                return by_row.forward_in(context, self, input)
         codes, bias, a, b = self._parts()
         w = self._assembled(codes)
         if self._unmerged is not None:

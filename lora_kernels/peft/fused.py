@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_kernels.core.rows import Rows
 from lora_kernels.nn.dry_run import Watched
 from lora_kernels.nn.fit import has_hooks
-from lora_kernels.nn.mixed import CURRENT, current_for
+from lora_kernels.nn.in_force import CURRENT, current_for
 from lora_kernels.nn.recompute import REMEMBERED
 from lora_kernels.ops.autograd import as_dtype, autocast_of
 from lora_kernels.ops.dora import Update, dora_linear

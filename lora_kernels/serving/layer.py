@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_kernels.core.many import AdapterStack
 from lora_kernels.models.inject import places_of, put
 from lora_kernels.models.names import plain_names
-from lora_kernels.nn import fit, mixed, readers
+from lora_kernels.nn import fit, in_force, mixed, readers
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
@@ -73,7 +73,7 @@ class PooledLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features]. Raises what `lora_linear_multi` raises."""
-        context = mixed.current_for(self)
+        context = in_force.current_for(self)
         w, bias = self.base, self._parameters["bias"]
         if context is not None:
             if w.requires_grad and not torch.is_grad_enabled():

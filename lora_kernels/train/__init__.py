@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_kernels.train.dropping import adapter_dropout as adapter_dropout
+from lora_kernels.train.lora_fa import FrozenA as FrozenA
+from lora_kernels.train.lora_fa import freeze_a as freeze_a
+from lora_kernels.train.loraplus import loraplus_groups as loraplus_groups
 from lora_kernels.train.restart import RestartedLayer as RestartedLayer
 from lora_kernels.train.restart import RestartReport as RestartReport
 from lora_kernels.train.restart import restart as restart

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from lora_kernels.models.targets import some
 from lora_kernels.train import sharded
 
-_MOMENTS = frozenset(
-    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg")
-)
-"""The moments of torch's Adam, AdamW, NAdam, RAdam, Adamax, SGD and RMSprop. Many other optimisers use these names."""
+_MOMENTS = ("exp_avg", "momentum_buffer", "square_avg", "grad_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf")
+"""The moments of torch's Adam, AdamW, NAdam, RAdam, Adamax, SGD and RMSprop, of which the first that there is decides
+which elements go. Many other optimisers use these names."""
 _OF_8_BITS = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """The moments of bitsandbytes, and beside codes of 8 bits the values of the codes and the largest value of a block."""
 _BLOCKSIZE = 256
@@ -44,17 +43,18 @@ class Moment(NamedTuple):
 
 
 def moments_of(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Moment]]:
-    """Return the moments that the optimisers have for each of the named parameters. A parameter that has no state yet,
-    or whose state is in another process, has none.
+    """Return the moments that the optimisers have for each of the named parameters, the first moment first. A
+    parameter that has no state yet, or whose state is in another process, has none.
 
     Raises ValueError for a trained parameter that no optimiser has, and for a state that is not known here.
     """
     states: dict[int, Mapping[str, Any]] = {}
     for optimizer in optimizers:
-        optimizer = getattr(optimizer, "optim", optimizer)  # torch's ZeroRedundancyOptimizer has it inside
+        # torch's ZeroRedundancyOptimizer has another optimiser inside, with the states of this process.
+        state = getattr(optimizer, "optim", optimizer).state
         for group in optimizer.param_groups:
             for p in group["params"]:
-                states[id(p)] = optimizer.state.get(p, {})
+                states[id(p)] = state.get(p, {})
     absent = [name for name, p in parameters.items() if p.requires_grad and id(p) not in states]
     if absent:
         raise ValueError(
@@ -63,20 +63,22 @@ def moments_of(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]
         )
     found: dict[str, list[Moment]] = {}
     unknown = []
+    order = [*_OF_8_BITS, *_MOMENTS]
     for name, p in parameters.items():
-        found[name] = []
+        moments = {}
         for key, value in states.get(id(p), {}).items():
-            if key == "step" or (not isinstance(value, Tensor)) or key in sum(_OF_8_BITS.values(), ()):
+            if key == "step" or not isinstance(value, Tensor) or key in sum(_OF_8_BITS.values(), ()):
                 continue
             moment = _moment(key, value, p, states[id(p)])
             if moment is not None:
-                found[name].append(moment)
+                moments[key] = moment
             elif value.numel() > 1:
                 unknown.append(f"{key} (a {type(value).__name__} in {value.dtype}, {tuple(value.shape)}) of {name}")
+        found[name] = [moments[key] for key in sorted(moments, key=order.index)]
     if unknown:
         raise ValueError(
             f"these states of the optimiser are not known here: {some(unknown)}. Nothing was changed. Prune them "
-            f"yourself after restart(model), or take an optimiser whose moments are {', '.join(sorted(_MOMENTS))}"
+            f"yourself after restart(model), or take an optimiser whose moments are {', '.join(_MOMENTS)}"
         )
     return found
 
@@ -93,27 +95,28 @@ def check(fraction: float, how: str) -> None:
 
 
 def prune(moments: Sequence[Moment], fraction: float, how: str, generator: torch.Generator) -> Pruned:
-    """Make the `fraction` of each of the moments of one matrix zero, in place, and return how many zeros they have.
+    """Make the `fraction` of the elements of one matrix zero in all of its moments, in place, and return how many zeros
+    these have.
 
-    With "magnitude" these are its smallest elements, in each moment on its own: those not above the quantile `fraction`
-    of their absolute values, of which there are ⌊fraction · (n - 1)⌋ + 1 of n. Among equal ones the first go. With
-    "random" each element of the matrix is hit with probability `fraction`, in all moments together.
+    With "magnitude" they are the elements whose first moment is smallest: not above the quantile `fraction` of its
+    absolute values. There are ⌊fraction · (n - 1)⌋ + 1 of n, and among equal ones the first go. With "random" each
+    element is hit with probability `fraction`.
+
+    All moments lose the same elements. If Adam kept m of an element and lost v, its next step would be lr·m/eps.
     """
-    zeros = total = 0
-    drawn: Tensor | None = None
+    if not moments:
+        return Pruned(0, 0)
+    first = moments[0]
+    if how == "magnitude":
+        mask = smallest(_magnitudes(first), fraction)
+    else:
+        mask = torch.rand(first.values.shape, generator=generator) < fraction
+    zeros = 0
     for moment in moments:
-        shape = moment.values.shape
-        if how == "magnitude":
-            mask = smallest(_magnitudes(moment), fraction)
-        else:
-            if drawn is None:
-                drawn = torch.rand(shape, generator=generator) < fraction
-            mask = drawn
-        mask = mask.to(moment.values.device)
-        sharded.local(moment.values).masked_fill_(sharded.like(mask, moment.values), _zero_of(moment))
-        zeros += int((sharded.whole(moment.values) == _zero_of(moment)).sum().item())
-        total += math.prod(shape)
-    return Pruned(zeros, total)
+        values, zero = sharded.local(moment.values), _zero_of(moment)
+        values.masked_fill_(sharded.like(mask.to(values.device), moment.values), zero)
+        zeros += int((sharded.whole(moment.values) == zero).sum().item())
+    return Pruned(zeros, mask.numel() * len(moments))
 
 
 def smallest(magnitudes: Tensor, fraction: float) -> Tensor:

@@ -82,8 +82,9 @@ def restart(
         model: a model with adapters of this package or of PEFT (fused or not), also inside DDP or FSDP2.
         optimizer: the optimiser of the adapters, or a list of several, also wrapped by accelerate. None prunes nothing.
         prune: the fraction of the moments of A and B to make zero, 0 to 1. Steps stay as they are. The paper has 0.99.
-        how: "magnitude", the smallest elements of each moment, exactly the fraction of them; or "random", each element
-            with probability `prune`, in all moments of a matrix together. The authors' "reset" is "random" with 0.999.
+        how: "magnitude", the elements whose first moment is smallest, exactly the fraction of them; or "random", each
+            element with probability `prune`. All moments lose the same elements. The authors' "reset" is "random" with
+            0.999.
         generator: gives the seed of A, B and the random elements. None is torch's default generator.
         master: a dictionary in which W is kept in fp32 from restart to restart, for a W in 16 bits. Give the same one
             to every restart, and save it in checkpoints. The first call fills it: 4 bytes for an element of W.

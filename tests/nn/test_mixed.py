@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lora_kernels import FusedLoRAConv2d, FusedLoRAEmbedding, FusedLoRALinear, FusedLoRAMultiheadAttention
 from lora_kernels.core.rows import Rows
-from lora_kernels.nn.mixed import Mixed, current_for, mixable, mixed, table_of
+from lora_kernels.nn.in_force import current_for
+from lora_kernels.nn.mixed import Mixed, mixable, mixed, table_of
 
 TABLE = {"a": 0, "b": 1, "c": 2}
 
@@ -159,18 +160,23 @@ def test_a_model_without_a_layer_that_computes_by_row_is_refused():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: FusedLoRALinear(4, 4, r=2),
         lambda: FusedLoRAEmbedding(4, 4, r=2),
         lambda: FusedLoRAConv2d(4, 4, 3, r=2),
         lambda: FusedLoRAMultiheadAttention.from_attention(nn.MultiheadAttention(4, 2), r=2),
     ],
 )
-def test_layers_of_every_kind_with_one_adapter_are_refused(model, make):
+def test_layers_that_cannot_leave_their_adapter_out_of_a_row_are_refused(model, make):
     model.three = make()
     with pytest.raises(RuntimeError, match=f"a {type(model.three).__name__} has one adapter"):
         mixed(model, ["a"])
     with pytest.raises(RuntimeError, match=f"a {type(model.three).__name__} has one adapter"):
         mixed(nn.Sequential(model.three), ["a"])
+
+
+def test_layers_of_two_packages_in_one_model_are_refused(model):
+    model.three = FusedLoRALinear(4, 4, r=2)
+    with pytest.raises(RuntimeError, match="mixed takes one kind of them"):
+        mixed(model, ["a"])
 
 
 def test_threads_of_data_parallel_are_refused(model):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.nn import recompute
-from lora_kernels.nn.mixed import current_for, mixed
+from lora_kernels.nn.in_force import current_for
+from lora_kernels.nn.mixed import mixed
 
 
 class Layer(nn.Module):

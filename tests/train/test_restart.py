@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lora_kernels
 from lora_kernels import FusedLoRALinear, apply_lora
 from lora_kernels.models.pairs import pairs
-from lora_kernels.train import restart
+from lora_kernels.train import freeze_a, restart
 
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 DTYPES += [(torch.float16, torch.float32), (torch.float64, torch.float64)]
@@ -296,6 +296,21 @@ def test_frozen_adapters_stay_and_a_frozen_a_is_drawn_anew() -> None:
         restart(model)
 
 
+def test_lora_fa_projects_with_the_new_a() -> None:
+    one, x = layer(), torch.randn(6, 53)
+    freeze_a(one)
+    for _ in range(2):
+        one(x).square().sum().backward()
+        got = one.lora_B.grad.clone()
+        a = one.lora_A.double()
+        dy = 2 * one(x).detach().double()
+        raw = one.scaling * dy.T @ (x.double() @ a.T)
+        want = torch.linalg.solve(a @ a.T, raw.T).T / one.scaling**2
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
+        restart(one)
+        one.lora_B.grad = None
+
+
 def _merged() -> nn.Module:
     one = layer()
     one.merge()
@@ -395,6 +410,22 @@ def test_pefts_layers_that_cannot_be_restarted_are_refused(case: str) -> None:
     with pytest.raises(ValueError, match=said):
         restart(model)
     assert torch.equal(one.get_base_layer().weight.data, before)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_fsdp1_is_refused(tmp_path: Any) -> None:
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(nn.Sequential(layer()), use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"wrapped by FSDP1.*Use FSDP2"):
+            restart(model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_old_gradients_become_zero_and_the_rest_keeps_theirs() -> None:

@@ -20,11 +20,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from support.distributed import data as distributed_data
+from support.distributed import frozen as distributed_frozen
 from support.distributed import meta as distributed_meta
+from support.distributed import restarts as distributed_restarts
 from support.distributed import tensor as distributed_tensor
 from support.distributed.models import CHECKS, SKIPPED
 
-__all__ = ["SKIPPED", "checks_of", "distributed_data", "distributed_meta", "distributed_tensor", "main"]
+__all__ = [
+    "SKIPPED",
+    "checks_of",
+    "distributed_data",
+    "distributed_frozen",
+    "distributed_meta",
+    "distributed_restarts",
+    "distributed_tensor",
+    "main",
+]
 
 
 def checks_of(size: int) -> list[str]:
