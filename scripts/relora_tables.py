@@ -19,13 +19,14 @@ def measured(runs: Runs) -> str:
 def _measured(run: Run) -> str:
     document = run.document
     settings, rows = document["settings"], {row["method"]: row for row in document["rows"]}
-    seeds = len(document["starts"])
+    count = len(document["starts"])
+    seeds = f"{count} seeds, mean ± standard deviation" if count > 1 else "one seed"
     picture = "Perplexity over the steps, and the singular values of what a layer has learned"
     header = ["", "perplexity", "learning rate", "trained", "effective rank of ΔW", "σ > 1 % of σ₁", "a step"]
     return "\n\n".join(
         (
             f"**{run.machine()}**, torch {document['versions']['torch']}, {document['date'][:10]}, "
-            f"{f'{seeds} seeds, mean ± standard deviation' if seeds > 1 else 'one seed'} ([all numbers]({run.link()})). "
+            f"{seeds} ([all numbers]({run.link()})). "
             f"{document['parameters']:,} parameters, {settings['warm_start']} steps of a warm start in full, then "
             f"{settings['steps']} steps with rank {settings['rank']}, a restart every {settings['every']}, and "
             f"{settings['warmup']} steps of warm-up after it.",

@@ -167,6 +167,10 @@ def test_the_table_the_picture_and_the_page_show_the_numbers(example, tmp_path, 
     assert "(../benchmarks/results/relora/a.png)" in page and "(../benchmarks/results/relora/a.json)" in page
     assert "2 seeds" in page and "-25% (ReLoRA, no restarts), 25% (ReLoRA, no pruning)" in page
     assert "50% (ReLoRA)." in page
+    measured_pages.put(root, "relora/a.json", document(example, seeds=1), png=True)
+    assert measured_pages.load_script().main(["--root", str(root)]) == 0
+    page = (root / "docs" / "relora.md").read_text()
+    assert "one seed" in page and "| ReLoRA | 5.00 |" in page
 
 
 @pytest.mark.slow
