@@ -9,14 +9,14 @@ from typing import Any
 import matplotlib.pyplot as plt
 from _report import LOSS, ROTATED, STYLE, UPRIGHT
 from matplotlib.axes import Axes
-from rich.console import Console
-from rich.table import Table
+
+from lora_kernels.testing.terminal import terminal
 
 SHOWN = "model.layers.1.self_attn.q_proj"
 """The layer whose ΔW is drawn."""
 COLOURS = {"full rank": LOSS, "LoRA": ROTATED, "ReLoRA": UPRIGHT}
-WITHOUT = ("#c05621", "#319795", "#805ad5")
-"""The colours of ReLoRA without one of its parts."""
+WITHOUT = ("#d69e2e", "#319795", "#805ad5")
+"""The colours of ReLoRA without one of its parts, in the order of the document."""
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,13 +48,10 @@ def told(perplexity: list[float]) -> str:
 
 
 def print_table(document: dict[str, Any]) -> None:
-    console = Console()
     before = told(spread([start["perplexity"] for start in document["starts"]]))
-    table = Table("", title=f"perplexity of a held-out byte ({before} at the start)", title_justify="left")
-    for column in ("perplexity", "learning\nrate", "trained", "effective\nrank of ΔW", "σ > 1 %\nof σ₁", "a step"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in document["rows"]:
-        table.add_row(
+    header = ("", "perplexity", "learning rate", "trained", "effective rank of ΔW", "σ > 1 % of σ₁", "a step")
+    rows = [
+        (
             row["method"],
             told(row["perplexity"]),
             f"{row['rate']:g}",
@@ -63,9 +60,12 @@ def print_table(document: dict[str, Any]) -> None:
             f"{row['above']:.1f}",
             f"{1e3 * row['seconds']:.1f} ms",
         )
-    console.print(table)
+        for row in document["rows"]
+    ]
+    show = terminal()
+    show.table(f"Perplexity of a byte of held-out text, {before} after the warm start", header, rows)
     taken = [run["restart_seconds"] for run in document["runs"] if run["restart_seconds"] is not None]
-    console.print(f"a restart of all layers: {1e3 * statistics.median(taken):.1f} ms", highlight=False)
+    show.line(f"A restart of all layers takes {1e3 * statistics.median(taken):.1f} ms.")
 
 
 def plot(document: dict[str, Any], path: Path) -> Path:

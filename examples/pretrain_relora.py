@@ -89,7 +89,7 @@ class Lengths:
     """The sequences in each part of the held-out text; a point of a curve takes the first 128."""
 
 
-SHORT = Lengths(warm_start=20, steps=60, every=20, warmup=4, measure=10, rows=64)
+SHORT = Lengths(warm_start=20, steps=40, every=20, warmup=4, measure=10, rows=64)
 
 
 def batches(rows: Tensor, seed: int) -> Iterator[Tensor]:
