@@ -97,7 +97,7 @@ def weight_similarity(
     weight: Tensor | QuantizedWeight, lora_a: Tensor, lora_b: Tensor, k: int | None = None, seed: int = 0
 ) -> Tensor:
     """Return φ(i, j) of the right singular vectors of W and ΔW, for i = 1 … k and j = 1 … r, as [k, r] (Hu et al.,
-    2021, arXiv:2106.09685, appendix H.4 and figure 8).
+    2021, arXiv:2106.09685, appendix H.3 and figure 8).
 
     `k` is the number of W's leading vectors, by default r; they are as exact as `amplification` says of the singular
     values. Columns beyond the rank of ΔW are NaN. Raises what `amplification` raises.
