@@ -163,6 +163,12 @@ def _replace_b(net):
     net.lora_shared.lora_B = nn.Parameter(torch.randn(TALL, R), requires_grad=False)
 
 
+def _remake_b(net):
+    """The new B may get the address of the old one."""
+    del net.lora_shared.lora_B
+    net.lora_shared.lora_B = nn.Parameter(torch.randn(TALL, R), requires_grad=False)
+
+
 CHANGES = {
     "v in place": lambda net: net.one.lora_v.mul_(2),
     "v through .data": lambda net: net.one.lora_v.data.mul_(2),
@@ -170,6 +176,7 @@ CHANGES = {
     "u through a view": lambda net: net.two.lora_u.detach().numpy().__imul__(2),
     "B in place": lambda net: net.lora_shared.lora_B.mul_(2),
     "B replaced": _replace_b,
+    "B made anew": _remake_b,
     "B given other memory": lambda net: setattr(net.lora_shared.lora_B, "data", torch.randn(TALL, R)),
     "v replaced": lambda net: setattr(net.one, "lora_v", nn.Parameter(torch.randn(24))),
     "loaded": lambda net: net.load_state_dict({name: 2 * t for name, t in net.state_dict().items()}),
