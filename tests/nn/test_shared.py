@@ -164,9 +164,15 @@ def _replace_b(net):
 
 
 def _remake_b(net):
-    """The new B may get the address of the old one."""
+    """Free B and make a new one that was written to as often, at the old address if the allocator gives it."""
+    address, version = net.lora_shared.lora_B.data_ptr(), net.lora_shared.lora_B._version
     del net.lora_shared.lora_B
-    net.lora_shared.lora_B = nn.Parameter(torch.randn(TALL, R), requires_grad=False)
+    made = [torch.empty(TALL, R) for _ in range(200)]
+    new = next((t for t in made if t.data_ptr() == address), made[0])
+    net.lora_shared.lora_B = nn.Parameter(new, requires_grad=False)
+    for _ in range(version):
+        net.lora_shared.lora_B.normal_()
+    assert net.lora_shared.lora_B._version == version
 
 
 CHANGES = {
