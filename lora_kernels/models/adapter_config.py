@@ -141,10 +141,7 @@ def checked_config(config: Any, path: Path | str) -> AdapterConfig:
         raise ValueError(f"{path}: peft_type is {kind!r:.200}; only 'LORA' is supported")
     bad = [f"{k}={config[k]!r:.200}" for k, ok in _SUPPORTED.items() if k in config and config[k] not in ok]
     if bad:
-        raise ValueError(
-            f"{path}: not supported: {', '.join(bad)}. Load it with PEFT (PeftModel.from_pretrained), then "
-            "lora_kernels.fuse(model)"
-        )
+        raise ValueError(f"{path}: not supported: {', '.join(bad)}. {_way_out(config.get('init_lora_weights'))}")
     unknown = [k for k, v in config.items() if v and k not in _SUPPORTED.keys() | _USED | _WITHOUT_EFFECT]
     if unknown:
         raise ValueError(
@@ -176,6 +173,21 @@ def checked_config(config: Any, path: Path | str) -> AdapterConfig:
         "revision" in config or "peft_version" in config,
     )
 
+
+def _way_out(init: Any) -> str:
+    """Return what to do with the file of an adapter that `init` has initialised, and that is not supported."""
+    if init not in _LOST_BASE:
+        return "Load it with PEFT (PeftModel.from_pretrained), then lora_kernels.fuse(model)"
+    return (
+        "The adapter was trained over a changed base, which the file does not hold, and which PEFT does not make again "
+        "from the original one. Save the adapter with PEFT's save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=...), which makes it an adapter of twice the rank over the original "
+        "base; or, if this model has the changed base, set init_lora_weights to true in the file"
+    )
+
+
+_LOST_BASE = ("corda", "lora_ga")
+"""The initialisations whose base depends on data, so that it cannot be computed from the original base."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,),
@@ -265,8 +277,8 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
         "target_modules": target_of(model, named),
         "target_parameters": sorted(parameters) or None,
         "ensure_weight_tying": are_tied(layers),
-        "rank_pattern": _pattern(ranks, r),
-        "alpha_pattern": _pattern(alphas, alpha),
+        "rank_pattern": pattern_for(ranks, r),
+        "alpha_pattern": pattern_for(alphas, alpha),
         "bias": "none",
         "fan_in_fan_out": any(isinstance(layer, FusedLoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
@@ -298,7 +310,7 @@ def target_of(model: nn.Module, names: Collection[str]) -> list[str] | str:
     return listed if exact else "|".join(map(re.escape, listed))
 
 
-def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
+def pattern_for(values: dict[str, Any], default: Any) -> dict[str, Any]:
     """Return a rank_pattern or alpha_pattern for `values` by layer. Its keys are plain names if these match the right
     layers only, and otherwise regular expressions for whole names."""
     # The first key that matches counts. The file's keys are sorted, so the test must try them in that order.

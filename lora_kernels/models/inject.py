@@ -142,19 +142,21 @@ def applied(
     try:
         if inputs is not None:
             report = report.verified_with(model, inputs)
-        _warn(report, selection)  # which raises where warnings are errors
+        warn_of(selection.read, report.doubted, report.without_effect)  # which raises where warnings are errors
     except BaseException:
         undo()
         raise
     return report
 
 
-def _warn(report: ApplyReport, selection: Selection) -> None:
-    """Warn of linear layers that the model reads past an adapter, or may read."""
+def warn_of(
+    read: Mapping[str, str], doubted: Mapping[str, str], without_effect: Mapping[str, str] | None = None
+) -> None:
+    """Warn of linear layers that the model reads past an adapter, or may read, with the reasons by name."""
     told = (
-        ("these adapters take no part in the forward", report.without_effect),
-        ("these layers got no adapter", selection.read),
-        ("whether these adapters have an effect is not certain, and verify=inputs finds out", report.doubted),
+        ("these adapters take no part in the forward", without_effect),
+        ("these layers got no adapter", read),
+        ("whether these adapters have an effect is not certain, and verify=inputs finds out", doubted),
     )
     for what, reasons in told:
         if reasons:
