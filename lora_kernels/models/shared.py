@@ -84,7 +84,9 @@ def apply_vera(
     )  # fmt: skip
     rules = Rules(target_modules, exclude_modules, None, None, layers_to_transform, layers_pattern)
     own = {"key": projection_prng_key, "save_projection": save_projection}
-    return _applied(model, settings, rules, own, verify)
+    selection = _selected(model, settings, rules)
+    with _over(model, selection, factors_for(selection, **own)) as (selection, fill):
+        return applied(model, selection, backend, verify, fill)
 
 
 def apply_tied_lora(
@@ -142,17 +144,16 @@ def apply_tied_lora(
     )  # fmt: skip
     rules = Rules(target_modules, exclude_modules, None, None, layers_to_transform, layers_pattern)
     own = {"key": None, "train_a": train_a, "train_b": train_b, "zero": zero if zero in ("A", "B") else None}
-    return _applied(model, settings, rules, own, verify)
-
-
-def _applied(
-    model: nn.Module, settings: SharedSettings, rules: Rules, own: Mapping[str, Any], verify: Any
-) -> ApplyReport:
-    """Put the layers that `rules` choose over new factors, whose keywords are `own`, and return the report."""
-    settings.check()
-    selection = shared_selection(select(model, settings, rules))
+    selection = _selected(model, settings, rules)
     with _over(model, selection, factors_for(selection, **own)) as (selection, fill):
-        return applied(model, selection, settings.backend, verify, fill)
+        return applied(model, selection, backend, verify, fill)
+
+
+def _selected(model: nn.Module, settings: SharedSettings, rules: Rules) -> Selection:
+    """Return the layers that the rules choose. Raises what `select` raises, and ValueError for settings or layers that
+    cannot share factors."""
+    settings.check()
+    return shared_selection(select(model, settings, rules))
 
 
 def shared_selection(selection: Selection) -> Selection:

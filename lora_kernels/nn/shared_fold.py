@@ -18,8 +18,10 @@ from lora_kernels.ops.watched import watched
 class KeptFold(NamedTuple):
     """B' and what it was made of."""
 
+    b: Tensor
+    """B's memory. While it is held, no other tensor can be at its address."""
     place: tuple[object, ...]
-    """Where B was, its layout, and how often it had been written to."""
+    """The address of B, its layout, and how often it had been written to."""
     u: Tensor
     """A copy of u."""
     v: Tensor
@@ -45,7 +47,7 @@ def kept_fold(kept: KeptFold | None, x: Tensor, b: Tensor, u: Tensor, v: Tensor)
         return kept
     with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be used outside of it
         u, v = u.detach().clone(), v.detach().clone()
-        return KeptFold(place, u, v, folded(b.detach()[: len(v)], u, v))
+        return KeptFold(b.detach(), place, u, v, folded(b.detach()[: len(v)], u, v))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

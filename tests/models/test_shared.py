@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -143,9 +142,9 @@ def test_verify_finds_a_layer_that_is_passed_over():
             return nn.functional.linear(self.norm(self.up(self.embed(ids))), getattr(self, "down").weight)  # noqa: B009
 
     model = Reads()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.warns(UserWarning, match="these adapters take no part in the forward.*down") as told:
         report = apply_vera(model, r=4, verify=IDS)
+    assert told[0].filename == __file__
     assert list(report.without_effect) == ["down"]
     model = net()
     assert not apply_vera(model, r=4, verify=IDS).without_effect

@@ -163,6 +163,18 @@ def _replace_b(net):
     net.lora_shared.lora_B = nn.Parameter(torch.randn(TALL, R), requires_grad=False)
 
 
+def _remake_b(net):
+    """Free B and make a new one that was written to as often, at the old address if the allocator gives it."""
+    address, version = net.lora_shared.lora_B.data_ptr(), net.lora_shared.lora_B._version
+    del net.lora_shared.lora_B
+    made = [torch.empty(TALL, R) for _ in range(200)]
+    new = next((t for t in made if t.data_ptr() == address), made[0])
+    net.lora_shared.lora_B = nn.Parameter(new, requires_grad=False)
+    for _ in range(version):
+        net.lora_shared.lora_B.normal_()
+    assert net.lora_shared.lora_B._version == version
+
+
 CHANGES = {
     "v in place": lambda net: net.one.lora_v.mul_(2),
     "v through .data": lambda net: net.one.lora_v.data.mul_(2),
@@ -170,6 +182,7 @@ CHANGES = {
     "u through a view": lambda net: net.two.lora_u.detach().numpy().__imul__(2),
     "B in place": lambda net: net.lora_shared.lora_B.mul_(2),
     "B replaced": _replace_b,
+    "B made anew": _remake_b,
     "B given other memory": lambda net: setattr(net.lora_shared.lora_B, "data", torch.randn(TALL, R)),
     "v replaced": lambda net: setattr(net.one, "lora_v", nn.Parameter(torch.randn(24))),
     "loaded": lambda net: net.load_state_dict({name: 2 * t for name, t in net.state_dict().items()}),
