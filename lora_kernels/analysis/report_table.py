@@ -84,10 +84,11 @@ def renderables(report: Findings, every: bool | None = None) -> Iterator[Any]:
         known = [c for c in columns if any(c.value(layer) is not None for layer in report.layers)]
         if not known:
             continue
+        yield text(title, style="bold")
         if not each or (every and len(modules) < len(report.layers)):
-            yield _table(title, "module", known, modules.items())
+            yield _table("module", known, modules.items())
         if each:
-            yield _table(title, "layer", known, ((layer.name, [layer]) for layer in report.layers))
+            yield _table("layer", known, ((layer.name, [layer]) for layer in report.layers))
     for note in _notes(report):
         yield text(note)
     if not each:
@@ -97,13 +98,9 @@ def renderables(report: Findings, every: bool | None = None) -> Iterator[Any]:
         )
 
 
-def _table(
-    title: str, first: str, columns: Sequence[Column], lines: Iterable[tuple[str, Sequence[LayerReport]]]
-) -> Any:
+def _table(first: str, columns: Sequence[Column], lines: Iterable[tuple[str, Sequence[LayerReport]]]) -> Any:
     text = _rich("rich.text").Text
-    table = _rich("rich.table").Table(
-        box=_rich("rich.box").SIMPLE_HEAD, title=text(title), title_justify="left", title_style="bold", pad_edge=False
-    )
+    table = _rich("rich.table").Table(box=_rich("rich.box").SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, overflow="fold")
     if first == "module":
         table.add_column("layers", justify="right")
