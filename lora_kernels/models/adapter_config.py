@@ -118,14 +118,19 @@ def read_config(path: Path) -> AdapterConfig:
             does not allow, or asks for something that is not computed here; a field is not known here and is not off
             (false, null, 0 or empty), because it may change what is computed.
     """
+    return checked_config(read_fields(path), path)
+
+
+def read_fields(path: Path) -> Any:
+    """Return what the file `path` holds as JSON. Raises what `read_config` raises for a file that is not there, or is
+    not JSON."""
     try:
-        config = json.loads(atomic.contents(path), object_pairs_hook=_without_doubles)
+        return json.loads(atomic.contents(path), object_pairs_hook=_without_doubles)
     except (FileNotFoundError, NotADirectoryError):
         more = f": {path.parent} is a file, and must be the directory of an adapter" if path.parent.is_file() else ""
         raise FileNotFoundError(f"there is no {path}{more}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is cut short or not JSON ({error}); nothing was loaded") from error
-    return checked_config(config, path)
 
 
 def checked_config(config: Any, path: Path | str) -> AdapterConfig:
@@ -261,24 +266,15 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
     ranks = {name: layer.r for name, layer in (named | parameters).items()}
     alphas = {name: layer.lora_alpha for name, layer in (named | parameters).items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    # PEFT matches the names in a list with the ends of modules' names too. So a list is exact only if no other module's
-    # name ends in one of them.
-    names = sorted(named)
-    exact = not any(name not in named and matches(names, name) for name, _, _ in plain_names(model))
-    target = names if exact else "|".join(map(re.escape, names))
-    kind = type(bare(model))
     return {
         "peft_type": "LORA",
-        "task_type": None,
-        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
-        "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
-        "inference_mode": True,
+        **notes_of(model),
         "r": r,
         "lora_alpha": alpha,
         # PEFT refuses dropout beside target_parameters, also for a model that is not trained.
         "lora_dropout": 0.0 if parameters else max(layer.lora_dropout for layer in layers.values()),
         "use_rslora": first.use_rslora,
-        "target_modules": target,
+        "target_modules": target_of(model, named),
         "target_parameters": sorted(parameters) or None,
         "ensure_weight_tying": are_tied(layers),
         "rank_pattern": pattern_for(ranks, r),
@@ -290,6 +286,28 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
         "lora_bias": False,
         "modules_to_save": None,
     }
+
+
+def notes_of(model: nn.Module) -> dict[str, Any]:
+    """Return the fields of PEFT's configs that tell what the adapter belongs to."""
+    kind = type(bare(model))
+    return {
+        "task_type": None,
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
+        "inference_mode": True,
+    }
+
+
+def target_of(model: nn.Module, names: Collection[str]) -> list[str] | str:
+    """Return the target_modules that choose the layers with these names in `model`, and no others.
+
+    PEFT matches the names in a list with the ends of modules' names too. So a list is exact only if no other module's
+    name ends in one of them; else it is a regular expression.
+    """
+    listed = sorted(names)
+    exact = not any(name not in names and matches(listed, name) for name, _, _ in plain_names(model))
+    return listed if exact else "|".join(map(re.escape, listed))
 
 
 def pattern_for(values: dict[str, Any], default: Any) -> dict[str, Any]:
