@@ -33,27 +33,26 @@ class Column(NamedTuple):
 _SPECTRUM = (
     Column("r", lambda layer: layer.r, True),
     Column("‖ΔW‖", lambda layer: layer.norm),
-    Column("effective rank", lambda layer: layer.effective_rank),
-    Column("stable rank", lambda layer: layer.stable_rank),
-    Column("rank for 90 %", lambda layer: layer.energy_rank_90, True),
-    Column("suggested r", lambda layer: layer.energy_rank_99, True, lambda layer: 1 < layer.r == layer.energy_rank_99),
+    Column("effective\nrank", lambda layer: layer.effective_rank),
+    Column("stable\nrank", lambda layer: layer.stable_rank),
+    Column("rank for\n90 %", lambda layer: layer.energy_rank_90, True),
+    Column("suggested\nr", lambda layer: layer.energy_rank_99, True, lambda layer: 1 < layer.r == layer.energy_rank_99),
 )
 _OVER_W = (
-    Column("‖W‖", lambda layer: layer.weight_norm),
-    Column("‖ΔW‖/‖W‖", lambda layer: layer.relative_norm),
-    Column("amplification", lambda layer: layer.amplification and layer.amplification.factor),
+    Column("‖ΔW‖\n/ ‖W‖", lambda layer: layer.relative_norm),
+    Column("amplifi-\ncation", lambda layer: layer.amplification and layer.amplification.factor),
     Column("‖UᵀWV‖", lambda layer: layer.amplification and layer.amplification.projected),
-    Column("W's own top", lambda layer: layer.amplification and layer.amplification.projected_top),
+    Column("W's own\ntop", lambda layer: layer.amplification and layer.amplification.projected_top),
     Column("random", lambda layer: layer.amplification and layer.amplification.projected_random),
-    Column("φ(W, ΔW)", lambda layer: layer.phi_weight),
-    Column("random φ", lambda layer: None if layer.phi_weight is None else layer.rank / layer.shape[1]),
+    Column("φ of W\nand ΔW", lambda layer: layer.phi_weight),
+    Column("random\nφ", lambda layer: None if layer.phi_weight is None else layer.rank / layer.shape[1]),
     Column("intruders", lambda layer: layer.intruders and layer.intruders.count, True),
 )
 _COMPARED = (
     Column("φ(1, 1)", lambda layer: layer.comparison and layer.comparison.first),
-    Column("φ at both ranks", lambda layer: layer.comparison and layer.comparison.at_rank),
+    Column("φ at both\nranks", lambda layer: layer.comparison and layer.comparison.at_rank),
     Column("random", lambda layer: layer.comparison and layer.comparison.random),
-    Column("mean φ", lambda layer: layer.comparison and layer.comparison.mean),
+    Column("mean\nφ", lambda layer: layer.comparison and layer.comparison.mean),
     Column("random", lambda layer: layer.comparison and layer.comparison.mean_random),
     Column("cosine", lambda layer: layer.comparison and layer.comparison.cosine),
 )
@@ -85,10 +84,11 @@ def renderables(report: Findings, every: bool | None = None) -> Iterator[Any]:
         known = [c for c in columns if any(c.value(layer) is not None for layer in report.layers)]
         if not known:
             continue
+        yield text(title, style="bold")
         if not each or (every and len(modules) < len(report.layers)):
-            yield _table(title, "module", known, modules.items())
+            yield _table("module", known, modules.items())
         if each:
-            yield _table(title, "layer", known, ((layer.name, [layer]) for layer in report.layers))
+            yield _table("layer", known, ((layer.name, [layer]) for layer in report.layers))
     for note in _notes(report):
         yield text(note)
     if not each:
@@ -98,14 +98,10 @@ def renderables(report: Findings, every: bool | None = None) -> Iterator[Any]:
         )
 
 
-def _table(
-    title: str, first: str, columns: Sequence[Column], lines: Iterable[tuple[str, Sequence[LayerReport]]]
-) -> Any:
+def _table(first: str, columns: Sequence[Column], lines: Iterable[tuple[str, Sequence[LayerReport]]]) -> Any:
     text = _rich("rich.text").Text
-    table = _rich("rich.table").Table(
-        box=_rich("rich.box").SIMPLE_HEAD, title=text(title), title_justify="left", title_style="bold", pad_edge=False
-    )
-    table.add_column(first, overflow="fold", min_width=16)
+    table = _rich("rich.table").Table(box=_rich("rich.box").SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, overflow="fold")
     if first == "module":
         table.add_column("layers", justify="right")
     for column in columns:
@@ -125,7 +121,7 @@ def _cell(column: Column, layers: Sequence[LayerReport]) -> str:
         bound = any(column.at_least(layer) for layer in layers if column.value(layer) == max(numbers))
         return f"{'≥ ' * bound}{_number(max(numbers))}"
     low, middle, high = (_number(each) for each in (min(numbers), median(numbers), max(numbers)))
-    return middle if low == high else f"{middle}\n{low}–{high}"
+    return middle if low == high else f"{middle}\n{low} – {high}"
 
 
 def _notes(report: Findings) -> Iterator[str]:

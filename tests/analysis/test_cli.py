@@ -33,7 +33,7 @@ def adapters(tmp_path: Path) -> tuple[str, str]:
 def test_it_prints_the_table_of_an_adapter_of_one_layer(adapters, capsys):
     assert main(["analyse", adapters[0]]) == 0
     out = capsys.readouterr().out
-    assert f"{adapters[0]}: 1 update" in out and "suggested r" in out and "inner.out" in out
+    assert f"{adapters[0]}: 1 update" in out and "suggested" in out and "inner.out" in out
     assert "Beside" not in out
 
 
@@ -56,7 +56,7 @@ def test_it_compares_reads_the_base_and_writes_files(adapters, tmp_path, capsys)
 def test_the_reference_of_the_weight_can_be_left_out(adapters, tmp_path, capsys):
     assert main(["analyse", adapters[0], "--base", str(tmp_path / "model.safetensors"), "--no-top"]) == 0
     out = capsys.readouterr().out
-    assert "amplification" in out and "W's own top" not in out
+    assert "amplifi-" in out and "W's own" not in out
 
 
 @pytest.mark.parametrize(
