@@ -269,6 +269,24 @@ def test_an_embedding_and_its_tied_head_change_together() -> None:
         restart(half)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_pefts_tied_head_changes_with_its_embedding(fused: bool) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=True, **sizes))
+    settings = {"r": 2, "target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    model = peft.get_peft_model(plain, peft.LoraConfig(**settings)).eval()
+    if fused:
+        lora_kernels.fuse(model)
+    randomise(model)
+    ids = torch.arange(32)[None]
+    y = model(ids).logits
+    assert len(restart(model).layers) == 1
+    torch.testing.assert_close(model(ids).logits, y, rtol=1e-4, atol=1e-5)
+
+
 def test_the_padding_row_of_an_embedding_does_not_change() -> None:
     model = nn.Sequential(nn.Embedding(9, 6, padding_idx=2))
     apply_lora(model, r=2, target_modules=["0"])
