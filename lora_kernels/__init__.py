@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     )
     from lora_kernels.models.loralib import load_loralib
     from lora_kernels.models.lycoris import load_lycoris
+    from lora_kernels.models.residual import apply_reslora
+    from lora_kernels.models.residual_files import load_reslora, save_reslora
+    from lora_kernels.models.residual_merging import reslora_to_lora
+    from lora_kernels.models.shared import apply_tied_lora, apply_vera
     from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
     from lora_kernels.nn.conv import FusedLoRAConv1d, FusedLoRAConv2d, FusedLoRAConv3d
     from lora_kernels.nn.conv1d import FusedLoRAConv1D
@@ -61,6 +65,9 @@ __all__ = [
     "__version__",
     "adapter_parameters",
     "apply_lora",
+    "apply_reslora",
+    "apply_tied_lora",
+    "apply_vera",
     "dequantize_weight",
     "disable",
     "dora_linear",
@@ -70,6 +77,7 @@ __all__ = [
     "load_adapter",
     "load_loralib",
     "load_lycoris",
+    "load_reslora",
     "lora_conv",
     "lora_embedding",
     "lora_linear",
@@ -80,7 +88,9 @@ __all__ = [
     "merge_and_unload",
     "mixed",
     "quantize_weight",
+    "reslora_to_lora",
     "save_adapter",
+    "save_reslora",
     "trainable_parameters",
     "unfuse",
 ]
@@ -100,6 +110,10 @@ _LAZY = {
     ),
     "models.loralib": ("load_loralib",),
     "models.lycoris": ("load_lycoris",),
+    "models.shared": ("apply_tied_lora", "apply_vera"),
+    "models.residual": ("apply_reslora",),
+    "models.residual_files": ("load_reslora", "save_reslora"),
+    "models.residual_merging": ("reslora_to_lora",),
     "nn.conv": ("FusedLoRAConv1d", "FusedLoRAConv2d", "FusedLoRAConv3d"),
     "nn.conv1d": ("FusedLoRAConv1D",),
     "nn.attention": ("FusedLoRAMultiheadAttention",),

@@ -1,4 +1,4 @@
-"""The command line of the package: ``python -m lora_kernels doctor | verify | bench``."""
+"""The command line of the package: ``python -m lora_kernels doctor | verify | bench | analyse``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from lora_kernels.bench import run
-from lora_kernels.tools import doctor
+from lora_kernels.tools import analyse, doctor
 from lora_kernels.tools.verify import cli as verify
 
 
@@ -26,8 +26,13 @@ def main(argv: list[str] | None = None) -> int:
             "verify", help="find out which GPU kernels are right and fast on this machine, and switch them on"
         )
     )
+    analyse.add_arguments(
+        commands.add_parser("analyse", help="show what an adapter has learned: ranks, directions, what it does to W")
+    )
     args = parser.parse_args(argv)
-    return {"doctor": doctor.main, "bench": run.main, "verify": verify.main}[args.command](args)
+    return {"analyse": analyse.main, "doctor": doctor.main, "bench": run.main, "verify": verify.main}[args.command](
+        args
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Write the measured tables, sentences and the chart of README.md and of two pages of docs from benchmarks/results.
+"""Write the measured tables, sentences and the charts of README.md and of four pages of docs from benchmarks/results.
 
     python scripts/update_readme.py [--check] [RESULT.json ...]
 
 Each of them stands between two markers, such as <!-- bench:begin --> and <!-- bench:end -->. Without names the newest
 run of each device type (CPU, CUDA) is taken. So are the newest runs of quantised layers, of generation, of many
-adapters, of layers of other kinds and of the suites on each GPU, which have folders of their own; gpu_report.py fills
-that of the GPUs.
+adapters, of layers of other kinds, of the sweep over ranks, of pretraining and of the suites on each GPU, which have
+folders of their own; gpu_report.py fills that of the GPUs.
 ``--check`` changes nothing: its exit status is 1 if a file is stale.
 """
 
@@ -21,6 +21,8 @@ from typing import Any
 import gpu_tables
 import kinds_tables
 import many_tables
+import ranks_tables
+import relora_tables
 from readme_tables import BACKWARD, NO_RUN, Run, Runs, bench, chosen, generation, quantised, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,7 +189,7 @@ def chart(runs: Runs) -> str:
     return f"![{text}]({run.link(run.path.with_suffix('.png'))})"
 
 
-FOLDERS = ("quantised", "generation", "many", "generation_many", "vllm", "kinds")
+FOLDERS = ("quantised", "generation", "many", "generation_many", "vllm", "kinds", "ranks", "relora")
 """The folders of benchmarks/results with runs of their own, apart from those of the GPUs."""
 Render = Callable[[Runs], str]
 PAGES: dict[str, dict[str, Render]] = {
@@ -202,6 +204,8 @@ PAGES: dict[str, dict[str, Render]] = {
         "kinds": kinds_tables.layers,
     },
     "docs/vllm.md": {"vllm": many_tables.operators},
+    "docs/ranks.md": {"ranks": ranks_tables.full},
+    "docs/relora.md": {"relora": relora_tables.measured},
 }
 """The markers of each page, and the function that returns the text between them."""
 

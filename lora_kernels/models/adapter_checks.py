@@ -33,7 +33,7 @@ def refuse_unsaved_parts(layers: dict[str, AdapterLayer]) -> None:
             f"the adapters of these layers have other parameters than PEFT's format knows: {some(sorted(more))}; "
             "nothing was changed"
         )
-    split = [f"{name} (init={layer.init!r})" for name, layer in layers.items() if layer.init != "kaiming"]
+    split = [f"{name} (init={layer.init!r})" for name, layer in layers.items() if layer.splits_base]
     if split:
         raise ValueError(
             f"the initialisation, or a restart, of these layers changed their base weights: {some(split)}; nothing was "

@@ -118,14 +118,19 @@ def read_config(path: Path) -> AdapterConfig:
             does not allow, or asks for something that is not computed here; a field is not known here and is not off
             (false, null, 0 or empty), because it may change what is computed.
     """
+    return checked_config(read_fields(path), path)
+
+
+def read_fields(path: Path) -> Any:
+    """Return what the file `path` holds as JSON. Raises what `read_config` raises for a file that is not there, or is
+    not JSON."""
     try:
-        config = json.loads(atomic.contents(path), object_pairs_hook=_without_doubles)
+        return json.loads(atomic.contents(path), object_pairs_hook=_without_doubles)
     except (FileNotFoundError, NotADirectoryError):
         more = f": {path.parent} is a file, and must be the directory of an adapter" if path.parent.is_file() else ""
         raise FileNotFoundError(f"there is no {path}{more}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is cut short or not JSON ({error}); nothing was loaded") from error
-    return checked_config(config, path)
 
 
 def checked_config(config: Any, path: Path | str) -> AdapterConfig:
@@ -136,10 +141,7 @@ def checked_config(config: Any, path: Path | str) -> AdapterConfig:
         raise ValueError(f"{path}: peft_type is {kind!r:.200}; only 'LORA' is supported")
     bad = [f"{k}={config[k]!r:.200}" for k, ok in _SUPPORTED.items() if k in config and config[k] not in ok]
     if bad:
-        raise ValueError(
-            f"{path}: not supported: {', '.join(bad)}. Load it with PEFT (PeftModel.from_pretrained), then "
-            "lora_kernels.fuse(model)"
-        )
+        raise ValueError(f"{path}: not supported: {', '.join(bad)}. {_way_out(config.get('init_lora_weights'))}")
     unknown = [k for k, v in config.items() if v and k not in _SUPPORTED.keys() | _USED | _WITHOUT_EFFECT]
     if unknown:
         raise ValueError(
@@ -171,6 +173,21 @@ def checked_config(config: Any, path: Path | str) -> AdapterConfig:
         "revision" in config or "peft_version" in config,
     )
 
+
+def _way_out(init: Any) -> str:
+    """Return what to do with the file of an adapter that `init` has initialised, and that is not supported."""
+    if init not in _LOST_BASE:
+        return "Load it with PEFT (PeftModel.from_pretrained), then lora_kernels.fuse(model)"
+    return (
+        "The adapter was trained over a changed base, which the file does not hold, and which PEFT does not make again "
+        "from the original one. Save the adapter with PEFT's save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=...), which makes it an adapter of twice the rank over the original "
+        "base; or, if this model has the changed base, set init_lora_weights to true in the file"
+    )
+
+
+_LOST_BASE = ("corda", "lora_ga")
+"""The initialisations whose base depends on data, so that it cannot be computed from the original base."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,),
@@ -249,28 +266,19 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
     ranks = {name: layer.r for name, layer in (named | parameters).items()}
     alphas = {name: layer.lora_alpha for name, layer in (named | parameters).items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    # PEFT matches the names in a list with the ends of modules' names too. So a list is exact only if no other module's
-    # name ends in one of them.
-    names = sorted(named)
-    exact = not any(name not in named and matches(names, name) for name, _, _ in plain_names(model))
-    target = names if exact else "|".join(map(re.escape, names))
-    kind = type(bare(model))
     return {
         "peft_type": "LORA",
-        "task_type": None,
-        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
-        "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
-        "inference_mode": True,
+        **notes_of(model),
         "r": r,
         "lora_alpha": alpha,
         # PEFT refuses dropout beside target_parameters, also for a model that is not trained.
         "lora_dropout": 0.0 if parameters else max(layer.lora_dropout for layer in layers.values()),
         "use_rslora": first.use_rslora,
-        "target_modules": target,
+        "target_modules": target_of(model, named),
         "target_parameters": sorted(parameters) or None,
         "ensure_weight_tying": are_tied(layers),
-        "rank_pattern": _pattern(ranks, r),
-        "alpha_pattern": _pattern(alphas, alpha),
+        "rank_pattern": pattern_for(ranks, r),
+        "alpha_pattern": pattern_for(alphas, alpha),
         "bias": "none",
         "fan_in_fan_out": any(isinstance(layer, FusedLoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
@@ -280,7 +288,29 @@ def config_of(model: nn.Module, layers: dict[str, AdapterLayer]) -> dict[str, An
     }
 
 
-def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
+def notes_of(model: nn.Module) -> dict[str, Any]:
+    """Return the fields of PEFT's configs that tell what the adapter belongs to."""
+    kind = type(bare(model))
+    return {
+        "task_type": None,
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
+        "inference_mode": True,
+    }
+
+
+def target_of(model: nn.Module, names: Collection[str]) -> list[str] | str:
+    """Return the target_modules that choose the layers with these names in `model`, and no others.
+
+    PEFT matches the names in a list with the ends of modules' names too. So a list is exact only if no other module's
+    name ends in one of them; else it is a regular expression.
+    """
+    listed = sorted(names)
+    exact = not any(name not in names and matches(listed, name) for name, _, _ in plain_names(model))
+    return listed if exact else "|".join(map(re.escape, listed))
+
+
+def pattern_for(values: dict[str, Any], default: Any) -> dict[str, Any]:
     """Return a rank_pattern or alpha_pattern for `values` by layer. Its keys are plain names if these match the right
     layers only, and otherwise regular expressions for whole names."""
     # The first key that matches counts. The file's keys are sorted, so the test must try them in that order.

@@ -42,10 +42,10 @@ def apply_stored(
         if are_tied(filled):
             check_ties(stored, filled)
         refuse_empty({name: layer})
-        with _written(_pairs(layer, stored.layers[name])):
+        with written(_pairs(layer, stored.layers[name])):
             pass
 
-    with _written(others):
+    with written(others):
         return inject.put_layers(model, selection, fill)
 
 
@@ -71,7 +71,7 @@ def fill_stored(
         raise ValueError(f"these layers are merged: {some(merged)}. unmerge() them first")
     refuse_empty(layers)
     check_ties(stored, layers)
-    with _written([*others, *(pair for name, layer in layers.items() for pair in _pairs(layer, stored.layers[name]))]):
+    with written([*others, *(pair for name, layer in layers.items() for pair in _pairs(layer, stored.layers[name]))]):
         for name, layer in layers.items():
             layer.lora_alpha = alphas[name]
             layer.use_rslora = layer.use_rslora if rslora is None else rslora
@@ -87,9 +87,9 @@ def _pairs(layer: AdapterLayer, adapter: Parts) -> list[tuple[nn.Parameter, Tens
 
 
 @contextlib.contextmanager
-def _written(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+def written(values: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Write the values into the parameters. On an error, also in the body, every parameter has its old value again."""
-    before: list[tuple[nn.Parameter, Tensor]] = []
+    before: list[tuple[Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for parameter, value in values:

@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.core import atomic
-from lora_kernels.models import inject
+from lora_kernels.models import inject, shared_config, shared_files
 from lora_kernels.models.adapter_checks import refuse_unsaved_parts, values_of
-from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, config_of, read_config
+from lora_kernels.models.adapter_config import (
+    CONFIG,
+    AdapterConfig,
+    checked_config,
+    config_of,
+    read_config,
+    read_fields,
+)
 from lora_kernels.models.adapter_files import (
     PEFT_KEY,
     WEIGHTS,
@@ -33,6 +40,7 @@ from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_name, plain_names
 from lora_kernels.models.reports import ApplyReport
 from lora_kernels.models.selection import select
+from lora_kernels.models.shared import shared_layers
 from lora_kernels.models.targets import Rules, parameters_of, some, told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer, is_adapter
 from lora_kernels.nn.attention import FusedLoRAMultiheadAttention
@@ -49,6 +57,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     not, so that a layer which is switched off by ``scaling = 0`` is saved whole. A merged layer's adapter is saved too,
     and so is that of a model that accelerate has offloaded. Trained parameters outside the adapters are not saved: a
     warning names them.
+
+    Layers that share A and B have PEFT's format of VeRA, which has these once, or not at all with
+    ``save_projection=False``. PEFT knows no Tied-LoRA: where A or B is trained, or s is not 1, the same keys begin with
+    ``tied_`` and the config's peft_type is "TIED_LORA", which `load_adapter` alone reads.
 
     The names in the file are those of the model without wrappers (torch.compile, activation checkpointing, DDP, FSDP,
     ...) around it or around parts of it. Tied adapters are written for each layer: a warning says that the tie is not
@@ -77,16 +89,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not layers or "" in layers:
         what = "is such a layer itself: put it in a module, for a name" if layers else "has no layer with an adapter"
         raise ValueError(f"the model {what}; nothing was saved")
-    refuse_unsaved_parts(layers)
-    values = values_of(model)
+    contents = shared_files.contents if shared_layers(model) else _contents
+    config, values = contents(model, layers)
     _warn_of_what_is_not_saved(model, layers)
     _warn_of_peft(layers, "the adapters of these layers compute something else in PEFT")
-    config = config_of(model, layers)
-    tensors = {
-        f"base_model.model.{name}.{part}": value.to("cpu", copy=True).contiguous()  # tied ones become separate
-        for name, adapter in values.items()
-        for part, value in adapter.items()
-    }
+    tensors = {key: value.to("cpu", copy=True).contiguous() for key, value in values.items()}  # tied ones part
     weights = st.save(tensors, metadata={"format": "pt"})
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -98,12 +105,26 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     )
 
 
+def _contents(model: nn.Module, layers: dict[str, AdapterLayer]) -> tuple[dict[str, Any], Parts]:
+    """Return the config and the tensors of a file of LoRA. Raises what `save_adapter` raises."""
+    refuse_unsaved_parts(layers)
+    values = {
+        f"base_model.model.{name}.{part}": value
+        for name, adapter in values_of(model).items()
+        for part, value in adapter.items()
+    }
+    return config_of(model, layers), values
+
+
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyReport:
     """Load an adapter in PEFT's format, made by PEFT or by `save_adapter`, from `directory` into `model`.
 
     A model with adapters must have them exactly where the file has some, with the same ranks, and with use_dora if the
     file holds DoRA adapters. A, B and m are written into its parameters, rounded to their dtype. lora_alpha, use_rslora
     and scaling become those of the config; lora_dropout and the choice of what is trained stay the model's.
+
+    A directory of VeRA, or of Tied-LoRA from `save_adapter`, gives u, v, A and B. Where a file of VeRA has no A and B,
+    they are drawn from its projection_prng_key.
 
     PEFT writes the weights of an adapted embedding and of the head beside the adapter. They must equal the model's.
 
@@ -136,6 +157,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
     """
     directory = Path(directory)
     config, tensors = _read(directory)
+    if isinstance(config, shared_config.SharedConfig):
+        return shared_files.load(model, directory, config, tensors)
     names = {name: module for name, _, module in plain_names(model)}
     config = config.for_names(names, directory / CONFIG)
     tensors = _without_equal_bases(tensors, names)
@@ -244,9 +267,13 @@ def _warn_of_what_is_not_saved(model: nn.Module, layers: dict[str, AdapterLayer]
         )
 
 
-def _read(directory: Path) -> tuple[AdapterConfig, Parts]:
+def _read(directory: Path) -> tuple[AdapterConfig | shared_config.SharedConfig, Parts]:
     """Return what the two files of an adapter hold, which no `save_adapter` replaces in the meantime."""
     if not directory.is_dir():
         return read_config(directory / CONFIG), {}  # which raises the error
     with one_save(directory):
-        return read_config(directory / CONFIG), read_weights(directory / WEIGHTS)
+        fields = read_fields(directory / CONFIG)
+        kind = fields.get("peft_type") if isinstance(fields, dict) else None
+        shared = isinstance(kind, str) and kind in shared_config.FORMATS
+        config = (shared_config.checked if shared else checked_config)(fields, directory / CONFIG)
+        return config, read_weights(directory / WEIGHTS)

@@ -20,7 +20,7 @@ from lora_kernels.models.names import plain_names
 from lora_kernels.models.reports import AdaptedLayer, ApplyReport, TrainableParameters
 from lora_kernels.models.selection import Selection, select
 from lora_kernels.models.targets import Names, Rules, some, told_by_reason
-from lora_kernels.nn import dry_run, offload, readers
+from lora_kernels.nn import dry_run, offload, readers, shared_factors
 from lora_kernels.nn.adapter import AdapterLayer, is_adapter
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 from lora_kernels.nn.settings import LoRASettings
@@ -124,31 +124,43 @@ def apply_lora(
         target_modules, exclude_modules, rank_pattern, alpha_pattern, layers_to_transform, layers_pattern,
         target_parameters, ensure_weight_tying,
     )  # fmt: skip
-    selection = select(model, settings, rules)
+    return applied(model, select(model, settings, rules), backend, verify)
+
+
+def applied(
+    model: nn.Module,
+    selection: Selection,
+    backend: str | None,
+    verify: Any,
+    fill: Callable[[str, AdapterLayer], None] | None = None,
+) -> ApplyReport:
+    """Do what `apply_lora` does with the layers that it has chosen. `fill` is that of `put_layers`."""
     if backend is not None:
         dispatch.load(backend)
     inputs = None if verify is None or verify is False else dry_run.inputs_for(model, verify)
-    report, undo = _replaced(model, selection)
+    report, undo = _replaced(model, selection, fill)
     try:
         if inputs is not None:
             report = report.verified_with(model, inputs)
-        _warn(report, selection)  # which raises where warnings are errors
+        warn_of(selection.read, report.doubted, report.without_effect)  # which raises where warnings are errors
     except BaseException:
         undo()
         raise
     return report
 
 
-def _warn(report: ApplyReport, selection: Selection) -> None:
-    """Warn of linear layers that the model reads past an adapter, or may read."""
+def warn_of(
+    read: Mapping[str, str], doubted: Mapping[str, str], without_effect: Mapping[str, str] | None = None
+) -> None:
+    """Warn of linear layers that the model reads past an adapter, or may read, with the reasons by name."""
     told = (
-        ("these adapters take no part in the forward", report.without_effect),
-        ("these layers got no adapter", selection.read),
-        ("whether these adapters have an effect is not certain, and verify=inputs finds out", report.doubted),
+        ("these adapters take no part in the forward", without_effect),
+        ("these layers got no adapter", read),
+        ("whether these adapters have an effect is not certain, and verify=inputs finds out", doubted),
     )
     for what, reasons in told:
         if reasons:
-            warnings.warn(f"{what}: {told_by_reason(reasons)}", stacklevel=3)
+            warnings.warn(f"{what}: {told_by_reason(reasons)}", stacklevel=4)
 
 
 def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
@@ -201,14 +213,15 @@ def merge_and_unload(model: nn.Module, *, untie: bool = False) -> nn.Module:
         ties.tie(model, names)
     if merged.parted:
         ties.untie_config(model)
+    shared_factors.removed(model)
     return model
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters of every adapter in `model`, also where they are frozen: A and B of each layer, and with
-    DoRA its magnitude. One that layers share comes once."""
+    DoRA its magnitude. One that layers share comes once, and the A and B of `SharedFactors` last."""
     seen: set[int] = set()
-    for layer in lora_layers(model).values():
+    for layer in (*lora_layers(model).values(), *shared_factors.factors_of(model)):
         for name, parameter in layer.named_parameters():
             if is_adapter(name) and id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -167,7 +167,7 @@ def _why_not_beside(kind: type[AdapterLayer] | None, settings: LoRASettings) -> 
     """Return why a layer of class `kind` cannot have these settings."""
     if kind is None or issubclass(kind, AdapterLinear) or settings.init == "kaiming":
         return ""
-    return f"init={settings.init!r} is for linear layers, whose weight it splits"
+    return f"init={settings.init!r} is for linear layers"
 
 
 def _own_settings(

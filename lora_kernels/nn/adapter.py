@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from lora_kernels.nn.init_values import FIRST_VALUES
 from lora_kernels.nn.settings import LoRASettings
 
 
@@ -36,8 +37,8 @@ class AdapterLayer(nn.Module):
     """
 
     init = "kaiming"
-    """The scheme by which the adapter was initialised, or "restarted" after `lora_kernels.train.restart`. All but
-    "kaiming" change W, and the adapter is then valid with this module's base only."""
+    """The scheme by which the adapter was initialised, or "restarted" after `lora_kernels.train.restart`. Most change
+    W: see `splits_base`."""
 
     plain: ClassVar[tuple[type[nn.Module], ...]] = ()
     """The classes of the layers in whose place this one can stand in a model."""
@@ -65,6 +66,12 @@ class AdapterLayer(nn.Module):
         """Return why a layer of this class cannot take the place of `module`, an instance of `plain`, in a model; ""
         where it can."""
         raise NotImplementedError
+
+    @property
+    def splits_base(self) -> bool:
+        """Whether the initialisation has split W into a new base and the adapter. Such an adapter is valid with this
+        module's base only."""
+        return self.init not in FIRST_VALUES
 
     @property
     def merged(self) -> bool:

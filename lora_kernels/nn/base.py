@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels.nn import merging, offload
 from lora_kernels.nn.adapter import AdapterLayer, FilePart
+from lora_kernels.nn.init_values import FIRST_VALUES, kaiming
 from lora_kernels.nn.settings import LoRASettings
 
 
@@ -43,7 +43,7 @@ class AdapterLinear(AdapterLayer):
         dtype, device = settings.dtype_beside(self.weight_dtype), weight.device
         self.r, self.lora_alpha, self.lora_dropout = settings.r, settings.lora_alpha, settings.lora_dropout
         self.use_rslora, self.use_dora, self.backend = settings.use_rslora, settings.use_dora, settings.backend
-        self.scaling = settings.scaling
+        self.scaling, self.init = settings.scaling, settings.init
         weight.requires_grad_(False)
         if bias is not None:
             bias.requires_grad_(False)
@@ -52,8 +52,8 @@ class AdapterLinear(AdapterLayer):
 
     @torch.no_grad()
     def _start(self, init: str, *ab: Tensor) -> None:
-        """Copy the A and B that the scheme `init` has made into the adapter. "kaiming" makes none, and the adapter then
-        keeps its first values."""
+        """Copy the A and B that the scheme `init` has made from W into the adapter. A scheme that leaves W as it is
+        makes none, and the adapter then keeps its first values."""
         self.init = init
         if ab:
             self.lora_A.copy_(ab[0])
@@ -137,7 +137,8 @@ class AdapterLinear(AdapterLayer):
         raise NotImplementedError
 
     def reset_adapter(self) -> None:
-        """Give the adapter its first values: A Kaiming-uniform(√5), B zero. A merged module is unmerged first.
+        """Give the adapter its first values: A Kaiming-uniform(√5), B zero; or those of `init`, where it is "gaussian"
+        or "orthogonal". A merged module is unmerged first.
 
         Raises ValueError where the weights are offloaded, because these values would be overwritten by the old ones.
         """
@@ -150,8 +151,7 @@ class AdapterLinear(AdapterLayer):
             merging.refuse_absent(self)
 
     def _reset_adapter(self) -> None:
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        FIRST_VALUES.get(self.init, kaiming)(self.lora_A, self.lora_B)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLinear:
         """Move and convert every tensor with `fn`. Where `fn` gives memory that nobody has written, as

@@ -3,14 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_kernels.nn.init import split_named
+from lora_kernels.nn.init_values import FIRST_VALUES
 from lora_kernels.nn.settings import LoRASettings
 from lora_kernels.quant.weight import QuantizedWeight, quantize_weight
+
+
+def _split(init: str, quant: str | None) -> Callable[..., Any] | None:
+    """Return what `split_named` returns. Its module is imported where W is split, because most programs split none, and
+    importing the package is to stay quick."""
+    if init in FIRST_VALUES:
+        return None
+    from lora_kernels.nn.init_schemes import split_named
+
+    return split_named(init, quant)
 
 
 def over_dense(kind: Any, linear: Any, settings: LoRASettings) -> Any:
@@ -23,7 +34,7 @@ def over_dense(kind: Any, linear: Any, settings: LoRASettings) -> Any:
             f"the weight of this {type(linear).__name__} is {linear.weight.dtype}, quantised already: "
             "QuantizedLoRALinear.from_bnb takes the layers of bitsandbytes"
         )
-    split, weight, start = split_named(settings.init, None), cast(nn.Parameter, linear.weight), ()
+    split, weight, start = _split(settings.init, None), cast(nn.Parameter, linear.weight), ()
     if split is not None:
         base, *start = split(kind.turned(weight), settings.r, settings.scaling)
         weight = nn.Parameter(kind.turned(base).contiguous(), requires_grad=False)
@@ -36,6 +47,15 @@ def over_dense(kind: Any, linear: Any, settings: LoRASettings) -> Any:
     module._add_adapter(settings)
     module._start(settings.init, *start)
     return module
+
+
+@torch.inference_mode(False)  # what is made in inference mode could not be trained later
+@torch.no_grad()
+def put_split(layer: Any, init: str, base: Tensor, a: Tensor, b: Tensor) -> None:
+    """Give `layer`, a `FusedLoRALinear`, the `base` [N, K], A and B into which the scheme `init` has split its weight.
+    The base becomes a Parameter of its own, and who shares the old one keeps it."""
+    layer.weight = nn.Parameter(layer.turned(base).contiguous(), requires_grad=False)
+    layer._start(init, a, b)
 
 
 @torch.inference_mode(False)  # what is made in inference mode could not be trained later
@@ -63,7 +83,7 @@ def over_quantised(kind: Any, linear: nn.Linear, settings: LoRASettings) -> Any:
     format = settings.quant
     assert format is not None
     how: dict[str, Any] = {"blocksize": settings.blocksize, "double_quant": settings.double_quant}
-    split, start = split_named(settings.init, format), ()
+    split, start = _split(settings.init, format), ()
     if split is None:
         weight = quantize_weight(linear.weight, format, **how)
     else:

@@ -1,7 +1,9 @@
-"""Four ways to split W [N, K] into a frozen base and the first values of an adapter s·B A, with A [r, K] and B [N, r].
+"""Ways to split W [N, K] into a frozen base and the first values of an adapter s·B A, with A [r, K] and B [N, r].
 
     pissa     W = W_res + s·B A, B A the principal r singular triplets
               (Meng, Wang and Zhang, "PiSSA", arXiv:2404.02948)
+    milora    W = W_res + s·B A, B A the last r singular triplets
+              (Wang, Li, Chen, Lin, Luo, Wang and Zhao, "MiLoRA", arXiv:2406.09044)
     olora     W = W_res + s·B A, B A of the QR decomposition
               (Büyükakyüz, "OLoRA", arXiv:2406.01775)
     loftq     W ≈ Q + s·B A, Q in 4 or 8 bits
@@ -10,7 +12,9 @@
               information
               (Guo, Greengard, Xing and Kim, "LQ-LoRA", arXiv:2311.12023)
 
-All four take W in fp32, bf16 or fp16 on any device that has fp64, leave it as it is, and return new tensors on that
+`lora_kernels.nn.init_gradient` has LoRA-GA, which splits W by a gradient.
+
+All of them take W in fp32, bf16 or fp16 on any device that has fp64, leave it as it is, and return new tensors on that
 device. They compute in fp32. Only W - s·B A is computed in fp64, from A and B as they are returned, so that W_res makes
 up for the rounding of an A and B in 16 bits. Most of the working memory is the SVD's: six to nine copies of a square W
 in fp32 with the exact SVD, three to five with the randomised one and in `olora`.
@@ -24,10 +28,8 @@ machines the same signs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +61,35 @@ def pissa(
         ValueError: W is not a matrix or not finite; r, scale or niter is out of range; a result overflows.
     """
     part = Part(r, scale, niter, dtype)
-    exact = _checked(w, part)
+    exact = checked(w, part)
     a, b = factors(exact, part)
+    return finite("W - s·B A", minus(exact, a, b, scale, w.dtype)), a, b
+
+
+@torch.no_grad()
+def milora(w: Tensor, r: int, scale: float, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (W_res, A, B) with A = √(S/s) Vᵀ and B = U √(S/s) for the r smallest of the min(N, K) singular values of
+    W = U S Vᵀ, and W_res = W - s·B A.
+
+    W_res keeps what W does most, and the adapter trains the directions that W uses least. The SVD is exact, because a
+    randomised one finds the largest values only.
+
+    `pissa` documents the arguments and the dtypes.
+
+    Raises:
+        TypeError, ValueError: as `pissa`; ValueError where these r singular values are zero up to rounding. A and B
+            would both start at zero then, and neither would get a gradient.
+    """
+    part = Part(r, scale, None, dtype)
+    exact = checked(w, part)
+    a, b = factors(exact, part, last=True)
+    largest, size = scale * a[0].double().square().sum().item(), norm(exact)
+    if largest <= torch.finfo(torch.float32).eps * size:
+        raise ValueError(
+            f"the last {r} singular values of this weight {tuple(w.shape)} are zero up to rounding (at most "
+            f"{largest:.3g} beside ‖W‖ = {size:.3g}), so A and B would start at zero and never train. Take a larger r, "
+            "or another init"
+        )
     return finite("W - s·B A", minus(exact, a, b, scale, w.dtype)), a, b
 
 
@@ -73,7 +102,7 @@ def olora(w: Tensor, r: int, scale: float, *, dtype: torch.dtype = torch.float32
 
     `pissa` documents the arguments, the dtypes and what is raised.
     """
-    exact = _checked(w, Part(r, scale, None, dtype))
+    exact = checked(w, Part(r, scale, None, dtype))
     q, triangle = torch.linalg.qr(exact[:, :r])
     right = torch.zeros(r, exact.shape[1] - r, dtype=torch.float64, device=exact.device)
     for rows in row_blocks(exact.shape[0]):  # in fp64, because TF32 may replace fp32 in a product
@@ -117,7 +146,7 @@ def loftq(
         TypeError, ValueError: as `pissa` and `quantize_weight`; ValueError for fewer than 1 iterations.
     """
     part = Part(r, scale, niter, dtype)
-    exact = _checked(w, part, iterations)
+    exact = checked(w, part, iterations)
     quantise = partial(quantize_weight, format=format, blocksize=blocksize, double_quant=double_quant, scaling=scaling)
     norms: list[float] = []
     a, b = exact.new_zeros(r, exact.shape[1]), exact.new_zeros(exact.shape[0], r)
@@ -171,7 +200,7 @@ def lq_lora(
             finite.
     """
     part = Part(r, scale, niter, dtype)
-    exact = _checked(w, part, iterations)
+    exact = checked(w, part, iterations)
     weights, unit = (None, 1.0) if fisher is None else _weights(fisher, exact)
     quantise = partial(quantize_weight, format=format, blocksize=blocksize, double_quant=double_quant, scaling=scaling)
     errors: list[float] = []
@@ -189,8 +218,8 @@ def lq_lora(
     return *best, errors
 
 
-def _checked(w: Tensor, part: Part, iterations: int = 1) -> Tensor:
-    """Return W in fp32. Raises TypeError and ValueError for arguments that the functions above do not take."""
+def checked(w: Tensor, part: Part, iterations: int = 1) -> Tensor:
+    """Return W in fp32. Raises TypeError and ValueError for arguments that no scheme takes."""
     r, scale, niter, dtype = part
     if w.dtype not in DTYPES or dtype not in DTYPES:
         raise TypeError(
@@ -240,23 +269,3 @@ def _weights(fisher: tuple[Tensor, Tensor], w: Tensor) -> tuple[Weights, float]:
         unit *= mean
         made.append(normal)
     return (made[0], made[1]), unit
-
-
-_DENSE: dict[str, Callable[..., Any]] = {"pissa": pissa, "olora": olora}
-_QUANTISED: dict[str, Callable[..., Any]] = {"loftq": loftq, "lq_lora": lq_lora}
-
-
-def split_named(init: str, quant: str | None) -> Callable[..., Any] | None:
-    """Return the function of this file that `init` names, or None for "kaiming", which does not split W. Raises
-    ValueError for an unknown name, and for a scheme of a dense base beside a `quant`, or the reverse."""
-    ways = _DENSE if quant is None else _QUANTISED
-    if init == "kaiming" or init in ways:
-        return ways.get(init)
-    if init not in {**_DENSE, **_QUANTISED}:
-        names = ", ".join(map(repr, ("kaiming", *_DENSE, *_QUANTISED)))
-        raise ValueError(f"unknown init {init!r}: one of {names}")
-    if quant is None:
-        raise ValueError(f'init={init!r} splits W into a quantised base and an adapter: give quant="nf4", or another')
-    raise ValueError(
-        f"init={init!r} is for a dense base, and quant={quant!r}: take {' or '.join(map(repr, _QUANTISED))}"
-    )

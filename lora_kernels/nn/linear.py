@@ -123,9 +123,10 @@ class FusedLoRALinear(AdapterLinear, ReplacedWeight):
         Dettmers et al., 2023, arXiv:2305.14314). It keeps no reference to the dense weight. blocksize and double_quant
         are for nf4 and fp4; `lora_kernels.quantize_weight` documents them and its errors.
 
-        An `init` other than "kaiming" splits W into a new base and an adapter that is not zero, so that a fresh module
-        computes what `linear` does. "pissa" and "olora" make a dense base. "loftq" and "lq_lora" make a quantised base,
-        and the base with its adapter is nearer to W than the quantised W alone. See `lora_kernels.initialise`. Such an
+        An `init` of "kaiming", "gaussian" or "orthogonal" gives A and B first values with B A = 0, and leaves W as it
+        is. Any other splits W into a new base and an adapter that is not zero, so that a fresh module computes what
+        `linear` does. "pissa", "milora" and "olora" make a dense base. "loftq" and "lq_lora" make a quantised base, and
+        the base with its adapter is nearer to W than the quantised W alone. See `lora_kernels.initialise`. Such an
         adapter is valid with this base only.
 
         Raises:
@@ -224,8 +225,8 @@ class FusedLoRALinear(AdapterLinear, ReplacedWeight):
             nn.init.uniform_(bias, -bound, bound)
 
     def reset_adapter(self) -> None:
-        """Give the adapter its first values: A Kaiming-uniform(√5), B zero, m = ‖W‖. A merged module is unmerged
-        first.
+        """Give the adapter its first values: A Kaiming-uniform(√5), B zero, m = ‖W‖; or those of `init`, where it is
+        "gaussian" or "orthogonal". A merged module is unmerged first.
 
         Raises ValueError where the weights are offloaded, because these values would be overwritten by the old ones.
         """

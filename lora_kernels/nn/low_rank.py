@@ -26,12 +26,13 @@ class Part(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-def factors(e: Tensor, part: Part, weights: Weights | None = None) -> tuple[Tensor, Tensor]:
-    """Return A and B with s·B A = SVD_r(E), or with `weights` = D the weighted D_row⁻¹ SVD_r(D_row E D_col) D_col⁻¹."""
+def factors(e: Tensor, part: Part, weights: Weights | None = None, last: bool = False) -> tuple[Tensor, Tensor]:
+    """Return A and B with s·B A = SVD_r(E), or with `weights` = D the weighted D_row⁻¹ SVD_r(D_row E D_col) D_col⁻¹.
+    With `last` they are of the r smallest singular values in the place of the largest."""
     r, scale, niter, dtype = part
     if weights is not None:
         e = _weighted(e.clone(), weights)
-    u, s, vt = _svd(e, r, niter)
+    u, s, vt = svd(e, r, niter, last)
     root = (s / scale).sqrt_()
     a, b = root[:, None] * vt, u * root
     if weights is not None:
@@ -39,11 +40,13 @@ def factors(e: Tensor, part: Part, weights: Weights | None = None) -> tuple[Tens
     return finite("A", a.to(dtype)), finite("B", b.to(dtype))
 
 
-def _svd(e: Tensor, r: int, niter: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U [N, r], S [r] and Vᵀ [r, K] for the r largest singular values of E [N, K]."""
+def svd(e: Tensor, r: int, niter: int | None, last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U [N, r], S [r] and Vᵀ [r, K] for the r largest singular values of E [N, K], from large to small, or with
+    `last` for the r smallest, for which niter is None."""
     if niter is None:
         u, s, vt = torch.linalg.svd(e, full_matrices=False)
-        u, s, vt = u[:, :r], s[:r], vt[:r]
+        kept = slice(-r, None) if last else slice(r)
+        u, s, vt = u[:, kept], s[kept], vt[kept]
     elif e.shape[0] < e.shape[1]:
         v, s, ut = _fast_svd(e.T, r, niter)
         u, vt = ut.T, v.T

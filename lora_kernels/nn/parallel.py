@@ -37,6 +37,7 @@ from lora_kernels.core.dropout import draw_seed
 from lora_kernels.nn.base import AdapterLinear
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
 from lora_kernels.nn.linear import FusedLoRALinear
+from lora_kernels.nn.residual import ResLoRALinear
 from lora_kernels.ops.linear import lora_linear
 
 __all__ = ["ColwiseLoRA", "RowwiseLoRA"]
@@ -107,8 +108,15 @@ def _shard(module: nn.Module, kind: type[FusedLoRALinear], mesh: DeviceMesh, pla
             f"this plan is for FusedLoRALinear, and the module is a {type(module).__name__}: take torch's "
             "ColwiseParallel or RowwiseParallel, or FusedLoRALinear.from_linear first"
         )
+    if isinstance(module, ResLoRALinear):
+        raise TypeError(
+            "this plan is for FusedLoRALinear, and would take the shortcuts from a layer with ResLoRA: "
+            "lora_kernels.reslora_to_lora(model) makes plain LoRA layers first"
+        )
     if isinstance(module, AdapterLinear.quantized_kind):
         raise ValueError("a quantised weight cannot be sharded here: take the dense weight, or FSDP2")
+    if "lora_A" not in module._parameters:
+        raise ValueError("an adapter whose A and B are shared by layers cannot be sharded here: take FSDP2")
     if module.use_dora:
         raise ValueError("there is no tensor parallel DoRA here, because its norms need whole rows of W + s·B·A")
     if module.merged:

@@ -25,6 +25,7 @@ _FUSED = {
     "peft.tuners.adalora.bnb.SVDLinear4bit": ("folded_bnb", "FusedSVDLinear4bit"),
     "peft.tuners.adalora.bnb.SVDLinear8bitLt": ("folded_bnb", "FusedSVDLinear8bitLt"),
     "peft.tuners.delora.layer.DeloraLinear": ("folded", "FusedDeloraLinear"),
+    "peft.tuners.vera.layer.Linear": ("vera", "FusedVeraLinear"),
     "peft.tuners.lora.layer.ParamWrapper": ("experts", "FusedExperts"),
     "peft.tuners.lora.aqlm.AqlmLoraLinear": ("around", "FusedAqlmLoraLinear"),
     "peft.tuners.lora.awq.AwqLoraLinear": ("around", "FusedAwqLoraLinear"),

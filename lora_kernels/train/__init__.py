@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora_kernels.train.dropping import adapter_dropout
+from lora_kernels.train.gradient_start import lora_ga
 from lora_kernels.train.lora_fa import FrozenA, freeze_a
 from lora_kernels.train.loraplus import loraplus_groups
 from lora_kernels.train.restart import RestartedLayer, RestartReport, restart
@@ -24,6 +25,7 @@ __all__ = [
     "adapter_dropout",
     "freeze_a",
     "jagged_cosine",
+    "lora_ga",
     "loraplus_groups",
     "restart",
 ]

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.analysis.delta import delta_svd
 
@@ -52,6 +53,28 @@ def test_singular_values_made_of_rounding_errors_are_zero():
     assert delta_svd(a, torch.zeros(20, 4)).rank == 0
     assert delta_svd(a, b, 0.0).rank == 0
     assert delta_svd(a, b * 1e-200).rank == 4
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(made, Tensor):
+                self.most = max(self.most, made.numel())
+        return out
+
+
+def test_the_update_itself_is_never_made():
+    a, b = random(4, 300), random(200, 4)
+    with Largest() as seen:
+        delta_svd(a, b, 0.5)
+    assert 0 < seen.most <= 300 * 4
 
 
 @pytest.mark.parametrize("where", ["a", "b", "scale"])

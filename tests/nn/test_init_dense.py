@@ -152,7 +152,7 @@ def test_two_runs_give_the_same_bits(name, poison):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [name for name in DENSE if name in ALL])
 def test_the_memory_layout_changes_only_the_rounding(name):
     w = low_rank_and_noise(96, 160)
     for one, other in zip(ALL[name](w), ALL[name](torch.empty(160, 96).T.copy_(w)), strict=True):

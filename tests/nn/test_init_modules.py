@@ -71,7 +71,7 @@ def test_a_copy_and_a_state_dict_keep_the_split():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init": "svd"}, "unknown init 'svd': one of 'kaiming', 'pissa', 'olora', 'loftq', 'lq_lora'"),
+        ({"init": "svd"}, "unknown init 'svd': one of 'kaiming', 'gaussian', .*'pissa', 'milora', 'olora', 'loftq'"),
         ({"init": "loftq"}, "give quant="),
         ({"init": "pissa", "quant": "nf4"}, "for a dense base, and quant='nf4': take 'loftq' or 'lq_lora'"),
         ({"init": "pissa", "r": 49}, "49"),

@@ -58,7 +58,7 @@ class Cell:
     dtype: torch.dtype = torch.float32
 
 
-KINDS = ("experts", "embedding", "conv", "attention", "qdora", "folded")
+KINDS = ("experts", "embedding", "conv", "attention", "qdora", "folded", "vera")
 """The modules of this folder that have cells, in the order of the tables."""
 
 

@@ -52,12 +52,12 @@ def _ways(kind: str) -> Mapping[str, Way]:
     ours = copy.deepcopy(theirs)
     for fused in (ours, plain):
         lora_kernels.fuse(fused, strict=True)
-    want = functools.cache(functools.partial(_in_fp64, theirs, x))
+    want = functools.cache(functools.partial(in_fp64, theirs, x))
     return {
-        FROZEN: _way(base, x),
-        PLAIN: _way(plain, x),
-        PEFT: _way(theirs, x, want, _AS_PEFT),
-        OURS: _way(ours, x, want, _EXACT),
+        FROZEN: way_of(base, x),
+        PLAIN: way_of(plain, x),
+        PEFT: way_of(theirs, x, want, _AS_PEFT),
+        OURS: way_of(ours, x, want, _EXACT),
     }
 
 
@@ -106,7 +106,9 @@ def _adapter(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _way(module: nn.Module, given: Tensor, want: Callable[[], list[Tensor]] | None = None, most: float = 0.0) -> Way:
+def way_of(module: nn.Module, given: Tensor, want: Callable[[], list[Tensor]] | None = None, most: float = 0.0) -> Way:
+    """Return the way of a model over rows like `given`, judged by the y and gradients that `want` returns, in which
+    nothing may be off by more than `most` of its largest value."""
     x, adapter = given.clone().requires_grad_(), _adapter(module)
     trained = (x, *adapter)
 
@@ -128,7 +130,7 @@ def _way(module: nn.Module, given: Tensor, want: Callable[[], list[Tensor]] | No
     return Way(run, trained, frozen, None if want is None else faults)
 
 
-def _in_fp64(model: nn.Module, x: Tensor) -> list[Tensor]:
+def in_fp64(model: nn.Module, x: Tensor) -> list[Tensor]:
     """Return y and all gradients of its sum in fp64, by PEFT's own forward of a copy."""
     exact: Any = copy.deepcopy(model).double()
     norms = getattr(exact.base_model.model[0], "delora_w_norm", {})

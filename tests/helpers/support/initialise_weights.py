@@ -7,10 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lora_kernels.nn.init import loftq, lq_lora, olora, pissa
+from lora_kernels.nn.init import loftq, lq_lora, milora, olora, pissa
 from lora_kernels.quant.weight import QuantizedWeight
 
-DENSE = {"pissa": pissa, "pissa niter": lambda *args, **kw: pissa(*args, niter=4, **kw), "olora": olora}
+DENSE = {
+    "pissa": pissa,
+    "pissa niter": lambda *args, **kw: pissa(*args, niter=4, **kw),
+    "milora": milora,
+    "olora": olora,
+}
 ALTERNATING = {"loftq": loftq, "lq_lora": lq_lora}
 EPS = torch.finfo(torch.float32).eps
 

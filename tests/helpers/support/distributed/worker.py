@@ -21,8 +21,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from support.distributed import data as distributed_data
 from support.distributed import frozen as distributed_frozen
+from support.distributed import gradients as distributed_gradients
 from support.distributed import meta as distributed_meta
+from support.distributed import residual as distributed_residual
 from support.distributed import restarts as distributed_restarts
+from support.distributed import shared as distributed_shared
 from support.distributed import tensor as distributed_tensor
 from support.distributed.models import CHECKS, SKIPPED
 
@@ -31,8 +34,11 @@ __all__ = [
     "checks_of",
     "distributed_data",
     "distributed_frozen",
+    "distributed_gradients",
     "distributed_meta",
+    "distributed_residual",
     "distributed_restarts",
+    "distributed_shared",
     "distributed_tensor",
     "main",
 ]
