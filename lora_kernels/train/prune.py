@@ -42,8 +42,9 @@ class Moment(NamedTuple):
     """The factor of each block of 256 elements."""
 
 
-def moments_of(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Moment]]:
-    """Return the moments that the optimisers have for each of the named parameters, the first moment first. A
+def moments_of(optimizers: Iterable[Any], parameters: Mapping[nn.Parameter, str]) -> dict[nn.Parameter, list[Moment]]:
+    """Return the moments that the optimisers have for each of the parameters, whose names are given, the first moment
+    first. A
     parameter that has no state yet, or whose state is in another process, has none.
 
     Raises ValueError for a trained parameter that no optimiser has, and for a state that is not known here.
@@ -55,16 +56,16 @@ def moments_of(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]
         for group in optimizer.param_groups:
             for p in group["params"]:
                 states[id(p)] = state.get(p, {})
-    absent = [name for name, p in parameters.items() if p.requires_grad and id(p) not in states]
+    absent = [name for p, name in parameters.items() if p.requires_grad and id(p) not in states]
     if absent:
         raise ValueError(
             f"the optimiser does not have {some(absent)}, so their moments cannot be pruned: nothing was changed. It "
             "may hold copies of the parameters, as DeepSpeed's does, or have been made for other parameters"
         )
-    found: dict[str, list[Moment]] = {}
+    found: dict[nn.Parameter, list[Moment]] = {}
     unknown = []
     order = [*_OF_8_BITS, *_MOMENTS]
-    for name, p in parameters.items():
+    for p, name in parameters.items():
         moments = {}
         for key, value in states.get(id(p), {}).items():
             if key == "step" or not isinstance(value, Tensor) or key in sum(_OF_8_BITS.values(), ()):
@@ -74,7 +75,7 @@ def moments_of(optimizers: Iterable[Any], parameters: Mapping[str, nn.Parameter]
                 moments[key] = moment
             elif value.numel() > 1:
                 unknown.append(f"{key} (a {type(value).__name__} in {value.dtype}, {tuple(value.shape)}) of {name}")
-        found[name] = [moments[key] for key in sorted(moments, key=order.index)]
+        found[p] = [moments[key] for key in sorted(moments, key=order.index)]
     if unknown:
         raise ValueError(
             f"these states of the optimiser are not known here: {some(unknown)}. Nothing was changed. Prune them "

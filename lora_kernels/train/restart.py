@@ -127,30 +127,32 @@ def carry_out(
 ) -> tuple[RestartReport, list[str]]:
     """Do what `restart` does, and return its report and the adapters of PEFT that were restarted for the first time."""
     sharded.reshard(model)
-    error: ValueError | None = None
+    error: Exception | None = None
     plan: _Plan | None = None
     try:
         plan = _planned(model, optimizer, prune, how, master)
-    except ValueError as found:
+    except Exception as found:  # the other processes have to hear of it, whatever it is
         error = found
     seed = sharded.agreed_seed(generator, next(model.parameters()).device, failed=error is not None)
     if error is not None:
         raise error
     assert plan is not None
-    draws = torch.Generator().manual_seed(seed)
-    layers, done = [], pruning.Pruned(0, 0)
-    for update, moments in zip(plan.updates, plan.moments, strict=True):
-        of_a, of_m = (torch.Generator().manual_seed(s) for s in torch.randint(2**62, (2,), generator=draws).tolist())
+    layers = []
+    for update in plan.updates:
         norm = update.norm()
         lost = update.add(plan.masters.get(update.name)) ** 0.5
         layers.append(RestartedLayer(update.name, norm, lost / norm if norm else 0.0))
+    zeros = total = 0
+    draws = torch.Generator().manual_seed(seed)
+    for update in plan.updates:  # only now, because layers may share an A or a B
+        of_a, of_m = (torch.Generator().manual_seed(s) for s in torch.randint(2**62, (2,), generator=draws).tolist())
         _begin(update.pair, of_a)
-        for matrix in moments:
-            pruned = pruning.prune(matrix, prune, how, of_m)
-            done = pruning.Pruned(done.zeros + pruned.zeros, done.moments + pruned.moments)
+        for p in (update.pair.a, update.pair.b):
+            pruned = pruning.prune(plan.moments.pop(p, ()), prune, how, of_m)
+            zeros, total = zeros + pruned.zeros, total + pruned.moments
     if master is not None:
         master.update(plan.masters)
-    return RestartReport(tuple(layers), *done, plan.left), restartable.mark(model, plan.updates)
+    return RestartReport(tuple(layers), zeros, total, plan.left), restartable.mark(model, plan.updates)
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ class _Plan:
     """What a restart will do, when nothing speaks against it."""
 
     updates: list[Update]
-    moments: list[list[list[pruning.Moment]]]
-    """The moments of A and of B of each update."""
+    moments: dict[nn.Parameter, list[pruning.Moment]]
+    """The moments of each A and B."""
     masters: dict[str, Tensor]
     left: tuple[str, ...]
 
@@ -171,11 +173,9 @@ def _planned(
     pruning.check(prune, how)
     updates, left = restartable.updates_of(model)
     optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    matrices = {f"{u.name}.{which}": getattr(u.pair, which) for u in updates for which in ("a", "b")}
+    matrices = {p: f"{u.name}.{which}" for u in updates for which, p in (("A", u.pair.a), ("B", u.pair.b))}
     moments = pruning.moments_of(optimizers, matrices) if optimizers else {}
-    of_each = [[moments.get(f"{u.name}.{which}", []) for which in ("a", "b")] for u in updates]
-    kept = {} if master is None else masters.checked(master, updates)
-    return _Plan(updates, of_each, kept, left)
+    return _Plan(updates, moments, {} if master is None else masters.checked(master, updates), left)
 
 
 def _begin(pair: Pair, generator: torch.Generator) -> None:

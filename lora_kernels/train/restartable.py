@@ -6,12 +6,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
-from lora_kernels.models.pairs import EMBEDDING, Pair, pairs
+from lora_kernels.models.pairs import EMBEDDING, Pair, lies_in_memory_of, pairs
 from lora_kernels.models.targets import some, told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.tied import TiedLoRALinear
@@ -130,7 +129,7 @@ def _tied(model: nn.Module, pair: Pair) -> set[int]:
                 found.add(id(module))
         elif peft is not None and isinstance(module, peft.LoraLayer) and pair.adapter in module.lora_A:
             head: Any = module
-            if torch._C._is_alias_of(head.lora_A[pair.adapter].weight, pair.b):  # type: ignore[attr-defined]
+            if lies_in_memory_of(head.lora_A[pair.adapter].weight, [pair.b]):
                 found.add(id(head.get_base_layer()))
     return found
 

@@ -117,6 +117,22 @@ def test_it_has_no_limit_of_16_million_elements() -> None:
     assert smallest(large, 0.9).sum() == math.floor(0.9 * (large.numel() - 1)) + 1
 
 
+def test_moments_of_a_matrix_that_layers_share_are_pruned_once() -> None:
+    model = nn.Sequential(layer(), nn.Linear(17, 13), layer())
+    model.double()
+    model[2].lora_A = model[0].lora_A
+    optimizer = torch.optim.SGD(list({p for p in model.parameters() if p.requires_grad}), 1e-3, momentum=0.9)
+    x = torch.randn(5, 13, dtype=torch.float64)
+    model(x).square().mean().backward()
+    optimizer.step()
+    y = model(x)
+    report = restart(model, optimizer, prune=0.5, how="random")
+    torch.testing.assert_close(model(x), y)
+    shared = optimizer.state[model[0].lora_A]["momentum_buffer"]
+    assert 0.2 < (shared == 0).float().mean() < 0.7
+    assert report.moments == shared.numel() + 2 * model[0].lora_B.numel()
+
+
 def test_random_pruning_hits_the_moments_of_an_element_together_and_follows_the_generator() -> None:
     kept = []
     for seed in (1, 1, 2):
@@ -157,9 +173,9 @@ def test_unknown_states_and_foreign_optimisers_are_refused_before_anything_chang
     step(model, optimizer)
     optimizer.state[model.lora_B]["curvature"] = torch.zeros(17, 3)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"curvature \(a Tensor in torch.float32, \(17, 3\)\) of the layer.b"):
+    with pytest.raises(ValueError, match=r"curvature \(a Tensor in torch.float32, \(17, 3\)\) of the layer.B"):
         restart(model, optimizer)
-    with pytest.raises(ValueError, match=r"does not have the layer\.a, the layer\.b"):
+    with pytest.raises(ValueError, match=r"does not have the layer\.A, the layer\.B"):
         restart(model, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
     with pytest.raises(ValueError, match=r"got 'reset'.*prune=0\.999"):
         restart(model, optimizer, how="reset")
