@@ -31,7 +31,11 @@ def energy_rank(s: Tensor, energy: float) -> int:
     if not 0 < energy <= 1:
         raise ValueError(f"energy={energy} must be above 0 and at most 1: the part of ‖ΔW‖² that is kept")
     s = s[s > 0].double()
-    if s.numel() == 0:
-        return 0
-    sums = (s / s[0]).square().cumsum(0)
-    return min(int((sums < energy * sums[-1]).sum()) + 1, s.numel())
+    return least_rank((s / s[0]).square(), energy) if s.numel() else 0
+
+
+def least_rank(squares: Tensor, energy: float) -> int:
+    """Return the least k with Σ_{i≤k} squaresᵢ ≥ energy · Σ squares, from large to small."""
+    # Sums of what is left out: a small square that is added to the sum of the large ones would be lost.
+    left = squares.flip(0).cumsum(0).flip(0)
+    return int((left > left[0] - energy * left[0]).sum())

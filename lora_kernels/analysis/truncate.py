@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.analysis.delta import DeltaSVD, delta_svd
+from lora_kernels.analysis.measures import least_rank
 from lora_kernels.analysis.stored import Update
 
 
@@ -31,9 +32,7 @@ def kept_rank(spectra: Sequence[Tensor], r: int | None, energy: float | None) ->
         squares = torch.zeros(most, dtype=torch.float64)
         for s in spectra:
             squares[: len(s)] += s.cpu().double().square()
-        # The sum of what is left out is exact where nothing is left, which a sum of what is kept is not.
-        left = squares.flip(0).cumsum(0).flip(0)
-        k = min(k, int((left > (1 - energy) * left[0]).sum()))
+        k = min(k, least_rank(squares, energy))
     return max(k, 1)
 
 
