@@ -68,9 +68,9 @@ METHODS = {
     FULL: Method(8e-3, low_rank=False, restarts=False, rewarm=False),
     LORA: Method(2e-2, restarts=False, rewarm=False),
     "ReLoRA, no restarts": Method(2e-2, restarts=False),
-    "ReLoRA, no pruning": Method(4e-2, prune=0.0),
+    "ReLoRA, no pruning": Method(2e-2, prune=0.0),
     "ReLoRA, no re-warming": Method(4e-2, rewarm=False),
-    RELORA: Method(4e-2),
+    RELORA: Method(2e-2),
 }
 
 

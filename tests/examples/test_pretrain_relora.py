@@ -160,7 +160,7 @@ def test_the_table_the_picture_and_the_page_show_the_numbers(example, tmp_path, 
     measured_pages.put(root, "relora/a.json", run, png=True)
     assert measured_pages.load_script().main(["--root", str(root)]) == 0
     page = (root / "docs" / "relora.md").read_text()
-    assert "| ReLoRA | 5.25 ± 0.35 | 0.04 | 1,234 | 4.5 | 4.0 | 12.5 ms |" in page
+    assert "| ReLoRA | 5.25 ± 0.35 | 0.02 | 1,234 | 4.5 | 4.0 | 12.5 ms |" in page
     assert "(../benchmarks/results/relora/a.png)" in page and "(../benchmarks/results/relora/a.json)" in page
     assert "2 seeds" in page and "-25% (ReLoRA, no restarts), 25% (ReLoRA, no pruning)" in page
     assert "50% (ReLoRA)." in page
