@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.core import atomic
-from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, checked_config, pattern_for
+from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, checked_config, pattern_for, read_fields
 from lora_kernels.models.adapter_files import (
     MAGNITUDE,
     PEFT_KEY,
@@ -105,9 +105,16 @@ def read_stored(directory: str | os.PathLike[str], to_write: bool = True) -> Sto
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}, or it is no directory of an adapter")
     with one_save(directory):
-        fields, tensors = _fields(directory / CONFIG), read_weights(directory / WEIGHTS)
+        fields = read_fields(directory / CONFIG)
+        if isinstance(fields, dict) and (kind := fields.get("peft_type", "LORA")) != "LORA":
+            raise ValueError(
+                f"{directory / CONFIG}: peft_type is {kind!r:.200}, and only the updates of 'LORA' are read. Merge the "
+                "adapter into its model with merge_and_unload(), and extract_lora(merged, base, ...) makes LoRA of it"
+            )
+        tensors = read_weights(directory / WEIGHTS)
     beside = _BESIDE if to_write else (*_BESIDE, "init_lora_weights")
-    config = checked_config({k: v for k, v in fields.items() if k not in beside}, directory / CONFIG)
+    known = {k: v for k, v in fields.items() if k not in beside} if isinstance(fields, dict) else fields
+    config = checked_config(known, directory / CONFIG)
     if config.rules.ensure_weight_tying and to_write:
         raise ValueError(
             f"{directory}: ensure_weight_tying is set, so a head shares the adapter of an embedding, and the two would "
@@ -176,18 +183,6 @@ def exact_rules(names: list[str]) -> dict[str, Any]:
 
 def _whole(number: float) -> float:
     return int(number) if float(number).is_integer() else number
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(atomic.contents(path))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is cut short or not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}, and must hold the fields of a config")
-    return fields
 
 
 def _keys(layers: Mapping[str, Parts]) -> list[str]:

@@ -23,7 +23,7 @@ from lora_kernels.models.adapter_files import (
     read_weights,
 )
 from lora_kernels.models.adapter_files import pairs as part_pairs
-from lora_kernels.models.pairs import ATTENTION, CONV, EMBEDDING, EXPERTS, LINEAR, Pair, pairs
+from lora_kernels.models.pairs import ATTENTION, CONV, EMBEDDING, EXPERTS, LINEAR, Pair, pairs, told_of_shared
 from lora_kernels.models.targets import matches, some
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.settings import scaling_of
@@ -111,12 +111,15 @@ def _of_model(model: nn.Module, name: str | None) -> Updates:
     source, found = f"the {type(model).__name__}", pairs(model, name)
     adapters = list(dict.fromkeys(pair.adapter for pair in found))
     if not found:
-        raise ValueError(f"{source} has no layer with an adapter: apply_lora or load_adapter gives it some")
+        raise ValueError(
+            f"{source} has no update s·B A: apply_lora or load_adapter gives it some{told_of_shared(model)}"
+        )
     if len(adapters) > 1:
         raise ValueError(f"{source} has several adapters: choose one of {some(adapters)} by its name")
     label = f"{source}, adapter {adapters[0]!r}" if adapters[0] else source
     started = sorted({init for pair in found if (init := getattr(pair.layer, "init", "")) in _CHANGES_BASE})
-    return Updates(label, [update for pair in found for update in _of_pair(pair)], tuple(map(_started, started)))
+    notes = tuple(_started(label, init) for init in started)
+    return Updates(label, [update for pair in found for update in _of_pair(pair)], notes)
 
 
 def _of_pair(pair: Pair) -> Iterator[Update]:
@@ -162,9 +165,10 @@ def _of_directory(directory: Path) -> Updates:
                 full, expert = (f"{name}.{part}[{e}]", e) if experts else (name, -1)
                 updates.append(Update(full, kind, a, b, scale, dora, None, name, part * experts, expert))
     beside = sorted({key for key in stored.others if MAGNITUDE not in key})
-    notes = [f"not looked at, since it is no low-rank update: {some(beside)}"] if beside else []
+    notes = [_beside(str(directory), beside)] if beside else []
     init = stored.fields.get("init_lora_weights")
-    notes += [_started(init)] if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE) else []
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        notes.append(_started(str(directory), init))
     return Updates(str(directory), updates, tuple(notes), bool(stored.fields.get("fan_in_fan_out")))
 
 
@@ -196,7 +200,7 @@ def _of_state(state: Mapping[str, Tensor], source: str, lora_alpha: float | None
         for each in _of_parts(name, parts, lora_alpha, source)
     ]
     beside = sorted(set(state) - set(own))
-    notes = [f"not looked at, since it is no low-rank update: {some(beside)}"] if beside else []
+    notes = [_beside(source, beside)] if beside else []
     return Updates(source, updates, tuple(notes))
 
 
@@ -214,8 +218,12 @@ def _of_parts(name: str, parts: Parts, lora_alpha: float, source: str) -> Iterat
         yield Update(name, kind, a, b, scale, MAGNITUDE in parts, layer=name)
 
 
-def _started(init: str) -> str:
+def _started(source: str, init: str) -> str:
     return (
-        f"it started as {init!r}, which took a part out of W: its ΔW is an update of the W that is left, and what "
-        "training has changed is not ΔW alone"
+        f"{source} started with init {init!r}, which took a part out of W. So ΔW is an update of the W that was left, "
+        "and not what training alone has changed"
     )
+
+
+def _beside(source: str, keys: list[str]) -> str:
+    return f"{source} holds more than low-rank updates, which is not looked at: {some(keys)}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
+from lora_kernels.models.targets import some
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.tied import TiedLoRALinear
 
@@ -120,6 +121,19 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
     tables = [pair for pair in found if pair.kind == EMBEDDING]
     chosen = [pair for pair in found if adapter is None or pair.adapter in (adapter, "")]
     return [pair for pair in chosen if not _tied(pair, tables)]
+
+
+def told_of_shared(model: nn.Module) -> str:
+    """Return what an error that misses updates adds where layers of the model, of this package or of PEFT's VeRA, use
+    the A and B of the whole model; "" where there are none."""
+    names = [
+        name
+        for name, _, module in plain_names(model)
+        if "lora_u" in module._parameters or hasattr(module, "vera_lambda_d")
+    ]
+    if not names:
+        return ""
+    return f". These layers share the A and B of VeRA or Tied-LoRA, which are not served here: {some(names, 2)}"
 
 
 def _of_own(name: str, layer: Any) -> Iterator[Pair]:
