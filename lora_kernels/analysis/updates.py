@@ -26,14 +26,13 @@ from lora_kernels.models.adapter_files import pairs as part_pairs
 from lora_kernels.models.pairs import ATTENTION, CONV, EMBEDDING, EXPERTS, LINEAR, Pair, pairs, told_of_shared
 from lora_kernels.models.targets import matches, some
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.attention import OUT_PROJ_COUNTED
 from lora_kernels.nn.settings import scaling_of
 from lora_kernels.ops.embedding_passes import without_row
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 """A model with adapters, a state dict, the directory of an adapter, or a file of loralib."""
 
-_OUT_PROJ = 2
-"""The factor with which PEFT 0.19 to 0.21 compute the update of an attention's out_proj, which they add twice."""
 _CHANGES_BASE = ("pissa", "olora", "loftq", "lq_lora", "corda", "lora_ga", "milora")
 
 
@@ -160,7 +159,7 @@ def _of_directory(directory: Path) -> Updates:
             name = f"{layer}.out_proj" if of_out else layer
             kind = EMBEDDING if "embedding" in each.part else CONV if any(each.tails) else LINEAR
             kind = EXPERTS if experts else ATTENTION if of_out or len(own) > 1 else kind
-            scale = each.scale * (_OUT_PROJ if of_out else 1)
+            scale = each.scale * (OUT_PROJ_COUNTED if of_out else 1)
             for e, (a, b) in enumerate(zip(each.a, each.b, strict=True)):
                 full, expert = (f"{name}.{part}[{e}]", e) if experts else (name, -1)
                 updates.append(Update(full, kind, a, b, scale, dora, None, name, part * experts, expert))
