@@ -15,7 +15,7 @@ from lora_kernels.analysis.rank_report import RankedLayer, RankReport
 from lora_kernels.analysis.resize import size_of
 from lora_kernels.analysis.stored import (
     StoredAdapter,
-    Update,
+    StoredUpdate,
     exact_rules,
     rank_fields,
     read_stored,
@@ -29,7 +29,7 @@ HOW = ("svd", "concat", "weights")
 _RULES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 """The fields of a config that choose layers."""
 
-Piece = tuple[float, Update]
+Piece = tuple[float, StoredUpdate]
 """An update of an adapter and the number it is multiplied with, the adapter's weight times s."""
 
 
@@ -157,7 +157,7 @@ def _merged(
         elif how == "weights":
             made = [_summed(each, dtype) for each in pieces]
         else:
-            found = [spectra_of(Update("", "", a, b, 1.0), name) for a, b in whole]
+            found = [spectra_of(StoredUpdate("", "", a, b, 1.0), name) for a, b in whole]
             k = kept_rank([s for each in found for _, s, _ in each], *keep)
             made = [balanced(each, k, dtype) for each in found]
     except ValueError as error:

@@ -38,7 +38,7 @@ depend on them."""
 
 
 @dataclass(frozen=True)
-class Update:
+class StoredUpdate:
     """One low-rank update s·B A of a layer, or a stack of E updates where the layer holds E experts."""
 
     part: str
@@ -75,7 +75,7 @@ class StoredAdapter:
     """The fields of its config as they stand in the file."""
     config: AdapterConfig
     """The same fields, checked."""
-    layers: dict[str, list[Update]]
+    layers: dict[str, list[StoredUpdate]]
     """The updates of each layer by its plain name. They share one rank. Experts have one for each parameter, and an
     nn.MultiheadAttention has one for each projection; every other layer has one."""
     others: dict[str, Tensor] = field(default_factory=dict)
@@ -196,7 +196,7 @@ def _names_in_patterns(name: str, config: AdapterConfig) -> list[str]:
     return [f"{name}.{parameter}" for module, _, parameter in named if matches([module], name)] or [name]
 
 
-def _updates(name: str, parts: Parts, config: AdapterConfig, directory: Path, to_write: bool) -> list[Update]:
+def _updates(name: str, parts: Parts, config: AdapterConfig, directory: Path, to_write: bool) -> list[StoredUpdate]:
     """Return the updates of a layer. Raises ValueError where they do not have the rank of the config."""
     key = _names_in_patterns(name, config)[0]
     r, experts = config.rank(key), key != name
@@ -220,8 +220,8 @@ def _updates(name: str, parts: Parts, config: AdapterConfig, directory: Path, to
         if experts and a.ndim == 2:
             E = a.shape[0] // r
             a, b = a.view(E, r, -1), b.view(-1, r, E).permute(2, 0, 1)
-            updates.append(Update(first, second, a, b, scale, stacked=True))
+            updates.append(StoredUpdate(first, second, a, b, scale, stacked=True))
         else:
             tails = tuple(a.shape[2:]), tuple(b.shape[2:])
-            updates.append(Update(first, second, a.flatten(1)[None], b.flatten(1)[None], scale, tails))
+            updates.append(StoredUpdate(first, second, a.flatten(1)[None], b.flatten(1)[None], scale, tails))
     return updates

@@ -93,9 +93,9 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
     """Return every low-rank update of `model`, in the order of its modules.
 
     `adapter` chooses one of PEFT's adapters by its name; None takes all of them. Layers of other methods of PEFT than
-    LoRA (AdaLoRA, LoHa, VeRA, ...), and of this package whose factors belong to many layers (VeRA, Tied-LoRA), have no
-    such updates and are left out. A head that is tied to an embedding and
-    shares its adapter has none of its own either: the update of both is the embedding's.
+    LoRA (AdaLoRA, LoHa, VeRA, ...), and layers of this package whose factors belong to many layers (VeRA, Tied-LoRA),
+    have no such updates and are left out. A head that is tied to an embedding and shares its adapter has none of its
+    own either: the update of both is the embedding's.
 
     Raises:
         ValueError: for a variant of PEFT's LoRA whose update is no s·B A (KaSA, BD-LoRA, QA-LoRA, Arrow, MonteCLoRA);

@@ -2,7 +2,7 @@
 
 The update of a layer with input or middle shortcuts is s · B (A_n x_n + Σ_k C_k x_{n−k}), with C_k = A_n in "is" and
 C_k = A_{n−k} in "ms". A plain LoRA layer has x_n alone. So x_{n−k} is taken to be α_k x_n, which gives
-A' = A_n + Σ_k α_k C_k, and what that is wrong by is measured.
+A' = A_n + Σ_k α_k C_k, and the error of that is measured.
 """
 
 from __future__ import annotations
