@@ -55,8 +55,8 @@ class MergedReport:
         lines = [f"{'module':<{width}}  {'of y':>8}  {'of the update':>13}  α"]
         for name, (alphas, output, update) in self.layers.items():
             told = " ".join(f"{alpha:.3f}" for alpha in alphas)
-            lines.append(f"{name:<{width}}  {output:>8.1e}  {update:>13.1e}  {told}")
-        whole = "unknown" if self.of_model is None else f"{self.of_model:.1e}"
+            lines.append(f"{name:<{width}}  {output:>8.2g}  {update:>13.2g}  {told}")
+        whole = "unknown" if self.of_model is None else f"{self.of_model:.2g}"
         return "\n".join([*lines, f'structure "{self.structure}", how="{self.how}"; of the model\'s output: {whole}'])
 
 

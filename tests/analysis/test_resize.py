@@ -274,7 +274,7 @@ def test_the_report_is_a_table_and_json(tmp_path):
     console = rich.Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report)
     for text in (str(report), console.export_text()):
-        assert "mlp.q" in text and "12 → 14" in text and f"{report.error:.2e}" in text
+        assert "mlp.q" in text and "12 → 14" in text and f"{report.error:.3g}" in text
     assert json.loads(json.dumps(report.to_json()))["layers"][0]["r"] == 2
     hostile = [dataclasses.replace(report.layers[0], name="[red]q[/red]\x1b[31m")]
     console.print(type(report)(hostile))
