@@ -52,12 +52,14 @@ class MergedReport:
         if self.structure == "bs":
             return f'{len(self.layers)} layers of structure "bs" are plain LoRA of rank Σr now, without an error'
         width = max(len(name) for name in [*self.layers, "module"])
-        lines = [f"{'module':<{width}}  {'of y':>8}  {'of the update':>13}  α"]
+        lines = [f"{'module':<{width}}  error of y  of the update  α"]
         for name, (alphas, output, update) in self.layers.items():
             told = " ".join(f"{alpha:.3f}" for alpha in alphas)
-            lines.append(f"{name:<{width}}  {output:>8.2g}  {update:>13.2g}  {told}")
+            lines.append(f"{name:<{width}}  {output:>10.2g}  {update:>13.2g}  {told}")
         whole = "unknown" if self.of_model is None else f"{self.of_model:.2g}"
-        return "\n".join([*lines, f'structure "{self.structure}", how="{self.how}"; of the model\'s output: {whole}'])
+        return "\n".join(
+            [*lines, f'structure "{self.structure}", how="{self.how}"; error of the model\'s output: {whole}']
+        )
 
 
 @torch.inference_mode(False)
