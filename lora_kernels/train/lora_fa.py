@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_kernels.models.names import bare
-from lora_kernels.models.pairs import Pair, lies_in_memory_of, pairs
+from lora_kernels.models.pairs import Pair, lies_in_memory_of, pairs, told_of_shared
 from lora_kernels.train.projection import Projection
 
 
@@ -148,7 +148,10 @@ def _is_trained(pair: Pair) -> bool:
 def _check(model: nn.Module, chosen: list[Pair], project: bool) -> None:
     """Raise what `freeze_a` raises for pairs that it cannot freeze."""
     if not chosen:
-        raise ValueError("no A or B of this model is trained: add adapters with apply_lora or get_peft_model before")
+        raise ValueError(
+            "no A or B of this model is trained: add adapters with apply_lora or get_peft_model before"
+            f"{told_of_shared(model)}"
+        )
     if without := [pair.name for pair in chosen if not _is_trained(pair)]:
         raise ValueError(
             f"B is frozen in {', '.join(without)}, so that nothing would be left to train: make it trainable, or leave "

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_kernels.models.pairs import EMBEDDING, Pair, lies_in_memory_of, pairs
+from lora_kernels.models.pairs import EMBEDDING, Pair, lies_in_memory_of, pairs, told_of_shared
 
 _A, _B, _EMBEDDING, _OTHER, _NOT_DECAYED = "A", "B", "embedding", "other", "not decayed"
 
@@ -61,7 +61,7 @@ def loraplus_groups(
     if not (members[_A] or members[_B] or members[_EMBEDDING]):
         raise ValueError(
             f"no A or B of this model requires a gradient ({len(found)} low-rank updates were found): add adapters "
-            "with apply_lora or get_peft_model before, and make them trainable"
+            f"with apply_lora or get_peft_model before, and make them trainable{told_of_shared(model)}"
         )
     rates = {_B: lr * ratio, _EMBEDDING: lr if embedding_lr is None else embedding_lr}
     return [

@@ -43,9 +43,8 @@ class Moment(NamedTuple):
 
 
 def moments_of(optimizers: Iterable[Any], parameters: Mapping[nn.Parameter, str]) -> dict[nn.Parameter, list[Moment]]:
-    """Return the moments that the optimisers have for each of the parameters, whose names are given, the first moment
-    first. A
-    parameter that has no state yet, or whose state is in another process, has none.
+    """Return the moments that the optimisers have for each of the parameters, whose names are given, with the first
+    moment first. A parameter that has no state yet, or whose state is in another process, has none.
 
     Raises ValueError for a trained parameter that no optimiser has, and for a state that is not known here.
     """
