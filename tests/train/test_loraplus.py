@@ -211,6 +211,8 @@ def test_what_cannot_be_meant_is_refused() -> None:
         loraplus_groups(layer, LR, RATIO, weight_decay=-1)
     with pytest.raises(ValueError, match="embedding_lr must be a positive number, got 0"):
         loraplus_groups(layer, LR, RATIO, embedding_lr=0)
+    with pytest.raises(TypeError, match="ratio must be a number, got '16'"):
+        loraplus_groups(layer, LR, "16")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no A or B of this model requires a gradient \(0 low-rank updates"):
         loraplus_groups(nn.Linear(2, 2), LR, RATIO)
 
