@@ -21,7 +21,8 @@ def checked(master: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str
     if master and not any(update.name in master for update in updates):
         raise ValueError(
             f"master has copies of {some(sorted(master))}, and none of the restarted layers, such as "
-            f"{updates[0].name}: it is of another model. Nothing was changed. Give the one of this model, or an empty dictionary"
+            f"{updates[0].name}: it is of another model. Nothing was changed. Give the one of this model, or an empty "
+            "dictionary"
         )
     kept = {}
     for update in updates:
