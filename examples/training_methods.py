@@ -9,9 +9,9 @@
    batches and other load slows all alike.
 4. Compare accuracy, the parameters that are trained, what a forward keeps for its backward, and the time of a step.
 
-One rule for all: the same steps, batches and first values of A, AdamW at a constant rate, rank 4 and s = 2. ResLoRA's
-block shortcuts make the update of a layer one of rank 8, so LoRA of rank 8 stands beside it. Input and middle shortcuts
-become plain LoRA, for use, by an approximation: the accuracy after that is told too.
+One rule for all: the same steps, batches and first values of A, AdamW with a rate that falls to zero, rank 4 and s = 2.
+ResLoRA's block shortcuts make the update of a layer one of rank 8, so LoRA of rank 8 stands beside it. Input and middle
+shortcuts become plain LoRA, for use, by an approximation: the accuracy after that is told too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from _data import Digits, load_data
@@ -41,7 +41,7 @@ from torch import nn
 from lora_kernels import adapter_parameters, apply_lora, apply_reslora, reslora_to_lora, trainable_parameters
 from lora_kernels.train import freeze_a, loraplus_groups
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 RANK, S, RATIO = 4, 2, 16
 BATCH, HELD_OUT = 32, 288
 Models = dict[str, ViT]
@@ -58,7 +58,7 @@ def lora_fa(model: nn.Module, project: bool) -> None:
     freeze_a(model, project=project)
 
 
-def reslora(model: nn.Module, structure: str) -> None:
+def reslora(model: nn.Module, structure: Literal["bs", "is", "ms"]) -> None:
     apply_reslora(model, structure, r=RANK, lora_alpha=S * RANK, target_modules=TARGETS)
 
 
@@ -91,7 +91,7 @@ METHODS = {
 @dataclass(frozen=True)
 class Lengths:
     pretrain_epochs: int = 12
-    steps: int = 100
+    steps: int = 120
     every: int = 20
     """The number of steps between two measurements of the test accuracy."""
     seeds: int = 3
@@ -99,7 +99,7 @@ class Lengths:
     rates: tuple[float, ...] = RATES
 
 
-SHORT = Lengths(pretrain_epochs=3, steps=16, every=4, seeds=2, rates=(3e-3, 1e-2))
+SHORT = Lengths(pretrain_epochs=3, steps=12, every=3, seeds=2, rates=(3e-3, 1e-2))
 
 
 @dataclass
@@ -159,13 +159,15 @@ def adapted(pretrained: ViT, name: str, seed: int) -> ViT:
 def adapt(task: Task, rates: dict[str, float], seed: int, results: Results) -> Iterator[Models]:
     """Train a model by each method, on the same batches in turns. Yield the models before the first step and after
     each, and add the times of the steps to the results."""
+    steps = results.lengths.steps
     models = {name: adapted(task.pretrained, name, seed) for name in METHODS}
     optimizers = {
         name: torch.optim.AdamW(METHODS[name].groups(model, rates[name]), rates[name], weight_decay=0, fused=True)
         for name, model in models.items()
     }
+    schedules = {name: torch.optim.lr_scheduler.LinearLR(optimizers[name], 1.0, 0.0, steps) for name in METHODS}
     yield models
-    for images, labels in batches(task.training.rotated, task.training.labels, results.lengths.steps, seed):
+    for images, labels in batches(task.training.rotated, task.training.labels, steps, seed):
         batch = images[:BATCH], labels[:BATCH]
         for name, model in models.items():
             model.train()
@@ -174,6 +176,7 @@ def adapt(task: Task, rates: dict[str, float], seed: int, results: Results) -> I
             optimizers[name].step()
             optimizers[name].zero_grad()
             results.step_times[name].append(time.perf_counter() - start)
+            schedules[name].step()
         yield models
 
 
