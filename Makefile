@@ -8,7 +8,7 @@ PEFT ?=
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 PYTHON_FILES := lora_kernels tests benchmarks docs examples scripts csrc setup.py
 
-.PHONY: help test test-slow demo bench bench-many bench-kinds doctor docs lint format clean
+.PHONY: help test test-slow demo bench bench-many bench-kinds bench-training doctor docs lint format clean
 
 help:
 	@echo "make test       set up and run the tests that a contributor runs (about 9 minutes on 2 cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench      measure against PEFT and the frozen layer; writes benchmarks/results/ and the docs' figures"
 	@echo "make bench-many measure many adapters in one batch, the layer and generation (about seven minutes)"
 	@echo "make bench-kinds measure experts, embeddings, convolutions and other layers (about three minutes)"
+	@echo "make bench-training run the sweep over ranks and the pretraining with ReLoRA (about a quarter of an hour)"
 	@echo "make doctor     show which back-ends serve this machine, and what is missing"
 	@echo "make docs       build the documentation into build/site; a warning is an error"
 	@echo "make lint       ruff, mypy, clang-format (make format repairs)"
@@ -60,6 +61,11 @@ bench-many: $(VENV)/.installed
 
 bench-kinds: $(VENV)/.installed
 	$(BIN)/python -m lora_kernels bench --suite kinds --plot
+	$(BIN)/python scripts/update_readme.py
+
+bench-training: $(VENV)/.installed
+	$(BIN)/python examples/rank_sweep.py --record
+	$(BIN)/python examples/pretrain_relora.py --seeds 3 --record
 	$(BIN)/python scripts/update_readme.py
 
 doctor: $(VENV)/.installed

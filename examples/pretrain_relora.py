@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _pretrain import Data, above, effective_rank, linear_weights, load_data, make_model, perplexity, spectra
+from _pretrain import Data, above, linear_weights, load_data, make_model, perplexity, spectra
 from _pretrain_report import SHOWN, plot, print_table, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,6 +38,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from lora_kernels import apply_lora, trainable_parameters
+from lora_kernels.analysis import effective_rank
 from lora_kernels.testing import documents, machine
 from lora_kernels.train import jagged_cosine, restart
 
@@ -67,9 +68,9 @@ METHODS = {
     FULL: Method(8e-3, low_rank=False, restarts=False, rewarm=False),
     LORA: Method(2e-2, restarts=False, rewarm=False),
     "ReLoRA, no restarts": Method(2e-2, restarts=False),
-    "ReLoRA, no pruning": Method(4e-2, prune=0.0),
+    "ReLoRA, no pruning": Method(2e-2, prune=0.0),
     "ReLoRA, no re-warming": Method(4e-2, rewarm=False),
-    RELORA: Method(4e-2),
+    RELORA: Method(2e-2),
 }
 
 

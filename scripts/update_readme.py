@@ -113,7 +113,7 @@ def small(runs: Runs) -> str:
         if calls:
             told = ", ".join(f"{call['over_peft'][1]:.2f} ({call['which']}, M = {call['M']})" for call in calls)
             lines.append(
-                "- `fuse` gains least for small layers, where Python takes most of the time. A fused 128×128 layer in "
+                "`fuse` gains least for small layers, where Python takes most of the time. A fused 128×128 layer in "
                 f"fp32 takes this many times the time of PEFT's own: {told}; {run.machine()}, "
                 f"{run.document['date'][:10]}."
             )
@@ -193,10 +193,17 @@ FOLDERS = ("quantised", "generation", "many", "generation_many", "vllm", "kinds"
 """The folders of benchmarks/results with runs of their own, apart from those of the GPUs."""
 Render = Callable[[Runs], str]
 PAGES: dict[str, dict[str, Render]] = {
-    "README.md": {"range": span, "numbers": numbers, "chart": chart, "small": small, "gpu": gpu_tables.short},
+    "README.md": {
+        "range": span,
+        "numbers": numbers,
+        "chart": chart,
+        "gpu": gpu_tables.short,
+        "ranks": ranks_tables.short,
+    },
     "docs/measuring.md": {
         "gpu": gpu_tables.full,
         "bench": bench,
+        "small": small,
         "quantised": quantised,
         "generation": generation,
         "many": many_tables.layers,

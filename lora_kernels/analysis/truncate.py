@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_kernels.analysis.delta import DeltaSVD, delta_svd
 from lora_kernels.analysis.measures import least_rank
-from lora_kernels.analysis.stored import Update
+from lora_kernels.analysis.stored import StoredUpdate
 
 
 def check_rank(r: int | None, energy: float | None) -> None:
@@ -36,7 +36,7 @@ def kept_rank(spectra: Sequence[Tensor], r: int | None, energy: float | None) ->
     return max(k, 1)
 
 
-def spectra_of(update: Update, name: str) -> list[DeltaSVD]:
+def spectra_of(update: StoredUpdate, name: str) -> list[DeltaSVD]:
     """Return the decomposition of each product B A of an update, without its s. Raises ValueError, which names the
     layer, for values that are not finite."""
     try:

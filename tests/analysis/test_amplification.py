@@ -34,7 +34,7 @@ def by_definition(w: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[float,
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("N", "K", "r"), [(45, 33, 5), (33, 45, 1), (530, 1030, 3)])
+@pytest.mark.parametrize(("N", "K", "r"), [(45, 33, 5), (33, 45, 1), (530, 600, 3)])
 def test_the_factor_is_that_of_the_definition(N, K, r, dtype):
     w, a, b = problem(N, K, r, dtype)
     got = amplification(w, a, b, 0.7)
