@@ -123,6 +123,9 @@ def test_every_kind_of_layer_computes_what_it_did_and_starts_as_at_first(kind: s
     torch.testing.assert_close(case.run(model), y, rtol=1e-4, atol=1e-5)
     for pair in found:
         assert not pair.zero_at_start.any() and pair.random_at_start.all()
+        if pair.kind != "embedding":
+            a = pair.as_a(pair.a.detach())
+            assert 0.8 < a.abs().max() * a.shape[-1] ** 0.5 <= 1 + 1e-6
     changed = [p for p, before in weights.values() if not torch.equal(p, before)]
     assert len(changed) == len(found)  # and every other frozen parameter is what it was
     # A first step trains the matrix that is zero.
