@@ -26,6 +26,7 @@ from lora_kernels.models.adapter_files import pairs as part_pairs
 from lora_kernels.models.pairs import ATTENTION, CONV, EMBEDDING, EXPERTS, LINEAR, Pair, pairs, told_others
 from lora_kernels.models.targets import matches, some
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.attention import OUT_PROJ_COUNTED
 from lora_kernels.nn.residual import ResLoRALinear
 from lora_kernels.nn.settings import scaling_of
 from lora_kernels.ops.embedding_passes import without_row
@@ -33,8 +34,6 @@ from lora_kernels.ops.embedding_passes import without_row
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 """A model with adapters, a state dict, the directory of an adapter, or a file of loralib."""
 
-_OUT_PROJ = 2
-"""The factor with which PEFT 0.19 to 0.21 compute the update of an attention's out_proj, which they add twice."""
 _RESTARTED = ("restarted", "relora")
 """What a restart writes into layers of this package, and into PEFT's configs."""
 _CHANGES_BASE = ("pissa", "olora", "loftq", "lq_lora", "corda", "lora_ga", "milora", *_RESTARTED)
@@ -115,7 +114,7 @@ def _of_model(model: nn.Module, name: str | None) -> Updates:
     adapters = list(dict.fromkeys(pair.adapter for pair in found))
     if not found:
         others = told_others(model)
-        raise ValueError(f"{source} has no layer with LoRA: apply_lora or load_adapter gives it some{others}")
+        raise ValueError(f"{source} has no update s·B A: apply_lora or load_adapter gives it some{others}")
     if len(adapters) > 1:
         raise ValueError(f"{source} has several adapters: choose one of {some(adapters)} by its name")
     label = f"{source}, adapter {adapters[0]!r}" if adapters[0] else source
@@ -126,11 +125,12 @@ def _of_model(model: nn.Module, name: str | None) -> Updates:
         for key, config in configs.items()
         if key in adapters and hasattr(config, "init_lora_weights")
     }
-    notes = [_started(init) for init in sorted(init for init in started if isinstance(init, str)) if _took_part(init)]
+    texts = sorted(init for init in started if isinstance(init, str) and _took_part(init))
+    notes = [_started(label, init) for init in texts]
     if any(getattr(pair.layer, "structure", "bs") != "bs" for pair in found):
         notes.append(
-            "its layers read activations of earlier blocks too (ResLoRA): the numbers are those of each layer's own "
-            "s·B A, without these shortcuts"
+            f"the layers of {label} read activations of earlier blocks too (ResLoRA): the numbers are those of each "
+            "layer's own s·B A, without these shortcuts"
         )
     return Updates(label, [update for pair in found for update in _of_pair(pair)], tuple(notes))
 
@@ -176,14 +176,15 @@ def _of_directory(directory: Path) -> Updates:
             name = f"{layer}.out_proj" if of_out else layer
             kind = EMBEDDING if "embedding" in each.part else CONV if any(each.tails) else LINEAR
             kind = EXPERTS if experts else ATTENTION if of_out or len(own) > 1 else kind
-            scale = each.scale * (_OUT_PROJ if of_out else 1)
+            scale = each.scale * (OUT_PROJ_COUNTED if of_out else 1)
             for e, (a, b) in enumerate(zip(each.a, each.b, strict=True)):
                 full, expert = (f"{name}.{part}[{e}]", e) if experts else (name, -1)
                 updates.append(Update(full, kind, a, b, scale, dora, None, name, part * experts, expert))
     beside = sorted({key for key in stored.others if MAGNITUDE not in key})
-    notes = [f"not looked at, since it is no low-rank update: {some(beside)}"] if beside else []
+    notes = [_beside(str(directory), beside)] if beside else []
     init = stored.fields.get("init_lora_weights")
-    notes += [_started(init)] if isinstance(init, str) and _took_part(init) else []
+    if isinstance(init, str) and _took_part(init):
+        notes.append(_started(str(directory), init))
     return Updates(str(directory), updates, tuple(notes), bool(stored.fields.get("fan_in_fan_out")))
 
 
@@ -215,7 +216,7 @@ def _of_state(state: Mapping[str, Tensor], source: str, lora_alpha: float | None
         for each in _of_parts(name, parts, lora_alpha, source)
     ]
     beside = sorted(set(state) - set(own))
-    notes = [f"not looked at, since it is no low-rank update: {some(beside)}"] if beside else []
+    notes = [_beside(source, beside)] if beside else []
     return Updates(source, updates, tuple(notes))
 
 
@@ -238,10 +239,14 @@ def _took_part(init: str) -> bool:
     return init.lower().startswith(_CHANGES_BASE)
 
 
-def _started(init: str) -> str:
+def _started(source: str, init: str) -> str:
     if init in _RESTARTED:
-        return "it was restarted (ReLoRA): its ΔW is that of the last cycle, and W holds the earlier ones"
+        return f"{source} was restarted (ReLoRA): its ΔW is that of the last cycle, and W holds the earlier ones"
     return (
-        f"it started as {init!r}, which took a part out of W: its ΔW is an update of the W that is left, and what "
-        "training has changed is not ΔW alone"
+        f"{source} started with init {init!r}, which took a part out of W. So ΔW is an update of the W that was left, "
+        "and not what training alone has changed"
     )
+
+
+def _beside(source: str, keys: list[str]) -> str:
+    return f"{source} holds more than low-rank updates, which is not looked at: {some(keys)}"

@@ -18,6 +18,7 @@ from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.targets import told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.attention import OUT_PROJ_COUNTED
 from lora_kernels.nn.tied import TiedLoRALinear
 
 LINEAR, EMBEDDING, CONV, EXPERTS, ATTENTION = "linear", "embedding", "conv", "experts", "attention"
@@ -25,9 +26,6 @@ LINEAR, EMBEDDING, CONV, EXPERTS, ATTENTION = "linear", "embedding", "conv", "ex
 
 _PLAIN_VARIANTS = ("Dora", "ALora", "Velora", "MiCA")
 """How the names of those variants of PEFT's LoRA begin whose update is s·B A."""
-
-_COUNTED_TWICE = 2
-"""PEFT 0.19 to 0.21 merge the update of an attention's out_proj twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +93,9 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
     """Return every low-rank update of `model`, in the order of its modules.
 
     `adapter` chooses one of PEFT's adapters by its name; None takes all of them. Layers of other methods of PEFT than
-    LoRA (AdaLoRA, LoHa, VeRA, ...), and of this package whose factors belong to many layers (VeRA, Tied-LoRA), have no
-    such updates and are left out. A head that is tied to an embedding and
-    shares its adapter has none of its own either: the update of both is the embedding's.
+    LoRA (AdaLoRA, LoHa, VeRA, ...), and layers of this package whose factors belong to many layers (VeRA, Tied-LoRA),
+    have no such updates and are left out. A head that is tied to an embedding and shares its adapter has none of its
+    own either: the update of both is the embedding's.
 
     Raises:
         ValueError: for a variant of PEFT's LoRA whose update is no s·B A (KaSA, BD-LoRA, QA-LoRA, Arrow, MonteCLoRA);
@@ -116,7 +114,7 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
         elif peft is not None and isinstance(module, peft.LoraLayer):
             if isinstance(module, peft.MultiheadAttention):
                 twice.add(id(module.get_base_layer().out_proj))  # type: ignore[no-untyped-call, operator]
-            found += _of_peft(name, module, _COUNTED_TWICE if id(module) in twice else 1)
+            found += _of_peft(name, module, OUT_PROJ_COUNTED if id(module) in twice else 1)
     names = list(dict.fromkeys(pair.adapter for pair in found if pair.adapter))
     if adapter is not None and names and adapter not in names:
         raise KeyError(f"no adapter is called {adapter!r}; the model has {', '.join(names)}")

@@ -73,8 +73,8 @@ def test_the_errors_and_the_new_layers_are_those_of_a_direct_computation(structu
     assert report.layers["blocks.2.q"].of_update > 0.01
     assert report.layers["blocks.0.q"].of_update == 0
     text = str(report)
-    assert f'structure "{structure}", how="{how}"; of the model\'s output: {report.of_model:.1e}' in text
-    assert f"{report.layers['blocks.2.q'].of_update:.1e}" in text
+    assert f'structure "{structure}", how="{how}"; error of the model\'s output: {report.of_model:.2g}' in text
+    assert f"{report.layers['blocks.2.q'].of_update:.2g}" in text
 
 
 def test_alphas_are_the_ratios_that_their_names_say():
