@@ -7,6 +7,7 @@ A' = A_n + Σ_k α_k C_k, and the error of that is measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,9 +220,9 @@ def _ratio(one: float, other: float) -> float:
 
 
 def _relative(wrong: Tensor, right: Tensor) -> float:
-    """Return ‖wrong‖ / ‖right‖, and 0 where nothing is wrong."""
-    error = float(wrong.double().norm() if wrong.device.type != "mps" else wrong.norm())
-    return error / float(right.norm()) if error else 0.0
+    """Return ‖wrong‖ / ‖right‖, 0 where nothing is wrong, and infinity where only nothing would be right."""
+    error, size = (float(each.double().norm() if each.device.type != "mps" else each.norm()) for each in (wrong, right))
+    return error / size if size else math.inf if error else 0.0
 
 
 @contextmanager

@@ -41,18 +41,24 @@ class Update:
 
     def norm(self) -> float:
         """Return ‖s·B A‖ of the whole update, from products of R × R matrices."""
-        pair, wide = self.pair, merging.wide_dtype(self.w.device)
-        a, b = pair.as_a(sharded.whole(pair.a)).to(wide), pair.as_b(sharded.whole(pair.b)).to(wide)
+        a, b = (factor.to(merging.wide_dtype(self.w.device)) for factor in self._factors())
         squares = ((b.mT @ b) * (a @ a.mT)).sum().item()  # ‖B A‖² = tr(BᵀB A Aᵀ)
-        return float(abs(pair.scale) * max(squares, 0.0) ** 0.5)
+        return float(abs(self.pair.scale) * max(squares, 0.0) ** 0.5)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return the whole A [groups, R, K] and B [groups, N, R]. Every process that has a part of them makes this
+        call."""
+        pair = self.pair
+        a, b = pair.as_a(sharded.whole(pair.a)), pair.as_b(sharded.whole(pair.b))
+        if pair.kind == EMBEDDING and (row := getattr(pair.layer, "padding_idx", None)) is not None:
+            a = without_row(a[0].t(), row).t()[None]  # a layer of ours passes over the update of this row
+        return a, b
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """Return left [G, P, R] and right [G, R, Q], whose product belongs to `w`: B and A, or Aᵀ and Bᵀ. Every process
         that has a part of them makes this call."""
         pair = self.pair
-        a, b = pair.as_a(sharded.whole(pair.a)), pair.as_b(sharded.whole(pair.b))
-        if pair.kind == EMBEDDING and (row := getattr(pair.layer, "padding_idx", None)) is not None:
-            a = without_row(a[0].t(), row).t()[None]  # a layer of ours passes over the update of this row
+        a, b = self._factors()
         if pair.kind == CONV:
             order = _in_memory(self.weight)
             inside = a.view(*a.shape[:2], *self.weight.shape[1:])

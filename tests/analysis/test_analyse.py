@@ -86,7 +86,10 @@ def test_every_kind_of_layer_is_measured_as_its_merged_weight_says(kind, tmp_pat
         assert layer.relative_norm == pytest.approx((delta.norm() / w.norm()).item(), rel=1e-7)
         core = u[:, : layer.r].T @ w @ vt[: layer.r].T
         assert layer.amplification.factor == pytest.approx((delta.norm() / core.norm()).item(), rel=1e-6)
-        assert layer.amplification.projected_top == pytest.approx(torch.linalg.svdvals(w)[: layer.r].norm().item())
+        _, values, directions = torch.linalg.svd(w, full_matrices=False)
+        assert layer.amplification.projected_top == pytest.approx(values[: layer.r].norm().item())
+        shared = (directions[: layer.r] @ vt[: layer.r].T).square().sum().item() / layer.r
+        assert layer.phi_weight == pytest.approx(shared, rel=1e-6)
 
 
 def test_files_and_models_of_peft_give_the_same(kind, tmp_path):

@@ -306,10 +306,11 @@ def test_the_padding_row_of_an_embedding_does_not_change() -> None:
     model = nn.Sequential(nn.Embedding(9, 6, padding_idx=2))
     apply_lora(model, r=2, target_modules=["0"])
     randomise(model)
-    y = model(torch.arange(9))
-    restart(model)
+    y, before = model(torch.arange(9)), model[0].weight.detach().clone()
+    (done,) = restart(model).layers
     torch.testing.assert_close(model(torch.arange(9)), y)
     assert not model[0].weight[2].any()
+    assert done.update == pytest.approx((model[0].weight - before).norm().item(), rel=1e-5)
 
 
 def test_frozen_adapters_stay_and_a_frozen_a_is_drawn_anew() -> None:
