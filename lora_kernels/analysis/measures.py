@@ -30,11 +30,13 @@ def energy_rank(s: Tensor, energy: float) -> int:
     √(1 − energy) or less. Raises ValueError for an energy outside (0, 1]."""
     if not 0 < energy <= 1:
         raise ValueError(f"energy={energy} must be above 0 and at most 1: the part of ‖ΔW‖² that is kept")
-    return least_rank(s.double().square(), energy)
+    s = s[s > 0].double()
+    return least_rank((s / s[:1]).square(), energy)
 
 
 def least_rank(squares: Tensor, energy: float) -> int:
-    """Return the least k with Σ_{i≤k} cᵢ ≥ energy · Σc for `squares` c₁ ≥ c₂ ≥ …, of fp64; 0 where all are zero."""
+    """Return the least k with Σ_{i≤k} cᵢ ≥ energy · Σc for `squares` c₁ ≥ c₂ ≥ …, of fp64; 0 where there are none, or
+    all are zero."""
     # The sum of what is left out is exact where nothing is left, which a sum of what is kept is not.
     left = squares.flip(0).cumsum(0).flip(0)
     return int((left > left[0] - energy * left[0]).sum()) if len(left) else 0

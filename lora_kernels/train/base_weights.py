@@ -85,7 +85,8 @@ class Update:
                 master[place].copy_(total)
             self.w[place].copy_(total if master is None else master[place])
             # What has arrived in W, less what should have.
-            lost += total.copy_(self.w[place]).sub_(before).sub_(change).square_().sum()
+            rounded = total.copy_(self.w[place]).sub_(before).sub_(change)
+            lost += torch.linalg.vector_norm(rounded, dtype=lost.dtype).square()  # squares may be too small for fp32
         return sharded.summed(lost.item(), self.weight)
 
     def _sums(self, start: Tensor, sides: tuple[Tensor, Tensor]) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:

@@ -122,7 +122,7 @@ def prune(moments: Sequence[Moment], fraction: float, how: str, generator: torch
 def smallest(magnitudes: Tensor, fraction: float) -> Tensor:
     """Return a mask of the elements that are not above the quantile `fraction`, of exactly ⌊fraction · (n - 1)⌋ + 1
     elements; of none for a fraction of 0, and of all for 1. Of equal elements the first are taken."""
-    flat = magnitudes.flatten()
+    flat = magnitudes.flatten().nan_to_num(nan=math.inf, posinf=math.inf)  # NaN is equal to nothing
     n = flat.numel()
     # As a decimal number, because 0.29 * 100 is less than 29 in floating point.
     count = math.floor(Fraction(repr(float(fraction))) * (n - 1)) + 1 if 0 < fraction < 1 else round(fraction) * n

@@ -29,6 +29,12 @@ def test_they_follow_their_formulas():
     assert energy_rank(exactly, 0.9) == kept_rank([exactly], None, 0.9) == 1
 
 
+def test_the_energy_rank_is_exact_at_its_bounds():
+    assert energy_rank(torch.tensor([1.0, 1e-9, 1e-12], dtype=torch.float64), 1.0) == 3
+    assert energy_rank(torch.ones(10), 0.9) == energy_rank(torch.ones(20), 0.45) == 9
+    assert kept_rank([torch.ones(10)], None, 0.9) == 9
+
+
 @pytest.mark.parametrize("scale", [1e-150, 1e150])
 def test_the_scale_of_the_spectrum_does_not_matter(scale):
     s = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)

@@ -63,6 +63,18 @@ def test_the_weight_becomes_the_exact_sum_rounded_once(dtype: torch.dtype, adapt
     assert not one.lora_B.any() and one.lora_A.abs().max() <= 1 / 53**0.5 and one.lora_A.abs().max() > 0.8 / 53**0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_of_an_update_whose_squares_are_too_small_for_fp32_is_lost(dtype: torch.dtype) -> None:
+    one = layer(dtype, adapter_dtype=torch.float32)
+    with torch.no_grad():
+        one.lora_B *= 1e-23
+        one.weight.abs_().add_(0.1)
+    change = one.scaling * one.lora_B.detach().double() @ one.lora_A.detach().double()
+    (done,) = restart(one).layers
+    assert done.update == pytest.approx(change.norm().item(), rel=1e-5)
+    assert done.lost == pytest.approx(1, rel=1e-5)
+
+
 def test_blocks_of_a_large_weight_are_all_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_kernels.train.base_weights._BLOCK", 4 * 53)
     one = layer()
