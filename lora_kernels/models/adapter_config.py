@@ -177,6 +177,11 @@ def checked_config(config: Any, path: Path | str) -> AdapterConfig:
 
 def _way_out(init: Any) -> str:
     """Return what to do with the file of an adapter that `init` has initialised, and that is not supported."""
+    if init == "relora":
+        return (
+            "The adapter was restarted (ReLoRA), and its earlier updates are in the base weights of its training, "
+            "which the file does not hold: load the state_dict of the whole model"
+        )
     if init not in _LOST_BASE:
         return "Load it with PEFT (PeftModel.from_pretrained), then lora_kernels.fuse(model)"
     return (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
-from lora_kernels.models.targets import some
+from lora_kernels.models.targets import told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.attention import OUT_PROJ_COUNTED
 from lora_kernels.nn.tied import TiedLoRALinear
@@ -101,7 +101,9 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
         ValueError: for a variant of PEFT's LoRA whose update is no s·B A (KaSA, BD-LoRA, QA-LoRA, Arrow, MonteCLoRA);
             where A or B of a layer is no parameter of its own, because it is parametrised, pruned or flattened.
         KeyError: where the model has adapters of PEFT, and none is called `adapter`.
+        TypeError: where `model` is no module.
     """
+    check_module(model)
     own = {id(layer): name for name, layer in lora_layers(model).items()}
     peft = sys.modules.get("peft.tuners.lora.layer")  # no layer is PEFT's while nobody has imported it
     found: list[Pair] = []
@@ -121,17 +123,24 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
     return [pair for pair in chosen if not _tied(pair, tables)]
 
 
-def told_of_shared(model: nn.Module) -> str:
-    """Return what an error that misses updates adds where layers of the model, of this package or of PEFT's VeRA, use
-    the A and B of the whole model; "" where there are none."""
-    names = [
-        name
-        for name, _, module in plain_names(model)
-        if "lora_u" in module._parameters or hasattr(module, "vera_lambda_d")
-    ]
-    if not names:
-        return ""
-    return f". These layers share the A and B of VeRA or Tied-LoRA, which are not served here: {some(names, 2)}"
+def check_module(model: Any) -> None:
+    """Raise TypeError where `model` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module with adapters, got a {type(model).__name__}")
+
+
+def told_others(model: nn.Module) -> str:
+    """Return the end of an error that finds no pair in `model`: the layers with adapters of other methods, such as
+    VeRA; "" where there are none."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    lora = sys.modules.get("peft.tuners.lora.layer")
+    kinds: dict[str, str] = {}
+    for name, _, module in plain_names(model):
+        shared = isinstance(module, AdapterLayer) and "lora_u" in module._parameters
+        of_peft = tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+        if shared or (of_peft and not (lora is not None and isinstance(module, lora.LoraLayer))):
+            kinds[name or "the model"] = f"a {type(module).__name__}, which has no A and B of its own"
+    return f". It has adapters of another method: {told_by_reason(kinds)}" if kinds else ""
 
 
 def _of_own(name: str, layer: Any) -> Iterator[Pair]:

@@ -86,7 +86,8 @@ def reslora_to_lora(model: nn.Module, inputs: Any = None, how: How = "fit") -> M
 
     Raises:
         ValueError: a model without ResLoRA; "is" or "ms" without inputs, or with a layer that the forward does not
-            reach; a `how` that does not go with the structure; a merged layer. The model is unchanged.
+            reach, or that reads NaN or infinite values; a `how` that does not go with the structure; a merged layer.
+            The model is unchanged.
     """
     found: dict[str, Any] = dict(lora_layers(model))
     layers: dict[str, ResLoRALinear] = {n: layer for n, layer in found.items() if isinstance(layer, ResLoRALinear)}
@@ -110,6 +111,8 @@ def reslora_to_lora(model: nn.Module, inputs: Any = None, how: How = "fit") -> M
         rows = {
             name: torch.cat(each).to(torch.promote_types(each[0].dtype, torch.float32)) for name, each in seen.items()
         }
+        if odd := [name for name, x in rows.items() if not x.numel() or not x.isfinite().all()]:
+            raise ValueError(f"with these inputs {some(odd)} read no rows, or values that are NaN or infinite")
         made, errors = dict[str, FusedLoRALinear](), dict[str, LayerError]()
         names = {id(layer): name for name, layer in layers.items()}
         for name, layer in layers.items():

@@ -193,6 +193,8 @@ def test_an_error_leaves_the_model_as_it_was(after):
     for change, message in (
         (lambda: reslora_to_lora(model), "approximately only: give inputs of the model"),
         (lambda: reslora_to_lora(model, X, "middle"), r'how must be one of fit, inputs, weights for structure "is"'),
+        (lambda: reslora_to_lora(model, X * torch.nan), "read no rows, or values that are NaN"),
+        (lambda: reslora_to_lora(model, X[:0]), "read no rows, or values that are NaN"),
         (lambda: reslora_to_lora(torch.nn.Linear(2, 2), X), r"no layer with ResLoRA: apply_reslora\(model\) first"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -474,6 +474,31 @@ def test_fsdp1_is_refused(tmp_path: Any) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"optimizer": nn.Linear(2, 2)}, TypeError, "optimizer must be a torch.optim.Optimizer .*got a Linear"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, .*got 3"),
+        ({"master": []}, TypeError, "master must be a dictionary, got a list"),
+        ({"master": {"up": torch.zeros(2)}}, ValueError, "master has copies of up, and none of .* such as the layer"),
+        ({"prune": "0.9"}, ValueError, "prune is a fraction from 0 to 1, got '0.9'"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_and_nothing_changes(
+    given: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    model = layer()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=said):
+        restart(model, **given)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trained adapter"):
+        restart(nn.Sequential())
+
+
 def test_the_bias_of_pefts_b_stays_and_goes_on_counting() -> None:
     peft = pytest.importorskip("peft")
     model = peft.LoraModel(
@@ -539,7 +564,7 @@ def test_what_peft_saves_does_not_load_alone(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="relora"):
         peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
-    with pytest.raises(ValueError, match="relora"):
+    with pytest.raises(ValueError, match=r"'relora'.*load the state_dict of the whole model"):
         lora_kernels.load_adapter(copy.deepcopy(plain), tmp_path)
 
 
