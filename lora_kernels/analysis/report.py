@@ -28,7 +28,7 @@ class Report(Findings):
 
     def table(self, every: bool | None = None) -> str:
         """Return the report as text: a line for each module, and for each layer if `every`. None shows the layers where
-        they are at most 40. Raises ImportError where rich is not installed."""
+        they are at most 16. Raises ImportError where rich is not installed."""
         return report_table.as_text(self, every)
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:

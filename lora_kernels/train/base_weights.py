@@ -85,7 +85,10 @@ class Update:
                 master[place].copy_(total)
             self.w[place].copy_(total if master is None else master[place])
             # What has arrived in W, less what should have.
-            lost += total.copy_(self.w[place]).sub_(before).sub_(change).square_().sum()
+            rounded = total.copy_(self.w[place]).sub_(before).sub_(change)
+            most = torch.linalg.vector_norm(rounded, torch.inf)
+            if most > 0:  # squares of what is not divided by it may be too small for fp32
+                lost += rounded.div_(most).square_().sum() * most.to(lost.dtype).square()
         return sharded.summed(lost.item(), self.weight)
 
     def _sums(self, start: Tensor, sides: tuple[Tensor, Tensor]) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
@@ -98,7 +101,7 @@ class Update:
         for g in range(G):
             left, right = (side[g].to(wide) for side in sides)
             left = left * self.pair.scale
-            for first in range(0, P, rows):
+            for first in range(0, P if Q else 0, rows):  # a process may hold no column of W
                 place = g, slice(first, min(P, first + rows))
                 before, change, total = buffers[:, : min(P, first + rows) - first]
                 before.copy_(start[place])

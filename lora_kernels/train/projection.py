@@ -51,7 +51,7 @@ class Projection:
         if project and not pair.random_at_start.is_meta:
             if pair.scale == 0:
                 raise ValueError(
-                    f"s is 0 in {pair.name}, so that its B gets no gradient to project: set a scaling, or call "
+                    f"s is 0 in {pair.name}, so that its B gets no gradient to project: set a scaling, or "
                     "call freeze_a(model, project=False)"
                 )
             self._renew()

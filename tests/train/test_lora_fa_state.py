@@ -12,7 +12,7 @@ import torch
 from support.frozen_models import TIED, gradients, linear, of_x, random_adapters, tied_llama
 from torch import Tensor, nn
 
-from lora_kernels import FusedLoRALinear, apply_lora
+from lora_kernels import FusedLoRALinear, apply_lora, apply_reslora
 from lora_kernels.models.pairs import pairs
 from lora_kernels.train import freeze_a
 
@@ -213,3 +213,10 @@ def test_a_tied_head_is_one_update_of_ours_and_refused_with_pefts_copies() -> No
     want = before["model.embed_tokens.lora_embedding_A"] @ torch.linalg.inv(b.T @ b) / embedding.scale**2
     torch.testing.assert_close(after["model.embed_tokens.lora_embedding_A"], want)
     refused(theirs, "lm_head.lora_A.default.weight lies in the memory of an adapter that is to be frozen")
+
+
+def test_a_b_that_reads_sums_over_blocks_is_not_projected() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)))
+    apply_reslora(model, "ms", r=2)
+    refused(model, r"B of 1.0 reads the sum of A x over several blocks .*project=False")
+    assert len(freeze_a(model, project=False).known()) == 2
