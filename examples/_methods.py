@@ -37,6 +37,11 @@ PANELS = (
 )
 
 
+def last(results: Results, name: str) -> list[float]:
+    """Return the accuracies at the end, of each seed."""
+    return [run.accuracies[-1] for run in results.best(name)]
+
+
 def print_table(results: Results) -> None:
     lengths = results.lengths
     title = f"{lengths.steps} steps, mean and half the range of {lengths.seeds} seeds"
@@ -44,21 +49,23 @@ def print_table(results: Results) -> None:
     table.add_column("rotated digits", no_wrap=True)
     for column in ("lr", "accuracy, %", "trained", "kept for\nbackward", "time of\na step"):
         table.add_column(column, justify="right")
-    for name in results.losses:
+    for name in results.runs:
         table.add_row(
             name,
             f"{results.rate(name):g}",
-            words(results.last(name)),
+            words(last(results, name)),
             f"{results.parameters[name]:,}",
             f"{results.saved[name] / 2**20:.2f} MiB",
             f"{results.ratio(name):.2f} x",
         )
+    plain = {name: [run.as_lora for run in results.best(name) if run.as_lora is not None] for name in results.runs}
+    plain = {name: values for name, values in plain.items() if values}
     console = Console()
     console.print(table)
     console.print(
         f"lr is the one of {', '.join(f'{rate:g}' for rate in lengths.rates)} with the least loss on held-out training "
         "images. That of LoRA+ is A's.\nAs plain LoRA, by `reslora_to_lora`: "
-        + ", ".join(f"{name} {words(values)} %" for name, values in results.as_lora.items()),
+        + ", ".join(f"{name} {words(values)} %" for name, values in plain.items()),
         highlight=False,
     )
 
@@ -75,7 +82,7 @@ def plot(results: Results, path: Path) -> Path:
             panel.set(xlabel="training step", title=title)
             panel.title.set(fontsize=10)
         axes[0].set(ylabel="accuracy on rotated test digits, %")
-        for name in results.losses:
+        for name in results.runs:
             _over_bytes(axes[3], results, name)
         axes[3].set(xlabel="kept for the backward, MiB", title="at the end")
         axes[3].margins(x=0.15)
@@ -95,9 +102,9 @@ def plot(results: Results, path: Path) -> Path:
 
 
 def _over_steps(axes: Axes, results: Results, name: str) -> None:
-    """Draw one method, without the accuracy before the first step, which is the same for all."""
     colour, mark = LOOKS[name]
-    values = [[100 * value for value in seeds] for seeds in zip(*results.accuracies[name], strict=True)][1:]
+    seeds = zip(*(run.accuracies for run in results.best(name)), strict=True)
+    values = [[100 * value for value in at] for at in seeds]
     steps = [results.lengths.every * (i + 1) for i in range(len(values))]
     label = f"{name}, lr {results.rate(name):g}"
     axes.plot(steps, list(map(statistics.fmean, values)), f"{mark}-", color=colour, markersize=5, label=label)
@@ -106,7 +113,7 @@ def _over_steps(axes: Axes, results: Results, name: str) -> None:
 
 def _over_bytes(axes: Axes, results: Results, name: str) -> None:
     colour, mark = LOOKS[name]
-    values = [100 * value for value in results.last(name)]
+    values = [100 * value for value in last(results, name)]
     at, mean = results.saved[name] / 2**20, statistics.fmean(values)
     axes.plot([at, at], [min(values), max(values)], color=colour, alpha=0.5, linewidth=1.2)
     axes.plot(at, mean, mark, color=colour, markersize=8, label=name)

@@ -3,21 +3,21 @@
     python examples/training_methods.py [--short] [--out DIR]
 
 1. Pretrain the small vision transformer of digits.py on upright digits.
-2. Adapt copies of it to digits rotated by 90 degrees with each method at several learning rates, and choose the rate
-   with the least loss on training images that were held out.
-3. Adapt copies again from other seeds at that rate. The methods take turns step by step, so that all see the same
-   batches and other load slows all alike.
+2. Adapt copies of it to digits rotated by 90 degrees with each method, at several learning rates and from several
+   seeds. The methods take turns step by step, so that all see the same batches and other load slows all alike.
+3. Take each method at the rate with the least loss on training images that were held out, for all seeds together.
 4. Compare accuracy, the parameters that are trained, what a forward keeps for its backward, and the time of a step.
 
-One rule for all: the same steps, batches and first values of A, AdamW with a rate that falls to zero, rank 4 and s = 2.
-ResLoRA's block shortcuts make the update of a layer one of rank 8, so LoRA of rank 8 stands beside it. Input and middle
-shortcuts become plain LoRA, for use, by an approximation: the accuracy after that is told too.
+One rule for all: the same steps, batches and first values of A, AdamW with the one-cycle rate of digits.py, rank 4 and
+s = 2. ResLoRA's block shortcuts make the update of a layer one of rank 8, so LoRA of rank 8 stands beside it. Input and
+middle shortcuts become plain LoRA, for use, by an approximation: the accuracy after that is told too.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import statistics
 import time
@@ -41,11 +41,10 @@ from torch import nn
 from lora_kernels import adapter_parameters, apply_lora, apply_reslora, reslora_to_lora, trainable_parameters
 from lora_kernels.train import freeze_a, loraplus_groups
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 RANK, S, RATIO = 4, 2, 16
 BATCH, HELD_OUT = 32, 288
 Models = dict[str, ViT]
-Bar = Callable[[Iterator[Models], str], Iterator[Models]]
 Groups = Callable[[nn.Module, float], Iterable[Any]]
 
 
@@ -91,11 +90,10 @@ METHODS = {
 @dataclass(frozen=True)
 class Lengths:
     pretrain_epochs: int = 12
-    steps: int = 120
-    every: int = 20
+    steps: int = 90
+    every: int = 15
     """The number of steps between two measurements of the test accuracy."""
     seeds: int = 3
-    """The number of trainings that are compared, after those that choose the learning rate."""
     rates: tuple[float, ...] = RATES
 
 
@@ -113,25 +111,31 @@ class Task:
 
 
 @dataclass
+class Run:
+    """One training, by one method at one learning rate from one seed."""
+
+    accuracies: list[float] = field(default_factory=list)  # on the rotated test images, each `every` steps
+    held_out: float = math.inf  # the loss on the held-out images
+    as_lora: float | None = None  # the accuracy as plain LoRA, where that is an approximation
+
+
+@dataclass
 class Results:
     """What came out of each method."""
 
     lengths: Lengths
-    losses: dict[str, dict[float, float]] = field(default_factory=dict)  # on the held-out images, by learning rate
-    accuracies: dict[str, list[list[float]]] = field(default_factory=dict)  # of each seed, each `every` steps
-    as_lora: dict[str, list[float]] = field(default_factory=dict)  # where that is an approximation
+    runs: dict[str, dict[float, list[Run]]] = field(default_factory=dict)  # one for each seed
     parameters: dict[str, int] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)  # bytes
     step_times: dict[str, list[float]] = field(default_factory=dict)  # seconds
 
     def rate(self, name: str) -> float:
-        """Return the learning rate with the least loss on the held-out images."""
-        losses = self.losses[name]
+        """Return the learning rate with the least loss on the held-out images, in the mean of the seeds."""
+        losses = {rate: statistics.fmean(run.held_out for run in runs) for rate, runs in self.runs[name].items()}
         return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
 
-    def last(self, name: str) -> list[float]:
-        """Return the accuracies at the end, of each seed."""
-        return [accuracies[-1] for accuracies in self.accuracies[name]]
+    def best(self, name: str) -> list[Run]:
+        return self.runs[name][self.rate(name)]
 
     def ratio(self, name: str) -> float:
         """Return the time of a step over that of LoRA, the median over the steps that were made one after the other."""
@@ -156,17 +160,18 @@ def adapted(pretrained: ViT, name: str, seed: int) -> ViT:
     return model
 
 
-def adapt(task: Task, rates: dict[str, float], seed: int, results: Results) -> Iterator[Models]:
-    """Train a model by each method, on the same batches in turns. Yield the models before the first step and after
-    each, and add the times of the steps to the results."""
+def adapt(task: Task, rate: float, seed: int, results: Results) -> Iterator[Models]:
+    """Train a model by each method, on the same batches in turns. Yield the models after each step, and add the times
+    of the steps to the results."""
     steps = results.lengths.steps
     models = {name: adapted(task.pretrained, name, seed) for name in METHODS}
-    optimizers = {
-        name: torch.optim.AdamW(METHODS[name].groups(model, rates[name]), rates[name], weight_decay=0, fused=True)
-        for name, model in models.items()
-    }
-    schedules = {name: torch.optim.lr_scheduler.LinearLR(optimizers[name], 1.0, 0.0, steps) for name in METHODS}
-    yield models
+    optimizers, schedules = {}, {}
+    for name, model in models.items():
+        optimizers[name] = torch.optim.AdamW(METHODS[name].groups(model, rate), rate, weight_decay=0, fused=True)
+        highest = [group["lr"] for group in optimizers[name].param_groups]
+        schedules[name] = torch.optim.lr_scheduler.OneCycleLR(
+            optimizers[name], highest, total_steps=steps + 1, pct_start=0.25
+        )
     for images, labels in batches(task.training.rotated, task.training.labels, steps, seed):
         batch = images[:BATCH], labels[:BATCH]
         for name, model in models.items():
@@ -187,31 +192,23 @@ def measure(task: Task, results: Results) -> None:
         model = adapted(task.pretrained, name, 0)
         results.parameters[name] = trainable_parameters(model).trainable
         results.saved[name] = saved_bytes(model, *batch)
-        results.losses[name], results.accuracies[name], results.step_times[name] = {}, [], []
+        results.runs[name], results.step_times[name] = {rate: [] for rate in results.lengths.rates}, []
 
 
-def choose_rates(task: Task, results: Results, bar: Bar) -> None:
-    """Add the loss of each method on the held-out images, at each learning rate."""
-    for rate in results.lengths.rates:
-        *_, models = bar(adapt(task, dict.fromkeys(METHODS, rate), 0, results), f"{len(METHODS)} methods, lr {rate:g}")
-        for name, model in models.items():
-            results.losses[name][rate] = loss_on(model, task.held_out)
-
-
-def compare(task: Task, results: Results, bar: Bar) -> None:
-    """Add the accuracies of each method at its best learning rate."""
-    rates, lengths = {name: results.rate(name) for name in METHODS}, results.lengths
-    for seed in range(1, lengths.seeds + 1):
-        training = bar(adapt(task, rates, seed, results), f"{len(METHODS)} methods, each at its best lr, seed {seed}")
-        for name in METHODS:
-            results.accuracies[name].append([])
-        for i, models in enumerate(training):
-            for name, model in models.items() if i % lengths.every == 0 else ():
-                results.accuracies[name][-1].append(accuracy(model, task.test))
-        for name, model in models.items():
-            if METHODS[name].approximate:
-                reslora_to_lora(model, task.training.rotated[:HELD_OUT])
-                results.as_lora.setdefault(name, []).append(accuracy(model, task.test))
+def compare(task: Task, results: Results, rate: float, seed: int, advance: Callable[[], None]) -> None:
+    """Add one training by each method."""
+    runs = {name: Run() for name in METHODS}
+    models: Models = {}
+    for i, models in enumerate(adapt(task, rate, seed, results), 1):
+        for name, model in models.items() if i % results.lengths.every == 0 else ():
+            runs[name].accuracies.append(accuracy(model, task.test))
+        advance()
+    for name, model in models.items():
+        runs[name].held_out = loss_on(model, task.held_out)
+        if METHODS[name].approximate:
+            reslora_to_lora(model, task.training.rotated[:HELD_OUT])
+            runs[name].as_lora = accuracy(model, task.test)
+        results.runs[name][rate].append(runs[name])
 
 
 def run(out: Path, lengths: Lengths) -> Results:
@@ -224,17 +221,11 @@ def run(out: Path, lengths: Lengths) -> Results:
     measure(task, results)
     columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        trainings = len(lengths.rates) + lengths.seeds
-        shown = progress.add_task("", total=trainings * (lengths.steps + 1))
-
-        def bar(training: Iterator[Models], text: str) -> Iterator[Models]:
-            progress.update(shown, description=text)
-            for models in training:
-                yield models
-                progress.advance(shown)
-
-        choose_rates(task, results, bar)
-        compare(task, results, bar)
+        trainings = list(itertools.product(range(lengths.seeds), lengths.rates))
+        shown = progress.add_task("", total=len(trainings) * lengths.steps)
+        for seed, rate in trainings:
+            progress.update(shown, description=f"{len(METHODS)} methods, seed {seed}, lr {rate:g}")
+            compare(task, results, rate, seed, partial(progress.advance, shown))
     print_table(results)
     print("picture:", plot(results, out / "training_methods.png"))
     return results

@@ -33,7 +33,7 @@ class Report(Findings):
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """Yield what rich prints."""
-        yield from report_table.renderables(self)
+        yield from report_table.renderables(self, None, options.max_width)
 
     def to_json(self) -> str:
         """Return the report as JSON. Its numbers are in full precision, and null stands for NaN and infinity."""

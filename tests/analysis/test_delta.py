@@ -22,7 +22,7 @@ def orthonormal(n: int, k: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("N", "K", "r"), [(33, 47, 5), (47, 33, 1), (7, 40, 12), (40, 7, 12), (1, 9, 1), (3, 1, 2)])
-def test_it_is_that_of_the_product(N, K, r, dtype):
+def test_the_decomposition_is_that_of_the_product(N, K, r, dtype):
     a, b, scale = random(r, K, dtype=dtype), random(N, r, seed=1, dtype=dtype), -1.7
     u, s, v = delta_svd(a, b, scale)
     delta = scale * b.double() @ a.double()

@@ -283,7 +283,7 @@ def test_the_report_is_a_table_and_json(tmp_path):
     assert "q (20)" in str(many) and len(str(many).splitlines()) == 6
 
 
-def test_it_takes_a_hundredth_of_the_whole_svd():
+def test_resizing_takes_a_hundredth_of_the_whole_svd():
     torch.manual_seed(0)
     a, b = torch.randn(1, 16, 1024), torch.randn(1, 1024, 16)
     update = StoredUpdate("lora_A.weight", "lora_B.weight", a, b, 1.0)

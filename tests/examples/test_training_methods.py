@@ -20,32 +20,28 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_every_method_is_trained_at_the_rate_with_the_least_loss(
+def test_every_method_is_compared_at_the_rate_with_the_least_loss(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = (1e-5, 1e-2)
+    rates = (1e-3, 1e-2)
     lengths = example.Lengths(pretrain_epochs=1, steps=2, every=2, seeds=1, rates=rates)
     results = example.run(tmp_path, lengths)
 
-    for name in example.METHODS:
-        assert tuple(results.losses[name]) == rates
-        assert results.losses[name][results.rate(name)] == min(results.losses[name].values())
-        assert [len(accuracies) for accuracies in results.accuracies[name]] == [2]
-        assert len(results.step_times[name]) == (2 + 1) * 2
-    begun = {tuple(seed[0] for seed in accuracies) for accuracies in results.accuracies.values()}
-    assert len(begun) == 1  # B is zero at first
-    at = {name: results.losses[name][1e-2] for name in example.METHODS}
-    assert len(set(at.values())) == len(at)  # no two methods are the same
+    for name, by_rate in results.runs.items():
+        assert tuple(by_rate) == rates and all(len(runs) == 1 for runs in by_rate.values())
+        losses = {rate: runs[0].held_out for rate, runs in by_rate.items()}
+        assert losses[results.rate(name)] == min(losses.values())
+        assert len(results.best(name)[0].accuracies) == 1
+        assert (results.best(name)[0].as_lora is not None) == (name in ("ResLoRA, input", "ResLoRA, middle"))
+        assert len(results.step_times[name]) == 2 * 2
+    at = {by_rate[1e-2][0].held_out for by_rate in results.runs.values()}
+    assert len(at) == len(results.runs) == len(example.METHODS)  # no two methods are the same
 
     lora = results.parameters["LoRA"]
     assert results.parameters["LoRA-FA"] * 2 == lora == results.parameters["LoRA+"]
     assert all(results.parameters[name] == lora for name in results.parameters if name.startswith("ResLoRA"))
     kept = {name: size / results.saved["LoRA"] for name, size in results.saved.items()}
     assert kept["LoRA-FA"] < 0.7 and kept["LoRA+"] == 1 and max(kept.values()) < 1.05
-    assert {name: len(values) for name, values in results.as_lora.items()} == {
-        "ResLoRA, input": 1,
-        "ResLoRA, middle": 1,
-    }
 
     told = capsys.readouterr().out
     assert all(name in told for name in example.METHODS)

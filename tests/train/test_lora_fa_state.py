@@ -220,3 +220,22 @@ def test_a_b_that_reads_sums_over_blocks_is_not_projected() -> None:
     apply_reslora(model, "ms", r=2)
     refused(model, r"B of 1.0 reads the sum of A x over several blocks .*project=False")
     assert len(freeze_a(model, project=False).known()) == 2
+
+
+def test_tensors_of_a_functional_call_stay_as_they_are_and_are_refused_where_they_would_be_projected() -> None:
+    model = nn.Sequential(linear())
+    x = torch.randn(3, 5, dtype=torch.float64)
+    frozen = freeze_a(model)
+    given = {name: p.detach() for name, p in model.named_parameters()}
+    given["0.lora_A"] = (given["0.lora_A"] * 2).requires_grad_()
+    y = torch.func.functional_call(model, given, (x,))
+    y.sum().backward()
+    assert given["0.lora_A"].grad is not None and model[0].lora_A.grad is None
+    given["0.lora_B"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"of 0 are replaced by tensors .*functional_call.*project=False"):
+        torch.func.functional_call(model, given, (x,))
+    with torch.no_grad():
+        assert torch.equal(torch.func.functional_call(model, given, (x,)), y)
+    frozen.remove()
+    torch.func.functional_call(model, given, (x,)).sum().backward()
+    assert given["0.lora_B"].grad is not None

@@ -117,7 +117,7 @@ def test_the_fraction_0_takes_none_and_1_takes_all() -> None:
     assert smallest(torch.zeros(2, 5), 0.0).sum() == 0 and smallest(torch.rand(2, 5), 1.0).all()
 
 
-def test_it_has_no_limit_of_16_million_elements() -> None:
+def test_pruning_has_no_limit_of_16_million_elements() -> None:
     large = torch.arange(17_000_000, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(large, 0.9)
