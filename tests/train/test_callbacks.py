@@ -15,6 +15,7 @@ import lora_kernels
 from lora_kernels import apply_lora
 from lora_kernels.models.pairs import pairs
 from lora_kernels.train import jagged_cosine, restart
+from lora_kernels.train.cycle import Cycle
 
 STEPS, EVERY = 12, 4
 FACTOR = jagged_cosine(STEPS, EVERY, warmup=2, restart_warmup=1)
@@ -53,6 +54,20 @@ def rows() -> list[dict[str, Tensor]]:
 def optimizer_of(model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     return optimizer, LambdaLR(optimizer, FACTOR)
+
+
+def test_each_restart_draws_values_of_its_own_and_the_same_again_from_a_checkpoint() -> None:
+    def drawn(seed: int, *steps: int) -> list[list[float]]:
+        cycle, model, found = Cycle(EVERY, 0.99, "magnitude", seed, master=False), made("ours"), []
+        for step in steps:
+            cycle.restart(model, [], step)
+            found.append(pairs(model)[0].a.flatten().tolist())
+        return found
+
+    first, second = drawn(3, EVERY, 2 * EVERY)
+    assert first != second
+    assert drawn(3, 2 * EVERY) == [second]
+    assert drawn(4, EVERY) != [first]
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
