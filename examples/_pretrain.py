@@ -82,12 +82,6 @@ def spectra(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Te
     return {name: torch.linalg.svdvals(after[name] - before[name]) for name in before}
 
 
-def effective_rank(values: Tensor) -> float:
-    """Return exp of the entropy of the singular values' shares (Roy and Vetterli, 2007)."""
-    shares = values / values.sum()
-    return math.exp(torch.special.entr(shares).sum().item())
-
-
 def above(values: Tensor, share: float = 0.01) -> int:
     """Return how many singular values are above `share` of the largest."""
     return int((values > share * values.max()).sum().item())

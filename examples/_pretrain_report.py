@@ -101,5 +101,6 @@ def _finish_curves(axes: Axes, document: dict[str, Any]) -> None:
     # The first steps, which are alike, would take most of the height.
     late = [value for line in axes.lines for step, value in line.get_xydata() if every <= step and value > 1]
     axes.set(xlim=(0, steps), ylim=(0.95 * min(late), 1.05 * max(late)))
-    axes.set(xlabel="step after the warm start (dotted: restarts)", ylabel="perplexity of a held-out byte")
+    axes.set_xlabel("step after the warm start (dotted: restarts)")
+    axes.set_ylabel("perplexity of a byte, other text than the table's")
     axes.legend(frameon=False, loc="upper right")

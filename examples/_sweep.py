@@ -41,7 +41,7 @@ def print_tables(document: Document) -> None:
     table = Table("accuracy, %")
     for r in ranks:
         table.add_column(f"r {r}", justify="right")
-    table.add_column("± most", justify="right")
+    table.add_column("± at most", justify="right")
     for name in names:
         _add(table, name, {r: points[name, r] for r in ranks}, ranks)
     cut = document["cut"]

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _pretrain import Data, above, effective_rank, linear_weights, load_data, make_model, perplexity, spectra
+from _pretrain import Data, above, linear_weights, load_data, make_model, perplexity, spectra
 from _pretrain_report import SHOWN, plot, print_table, summary
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,6 +38,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from lora_kernels import apply_lora, trainable_parameters
+from lora_kernels.analysis import effective_rank
 from lora_kernels.testing import documents, machine
 from lora_kernels.train import jagged_cosine, restart
 

@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import _adapted
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from _data import load_data
-from _report import LOSS, ROTATED, STYLE, UPRIGHT, Curves
+from _report import LOSS, ROTATED, STYLE, UPRIGHT
 from digits import BATCH, accuracies, logits, same_predictions, time_steps, train
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from lora_kernels import apply_lora, merge_and_unload, save_adapter, trainable_parameters
@@ -75,15 +73,10 @@ class ResNet(nn.Module):
 
 
 @dataclass
-class Results:
+class Results(_adapted.Results):
     """What came out of each way to adapt the model."""
 
-    accuracy: dict[str, tuple[float, float]] = field(default_factory=dict)  # upright, rotated
-    curves: dict[str, Curves] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)  # bytes
-    step_times: dict[str, list[float]] = field(default_factory=dict)  # seconds
-    checks: dict[str, tuple[bool, str]] = field(default_factory=dict)  # whether it holds, and a remark
 
 
 def contenders(pretrained: ResNet) -> dict[str, nn.Module]:
@@ -136,34 +129,15 @@ def check(model: nn.Module, pretrained: ResNet, images: Tensor, folder: Path) ->
     return checks
 
 
-def print_tables(results: Results) -> None:
-    console = Console()
-    table = Table("360 test digits", title="A ResNet adapts to rotated digits", title_justify="left")
-    for column in ("upright", "rotated", "trained", "kept for\nthe backward", "a step,\nmedian"):
-        table.add_column(column, justify="right")
-    for name, (upright, rotated) in results.accuracy.items():
-        rest = ["", "", ""]
-        if name in results.parameters:
-            milliseconds = 1e3 * statistics.median(results.step_times[name])
-            rest = [f"{results.parameters[name]:,}", f"{results.saved[name] / 2**20:.2f} MiB", f"{milliseconds:.1f} ms"]
-        table.add_row(name, f"{upright:.1%}", f"{rotated:.1%}", *rest)
-    console.print(table)
-    for what, (held, remark) in results.checks.items():
-        console.print(f"  {'[green]yes[/]' if held else '[bold red]NO[/] '}  {what} ({remark})", highlight=False)
-
-
 def plot(results: Results, path: Path) -> Path:
     """Draw the accuracies over the steps beside what is kept for the backward and the time of a step."""
     with plt.rc_context(STYLE):
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 4), width_ratios=(2, 1, 1))
-        for name, curves in results.curves.items():
-            left.plot(curves.steps, [100 * value for value in curves.rotated], "o-", color=COLOURS[name], label=name)
-        left.set(xlabel="training step", ylabel="accuracy on rotated test digits, %", ylim=(0, 104))
-        left.legend(frameon=False, loc="lower right")
+        results.draw_curves(left, COLOURS)
         names = list(results.saved)
         for axes, values, what in (
             (middle, [results.saved[name] / 2**20 for name in names], "kept for the backward, MiB"),
-            (right, [1e3 * statistics.median(results.step_times[name]) for name in names], "time of a step, ms"),
+            (right, [results.milliseconds(name) for name in names], "time of a step, ms"),
         ):
             bars = axes.bar(range(len(names)), values, color=[COLOURS[name] for name in names], width=0.65)
             axes.bar_label(bars, fmt="%.1f")
@@ -195,7 +169,11 @@ def run(out: Path, lengths: Lengths) -> Results:
         results.curves[name] = train(model, training.rotated, training.labels, test, lengths.adapt_epochs, rate, name)
         results.accuracy[name] = accuracies(model, test)
     results.checks = check(models[OURS], pretrained, test.rotated, out / "resnet-adapter")
-    print_tables(results)
+    results.print_tables(
+        "A ResNet adapts to rotated digits",
+        "kept for\nthe backward",
+        lambda name: f"{results.saved[name] / 2**20:.2f} MiB",
+    )
     print("picture:", plot(results, out / "resnet.png"))
     return results
 

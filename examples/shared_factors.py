@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import _adapted
 import matplotlib.pyplot as plt
 import torch
 from _data import load_data
-from _report import LOSS, ROTATED, STYLE, UPRIGHT, Curves
+from _report import LOSS, ROTATED, STYLE, UPRIGHT
 from _vit import ViT
 from digits import BATCH, accuracies, logits, same_predictions, time_steps, train
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from lora_kernels import apply_lora, apply_tied_lora, apply_vera, load_adapter, save_adapter, trainable_parameters
@@ -51,15 +49,10 @@ class Lengths:
 
 
 @dataclass
-class Results:
+class Results(_adapted.Results):
     """What came out of each way to adapt the model."""
 
-    accuracy: dict[str, tuple[float, float]] = field(default_factory=dict)  # upright, rotated
-    curves: dict[str, Curves] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)  # bytes
-    step_times: dict[str, list[float]] = field(default_factory=dict)  # seconds
-    checks: dict[str, tuple[bool, str]] = field(default_factory=dict)  # whether it holds, and a remark
 
 
 def check(model: nn.Module, pretrained: ViT, images: torch.Tensor, folder: Path) -> dict[str, tuple[bool, str]]:
@@ -79,33 +72,15 @@ def check(model: nn.Module, pretrained: ViT, images: torch.Tensor, folder: Path)
     return checks
 
 
-def print_tables(results: Results) -> None:
-    console = Console()
-    table = Table("360 test digits", title="A classifier adapts to rotated digits", title_justify="left")
-    for column in ("upright", "rotated", "trained", "file", "a step,\nmedian"):
-        table.add_column(column, justify="right")
-    for name, (upright, rotated) in results.accuracy.items():
-        rest = ["", "", ""]
-        if name in results.parameters:
-            milliseconds = 1e3 * statistics.median(results.step_times[name])
-            rest = [f"{results.parameters[name]:,}", f"{results.files[name] / 1024:,.0f} KiB", f"{milliseconds:.1f} ms"]
-        table.add_row(name, f"{upright:.1%}", f"{rotated:.1%}", *rest)
-    console.print(table)
-    for what, (held, remark) in results.checks.items():
-        console.print(f"  {'[green]yes[/]' if held else '[bold red]NO[/] '}  {what} ({remark})", highlight=False)
-
-
 def plot(results: Results, path: Path) -> Path:
     """Draw the accuracies over the steps, beside accuracy over the number of trained parameters."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, width_ratios=(3, 2))
-        for name, curves in results.curves.items():
-            left.plot(curves.steps, [100 * value for value in curves.rotated], "o-", color=COLOURS[name], label=name)
+        for name in results.curves:
             at = results.parameters[name], 100 * results.accuracy[name][1]
             right.plot(*at, "o", color=COLOURS[name], markersize=9)
             right.annotate(name, at, (0, -14), textcoords="offset points", ha="center", color=COLOURS[name])
-        left.set(xlabel="training step", ylabel="accuracy on rotated test digits, %", ylim=(0, 104))
-        left.legend(frameon=False, loc="lower right")
+        results.draw_curves(left, COLOURS)
         right.set(xlabel="trained parameters", xscale="log")
         right.set_xticks([3_000, 10_000, 30_000], ["3,000", "10,000", "30,000"])
         right.minorticks_off()
@@ -141,7 +116,9 @@ def run(out: Path, lengths: Lengths) -> Results:
         results.files[name] = (folder / "adapter_model.safetensors").stat().st_size
         if name == VERA:
             results.checks = check(model, pretrained, test.rotated, folder)
-    print_tables(results)
+    results.print_tables(
+        "A classifier adapts to rotated digits", "file", lambda name: f"{results.files[name] / 1024:,.0f} KiB"
+    )
     print("picture:", plot(results, out / "shared-factors.png"))
     return results
 

@@ -139,7 +139,7 @@ def _with_weight(
     leading = frozen.leading(max(1, svd.rank), seed) if top else None
     phi = None
     if leading is not None and svd.rank:
-        phi = float(similarity_of((leading.v.cpu(), svd.rank), (svd.v.cpu(), svd.rank))[svd.rank - 1, svd.rank - 1])
+        phi = float(similarity_of((leading.v.cpu(), leading.rank), (svd.v.cpu(), svd.rank))[svd.rank - 1, svd.rank - 1])
     return replace(
         layer,
         weight_norm=frozen.norm,

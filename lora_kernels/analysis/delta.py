@@ -31,23 +31,29 @@ def delta_svd(a: Tensor, b: Tensor, scale: float = 1.0) -> DeltaSVD:
 
         B = Q₁ R₁    Aᵀ = Q₂ R₂    R₁ R₂ᵀ = U' diag(σ') V'ᵀ    U = Q₁ U'    V = Q₂ V'    σ = scale · σ'
 
-    It takes O((N + K) r²) operations and O((N + K) r) memory, in fp64. A negative scale goes to U, so that σ ≥ 0. What
-    is not above ‖A‖_F ‖B‖_F · max(N, K) · 2⁻⁵² in σ' is the rounding error of the two factorisations and becomes zero,
-    so that an update which cancels, as that of an adapter merged with its own negative, has no singular values made of
-    noise. The result lies on the device of A, or on the CPU where the device has no fp64.
+    It takes O((N + K) r²) operations and O((N + K) r) memory, in fp64. Before, row i of A and column i of B are scaled
+    so that their largest elements are equal, which leaves B A as it is: no row is lost beside others that are long only
+    because their columns are short. A negative scale goes to U, so that σ ≥ 0. What is not above ‖A‖_F ‖B‖_F ·
+    max(N, K) · 2⁻⁵² of these in σ' is the rounding error of the two factorisations and becomes zero, so that an update
+    which cancels, as that of an adapter merged with its own negative, has no singular values made of noise. The result
+    lies on the device of A, or on the CPU where the device has no fp64.
 
     Raises ValueError for shapes that do not fit, and for A, B or a scale with NaN or infinite values.
     """
     check_factors(a, b)
     a, b, scale = wide(a), wide(b), float(scale)
-    size = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b)
+    of_a, of_b = a.abs().amax(1), b.abs().amax(0)
+    both = (of_a != 0) & (of_b != 0)  # also of NaN
+    left = b * torch.where(both, of_a / of_b, 0.0).sqrt()
+    right = a.T * torch.where(both, of_b / of_a, 0.0).sqrt()
+    size = torch.linalg.matrix_norm(right) * torch.linalg.matrix_norm(left)
     if not math.isfinite(size * scale):
         raise ValueError(
             f"A {tuple(a.shape)}, B {tuple(b.shape)} or the scale {scale} has values that are NaN or infinite, so the "
             "update has no singular values: the training has diverged, or the file is damaged"
         )
-    q1, r1 = torch.linalg.qr(b)
-    q2, r2 = torch.linalg.qr(a.T)
+    q1, r1 = torch.linalg.qr(left)
+    q2, r2 = torch.linalg.qr(right)
     u, s, vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
     s = torch.where(s > size * max(len(b), a.shape[1]) * torch.finfo(s.dtype).eps, s, 0.0)
     u = q1 @ u

@@ -86,7 +86,7 @@ def amplification_of(weight: FrozenWeight, svd: DeltaSVD, leading: Leading | Non
         rank=k,
         delta_norm=float(torch.linalg.vector_norm(svd.s)),
         weight_norm=norm,
-        projected=float(torch.linalg.matrix_norm(core)),
+        projected=float(torch.linalg.matrix_norm(core.double())),
         projected_top=top,
         projected_random=norm * k / math.sqrt(N * K),
     )
@@ -100,13 +100,14 @@ def weight_similarity(
     2021, arXiv:2106.09685, appendix H.3 and figure 8).
 
     `k` is the number of W's leading vectors, by default r; they are as exact as `amplification` says of the singular
-    values. Columns beyond the rank of ΔW are NaN. Raises what `amplification` raises.
+    values. Rows and columns beyond the ranks of W and ΔW are NaN. Raises what `amplification` raises.
     """
     check_factors(lora_a, lora_b)
     frozen = fitting(weight, lora_a, lora_b)
     svd = delta_svd(lora_a, lora_b)
     k = min(len(lora_a), *frozen.shape) if k is None else k
-    return similarity_of((frozen.leading(k, seed).v.cpu(), k), (svd.v.cpu(), svd.rank))
+    leading = frozen.leading(k, seed)
+    return similarity_of((leading.v.cpu(), leading.rank), (svd.v.cpu(), svd.rank))
 
 
 @dataclass(frozen=True)

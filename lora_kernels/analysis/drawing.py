@@ -89,8 +89,12 @@ def matrix(value: Any, what: str) -> Any:
     return made
 
 
-def number(v: float) -> str:
-    """Return a number in few characters, such as 0.032, 1.4, 26 or 3e-05."""
-    if v == 0 or 0.001 <= abs(v) < 10:
-        return f"{v:.2g}"
+def number(v: float, digits: int = 2) -> str:
+    """Return a number in few characters, rounded to `digits` digits: 0.032, 1.4, 26, 3e-05, ∞."""
+    if math.isinf(v):
+        return "∞" if v > 0 else "-∞"
+    if v == 0 or (float(v).is_integer() and abs(v) < 10_000):
+        return f"{v:.0f}"
+    if 0.001 <= abs(v) < 10 ** (digits - 1):
+        return f"{v:#.{digits}g}".rstrip(".")
     return f"{v:.0f}" if 10 <= abs(v) < 10_000 else f"{v:.0e}"

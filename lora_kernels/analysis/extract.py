@@ -131,7 +131,8 @@ class _Difference:
         mine, theirs = new.shapes(), old.shapes()
         if not mine.keys() & theirs.keys():
             raise ValueError(
-                f"{new.name} and {old.name} have no names in common: {some(list(mine), 2)} and {some(list(theirs), 2)}"
+                f"{new.name} and {old.name} have no names in common: {some(list(mine), 2)} in the one, and "
+                f"{some(list(theirs), 2)} in the other. Give two whole models, of which one was trained from the other"
             )
         rules = wanted if wanted is None or isinstance(wanted, str) else tuple(wanted)
         self.unchanged: list[str] = []

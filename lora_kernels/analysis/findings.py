@@ -71,7 +71,8 @@ class LayerReport:
     amplification: Amplification | None = None
     """How much ΔW amplifies W in its own directions."""
     phi_weight: float | None = None
-    """φ(rank, rank) of the right singular vectors of W and ΔW. That of random ones is rank / K."""
+    """φ(rank, rank) of the right singular vectors of W and ΔW. That of random ones is rank / K.
+    NaN for a W of a lower rank than ΔW."""
     intruders: Intruders | None = None
     """The directions of W + ΔW that W does not have; None where they were not asked for."""
     comparison: Comparison | None = None

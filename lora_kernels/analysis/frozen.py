@@ -17,6 +17,8 @@ _ONCE = 1 << 26
 """A dense weight of at most so many elements, 256 MB in fp32, is converted once for all products."""
 EXACT = 512
 """Where the smaller side of W is at most this, its singular values are those of the eigenvalue problem of that side."""
+_LEAST, _MOST = 1e-12, 1e18
+"""Between these, a norm that was computed in fp32 is right."""
 _STEPS, _MORE = 4, 8
 """The blocks of a Krylov space, and the columns in each beyond the vectors that are wanted."""
 
@@ -28,6 +30,12 @@ class Leading(NamedTuple):
     """Singular values [k], from the largest on."""
     v: Tensor
     """Right singular vectors [K, k]."""
+
+    @property
+    def rank(self) -> int:
+        """How many of the vectors W has: those whose singular value is above 10⁻⁶ of the largest. Others, of a W of a
+        lower rank, are arbitrary."""
+        return int((self.s > 1e-6 * self.s[0]).sum())
 
 
 class FrozenWeight:
@@ -63,6 +71,9 @@ class FrozenWeight:
         rows = (torch.linalg.vector_norm(block, dim=1).double() for _, block in self._blocks())
         self.norm = math.sqrt(sum(each.square().sum().item() for each in rows))
         """‖W‖_F."""
+        if not _LEAST < self.norm < _MOST:  # squares of such numbers are no numbers of fp32
+            parts = (part for _, block in self._blocks() for part in block.split(_ROWS))
+            self.norm = math.hypot(*(torch.linalg.vector_norm(part.double()).item() for part in parts))
         if not math.isfinite(self.norm):
             raise ValueError(f"the weight {self.shape} has values that are NaN or infinite")
 

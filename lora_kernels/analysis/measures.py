@@ -1,6 +1,6 @@
 """Numbers that describe a spectrum σ₁ ≥ σ₂ ≥ … ≥ 0: how many directions an update really uses.
 
-They are functions of the singular values alone. That of an update which is zero are 0.
+They are functions of the singular values alone. Each of them is 0 for an update that is zero.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ def energy_rank(s: Tensor, energy: float) -> int:
     if not 0 < energy <= 1:
         raise ValueError(f"energy={energy} must be above 0 and at most 1: the part of ‖ΔW‖² that is kept")
     s = s[s > 0].double()
-    if s.numel() == 0:
-        return 0
-    sums = (s / s[0]).square().cumsum(0)
-    return min(int((sums < energy * sums[-1]).sum()) + 1, s.numel())
+    return least_rank((s / s[:1]).square(), energy)
+
+
+def least_rank(squares: Tensor, energy: float) -> int:
+    """Return the least k with Σ_{i≤k} cᵢ ≥ energy · Σc for `squares` c₁ ≥ c₂ ≥ …, of fp64; 0 where there are none, or
+    all are zero."""
+    # The sum of what is left out is exact where nothing is left, which a sum of what is kept is not.
+    left = squares.flip(0).cumsum(0).flip(0)
+    return int((left > left[0] - energy * left[0]).sum()) if len(left) else 0

@@ -15,7 +15,7 @@ from lora_kernels.analysis.rank_report import RankedLayer, RankReport
 from lora_kernels.analysis.resize import size_of
 from lora_kernels.analysis.stored import (
     StoredAdapter,
-    Update,
+    StoredUpdate,
     exact_rules,
     rank_fields,
     read_stored,
@@ -29,7 +29,7 @@ HOW = ("svd", "concat", "weights")
 _RULES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 """The fields of a config that choose layers."""
 
-Piece = tuple[float, Update]
+Piece = tuple[float, StoredUpdate]
 """An update of an adapter and the number it is multiplied with, the adapter's weight times s."""
 
 
@@ -155,9 +155,9 @@ def _merged(
         if how == "concat":
             made = [(a.to(dtype), b.to(dtype)) for a, b in whole]
         elif how == "weights":
-            made = [_summed(name, each, dtype) for each in pieces]
+            made = [_summed(each, dtype) for each in pieces]
         else:
-            found = [spectra_of(Update("", "", a, b, 1.0), name) for a, b in whole]
+            found = [spectra_of(StoredUpdate("", "", a, b, 1.0), name) for a, b in whole]
             k = kept_rank([s for each in found for _, s, _ in each], *keep)
             made = [balanced(each, k, dtype) for each in found]
     except ValueError as error:
@@ -178,11 +178,11 @@ def _side_by_side(pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
     return a, torch.cat([c * update.b.double() for c, update in pieces], dim=2)
 
 
-def _summed(name: str, pieces: Sequence[Piece], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _summed(pieces: Sequence[Piece], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the weighted sums of the A and of the B. The sign of a weight goes to A."""
     ranks = sorted({update.a.shape[1] for _, update in pieces})
     if len(ranks) > 1:
-        raise ValueError(f'{name} has the ranks {ranks}, and how="weights" adds matrices of one rank: take "svd"')
+        raise ValueError(f'its ranks are {ranks}, and how="weights" adds matrices of one rank: take "svd"')
     a = sum((math.copysign(math.sqrt(abs(c)), c) * u.a.double() for c, u in pieces), start=torch.zeros(()))
     b = sum((math.sqrt(abs(c)) * u.b.double() for c, u in pieces), start=torch.zeros(()))
     return a.to(dtype), b.to(dtype)

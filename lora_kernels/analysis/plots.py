@@ -141,7 +141,8 @@ def plot_spectra(
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
             figure.legend(loc="outside right upper", frameon=False)
-        write(figure, path, title, dpi)
+        axis.set_title(title)  # over the axes, since a legend may stand beside them
+        write(figure, path, "", dpi)
 
 
 def plot_layers(
@@ -163,9 +164,9 @@ def plot_layers(
             positive numbers over more than a factor of 30 get a logarithmic scale of colours.
         path: the file to write, in a folder that exists.
         blocks, modules: their names.
-        label: what the numbers are, beside the colour bar.
+        label: what the numbers are, above the map.
         title, dpi: as for `plot_similarity`.
-        reference: a number that the colour bar marks, such as r, or the value of random subspaces.
+        reference: a number that a line in the colour bar marks, such as 1, or the value of random subspaces.
         limits: the ends of a linear scale of colours, such as (0, 1). None takes them from the values.
 
     Raises ValueError for values of another shape, and a suffix that is no format.
@@ -192,8 +193,11 @@ def plot_layers(
     with figures() as new:
         upright = all(len(name) * 0.07 < cell * step_of(len(blocks), cell) for name in blocks)
         below = 0.45 if upright else 0.35 + 0.065 * max(map(len, map(short, blocks)))
+        if reference is not None:
+            label = f"{label} (orange line: {number(reference)})"
         width, height = max(len(blocks) * cell, 1.0), max(len(modules) * 0.28, 0.9)
-        figure = new((width + names + 1.3, height + below + 0.2 + 0.25 * bool(title)))
+        wide = max(width + names + 0.9, 0.085 * len(label))
+        figure = new((wide, height + below + 0.25 + 0.2 + 0.25 * bool(title)))
         axis = figure.subplots()
         drawn = axis.imshow(np.ma.masked_invalid(value), cmap=_MAP, norm=norm, aspect="auto", interpolation="nearest")
         hatch(axis)
@@ -205,7 +209,8 @@ def plot_layers(
         axis.tick_params(length=2)
         axis.set_xlabel("block")
         _number_cells(axis, value, drawn, cell)
-        bar = figure.colorbar(drawn, ax=axis, label=label, aspect=max(8, height / 0.12), pad=0.02)
+        axis.set_title(label, loc="right")
+        bar = figure.colorbar(drawn, ax=axis, aspect=max(8, height / 0.12), pad=0.02)
         if reference is not None:
             bar.ax.axhline(reference, color="#D55E00", linewidth=2, clip_on=False)
         write(figure, path, title, dpi)
@@ -269,9 +274,12 @@ def _draw_in_order(figure: Figure, axis: Axes, lines: Mapping[str, Any]) -> None
 
 
 def _number_cells(axis: Axes, value: Any, drawn: Any, cell: float) -> None:
-    """Write the numbers into the cells of a map, where the cells are wide enough for all of them."""
-    texts = [["" if math.isnan(v) else "∞" if math.isinf(v) else number(v) for v in row] for row in value.tolist()]
-    if max(len(text) for row in texts for text in row) * 0.062 > cell:
+    """Write the numbers into the cells of a map, with three or two digits, where the cells are wide enough for all."""
+    for digits in (3, 2):
+        texts = [["" if math.isnan(v) else number(v, digits) for v in row] for row in value.tolist()]
+        if max(len(text) for row in texts for text in row) * 0.062 <= cell:
+            break
+    else:
         return
     for y, row in enumerate(texts):
         for x, text in enumerate(row):

@@ -80,12 +80,12 @@ class RankReport:
 
     def _total(self) -> str:
         count = f"{len(self.layers)} layer" + "s" * (len(self.layers) != 1)
-        return f"{count}, {self.parameters:,} parameters, error over all {self.error:.2e}"
+        return f"{count}, {self.parameters:,} parameters, error over all {self.error:.3g}"
 
     def _rows(self) -> list[list[str]]:
         if len(self.layers) <= _MOST_LINES:
             head = ["layer", "size", "rank before", "rank", "‖ΔW‖", "error"]
-            return [head, *([*_words(layer), f"{layer.norm:.3g}", f"{layer.error:.2e}"] for layer in self.layers)]
+            return [head, *([*_words(layer), f"{layer.norm:.3g}", f"{layer.error:.3g}"] for layer in self.layers)]
         groups: dict[tuple[str, str], list[RankedLayer]] = {}
         for layer in self.layers:
             groups.setdefault((layer.name.rpartition(".")[2], layer.size), []).append(layer)
@@ -94,7 +94,7 @@ class RankReport:
             ranks = [_span([str(each) for each in sorted(getattr(g, key) for g in group)]) for key in ("before", "r")]
             numbers = [
                 _span([f"{value:{how}}" for value in sorted(getattr(layer, key) for layer in group)])
-                for key, how in (("norm", ".3g"), ("error", ".2e"))
+                for key, how in (("norm", ".3g"), ("error", ".3g"))
             ]
             rows.append([f"{name} ({len(group)})", size, *ranks, *numbers])
         return [["layers", "size", "rank before", "rank", "‖ΔW‖", "error"], *rows]

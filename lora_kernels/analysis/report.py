@@ -28,12 +28,12 @@ class Report(Findings):
 
     def table(self, every: bool | None = None) -> str:
         """Return the report as text: a line for each module, and for each layer if `every`. None shows the layers where
-        they are at most 40. Raises ImportError where rich is not installed."""
+        they are at most 16. Raises ImportError where rich is not installed."""
         return report_table.as_text(self, every)
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """Yield what rich prints."""
-        yield from report_table.renderables(self)
+        yield from report_table.renderables(self, None, options.max_width)
 
     def to_json(self) -> str:
         """Return the report as JSON. Its numbers are in full precision, and null stands for NaN and infinity."""

@@ -14,6 +14,8 @@ from lora_kernels.models.targets import some
 
 _WIDTH = 160
 """Columns of a table as text."""
+_GAP = 3
+"""The columns of a terminal between two columns of a table."""
 _FEW = 16
 """The most layers that are shown one by one without being asked for."""
 
@@ -62,14 +64,15 @@ def as_text(report: Findings, every: bool | None = None) -> str:
     """Return the tables as text of at most 160 columns. Raises ImportError where rich is not installed."""
     out = io.StringIO()
     console = _rich("rich.console").Console(file=out, width=_WIDTH, color_system=None, highlight=False)
-    for each in renderables(report, every):
+    for each in renderables(report, every, _WIDTH):
         console.print(each)
     lines = (line.rstrip() for line in out.getvalue().splitlines())
     return "\n".join(lines).strip("\n")
 
 
-def renderables(report: Findings, every: bool | None = None) -> Iterator[Any]:
-    """Yield what rich prints: the tables and the notes. Raises ImportError where rich is not installed."""
+def renderables(report: Findings, every: bool | None, width: int) -> Iterator[Any]:
+    """Yield what rich prints: the tables and the notes. A table that is wider than `width` is divided into several.
+    Raises ImportError where rich is not installed."""
     text = _rich("rich.text").Text  # names may look like rich's markup
     modules: dict[str, list[LayerReport]] = {}
     for layer in report.layers:
@@ -86,9 +89,9 @@ def renderables(report: Findings, every: bool | None = None) -> Iterator[Any]:
             continue
         yield text(title, style="bold")
         if not each or (every and len(modules) < len(report.layers)):
-            yield _table("module", known, modules.items())
+            yield from _tables("module", known, list(modules.items()), width)
         if each:
-            yield _table("layer", known, ((layer.name, [layer]) for layer in report.layers))
+            yield from _tables("layer", known, [(layer.name, [layer]) for layer in report.layers], width)
     for note in _notes(report):
         yield text(note)
     if not each:
@@ -96,6 +99,26 @@ def renderables(report: Findings, every: bool | None = None) -> Iterator[Any]:
             "Of each module: the median of its layers and their range, and the largest of r and of the ranks. "
             "--layers, or report.table(every=True), shows each layer."
         )
+
+
+def _tables(
+    first: str, columns: Sequence[Column], lines: Sequence[tuple[str, Sequence[LayerReport]]], width: int
+) -> Iterator[Any]:
+    """Yield tables of some of the columns each, as many as have room beside the names."""
+    names = 2 + max(len(first), *(len(some([name])) for name, _ in lines))  # with a blank at each edge
+    if first == "module":
+        names += _GAP + len("layers")
+    part: list[Column] = []
+    used = names
+    for column in columns:
+        texts = [column.title, *(_cell(column, layers) for _, layers in lines)]
+        own = _GAP + max(len(line) for text in texts for line in text.split("\n"))
+        if part and used + own > width:
+            yield _table(first, part, lines)
+            part, used = [], names
+        part.append(column)
+        used += own
+    yield _table(first, part, lines)
 
 
 def _table(first: str, columns: Sequence[Column], lines: Iterable[tuple[str, Sequence[LayerReport]]]) -> Any:

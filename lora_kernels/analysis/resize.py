@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels.analysis import progress
 from lora_kernels.analysis.rank_report import RankedLayer, RankReport
-from lora_kernels.analysis.stored import StoredAdapter, Update, rank_fields, read_stored, write_stored
+from lora_kernels.analysis.stored import StoredAdapter, StoredUpdate, rank_fields, read_stored, write_stored
 from lora_kernels.analysis.truncate import balanced, check_rank, distance, kept_rank, spectra_of
 from lora_kernels.models.adapter_files import Parts
 
@@ -60,7 +60,9 @@ def resize_adapter(
     return RankReport(layers, _notes(stored), fields, parts)
 
 
-def _resized(name: str, updates: Sequence[Update], r: int | None, energy: float | None) -> tuple[RankedLayer, Parts]:
+def _resized(
+    name: str, updates: Sequence[StoredUpdate], r: int | None, energy: float | None
+) -> tuple[RankedLayer, Parts]:
     """Return what becomes of a layer, and its parts in the file."""
     found = [spectra_of(update, name) for update in updates]
     scales = [abs(update.scale) for update in updates]
@@ -79,7 +81,7 @@ def _resized(name: str, updates: Sequence[Update], r: int | None, energy: float 
     return RankedLayer(name, size_of(updates), updates[0].a.shape[1], k, norm, math.hypot(*far)), parts
 
 
-def size_of(updates: Sequence[Update]) -> str:
+def size_of(updates: Sequence[StoredUpdate]) -> str:
     """Return the size of a layer's update as reports show it."""
     sizes = {f"{each.a.shape[2]} → {each.b.shape[1]}": None for each in updates}
     return f"{len(updates[0].a)} × " * updates[0].stacked + ", ".join(sizes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.core import atomic
-from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, checked_config, pattern_for
+from lora_kernels.models.adapter_config import CONFIG, AdapterConfig, checked_config, pattern_for, read_fields
 from lora_kernels.models.adapter_files import (
     MAGNITUDE,
     PEFT_KEY,
@@ -38,7 +38,7 @@ depend on them."""
 
 
 @dataclass(frozen=True)
-class Update:
+class StoredUpdate:
     """One low-rank update s·B A of a layer, or a stack of E updates where the layer holds E experts."""
 
     part: str
@@ -75,7 +75,7 @@ class StoredAdapter:
     """The fields of its config as they stand in the file."""
     config: AdapterConfig
     """The same fields, checked."""
-    layers: dict[str, list[Update]]
+    layers: dict[str, list[StoredUpdate]]
     """The updates of each layer by its plain name. They share one rank. Experts have one for each parameter, and an
     nn.MultiheadAttention has one for each projection; every other layer has one."""
     others: dict[str, Tensor] = field(default_factory=dict)
@@ -105,9 +105,16 @@ def read_stored(directory: str | os.PathLike[str], to_write: bool = True) -> Sto
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}, or it is no directory of an adapter")
     with one_save(directory):
-        fields, tensors = _fields(directory / CONFIG), read_weights(directory / WEIGHTS)
+        fields = read_fields(directory / CONFIG)
+        if isinstance(fields, dict) and (kind := fields.get("peft_type", "LORA")) != "LORA":
+            raise ValueError(
+                f"{directory / CONFIG}: peft_type is {kind!r:.200}, and only the updates of 'LORA' are read. Merge the "
+                "adapter into its model with merge_and_unload(), and extract_lora(merged, base, ...) makes LoRA of it"
+            )
+        tensors = read_weights(directory / WEIGHTS)
     beside = _BESIDE if to_write else (*_BESIDE, "init_lora_weights")
-    config = checked_config({k: v for k, v in fields.items() if k not in beside}, directory / CONFIG)
+    known = {k: v for k, v in fields.items() if k not in beside} if isinstance(fields, dict) else fields
+    config = checked_config(known, directory / CONFIG)
     if config.rules.ensure_weight_tying and to_write:
         raise ValueError(
             f"{directory}: ensure_weight_tying is set, so a head shares the adapter of an embedding, and the two would "
@@ -178,18 +185,6 @@ def _whole(number: float) -> float:
     return int(number) if float(number).is_integer() else number
 
 
-def _fields(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(atomic.contents(path))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is cut short or not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}, and must hold the fields of a config")
-    return fields
-
-
 def _keys(layers: Mapping[str, Parts]) -> list[str]:
     return [f"{_PREFIX}{name}.{part}" for name, parts in layers.items() for part in parts if part != MAGNITUDE]
 
@@ -201,7 +196,7 @@ def _names_in_patterns(name: str, config: AdapterConfig) -> list[str]:
     return [f"{name}.{parameter}" for module, _, parameter in named if matches([module], name)] or [name]
 
 
-def _updates(name: str, parts: Parts, config: AdapterConfig, directory: Path, to_write: bool) -> list[Update]:
+def _updates(name: str, parts: Parts, config: AdapterConfig, directory: Path, to_write: bool) -> list[StoredUpdate]:
     """Return the updates of a layer. Raises ValueError where they do not have the rank of the config."""
     key = _names_in_patterns(name, config)[0]
     r, experts = config.rank(key), key != name
@@ -225,8 +220,8 @@ def _updates(name: str, parts: Parts, config: AdapterConfig, directory: Path, to
         if experts and a.ndim == 2:
             E = a.shape[0] // r
             a, b = a.view(E, r, -1), b.view(-1, r, E).permute(2, 0, 1)
-            updates.append(Update(first, second, a, b, scale, stacked=True))
+            updates.append(StoredUpdate(first, second, a, b, scale, stacked=True))
         else:
             tails = tuple(a.shape[2:]), tuple(b.shape[2:])
-            updates.append(Update(first, second, a.flatten(1)[None], b.flatten(1)[None], scale, tails))
+            updates.append(StoredUpdate(first, second, a.flatten(1)[None], b.flatten(1)[None], scale, tails))
     return updates

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.analysis.delta import DeltaSVD, delta_svd
-from lora_kernels.analysis.stored import Update
+from lora_kernels.analysis.measures import least_rank
+from lora_kernels.analysis.stored import StoredUpdate
 
 
 def check_rank(r: int | None, energy: float | None) -> None:
@@ -31,13 +32,11 @@ def kept_rank(spectra: Sequence[Tensor], r: int | None, energy: float | None) ->
         squares = torch.zeros(most, dtype=torch.float64)
         for s in spectra:
             squares[: len(s)] += s.cpu().double().square()
-        # The sum of what is left out is exact where nothing is left, which a sum of what is kept is not.
-        left = squares.flip(0).cumsum(0).flip(0)
-        k = min(k, int((left > (1 - energy) * left[0]).sum()))
+        k = min(k, least_rank(squares, energy))
     return max(k, 1)
 
 
-def spectra_of(update: Update, name: str) -> list[DeltaSVD]:
+def spectra_of(update: StoredUpdate, name: str) -> list[DeltaSVD]:
     """Return the decomposition of each product B A of an update, without its s. Raises ValueError, which names the
     layer, for values that are not finite."""
     try:

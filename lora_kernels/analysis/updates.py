@@ -23,18 +23,20 @@ from lora_kernels.models.adapter_files import (
     read_weights,
 )
 from lora_kernels.models.adapter_files import pairs as part_pairs
-from lora_kernels.models.pairs import ATTENTION, CONV, EMBEDDING, EXPERTS, LINEAR, Pair, pairs
+from lora_kernels.models.pairs import ATTENTION, CONV, EMBEDDING, EXPERTS, LINEAR, Pair, pairs, told_others
 from lora_kernels.models.targets import matches, some
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.attention import OUT_PROJ_COUNTED
+from lora_kernels.nn.residual import ResLoRALinear
 from lora_kernels.nn.settings import scaling_of
 from lora_kernels.ops.embedding_passes import without_row
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 """A model with adapters, a state dict, the directory of an adapter, or a file of loralib."""
 
-_OUT_PROJ = 2
-"""The factor with which PEFT 0.19 to 0.21 compute the update of an attention's out_proj, which they add twice."""
-_CHANGES_BASE = ("pissa", "olora", "loftq", "lq_lora", "corda", "lora_ga", "milora")
+_RESTARTED = ("restarted", "relora")
+"""What a restart writes into layers of this package, and into PEFT's configs."""
+_CHANGES_BASE = ("pissa", "olora", "loftq", "lq_lora", "corda", "lora_ga", "milora", *_RESTARTED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +113,26 @@ def _of_model(model: nn.Module, name: str | None) -> Updates:
     source, found = f"the {type(model).__name__}", pairs(model, name)
     adapters = list(dict.fromkeys(pair.adapter for pair in found))
     if not found:
-        raise ValueError(f"{source} has no layer with an adapter: apply_lora or load_adapter gives it some")
+        others = told_others(model)
+        raise ValueError(f"{source} has no update s·B A: apply_lora or load_adapter gives it some{others}")
     if len(adapters) > 1:
         raise ValueError(f"{source} has several adapters: choose one of {some(adapters)} by its name")
     label = f"{source}, adapter {adapters[0]!r}" if adapters[0] else source
-    started = sorted({init for pair in found if (init := getattr(pair.layer, "init", "")) in _CHANGES_BASE})
-    return Updates(label, [update for pair in found for update in _of_pair(pair)], tuple(map(_started, started)))
+    started = {getattr(pair.layer, "init", "") for pair in found} | {
+        config.init_lora_weights
+        for module in model.modules()
+        if isinstance(configs := getattr(module, "peft_config", None), dict)
+        for key, config in configs.items()
+        if key in adapters and hasattr(config, "init_lora_weights")
+    }
+    texts = sorted(init for init in started if isinstance(init, str) and _took_part(init))
+    notes = [_started(label, init) for init in texts]
+    if any(getattr(pair.layer, "structure", "bs") != "bs" for pair in found):
+        notes.append(
+            f"the layers of {label} read activations of earlier blocks too (ResLoRA): the numbers are those of each "
+            "layer's own s·B A, without these shortcuts"
+        )
+    return Updates(label, [update for pair in found for update in _of_pair(pair)], tuple(notes))
 
 
 def _of_pair(pair: Pair) -> Iterator[Update]:
@@ -127,6 +143,9 @@ def _of_pair(pair: Pair) -> Iterator[Update]:
     if pair.a.is_meta or hasattr(pair.a, "placements") or hasattr(pair.b, "placements"):
         raise ValueError(f"A and B of {layer} are sharded or have no values here: gather the state, and pass that")
     a, b = pair.a.detach(), pair.as_b(pair.b.detach())
+    if isinstance(pair.layer, ResLoRALinear) and pair.layer.structure == "bs":  # it adds those of earlier layers too
+        a, of_b = (factor.detach() for factor in pair.layer.factors())
+        b = of_b[None]
     if pair.kind == EMBEDDING and isinstance(pair.layer, AdapterLayer):
         a = without_row(a, cast(Any, pair.layer).padding_idx)  # which that layer does not adapt, whatever A holds there
     a = pair.as_a(a)
@@ -157,14 +176,15 @@ def _of_directory(directory: Path) -> Updates:
             name = f"{layer}.out_proj" if of_out else layer
             kind = EMBEDDING if "embedding" in each.part else CONV if any(each.tails) else LINEAR
             kind = EXPERTS if experts else ATTENTION if of_out or len(own) > 1 else kind
-            scale = each.scale * (_OUT_PROJ if of_out else 1)
+            scale = each.scale * (OUT_PROJ_COUNTED if of_out else 1)
             for e, (a, b) in enumerate(zip(each.a, each.b, strict=True)):
                 full, expert = (f"{name}.{part}[{e}]", e) if experts else (name, -1)
                 updates.append(Update(full, kind, a, b, scale, dora, None, name, part * experts, expert))
     beside = sorted({key for key in stored.others if MAGNITUDE not in key})
-    notes = [f"not looked at, since it is no low-rank update: {some(beside)}"] if beside else []
+    notes = [_beside(str(directory), beside)] if beside else []
     init = stored.fields.get("init_lora_weights")
-    notes += [_started(init)] if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE) else []
+    if isinstance(init, str) and _took_part(init):
+        notes.append(_started(str(directory), init))
     return Updates(str(directory), updates, tuple(notes), bool(stored.fields.get("fan_in_fan_out")))
 
 
@@ -196,7 +216,7 @@ def _of_state(state: Mapping[str, Tensor], source: str, lora_alpha: float | None
         for each in _of_parts(name, parts, lora_alpha, source)
     ]
     beside = sorted(set(state) - set(own))
-    notes = [f"not looked at, since it is no low-rank update: {some(beside)}"] if beside else []
+    notes = [_beside(source, beside)] if beside else []
     return Updates(source, updates, tuple(notes))
 
 
@@ -214,8 +234,19 @@ def _of_parts(name: str, parts: Parts, lora_alpha: float, source: str) -> Iterat
         yield Update(name, kind, a, b, scale, MAGNITUDE in parts, layer=name)
 
 
-def _started(init: str) -> str:
+def _took_part(init: str) -> bool:
+    """Return whether an adapter with this initialisation is no update of the first W."""
+    return init.lower().startswith(_CHANGES_BASE)
+
+
+def _started(source: str, init: str) -> str:
+    if init in _RESTARTED:
+        return f"{source} was restarted (ReLoRA): its ΔW is that of the last cycle, and W holds the earlier ones"
     return (
-        f"it started as {init!r}, which took a part out of W: its ΔW is an update of the W that is left, and what "
-        "training has changed is not ΔW alone"
+        f"{source} started with init {init!r}, which took a part out of W. So ΔW is an update of the W that was left, "
+        "and not what training alone has changed"
     )
+
+
+def _beside(source: str, keys: list[str]) -> str:
+    return f"{source} holds more than low-rank updates, which is not looked at: {some(keys)}"

@@ -127,7 +127,8 @@ def read_fields(path: Path) -> Any:
     try:
         return json.loads(atomic.contents(path), object_pairs_hook=_without_doubles)
     except (FileNotFoundError, NotADirectoryError):
-        more = f": {path.parent} is a file, and must be the directory of an adapter" if path.parent.is_file() else ""
+        what = "a file, and must be" if path.parent.is_file() else "not"
+        more = f": {path.parent} is {what} the directory of an adapter" if path.parent.exists() else ""
         raise FileNotFoundError(f"there is no {path}{more}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is cut short or not JSON ({error}); nothing was loaded") from error
@@ -138,7 +139,7 @@ def checked_config(config: Any, path: Path | str) -> AdapterConfig:
     come from. Raises ValueError as `read_config` does."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path}: peft_type is {kind!r:.200}; only 'LORA' is supported")
+        raise ValueError(f"{path}: peft_type is {kind!r:.200}; only 'LORA' is supported. {_way_out(None)}")
     bad = [f"{k}={config[k]!r:.200}" for k, ok in _SUPPORTED.items() if k in config and config[k] not in ok]
     if bad:
         raise ValueError(f"{path}: not supported: {', '.join(bad)}. {_way_out(config.get('init_lora_weights'))}")
@@ -176,6 +177,11 @@ def checked_config(config: Any, path: Path | str) -> AdapterConfig:
 
 def _way_out(init: Any) -> str:
     """Return what to do with the file of an adapter that `init` has initialised, and that is not supported."""
+    if init == "relora":
+        return (
+            "The adapter was restarted (ReLoRA), and its earlier updates are in the base weights of its training, "
+            "which the file does not hold: load the state_dict of the whole model"
+        )
     if init not in _LOST_BASE:
         return "Load it with PEFT (PeftModel.from_pretrained), then lora_kernels.fuse(model)"
     return (

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
+from lora_kernels.models.targets import told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer
+from lora_kernels.nn.attention import OUT_PROJ_COUNTED
 from lora_kernels.nn.tied import TiedLoRALinear
 
 LINEAR, EMBEDDING, CONV, EXPERTS, ATTENTION = "linear", "embedding", "conv", "experts", "attention"
@@ -24,9 +26,6 @@ LINEAR, EMBEDDING, CONV, EXPERTS, ATTENTION = "linear", "embedding", "conv", "ex
 
 _PLAIN_VARIANTS = ("Dora", "ALora", "Velora", "MiCA")
 """How the names of those variants of PEFT's LoRA begin whose update is s·B A."""
-
-_COUNTED_TWICE = 2
-"""PEFT 0.19 to 0.21 merge the update of an attention's out_proj twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +93,17 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
     """Return every low-rank update of `model`, in the order of its modules.
 
     `adapter` chooses one of PEFT's adapters by its name; None takes all of them. Layers of other methods of PEFT than
-    LoRA (AdaLoRA, LoHa, VeRA, ...), and of this package whose factors belong to many layers (VeRA, Tied-LoRA), have no
-    such updates and are left out. A head that is tied to an embedding and
-    shares its adapter has none of its own either: the update of both is the embedding's.
+    LoRA (AdaLoRA, LoHa, VeRA, ...), and layers of this package whose factors belong to many layers (VeRA, Tied-LoRA),
+    have no such updates and are left out. A head that is tied to an embedding and shares its adapter has none of its
+    own either: the update of both is the embedding's.
 
     Raises:
         ValueError: for a variant of PEFT's LoRA whose update is no s·B A (KaSA, BD-LoRA, QA-LoRA, Arrow, MonteCLoRA);
             where A or B of a layer is no parameter of its own, because it is parametrised, pruned or flattened.
         KeyError: where the model has adapters of PEFT, and none is called `adapter`.
+        TypeError: where `model` is no module.
     """
+    check_module(model)
     own = {id(layer): name for name, layer in lora_layers(model).items()}
     peft = sys.modules.get("peft.tuners.lora.layer")  # no layer is PEFT's while nobody has imported it
     found: list[Pair] = []
@@ -113,13 +114,33 @@ def pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
         elif peft is not None and isinstance(module, peft.LoraLayer):
             if isinstance(module, peft.MultiheadAttention):
                 twice.add(id(module.get_base_layer().out_proj))  # type: ignore[no-untyped-call, operator]
-            found += _of_peft(name, module, _COUNTED_TWICE if id(module) in twice else 1)
+            found += _of_peft(name, module, OUT_PROJ_COUNTED if id(module) in twice else 1)
     names = list(dict.fromkeys(pair.adapter for pair in found if pair.adapter))
     if adapter is not None and names and adapter not in names:
         raise KeyError(f"no adapter is called {adapter!r}; the model has {', '.join(names)}")
     tables = [pair for pair in found if pair.kind == EMBEDDING]
     chosen = [pair for pair in found if adapter is None or pair.adapter in (adapter, "")]
     return [pair for pair in chosen if not _tied(pair, tables)]
+
+
+def check_module(model: Any) -> None:
+    """Raise TypeError where `model` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module with adapters, got a {type(model).__name__}")
+
+
+def told_others(model: nn.Module) -> str:
+    """Return the end of an error that finds no pair in `model`: the layers with adapters of other methods, such as
+    VeRA; "" where there are none."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    lora = sys.modules.get("peft.tuners.lora.layer")
+    kinds: dict[str, str] = {}
+    for name, _, module in plain_names(model):
+        shared = isinstance(module, AdapterLayer) and "lora_u" in module._parameters
+        of_peft = tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+        if shared or (of_peft and not (lora is not None and isinstance(module, lora.LoraLayer))):
+            kinds[name or "the model"] = f"a {type(module).__name__}, which has no A and B of its own"
+    return f". It has adapters of another method: {told_by_reason(kinds)}" if kinds else ""
 
 
 def _of_own(name: str, layer: Any) -> Iterator[Pair]:

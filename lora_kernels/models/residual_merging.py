@@ -2,11 +2,12 @@
 
 The update of a layer with input or middle shortcuts is s · B (A_n x_n + Σ_k C_k x_{n−k}), with C_k = A_n in "is" and
 C_k = A_{n−k} in "ms". A plain LoRA layer has x_n alone. So x_{n−k} is taken to be α_k x_n, which gives
-A' = A_n + Σ_k α_k C_k, and what that is wrong by is measured.
+A' = A_n + Σ_k α_k C_k, and the error of that is measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,12 +53,14 @@ class MergedReport:
         if self.structure == "bs":
             return f'{len(self.layers)} layers of structure "bs" are plain LoRA of rank Σr now, without an error'
         width = max(len(name) for name in [*self.layers, "module"])
-        lines = [f"{'module':<{width}}  {'of y':>8}  {'of the update':>13}  α"]
+        lines = [f"{'module':<{width}}  error of y  of the update  α"]
         for name, (alphas, output, update) in self.layers.items():
             told = " ".join(f"{alpha:.3f}" for alpha in alphas)
-            lines.append(f"{name:<{width}}  {output:>8.1e}  {update:>13.1e}  {told}")
-        whole = "unknown" if self.of_model is None else f"{self.of_model:.1e}"
-        return "\n".join([*lines, f'structure "{self.structure}", how="{self.how}"; of the model\'s output: {whole}'])
+            lines.append(f"{name:<{width}}  {output:>10.2g}  {update:>13.2g}  {told}")
+        whole = "unknown" if self.of_model is None else f"{self.of_model:.2g}"
+        return "\n".join(
+            [*lines, f'structure "{self.structure}", how="{self.how}"; error of the model\'s output: {whole}']
+        )
 
 
 @torch.inference_mode(False)
@@ -84,7 +87,8 @@ def reslora_to_lora(model: nn.Module, inputs: Any = None, how: How = "fit") -> M
 
     Raises:
         ValueError: a model without ResLoRA; "is" or "ms" without inputs, or with a layer that the forward does not
-            reach; a `how` that does not go with the structure; a merged layer. The model is unchanged.
+            reach, or that reads NaN or infinite values; a `how` that does not go with the structure; a merged layer.
+            The model is unchanged.
     """
     found: dict[str, Any] = dict(lora_layers(model))
     layers: dict[str, ResLoRALinear] = {n: layer for n, layer in found.items() if isinstance(layer, ResLoRALinear)}
@@ -108,6 +112,8 @@ def reslora_to_lora(model: nn.Module, inputs: Any = None, how: How = "fit") -> M
         rows = {
             name: torch.cat(each).to(torch.promote_types(each[0].dtype, torch.float32)) for name, each in seen.items()
         }
+        if odd := [name for name, x in rows.items() if not x.numel() or not x.isfinite().all()]:
+            raise ValueError(f"with these inputs {some(odd)} read no rows, or values that are NaN or infinite")
         made, errors = dict[str, FusedLoRALinear](), dict[str, LayerError]()
         names = {id(layer): name for name, layer in layers.items()}
         for name, layer in layers.items():
@@ -214,9 +220,9 @@ def _ratio(one: float, other: float) -> float:
 
 
 def _relative(wrong: Tensor, right: Tensor) -> float:
-    """Return ‖wrong‖ / ‖right‖, and 0 where nothing is wrong."""
-    error = float(wrong.double().norm() if wrong.device.type != "mps" else wrong.norm())
-    return error / float(right.norm()) if error else 0.0
+    """Return ‖wrong‖ / ‖right‖, 0 where nothing is wrong, and infinity where only nothing would be right."""
+    error, size = (float(each.double().norm() if each.device.type != "mps" else each.norm()) for each in (wrong, right))
+    return error / size if size else math.inf if error else 0.0
 
 
 @contextmanager

@@ -27,9 +27,11 @@ _PARTS = {
 }
 """The keys of PEFT's file, and the parameters that hold their tensors."""
 
-_COUNTED_TWICE, _COUNTED = "base_layer.out_proj.lora_B.weight", 2
-"""PEFT 0.19 to 0.21 compute W₂ + 2s·B₂·A₂ from this tensor: they merge the update of out_proj twice. The parameter here
-is twice the tensor in the file, which is exact, so that both compute the same."""
+OUT_PROJ_COUNTED = 2
+"""How often PEFT 0.19 to 0.21 add the update of out_proj, because they merge it twice: they compute W₂ + 2s·B₂·A₂."""
+_COUNTED_TWICE = "base_layer.out_proj.lora_B.weight"
+"""The tensor of PEFT's file that this concerns. The parameter here is twice that tensor, which is exact, so that both
+compute the same."""
 
 
 class FusedLoRAMultiheadAttention(AdapterLayer):
@@ -245,11 +247,11 @@ class FusedLoRAMultiheadAttention(AdapterLayer):
 
     def to_file(self, key: str, value: Tensor) -> Tensor:
         """Return the value of an own parameter for PEFT's file: half of `lora_B_out`, which PEFT counts twice."""
-        return value / _COUNTED if key == _COUNTED_TWICE else value
+        return value / OUT_PROJ_COUNTED if key == _COUNTED_TWICE else value
 
     def from_file(self, key: str, value: Tensor) -> Tensor:
         """Return a value of PEFT's file as the own parameter that computes what PEFT computes with it."""
-        return value * _COUNTED if key == _COUNTED_TWICE else value
+        return value * OUT_PROJ_COUNTED if key == _COUNTED_TWICE else value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLoRAMultiheadAttention:
         """Move and convert every tensor with `fn`. Where `fn` gives memory that nobody has written, as

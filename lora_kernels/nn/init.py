@@ -1,16 +1,16 @@
 """Ways to split W [N, K] into a frozen base and the first values of an adapter s·B A, with A [r, K] and B [N, r].
 
     pissa     W = W_res + s·B A, B A the principal r singular triplets
-              (Meng, Wang and Zhang, "PiSSA", arXiv:2404.02948)
+              (Meng, Wang and Zhang, "PiSSA", 2024, arXiv:2404.02948)
     milora    W = W_res + s·B A, B A the last r singular triplets
-              (Wang, Li, Chen, Lin, Luo, Wang and Zhao, "MiLoRA", arXiv:2406.09044)
+              (Wang, Li, Chen, Lin, Luo, Wang and Zhao, "MiLoRA", 2024, arXiv:2406.09044)
     olora     W = W_res + s·B A, B A of the QR decomposition
-              (Büyükakyüz, "OLoRA", arXiv:2406.01775)
+              (Büyükakyüz, "OLoRA", 2024, arXiv:2406.01775)
     loftq     W ≈ Q + s·B A, Q in 4 or 8 bits
-              (Li, Yu, Liang, He, Karampatziakis, Chen and Zhao, "LoftQ", arXiv:2310.08659)
+              (Li, Yu, Liang, He, Karampatziakis, Chen and Zhao, "LoftQ", 2023, arXiv:2310.08659)
     lq_lora   W ≈ Q + s·B A, with the low-rank part computed first and errors optionally weighted by the Fisher
               information
-              (Guo, Greengard, Xing and Kim, "LQ-LoRA", arXiv:2311.12023)
+              (Guo, Greengard, Xing and Kim, "LQ-LoRA", 2023, arXiv:2311.12023)
 
 `lora_kernels.nn.init_gradient` has LoRA-GA, which splits W by a gradient.
 

@@ -1,5 +1,5 @@
 """LoRA-GA: the first values of an adapter from the gradient of the full weight
-(Wang, Yu and Li, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv:2407.05000).
+(Wang, Yu and Li, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", 2024, arXiv:2407.05000).
 
 With G = dL/dW [N, K] and its singular vectors U and V, the adapter starts as
 

@@ -1,7 +1,7 @@
 """First values of an adapter that leave W and the layer's output as they are: s·B A is zero.
 
     kaiming      A Kaiming-uniform(√5), B zero
-                 (Hu et al., "LoRA", arXiv:2106.09685)
+                 (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685)
     gaussian     A normal(0, 1/r²), B zero: PEFT's init_lora_weights="gaussian"
     orthogonal   A = Q₁ᵀ X₁ / 10 and B = X₂ Q₂ / 10, for the rows Q₁ and Q₂ of an orthogonal Q [r, r]: neither is zero,
                  and B A = X₂ Q₂ Q₁ᵀ X₁ / 100 is. PEFT's init_lora_weights="orthogonal"

@@ -157,7 +157,7 @@ def mixable(model: nn.Module) -> Mixable:
     if not tables:
         raise RuntimeError(
             "no layer of this model can compute each row with an adapter of its own: call lora_kernels.fuse(model) "
-            "after get_peft_model or from_pretrained"
+            "after get_peft_model or from_pretrained. Only LoRA on linear layers can (not VeRA and others)"
         )
     if len(tables) > 1:
         raise RuntimeError("this model has layers of PEFT, of this package or of a pool: mixed takes one kind of them")

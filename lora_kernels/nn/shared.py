@@ -3,8 +3,10 @@ Tied-LoRA)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, cast
 
 import torch
@@ -49,6 +51,9 @@ class SharedSettings(LoRASettings):
             raise ValueError(
                 f"use_dora={self.use_dora} and init={self.init!r} are for layers with an A and B of their own"
             )
+        for name, value in (("u (d_initial of VeRA)", self.first_u), ("v", self.first_v)):
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"the first value of {name} must be a finite number, got {value!r}")
 
 
 class SharedAdapter:
@@ -142,6 +147,12 @@ class SharedAdapter:
         raise ValueError(
             "its A and B are shared by several layers, for which the format of LoRA has no place: save_adapter and "
             "load_adapter know the formats of models whose adapted layers all share their factors"
+        )
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "nn.DataParallel makes replicas of layers one by one, whose shared A and B would stay on the first GPU: "
+            "take DistributedDataParallel"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class SharedFactors(nn.Module):
     Raises ValueError for sizes below 1 or a key that is no integer in [0, 2⁶³).
     """
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be trained later
     def __init__(
         self,
         r: int,

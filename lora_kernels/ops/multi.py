@@ -34,7 +34,7 @@ from lora_kernels.ops.autograd import (
     no_autocast,
     outlived,
 )
-from lora_kernels.ops.multi_function import LoRALinearMultiFunction, add_biases, forward
+from lora_kernels.ops.multi_function import LoRALinearMultiFunction, Unused, add_biases, forward
 from lora_kernels.quant.weight import QuantizedWeight
 
 
@@ -113,6 +113,7 @@ def _apply(
 ) -> Tensor:
     """Return y. x is [M, K]."""
     w, bias = base
+    given = adapters
     counts = rows.known_counts
     if counts is not None:
         used = rows.used
@@ -126,6 +127,10 @@ def _apply(
     elif not any(each is not None for each in adapters):
         adapters = ()
     if not adapters:
+        if torch.is_grad_enabled() and not isinstance(given, AdapterStack):
+            trained = [t for each in given if each is not None for t in each[:2] if t.requires_grad]
+            if trained:  # so that a backward can run, and DistributedDataParallel hears of each of them
+                return apply(Unused, _apply(x, base, (), rows, {}, backend), *trained)
         if backend is None and isinstance(w, Tensor):
             with no_autocast(device_type(x)):
                 return F.linear(x, as_dtype(w, x.dtype), bias)

@@ -105,6 +105,21 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         return refuse_double_backward("lora_linear_multi", grads, dy, *saved)
 
 
+class Unused(torch.autograd.Function):
+    """y of a call in which no row has an adapter, with the trained adapters in its graph. They get no gradient: None,
+    and not zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *trained: Tensor) -> Tensor:
+        """Return y."""
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return dy, and None for every adapter."""
+        return dy, *(None for _ in ctx.needs_input_grad[1:])
+
+
 def _adapters(
     n: int, tensors: Sequence[Tensor | None], scale: Sequence[float], p: Sequence[float]
 ) -> list[Adapter | None]:

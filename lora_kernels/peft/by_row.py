@@ -95,8 +95,12 @@ def forward_in(context: Mixed, layer: Any, x: Tensor, args: Any, kwargs: Mapping
     kwargs = {key: value for key, value in kwargs.items() if key not in KEYWORDS}
     counts = context.rows.known_counts
     numbers = [(name, i) for name, i in context.table.items() if counts is None or counts[i]]
+    unused = not numbers and layer.training and torch.is_grad_enabled()
+    if unused:  # a backward needs a graph, in which those that are trained get no gradient
+        numbers = list(context.table.items())
     operands = "" if layer.disable_adapters else layer.read(x, args, kwargs, [name for name, _ in numbers], True)
-    if operands == "":  # none of these adapters is in this layer
+    if operands == "" or (unused and (isinstance(operands, str) or operands.activated)):
+        # none of these adapters is in this layer, or there is none that could have rows
         return layer.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
     if not isinstance(operands, str) and operands.activated and context.rows.per_sample:
         operands = "an activated LoRA needs an id for each token, and mixed was given one for each sample"

@@ -66,5 +66,5 @@ def _show(report: Report, every: bool | None) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    for each in renderables(report, every):
+    for each in renderables(report, every, console.width):
         console.print(each)

@@ -41,18 +41,24 @@ class Update:
 
     def norm(self) -> float:
         """Return ‖s·B A‖ of the whole update, from products of R × R matrices."""
-        pair, wide = self.pair, merging.wide_dtype(self.w.device)
-        a, b = pair.as_a(sharded.whole(pair.a)).to(wide), pair.as_b(sharded.whole(pair.b)).to(wide)
+        a, b = (factor.to(merging.wide_dtype(self.w.device)) for factor in self._factors())
         squares = ((b.mT @ b) * (a @ a.mT)).sum().item()  # ‖B A‖² = tr(BᵀB A Aᵀ)
-        return float(abs(pair.scale) * max(squares, 0.0) ** 0.5)
+        return float(abs(self.pair.scale) * max(squares, 0.0) ** 0.5)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return the whole A [groups, R, K] and B [groups, N, R]. Every process that has a part of them makes this
+        call."""
+        pair = self.pair
+        a, b = pair.as_a(sharded.whole(pair.a)), pair.as_b(sharded.whole(pair.b))
+        if pair.kind == EMBEDDING and (row := getattr(pair.layer, "padding_idx", None)) is not None:
+            a = without_row(a[0].t(), row).t()[None]  # a layer of ours passes over the update of this row
+        return a, b
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """Return left [G, P, R] and right [G, R, Q], whose product belongs to `w`: B and A, or Aᵀ and Bᵀ. Every process
         that has a part of them makes this call."""
         pair = self.pair
-        a, b = pair.as_a(sharded.whole(pair.a)), pair.as_b(sharded.whole(pair.b))
-        if pair.kind == EMBEDDING and (row := getattr(pair.layer, "padding_idx", None)) is not None:
-            a = without_row(a[0].t(), row).t()[None]  # a layer of ours passes over the update of this row
+        a, b = self._factors()
         if pair.kind == CONV:
             order = _in_memory(self.weight)
             inside = a.view(*a.shape[:2], *self.weight.shape[1:])
@@ -85,7 +91,10 @@ class Update:
                 master[place].copy_(total)
             self.w[place].copy_(total if master is None else master[place])
             # What has arrived in W, less what should have.
-            lost += total.copy_(self.w[place]).sub_(before).sub_(change).square_().sum()
+            rounded = total.copy_(self.w[place]).sub_(before).sub_(change)
+            most = torch.linalg.vector_norm(rounded, torch.inf)
+            if most > 0:  # squares of what is not divided by it may be too small for fp32
+                lost += rounded.div_(most).square_().sum() * most.to(lost.dtype).square()
         return sharded.summed(lost.item(), self.weight)
 
     def _sums(self, start: Tensor, sides: tuple[Tensor, Tensor]) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
@@ -98,7 +107,7 @@ class Update:
         for g in range(G):
             left, right = (side[g].to(wide) for side in sides)
             left = left * self.pair.scale
-            for first in range(0, P, rows):
+            for first in range(0, P if Q else 0, rows):  # a process may hold no column of W
                 place = g, slice(first, min(P, first + rows))
                 before, change, total = buffers[:, : min(P, first + rows) - first]
                 before.copy_(start[place])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -103,8 +104,8 @@ def _dropped(
 
 
 def _probability(p: float) -> float:
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must lie in [0, 1], got {p}")
+    if not isinstance(p, Real) or not 0 <= p <= 1:
+        raise ValueError(f"p must lie in [0, 1], got {p!r}")
     return p
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_kernels.models.names import bare
-from lora_kernels.models.pairs import Pair, lies_in_memory_of, pairs
+from lora_kernels.models.pairs import Pair, lies_in_memory_of, pairs, told_others
+from lora_kernels.models.targets import some
 from lora_kernels.train.projection import Projection
 
 
@@ -126,8 +127,8 @@ def freeze_a(model: nn.Module, *, project: bool = True, adapter: str | None = No
     Raises:
         ValueError: where no B is trained, or an A beside a frozen B; for an A without full rank, such as zeros, or with
             r above K, and for s = 0; for a B that several layers share; for a tied head of PEFT, whose parameters lie
-            in the memory of the embedding's; under FSDP1 and in tensor parallel layers; and what `pairs` raises.
-            Nothing is changed then.
+            in the memory of the embedding's; for a middle shortcut of ResLoRA, with the projection; under FSDP1 and in
+            tensor parallel layers; and what `pairs` raises. Nothing is changed then.
         RuntimeError: where an A is frozen by `freeze_a` already.
     """
     chosen = [pair for pair in pairs(model, adapter) if pair.random_at_start.requires_grad or _is_trained(pair)]
@@ -148,16 +149,19 @@ def _is_trained(pair: Pair) -> bool:
 def _check(model: nn.Module, chosen: list[Pair], project: bool) -> None:
     """Raise what `freeze_a` raises for pairs that it cannot freeze."""
     if not chosen:
-        raise ValueError("no A or B of this model is trained: add adapters with apply_lora or get_peft_model before")
+        raise ValueError(
+            "no A or B of this model is trained: add adapters with apply_lora or get_peft_model before"
+            + told_others(model)
+        )
     if without := [pair.name for pair in chosen if not _is_trained(pair)]:
         raise ValueError(
-            f"B is frozen in {', '.join(without)}, so that nothing would be left to train: make it trainable, or leave "
+            f"B is frozen in {some(without)}, so that nothing would be left to train: make it trainable, or leave "
             "these layers to their A"
         )
     hooks = bare(model)._forward_pre_hooks.values()
     known = {key for hook in hooks if isinstance(hook, FrozenA) for key in hook.known()}
     if frozen := [pair.name for pair in chosen if _key(pair) in known or Projection.is_of(pair.zero_at_start)]:
-        raise RuntimeError(f"A is frozen already in {', '.join(frozen)}: call remove() of what freeze_a returned")
+        raise RuntimeError(f"A is frozen already in {some(frozen)}: call remove() of what freeze_a returned")
     own = {id(factor) for pair in chosen for factor in (pair.a, pair.b)}
     for name, parameter in model.named_parameters():
         tied = parameter.requires_grad and id(parameter) not in own
@@ -171,8 +175,13 @@ def _check(model: nn.Module, chosen: list[Pair], project: bool) -> None:
     count = Counter(id(pair.zero_at_start) for pair in chosen)
     if shared := [pair.name for pair in chosen if count[id(pair.zero_at_start)] > 1]:
         raise ValueError(
-            f"{', '.join(shared)} share one trained matrix beside different frozen ones, and no projection serves all "
+            f"{some(shared)} share one trained matrix beside different frozen ones, and no projection serves all "
             "of them: call freeze_a(model, project=False)"
+        )
+    if summed := [pair.name for pair in chosen if getattr(pair.layer, "structure", "") == "ms" and pair.layer.earlier]:
+        raise ValueError(
+            f"B of {some(summed)} reads the sum of A x over several blocks (ResLoRA's middle shortcut), so that its "
+            "own A does not tell the projection: call freeze_a(model, project=False)"
         )
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("FSDP1 keeps no parameter whose gradient could be projected: use FSDP2, or project=False")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_kernels.models.pairs import EMBEDDING, Pair, lies_in_memory_of, pairs
+from lora_kernels.models.pairs import EMBEDDING, Pair, lies_in_memory_of, pairs, told_others
 
 _A, _B, _EMBEDDING, _OTHER, _NOT_DECAYED = "A", "B", "embedding", "other", "not decayed"
 
@@ -61,7 +62,7 @@ def loraplus_groups(
     if not (members[_A] or members[_B] or members[_EMBEDDING]):
         raise ValueError(
             f"no A or B of this model requires a gradient ({len(found)} low-rank updates were found): add adapters "
-            "with apply_lora or get_peft_model before, and make them trainable"
+            f"with apply_lora or get_peft_model before, and make them trainable{told_others(model)}"
         )
     rates = {_B: lr * ratio, _EMBEDDING: lr if embedding_lr is None else embedding_lr}
     return [
@@ -77,7 +78,10 @@ def loraplus_groups(
 
 
 def _check(lr: float, ratio: float, weight_decay: float, embedding_lr: float | None) -> None:
-    """Raise ValueError for a value that is out of range."""
+    """Raise ValueError for a value that is out of range, and TypeError for what is no number."""
+    for name, value in (("lr", lr), ("ratio", ratio), ("weight_decay", weight_decay), ("embedding_lr", embedding_lr)):
+        if not isinstance(value, Real) and not (name == "embedding_lr" and value is None):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     for name, rate in (("lr", lr), ("embedding_lr", embedding_lr)):
         if rate is not None and not (math.isfinite(rate) and rate > 0):
             raise ValueError(f"{name} must be a positive number, got {rate}")

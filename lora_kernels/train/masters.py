@@ -7,14 +7,23 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lora_kernels.models.targets import some
 from lora_kernels.train.base_weights import Update
 
 
 def checked(master: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str, Tensor]:
     """Return the copy [G, P, Q] of each weight that has 16 bits, from `master` or new.
 
-    Raises ValueError for a copy of another shape or dtype, or one that does not round to its weight.
+    Raises ValueError for a copy of another shape or dtype, one that does not round to its weight, and copies of other
+    layers alone.
     """
+    updates = list(updates)
+    if master and not any(update.name in master for update in updates):
+        raise ValueError(
+            f"master has copies of {some(sorted(master))}, and none of the restarted layers, such as "
+            f"{updates[0].name}: it is of another model. Nothing was changed. Give the one of this model, or an empty "
+            "dictionary"
+        )
     kept = {}
     for update in updates:
         w, copy = update.w, master.get(update.name)

@@ -51,7 +51,7 @@ class Projection:
         if project and not pair.random_at_start.is_meta:
             if pair.scale == 0:
                 raise ValueError(
-                    f"s is 0 in {pair.name}, so that its B gets no gradient to project: set a scaling, or call "
+                    f"s is 0 in {pair.name}, so that its B gets no gradient to project: set a scaling, or "
                     "call freeze_a(model, project=False)"
                 )
             self._renew()
@@ -84,8 +84,17 @@ class Projection:
             )
 
     def hold(self) -> None:
-        """Freeze the one matrix, and project the gradients of the other, as the layer has them now."""
+        """Freeze the one matrix, and project the gradients of the other, as the layer has them now. Raises RuntimeError
+        where the call has other tensors in place of the parameters, whose gradients would not be projected."""
         frozen, trained = self._frozen.parameter, self._trained.parameter
+        if not (isinstance(frozen, nn.Parameter) and isinstance(trained, nn.Parameter)):
+            if self._project and trained.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"the parameters of {self.pair.name} are replaced by tensors for this call "
+                    "(torch.func.functional_call), whose gradients freeze_a does not project: call remove() of what it "
+                    "returned first, or freeze_a(model, project=False)"
+                )
+            return  # they are the caller's, who says what is trained
         if frozen.requires_grad:
             frozen.requires_grad_(False)
             frozen.grad = None  # an optimiser would go on with it

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -42,13 +43,18 @@ class Moment(NamedTuple):
     """The factor of each block of 256 elements."""
 
 
-def moments_of(optimizers: Iterable[Any], parameters: Mapping[nn.Parameter, str]) -> dict[nn.Parameter, list[Moment]]:
-    """Return the moments that the optimisers have for each of the parameters, whose names are given, the first moment
-    first. A
-    parameter that has no state yet, or whose state is in another process, has none.
+def moments_of(optimizers: Sequence[Any], parameters: Mapping[nn.Parameter, str]) -> dict[nn.Parameter, list[Moment]]:
+    """Return the moments that the optimisers have for each of the parameters, whose names are given, with the first
+    moment first. A parameter that has no state yet, or whose state is in another process, has none.
 
-    Raises ValueError for a trained parameter that no optimiser has, and for a state that is not known here.
+    Raises ValueError for a trained parameter that no optimiser has, and for a state that is not known here, and
+    TypeError for what is no optimiser.
     """
+    if no_optimizers := [each for each in optimizers if not hasattr(each, "param_groups")]:
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer or a list of them, got a {type(no_optimizers[0]).__name__}: "
+            "nothing was changed"
+        )
     states: dict[int, Mapping[str, Any]] = {}
     for optimizer in optimizers:
         # torch's ZeroRedundancyOptimizer has another optimiser inside, with the states of this process.
@@ -91,8 +97,8 @@ def check(fraction: float, how: str) -> None:
             f'how must be "magnitude" or "random", got {how!r}. What the authors\' code calls "reset" is '
             'how="random", prune=0.999; prune=1 makes all moments zero'
         )
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"prune is a fraction from 0 to 1, got {fraction}")
+    if not isinstance(fraction, Real) or not 0 <= fraction <= 1:
+        raise ValueError(f"prune is a fraction from 0 to 1, got {fraction!r}")
 
 
 def prune(moments: Sequence[Moment], fraction: float, how: str, generator: torch.Generator) -> Pruned:
@@ -123,7 +129,7 @@ def prune(moments: Sequence[Moment], fraction: float, how: str, generator: torch
 def smallest(magnitudes: Tensor, fraction: float) -> Tensor:
     """Return a mask of the elements that are not above the quantile `fraction`, of exactly ⌊fraction · (n - 1)⌋ + 1
     elements; of none for a fraction of 0, and of all for 1. Of equal elements the first are taken."""
-    flat = magnitudes.flatten()
+    flat = magnitudes.flatten().nan_to_num(nan=math.inf, posinf=math.inf)  # NaN is equal to nothing
     n = flat.numel()
     # As a decimal number, because 0.29 * 100 is less than 29 in floating point.
     count = math.floor(Fraction(repr(float(fraction))) * (n - 1)) + 1 if 0 < fraction < 1 else round(fraction) * n

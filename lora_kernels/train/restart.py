@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.models.pairs import EMBEDDING, EXPERTS, Pair
+from lora_kernels.models.pairs import EMBEDDING, EXPERTS, Pair, check_module
 from lora_kernels.models.targets import some
 from lora_kernels.train import masters, restartable, sharded
 from lora_kernels.train import prune as pruning
@@ -97,6 +97,7 @@ def restart(
             offloaded, sharded by FSDP1 or ZeRO-3, with several adapters, ...); a weight that another layer reads too;
             values that are not finite; an optimiser with unknown states, or without A or B; prune or how out of range;
             a `master` that is not that of these weights. Nothing is changed then.
+        TypeError: a model, optimiser, generator or master of another type. Nothing is changed then.
 
     An adapter file is worthless from now on, since it holds no base: `save_adapter` refuses such a model, and PEFT
     refuses to load what its ``save_pretrained`` has saved. Save the state_dict of the whole model.
@@ -126,14 +127,20 @@ def carry_out(
     master: MutableMapping[str, Tensor] | None,
 ) -> tuple[RestartReport, list[str]]:
     """Do what `restart` does, and return its report and the adapters of PEFT that were restarted for the first time."""
+    check_module(model)
     sharded.reshard(model)
     error: Exception | None = None
     plan: _Plan | None = None
     try:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, such as torch.Generator().manual_seed(0), got {generator!r}"
+            )
         plan = _planned(model, optimizer, prune, how, master)
     except Exception as found:  # the other processes have to hear of it, whatever it is
         error = found
-    seed = sharded.agreed_seed(generator, next(model.parameters()).device, failed=error is not None)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    seed = sharded.agreed_seed(generator if error is None else None, device, failed=error is not None)
     if error is not None:
         raise error
     assert plan is not None
@@ -171,6 +178,8 @@ def _planned(
 ) -> _Plan:
     """Return what there is to do. Raises ValueError where `restart` says so."""
     pruning.check(prune, how)
+    if master is not None and not isinstance(master, MutableMapping):
+        raise TypeError(f"master must be a dictionary, got a {type(master).__name__}")
     updates, left = restartable.updates_of(model)
     optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     matrices = {p: f"{u.name}.{which}" for u in updates for which, p in (("A", u.pair.a), ("B", u.pair.b))}

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
-from lora_kernels.models.pairs import EMBEDDING, Pair, lies_in_memory_of, pairs
+from lora_kernels.models.pairs import EMBEDDING, Pair, lies_in_memory_of, pairs, told_others
 from lora_kernels.models.targets import some, told_by_reason
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.tied import TiedLoRALinear
@@ -50,7 +50,7 @@ def updates_of(model: nn.Module) -> tuple[list[Update], tuple[str, ...]]:
         raise ValueError(f"restart cannot add the adapters of these layers to their weights: {told_by_reason(reasons)}")
     if not updates:
         frozen = f"; those of {some(left)} are frozen" if left else ""
-        raise ValueError(f"the model has no trained adapter{frozen}. Nothing was changed")
+        raise ValueError(f"the model has no trained adapter{frozen}. Nothing was changed{told_others(model)}")
     _refuse_shared(model, updates)
     over = [update.name for update in updates if update.overflows()]
     if over:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from numbers import Integral
 
 
 def jagged_cosine(
@@ -34,10 +35,16 @@ def jagged_cosine(
     Raises:
         ValueError: `steps` that `every` does not divide; a first warm-up that ends after the first cycle; a
             restart_warmup that is no shorter than a cycle; a minimum outside (0, 1].
+        TypeError: steps that are no integers.
 
     Lialin, Shivagunde, Muckatira and Rumshisky, "ReLoRA: High-Rank Training Through Low-Rank Updates", 2023
     (arXiv:2307.05695). The formula is that of the authors' code.
     """
+    for name, value in (
+        ("steps", steps), ("every", every), ("warmup", warmup), ("restart_warmup", restart_warmup), ("adjust", adjust)
+    ):  # fmt: skip
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a number of steps, an int, got {value!r}")
     if every < 1 or steps < every or steps % every:
         raise ValueError(
             f"steps={steps} is no multiple of every={every}, and the last cycle would be cut short: take "

@@ -135,6 +135,24 @@ def test_a_weight_of_low_rank_has_no_more_than_its_values():
     torch.testing.assert_close(got, want, rtol=1e-5, atol=want[0].item() * 1e-6)
 
 
+@pytest.mark.parametrize(("N", "K"), [(40, 30), (30, 40), (560, 600)])
+def test_directions_that_a_weight_of_low_rank_does_not_have_are_not_compared(N, K):
+    w, a, b = random(N, 3) @ random(3, K, seed=3), *problem(N, K, 4)[1:]
+    for dtype in (torch.float64, torch.float32):
+        phi = weight_similarity(w.to(dtype), a, b, k=5)
+        assert phi[:3].isfinite().all()
+        assert phi[3:].isnan().all()
+    assert weight_similarity(torch.zeros(N, K), a, b).isnan().all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e22, 1e30])
+def test_the_size_of_the_weight_does_not_matter(size):
+    w, a, b = problem(45, 33, 5, torch.float32)
+    got, want = amplification(size * w, a, b, 0.7), amplification(w, a, b, 0.7)
+    for name in ("weight_norm", "projected", "projected_top", "projected_random"):
+        assert getattr(got, name) == pytest.approx(size * getattr(want, name), rel=1e-5), name
+
+
 def test_phi_of_the_weight_and_the_update_is_that_of_their_vectors():
     w, a, b = problem(40, 30, 4)
     u, s, vt = torch.linalg.svd(w, full_matrices=False)

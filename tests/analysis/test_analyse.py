@@ -12,12 +12,14 @@ import pytest
 import torch
 from support.adapter_models import edit_config, net, train
 from support.kind_models import KIND_MODELS, KindModel
+from support.residual_models import made
 from torch import Tensor, nn
 
 from lora_kernels import apply_lora, load_adapter, save_adapter
 from lora_kernels.analysis import amplification, analyse, intruder_dimensions, plots, subspace_similarity
 from lora_kernels.analysis.findings import LayerReport
 from lora_kernels.analysis.report import Report
+from lora_kernels.train import restart
 
 peft = pytest.importorskip("peft")
 st = pytest.importorskip("safetensors.torch")
@@ -84,7 +86,10 @@ def test_every_kind_of_layer_is_measured_as_its_merged_weight_says(kind, tmp_pat
         assert layer.relative_norm == pytest.approx((delta.norm() / w.norm()).item(), rel=1e-7)
         core = u[:, : layer.r].T @ w @ vt[: layer.r].T
         assert layer.amplification.factor == pytest.approx((delta.norm() / core.norm()).item(), rel=1e-6)
-        assert layer.amplification.projected_top == pytest.approx(torch.linalg.svdvals(w)[: layer.r].norm().item())
+        _, values, directions = torch.linalg.svd(w, full_matrices=False)
+        assert layer.amplification.projected_top == pytest.approx(values[: layer.r].norm().item())
+        shared = (directions[: layer.r] @ vt[: layer.r].T).square().sum().item() / layer.r
+        assert layer.phi_weight == pytest.approx(shared, rel=1e-6)
 
 
 def test_files_and_models_of_peft_give_the_same(kind, tmp_path):
@@ -212,7 +217,9 @@ def test_a_checkpoint_of_loralib_needs_its_alpha(tmp_path):
         layer = report.layers[0]
         assert layer.scale == 1.5 and layer.amplification.factor > 0
         assert layer.norm == pytest.approx((1.5 * state["fc.lora_B"].double() @ state["fc.lora_A"].double()).norm())
-        assert report.notes == ("not looked at, since it is no low-rank update: fc.bias",)
+        assert [note.partition(" holds ")[2] for note in report.notes] == [
+            "more than low-rank updates, which is not looked at: fc.bias"
+        ]
 
 
 def test_one_of_several_adapters_is_chosen_by_name():
@@ -257,10 +264,34 @@ def test_names_that_would_move_the_cursor_are_shown_as_text():
 
 def test_what_an_initialisation_took_out_of_the_base_is_said(tmp_path):
     model = adapted(net(), target_modules=["out"], init="pissa")
-    assert "started as 'pissa'" in analyse(model).notes[0]
+    assert "started with init 'pissa'" in analyse(model).notes[0]
     directory = saved(adapted(net(), target_modules=["out"]), tmp_path)
     edit_config(directory, init_lora_weights="pissa_niter_4")
-    assert "started as 'pissa_niter_4'" in analyse(directory).notes[0]
+    assert "started with init 'pissa_niter_4'" in analyse(directory).notes[0]
+
+
+def test_what_a_restart_has_left_is_said(tmp_path):
+    restart(model := adapted(net(), target_modules=["out"]))
+    theirs = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["out"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match="base weights have changed"):
+        restart(theirs)
+    theirs.save_pretrained(tmp_path)
+    for source in (model, theirs, tmp_path):
+        assert "restarted (ReLoRA): its ΔW is that of the last cycle" in analyse(source).notes[0]
+
+
+@pytest.mark.parametrize("structure", ["bs", "is", "ms"])
+def test_shortcuts_between_blocks_are_counted_or_said_to_be_left_out(structure):
+    model = made(structure)
+    report = analyse(model)
+    (layer,) = [layer for layer in report.layers if layer.name == "blocks.2.q"]
+    plain = model.blocks[2].q
+    if structure == "bs":
+        assert layer.r == 6 and not report.notes
+        assert layer.norm == pytest.approx((plain.to_linear().weight - plain.weight).norm().item(), rel=1e-6)
+    else:
+        assert layer.r == 3 and "without these shortcuts" in report.notes[0]
+        assert layer.norm == pytest.approx((plain.scaling * plain.lora_B @ plain.lora_A).norm().item(), rel=1e-6)
 
 
 def test_merged_layers_and_foreign_bases_are_named_and_not_measured():
@@ -364,7 +395,7 @@ def test_the_same_twice_gives_the_same_bits():
 
 
 def test_what_is_no_adapter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no layer with an adapter"):
+    with pytest.raises(ValueError, match="has no update s·B A"):
         analyse(net())
     with pytest.raises(FileNotFoundError, match="there is no"):
         analyse(tmp_path / "nowhere")

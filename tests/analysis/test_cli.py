@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lora_kernels.__main__ import main
 from lora_kernels.analysis import analyse
 
 st = pytest.importorskip("safetensors.torch")
-pytest.importorskip("rich")
+Console = pytest.importorskip("rich.console").Console
 
 
 @pytest.fixture
@@ -51,6 +52,17 @@ def test_it_compares_reads_the_base_and_writes_files(adapters, tmp_path, capsys)
         "similarity_inner_out.png",
     }  # fmt: skip
     assert all(str(path) in text for path in (tmp_path / "plots").iterdir())
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_a_table_that_is_wider_than_the_terminal_is_divided_and_no_word_is(width, adapters, tmp_path):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(analyse(*adapters, tmp_path / "model.safetensors"))
+    text = console.file.getvalue()
+    tables = [line for line in text.splitlines() if line.startswith(" layer ")]
+    assert len(tables) == (6 if width == 50 else 3)
+    assert text.count("inner.out") == len(tables) and max(map(len, text.splitlines())) <= width
+    assert all(word in text for word in ("effective", "suggested", "amplifi-", "‖UᵀWV‖", "φ(1, 1)", "cosine"))
 
 
 def test_the_reference_of_the_weight_can_be_left_out(adapters, tmp_path, capsys):

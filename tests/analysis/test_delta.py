@@ -22,7 +22,7 @@ def orthonormal(n: int, k: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("N", "K", "r"), [(33, 47, 5), (47, 33, 1), (7, 40, 12), (40, 7, 12), (1, 9, 1), (3, 1, 2)])
-def test_it_is_that_of_the_product(N, K, r, dtype):
+def test_the_decomposition_is_that_of_the_product(N, K, r, dtype):
     a, b, scale = random(r, K, dtype=dtype), random(N, r, seed=1, dtype=dtype), -1.7
     u, s, v = delta_svd(a, b, scale)
     delta = scale * b.double() @ a.double()
@@ -53,6 +53,14 @@ def test_singular_values_made_of_rounding_errors_are_zero():
     assert delta_svd(a, torch.zeros(20, 4)).rank == 0
     assert delta_svd(a, b, 0.0).rank == 0
     assert delta_svd(a, b * 1e-200).rank == 4
+
+
+def test_rows_that_are_long_because_their_columns_are_short_hide_no_other():
+    a, b, length = random(4, 30), random(20, 4, seed=1), torch.tensor([1e-9, 1.0, 1e4, 1e9], dtype=torch.float64)
+    _, s, _ = delta_svd(length[:, None] * a, b / length)
+    torch.testing.assert_close(s, delta_svd(a, b).s, rtol=1e-12, atol=0)
+    silent = torch.cat([a, 1e30 * a[:1]]), torch.cat([b, torch.zeros(20, 1)], 1)  # no column, however long the row
+    torch.testing.assert_close(delta_svd(*silent).s[:4], delta_svd(a, b).s, rtol=1e-12, atol=0)
 
 
 class Largest(TorchDispatchMode):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_kernels.analysis.measures import effective_rank, energy_rank, stable_rank
+from lora_kernels.analysis.truncate import kept_rank
 
 
 @pytest.mark.parametrize("k", [1, 2, 7])
@@ -24,6 +25,14 @@ def test_they_follow_their_formulas():
     assert stable_rank(s) == pytest.approx(14 / 9, rel=1e-14)
     # Energies are 9/14 = 0.643 and 13/14 = 0.929.
     assert [energy_rank(s, e) for e in (0.1, 0.64, 0.65, 0.92, 0.93, 1.0)] == [1, 1, 2, 2, 3, 3]
+    exactly = torch.tensor([3.0, 1.0])  # the first has 0.9 of the energy, which is enough
+    assert energy_rank(exactly, 0.9) == kept_rank([exactly], None, 0.9) == 1
+
+
+def test_the_energy_rank_is_exact_at_its_bounds():
+    assert energy_rank(torch.tensor([1.0, 1e-9, 1e-12], dtype=torch.float64), 1.0) == 3
+    assert energy_rank(torch.ones(10), 0.9) == energy_rank(torch.ones(20), 0.45) == 9
+    assert kept_rank([torch.ones(10)], None, 0.9) == 9
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e150])

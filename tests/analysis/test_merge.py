@@ -190,7 +190,7 @@ def test_what_has_no_sum_is_refused_by_name_and_nothing_is_written(tmp_path):
         ("how must be one of 'svd', 'concat', 'weights', got 'ties'", ([a], [1.0], "ties")),
         ('go with how="svd"', ([a], [1.0], "concat", 3)),
         ("r must be an integer", ([a], [1.0], "svd", 0)),
-        (r"conv has the ranks \[3, 6\]", ([a, b], [1.0, 1.0], "weights")),
+        (r"conv: its ranks are \[3, 6\]", ([a, b], [1.0, 1.0], "weights")),
         ("dora is of DoRA", ([a, tmp_path / "dora"], [1.0, 1.0])),
         ("tensors beside A and B", ([a, tmp_path / "bias"], [1.0, 1.0])),
         ("different target_parameters", ([a, tmp_path / "stack"], [1.0, 1.0])),

@@ -130,11 +130,11 @@ def test_cells_have_numbers_where_there_is_room(tmp_path):
     few = [[0.032, 26.4], [math.inf, math.nan]]
     plot_layers(few, tmp_path / "few.svg", blocks=["0", "1"], modules=["q", "v"], label="‖ΔW‖ / ‖W‖", title="Norms")
     made = texts(tmp_path / "few.svg")
-    for text in ("0.032", "26", "∞", "‖ΔW‖ / ‖W‖", "Norms", "q", "v"):
+    for text in ("0.0320", "26.4", "∞", "‖ΔW‖ / ‖W‖", "Norms", "q", "v"):
         assert f"<!-- {text} -->" in made
     many = np.linspace(0.1234, 0.9, 80 * 8).reshape(80, 8)
     plot_layers(many, tmp_path / "many.svg", blocks=list(map(str, range(80))), modules=list("abcdefgh"), label="φ")
-    assert "<!-- 0.12 -->" not in texts(tmp_path / "many.svg") and "<!-- 78 -->" in texts(tmp_path / "many.svg")
+    assert "<!-- 0.12" not in texts(tmp_path / "many.svg") and "<!-- 78 -->" in texts(tmp_path / "many.svg")
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, math.nan])
@@ -149,7 +149,8 @@ def test_a_reference_is_marked_and_limits_make_the_scale_linear(tmp_path):
     plot_layers(values, tmp_path / "log.svg", **how)
     plot_layers(values, tmp_path / "linear.svg", limits=(0.0, 1.0), reference=0.5, **how)
     log, linear = texts(tmp_path / "log.svg"), texts(tmp_path / "linear.svg")
-    assert "^{-2}" in log and "^{-2}" not in linear and "<!-- 1.00 -->" in linear
+    assert "^{-2}" in log and "^{-2}" not in linear and "<!-- 1.0 -->" in linear
+    assert "<!-- φ (orange line: 0.50) -->" in linear and "<!-- φ -->" in log
     assert "#d55e00" in linear and "#d55e00" not in log
 
 
@@ -171,11 +172,23 @@ def test_a_name_is_no_formula_and_a_long_one_keeps_its_end(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (1.44, "1.4"), (2.0, "2"), (9.99, "10"), (26.4, "26"), (0.0321, "0.032"), (3e-5, "3e-05")],
+    ("value", "two", "three"),
+    [
+        (0.0, "0", "0"),
+        (1.44, "1.4", "1.44"),
+        (2.0, "2", "2"),
+        (5.97, "6.0", "5.97"),
+        (9.99, "10", "9.99"),
+        (26.4, "26", "26.4"),
+        (99.97, "100", "100"),
+        (1234.5, "1234", "1234"),
+        (0.0321, "0.032", "0.0321"),
+        (3e-5, "3e-05", "3e-05"),
+        (np.inf, "∞", "∞"),
+    ],
 )
-def test_a_number_has_few_characters(value, text):
-    assert number(value) == text
+def test_a_number_has_few_characters(value, two, three):
+    assert (number(value), number(value, 3)) == (two, three)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from support.rank_files import (  # noqa: E402
 import lora_kernels  # noqa: E402
 from lora_kernels.analysis import resize_adapter  # noqa: E402
 from lora_kernels.analysis.resize import _resized  # noqa: E402
-from lora_kernels.analysis.stored import Update  # noqa: E402
+from lora_kernels.analysis.stored import StoredUpdate  # noqa: E402
 
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """The relative rounding error of a number."""
@@ -74,7 +74,7 @@ def test_a_planted_spectrum_gives_its_rank_and_error():
     u, v = (torch.linalg.qr(torch.randn(n, 6, dtype=torch.float64)).Q for n in (40, 30))
     s = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
     mixed = torch.randn(6, 6, dtype=torch.float64)  # A and B of trained layers are not orthogonal
-    update = Update(
+    update = StoredUpdate(
         "lora_A.weight", "lora_B.weight", (mixed @ v.T)[None], (u * s @ torch.linalg.inv(mixed))[None], -3.0
     )
     total = (s**2).sum()
@@ -89,7 +89,7 @@ def test_a_planted_spectrum_gives_its_rank_and_error():
 
 
 def test_an_update_of_zeros_keeps_rank_one():
-    update = Update("lora_A.weight", "lora_B.weight", torch.randn(1, 4, 9), torch.zeros(1, 7, 4), 2.0)
+    update = StoredUpdate("lora_A.weight", "lora_B.weight", torch.randn(1, 4, 9), torch.zeros(1, 7, 4), 2.0)
     layer, parts = _resized("l", [update], None, 0.9)
     assert (layer.r, layer.error, layer.norm) == (1, 0.0, 0.0)
     assert not (parts["lora_B.weight"] @ parts["lora_A.weight"]).any()
@@ -274,7 +274,7 @@ def test_the_report_is_a_table_and_json(tmp_path):
     console = rich.Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report)
     for text in (str(report), console.export_text()):
-        assert "mlp.q" in text and "12 → 14" in text and f"{report.error:.2e}" in text
+        assert "mlp.q" in text and "12 → 14" in text and f"{report.error:.3g}" in text
     assert json.loads(json.dumps(report.to_json()))["layers"][0]["r"] == 2
     hostile = [dataclasses.replace(report.layers[0], name="[red]q[/red]\x1b[31m")]
     console.print(type(report)(hostile))
@@ -283,10 +283,10 @@ def test_the_report_is_a_table_and_json(tmp_path):
     assert "q (20)" in str(many) and len(str(many).splitlines()) == 6
 
 
-def test_it_takes_a_hundredth_of_the_whole_svd():
+def test_resizing_takes_a_hundredth_of_the_whole_svd():
     torch.manual_seed(0)
     a, b = torch.randn(1, 16, 1024), torch.randn(1, 1024, 16)
-    update = Update("lora_A.weight", "lora_B.weight", a, b, 1.0)
+    update = StoredUpdate("lora_A.weight", "lora_B.weight", a, b, 1.0)
 
     def seconds(call, rounds):
         times = []

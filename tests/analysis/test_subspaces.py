@@ -33,7 +33,7 @@ def by_definition(u: Tensor, v: Tensor, m: int, n: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("r1", "r2"), [(3, 7), (7, 3), (1, 1), (4, 4)])
 @pytest.mark.parametrize("of", ["delta", "A", "B"])
-def test_it_is_the_definition_on_full_decompositions(of, r1, r2, dtype):
+def test_phi_is_its_definition_on_full_decompositions(of, r1, r2, dtype):
     first, second = pair(19, 23, r1, 1, dtype), pair(19, 23, r2, 2, dtype)
     matrices = [{"delta": b.double() @ a.double(), "A": a, "B": b}[of] for a, b in (first, second)]
     want = by_definition(*(vectors(each, of == "B") for each in matrices), r1, r2)
@@ -54,7 +54,7 @@ def test_planted_subspaces_are_found():
     torch.testing.assert_close(phi, want.double(), rtol=0, atol=1e-6)
 
 
-def test_it_is_one_minus_the_squared_projection_distance_over_p():
+def test_phi_is_one_minus_the_squared_projection_distance_over_p():
     u, v = (torch.linalg.qr(random(15, 4, seed=seed))[0] for seed in (1, 2))
     falling = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64))
     phi = subspace_similarity(
@@ -67,7 +67,7 @@ def test_it_is_one_minus_the_squared_projection_distance_over_p():
             assert phi[i - 1, j - 1].item() == pytest.approx(1 - distance.item() ** 2 / p, abs=1e-9)
 
 
-def test_that_of_the_update_does_not_change_with_how_it_is_split():
+def test_phi_of_the_update_does_not_change_with_how_it_is_split():
     (a, b), second = pair(30, 25, 4, 1), pair(30, 25, 6, 2)
     t = random(4, 4, seed=9)
     split = t @ a, b @ torch.linalg.inv(t)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, apply_lora
+from lora_kernels import FusedLoRALinear, analysis, apply_lora, train
 from lora_kernels.models.pairs import ATTENTION, CONV, EMBEDDING, EXPERTS, LINEAR, Pair, pairs
 
 peft = pytest.importorskip("peft")
@@ -200,3 +201,26 @@ def test_a_parametrised_or_pruned_matrix_is_refused() -> None:
         change(layer)
         with pytest.raises(ValueError, match=r"lora_A of 0, a .*LoRALinear, is no parameter of the layer"):
             pairs(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("whose", ["ours", "PEFT"])
+def test_adapters_of_another_method_are_named_where_no_pair_is_found(whose: str) -> None:
+    model: nn.Module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    if whose == "ours":
+        lora_kernels.apply_vera(model, r=3)
+    else:
+        model = peft.get_peft_model(model, peft.VeraConfig(r=3, target_modules=["0", "1"]))
+    for call in (
+        lambda: train.loraplus_groups(model, 1e-3, 16.0),
+        lambda: train.freeze_a(model),
+        lambda: train.restart(model),
+        lambda: analysis.analyse(model),
+    ):
+        with pytest.raises(ValueError, match=r"0.*1 \(a \w+, (which has no A|whose update is not)"):
+            call()
+
+
+@pytest.mark.parametrize("call", [pairs, train.freeze_a, train.restart, lambda m: train.loraplus_groups(m, 1e-3, 16.0)])
+def test_what_is_no_module_is_refused_by_its_type(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module with adapters, got a list"):
+        call([nn.Linear(2, 2)])

@@ -73,8 +73,8 @@ def test_the_errors_and_the_new_layers_are_those_of_a_direct_computation(structu
     assert report.layers["blocks.2.q"].of_update > 0.01
     assert report.layers["blocks.0.q"].of_update == 0
     text = str(report)
-    assert f'structure "{structure}", how="{how}"; of the model\'s output: {report.of_model:.1e}' in text
-    assert f"{report.layers['blocks.2.q'].of_update:.1e}" in text
+    assert f'structure "{structure}", how="{how}"; error of the model\'s output: {report.of_model:.2g}' in text
+    assert f"{report.layers['blocks.2.q'].of_update:.2g}" in text
 
 
 def test_alphas_are_the_ratios_that_their_names_say():
@@ -193,6 +193,8 @@ def test_an_error_leaves_the_model_as_it_was(after):
     for change, message in (
         (lambda: reslora_to_lora(model), "approximately only: give inputs of the model"),
         (lambda: reslora_to_lora(model, X, "middle"), r'how must be one of fit, inputs, weights for structure "is"'),
+        (lambda: reslora_to_lora(model, X * torch.nan), "read no rows, or values that are NaN"),
+        (lambda: reslora_to_lora(model, X[:0]), "read no rows, or values that are NaN"),
         (lambda: reslora_to_lora(torch.nn.Linear(2, 2), X), r"no layer with ResLoRA: apply_reslora\(model\) first"),
     ):
         with pytest.raises(ValueError, match=message):

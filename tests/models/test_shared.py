@@ -178,6 +178,7 @@ class Named(Net):
     (Net, lambda m: apply_vera(m, target_modules=["nothing"]), ValueError, "match no layer to replace"),
     (Net, lambda m: apply_vera(m, r=0), ValueError, "r must be an integer of at least 1, got 0"),
     (Net, lambda m: apply_vera(m, projection_prng_key=-1), ValueError, "key must be an integer"),
+    (Net, lambda m: apply_vera(m, d_initial=float("nan")), ValueError, "u .d_initial of VeRA. must be a finite number"),
     (Net, lambda m: apply_vera(m, vera_dropout=1.0), ValueError, "lora_dropout must lie in"),
     (Net, lambda m: apply_vera(m, backend="nope"), ValueError, "nope"),
     (Net, lambda m: apply_vera(m, verify=torch.tensor([99])), IndexError, "out of range"),
@@ -210,3 +211,12 @@ def test_layers_of_two_dtypes_cannot_share_their_factors():
     model.down.double()
     with pytest.raises(ValueError, match=r"cannot be shared.*torch.float32.*torch.float64"):
         apply_vera(model, r=4)
+
+
+@pytest.mark.parametrize("apply", [apply_vera, apply_tied_lora])
+def test_what_is_made_in_inference_mode_can_be_trained(apply):
+    model = net()
+    with torch.inference_mode():
+        apply(model, r=2)
+    model(IDS).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

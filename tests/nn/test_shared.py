@@ -442,6 +442,11 @@ def test_what_cannot_be_is_refused_with_its_values(make, error, match):
         make()
 
 
+def test_replicas_of_data_parallel_are_refused():
+    with pytest.raises(RuntimeError, match="stay on the first GPU: take DistributedDataParallel"):
+        shared().one._replicate_for_data_parallel()
+
+
 def test_repr_tells_the_settings():
     net = shared(train_u=False)
     assert "r=5, scaling=0.6, lora_u frozen" in repr(net.one)

@@ -117,6 +117,17 @@ def test_a_dropped_sample_is_the_base_bit_for_bit_and_gives_the_adapter_no_gradi
 
 
 @pytest.mark.parametrize("layout", ["ours", "fused"])
+def test_a_step_that_drops_every_sample_has_a_backward_without_gradients(layout: str) -> None:
+    plain, model = models(layout)
+    x = torch.randn(B, S, 16)
+    with mixed(model, adapter_dropout([0] * B, 1.0)):
+        y = model(x)
+        y.square().sum().backward()
+    assert torch.equal(y, plain(x))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["ours", "fused"])
 def test_the_gradients_are_those_of_the_samples_that_are_left(layout: str) -> None:
     model = models(layout)[1].double()
     x = torch.randn(B, S, 16, dtype=torch.float64)

@@ -12,7 +12,7 @@ import torch
 from support.frozen_models import TIED, gradients, linear, of_x, random_adapters, tied_llama
 from torch import Tensor, nn
 
-from lora_kernels import FusedLoRALinear, apply_lora
+from lora_kernels import FusedLoRALinear, apply_lora, apply_reslora
 from lora_kernels.models.pairs import pairs
 from lora_kernels.train import freeze_a
 
@@ -213,3 +213,29 @@ def test_a_tied_head_is_one_update_of_ours_and_refused_with_pefts_copies() -> No
     want = before["model.embed_tokens.lora_embedding_A"] @ torch.linalg.inv(b.T @ b) / embedding.scale**2
     torch.testing.assert_close(after["model.embed_tokens.lora_embedding_A"], want)
     refused(theirs, "lm_head.lora_A.default.weight lies in the memory of an adapter that is to be frozen")
+
+
+def test_a_b_that_reads_sums_over_blocks_is_not_projected() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)))
+    apply_reslora(model, "ms", r=2)
+    refused(model, r"B of 1.0 reads the sum of A x over several blocks .*project=False")
+    assert len(freeze_a(model, project=False).known()) == 2
+
+
+def test_tensors_of_a_functional_call_stay_as_they_are_and_are_refused_where_they_would_be_projected() -> None:
+    model = nn.Sequential(linear())
+    x = torch.randn(3, 5, dtype=torch.float64)
+    frozen = freeze_a(model)
+    given = {name: p.detach() for name, p in model.named_parameters()}
+    given["0.lora_A"] = (given["0.lora_A"] * 2).requires_grad_()
+    y = torch.func.functional_call(model, given, (x,))
+    y.sum().backward()
+    assert given["0.lora_A"].grad is not None and model[0].lora_A.grad is None
+    given["0.lora_B"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"of 0 are replaced by tensors .*functional_call.*project=False"):
+        torch.func.functional_call(model, given, (x,))
+    with torch.no_grad():
+        assert torch.equal(torch.func.functional_call(model, given, (x,)), y)
+    frozen.remove()
+    torch.func.functional_call(model, given, (x,)).sum().backward()
+    assert given["0.lora_B"].grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from support.kind_models import KIND_MODELS
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels import FusedLoRALinear, apply_lora
-from lora_kernels.train import loraplus_groups
+from lora_kernels import FusedLoRALinear, apply_lora, apply_vera
+from lora_kernels.analysis import analyse
+from lora_kernels.train import freeze_a, loraplus_groups, restart
 
 peft = pytest.importorskip("peft")
 
@@ -211,8 +213,21 @@ def test_what_cannot_be_meant_is_refused() -> None:
         loraplus_groups(layer, LR, RATIO, weight_decay=-1)
     with pytest.raises(ValueError, match="embedding_lr must be a positive number, got 0"):
         loraplus_groups(layer, LR, RATIO, embedding_lr=0)
+    with pytest.raises(TypeError, match="ratio must be a number, got '16'"):
+        loraplus_groups(layer, LR, "16")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no A or B of this model requires a gradient \(0 low-rank updates"):
         loraplus_groups(nn.Linear(2, 2), LR, RATIO)
+
+
+@pytest.mark.parametrize("call", [lambda model: loraplus_groups(model, LR, RATIO), freeze_a, restart, analyse])
+def test_layers_that_share_a_and_b_are_refused_by_name(call) -> None:
+    own = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    theirs = peft.get_peft_model(copy.deepcopy(own), peft.VeraConfig(r=2, target_modules=["0", "1"]))
+    apply_vera(own, r=2)
+    for model in (own, theirs):
+        with pytest.raises(ValueError) as raised:
+            call(model)
+        assert re.search(r"(adapters of another method|these layers).*: .*\b0, .*\b1 \(a ", str(raised.value))
 
 
 def test_a_parameter_that_is_a_here_and_b_there_is_refused() -> None:

@@ -106,11 +106,17 @@ def test_exactly_the_fraction_is_taken_also_among_equal_elements(n: int, q: floa
     assert smallest(ties, q).nonzero().flatten().tolist() == sorted(order[:count])
 
 
+def test_moments_that_are_nan_count_as_the_largest() -> None:
+    broken = torch.tensor([math.nan, 1.0, math.nan, 2.0, math.nan])
+    assert smallest(broken, 0.25).nonzero().flatten().tolist() == [1, 3]
+    assert smallest(broken, 0.5).nonzero().flatten().tolist() == [0, 1, 3]
+
+
 def test_the_fraction_0_takes_none_and_1_takes_all() -> None:
     assert smallest(torch.zeros(2, 5), 0.0).sum() == 0 and smallest(torch.rand(2, 5), 1.0).all()
 
 
-def test_it_has_no_limit_of_16_million_elements() -> None:
+def test_pruning_has_no_limit_of_16_million_elements() -> None:
     large = torch.arange(17_000_000, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(large, 0.9)

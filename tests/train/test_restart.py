@@ -63,6 +63,18 @@ def test_the_weight_becomes_the_exact_sum_rounded_once(dtype: torch.dtype, adapt
     assert not one.lora_B.any() and one.lora_A.abs().max() <= 1 / 53**0.5 and one.lora_A.abs().max() > 0.8 / 53**0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_of_an_update_whose_squares_are_too_small_for_fp32_is_lost(dtype: torch.dtype) -> None:
+    one = layer(dtype, adapter_dtype=torch.float32)
+    with torch.no_grad():
+        one.lora_B *= 1e-23
+        one.weight.abs_().add_(0.1)
+    change = one.scaling * one.lora_B.detach().double() @ one.lora_A.detach().double()
+    (done,) = restart(one).layers
+    assert done.update == pytest.approx(change.norm().item(), rel=1e-5)
+    assert done.lost == pytest.approx(1, rel=1e-5)
+
+
 def test_blocks_of_a_large_weight_are_all_added(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_kernels.train.base_weights._BLOCK", 4 * 53)
     one = layer()
@@ -294,10 +306,11 @@ def test_the_padding_row_of_an_embedding_does_not_change() -> None:
     model = nn.Sequential(nn.Embedding(9, 6, padding_idx=2))
     apply_lora(model, r=2, target_modules=["0"])
     randomise(model)
-    y = model(torch.arange(9))
-    restart(model)
+    y, before = model(torch.arange(9)), model[0].weight.detach().clone()
+    (done,) = restart(model).layers
     torch.testing.assert_close(model(torch.arange(9)), y)
     assert not model[0].weight[2].any()
+    assert done.update == pytest.approx((model[0].weight - before).norm().item(), rel=1e-5)
 
 
 def test_frozen_adapters_stay_and_a_frozen_a_is_drawn_anew() -> None:
@@ -462,6 +475,31 @@ def test_fsdp1_is_refused(tmp_path: Any) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"optimizer": nn.Linear(2, 2)}, TypeError, "optimizer must be a torch.optim.Optimizer .*got a Linear"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, .*got 3"),
+        ({"master": []}, TypeError, "master must be a dictionary, got a list"),
+        ({"master": {"up": torch.zeros(2)}}, ValueError, "master has copies of up, and none of .* such as the layer"),
+        ({"prune": "0.9"}, ValueError, "prune is a fraction from 0 to 1, got '0.9'"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_and_nothing_changes(
+    given: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    model = layer()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=said):
+        restart(model, **given)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trained adapter"):
+        restart(nn.Sequential())
+
+
 def test_the_bias_of_pefts_b_stays_and_goes_on_counting() -> None:
     peft = pytest.importorskip("peft")
     model = peft.LoraModel(
@@ -527,7 +565,7 @@ def test_what_peft_saves_does_not_load_alone(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="relora"):
         peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
-    with pytest.raises(ValueError, match="relora"):
+    with pytest.raises(ValueError, match=r"'relora'.*load the state_dict of the whole model"):
         lora_kernels.load_adapter(copy.deepcopy(plain), tmp_path)
 
 

@@ -80,8 +80,9 @@ def test_it_serves_a_scheduler_that_is_saved_and_loaded() -> None:
         ({"warmup": 15, "adjust": 10}, r"15 \+ 10"),
         ({"restart_warmup": 20}, "restart_warmup=20 must lie in 0 to every - 1 = 19"),
         ({"minimum": 0.0}, r"\(0, 1\], got 0.0"),
+        ({"steps": float("nan")}, "steps must be a number of steps, an int, got nan"),
     ],
 )
 def test_numbers_that_give_no_schedule_are_refused_by_name(wrong: dict[str, float], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said):
         jagged_cosine(**({"steps": 100, "every": 20, "warmup": 5, "restart_warmup": 3} | wrong))
