@@ -39,26 +39,13 @@ class Update:
         """The name of the layer, and the part of it if it has several updates."""
         return ".".join(filter(None, (self.pair.name, self.pair.part))) or "the layer"
 
-    def norm(self) -> float:
-        """Return ‖s·B A‖ of the whole update, from products of R × R matrices."""
-        a, b = (factor.to(merging.wide_dtype(self.w.device)) for factor in self._factors())
-        squares = ((b.mT @ b) * (a @ a.mT)).sum().item()  # ‖B A‖² = tr(BᵀB A Aᵀ)
-        return float(abs(self.pair.scale) * max(squares, 0.0) ** 0.5)
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """Return the whole A [groups, R, K] and B [groups, N, R]. Every process that has a part of them makes this
-        call."""
-        pair = self.pair
-        a, b = pair.as_a(sharded.whole(pair.a)), pair.as_b(sharded.whole(pair.b))
-        if pair.kind == EMBEDDING and (row := getattr(pair.layer, "padding_idx", None)) is not None:
-            a = without_row(a[0].t(), row).t()[None]  # a layer of ours passes over the update of this row
-        return a, b
-
     def sides(self) -> tuple[Tensor, Tensor]:
         """Return left [G, P, R] and right [G, R, Q], whose product belongs to `w`: B and A, or Aᵀ and Bᵀ. Every process
         that has a part of them makes this call."""
         pair = self.pair
-        a, b = self._factors()
+        a, b = pair.as_a(sharded.whole(pair.a)), pair.as_b(sharded.whole(pair.b))
+        if pair.kind == EMBEDDING and (row := getattr(pair.layer, "padding_idx", None)) is not None:
+            a = without_row(a[0].t(), row).t()[None]  # a layer of ours passes over the update of this row
         if pair.kind == CONV:
             order = _in_memory(self.weight)
             inside = a.view(*a.shape[:2], *self.weight.shape[1:])
@@ -76,30 +63,41 @@ class Update:
         bound = torch.maximum(-least, most).float() + abs(self.pair.scale) * rows * columns
         if bound.item() <= torch.finfo(self.w.dtype).max:
             return False
-        return any(not torch.isfinite(total.to(self.w.dtype)).all() for *_, total in self._sums(self.w, (left, right)))
+        return any(
+            not torch.isfinite(total.to(self.w.dtype)).all() for *_, total, _ in self._sums(self.w, (left, right))
+        )
 
-    def add(self, master: Tensor | None = None) -> float:
-        """Write W + s·B A over W, and return the sum of squares of what rounding has changed.
+    def add(self, master: Tensor | None = None) -> tuple[float, float]:
+        """Write W + s·B A over W, and return the Frobenius norms of s·B A and of what rounding has changed.
 
         Blocks of W are computed one after the other, in fp32, or in fp64 where W or an adapter is in fp64 or torch may
         round the factors of fp32 products. With `master`, W in fp32 of the shape of `w`, the sums are made in it, and W
         is what it rounds to.
         """
-        lost = torch.zeros((), dtype=merging.wide_dtype(self.w.device), device=self.w.device)
-        for place, before, change, total in self._sums(self.w if master is None else master, self.sides()):
+        norm = lost = 0.0  # squares
+        start = self.w if master is None else master
+        for place, before, change, total, spare in self._sums(start, self.sides()):
+            arrived, in_place = total, before is not spare
+            error = spare if in_place else total
+            if not in_place:
+                start[place].copy_(total)
             if master is not None:
-                master[place].copy_(total)
-            self.w[place].copy_(total if master is None else master[place])
-            # What has arrived in W, less what should have.
-            rounded = total.copy_(self.w[place]).sub_(before).sub_(change)
-            most = torch.linalg.vector_norm(rounded, torch.inf)
-            if most > 0:  # squares of what is not divided by it may be too small for fp32
-                lost += rounded.div_(most).square_().sum() * most.to(lost.dtype).square()
-        return sharded.summed(lost.item(), self.weight)
+                self.w[place].copy_(total if in_place else start[place])
+            if master is not None or not in_place:
+                arrived = error.copy_(self.w[place])
+            torch.sub(arrived, before, out=error).sub_(change)  # what has arrived in W, less what should have
+            norm += _squares(change)
+            if in_place:
+                start[place].copy_(total)
+            lost += _squares(error)
+        return sharded.summed(norm, self.weight) ** 0.5, sharded.summed(lost, self.weight) ** 0.5
 
-    def _sums(self, start: Tensor, sides: tuple[Tensor, Tensor]) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
+    def _sums(
+        self, start: Tensor, sides: tuple[Tensor, Tensor]
+    ) -> Iterator[tuple[Any, Tensor, Tensor, Tensor, Tensor]]:
         """Yield, for one block of [G, P, Q] after the other: where it is, `start`, the update of `sides` and their sum
-        there. The memory of these three is that of the next block."""
+        there, and a spare block. `start` is itself the block where it has the dtype of the sums, else its copy is in
+        the spare block. The memory of the last three is that of the next block."""
         wide, device = _sum_dtype(self), self.w.device
         G, P, Q = self.w.shape
         rows = max(1, (_BLOCK if device.type == "cpu" else _BLOCK_ON_A_GPU) // max(1, Q))
@@ -109,10 +107,20 @@ class Update:
             left = left * self.pair.scale
             for first in range(0, P if Q else 0, rows):  # a process may hold no column of W
                 place = g, slice(first, min(P, first + rows))
-                before, change, total = buffers[:, : min(P, first + rows) - first]
-                before.copy_(start[place])
+                change, total, spare = buffers[:, : min(P, first + rows) - first]
+                before = start[place] if start.dtype == wide else spare.copy_(start[place])
                 torch.mm(left[place[1]], right, out=change)
-                yield place, before, change, torch.add(before, change, out=total)
+                yield place, before, change, torch.add(before, change, out=total), spare
+
+
+def _squares(values: Tensor) -> float:
+    """Return the sum of squares of a contiguous tensor. They are made in fp64 where they may be too small or too large
+    for its own dtype."""
+    flat = values.view(-1)
+    squares = torch.dot(flat, flat).item()
+    if not 1e-25 < squares < 1e30 and flat.any():
+        squares = flat.to(merging.wide_dtype(flat.device)).square_().sum().item()
+    return squares
 
 
 def update_of(pair: Pair) -> Update | str:

@@ -146,8 +146,7 @@ def carry_out(
     assert plan is not None
     layers = []
     for update in plan.updates:
-        norm = update.norm()
-        lost = update.add(plan.masters.get(update.name)) ** 0.5
+        norm, lost = update.add(plan.masters.get(update.name))
         layers.append(RestartedLayer(update.name, norm, lost / norm if norm else 0.0))
     zeros = total = 0
     draws = torch.Generator().manual_seed(seed)
