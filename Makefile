@@ -18,7 +18,7 @@ help:
 	@echo "make bench      measure against PEFT and the frozen layer; writes benchmarks/results/ and the docs' figures"
 	@echo "make bench-many measure many adapters in one batch, the layer and generation (about seven minutes)"
 	@echo "make bench-kinds measure experts, embeddings, convolutions and other layers (about three minutes)"
-	@echo "make bench-training run the sweep over ranks and the pretraining with ReLoRA (about a quarter of an hour)"
+	@echo "make bench-training run the sweep over ranks and the pretraining with ReLoRA (about eight minutes)"
 	@echo "make doctor     show which back-ends serve this machine, and what is missing"
 	@echo "make docs       build the documentation into build/site; a warning is an error"
 	@echo "make lint       ruff, mypy, clang-format (make format repairs)"
