@@ -39,7 +39,7 @@ def cells() -> list[Cell]:
 def _cell(M: int, K: int, N: int, r: int, mode: str, targets: tuple[Target, ...]) -> Cell:
     training = mode == "training"
     name = f"{mode}, {K} → {N}, {M} row{'s' if M > 1 else ''}, r {r}"
-    return Cell("vera", name, functools.partial(_ways, M, K, N, r, training), targets, backward=training)
+    return Cell("VeRA", name, functools.partial(_ways, M, K, N, r, training), targets, backward=training)
 
 
 def _ways(M: int, K: int, N: int, r: int, training: bool) -> Mapping[str, Way]:
