@@ -24,7 +24,7 @@ from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import DTYPES, QuantizedWeight
 
 _STATE = ".quant_state.bitsandbytes__"
-"""What follows the name of a weight that bitsandbytes has stored in 4 bits."""
+"""The part of a key that follows the name of a weight which bitsandbytes has stored in 4 bits."""
 
 
 class Found(NamedTuple):
@@ -39,7 +39,7 @@ class Base:
     """A source of weights."""
 
     name: str
-    """What reports call it."""
+    """The name in reports."""
 
     def find(self, update: Update) -> Found | str:
         """Return the W of an update, or why there is none."""

@@ -22,9 +22,9 @@ class Comparison:
     mean: float
     """The mean φ over i and j."""
     mean_random: float
-    """What `mean` is for unrelated updates."""
+    """The expected value of `mean` for unrelated updates."""
     random: float
-    """What `at_rank` is for unrelated updates, max(rank₁, rank₂) / K."""
+    """The expected value of `at_rank` for unrelated updates, max(rank₁, rank₂) / K."""
     cosine: float
     """⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖ ‖ΔW₂‖), which is near 0 for unrelated updates, and negative where they work against each
     other."""
@@ -37,7 +37,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one update is like."""
+    """The measures of one update."""
 
     name: str
     """The plain name of the layer, with its part and expert where it has several updates."""
@@ -102,7 +102,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Findings:
-    """What is known of an adapter."""
+    """The measures of all updates of an adapter."""
 
     adapter: str
     """The adapter."""
@@ -113,7 +113,7 @@ class Findings:
     other: str | None = None
     """The adapter that it was compared with."""
     notes: tuple[str, ...] = ()
-    """What a reader of the numbers should know."""
+    """Remarks for the reader, such as that a restart has changed W."""
     without_weight: tuple[tuple[str, str], ...] = ()
     """The layers whose W could not be looked at, with the reason."""
     only_here: tuple[str, ...] = ()

@@ -46,7 +46,7 @@ class RankReport:
 
     layers: list[RankedLayer]
     notes: tuple[str, ...] = ()
-    """What a reader must know beside the ranks."""
+    """Remarks for the reader, beside the ranks."""
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     """The fields of the adapter's config."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)

@@ -47,7 +47,7 @@ class Update:
     """The plain name of the layer, with the part and the number of the expert where it has several updates, such as
     "model.layers.0.mlp.experts.down_proj[3]"."""
     kind: str
-    """What the layer is: one of the kinds of `lora_kernels.models.pairs`."""
+    """The kind of the layer, one of those of `lora_kernels.models.pairs`."""
     a: Tensor
     """A [r, K]. K of an embedding is its number of tokens, and that of a convolution channels times kernel."""
     b: Tensor
@@ -71,10 +71,10 @@ class Updates:
     """The updates of an adapter."""
 
     source: str
-    """What reports and errors call it."""
+    """The name in reports and errors."""
     updates: list[Update]
     notes: tuple[str, ...] = ()
-    """What a reader of numbers should know about this adapter."""
+    """Remarks about this adapter for the reader of its numbers."""
     transposed: bool | None = None
     """Whether the config says that linear weights are stored as Wᵀ; None where there is none."""
     names: dict[str, Update] = field(init=False)

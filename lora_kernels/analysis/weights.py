@@ -39,7 +39,7 @@ class Weights:
     """The tensors of a model by their names, read when they are asked for."""
 
     name: str
-    """What errors call it."""
+    """The name in errors."""
     guesses = False
     """Whether `kind` goes by names, because the classes of the modules are not known."""
 

@@ -111,6 +111,6 @@ class TrainableParameters:
 def _watched(layer: AdapterLayer) -> Watched:
     own = dict(layer.named_parameters())
     weights = [p for name, p in own.items() if not is_adapter(name) and "bias" not in name.rpartition(".")[2]]
-    # Of a layer that shares its A with others u tells whether its own update is computed.
+    # A layer that shares its A with others has u to itself: u tells whether its own update is computed.
     adapter = [p for name, p in own.items() if name == "lora_u" or (is_adapter(name) and p.ndim > 1)]
     return Watched(layer, weights, adapter)

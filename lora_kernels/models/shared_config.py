@@ -17,7 +17,7 @@ class Format(NamedTuple):
     """The names of a format's tensors."""
 
     factor: str
-    """That of A and B without the last letter."""
+    """The name of A and of B, without its last letter."""
     u: str
     v: str
 
