@@ -14,6 +14,7 @@ the base is installed.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -135,8 +136,15 @@ class FusedAround(FusedLayer):
         """Return what merging the adapters `names` adds to W and the bias; None over a base whose weight cannot be
         read densely, where merging is PEFT's, or its refusal."""
         base = base_of(self)
-        dense = isinstance(base, nn.Linear) and type(base._parameters.get("weight")) is nn.Parameter
-        return merged_terms.of_lora(self, names) if dense or is_quantised(base) else None
+        if not is_quantised(base):
+            if not isinstance(base, nn.Linear) or type(base._parameters.get("weight")) is not nn.Parameter:
+                return None
+            warnings.warn(
+                f"the base is a {type(base).__name__} with a forward of its own: while merged, the adapter goes "
+                "through that forward too, and y is the same only if it is x Wᵀ + bias",
+                stacklevel=5,
+            )
+        return merged_terms.of_lora(self, names)
 
     @classmethod
     def why_not_forward(cls) -> str:

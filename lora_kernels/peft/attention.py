@@ -96,7 +96,7 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
     peft_class = peft_layer.MultiheadAttention
     own: ClassVar = {**FusedLayer.own, "_counted": counted, "_kept_in_forward": lambda: None}
     _counted: Counted
-    _kept_in_forward: list[tuple[nn.Module, str, nn.Parameter | None]] | None
+    _kept_in_forward: Sequence[tuple[nn.Module, str, nn.Parameter | None]] | None
     """The weights while PEFT's own forward runs, which replaces them; else None."""
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -204,6 +204,12 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         attention: Any = self._modules["base_layer"]
         attention._modules[_OUT].merged_adapters = list(names)
 
+    def _restore_weights(self) -> None:
+        """Register the weights where PEFT's forward has left plain tensors. PEFT makes new Parameters of them whenever
+        the modules are listed, and the ones that were there would be lost to ties and optimisers."""
+        if any(owner._parameters.get(name) is None for owner, name in self._places()):
+            super()._restore_weights()
+
     def _places(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
         """Return the modules that have the weights of the two projections, and their names there."""
         attention: Any = self._modules["base_layer"]
@@ -213,7 +219,14 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         """Return the result of PEFT's forward. Where it merges and unmerges, the Parameters of before are put back."""
         if self.merged or self.disable_adapters:
             return self.peft_class.forward(self, query, *args, **kwargs)
-        self._kept_in_forward = [(owner, name, owner._parameters[name]) for owner, name in self._places()]
+        kept = [(owner, name, owner._parameters[name]) for owner, name in self._places()]
+        if not torch.is_inference_mode_enabled():  # autograd cannot save what a forward of PEFT has made in that mode
+            kept = [
+                (owner, name, nn.Parameter(w.detach().clone(), w.requires_grad) if w.is_inference() else w)
+                for owner, name, w in kept
+                if w is not None
+            ]
+        self._kept_in_forward = kept
         try:
             return self.peft_class.forward(self, query, *args, **kwargs)
         finally:

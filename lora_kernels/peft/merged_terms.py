@@ -32,7 +32,7 @@ def of_lora(layer: Any, names: Sequence[str]) -> list[Sum]:
 
 def biases(layer: Any, base: nn.Module, names: Sequence[str]) -> list[Sum]:
     """Return the update of the bias of `base`: an empty list where no adapter has a bias."""
-    biased = {name: bias for name in names if (bias := layer.lora_B[name].bias) is not None}
+    biased = {name: bias for name in names if (bias := getattr(layer.lora_B[name], "bias", None)) is not None}
     if not biased:
         return []
     if getattr(base, "bias", None) is None:
