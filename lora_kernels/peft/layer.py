@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lora_kernels.core.operands import Call
 from lora_kernels.nn.dry_run import Watched
 from lora_kernels.peft import merging
-from lora_kernels.peft.merging import Place, Sum
+from lora_kernels.peft.kept import Kept
+from lora_kernels.peft.merging import Sum
 
 
 class Survey(NamedTuple):
@@ -54,7 +55,7 @@ class FusedLayer:
     fused_calls: int
     passed_over: Counter[str]
     _backend: str | None
-    _kept_base: list[Place] | None = None
+    _kept_base: list[Kept] | None = None
     """What merging has replaced, until `unmerge` puts it back; None if nothing is merged here."""
 
     forward: Any

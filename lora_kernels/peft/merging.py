@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from lora_kernels.nn.merged_sums import Term, sum_dtype, write_sums
 from lora_kernels.ops.autograd import device_type, no_autocast
 from lora_kernels.peft import dense_stand_in
 from lora_kernels.peft.dense_stand_in import MergedLinear
+from lora_kernels.peft.kept import Kept, KeptBase, KeptParameter, KeptShard
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,71 +49,6 @@ def as_vector(w: Tensor) -> Tensor:
     return w[None, None]
 
 
-@dataclass
-class Place:
-    """What merging has replaced: a parameter, or a quantised base layer."""
-
-    owner: nn.Module
-    """The module in which it was."""
-    name: str
-    """Its name there."""
-    before: nn.Parameter | nn.Module
-    """What was there, and will be there again: the object itself."""
-    stamps: tuple[int | None, ...]
-    """The `stamp` of each merged tensor."""
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors that are there while merged."""
-        if not isinstance(self.before, nn.Module):
-            return (self.owner._parameters.get(self.name),)
-        now: Any = self.owner._modules.get(self.name)
-        if not isinstance(now, MergedLinear):
-            return (None,)
-        return now.own_tensors()
-
-    def is_written(self) -> bool:
-        """Return whether the values there are not those that merging has put there."""
-        now = self.tensors()
-        return any(t is None or t.grad is not None for t in now) or self.stamps != tuple(map(stamp, now))
-
-    def put_back(self) -> None:
-        """Put back what was there."""
-        now = self.tensors()[0]
-        if isinstance(self.before, nn.Module):
-            standing: Any = self.owner._modules[self.name]
-            self.before.train(standing.training)
-            if not standing.has_own_bias:
-                self.before._parameters["bias"] = standing._parameters["bias"]
-            self.owner._modules[self.name] = self.before
-            return
-        if now is not None and now.requires_grad != self.before.requires_grad:
-            self.before.requires_grad_(now.requires_grad)
-        self.owner.__dict__.pop(self.name, None)
-        self.owner._parameters[self.name] = self.before
-
-    def extra_bytes(self) -> int:
-        """Return the bytes that are in memory because of the merge."""
-        if isinstance(self.before, nn.Module):
-            return sum(t.nbytes for t in self.tensors() if t is not None)
-        return self.before.nbytes
-
-
-def stamp(t: Tensor | None) -> int | None:
-    """Return a number of the bits of t, which changes with practically every write; None for a tensor without values.
-
-    It is the sum of the memory as integers of 64 bits. Version counters would not do: a write through ``.data`` leaves
-    them as they are, and a load of equal values changes them.
-    """
-    if t is None or t.is_meta or type(t) not in (Tensor, nn.Parameter):
-        return None
-    flat = t.detach().contiguous().view(-1)
-    offset, size = flat.storage_offset() * flat.element_size(), flat.nbytes
-    for width, dtype in ((8, torch.int64), (4, torch.int32), (2, torch.int16)):
-        if size % width == 0 and offset % width == 0 and flat.element_size() <= width:
-            return int(flat.view(dtype).sum().item())
-    return int(flat.view(torch.uint8).sum().item())
-
-
 @torch.inference_mode(False)  # what is made in inference mode could not be moved or saved later
 @torch.no_grad()
 def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | None = None) -> None:
@@ -136,7 +71,7 @@ def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | 
     wanted = [name for name in wanted if name in layer.adapters_to_merge()]
     if not wanted:
         return
-    kept: list[Place] | None = layer._kept_base
+    kept: list[Kept] | None = layer._kept_base
     order = [*layer.merged_adapters, *wanted]
     sums = None if kept is None and _is_offloaded(layer) else layer.sums(order)
     if sums is None:
@@ -149,8 +84,11 @@ def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | 
         )
     for place in kept or ():
         _refuse_written(layer, place)
+    if any(_is_sharded(each) for each in sums):
+        _merge_shards(layer, safe, order, [KeptShard(each.owner, each.name) for each in sums])
+        return
     before = {(id(place.owner), place.name): place.before for place in kept or ()}
-    new: list[tuple[Place, nn.Parameter | MergedLinear]] = []
+    new: list[tuple[Kept, nn.Parameter | MergedLinear]] = []
     standing: MergedLinear | None = None
     for each in sums:
         if standing is not None:  # the other parameter of a quantised base is its bias
@@ -159,14 +97,13 @@ def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | 
         new.append(_quantised(layer, each, dtype) or _dense(layer, each, before))
         if isinstance(new[-1][1], MergedLinear):
             standing = new[-1][1]
-    for place, merged in new:
+    for _, merged in new:
         values = merged.own_tensors() if isinstance(merged, MergedLinear) else (merged,)
         if safe and not all(torch.isfinite(t).all() for t in values):
             raise ValueError(
                 f"NaNs detected in the merged weights, or infinities: nothing was changed. One of the adapters "
                 f"{', '.join(order)} seems to be broken: look at its lora_A and lora_B, and at its scaling"
             )
-        place.stamps = tuple(map(stamp, values))
     for place, merged in new:
         if isinstance(merged, nn.Module):
             place.owner._modules[place.name] = merged
@@ -174,18 +111,56 @@ def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | 
             place.owner._parameters[place.name] = merged
     layer._kept_base = [place for place, _ in new]
     layer.note_merged(order)
+    try:
+        for place, _ in new:
+            place.seal()
+    except BaseException:  # such as too little memory
+        _put_back(layer)
+        raise
 
 
-def _quantised(layer: Any, each: Sum, dtype: torch.dtype | None) -> tuple[Place, MergedLinear] | None:
+def _is_sharded(each: Sum) -> bool:
+    return hasattr(each.owner._parameters.get(each.name), "placements")
+
+
+def _merge_shards(layer: Any, safe: bool, names: list[str], places: list[KeptShard]) -> None:
+    """Merge into DTensors as PEFT does, and keep this process's parts. Every process makes this call."""
+    for place in layer._kept_base or ():
+        place.put_back()
+    places = layer._kept_base or places
+    layer.note_merged([])
+    try:
+        layer.peft_class.merge(layer, safe, names)
+    except BaseException:
+        for place in places:
+            place.put_back()
+        layer._kept_base = None
+        layer.note_merged([])
+        raise
+    for place in places:
+        place.seal()
+    layer._kept_base = places
+
+
+def _quantised(layer: Any, each: Sum, dtype: torch.dtype | None) -> tuple[Kept, MergedLinear] | None:
     """Return the quantised base that is to be kept, and what takes its place; None for a parameter of another base."""
     if each.name != "weight" or not dense_stand_in.is_quantised(each.owner):
         return None
+    total = dense_sum(layer, each, dtype)
+    owner = layer
+    while owner._modules["base_layer"] is not each.owner and "base_layer" in owner._modules["base_layer"]._modules:
+        owner = owner._modules["base_layer"]  # a layer of another method of PEFT around the same base
+    return KeptBase(owner, "base_layer", each.owner), MergedLinear(each.owner, total)
+
+
+@torch.no_grad()
+def dense_sum(layer: Any, each: Sum, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the merged weight of a quantised base, by default in the dtype in which the base computes."""
     read = dense_stand_in.read(each.owner)
-    total = _total(layer, read.rows, read.shape, dtype or read.dtype, read.device, each)
-    return Place(layer, "base_layer", each.owner, ()), MergedLinear(each.owner, total)
+    return _total(layer, read.rows, read.shape, dtype or read.dtype, read.device, each)
 
 
-def _dense(layer: Any, each: Sum, before: dict[tuple[int, str], Any]) -> tuple[Place, nn.Parameter]:
+def _dense(layer: Any, each: Sum, before: dict[tuple[int, str], Any]) -> tuple[Kept, nn.Parameter]:
     """Return the parameter that is to be kept, and the one that takes its place."""
     w: Any = before.get((id(each.owner), each.name))
     if w is None:
@@ -195,7 +170,7 @@ def _dense(layer: Any, each: Sum, before: dict[tuple[int, str], Any]) -> tuple[P
     total = _total(layer, lambda g, block: stack[g, block], tuple(w.shape), w.dtype, w.device, each)
     if w.dim() == 4 and w.is_contiguous(memory_format=torch.channels_last):
         total = total.contiguous(memory_format=torch.channels_last)
-    return Place(each.owner, each.name, w, ()), nn.Parameter(total, requires_grad=w.requires_grad)
+    return KeptParameter(each.owner, each.name, w), nn.Parameter(total, requires_grad=w.requires_grad)
 
 
 def _total(
@@ -245,19 +220,11 @@ def _put_back(layer: Any) -> None:
 
 
 def settle(layer: Any, keep: bool) -> None:
-    """Unmerge a layer whose merged weight may have been written to: with `keep` what is there now becomes the base,
-    else it is thrown away and the base is put back.
-
-    Raises ValueError for a quantised base that is to be kept: its place would be taken by a dense layer.
-    """
+    """Unmerge a layer whose merged weight may have been written to. With `keep` what is there now becomes the base,
+    which must not be quantised; else it is thrown away and the base is put back."""
     if not keep:
         _put_back(layer)
         return
-    if any(isinstance(place.before, nn.Module) for place in layer._kept_base):
-        raise ValueError(
-            f"the base of this {type(layer).__name__} is quantised, and what was written is dense: nothing was "
-            "changed. Take keep=False, or merge_and_unload(), which quantises what is there"
-        )
     layer._kept_base = None
     layer.note_merged([])
 
@@ -265,11 +232,10 @@ def settle(layer: Any, keep: bool) -> None:
 def released(layer: Any) -> nn.Module:
     """Return the base of `layer` for a model without adapters: with the merged weight if it is merged, quantised again
     if the base was quantised. Nothing is kept after it."""
-    kept: list[Place] | None = layer._kept_base
+    kept: list[Kept] | None = layer._kept_base
     layer._kept_base = None
     for place in kept or ():
-        if isinstance(place.before, nn.Module):
-            standing = cast(MergedLinear, place.owner._modules[place.name])
+        if isinstance(place, KeptBase) and (standing := place.standing) is not None:
             place.put_back()
             if not dense_stand_in.requantise(place.before, standing):
                 names, layer.merged_adapters = layer.merged_adapters, []
@@ -280,25 +246,20 @@ def released(layer: Any) -> nn.Module:
 
 def apply(layer: Any, whole: Callable[..., Any], fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
     """Move or convert a merged layer with ``whole(fn, recurse)``, and what is kept of it with `fn` too."""
-    kept: list[Place] = layer._kept_base
+    kept: list[Kept] = layer._kept_base
     written = [place.is_written() for place in kept]
     whole(fn, recurse)
     for place, changed in zip(kept, written, strict=True):
-        if isinstance(place.before, nn.Module):
-            place.before._apply(fn)
-        else:
-            holder = nn.Module()  # torch's own rules say whether the Parameter stays the same object
-            holder.register_parameter("weight", place.before)
-            place.before = cast(nn.Parameter, holder._apply(fn)._parameters["weight"])
+        place.apply(fn)
         if not changed:
-            place.stamps = tuple(map(stamp, place.tensors()))
+            place.seal()
     return layer
 
 
 def base_of(layer: Any) -> Any:
     """Return the base layer of `layer`, also while a `MergedLinear` stands in its place."""
     for place in layer.__dict__.get("_kept_base") or ():
-        if isinstance(place.before, nn.Module):
+        if isinstance(place, KeptBase):
             return place.before
     return layer.get_base_layer()
 
@@ -330,61 +291,14 @@ def _refuse_weight(layer: Any, owner: nn.Module, name: str) -> None:
         )
 
 
-def _refuse_written(layer: Any, place: Place) -> None:
+def _refuse_written(layer: Any, place: Kept) -> None:
     if not place.is_written():
         return
     names = ", ".join(layer.merged_adapters)
-    got = "" if all(t is None or t.grad is None for t in place.tensors()) else ", or trained,"
+    got = ", or trained," if place.is_trained() else ""
     raise ValueError(
         f"{place.name} of this {type(layer).__name__} was written to{got} while {names} were merged into it, by "
         "load_state_dict, an optimiser, a conversion or other code: unmerging would throw that away, so nothing was "
         "changed. lora_kernels.unmerge_written(model, keep=False) puts the base of before the merge back, and with "
         "keep=True what is there now becomes the base"
     )
-
-
-def merged_bytes(model: nn.Module) -> int:
-    """Return the bytes that `model` has in memory because fused layers of PEFT are merged at present: the weights that
-    are kept for unmerging, or over quantised bases the dense weights beside the codes."""
-    places = {
-        id(place.before): place
-        for layer in model.modules()
-        for place in getattr(layer, "_kept_base", None) or ()
-        if isinstance(place, Place)
-    }
-    return sum(place.extra_bytes() for place in places.values())
-
-
-def unmerge_written(model: nn.Module, *, keep: bool) -> list[str]:
-    """Unmerge every fused layer of PEFT in `model` whose merged weight was written to since it was merged, which
-    ``unmerge_adapter()`` refuses, and return the names of these layers.
-
-    Args:
-        model: a PeftModel, or any module with such layers inside.
-        keep: True makes what was written the base, without the adapters; the base of before the merge is given up.
-            False throws away what was written, and puts the base of before the merge back.
-
-    Raises ValueError, with nothing changed, for a quantised base with `keep`.
-    """
-    found: dict[str, Any] = {
-        name: layer
-        for name, layer in model.named_modules()
-        if getattr(layer, "_kept_base", None) and any(place.is_written() for place in cast(Any, layer)._kept_base)
-    }
-    if keep:
-        for layer in found.values():
-            if any(isinstance(place.before, nn.Module) for place in layer._kept_base):
-                settle(layer, keep)
-    for layer in found.values():
-        settle(layer, keep)
-    return list(found)
-
-
-def refuse_merged(model: nn.Module) -> None:
-    """Raise ValueError where a layer of `model` is merged and keeps its base: PEFT's layers would not know of it."""
-    merged = [name or "the model" for name, layer in model.named_modules() if getattr(layer, "_kept_base", None)]
-    if merged:
-        raise ValueError(
-            f"{len(merged)} layers are merged, such as {merged[0]}, and keep the base that PEFT's unmerge() would not "
-            "put back: nothing was changed. Call unmerge_adapter() first, or merge_and_unload()"
-        )

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-
 import pytest
 import torch
-from torch import nn
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
-import peft  # noqa: E402
-from support.bnb_models import Net as Net4  # noqa: E402
-from support.merge_models import K, N, Net, is_rounded_once, over, quantised, randomised  # noqa: E402
+from support.merge_models import K, N, is_rounded_once, over  # noqa: E402
 
 import lora_kernels  # noqa: E402
 from lora_kernels.quant.bnb import from_bnb  # noqa: E402
