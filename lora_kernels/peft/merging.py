@@ -184,11 +184,11 @@ def _total(
     made = torch.empty(shape, dtype=dtype, device=device)
     out = each.stack(made)
     for term in each.terms:
-        G, P, Q = out.shape
-        if term.left.shape[:2] != (G, P) or term.right.shape[::2] != (G, Q):
+        wanted = (*term.left.shape[:2], term.right.shape[2])
+        if out.shape != wanted:
             raise ValueError(
                 f"{each.name} of this {type(layer).__name__} has the shape {tuple(shape)}, and its adapter is for "
-                f"{(G, term.left.shape[1], term.right.shape[2])}: nothing was changed. If this process holds a part of "
+                f"{wanted}: nothing was changed. If this process holds a part of "
                 "the weights, as with FSDP1 or ZeRO-3, gather them first"
             )
     wide = sum_dtype(made, *(t for term in each.terms for t in (term.left, term.right)))
