@@ -198,7 +198,7 @@ class _FusedBnb(Fused):
     @staticmethod
     def known_dtype(layer: Any) -> torch.dtype | None:
         """Return the compute_dtype of a Linear4bit. A Linear8bitLt computes in x's dtype."""
-        dtype: torch.dtype | None = getattr(layer.base_layer, "compute_dtype", None)
+        dtype: torch.dtype | None = getattr(_base_of(layer), "compute_dtype", None)
         return dtype
 
     @staticmethod
@@ -261,7 +261,7 @@ class Over4bit(_FusedBnb):
     @staticmethod
     def base_note(layer: Any) -> str:
         """Return the weight's format and the dtype of the computation."""
-        dtype = layer.base_layer.compute_dtype or "the dtype of x"
+        dtype = _base_of(layer).compute_dtype or "the dtype of x"
         return f", {getattr(_FusedBnb._weight_of(layer), 'format', '')} in {str(dtype).removeprefix('torch.')}"
 
     def _base_dtypes(self, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | str:
