@@ -35,7 +35,7 @@ from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
 from lora_kernels.peft.dense_stand_in import MergedLinear
 from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.linear import FusedLinear
-from lora_kernels.peft.merging import base_of
+from lora_kernels.peft.merging import Sum, base_of
 from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import DTYPES, Nested, QuantizedWeight
@@ -209,6 +209,11 @@ class _FusedBnb(Fused):
         if kind in (ALoraLinearVariant, DoraLinearVariant):
             return FusedLinear.variant_reason(layer, name)
         return f"adapter {name!r} is a {kind.__name__}"
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum] | None:
+        """Return what merging the adapters `names` adds to W and the bias; None for a weight that cannot be read, whose
+        forwards and merging are PEFT's."""
+        return None if isinstance(self._weight_of(self), str) else super().sums(names)
 
     def prepare(self) -> None:
         """Read the quantised weight now, because a first forward inside ``torch.compile`` could not read it."""

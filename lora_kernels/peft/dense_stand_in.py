@@ -95,16 +95,7 @@ def read(base: Any) -> Dequantised:
     weight = base._parameters.get("weight")
     package = type(weight).__module__.partition(".")[0]
     if package == "bitsandbytes":
-        try:
-            q = from_bnb(base)
-        except ValueError:  # a format that the kernels do not read, such as an odd K in 4 bits
-            if not hasattr(weight, "quant_state") or weight.quant_state is None:
-                raise
-            from peft.utils.integrations import dequantize_bnb_weight
-
-            w = dequantize_bnb_weight(weight, state=weight.quant_state)
-            dtype = getattr(base, "compute_dtype", None) or w.dtype
-            return Dequantised((w.shape[0], w.shape[1]), dtype, w.device, lambda g, block: w[block])
+        q = from_bnb(base)
         bias = getattr(base, "bias", None)
         # A Linear8bitLt computes in the dtype of x, and its model's is known from a bias alone.
         dtype = getattr(base, "compute_dtype", None) or (q.dtype if bias is None else bias.dtype)

@@ -189,16 +189,18 @@ def test_other_methods_over_quantised_weights_are_merged_as_exactly(format, how)
     assert not layer.merged and has_codes(layer, before) and torch.equal(model(x), want)
 
 
-def test_an_odd_number_of_columns_in_4_bits_is_merged_too():
-    net = Net(bnb.nn.Linear4bit(33, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu"))
+@pytest.mark.filterwarnings("ignore:.*rounding errors")
+def test_a_weight_that_cannot_be_read_is_merged_by_peft():
+    net = Net(bnb.nn.Linear4bit(K, 32, compute_dtype=torch.float32, quant_type="nf4").to("cpu"))
+    net.layer.weight.quant_state.code = net.layer.weight.quant_state.code * 2  # a table of its own
     net.is_loaded_in_4bit = True
-    model = randomised(peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["layer"])))
-    lora_kernels.fuse(model.train())
+    lora_kernels.enable()  # which does not look at the weight
+    try:
+        model = randomised(peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["layer"])))
+    finally:
+        lora_kernels.disable()
     layer = model.base_model.model.layer
-    before, weight = codes_of(layer), layer.base_layer.weight
-    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
-    w = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     model.merge_adapter()
-    assert is_rounded_once(layer.base_layer.weight.detach(), w.double() + layer.scaling["default"] * (b @ a).detach())
+    assert layer.merged and type(layer.base_layer) is bnb.nn.Linear4bit and lora_kernels.merged_bytes(model) == 0
     model.unmerge_adapter()
-    assert has_codes(layer, before)
+    assert not layer.merged
