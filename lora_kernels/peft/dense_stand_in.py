@@ -48,7 +48,10 @@ class MergedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter("bias", getattr(base, "bias", None))
+        bias = getattr(base, "bias", None)
+        if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter):  # as HQQ has it
+            bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
         self.rounds_x = hasattr(base, "compute_dtype")
         self.has_own_bias = False
         """Whether the bias is merged too, and not the Parameter of the base."""

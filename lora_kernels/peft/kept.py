@@ -115,7 +115,7 @@ class KeptBase(Kept):
         """Put the layer back, in the mode of now, and with the bias of now if that was not merged."""
         if self.standing is not None:
             self.before.train(self.standing.training)
-            if not self.standing.has_own_bias:
+            if not self.standing.has_own_bias and "bias" in self.before._parameters:
                 self.before._parameters["bias"] = self.standing._parameters["bias"]
         self.owner._modules[self.name] = self.before
 

@@ -73,7 +73,14 @@ def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | 
         return
     kept: list[Kept] | None = layer._kept_base
     order = [*layer.merged_adapters, *wanted]
-    sums = None if kept is None and _is_offloaded(layer) else layer.sums(order)
+    offloaded = kept is None and offload.hook_of(layer.get_base_layer()) is not None
+    if offloaded:
+        warnings.warn(
+            "a layer that accelerate has offloaded is merged in PEFT's way, which rounds W when it is merged and again "
+            "when it is unmerged: accelerate.hooks.remove_hook_from_module(model, recurse=True) first keeps its bits",
+            stacklevel=3,
+        )
+    sums = None if offloaded else layer.sums(order)
     if sums is None:
         layer.peft_class.merge(layer, safe, wanted)
         return
@@ -262,10 +269,6 @@ def base_of(layer: Any) -> Any:
         if isinstance(place, KeptBase):
             return place.before
     return layer.get_base_layer()
-
-
-def _is_offloaded(layer: Any) -> bool:
-    return offload.hook_of(layer.get_base_layer()) is not None
 
 
 def _refuse_weight(layer: Any, owner: nn.Module, name: str) -> None:
