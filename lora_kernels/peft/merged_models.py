@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,20 @@ def _kept(model: nn.Module) -> Iterator[tuple[str, Any, list[Kept]]]:
 def merged_bytes(model: nn.Module) -> int:
     """Return the bytes that `model` has in memory because fused layers of PEFT are merged at present: the weights that
     are kept for unmerging, or over quantised bases the dense weights beside the codes."""
-    places = {id(place.before): place for _, _, kept in _kept(model) for place in kept}
+    return _bytes_of(kept for _, _, kept in _kept(model))
+
+
+def _bytes_of(kept: Iterable[Sequence[Kept]]) -> int:
+    places = {id(place.before): place for each in kept for place in each}  # two layers may keep one weight
     return sum(place.extra_bytes() for place in places.values())
+
+
+def told(layers: Iterable[Any]) -> str:
+    """Return the line of a report about those of `layers` that are merged at present; "" where none is."""
+    kept = [layer._kept_base for layer in layers if layer._kept_base]
+    if not kept:
+        return ""
+    return f"  {len(kept)} merged at present: {_bytes_of(kept) / 2**20:.1f} MiB are in memory until unmerge_adapter()"
 
 
 def unmerge_written(model: nn.Module, *, keep: bool) -> list[str]:

@@ -262,6 +262,16 @@ def test_what_peft_has_merged_before_fuse_is_unmerged_by_peft_and_nothing_is_add
     lora_kernels.unfuse(plain)
 
 
+def test_the_report_says_what_is_kept():
+    model, (_,) = make("linear", torch.bfloat16)
+    report = lora_kernels.fuse(model)
+    assert "merged" not in str(report)
+    model.merge_adapter()
+    assert "1 merged at present: 0.0 MiB" in str(report) and lora_kernels.merged_bytes(model) == 2 * 96 * K
+    model.unmerge_adapter()
+    assert "merged" not in str(report)
+
+
 def test_a_merged_adapter_is_not_deleted():
     model, layer, w, _, _ = with_another()
     model.merge_adapter(["b"])
