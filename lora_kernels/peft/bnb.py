@@ -31,6 +31,7 @@ from lora_kernels.core.rows import Rows
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
+from lora_kernels.peft import hooked
 from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.linear import FusedLinear
 from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
@@ -174,8 +175,8 @@ class _FusedBnb(Fused):
             return "its base is another tuner's layer"
         if type(base).forward is not cls.kind.forward:
             return f"its base is a {type(base).__name__} with a forward of its own"
-        if has_hooks(base):
-            return "its base layer has hooks, which the fused path would pass over"
+        if has_hooks(base) and (reason := hooked.refusal("its base layer", base)):
+            return reason
         found = cls._weight_of(layer)
         if isinstance(found, str):
             return found
