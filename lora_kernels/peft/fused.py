@@ -323,6 +323,10 @@ class Fused(FusedLayer):
         dtypes of x, W and the adapters cannot be served together. `autocast` is `autocast_of(x)`."""
         raise NotImplementedError
 
+    def is_apart(self, operands: Operands) -> bool:
+        """Return whether the base of a call is computed in another dtype than its adapters."""
+        return False
+
     def settle(self, x: Tensor) -> None:
         """Make the changes to the base that its own forward makes before it computes."""
 
