@@ -158,21 +158,21 @@ def elsewhere(layer: Any, x: Tensor, w: Any, names: list[str] | None) -> Elsewhe
     the result back, or PEFT's forward has to say what is wrong. `names` are PEFT's adapter_names."""
     reason = not_there("x", x, w)
     modules = layer._modules
-    back = _result_of(modules["base_layer"], x.device, w.device)
+    back = result_of(modules["base_layer"], x.device, w.device)
     first, second = (getattr(modules.get(name), "_modules", None) for name in ("lora_A", "lora_B"))
     if back is None or first is None or second is None:
         return reason
     for name in layer.active_adapters if names is None else dict.fromkeys(names):
         if name in first:
-            between = _result_of(first[name], x.device, w.device)
-            if between is None or _result_of(second[name], between, w.device) != back:
+            between = result_of(first[name], x.device, w.device)
+            if between is None or result_of(second[name], between, w.device) != back:
                 return reason
     found = Elsewhere(reason)
     found.there, found.back = w.device, back
     return found
 
 
-def _result_of(module: Any, given: torch.device, there: torch.device) -> torch.device | None:
+def result_of(module: Any, given: torch.device, there: torch.device) -> torch.device | None:
     """Return the device of what `module`, whose weight is `there`, returns for an x on the device `given`; None where
     it does not move x to its weight."""
     found = of(module)
