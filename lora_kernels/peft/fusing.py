@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from lora_kernels.backends import dispatch
@@ -107,7 +108,8 @@ def fuse(
             continue
         reading = readers.reading_in(model, path) if path else None
         passed = str(reading) if reading is not None and reading.always else ""
-        survey = passed or _why_patched(layer, kind) or kind.survey(layer)
+        with torch.no_grad():  # the report is about calls of evaluation; a layer counts what training leaves to PEFT
+            survey = passed or _why_patched(layer, kind) or kind.survey(layer)
         if isinstance(survey, str):
             not_fused[path] = survey
             continue

@@ -36,6 +36,7 @@ _OFFLOAD = "accelerate.hooks.CpuOffload"
 _PLAIN = "accelerate.hooks.ModelHook"
 _SEQUENCE = "accelerate.hooks.SequentialHook"
 _CASTS = ("accelerate.hooks.LayerwiseCastingHook", "diffusers.hooks.layerwise_casting.LayerwiseCastingHook")
+_KEEPS_INPUT = "diffusers.hooks.layerwise_casting.PeftInputAutocastDisableHook"
 _LISTS = {
     "_forward_hooks": "forward hook",
     "_forward_pre_hooks": "forward pre-hook",
@@ -130,12 +131,20 @@ def of_adapter(layer: Any, name: str) -> tuple[torch.dtype | None, torch.dtype |
         if base is not None and weight.device != base:
             return f"adapter {name!r} is on {weight.device}, and the base weight on {base}: put both on one device"
         dtype = hooks.dtype
-        if dtype is not None and weight.dtype != dtype and layer.cast_input_dtype_enabled:
-            what = f"layerwise casting from {weight.dtype} to {dtype}, and PEFT converts x to the first of them"
-            way_out = "use peft.helpers.disable_input_dtype_casting, or leave adapters out of it"
-            return f"adapter {name!r} has {what}: {way_out}"
+        if dtype is not None and weight.dtype != dtype:
+            what = f"adapter {name!r} has layerwise casting from {weight.dtype} to {dtype}"
+            if layer.cast_input_dtype_enabled and not _keeps_input_dtype(layer):
+                return f"{what}, and PEFT converts x to the first: use peft.helpers.disable_input_dtype_casting"
+            if weight.requires_grad and torch.is_grad_enabled():
+                return f"{what}, in which it would have its gradients: leave what is trained out of it"
         found.append(dtype)
     return found[0], found[1]
+
+
+def _keeps_input_dtype(layer: Any) -> bool:
+    """Return whether a hook of diffusers on `layer` keeps PEFT from converting x in a call."""
+    slot = innermost(layer) if "forward" in layer.__dict__ else ""
+    return not isinstance(slot, str) and any(_name_of(type(hook)) == _KEEPS_INPUT for hook in slot.hooks)
 
 
 def converted_to(
