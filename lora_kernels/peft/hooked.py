@@ -80,6 +80,7 @@ class Elsewhere(str):
     back: torch.device
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def of(module: Any) -> Hooks | str:
     """Return what the hooks on `module` come to, or the name of one that a fused forward cannot stand in for."""
     own = module.__dict__
@@ -141,6 +142,7 @@ def of_adapter(layer: Any, name: str) -> tuple[torch.dtype | None, torch.dtype |
     return found[0], found[1]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _keeps_input_dtype(layer: Any) -> bool:
     """Return whether a hook of diffusers on `layer` keeps PEFT from converting x in a call."""
     slot = innermost(layer) if "forward" in layer.__dict__ else ""

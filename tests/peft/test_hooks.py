@@ -182,14 +182,16 @@ def test_other_tuners_are_served(kind):
 
 def test_the_stacks_of_experts_are_served():
     pytest.importorskip("transformers")
-    from support.peft_experts import outer_of, randomise, wrapped
+    from support.experts import inputs
+    from support.peft_experts import outer_of, step, wrapped
 
-    model = randomise(wrapped(dtype=torch.float32))
-    outer = outer_of(model)
-    add_hook_to_module(outer.get_base_layer(), align())
+    model, given = wrapped(), inputs(torch.float64)
+    want = step(model, given)
+    add_hook_to_module(outer_of(model).get_base_layer(), align())
+    add_hook_to_module(outer_of(model).base_layer, align())
     lora_kernels.fuse(model, strict=True)
-    assert isinstance(outer.get_base_layer(), nn.Module) and outer.read(torch.randn(4, 8)) != ""
-    assert not hooked.refusal("it", outer.get_base_layer())
+    same(step(model, given), want, 1e-10)
+    assert outer_of(model).fused_calls == 1 and not outer_of(model).passed_over
 
 
 def test_a_hook_that_arrives_and_goes_between_two_calls_is_seen():

@@ -111,13 +111,25 @@ def test_convolutions_are_served():
     assert model.base_model.model[0].fused_calls == 1
 
 
+class Pair(nn.Module):
+    """Two layers that read the same x."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(24, 16, dtype=dtype), nn.Linear(24, 16, dtype=dtype)
+
+    def forward(self, x):
+        return self.left(x) + self.right(x)
+
+
 def test_layers_of_a_group_compute_alone():
-    model = model_of(FP32)
+    model = model_of(FP32, net=Pair, target_modules=["left", "right"])
+    want = run(rounded(model, E4M3, FP32), X)
     by_accelerate(model, E4M3, FP32)
-    want = model.base_model.model.up(X)
-    report = lora_kernels.fuse(model, group=[("up", "head")])
-    assert not report.groups  # only one of the two has an adapter
-    assert torch.allclose(model.base_model.model.up(X), want, atol=1e-5)
+    report = lora_kernels.fuse(model, group=[("left", "right")])
+    same(run(model, X), want, 1e-5)
+    (shared,) = report.groups.values()
+    assert shared.calls == 0 and any("hooks convert its weights in every call" in why for why in shared.passed_over)
 
 
 def with_cast_adapter(storage: torch.dtype, compute: torch.dtype) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from types import MethodType, ModuleType
 
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft.tuners.lora import LoraLayer  # noqa: E402
-from support.peft_models import Net, config, fused_layers, make, run, same  # noqa: E402
+from support.peft_models import Net, fused_layers, make, run, same  # noqa: E402
 
 import lora_kernels  # noqa: E402
 from lora_kernels.peft import hooked  # noqa: E402
@@ -52,7 +51,7 @@ def test_the_forward_of_ms_swift_is_passed_over(kwargs):
     lora_kernels.fuse(model, strict=True)
     same(run(model, X), want, 1e-4)
     same(run(copy.deepcopy(model), X), want, 1e-4)
-    assert all(layer.fused_calls == 2 - i and not layer.passed_over for i, layer in enumerate([fused_layers(model)[0]], 1))
+    assert all(layer.fused_calls == 1 and not layer.passed_over for layer in fused_layers(model))
 
 
 def test_a_forward_of_that_name_that_does_more_is_left_to_peft():
@@ -85,8 +84,6 @@ def test_a_model_of_ms_swift_itself_is_served():
     settings = {"r": 4, "target_modules": ["up", "down"], "lora_dtype": None, "init_lora_weights": False}
     model = tuners.Swift.prepare_model(Net(), tuners.LoraConfig(**settings))
     want = run(model, X)
-    assert "swift" in sys.modules
     lora_kernels.fuse(model, strict=True)
     same(run(model, X), want, 1e-4)
     assert all(layer.fused_calls == 1 and not layer.passed_over for layer in fused_layers(model))
-    assert config().r == 4
