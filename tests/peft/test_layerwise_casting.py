@@ -1,4 +1,4 @@
-"""Base weights that hooks store in one dtype and convert to another in every call: a fused layer converts them itself."""
+"""Weights that hooks store in one dtype and convert to another in every call: a fused layer converts them itself."""
 
 from __future__ import annotations
 
