@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.ops.multi import lora_linear_multi
     from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
+    from lora_kernels.peft.merged_models import merge_losses, merged_bytes, unmerge_written
     from lora_kernels.serving.pool import AdapterPool
 
 __all__ = [
@@ -88,6 +89,8 @@ __all__ = [
     "lora_linear_multi",
     "mark_only_lora_as_trainable",
     "merge_and_unload",
+    "merge_losses",
+    "merged_bytes",
     "mixed",
     "quantize_weight",
     "reslora_to_lora",
@@ -95,9 +98,11 @@ __all__ = [
     "save_reslora",
     "trainable_parameters",
     "unfuse",
+    "unmerge_written",
 ]
 
 _LAZY = {
+    "peft.merged_models": ("merge_losses", "merged_bytes", "unmerge_written"),
     "core.many": ("Adapter", "AdapterStack"),
     "core.rows": ("Rows",),
     "nn.embedding": ("FusedLoRAEmbedding",),

@@ -18,7 +18,7 @@ from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
 from lora_kernels.nn import dry_run, readers
 from lora_kernels.peft import groups as peft_groups
-from lora_kernels.peft import hooked, kinds
+from lora_kernels.peft import hooked, kinds, merged_models
 from lora_kernels.peft.groups import FAMILIES
 from lora_kernels.peft.layer import FusedLayer
 
@@ -155,7 +155,9 @@ def fuse(
 
 def unfuse(model: nn.Module) -> None:
     """Give every fused layer of `model` its PEFT class back, as it was before `fuse`. The path for inference of
-    ``nn.TransformerEncoderLayer``, which passes over adapters, stays switched off."""
+    ``nn.TransformerEncoderLayer``, which passes over adapters, stays switched off. Raises ValueError, with nothing
+    changed, while adapters are merged."""
+    merged_models.refuse_merged(model)
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
             _unfuse_one(layer)

@@ -13,7 +13,7 @@ from torch import nn
 from lora_kernels.core.operands import Call
 from lora_kernels.nn import dry_run
 from lora_kernels.nn.dry_run import Inputs
-from lora_kernels.peft import serving, ways_out
+from lora_kernels.peft import merged_models, serving, ways_out
 from lora_kernels.peft.layer import FusedLayer
 from lora_kernels.peft.shared import SharedInput
 
@@ -84,7 +84,8 @@ class FuseReport:
         lines += ways_out.lines(
             [*self.not_fused.values(), *(why for each in calls.values() for why in each.passed_over)]
         )
-        return "\n".join([*lines, *filter(None, [serving.line(self.calls, self.backend)])])
+        told = merged_models.told(calls.values()), serving.line(self.calls, self.backend)
+        return "\n".join([*lines, *filter(None, told)])
 
 
 def _since(layer: FusedLayer) -> str:
