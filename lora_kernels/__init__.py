@@ -13,6 +13,7 @@ from lora_kernels.ops.linear import explain, lora_linear
 from lora_kernels.quant.weight import QuantizedWeight, dequantize_weight, quantize_weight
 
 if TYPE_CHECKING:
+    from lora_kernels.analysis.usage import usage
     from lora_kernels.core.many import Adapter, AdapterStack
     from lora_kernels.core.rows import Rows
     from lora_kernels.models.adapters import load_adapter, save_adapter
@@ -93,9 +94,11 @@ __all__ = [
     "save_reslora",
     "trainable_parameters",
     "unfuse",
+    "usage",
 ]
 
 _LAZY = {
+    "analysis.usage": ("usage",),
     "core.many": ("Adapter", "AdapterStack"),
     "core.rows": ("Rows",),
     "nn.embedding": ("FusedLoRAEmbedding",),

@@ -12,7 +12,7 @@ class Repeated(NamedTuple):
 
     name: str
     """The name, with a set of numbers such as {0..3,5} in the place of each number in which the names differ."""
-    count: int
+    names: int
     """The number of names."""
     text: str
     """The text of the line. Numbers that belong to a name in it are sets too."""
@@ -22,7 +22,7 @@ class Repeated(NamedTuple):
     @property
     def label(self) -> str:
         """The name, and the number of names where there are several."""
-        return self.name if self.count == 1 else f"{self.name} × {self.count}"
+        return self.name if self.names == 1 else f"{self.name} × {self.names}"
 
 
 def repeated(rows: Iterable[tuple[str, str]], keys: Sequence[Hashable] | None = None) -> list[Repeated]:
@@ -32,15 +32,14 @@ def repeated(rows: Iterable[tuple[str, str]], keys: Sequence[Hashable] | None = 
     sets of numbers in the line stand for these names and no others. Where a text holds a dotted name that begins like
     the row's own name, the numbers that both have in common count as equal too.
     """
-    boxes: dict[Hashable, dict[tuple[frozenset[int], ...], list[int]]] = {}
+    boxes: dict[tuple[str, str, Hashable], dict[tuple[frozenset[int], ...], list[int]]] = {}
     for place, (name, text) in enumerate(rows):
         numbers = [int(part) for part in name.split(".") if _is_number(part)]
         kind = _name_template(name), _text_template(text, name), None if keys is None else keys[place]
         box = tuple(frozenset((number,)) for number in numbers)
         boxes.setdefault(kind, {}).setdefault(box, []).append(place)
     lines = []
-    for kind, parts in boxes.items():
-        template, text = kind[0], kind[1]  # type: ignore[index]
+    for (template, text, _), parts in boxes.items():
         for box, places in _joined(parts).items():
             sets = [_set(numbers) for numbers in box]
             lines.append(Repeated(_filled(template, sets), len(places), _filled(text, sets), tuple(sorted(places))))

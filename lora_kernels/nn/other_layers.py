@@ -1,4 +1,4 @@
-"""Layers with low-rank adapters that are not PEFT's LoRA: their classes, how many there are, and the way out of each."""
+"""Layers with low-rank adapters that are not PEFT's LoRA: their classes, and what to do about each."""
 
 from __future__ import annotations
 

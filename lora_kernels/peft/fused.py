@@ -104,8 +104,8 @@ class Fused(FusedLayer):
         names = kwargs.get("adapter_names") if kwargs else None
         operands = self.read(x, args, kwargs, names)
         if isinstance(operands, str):
-            if operands and not compiling:
-                self.passed_over[operands] += 1
+            if not compiling:
+                self.count_left(operands)
             return self.peft_class.forward(self, x, *args, **kwargs)
         if not compiling:
             self.__dict__["fused_calls"] += 1

@@ -72,9 +72,9 @@ def fuse(
     The path for inference of ``nn.TransformerEncoderLayer``, which does so, is switched off.
 
     Raises:
-        RuntimeError: with `strict`, where a layer or an adapter cannot be fused, there is none, names in `group` give no
-            group, or `verify` finds a layer that is not computed by its fused forward, or can judge none. The text holds
-            the report, and names layers of other libraries with what to do about them.
+        RuntimeError: with `strict`, where a layer or an adapter cannot be fused, there is none, names in `group` give
+            no group, or `verify` finds a layer that is not computed by its fused forward, or can judge none. The text
+            holds the report, and names layers of other libraries with what to do about them.
         ValueError: for an unknown back-end, or names in `group` that the model does not have; nothing is changed. For
             `verify` as in `FuseReport.verify`, and whatever the forward raises; then no layer is fused that was not
             before, and those that were keep their groups and back-ends.
@@ -115,8 +115,8 @@ def fuse(
             return report
         if strict and not any(layer.watched() for layer, _ in layers.values()):
             raise RuntimeError(
-                f"fuse(strict=True, verify=...) could judge none of the {len(layers)} LoRA layers, because no adapter is "
-                "active and unmerged: set_adapter, enable_adapter_layers or unmerge_adapter first"
+                f"fuse(strict=True, verify=...) could judge none of the {len(layers)} LoRA layers: they have no "
+                "adapter that is active and not merged. Call set_adapter, enable_adapter_layers or unmerge_adapter first"
             )
         report = report.verified_with(model, inputs)
         if strict and report.not_fused:

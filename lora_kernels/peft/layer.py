@@ -32,6 +32,7 @@ class FusedLayer:
     Attributes:
         fused_calls: the number of forwards on the fused path (not counted inside ``torch.compile``).
         passed_over: the number of forwards that were left to PEFT, by reason.
+        base_calls: the number of forwards without an adapter to compute: merged, disabled, or none of them active.
     """
 
     peft_class: ClassVar[type[Any]]
@@ -39,6 +40,7 @@ class FusedLayer:
     own: ClassVar[dict[str, Callable[[], Any]]] = {
         "fused_calls": int,
         "passed_over": Counter,
+        "base_calls": int,
         "_backend": lambda: None,
     }
     """The attributes that a fused layer has beside PEFT's, and the functions that make their first values."""
@@ -47,6 +49,7 @@ class FusedLayer:
 
     fused_calls: int
     passed_over: Counter[str]
+    base_calls: int
     _backend: str | None
 
     forward: Any
@@ -65,6 +68,13 @@ class FusedLayer:
     def inner(cls, layer: Any) -> Sequence[str]:
         """Return the names, beneath `layer`, of the layers of PEFT inside it that its own forward computes."""
         return ()
+
+    def count_left(self, reason: str) -> None:
+        """Count a forward that is left to PEFT's own; `reason` is "" where it has no adapter to compute."""
+        if reason:
+            self.passed_over[reason] += 1
+        else:
+            self.base_calls += 1
 
     def prepare(self) -> None:
         """Do the work that a layer needs once, before its first fused forward."""

@@ -69,7 +69,7 @@ class FuseReport:
         ``layers.{0..31}.q_proj × 32``; with `full` each has its own."""
         alive = {name: layer for name, ref in self.layers.items() if (layer := ref()) is not None}
         calls = {name: layer for name, layer in alive.items() if isinstance(layer, FusedLayer)}
-        ran = any(layer.fused_calls or layer.passed_over for layer in calls.values())
+        ran = any(layer.fused_calls or layer.passed_over or layer.base_calls for layer in calls.values())
         rows, idle = [], 0
         for name, what in self.fused.items():
             since = _since(calls[name]) if ran and name in calls else ""
@@ -86,6 +86,8 @@ class FuseReport:
             return f"{head}: the model has none" + (f" of PEFT; it has {others}" if others else "")
         rows += [(name, "grouped", str(group)) for name, group in self.groups.items()]
         lines = [head, *lines_of(rows, full)]
+        if idle:
+            lines.append("lora_kernels.usage(model) tells which code computes them")
         if others:
             lines.append(f"beside these, {others}")
         return "\n".join([*lines, *filter(None, [serving.line(self.calls, self.backend)])])
@@ -110,6 +112,6 @@ def _since(layer: FusedLayer) -> str:
     if layer.fused_calls:
         return ""
     if not layer.passed_over:
-        return ", not called so far"
+        return ", called without an adapter only" if layer.base_calls else ", not called so far"
     reasons = "; ".join(f"{why} ({n} call{'s' if n > 1 else ''})" for why, n in layer.passed_over.most_common())
     return f", left to PEFT in every call so far: {reasons}"
