@@ -116,7 +116,7 @@ def fuse(
         if strict and not any(layer.watched() for layer, _ in layers.values()):
             raise RuntimeError(
                 f"fuse(strict=True, verify=...) could judge none of the {len(layers)} LoRA layers: they have no "
-                "adapter that is active and not merged. Call set_adapter, enable_adapter_layers or unmerge_adapter first"
+                "adapter that is active and not merged. Call set_adapter, enable_adapter_layers or unmerge_adapter"
             )
         report = report.verified_with(model, inputs)
         if strict and report.not_fused:
