@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from lora_kernels.ops.experts import lora_linear_experts
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.ops.multi import lora_linear_multi
-    from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
+    from lora_kernels.peft.enabling import disable, enable, register
+    from lora_kernels.peft.fusing import FuseReport, fuse, unfuse
     from lora_kernels.serving.pool import AdapterPool
 
 __all__ = [
@@ -91,6 +92,7 @@ __all__ = [
     "merge_and_unload",
     "mixed",
     "quantize_weight",
+    "register",
     "reslora_to_lora",
     "save_adapter",
     "save_reslora",
@@ -130,7 +132,8 @@ _LAZY = {
     "ops.conv": ("lora_conv",),
     "ops.group": ("lora_linear_group",),
     "ops.multi": ("lora_linear_multi",),
-    "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
+    "peft.enabling": ("disable", "enable", "register"),
+    "peft.fusing": ("FuseReport", "fuse", "unfuse"),
     "serving.pool": ("AdapterPool",),
 }
 """The names that are imported when they are first asked for, by module. They need PEFT, or few programs use them."""

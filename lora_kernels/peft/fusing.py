@@ -1,4 +1,4 @@
-"""`fuse` puts the LoRA linears of a PEFT model on the fused path; `enable` does so for every model that PEFT builds.
+"""`fuse` puts the LoRA linears of a PEFT model on the fused path.
 
 PEFT's linears over dense weights (`lora_kernels.peft.linear`) and over bitsandbytes' weights of 4 and 8 bits
 (`lora_kernels.peft.bnb`) are fused. PEFT's own forward serves what the kernels cannot: whole layers, which `FuseReport`
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from lora_kernels.peft.groups import FAMILIES
 from lora_kernels.peft.layer import FusedLayer
 
 try:
-    from peft.tuners.lora import LoraLayer, LoraModel
+    from peft.tuners.lora import LoraLayer
 
     from lora_kernels.peft.linear import FusedLinear
     from lora_kernels.peft.report import FuseReport
@@ -32,7 +32,7 @@ except ImportError as error:
         "PyTorch models take lora_kernels.apply_lora or FusedLoRALinear.from_linear"
     ) from error
 
-__all__ = ["FuseReport", "FusedLinear", "disable", "enable", "fuse", "unfuse"]
+__all__ = ["FuseReport", "FusedLinear", "fuse", "unfuse"]
 
 
 def fuse(
@@ -232,41 +232,3 @@ def _rebind(layer: Any) -> None:
     """Make a hook of accelerate on `layer` call the forward of the layer's present class."""
     if "_old_forward" in layer.__dict__:
         layer._old_forward = type(layer).forward.__get__(layer)
-
-
-class _FusingFactory:
-    """A factory of LoRA layers, `before`, whose layers are fused while `enable` is in force."""
-
-    enabled: ClassVar = False
-
-    def __init__(self, before: Any) -> None:
-        self.before = before
-        """The static method that `enable` found: PEFT's own, or another package's around it."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.before.__func__(*args, **kwargs)
-        # Base and adapter are not checked here. They may still change, and every forward checks them.
-        if self.enabled and not isinstance(kind := kinds.fused_kind(type(module), module), str):
-            _swap(module, kind, None)
-        return module
-
-
-def enable() -> None:
-    """Fuse every LoRA linear that PEFT makes from now on, until `disable`.
-
-    It is for code that builds the PEFT model itself, such as TRL's trainers, and the ``add_adapter`` and
-    ``load_adapter`` of transformers and diffusers. Layers that were made before stay as they are. Calling it twice does
-    no more than once.
-    """
-    _FusingFactory.enabled = True
-    found = LoraModel.__dict__["_create_new_module"]
-    if not isinstance(found.__func__, _FusingFactory):
-        LoraModel._create_new_module = staticmethod(_FusingFactory(found))  # type: ignore[method-assign]
-
-
-def disable() -> None:
-    """Undo `enable`: layers that PEFT makes from now on are not fused. Fused layers stay fused until `unfuse`."""
-    _FusingFactory.enabled = False
-    found = LoraModel.__dict__["_create_new_module"].__func__
-    if isinstance(found, _FusingFactory):  # otherwise another package has put its own around ours
-        LoraModel._create_new_module = found.before  # type: ignore[method-assign]
