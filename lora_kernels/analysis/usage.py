@@ -26,8 +26,9 @@ def usage(model: nn.Module, *, strict: bool = False) -> Usage:
     model is not changed, and nothing is run.
 
     Calls inside ``torch.compile`` are not counted, nor are the replays of a CUDA graph and the replicas of
-    ``nn.DataParallel``. A layer without a counted call is "not counted" and not "never called" if torch.compile has
-    compiled it or a module around it, or if it has compiled anything in this process.
+    ``nn.DataParallel``. A layer without a counted call is "not counted", and not "never called", if torch.compile has
+    compiled it or a module around it, or if the model has no counted call at all and torch.compile has compiled
+    something in this process.
 
     Args:
         model: any module.
@@ -53,31 +54,41 @@ def usage(model: nn.Module, *, strict: bool = False) -> Usage:
     else:
         others = other_layers.other_layers(model, lambda module: isinstance(module, AdapterLayer))
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    report = Usage(judged(sorted(rows.values(), key=lambda row: order.get(row.name, 0))), groups, others, backend)
+    kept = [row for _, row in sorted(rows.items(), key=lambda entry: order[entry[0]])]
+    report = Usage(judged(kept, compiled.anything), groups, others, backend, compiled.anything)
     if strict and len(report.of(FUSED)) < max(len(report.rows), 1):
         raise RuntimeError(f"usage(strict=True) found layers that were not computed by their fused forward: {report}")
     return report
 
 
 class _Compiled:
-    """Which modules torch.compile has compiled."""
+    """What torch.compile has compiled, as far as this process knows."""
 
     def __init__(self, model: nn.Module) -> None:
         self.anything = _has_compiled()
         self.inside: set[int] = set()
         for module in model.modules():
-            if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            wrapped = module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+            if wrapped or (self.anything and _is_converted(module)):
                 self.inside.update(map(id, module.modules()))
 
     def has(self, layer: nn.Module) -> bool:
-        """Return whether calls of `layer` may have been made in compiled code."""
-        return self.anything or id(layer) in self.inside
+        """Return whether `layer`, or a module around it, was compiled."""
+        return id(layer) in self.inside
 
 
 def _has_compiled() -> bool:
     """Return whether torch.compile has compiled a function in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo is not None and bool(dynamo.counters["frames"]["ok"])
+
+
+def _is_converted(module: nn.Module) -> bool:
+    """Return whether torch.compile has begun to compile at the forward of `module`."""
+    codes = getattr(sys.modules.get("torch._dynamo.convert_frame"), "input_codes", ())
+    forward: Any = module.__dict__.get("forward", type(module).forward)
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    return code is not None and code in codes
 
 
 def _own_rows(model: nn.Module, compiled: _Compiled) -> dict[str, LayerUsage]:

@@ -34,7 +34,7 @@ _HEADS = {
     LEFT: "left to PEFT in every call",
     BASE: "called without an adapter only",
     NEVER: "never called although the model has run",
-    UNCOUNTED: "not counted, because torch.compile has compiled code",
+    UNCOUNTED: "without a counted call, because torch.compile, which counts none, has compiled code",
     IDLE: "not run so far",
     NOT_FUSED: "not fused",
 }
@@ -63,7 +63,7 @@ class LayerUsage:
     trained: bool = False
     """Whether its adapter has a gradient at present."""
     compiled: bool = False
-    """Whether torch.compile has compiled it, a module around it, or where that is not known, anything at all."""
+    """Whether torch.compile has compiled it or a module around it."""
     not_fused: str = ""
     """Why it has no fused forward."""
 
@@ -72,8 +72,9 @@ class LayerUsage:
         """The number of calls."""
         return self.fused_calls + sum(self.left_calls.values()) + self.base_calls
 
-    def judged(self, ran: bool) -> LayerUsage:
-        """Return the row with its state and reason; `ran` tells whether any layer of the model was called."""
+    def judged(self, ran: bool, compiled: bool) -> LayerUsage:
+        """Return the row with its state and reason: `ran` tells whether any layer of the model was called, and
+        `compiled` whether torch.compile has compiled anything."""
         reasons = "; ".join(f"{why} ({n} of {self.calls} calls)" for why, n in self.left_calls.items())
         state, why = FUSED, ""
         if self.not_fused and not self.calls:
@@ -83,12 +84,13 @@ class LayerUsage:
         elif not self.fused_calls and self.base_calls:
             state, why = BASE, "merged, disabled or not active in every call"
         elif not self.calls:
-            state = UNCOUNTED if self.compiled else NEVER if ran else IDLE
+            state = UNCOUNTED if self.compiled or (compiled and not ran) else NEVER if ran else IDLE
             why = "" if state == IDLE else self.bypass
             if self.trained and state != IDLE:
                 why += f"{'; ' * bool(why)}its adapter has a gradient, so other code computes it"
             if not why and state == NEVER:
                 why = "no input has reached it, or other code reads its weights"
+                why += ", or it was called in code that torch.compile has compiled" if compiled else ""
         return replace(self, state=state, why=why)
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,6 +111,8 @@ class Usage:
     """The number of layers with adapters of other libraries and kinds, by the full name of their class."""
     backend: str = ""
     """Which back-ends serve the layers on a GPU, and on what evidence."""
+    compiled: bool = False
+    """Whether torch.compile has compiled anything in this process, whose calls are not counted."""
 
     def since(self, before: Usage) -> Usage:
         """Return the usage between two calls of `usage` for one model: the calls of this one less those of `before`."""
@@ -117,7 +121,7 @@ class Usage:
         groups = {}
         for name, (names, calls) in self.groups.items():
             groups[name] = names, calls - before.groups.get(name, (names, 0))[1]
-        return replace(self, rows=judged(rows), groups=groups)
+        return replace(self, rows=judged(rows, self.compiled), groups=groups)
 
     def of(self, *states: str) -> tuple[LayerUsage, ...]:
         """Return the rows in one of these states: "fused", "partly fused", "left to PEFT", "no adapter", "never
@@ -132,6 +136,7 @@ class Usage:
             "layers": len(self.rows),
             "states": dict(Counter(row.state for row in self.rows)),
             "rows": [row.as_dict() for row in self.rows],
+            "compiled": self.compiled,
             "groups": {name: {"layers": list(names), "calls": n} for name, (names, n) in self.groups.items()},
             "others": dict(self.others),
         }
@@ -185,10 +190,10 @@ class Usage:
         return [(line.label, every[0][0], number_of(calls for _, calls in every)) for line, every in members]
 
 
-def judged(rows: Sequence[LayerUsage]) -> tuple[LayerUsage, ...]:
-    """Return the rows with their states."""
+def judged(rows: Sequence[LayerUsage], compiled: bool) -> tuple[LayerUsage, ...]:
+    """Return the rows with their states; `compiled` tells whether torch.compile has compiled anything."""
     ran = any(row.calls for row in rows)
-    return tuple(row.judged(ran) for row in rows)
+    return tuple(row.judged(ran, compiled) for row in rows)
 
 
 def _less(row: LayerUsage, old: LayerUsage) -> LayerUsage:
