@@ -12,7 +12,7 @@ from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.names import plain_names
 from lora_kernels.nn import other_layers
 from lora_kernels.nn.adapter import AdapterLayer, is_adapter
-from lora_kernels.nn.bypass import suspect
+from lora_kernels.nn.bypass import function_of, suspect
 
 
 def usage(model: nn.Module, *, strict: bool = False) -> Usage:
@@ -86,9 +86,8 @@ def _has_compiled() -> bool:
 def _is_converted(module: nn.Module) -> bool:
     """Return whether torch.compile has begun to compile at the forward of `module`."""
     codes = getattr(sys.modules.get("torch._dynamo.convert_frame"), "input_codes", ())
-    forward: Any = module.__dict__.get("forward", type(module).forward)
-    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
-    return code is not None and code in codes
+    forward = function_of(module.__dict__.get("forward", type(module).forward))
+    return forward is not None and forward.__code__ in codes
 
 
 def _own_rows(model: nn.Module, compiled: _Compiled) -> dict[str, LayerUsage]:

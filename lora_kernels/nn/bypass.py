@@ -7,7 +7,6 @@ module's forward, on the instance or on the class, or in an attribute that this 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -41,20 +40,28 @@ def replaced(module: nn.Module) -> Iterator[tuple[str, Any]]:
     if "_hf_hook" in module.__dict__ and "forward" in own:
         own["forward"] = module.__dict__.get("_old_forward")
     for name, value in own.items():
-        function = _function(value)
-        if function is not None and function is not _function(getattr(kind, name, None)):
+        function = function_of(value)
+        if function is not None and function is not function_of(getattr(kind, name, None)):
             yield f"{kind.__name__}.{name} on the instance", function
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    function = _function(vars(owner)["forward"])
-    if function is not None and _package(inspect.unwrap(function)) != _package(owner) and owner is not nn.Module:
+    function = function_of(vars(owner)["forward"])
+    if function is not None and _package(function) != _package(owner) and owner is not nn.Module:
         yield f"{kind.__name__}.forward", function
 
 
-def _function(value: Any) -> FunctionType | None:
-    """Return the function behind a method or a partial function; None for anything else."""
-    while isinstance(value, (functools.partial, MethodType)):
-        value = value.func if isinstance(value, functools.partial) else value.__func__
-    return value if isinstance(value, FunctionType) else None
+def function_of(value: Any) -> FunctionType | None:
+    """Return the function behind a method, a partial function or a wrapper, as torch.compile makes one; None for
+    anything else."""
+    while not isinstance(value, FunctionType) or hasattr(value, "__wrapped__"):
+        if isinstance(value, functools.partial):
+            value = value.func
+        elif isinstance(value, MethodType):
+            value = value.__func__
+        elif isinstance(value, FunctionType):
+            value = value.__wrapped__  # type: ignore[attr-defined]
+        else:
+            return None
+    return value
 
 
 def _package(what: Any) -> str:
@@ -66,12 +73,9 @@ def _full_name(function: FunctionType) -> str:
 
 
 def _names(function: FunctionType) -> set[str]:
-    """Return the names and texts in the code of a function, of those inside it, and of those that it wraps."""
+    """Return the names and texts in the code of a function and of those inside it."""
     names: set[str] = set()
     todo: list[CodeType] = [function.__code__]
-    wrapped = inspect.unwrap(function)
-    if isinstance(wrapped, FunctionType) and wrapped is not function:
-        todo.append(wrapped.__code__)
     while todo:
         code = todo.pop()
         names.update(code.co_names)

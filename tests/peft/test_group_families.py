@@ -227,6 +227,7 @@ def test_projections_of_diffusers_are_grouped_by_what_they_read(monkeypatch, joi
     assert made == calls and not any(group.passed_over for group in report.groups.values())
 
 
+@pytest.mark.slow
 def test_the_transformers_of_diffusers_are_grouped_and_have_pefts_values():
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     torch.manual_seed(0)
