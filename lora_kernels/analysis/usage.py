@@ -86,8 +86,9 @@ def _has_compiled() -> bool:
 def _is_converted(module: nn.Module) -> bool:
     """Return whether torch.compile has begun to compile at the forward of `module`."""
     codes = getattr(sys.modules.get("torch._dynamo.convert_frame"), "input_codes", ())
-    forward = function_of(module.__dict__.get("forward", type(module).forward))
-    return forward is not None and forward.__code__ in codes
+    found = module.__dict__.get("forward", type(module).forward)
+    forward = function_of(found)
+    return hasattr(found, "_torchdynamo_orig_callable") or (forward is not None and forward.__code__ in codes)
 
 
 def _own_rows(model: nn.Module, compiled: _Compiled) -> dict[str, LayerUsage]:
