@@ -21,6 +21,7 @@ else:
 
 if TYPE_CHECKING:
     from lora_kernels.analysis.usage import usage
+    from lora_kernels.analysis.used import Usage
     from lora_kernels.core.many import Adapter, AdapterStack
     from lora_kernels.core.rows import Rows
     from lora_kernels.models.adapters import load_adapter, save_adapter
@@ -72,6 +73,7 @@ __all__ = [
     "QuantizedWeight",
     "Rows",
     "RowwiseLoRA",
+    "Usage",
     "__version__",
     "adapter_parameters",
     "apply_lora",
@@ -110,6 +112,7 @@ __all__ = [
 
 _LAZY = {
     "analysis.usage": ("usage",),
+    "analysis.used": ("Usage",),
     "core.many": ("Adapter", "AdapterStack"),
     "core.rows": ("Rows",),
     "nn.embedding": ("FusedLoRAEmbedding",),
