@@ -55,7 +55,8 @@ def usage(model: nn.Module, *, strict: bool = False) -> Usage:
         others = other_layers.other_layers(model, lambda module: isinstance(module, AdapterLayer))
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     kept = [row for _, row in sorted(rows.items(), key=lambda entry: order[entry[0]])]
-    report = Usage(judged(kept, compiled.anything), groups, others, backend, compiled.anything)
+    ran = any(row.calls or row.trained for row in kept)
+    report = Usage(judged(kept, ran, compiled.anything), groups, others, backend, compiled.anything)
     if strict and len(report.of(FUSED)) < max(len(report.rows), 1):
         raise RuntimeError(f"usage(strict=True) found layers that were not computed by their fused forward: {report}")
     return report

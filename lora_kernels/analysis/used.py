@@ -35,7 +35,7 @@ _HEADS = {
     BASE: "called without an adapter only",
     NEVER: "never called although the model has run",
     UNCOUNTED: "without a counted call, because torch.compile, which counts none, has compiled code",
-    IDLE: "not run so far",
+    IDLE: "not run so far, as no layer has been called",
     NOT_FUSED: "not fused",
 }
 
@@ -73,8 +73,8 @@ class LayerUsage:
         return self.fused_calls + sum(self.left_calls.values()) + self.base_calls
 
     def judged(self, ran: bool, compiled: bool) -> LayerUsage:
-        """Return the row with its state and reason: `ran` tells whether any layer of the model was called, and
-        `compiled` whether torch.compile has compiled anything."""
+        """Return the row with its state and reason: `ran` tells whether the model has run, and `compiled` whether
+        torch.compile has compiled anything."""
         reasons = "; ".join(f"{why} ({n} of {self.calls} calls)" for why, n in self.left_calls.items())
         state, why = FUSED, ""
         if self.not_fused and not self.calls:
@@ -85,9 +85,9 @@ class LayerUsage:
             state, why = BASE, "merged, disabled or not active in every call"
         elif not self.calls:
             state = UNCOUNTED if self.compiled or (compiled and not ran) else NEVER if ran else IDLE
-            why = "" if state == IDLE else self.bypass
+            why = self.bypass
             if self.trained and state != IDLE:
-                why += f"{'; ' * bool(why)}its adapter has a gradient, so other code computes it"
+                why += f"{'; ' * bool(why)}its adapter has a gradient, so other code has computed it"
             if not why and state == NEVER:
                 why = "no input has reached it, or other code reads its weights"
                 why += ", or it was called in code that torch.compile has compiled" if compiled else ""
@@ -121,7 +121,8 @@ class Usage:
         groups = {}
         for name, (names, calls) in self.groups.items():
             groups[name] = names, calls - before.groups.get(name, (names, 0))[1]
-        return replace(self, rows=judged(rows, self.compiled), groups=groups)
+        ran = any(row.calls for row in rows)  # gradients may be older than the period
+        return replace(self, rows=judged(rows, ran, self.compiled), groups=groups)
 
     def of(self, *states: str) -> tuple[LayerUsage, ...]:
         """Return the rows in one of these states: "fused", "partly fused", "left to PEFT", "no adapter", "never
@@ -190,9 +191,9 @@ class Usage:
         return [(line.label, every[0][0], number_of(calls for _, calls in every)) for line, every in members]
 
 
-def judged(rows: Sequence[LayerUsage], compiled: bool) -> tuple[LayerUsage, ...]:
-    """Return the rows with their states; `compiled` tells whether torch.compile has compiled anything."""
-    ran = any(row.calls for row in rows)
+def judged(rows: Sequence[LayerUsage], ran: bool, compiled: bool) -> tuple[LayerUsage, ...]:
+    """Return the rows with their states: `ran` tells whether the model has run, and `compiled` whether torch.compile
+    has compiled anything."""
     return tuple(row.judged(ran, compiled) for row in rows)
 
 

@@ -50,12 +50,14 @@ class FuseReport:
         adapters are merged or disabled at present are not judged.
 
         Raises:
-            ValueError: no inputs, and a model without dummy_inputs, or one that cannot run with them.
+            ValueError: no inputs, and a model without dummy_inputs, or one that cannot run with them; no LoRA layer.
         """
         return self.verified_with(model, Inputs(args, kwargs) if args or kwargs else dry_run.inputs_for(model, True))
 
     def verified_with(self, model: nn.Module, inputs: Inputs) -> FuseReport:
         """Return what `verify` returns, for inputs as one object."""
+        if not self.fused and not self.not_fused:
+            raise ValueError(f"there is nothing to verify: {self}")
         layers = {name: layer for name, ref in self.layers.items() if isinstance(layer := ref(), FusedLayer)}
         watched = {name: found for name, layer in layers.items() if (found := layer.watched()) is not None}
         groups = [group for group in self.groups.values() if hasattr(group, "__dict__")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import types
 
 import pytest
@@ -129,7 +130,7 @@ def test_layers_computed_by_a_forward_on_the_instance_are_never_called():
         child = row.name.rpartition(".")[2]
         assert row.why == (
             f"Block.forward on the instance is {name}, which uses {child}; its adapter has a gradient, so other code "
-            "computes it"
+            "has computed it"
         )
     text = str(found)
     assert text.startswith(
@@ -140,6 +141,22 @@ def test_layers_computed_by_a_forward_on_the_instance_are_never_called():
     assert "usage(model) tells which code" in str(report)
     with pytest.raises(RuntimeError, match="6 never called although the model has run"):
         usage(model, strict=True)
+
+
+def test_a_model_that_is_computed_past_every_layer_has_run_if_its_adapters_have_gradients():
+    class Whole(Block):
+        def forward(self, x):
+            return product(x, self.q_proj)
+
+    model = get_peft_model(nn.Sequential(Whole()), LoraConfig(target_modules=["q_proj"]))
+    lora_kernels.fuse(model)
+    before = usage(model)
+    model(torch.randn(3, 8))
+    assert {row.state for row in usage(model).rows} == {"not run"}
+    model(torch.randn(3, 8)).sum().backward()
+    (row,) = usage(model).of("never called")
+    assert row.why == "its adapter has a gradient, so other code has computed it"
+    assert {row.state for row in usage(model).since(before).rows} == {"not run"}  # the gradient may be older
 
 
 def test_the_function_in_an_attribute_that_a_forward_of_another_package_calls_is_named():
@@ -247,6 +264,18 @@ def test_calls_without_an_adapter_are_no_fused_calls_and_the_layer_is_called(how
     model(X)
     states = [row.state for row in usage(model).rows]
     assert states == ["no adapter", "fused" if how == "another adapter" else "no adapter"]
+
+
+@pytest.mark.parametrize("make_twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("ours", [False, True])
+def test_copies_and_pickles_count_their_own_calls(make_twin, ours):
+    model = Net() if ours else make()
+    lora_kernels.apply_lora(model, target_modules=["up", "down"]) if ours else lora_kernels.fuse(model)
+    model(X)
+    twin = make_twin(model)
+    assert {row.calls for row in usage(twin).rows} == {0} and min(row.calls for row in usage(model).rows) > 0
+    twin(X)
+    assert {row.calls for row in usage(twin).rows} == {1}
 
 
 def test_nothing_is_never_called_before_the_model_has_run_in_a_period():
