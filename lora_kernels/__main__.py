@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show × then gets a ?, not a traceback
             stream.reconfigure(errors="replace")
-    called = Path(sys.argv[0]).name
+    called = Path(sys.argv[0]).stem
     prog = called if called in ("lora_kernels", "lora-kernels") else "python -m lora_kernels"
     parser = argparse.ArgumentParser(prog=prog, description="Fused LoRA layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"lora_kernels {lora_kernels.__version__}")

@@ -21,7 +21,7 @@ _WAYS: tuple[tuple[str, str], ...] = (
     ("networks.", "load its adapter with lora_kernels.load_lycoris"),
     ("diffusers.", "load its adapter with PEFT, as in pipe.load_lora_weights(...), and fuse the model then"),
     ("megatron.", "export its adapter to PEFT's format, and load that with PEFT or lora_kernels.load_adapter"),
-    ("nemo.", "export its adapter to PEFT's format, and load that with PEFT or lora_kernels.load_adapter"),
+    ("nemo", "export its adapter to PEFT's format, and load that with PEFT or lora_kernels.load_adapter"),
     ("transformer_engine.", "put PEFT's LoRA on plain linear layers instead"),
     ("litgpt.", "merge it with litgpt, or train with PEFT or lora_kernels.apply_lora instead"),
     ("vllm.", "vLLM takes the kernels of its plug-in, and no fuse"),

@@ -37,6 +37,8 @@ def parameter() -> nn.Parameter:
         ("lycoris.modules.locon", {"lora_down": linear, "lora_up": linear}, "load_lycoris"),
         ("networks.lora", {"lora_down": linear, "lora_up": linear}, "load_lycoris"),
         ("diffusers.models.lora", {"lora_layer": linear}, "load_lora_weights"),
+        ("megatron.bridge.peft.utils", {"linear_in": linear, "linear_out": linear}, "export its adapter"),
+        ("nemo_automodel.components.lora", {"lora_A": linear, "lora_B": linear}, "export its adapter"),
         ("litgpt.lora", {"lora_A": parameter, "lora_B": parameter}, "apply_lora"),
         ("somebodys.model", {"lora_A": linear, "lora_B": linear}, "PEFT's format"),
     ],
@@ -48,6 +50,11 @@ def test_layers_of_other_libraries_are_counted_with_a_way_out(module, members, w
     assert found == {f"{module}.LoRALinear": 2}
     text = told(found)
     assert text.startswith(f"2 layers of {module}.LoRALinear, which fuse does not serve: ") and way in text
+
+
+def test_linear_in_and_linear_out_of_other_packages_are_no_adapter():
+    kind = a_class("FeedForward", "somebodys.model", linear_in=linear, linear_out=linear)
+    assert not other_layers(nn.Sequential(kind()), lambda _: False)
 
 
 def test_a_layer_without_an_adapter_at_present_is_none():
