@@ -77,6 +77,8 @@ def _carries_adapter(module: nn.Module) -> bool:
     parts = (*own.get("_parameters", ()), *own.get("_buffers", ()), *own.get("_modules", ()))
     if any(_PART.fullmatch(name) for name in parts):
         return True
-    return (
-        own.get("_modules", {}).get("lora_layer") is not None or "lora_a_stacked" in own
-    )  # diffusers' old, and vLLM's
+    children = own.get("_modules", {})
+    of_megatron = type(module).__module__.startswith(("megatron.", "nemo"))
+    if of_megatron and {"linear_in", "linear_out"} <= children.keys():
+        return True
+    return children.get("lora_layer") is not None or "lora_a_stacked" in own  # of diffusers, and of vLLM
