@@ -79,8 +79,8 @@ class FusedAround(FusedLayer):
         compiling = torch.compiler.is_compiling()
         adapters = self._read(x, args, kwargs)
         if isinstance(adapters, str):
-            if adapters and not compiling:
-                self.passed_over[adapters] += 1
+            if not compiling:
+                self.count_left(adapters)
             y: Tensor = self.peft_class.forward(self, x, *args, **kwargs)
             return y
         if not compiling:

@@ -103,8 +103,8 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         compiling = torch.compiler.is_compiling()
         call = self._read(query, args, kwargs)
         if isinstance(call, str):
-            if call and not compiling:
-                self.passed_over[call] += 1
+            if not compiling:
+                self.count_left(call)
             return self._forward_of_peft(query, args, kwargs)
         if not compiling:
             self.__dict__["fused_calls"] += 1

@@ -81,8 +81,8 @@ class FusedConv(FusedLayer):
         compiling = torch.compiler.is_compiling()
         operands = self.read(x, args, kwargs)
         if isinstance(operands, str):
-            if operands and not compiling:
-                self.passed_over[operands] += 1
+            if not compiling:
+                self.count_left(operands)
             return cast(Tensor, self.peft_class.forward(self, x, *args, **kwargs))
         if not compiling:
             self.__dict__["fused_calls"] += 1

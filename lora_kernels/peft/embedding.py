@@ -78,8 +78,8 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
         read = self._read(x, args, kwargs)
         compiling = torch.compiler.is_compiling()
         if isinstance(read, str):
-            if read and not compiling:
-                self.passed_over[read] += 1
+            if not compiling:
+                self.count_left(read)
             return self.peft_class.forward(self, x, *args, **kwargs)
         if not compiling:
             self.__dict__["fused_calls"] += 1

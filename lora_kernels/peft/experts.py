@@ -64,8 +64,8 @@ class FusedExperts(FusedLayer, peft_layer.ParamWrapper):
         compiling = torch.compiler.is_compiling()
         operands = self.read(x, args, kwargs)
         if isinstance(operands, str):
-            if operands and not compiling:
-                self.passed_over[operands] += 1
+            if not compiling:
+                self.count_left(operands)
             y: Tensor = self.peft_class.forward(self, x, *args, **kwargs)
             return y
         if not compiling:

@@ -107,8 +107,8 @@ class Fused(FusedLayer):
         if isinstance(operands, str):
             if type(operands) is hooked.Elsewhere:
                 return self.forward(x.to(operands.there), *args, **kwargs).to(operands.back)
-            if operands and not compiling:
-                self.passed_over[operands] += 1
+            if not compiling:
+                self.count_left(operands)
             return self.peft_class.forward(self, x, *args, **kwargs)
         if not compiling:
             self.__dict__["fused_calls"] += 1
