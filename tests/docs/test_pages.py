@@ -69,6 +69,17 @@ def test_every_public_name_is_in_the_api_reference() -> None:
     assert set(lora_kernels.__all__) <= documented
 
 
+@pytest.mark.parametrize("door", lora_kernels._DOORS)
+def test_every_name_of_a_public_module_is_in_the_api_reference(door: str) -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    documented = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
+    module = importlib.import_module(f"lora_kernels.{door}")
+    for name in getattr(module, "__all__", ()):
+        home = getattr(getattr(module, name), "__module__", module.__name__)
+        entries = {f"lora_kernels.{name}", f"lora_kernels.{door}.{name}", f"{home}.{name}", module.__name__, home}
+        assert entries & documented, f"lora_kernels.{door}.{name}"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     missing = [page for page in DOCS.rglob("*.md") if f": {page.relative_to(DOCS).as_posix()}\n" not in navigation]
