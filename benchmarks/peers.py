@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import peers_layers
+from benchmarks import peers_layers, peers_plot
 from benchmarks.closing import close
 from lora_kernels.bench import layers, memory
 from lora_kernels.bench.layers import Task
@@ -171,20 +172,25 @@ def _saved(entry: dict[str, Any]) -> str:
     return f"{entry['saved_bytes'] / 2**20:.1f}"
 
 
-def rendered(page: str, document: dict[str, Any] | None) -> str:
-    """Return the page with its measured tables made anew, between two markers."""
+def rendered(page: str, run: tuple[dict[str, Any], Path] | None) -> str:
+    """Return the page with its picture and its measured tables made anew, between two markers."""
     first, last = "<!-- peers:begin -->", "<!-- peers:end -->"
     head, _, rest = page.partition(first)
     _, _, tail = rest.partition(last)
-    if document is None:
+    if run is None:
         text = "No run on record yet: `python -m benchmarks.peers --out FILE`, then `--table`."
     else:
+        document, path = run
         device = document["device"]
         machine = f"{device['name']} ({device['isa']}), {device['threads']} threads"
         parts = [
             f"{machine}, torch {document['versions']['torch']}, {document['date'][:10]}, "
             f"median of {document['rounds']} interleaved rounds. × is the ratio to the frozen layer in the same round."
         ]
+        if (picture := path.with_suffix(".png")).exists():
+            parts.append(
+                f"![Forward + backward of each project, on {machine}](../benchmarks/results/peers/{picture.name})"
+            )
         for title, header, rows in tables(document):
             lines = [header, ["---"] * len(header), *rows]
             parts.append("\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
@@ -193,13 +199,11 @@ def rendered(page: str, document: dict[str, Any] | None) -> str:
     return f"{head}{first}\n{text}\n{last}{tail}"
 
 
-def newest() -> dict[str, Any] | None:
-    """Return the newest run on record, or None."""
-    documents_ = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in (ROOT / "benchmarks" / "results" / "peers").glob("*.json")
-    ]
-    return max(documents_, key=lambda document: document["date"], default=None)
+def newest() -> tuple[dict[str, Any], Path] | None:
+    """Return the newest run on record and its path, or None."""
+    paths = (ROOT / "benchmarks" / "results" / "peers").glob("*.json")
+    runs = [(json.loads(path.read_text(encoding="utf-8")), path) for path in paths]
+    return max(runs, key=lambda run: run[0]["date"], default=None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="default: 15")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to write")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to write, and a PNG beside it")
     parser.add_argument("--table", action="store_true", help="measure nothing: write docs/comparison.md's tables")
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -222,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     document["notes"] = notes + document["notes"]
     for table in tables(document):
         show.table(*table, words=True)
+    if args.out and importlib.util.find_spec("matplotlib"):
+        peers_plot.draw(document, FLOOR, (OURS, FUSED), args.out.with_suffix(".png"))
     return close(document, args.out, show)
 
 

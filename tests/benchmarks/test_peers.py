@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_the_check_of_masks_finds_what_is_wrong(name: str, dtype: torch.dtype) -
     assert told in "; ".join(found) and bool(found) == bool(told), found
 
 
-def test_a_wrong_layer_is_named_and_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_layer_is_named_and_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def absent() -> None:
         raise ImportError("needs a GPU\nand more")
 
@@ -79,8 +80,14 @@ def test_a_wrong_layer_is_named_and_not_measured(monkeypatch: pytest.MonkeyPatch
     assert any("wrong is not measured" in note and "da is" in note for note in document["notes"])
     times, _ = peers.tables(document)
     assert times[1][-2:] == [f"PEFT {document['peers']['PEFT']}", peers.FUSED] and times[2][0][2].startswith("×")
-    page = peers.rendered("before\n<!-- peers:begin -->\nold\n<!-- peers:end -->\nafter\n", document)
+    peers.peers_plot.draw(document, peers.FLOOR, (peers.OURS, peers.FUSED), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    old = "before\n<!-- peers:begin -->\nold\n<!-- peers:end -->\nafter\n"
+    run = (document, tmp_path / "a.json")
+    page = peers.rendered(old, run)
     assert "old" not in page and page.startswith("before") and page.endswith("after\n") and "×" in page
+    assert "](../benchmarks/results/peers/a.png)" in page and peers.rendered(page, run) == page
+    assert "No run on record yet" in peers.rendered(old, None)
 
 
 @pytest.mark.parametrize("name", peers_layers._PEERS)
