@@ -66,8 +66,9 @@ class Tally:
             "passed_over": self.passed_over,
             "ended": ended,
         }
-        with contextlib.suppress(OSError):
-            atomic.replace({self.file: json.dumps(told).encode()})
+        if self.file.parent.is_dir():
+            with contextlib.suppress(OSError):
+                atomic.replace({self.file: json.dumps(told).encode()})
 
 
 _tally: Tally | None = None

@@ -7,6 +7,7 @@ starts have the variable too. This process passes signals on, and prints one lin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -52,7 +53,8 @@ def main(args: list[str]) -> int:
         status = _wait(command, {**os.environ, autoload.VARIABLE: "1", autoload.RUN: folder})
         print(f"lora_kernels: {told.line(told.read(folder))}", file=sys.stderr)
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     return status
 

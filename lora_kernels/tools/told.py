@@ -31,7 +31,7 @@ def line(told: Iterable[Mapping[str, Any]]) -> str:
         text += f", in {len(told)} processes"
     if killed := sum(not each["ended"] for each in told):
         text += f"; {killed} of them ended without telling their calls" if len(told) > 1 else "; it was killed"
-    elif not calls:
+    elif not (calls or passed_over):
         text += " (calls within torch.compile are not counted)"
     return text
 
