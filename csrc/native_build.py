@@ -46,7 +46,8 @@ def _sanitizers() -> list[str]:
 
 
 def _environment(name: str) -> list[str]:
-    return shlex.split(os.environ.get(name, ""))
+    """Return the flags in a variable, each quoted for the shell that ninja calls."""
+    return [shlex.quote(flag) for flag in shlex.split(os.environ.get(name, ""))]
 
 
 def _without(what: str, why: str, advice: str = ADVICE) -> None:
