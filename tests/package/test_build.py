@@ -104,8 +104,13 @@ def test_the_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
         str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".h", ".cuh", ".py")
     }
     python = {str(p.relative_to(ROOT)) for p in (ROOT / "lora_kernels").rglob("*.py*") if p.suffix in (".py", ".pyi")}
-    wanted = sources | python | {"lora_kernels/py.typed", "pyproject.toml", "setup.py"}
+    tests = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py")}
+    others = {"conftest.py", "Makefile", "requirements-dev.txt", "mkdocs.yml", "README.md", "CHANGELOG.md", ".ci/run"}
+    others |= {"docs/index.md", "benchmarks/fuzz.py", "scripts/update_readme.py", "examples/digits.py"}
+    wanted = sources | python | tests | others | {"lora_kernels/py.typed", "pyproject.toml", "setup.py"}
     assert wanted <= shipped, f"not shipped: {sorted(wanted - shipped)}"
+    built = {name for name in shipped if name.endswith((".so", ".o", ".pyc", "_built.json"))}
+    assert not built, f"shipped, though built: {sorted(built)}"
 
 
 @pytest.mark.parametrize("name", ["_C", "_cuda"])

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import pytest
 from support.paths import ROOT
+from support.stand_in_compiler import stand_in
 
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not in a source tree"),
@@ -28,26 +28,6 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(ROOT / "csrc")
     return importlib.import_module("native_compiler")
-
-
-def stand_in(folder: Path, refuses: str = "", real: str = "/bin/true") -> str:
-    """Write a compiler that refuses the words of a pattern of the shell as gcc does. It asks g++ where the source is a
-    probe; for others it writes an empty file, and the words of the command beside it, or is `real`."""
-    path = folder / "stand-in-c++"
-    path.write_text(
-        f"""#!/bin/bash
-for word in "$@"; do case "$word" in
-  {refuses or "nothing"}) echo "g++: error: unrecognized command line option '$word'" >&2; exit 1;;
-  *probe.cpp) probe=1;;
-esac; done
-[ "$probe" ] || [ "$1" = --version ] && exec g++ "$@"
-words="$*"
-while [ $# -gt 0 ]; do case "$1" in -o) out=$2;; -MF) : > "$2";; esac; shift; done
-: > "$out"; echo "$words" >> "$(dirname "$0")/words"; {real}
-"""
-    )
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
 
 
 def build(folder: Path, cxx: str, **more: str) -> tuple[subprocess.CompletedProcess[str], dict, list[str]]:
@@ -67,7 +47,7 @@ def build(folder: Path, cxx: str, **more: str) -> tuple[subprocess.CompletedProc
     [
         ("-mavx512bf16", {"avx512_bf16"}),
         ("-mavx512*", {"avx512", "avx512_bf16"}),
-        ("-mf16c", {"avx2", "avx512", "avx512_bf16"}),
+        pytest.param("-mf16c", {"avx2", "avx512", "avx512_bf16"}, marks=pytest.mark.slow),
     ],
 )
 def test_an_instruction_set_that_the_compiler_lacks_is_left_out(
