@@ -40,17 +40,19 @@ def test_the_modules_to_build_depend_on_the_tools_found(build: ModuleType, monke
 
 
 def test_without_a_compiler_the_package_is_pure_python(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A warning says what to do. It is an error where the kernels are required."""
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    monkeypatch.setenv("LORA_KERNELS_CUDA", "0")
     assert build.extensions() == []
+    build._pure(tmp_path)
     said = capsys.readouterr().err
-    assert "installs without its native kernels" in said and "/no/such/compiler" in said and "apt install g++" in said
+    assert "installs without its native kernels" in said and "/no/such/compiler: not found" in said
+    assert "apt install g++" in said and "--no-cache-dir --force-reinstall --no-deps" in said
+    assert "/no/such/compiler" in json.loads((tmp_path / "_built.json").read_text())["modules"]["_C"]
     monkeypatch.setenv("LORA_KERNELS_REQUIRE_NATIVE", "1")
     with pytest.raises(SystemExit, match="LORA_KERNELS_REQUIRE_NATIVE=1, but there is no working"):
-        build.extensions()
+        build._pure(tmp_path)
 
 
 def test_what_is_left_out_is_told_on_the_terminal_too(
