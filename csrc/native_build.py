@@ -46,37 +46,42 @@ def _sanitizers() -> list[str]:
 
 
 def _environment(name: str) -> list[str]:
-    return shlex.split(os.environ.get(name, ""))
+    """Return the flags in a variable, each quoted for the shell that ninja calls."""
+    return [shlex.quote(flag) for flag in shlex.split(os.environ.get(name, ""))]
 
 
-def _without(what: str, why: str, advice: str = ADVICE) -> None:
+def _without(what: str) -> None:
     """Say that the package is built without its CPU kernels. SystemExit where they are required."""
     if os.environ.get("LORA_KERNELS_REQUIRE_NATIVE") == "1":
-        raise SystemExit(f"LORA_KERNELS_REQUIRE_NATIVE=1, but {what} ({why}). {advice}")
-    tell(f"WARNING: lora_kernels installs without its native kernels: {what} ({why}). {advice}")
+        raise SystemExit(f"LORA_KERNELS_REQUIRE_NATIVE=1, but {what}. {ADVICE}")
+    tell(f"WARNING: lora_kernels installs without its native kernels: {what}. {ADVICE}")
 
 
 def extensions() -> list[Extension]:
     """Return the modules to build: none without a C++ compiler."""
     nvcc = wanted_nvcc()
-    compiler, why = find_compiler()
+    compiler, _ = find_compiler()
     if compiler is None:
-        _without("there is no working C++17 compiler with Python headers", why)
         return []
     names = ["_C"] + (["_cuda"] if nvcc else [])
     return [Extension(f"lora_kernels.{name}", sources=[]) for name in names]
 
 
+def _pure(folder: Path) -> None:
+    """Tell why there is no native module, and keep the reason in the package."""
+    why = find_compiler()[1]
+    _without(f"there is no working C++17 compiler with Python headers ({why})")
+    Record(modules={"_C": why, "_cuda": why}).write(folder)
+
+
 class BuildPython(build_py):
-    """A build_py that keeps the reason why there is no native module, where there is none."""
+    """A build_py that tells and keeps the reason why there is no native module, where there is none."""
 
     def run(self) -> None:
-        """Copy the Python files, and write the record of a build without native modules."""
+        """Copy the Python files. Without native modules, write the record."""
         super().run()
         if not self.distribution.ext_modules:
-            why = find_compiler()[1] or "no extension was asked for"
-            folder = ROOT if self.editable_mode else Path(self.build_lib)
-            Record(modules={"_C": why, "_cuda": why}).write(folder / "lora_kernels")
+            _pure((ROOT if self.editable_mode else Path(self.build_lib)) / "lora_kernels")
 
 
 class BuildNative(build_ext):
@@ -86,6 +91,7 @@ class BuildNative(build_ext):
         """Build all modules of `extensions`, and write the record beside them."""
         compiler, _ = find_compiler()
         if not self.extensions or compiler is None:
+            _pure(Path(self.get_ext_fullpath("lora_kernels._C")).parent)
             return
         targets = {e.name.split(".")[1]: Path(self.get_ext_fullpath(e.name)).resolve() for e in self.extensions}
         for target in targets.values():
@@ -105,7 +111,7 @@ class BuildNative(build_ext):
             tell(f"{text} ({why})")
         if why := self._link(ninja, compiler, str(targets["_C"]), rest, paths, record):
             record.modules["_C"] = error_line(why)
-            _without("the CPU kernels could not be compiled", error_line(why))
+            _without(f"the CPU kernels could not be compiled ({error_line(why)})")
         if why := record.modules.get("_cuda"):
             if cuda_choice() == "1":
                 raise SystemExit(f"LORA_KERNELS_CUDA=1, but the CUDA kernels could not be compiled: {why}")

@@ -52,6 +52,8 @@ def fault_of(command: list[str], source: str, link: bool = False) -> str:
         how = ["-shared", "-fPIC"] if link else ["-c"]
         try:
             done = subprocess.run([*command, *how, str(path), "-o", f"{path}.o"], capture_output=True, text=True)
+        except FileNotFoundError:
+            return "not found"
         except OSError as error:
             return str(error)
         return "" if done.returncode == 0 else (done.stderr or f"exit status {done.returncode}").strip()

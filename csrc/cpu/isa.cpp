@@ -30,7 +30,6 @@ Features detect() {
   f.avx512_bf16 = f.avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) != 0;
   return f;
 }
-#endif
 
 // The tables of the sets that the compiler could compile (LK_HAS_*: csrc/native_build.py); null for others.
 const Kernels* with_avx2() {
@@ -64,6 +63,7 @@ const Kernels* with_avx512_bf16() {
   return nullptr;
 #endif
 }
+#endif
 
 std::vector<Path> detect_paths() {
   std::vector<Path> paths;

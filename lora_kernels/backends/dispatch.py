@@ -41,7 +41,8 @@ def pick(call: Call, backend: str | None) -> ModuleType:
         return load(backend)
     name = automatic(call)
     if name == "eager" and call.device.type == "cpu" and (missing := _unloadable("cpu")):
-        warnings.warn(f"LoRA runs on plain torch operations here, because {missing}", stacklevel=2)
+        if call.op.startswith("forward"):  # once is enough
+            warnings.warn(f"LoRA runs on plain torch operations here, because {missing}", stacklevel=2)
     elif name == "eager" and (call.dropout or call.w_format != "dense"):
         what = "the dropout mask is drawn" if call.w_format == "dense" else f"the {call.w_format} weight is dequantised"
         warnings.warn(
@@ -65,7 +66,7 @@ def automatic(call: Call) -> str:
 def _proven() -> ModuleType:
     """Return the module that reads evidence. It is imported where a GPU asks, since it would take a quarter of the time
     in which the package is imported."""
-    return importlib.import_module("lora_kernels.backends.proven")
+    return importlib.import_module(f"{__package__}.proven")
 
 
 def cache_clear() -> None:
@@ -81,7 +82,7 @@ def load(name: str) -> ModuleType:
         raise ValueError(
             f"unknown backend {name!r}: one of {', '.join(map(repr, BACKENDS))}, or None for the automatic choice"
         )
-    return importlib.import_module(f"lora_kernels.backends.{name}")
+    return importlib.import_module(f"{__package__}.{name}")
 
 
 def refusals(name: str, call: Call) -> list[str]:
