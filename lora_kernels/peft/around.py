@@ -27,7 +27,7 @@ from lora_kernels.nn.dry_run import Watched
 from lora_kernels.ops import check
 from lora_kernels.ops.around import add_low_rank
 from lora_kernels.ops.autograd import autocast_of
-from lora_kernels.peft import known, merged_terms
+from lora_kernels.peft import hooked, known, merged_terms
 from lora_kernels.peft.dense_stand_in import is_quantised
 from lora_kernels.peft.fused import LORA_USES
 from lora_kernels.peft.layer import FusedLayer, Survey
@@ -79,8 +79,8 @@ class FusedAround(FusedLayer):
         compiling = torch.compiler.is_compiling()
         adapters = self._read(x, args, kwargs)
         if isinstance(adapters, str):
-            if adapters and not compiling:
-                self.passed_over[adapters] += 1
+            if not compiling:
+                self.count_left(adapters)
             y: Tensor = self.peft_class.forward(self, x, *args, **kwargs)
             return y
         if not compiling:
@@ -108,6 +108,8 @@ class FusedAround(FusedLayer):
                 return adapter
             adapters.append(adapter)
             (R, K), N, dtype = adapter.a.shape, adapter.b.shape[0], adapter.a.dtype
+            if x.device != adapter.a.device:
+                return hooked.not_there("x", x, adapter.a)
             if x.dtype not in check.DTYPES:
                 return f"x is {x.dtype}"
             if dtype != x.dtype and not self.cast_input_dtype_enabled and autocast_of(x) is None:

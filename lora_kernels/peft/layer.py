@@ -38,6 +38,7 @@ class FusedLayer:
     Attributes:
         fused_calls: the number of forwards on the fused path (not counted inside ``torch.compile``).
         passed_over: the number of forwards that were left to PEFT, by reason.
+        base_calls: the number of forwards without an adapter to compute: merged, disabled, or none of them active.
     """
 
     peft_class: ClassVar[type[Any]]
@@ -45,6 +46,7 @@ class FusedLayer:
     own: ClassVar[dict[str, Callable[[], Any]]] = {
         "fused_calls": int,
         "passed_over": Counter,
+        "base_calls": int,
         "_backend": lambda: None,
         "_kept_base": lambda: None,
     }
@@ -54,6 +56,7 @@ class FusedLayer:
 
     fused_calls: int
     passed_over: Counter[str]
+    base_calls: int
     _backend: str | None
     _kept_base: list[Kept] | None = None
     """What merging has replaced, until `unmerge` puts it back; None if nothing is merged here."""
@@ -75,6 +78,18 @@ class FusedLayer:
     def inner(cls, layer: Any) -> Sequence[str]:
         """Return the names, beneath `layer`, of the layers of PEFT inside it that its own forward computes."""
         return ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of the layer that this one is a copy of, or was pickled from, but not its counters."""
+        super().__setstate__(state)  # type: ignore[misc]
+        self.__dict__.update(fused_calls=0, passed_over=Counter(), base_calls=0)
+
+    def count_left(self, reason: str) -> None:
+        """Count a forward that is left to PEFT's own; `reason` is "" where it has no adapter to compute."""
+        if reason:
+            self.passed_over[reason] += 1
+        else:
+            self.base_calls += 1
 
     def prepare(self) -> None:
         """Do the work that a layer needs once, before its first fused forward."""

@@ -71,8 +71,8 @@ class FusedVeraLinear(FusedLayer, vera.Linear):
         compiling = torch.compiler.is_compiling()
         adapter = self._read(x, args, kwargs)
         if isinstance(adapter, str):
-            if adapter and not compiling:
-                self.passed_over[adapter] += 1
+            if not compiling:
+                self.count_left(adapter)
             y: Tensor = self.peft_class.forward(self, x, *args, **kwargs)
             return y
         if not compiling:
