@@ -300,8 +300,9 @@ def _refuse_weight(layer: Any, owner: nn.Module, name: str) -> None:
 def _refuse_written(layer: Any, place: Kept) -> None:
     if isinstance(place, KeptShard) and place.is_gathered():
         raise ValueError(
-            f"FSDP2 has gathered the {place.name} of the base of this {type(layer).__name__}, as it does from a forward "
-            "to its backward: nothing was changed. Call reshard() of the modules that fully_shard has returned first"
+            f"FSDP2 has gathered the {place.name} of the base of this {type(layer).__name__}, as it does from a "
+            "forward to its backward: nothing was changed. Call reshard() of the modules that fully_shard has returned "
+            "first"
         )
     if not place.is_written():
         return
