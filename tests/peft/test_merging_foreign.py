@@ -38,7 +38,11 @@ def test_a_dense_weight_stands_beside_another_packages_codes(base, dtype):
     quantised = base(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = randomised(get_peft_model(Net(quantised), LoraConfig(r=4, lora_alpha=6, target_modules=["layer"])))
+        try:
+            model = get_peft_model(Net(quantised), LoraConfig(r=4, lora_alpha=6, target_modules=["layer"]))
+        except TypeError as error:  # before PEFT 0.20
+            pytest.skip(f"PEFT {peft.__version__} takes torchao's layers from transformers only: {error}")
+    randomised(model)
     lora_kernels.fuse(model, strict=True)
     layer, x = model.base_model.model.layer, torch.randn(3, K, dtype=dtype)
     want, tensors = model(x), [*layer.base_layer.parameters(), *layer.base_layer.buffers()]
