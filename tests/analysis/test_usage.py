@@ -236,7 +236,8 @@ def test_calls_that_are_left_to_peft_are_told_with_their_reasons():
     handle.remove()
     up, down = usage(model).rows
     assert (up.state, down.state) == ("partly fused", "fused")
-    assert up.why == "its base layer has hooks, which the fused path would pass over (2 of 3 calls)"
+    assert up.why.startswith("its base layer has hooks, which the fused path would pass over")
+    assert up.why.endswith("(2 of 3 calls)")
     up, down = usage(model).since(before).rows
     assert (up.state, up.calls, down.state, down.calls) == ("left to PEFT", 2, "fused", 2)
 
@@ -296,6 +297,9 @@ def test_a_layer_that_is_fused_anew_counts_again_from_nothing():
     assert [row.fused_calls for row in usage(model).since(before).rows] == [1, 1]
 
 
+_LONG = ("in place", "a part")
+
+
 class Linears(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +309,7 @@ class Linears(nn.Module):
         return self.layers[1](self.layers[0](x))
 
 
-@pytest.mark.parametrize("how", ["wrapper", pytest.param("in place", marks=pytest.mark.slow), "a part", "a forward"])
+@pytest.mark.parametrize("how", ["wrapper", "a forward", *(pytest.param(x, marks=pytest.mark.slow) for x in _LONG)])
 def test_calls_in_compiled_code_are_not_counted_and_not_never_called(monkeypatch, how):
     torch._dynamo.reset()
     monkeypatch.undo()  # `_has_compiled` is asked here
@@ -329,6 +333,7 @@ def test_calls_in_compiled_code_are_not_counted_and_not_never_called(monkeypatch
     assert "torch.compile, which counts none, has compiled code" in str(report)
 
 
+@pytest.mark.slow
 def test_a_function_that_calls_the_model_in_compiled_code_leaves_it_uncounted(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.undo()
