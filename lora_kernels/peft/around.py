@@ -26,7 +26,7 @@ from lora_kernels.nn.dry_run import Watched
 from lora_kernels.ops import check
 from lora_kernels.ops.around import add_low_rank
 from lora_kernels.ops.autograd import autocast_of
-from lora_kernels.peft import known
+from lora_kernels.peft import hooked, known
 from lora_kernels.peft.fused import LORA_USES
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.linear import FusedLinear
@@ -105,6 +105,8 @@ class FusedAround(FusedLayer):
                 return adapter
             adapters.append(adapter)
             (R, K), N, dtype = adapter.a.shape, adapter.b.shape[0], adapter.a.dtype
+            if x.device != adapter.a.device:
+                return hooked.not_there("x", x, adapter.a)
             if x.dtype not in check.DTYPES:
                 return f"x is {x.dtype}"
             if dtype != x.dtype and not self.cast_input_dtype_enabled and autocast_of(x) is None:

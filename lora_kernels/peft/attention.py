@@ -21,11 +21,10 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
 from lora_kernels.nn.dry_run import Watched
-from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.attention import Flags, Heads, Projection, multihead_attention
 from lora_kernels.ops.autograd import autocast_of
-from lora_kernels.peft import known, serving
+from lora_kernels.peft import hooked, known, serving
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.linear import FusedLinear
 from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
@@ -116,6 +115,8 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         if isinstance(base, str):
             return base
         attention, out, weights, biases = base
+        if query.device != weights[0].device:
+            return hooked.not_there("query", query, weights[0])
         # PEFT's own forward replaces its weights. It has done so in inference mode, and now it does so out of it.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(w.is_inference() for w in weights):
             return "a base weight that PEFT's forward has made in inference mode, which no backward can have"
@@ -226,8 +227,9 @@ def _read_base(layer: Any) -> _Base | str:
             return f"a base weight is a {type(weight).__name__}"
         if weight.requires_grad:
             return "a base weight is trained"
-    if has_hooks(attention, out, linear):
-        return "its base layer or out_proj has hooks, which the fused path would pass over"
+    for module in (attention, out, linear):
+        if reason := hooked.refusal("its base layer or out_proj", module):
+            return reason
     return _Base(attention, out, weights, (attention.in_proj_bias, linear.bias))
 
 
@@ -237,6 +239,8 @@ def _read_adapter(layer: Any, name: str) -> PeftAdapter | str:
         return f"adapter {name!r} has no lora_A for the out_proj"
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+    if hooked.converted(layer.lora_A[name]) or hooked.converted(layer.lora_B[name]):
+        return f"adapter {name!r} has layerwise casting, and PEFT reads it as it is stored: leave adapters out of it"
     adapter = FusedLinear.read_adapter(layer, name)
     if isinstance(adapter, str):
         return adapter

@@ -24,11 +24,18 @@ from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.conv import lora_conv, low_rank_conv
 from lora_kernels.ops.conv_window import window
-from lora_kernels.peft import known
+from lora_kernels.peft import hooked, known
 from lora_kernels.peft.fused import LORA_USES
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.linear import OverDense
-from lora_kernels.peft.reading import PeftAdapter, only_eager, probability, weight_and_bias, why_not_biased
+from lora_kernels.peft.reading import (
+    PeftAdapter,
+    base_weights,
+    only_eager,
+    probability,
+    weight_and_bias,
+    why_not_biased,
+)
 
 _DORA_USES = """
 F Identity adapter_name base_layer base_result bias conv_fn detach dilation dim dropout get_base_layer
@@ -120,6 +127,8 @@ class FusedConv(FusedLayer):
         if isinstance(base, str):
             return base
         weight, bias = base
+        if x.device != weight.device:
+            return hooked.not_there("x", x, weight)
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return ""
@@ -160,7 +169,10 @@ class FusedConv(FusedLayer):
         if weight.requires_grad:
             return "its base weight is trained"
         if has_hooks(base):
-            return "its base layer has hooks, which the fused path would pass over"
+            hooks = hooked.of(base)
+            if isinstance(hooks, str):
+                return hooked.refused("its base layer", hooks)
+            return base_weights(base, hooks)
         return weight, bias
 
     @classmethod
@@ -178,10 +190,13 @@ class FusedConv(FusedLayer):
         for weight in (a, b):
             if type(weight) not in (nn.Parameter, Tensor):
                 return f"adapter {name!r} has a {type(weight).__name__}"
+        if has_hooks(down, up):
+            hooks = hooked.of_adapter(layer, name)
+            if isinstance(hooks, str):
+                return hooks
+            a, b, b_bias = hooked.converted_to(hooks, a, b, b_bias)
         if a.dtype != b.dtype:
             return f"adapter {name!r} has lora_A in {a.dtype} and lora_B in {b.dtype}"
-        if has_hooks(down, up):
-            return f"adapter {name!r} has hooks, which the fused path would pass over"
         p = probability(dropout, name)
         if isinstance(p, str):
             return p
@@ -204,9 +219,7 @@ class FusedConv(FusedLayer):
             return f"adapter {name!r} is DoRA over groups, where PEFT takes the norm of no weight"
         if layer.lora_B[name].bias is not None:
             return f"adapter {name!r} is DoRA with a bias of its own"
-        if has_hooks(layer.lora_magnitude_vector[name]):
-            return f"adapter {name!r} is DoRA, and its magnitude has hooks, which the fused path would pass over"
-        return ""
+        return hooked.refusal(f"the magnitude of adapter {name!r}", layer.lora_magnitude_vector[name])
 
     @classmethod
     def why_not_forward(cls) -> str:

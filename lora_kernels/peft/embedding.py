@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.dry_run import Watched
 from lora_kernels.nn.embedding_fit import is_scaled, why_not_options
-from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.embedding import lora_embedding
-from lora_kernels.peft import known
+from lora_kernels.peft import hooked, known
 from lora_kernels.peft.by_row import KEYWORDS
 from lora_kernels.peft.layer import FusedLayer, Survey
 
@@ -111,6 +110,8 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
             return f"ids are {x.dtype}"
         if reason := self._why_not_base(self):
             return reason
+        if x.device != (weight := self._modules["base_layer"].weight).device:
+            return hooked.not_there("x", x, weight)
         adapters = []
         for name in names:
             adapter = self._read_adapter(self, name)
@@ -140,8 +141,8 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
             return f"its base weight is {base.weight.dtype}"
         if reason := why_not_options(base):
             return reason
-        if has_hooks(base):
-            return "its base layer has hooks, which the fused path would pass over"
+        if reason := hooked.refusal("its base layer", base):
+            return reason
         if getattr(layer, "tp_layer", None) is not None:
             return "its table is distributed by a tensor parallel plan"
         return ""
@@ -164,8 +165,8 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
                 return _DORA_UNKNOWN
             module = layer.lora_magnitude_vector[name]
             magnitude = module.weight
-            if has_hooks(module):
-                return f"adapter {name!r} is DoRA, and its magnitude has hooks, which the fused path would pass over"
+            if reason := hooked.refusal(f"the magnitude of adapter {name!r}", module):
+                return reason
             if magnitude.dtype not in (a.dtype, torch.float32) or (a.dtype == torch.float64 != magnitude.dtype):
                 return f"adapter {name!r} has a magnitude in {magnitude.dtype} beside {a.dtype}"
         return _Adapter(a, b, layer.scaling[name], magnitude)

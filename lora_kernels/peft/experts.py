@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from lora_kernels.nn import experts_form, experts_forward
 from lora_kernels.nn.dry_run import Watched
 from lora_kernels.nn.experts_forward import StackAdapter
-from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import autocast_of
-from lora_kernels.peft import known
+from lora_kernels.peft import hooked, known
 from lora_kernels.peft.layer import FusedLayer, Survey
 
 _USES = """
@@ -87,12 +86,13 @@ class FusedExperts(FusedLayer, peft_layer.ParamWrapper):
                 continue
             names = [] if wrapper.merged else [name for name in wrapper.active_adapters if name in wrapper.lora_A]
             active = active or bool(names)
-            if names and (reason := experts_form.why_not(base)):  # `enable` does not ask what is in a wrapper
+            # `enable` does not ask what is in a wrapper.
+            if names and (reason := experts_form.why_not(base, hooks=False)):
                 return reason
             if len(set(names)) < len(names):
                 return "an adapter that is active twice"
-            if wrapper is not self and has_hooks(wrapper):
-                return f"the wrapper of {wrapper.parameter_name} has hooks, which the fused path would pass over"
+            if wrapper is not self and (reason := hooked.refusal(f"the wrapper of {wrapper.parameter_name}", wrapper)):
+                return reason
             found = [_read_adapter(wrapper, base, name) for name in names]
             for each in found:
                 if isinstance(each, str):
@@ -163,7 +163,7 @@ def _base_of(layer: Any) -> Any:
 def _why_not_base(layer: Any) -> str:
     """Return why the module in the wrapper `layer` cannot be computed here, or "" where it can."""
     base = _base_of(layer)
-    if reason := experts_form.why_not(base):
+    if reason := experts_form.why_not(base, hooks=False) or hooked.refusal(f"this {type(base).__name__}", base):
         return reason
     stacks = experts_form.names(base)
     for wrapper in _wrappers(layer):

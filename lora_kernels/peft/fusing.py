@@ -11,13 +11,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
 from lora_kernels.nn import dry_run, readers
 from lora_kernels.peft import groups as peft_groups
-from lora_kernels.peft import kinds
+from lora_kernels.peft import hooked, kinds
 from lora_kernels.peft.groups import FAMILIES
 from lora_kernels.peft.layer import FusedLayer
 
@@ -107,7 +108,8 @@ def fuse(
             continue
         reading = readers.reading_in(model, path) if path else None
         passed = str(reading) if reading is not None and reading.always else ""
-        survey = passed or _why_patched(layer, kind) or kind.survey(layer)
+        with torch.no_grad():  # the report is about calls of evaluation; a layer counts what training leaves to PEFT
+            survey = passed or _why_patched(layer, kind) or kind.survey(layer)
         if isinstance(survey, str):
             not_fused[path] = survey
             continue
@@ -178,17 +180,21 @@ def _swap(layer: Any, kind: type[FusedLayer], backend: str | None) -> None:
 
 
 def _why_patched(layer: Any, kind: type[FusedLayer]) -> str:
-    """Return why calls of `layer` would not reach a fused forward; "" where they would. A hook of accelerate calls the
-    method that it has found on the layer before, which `_rebind` replaces."""
+    """Return why calls of `layer` would not reach a fused forward; "" where they would. The hooks of accelerate
+    and diffusers call the method that they have found on the layer before, which `_rebind` replaces."""
     if "forward" not in layer.__dict__:
         return ""
-    before = getattr(layer.__dict__.get("_old_forward"), "__func__", None)
-    if before in (kind.forward, kind.peft_class.forward):
+    slot = hooked.innermost(layer)
+    what = slot if isinstance(slot, str) else "a forward of another class"
+    if not isinstance(slot, str) and slot.forward.__func__ in (kind.forward, kind.peft_class.forward):
         return ""
-    return "its forward is replaced on the instance, so that a fused forward would not be reached"
+    return (
+        f"its forward is replaced on the instance ({what}), so that a fused forward would not be reached: call fuse "
+        "before it is replaced, or delete it from the layer"
+    )
 
 
 def _rebind(layer: Any) -> None:
-    """Make a hook of accelerate on `layer` call the forward of the layer's present class."""
-    if "_old_forward" in layer.__dict__:
-        layer._old_forward = type(layer).forward.__get__(layer)
+    """Make the hooks of accelerate and diffusers on `layer` call the forward of the layer's present class."""
+    if "forward" in layer.__dict__ and not isinstance(slot := hooked.innermost(layer), str):
+        slot.holder[slot.name] = type(layer).forward.__get__(layer)

@@ -13,7 +13,7 @@ from torch import nn
 from lora_kernels.core.operands import Call
 from lora_kernels.nn import dry_run
 from lora_kernels.nn.dry_run import Inputs
-from lora_kernels.peft import serving
+from lora_kernels.peft import serving, ways_out
 from lora_kernels.peft.layer import FusedLayer
 from lora_kernels.peft.shared import SharedInput
 
@@ -81,6 +81,9 @@ class FuseReport:
         rows += [(name, "grouped", str(group)) for name, group in self.groups.items()]
         width = max(len(name) for name, _, _ in rows)
         lines = [head, *(f"  {name:{width}}  {state:9}  {what}" for name, state, what in rows)]
+        lines += ways_out.lines(
+            [*self.not_fused.values(), *(why for each in calls.values() for why in each.passed_over)]
+        )
         return "\n".join([*lines, *filter(None, [serving.line(self.calls, self.backend)])])
 
 

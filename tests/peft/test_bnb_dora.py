@@ -175,7 +175,9 @@ def test_what_is_not_served_says_why():
     magnitude = model.base_model.model.up.lora_magnitude_vector["default"]
     handle = magnitude.register_forward_hook(lambda module, args, y: y)
     report = lora_kernels.fuse(model)
-    assert len(report.fused) == 1 and all("magnitude has hooks" in why for why in report.not_fused.values())
+    assert len(report.fused) == 1 and all(
+        "magnitude of adapter 'default' has hooks" in why for why in report.not_fused.values()
+    )
     handle.remove()
     model.add_adapter("second", config(r=2, use_dora=True))
     lora_kernels.fuse(model)
