@@ -7,7 +7,8 @@ This module is imported only where PEFT has made such a layer, so that other mod
 
 or DoRA over the same W (`lora_kernels.dora_linear`).
 
-W is the tensor that bitsandbytes stores, shared and not copied. Merging, which quantises W + s·B·A again, stays PEFT's.
+W is the tensor that bitsandbytes stores, shared and not copied. While merged, a dense weight stands beside it
+(`lora_kernels.peft.dense_stand_in`).
 With int8, bitsandbytes also rounds x to 8 bits, except for outliers (LLM.int8, arXiv:2208.07339) and except while
 training on the CPU. Here x is not rounded, so the result is nearer to the product of x and the stored W.
 
@@ -33,8 +34,10 @@ from lora_kernels.ops import check
 from lora_kernels.ops.apart import lora_linear_apart
 from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
 from lora_kernels.peft import hooked
+from lora_kernels.peft.dense_stand_in import MergedLinear
 from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.linear import FusedLinear
+from lora_kernels.peft.merging import Sum, base_of
 from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import DTYPES, Nested, QuantizedWeight
@@ -159,6 +162,12 @@ def _nothing() -> None:
     return None
 
 
+def _base_of(layer: Any) -> Any:
+    """Return the base of `layer`, which while merged is not in its place."""
+    base = layer._modules["base_layer"]
+    return base_of(layer) if type(base) is MergedLinear else base
+
+
 class _FusedBnb(Fused):
     quantised_base: ClassVar = True
     shares_input: ClassVar = True
@@ -171,7 +180,7 @@ class _FusedBnb(Fused):
     def read_base(cls, layer: Any) -> tuple[QuantizedWeight, Tensor | None] | str:
         """Return the quantised W and the bias, or why they cannot be used. One reason is a base that bitsandbytes has
         not quantised yet."""
-        base = layer._modules["base_layer"]
+        base = _base_of(layer)
         if isinstance(base, BaseTunerLayer):
             return "its base is another tuner's layer"
         if type(base).forward is not cls.kind.forward:
@@ -186,12 +195,12 @@ class _FusedBnb(Fused):
     @staticmethod
     def _weight_of(layer: Any) -> QuantizedWeight | str:
         cache = layer.__dict__.get("_weight_cache")  # a layer that is not fused yet has none
-        return (_WeightCache() if cache is None else cache).read(layer._modules["base_layer"])
+        return (_WeightCache() if cache is None else cache).read(_base_of(layer))
 
     @staticmethod
     def known_dtype(layer: Any) -> torch.dtype | None:
         """Return the compute_dtype of a Linear4bit. A Linear8bitLt computes in x's dtype."""
-        dtype: torch.dtype | None = getattr(layer.base_layer, "compute_dtype", None)
+        dtype: torch.dtype | None = getattr(_base_of(layer), "compute_dtype", None)
         return dtype
 
     @staticmethod
@@ -203,14 +212,14 @@ class _FusedBnb(Fused):
             return FusedLinear.variant_reason(layer, name)
         return f"adapter {name!r} is a {kind.__name__}"
 
+    def sums(self, names: Sequence[str]) -> Sequence[Sum] | None:
+        """Return what merging the adapters `names` adds to W and the bias; None for a weight that cannot be read, whose
+        forwards and merging are PEFT's."""
+        return None if isinstance(self._weight_of(self), str) else super().sums(names)
+
     def prepare(self) -> None:
         """Read the quantised weight now, because a first forward inside ``torch.compile`` could not read it."""
         self.read_base(self)
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Merge as PEFT does, and hold none of the tensors that merging has replaced."""
-        self.peft_class.merge(self, *args, **kwargs)
-        self._weight_cache.clear()
 
     def _dtypes(
         self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
@@ -265,7 +274,7 @@ class Over4bit(_FusedBnb):
     @staticmethod
     def base_note(layer: Any) -> str:
         """Return the weight's format and the dtype of the computation."""
-        dtype = layer.base_layer.compute_dtype or "the dtype of x"
+        dtype = _base_of(layer).compute_dtype or "the dtype of x"
         return f", {getattr(_FusedBnb._weight_of(layer), 'format', '')} in {str(dtype).removeprefix('torch.')}"
 
     def _base_dtypes(self, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | str:

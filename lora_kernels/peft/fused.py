@@ -7,7 +7,7 @@ The result, for plain LoRA and for DoRA, is the one that PEFT defines. For plain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
@@ -24,9 +24,10 @@ from lora_kernels.ops.autograd import as_dtype, autocast_of
 from lora_kernels.ops.dora import Update, dora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.multi import lora_linear_multi
-from lora_kernels.peft import by_row, folds, hooked, known, serving, several
+from lora_kernels.peft import by_row, folds, hooked, known, merged_terms, serving, several
 from lora_kernels.peft.groups import Group
 from lora_kernels.peft.layer import FusedLayer, Survey
+from lora_kernels.peft.merging import Sum
 from lora_kernels.peft.reading import (
     OneAdapter,
     Operands,
@@ -106,8 +107,8 @@ class Fused(FusedLayer):
         if isinstance(operands, str):
             if type(operands) is hooked.Elsewhere:
                 return self.forward(x.to(operands.there), *args, **kwargs).to(operands.back)
-            if operands and not compiling:
-                self.passed_over[operands] += 1
+            if not compiling:
+                self.count_left(operands)
             return self.peft_class.forward(self, x, *args, **kwargs)
         if not compiling:
             self.__dict__["fused_calls"] += 1
@@ -288,6 +289,14 @@ class Fused(FusedLayer):
         calls = [serving.call_of_layer(base[0], each) for each in adapters if not isinstance(each, str)]
         text = f"{layer.in_features}→{layer.out_features}{cls.base_note(layer)}, {ranks}"
         return Survey(text, tuple(reasons), tuple(filter(None, calls)))
+
+    def adapters_to_merge(self) -> Container[str]:
+        """Return the names of the adapters that this layer has."""
+        return self.adapters_in(self)
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum] | None:
+        """Return what merging the adapters `names` adds to W and the bias."""
+        return merged_terms.of_lora(self, names)
 
     def leave(self, reason: str) -> None:
         """Leave the group of the layer, if it is in one."""

@@ -211,21 +211,16 @@ def test_eval_mode_does_not_re_pack_and_reads_what_is_re_packed():
 
 
 @pytest.mark.parametrize("net", [Net, Net8])
-@pytest.mark.filterwarnings("ignore:.*rounding errors")
-def test_merging_is_pefts_and_the_weight_is_read_again(net):
+def test_merging_keeps_the_weight_and_what_was_read_of_it(net, monkeypatch):
     model, x = make(net()), torch.randn(4, 64)
     lora_kernels.fuse(model, strict=True)
-    plain = copy.deepcopy(model)
-    lora_kernels.unfuse(plain)
-    model(x)
-    for other in (model, plain):
-        other.merge_adapter()
-    torch.testing.assert_close(model(x), plain(x))
-    caches = [layer._weight_cache for layer in fused_layers(model)]
-    assert all(cache.last is None for cache in caches), "the weight that was replaced is not kept"
-    for other in (model, plain):
-        other.unmerge_adapter()
-    torch.testing.assert_close(model(x), plain(x))
+    want = model(x)
+    reads = []
+    monkeypatch.setattr("lora_kernels.peft.bnb.from_bnb", lambda base: reads.append(base) or from_bnb(base))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), want, rtol=2e-3, atol=2e-3)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), want) and not reads
     assert all(layer.fused_calls == 2 and not layer.passed_over for layer in fused_layers(model))
 
 

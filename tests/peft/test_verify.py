@@ -251,7 +251,20 @@ def test_disabled_and_merged_adapters_are_not_judged():
     assert report.verify(model, X).not_fused == {}
 
 
-def test_strict_refuses_a_model_without_lora():
+def test_strict_and_verify_refuse_a_model_without_lora():
     with pytest.raises(RuntimeError, match="no LoRA layer of PEFT"):
         fuse(Net(), strict=True)
-    assert "the model has none" in str(fuse(Net()))
+    report = fuse(Net())
+    assert "the model has none" in str(report)
+    for call in (lambda: fuse(Net(), verify=X), lambda: report.verify(Net(), X)):
+        with pytest.raises(ValueError, match="nothing to verify: 0 of 0 LoRA layers fused"):
+            call()
+
+
+def test_strict_refuses_a_verification_that_could_judge_no_layer():
+    model = make()
+    model.disable_adapter_layers()
+    with pytest.raises(RuntimeError, match="could judge none of the 2 LoRA layers"):
+        fuse(model, strict=True, verify=X)
+    assert not fused_layers(model)
+    assert not fuse(model, verify=X).not_fused
