@@ -98,6 +98,8 @@ def _unloadable(name: str) -> str:
         load(name)
     except ImportError as error:
         return str(error)
+    except Exception as error:  # a package that is there and broken
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
