@@ -106,7 +106,12 @@ void add_to_y(const Branch& p, const Work& w, bool in_place, float* column) {
     }
     const float one = 1.0f;
     for (i64 m = m0; m < m0 + n; ++m) {
-      w.l.dot(p.b.at(n0, 0), kKeepAll, w.h(p).at(m, 0), {width, p.R, 1}, {column, 1}, false);
+      const Sums h = w.h(p).at(m, 0);
+      if (p.b.dtype == DType::f32)  // with b as the panel, its rows share the sums over lanes; the bits are the same
+        w.l.dot({h.data, h.ld, DType::f32}, kKeepAll, {static_cast<const float*>(p.b.at(n0, 0).data), p.b.ld},
+                {1, p.R, width}, {column, width}, false);
+      else
+        w.l.dot(p.b.at(n0, 0), kKeepAll, h, {width, p.R, 1}, {column, 1}, false);
       w.l.expand(p.y.at(m, n0), kKeepAll, bias_n, {&one, 1}, {column, width}, {1, width, 1});
     }
   }
