@@ -97,7 +97,7 @@ void backward(int threads, py::handle dys, py::handle x, py::handle bases, py::h
       const py::object w = get(base_list[i], names.w);
       require(dx, "dx");
       require(w, "w");
-      if (M <= lk::cpu::kFewRows && is_tensor(w))
+      if (M <= lk::cpu::kFewRows)
         p.base = lk::cpu::few_rows_back(M, p.N, K, p.dy, owners.keep(sized(input(w), "w", p.N, K)), out, add);
       else
         p.many = many_rows(w, M, p.N, K, true, p.dy, out, add, {});

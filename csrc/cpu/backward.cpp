@@ -162,11 +162,12 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
   std::vector<Work> works;
   works.reserve(branches.size());
   double products = 0;
-  i64 largest = 0, part = 0;  // the largest rank; the most columns of a part of dx
-  bool drop = false, many = false;
+  i64 largest = 0, part = 0;           // the largest rank; the most columns of a part of dx
+  size_t last_many = branches.size();  // the branch whose product completes dx; none if this is beyond the branches
+  bool drop = false;
   for (const Branch& p : branches) {
     if (p.base || p.many) products += static_cast<double>(p.N) * K;
-    many |= p.many != nullptr;
+    if (p.many) last_many = works.size();
     const Work& w = works.emplace_back(p, M, K, static_cast<bool>(dx));
     products += static_cast<double>(p.R) * ((w.need_g ? p.N : 0) + (p.db ? p.N : 0) + (dx ? K : 0) + (p.da ? K : 0));
     largest = std::max(largest, p.R);
@@ -219,9 +220,9 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
 
     uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
     const Last last{branches, works, ldk, ld, x, dx};
+    const bool many = last_many < works.size();
     for (size_t i = 0; i < works.size(); ++i) {
       if (!branches[i].many) continue;
-      const bool complete = i + 1 == works.size();
       const Tail tail = [&](i64 m0, i64 rows, i64 k0, i64 cols) {
         last.add(m0, rows, k0, cols, true, false, 0, my_bits);
       };
@@ -229,14 +230,13 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
 #pragma omp barrier
       }
 #pragma omp for schedule(dynamic, 1) nowait  // a thread goes on to da while another completes dx
-      for (i64 t = 0; t < branches[i].many->tasks(); ++t) branches[i].many->task(t, complete ? tail : Tail{});
+      for (i64 t = 0; t < branches[i].many->tasks(); ++t) branches[i].many->task(t, i == last_many ? tail : Tail{});
     }
 #pragma omp for schedule(dynamic, 1)
     for (i64 t = 0; t < over_k.size(); ++t) {
       const i64 k0 = over_k.k0(t), width = over_k.width(t), end = over_k.m0(t) + over_k.rows(t), slab = t / over_k.C;
       for (size_t i = 0; i < works.size(); ++i)
-        if (branches[i].da)
-          clear({works[i].da_part + slab * branches[i].R * ldk + k0, ldk}, branches[i].R, width);
+        if (branches[i].da) clear({works[i].da_part + slab * branches[i].R * ldk + k0, ldk}, branches[i].R, width);
       for (i64 m0 = over_k.m0(t); m0 < end; m0 += kTileRows)
         last.add(m0, std::min(kTileRows, end - m0), k0, width, dx && !many, true, slab, my_bits);
     }

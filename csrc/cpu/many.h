@@ -1,6 +1,6 @@
-// The base products of many rows: y [M, N] = x w^T of a forward, and dx [M, K] = dy w of a backward. The work is cut into
-// tasks, which a team of threads takes one by one, so that a launch can add the low-rank half to each part of a result
-// while that is in a cache.
+// The base products of many rows: y [M, N] = x w^T of a forward, and dx [M, K] = dy w of a backward. The work is cut
+// into tasks, which a team of threads takes one by one, so that a launch can add the low-rank half to each part of a
+// result while that is in a cache.
 #pragma once
 
 #include <functional>
