@@ -23,7 +23,7 @@ void rows_dot(const QuantRows& w, Panel X, Sums out) {
     for (; k + kStep <= end; k += kStep) {
       LK_UNROLL for (int i = 0; i < RW; ++i) {
         F::load(c[i] + F::bytes(k), t, v);
-        __builtin_prefetch(c[i] + F::bytes(k) + 1024, 0, 3);
+        ahead(c[i] + F::bytes(k) + RW * w.ldc);  // of the rows that follow these
         LK_UNROLL for (int m = 0; m < XR; ++m) LK_UNROLL for (int j = 0; j < 2; ++j) p[i][m] =
             V::fma(v[j], V::load(X.row(m) + k + j * W), p[i][m]);
       }
