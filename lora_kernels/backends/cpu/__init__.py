@@ -101,7 +101,8 @@ def forward(
     if x.stride()[1] != 1:  # the base GEMM and the kernel share one copy
         x = x.contiguous()
     if whole is None and x.shape[0] > _C.FEW_ROWS:
-        whole = launch.has_bases("forward", x, bases, adapters, functools.partial(forward, x, bases, adapters, save_h))
+        again = functools.partial(_forward, x, bases, adapters, save_h)
+        whole = launch.has_bases("forward", x, bases, adapters, again)
     hs: list[Tensor | None] = []
     for (a, *_), save in zip(adapters, save_h, strict=True):
         hs.append(a.new_empty(x.shape[0], a.shape[0]) if save else None)
@@ -145,7 +146,7 @@ def backward(
     for dy in dys:
         rows.append(dy if dy.stride()[1] == 1 else dy.contiguous())  # the base GEMM and the kernel share one copy
     if whole is None and needs.dx and rows[0].shape[0] > _C.FEW_ROWS:
-        again = functools.partial(backward, rows, x, bases, adapters, hs, needs)
+        again = functools.partial(_backward, rows, x, bases, adapters, hs, needs)
         whole = launch.has_bases("backward", rows[0], bases, adapters, again)
     in_launch = []
     dx: Tensor | None = None
@@ -163,6 +164,9 @@ def backward(
         dx = rows[0].new_empty(rows[0].shape[0], bases[0].w.shape[1])
     _C.backward(torch.get_num_threads(), rows, x, bases, adapters, hs, dx, das, dbs, in_launch)
     return dx, das, dbs
+
+
+_forward, _backward = forward, backward  # what a race repeats is no call of this module's forward to an observer of it
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
