@@ -189,6 +189,7 @@ inline cpu::Quantized quantized(py::handle weight) {
     w.integers = integers(weight, static_cast<cpu::IntLayout>(layout));
     w.N = w.integers.N;
     w.K = w.integers.K;
+    w.codes = static_cast<const uint8_t*>(w.integers.codes);
     return w;
   }
   constexpr cpu::Format kinds[] = {cpu::Format::nf4, cpu::Format::fp4,  cpu::Format::nf4, cpu::Format::nf4,

@@ -34,9 +34,17 @@ Strip fp8_strip(const Quantized& w, i64 n0, i64 n) {
   return {scales + n0 / kFp8Block * w.scale_cols, 0, segment, std::min(n, kFp8Block - n0 % kFp8Block)};
 }
 
+// Whether the codes are int8 with a scale for whole groups of each row, and no zeros.
+bool is_int8_by_groups(const Quantized& w) {
+  const Integers& i = w.integers;
+  return w.format == Format::integers && i.layout == IntLayout::signed_rows && !i.zeros &&
+         i.scales.dtype == DType::f32 && w.K % i.group == 0;
+}
+
 // Whether every row of w consists of whole blocks, or every block of whole rows.
 bool has_segments(const Quantized& w) {
-  return w.format != Format::integers && (!w.four_bits() || w.K % w.blocksize == 0 || (w.K && w.blocksize % w.K == 0));
+  if (w.format == Format::integers) return is_int8_by_groups(w);
+  return !w.four_bits() || w.K % w.blocksize == 0 || (w.K && w.blocksize % w.K == 0);
 }
 
 // The number of scales that strip_of may write for a row.
@@ -52,6 +60,10 @@ Strip strip_of(const Quantized& w, i64 n0, i64 n, float* room) {
   const float* const scales = static_cast<const float*>(w.scales);
   if (w.format == Format::int8) return {scales + n0, 1, w.K, n};
   if (w.format == Format::fp8) return fp8_strip(w, n0, n);
+  if (w.format == Format::integers) {
+    const i64 group = w.integers.group, S = w.K / group;
+    return {static_cast<const float*>(w.integers.scales.data) + n0 * S, S, group, n};
+  }
   const i64 S = segments(w);
   if (S * w.blocksize != w.K) {
     for (i64 i = 0; i < n; ++i) room[i] = scale_of(w, (n0 + i) * w.K / w.blocksize);
@@ -63,7 +75,8 @@ Strip strip_of(const Quantized& w, i64 n0, i64 n, float* room) {
 }
 
 QuantRows part(const Quantized& w, const Strip& s, i64 n0) {
-  return {w.format, w.codes + n0 * w.row_bytes(), w.row_bytes(), w.levels, s.scales, s.lds, s.segment, s.rows, w.K};
+  const Format as = w.format == Format::integers ? Format::int8 : w.format;
+  return {as, w.codes + n0 * w.row_bytes(), w.row_bytes(), w.levels, s.scales, s.lds, s.segment, s.rows, w.K};
 }
 
 // Write w[n0.., k0..] to `out`, as rows of `cols` operands of `g`; w^T[n0.., k0..] where w is turned. `room` is memory
