@@ -70,7 +70,8 @@ constexpr i64 kQuantRows = 4;   // rows of codes that quant_dot takes at a time
 constexpr i64 kQuantPad = 128;  // rows of X are padded to a multiple of this many floats
 constexpr i64 kNested = 256;    // the number of scales that share one absmax in double quantisation
 
-// Rows of a quantised weight. Every `segment` columns have a scale, which for int8 and fp8 lacks quant_factor.
+// Rows of a quantised weight. Every `segment` columns have a scale, which for int8 and fp8 lacks quant_factor. Integers
+// are int8 here, with scales that lack nothing.
 struct QuantRows {
   Format format;
   const uint8_t* codes;

@@ -52,7 +52,7 @@ i64 segments(const Quantized& w) { return w.four_bits() && w.K % w.blocksize == 
 
 // The floats that decode_rows needs for `rows` rows of at most `cols` columns of w as it is stored.
 i64 room_for(const Quantized& w, i64 rows, i64 cols) {
-  return w.format == Format::integers ? scale_room(w.integers, cols) + cols : rows * segments(w);
+  return w.format == Format::integers && !has_segments(w) ? scale_room(w.integers, cols) + cols : rows * segments(w);
 }
 
 // The scales of n rows of a w that has segments, or of the first of them. `room` holds n * segments(w) floats.
@@ -75,15 +75,14 @@ Strip strip_of(const Quantized& w, i64 n0, i64 n, float* room) {
 }
 
 QuantRows part(const Quantized& w, const Strip& s, i64 n0) {
-  const Format as = w.format == Format::integers ? Format::int8 : w.format;
-  return {as, w.codes + n0 * w.row_bytes(), w.row_bytes(), w.levels, s.scales, s.lds, s.segment, s.rows, w.K};
+  return {w.format, w.codes + n0 * w.row_bytes(), w.row_bytes(), w.levels, s.scales, s.lds, s.segment, s.rows, w.K};
 }
 
 // Write w[n0.., k0..] to `out`, as rows of `cols` operands of `g`; w^T[n0.., k0..] where w is turned. `room` is memory
 // for room_for(w, rows, cols) floats.
 void decode_rows(const Gemm& g, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, float* room, void* out) {
   const i64 size = static_cast<i64>(sizeof(float)) / g.pair;
-  if (w.format == Format::integers) {
+  if (w.format == Format::integers && !has_segments(w)) {
     if (g.pair == 1) return decode_stored(w.integers, n0, rows, k0, cols, room, static_cast<float*>(out));
     float* const row = room + scale_room(w.integers, cols);
     for (i64 i = 0; i < rows; ++i) {

@@ -74,7 +74,7 @@ class FusedAround(FusedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's forward returns for x [..., in_features]."""
         compiling = torch.compiler.is_compiling()
-        adapters = self._read(x, args, kwargs)
+        adapters = FusedAround._read(self, x, args, kwargs)
         if isinstance(adapters, str):
             if adapters and not compiling:
                 self.passed_over[adapters] += 1
@@ -100,7 +100,7 @@ class FusedAround(FusedLayer):
             return ""
         adapters = []
         for name in names:
-            adapter = self.read_adapter(self, name)
+            adapter = FusedAround.read_adapter(self, name)
             if isinstance(adapter, str):
                 return adapter
             adapters.append(adapter)

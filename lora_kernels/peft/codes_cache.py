@@ -1,0 +1,99 @@
+"""`CodesCache`: what was read from the base of a layer, kept for as long as the base has the same tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lora_kernels.quant.reader import Facts, Reader, Unreadable
+from lora_kernels.quant.weight import QuantizedWeight
+
+
+class _Stamp(NamedTuple):
+    """What tells whether a tensor is the one that was read, with the values that it had."""
+
+    storage: StorageWeakRef
+    """Held, so that no other storage gets its number while it is compared; it keeps no memory."""
+    address: int
+    shape: tuple[int, ...]
+    version: int | None
+
+
+class _Kept(NamedTuple):
+    stamps: tuple[_Stamp, ...]
+    found: Facts | str
+    """The facts, or why the weight cannot be read."""
+
+
+class CodesCache:
+    """The facts about the weight of a base layer. They are read again where one of its tensors is another one, lies at
+    another address or was written to: by moving, loading, merging, re-packing, or an in-place operation. Only a write
+    through ``.data`` is not noticed. The codes themselves are never kept. A copy and an unpickled object start empty.
+    """
+
+    def __init__(self) -> None:
+        self.last: _Kept | None = None
+        """The last reading. It is replaced as a whole, because several threads may read the same layer."""
+
+    @property
+    def note(self) -> str:
+        """The name of the format in a report, and what of the weight is a copy."""
+        facts = self.last.found if self.last is not None else ""
+        if isinstance(facts, str):
+            return ""
+        extra = sum(copy.nbytes for copy in facts.copies if copy.is_floating_point())
+        return facts.note + (f", and its scales again in fp32: {extra / 1024:.0f} KB" if extra else "")
+
+    def read(self, reader: Reader, base: Any) -> QuantizedWeight | str:
+        """Return the weight of `base`, or why the kernels cannot read it."""
+        compiling = torch.compiler.is_compiling()
+        kept = self.last
+        try:
+            if not compiling:  # a compiler knows no addresses; `prepare` has read the weight before
+                with torch._C.DisableTorchFunctionSubclass():
+                    sources = reader.sources(base)
+                    if kept is None or not _are(sources, kept.stamps):
+                        self.last = kept = _Kept(tuple(map(_stamp, sources)), _facts(reader, base))
+            if kept is None:
+                return "its base weight has not been read before torch.compile"
+            if isinstance(kept.found, str):
+                return kept.found
+            return reader.weight(base, kept.found)
+        except Unreadable as error:
+            return f"its base weight cannot be read: {error}"
+
+    def __deepcopy__(self, memo: object) -> CodesCache:
+        return CodesCache()
+
+    def __reduce__(self) -> tuple[type[CodesCache], tuple[()]]:
+        return CodesCache, ()
+
+
+@torch.inference_mode(False)  # copies are kept, and may be saved for a backward later
+@torch.no_grad()
+def _facts(reader: Reader, base: Any) -> Facts | str:
+    try:
+        facts = reader.facts(base)
+        reader.weight(base, facts).check()
+        return facts
+    except (Unreadable, ValueError, TypeError) as error:
+        return f"its base weight cannot be read: {error}"
+
+
+def _stamp(t: Tensor) -> _Stamp:
+    version = None if t.is_inference() else t._version
+    return _Stamp(StorageWeakRef(t.untyped_storage()), t.data_ptr(), tuple(t.shape), version)
+
+
+def _are(sources: tuple[Tensor, ...], stamps: tuple[_Stamp, ...]) -> bool:
+    """Return whether `sources` are the tensors that were stamped."""
+    if len(sources) != len(stamps):
+        return False
+    for t, (storage, address, shape, version) in zip(sources, stamps, strict=True):
+        same = t.untyped_storage()._cdata == storage.cdata and t.data_ptr() == address and t.shape == shape
+        if not same or (None if t.is_inference() else t._version) != version:
+            return False
+    return True
