@@ -101,9 +101,7 @@ class FusedCodes(Fused):
     @classmethod
     def base_note(cls, layer: Any) -> str:  # type: ignore[override]
         """Return the format of the weight, and what of it is a copy."""
-        cache = CodesCache()
-        found = cache.read(cls.reader, layer._modules["base_layer"])
-        return f", {cache.note}" if isinstance(found, QuantizedWeight) else ""
+        return f", {cls.reader.facts(layer._modules['base_layer']).note}"
 
     @staticmethod
     def variant_reason(layer: Any, name: str) -> str | None:

@@ -38,15 +38,6 @@ class CodesCache:
         self.last: _Kept | None = None
         """The last reading. It is replaced as a whole, because several threads may read the same layer."""
 
-    @property
-    def note(self) -> str:
-        """The name of the format in a report, and what of the weight is a copy."""
-        facts = self.last.found if self.last is not None else ""
-        if isinstance(facts, str):
-            return ""
-        extra = sum(copy.nbytes for copy in facts.copies if copy.is_floating_point())
-        return facts.note + (f", and its scales again in fp32: {extra / 1024:.0f} KB" if extra else "")
-
     def read(self, reader: Reader, base: Any) -> QuantizedWeight | str:
         """Return the weight of `base`, or why the kernels cannot read it."""
         compiling = torch.compiler.is_compiling()

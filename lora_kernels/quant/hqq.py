@@ -49,19 +49,21 @@ class Hqq(Reader):
         require(scale.numel() == zero.numel() == -(-N * K // group), f"it has {scale.numel()} scales for {(N, K)}")
         require(codes.nbytes == N * K * bits // 8, f"it has {codes.nbytes} bytes of codes for {(N, K)}")
         require(all(each.is_contiguous() for each in (codes, scale, zero)), "its tensors have strides")
-        return Facts(_FORMATS[bits], (N, K), dtype, group, (nothing(codes, torch.int32),), f"HQQ, {bits} bits")
+        parts = normal(scale).view(-1), normal(zero).view(-1)  # HQQ makes some in inference mode
+        own = parts if scale.is_inference() or zero.is_inference() else ()
+        return Facts(_FORMATS[bits], (N, K), dtype, group, (nothing(codes, torch.int32), *own), f"HQQ, {bits} bits")
 
     def weight(self, base: Any, facts: Facts) -> QuantizedWeight:
         """Return the weight over HQQ's codes, scales and zeros."""
-        codes, scale, zero = map(normal, self.sources(base))  # HQQ makes them in inference mode
-        N, K = facts.shape
+        codes, scale, zero = self.sources(base)
+        order, *own = facts.copies
+        scale, zero = own or (scale.view(-1), zero.view(-1))
+        codes, (N, K) = normal(codes), facts.shape
         if codes.dtype != torch.uint8:
             codes = codes.view(torch.uint8)
         codes = codes.view(N // 2 if facts.format == "uint4-group" else N, K)
-        parts = Integers(zero.view(-1), *facts.copies)
-        return QuantizedWeight(
-            facts.format, facts.shape, facts.dtype, codes, scale.view(-1), facts.blocksize, integers=parts
-        )
+        parts = Integers(zero, order)
+        return QuantizedWeight(facts.format, facts.shape, facts.dtype, codes, scale, facts.blocksize, integers=parts)
 
 
 HQQ = Hqq()

@@ -15,7 +15,7 @@ class Unreadable(ValueError):
 
 
 class Facts(NamedTuple):
-    """What a reader finds out about a weight once. It holds none of the layer's own tensors."""
+    """What a reader finds out about a weight once. It holds none of the layer's codes."""
 
     format: str
     shape: tuple[int, int]
@@ -23,9 +23,9 @@ class Facts(NamedTuple):
     """The dtype that the package dequantises to."""
     blocksize: int = 0
     copies: tuple[Tensor, ...] = ()
-    """The tensors that are computed from those of the layer."""
+    """The tensors that are not the layer's own."""
     note: str = ""
-    """The name of the format in a report."""
+    """The name of the format in a report, and what of the weight is a copy."""
 
 
 class Reader:

@@ -111,7 +111,9 @@ def _nf4(w: Any, shape: tuple[int, int]) -> Facts:
     require(w.quantized_data.is_contiguous(), "its codes have strides")
     with torch.inference_mode(False):
         scales = w.dequantize_scalers(w.quantized_scalers, w.quantization_factor, w.scaler_block_size)
-        return Facts(format, shape, w.dtype, w.block_size, (scales.float().contiguous(),), "nf4")
+        scales = scales.float().contiguous()
+    note = f"nf4, and its scales again in fp32, {scales.nbytes / 1024:.0f} KB"
+    return Facts(format, shape, w.dtype, w.block_size, (scales,), note)
 
 
 TORCHAO = Torchao()

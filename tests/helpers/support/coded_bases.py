@@ -158,7 +158,7 @@ KINDS = {
         TORCHAO,
         "e4m3",
     ),
-    "NF4Tensor": Kind(nf4, nf4_dense, ("layer", "Linear"), "NF4Tensor, nf4, and its scales again"),
+    "NF4Tensor": Kind(nf4, nf4_dense, ("layer", "Linear"), "NF4Tensor, nf4, and its scales again in fp32, 0 KB"),
     "hqq 4": Kind(hqq(4), lambda b: b.dequantize().double(), ("hqq", "HqqLoraLinear"), "HQQ, 4 bits"),
     "hqq 8": Kind(hqq(8, 16), lambda b: b.dequantize().double(), ("hqq", "HqqLoraLinear"), "HQQ, 8 bits"),
     "gptq 4": Kind(
