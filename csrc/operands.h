@@ -161,9 +161,7 @@ inline cpu::Integers integers(py::handle weight, cpu::IntLayout layout) {
     const py::object of = get(parts[0], tensor_names.dtype);
     const bool packed = w.turned() && bytes == 4 && of.ptr() != tensor_names.dtypes[0];
     w.zeros = elements(parts[0], "the zeros", packed ? count / per_word : count, static_cast<int>(8 * bytes));
-    w.zero_type = packed       ? cpu::Integers::kPacked
-                  : bytes == 1 ? cpu::Integers::kInt8
-                               : static_cast<int>(dtype(of));
+    w.zero_type = packed ? cpu::Integers::kPacked : bytes == 1 ? cpu::Integers::kInt8 : static_cast<int>(dtype(of));
   }
   if (w.turned() && is_empty(parts[1]) && found < (w.K + w.group - 1) / w.group)
     throw std::invalid_argument("the scales of a weight in integers are too few for its columns");

@@ -43,9 +43,9 @@ void decode_row(const Integers& w, i64 n, i64 k0, i64 cols, float* room, float* 
                        : low                              ? IntCode::low
                                                           : IntCode::high;
   const auto* const codes = static_cast<const uint8_t*>(w.codes) + (low ? first - half : first);
-  kernels().integers({code, codes, 0, cols, scales, w.zeros ? zeros : nullptr, w.group - first % w.group, w.group,
-                      w.scales.dtype},
-                     out);
+  kernels().integers(
+      {code, codes, 0, cols, scales, w.zeros ? zeros : nullptr, w.group - first % w.group, w.group, w.scales.dtype},
+      out);
 }
 
 // Columns k0 and the next `count` - 1 of w, at rows n0.. of it, as rows of `cols` floats; n0 is a multiple of 8.

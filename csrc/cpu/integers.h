@@ -1,4 +1,5 @@
-// A frozen weight in integers of 4 or 8 bits, w = (code - zero) * scale, in the layouts of lora_kernels/quant/integers.py.
+// A frozen weight in integers of 4 or 8 bits, w = (code - zero) * scale, in the layouts of
+// lora_kernels/quant/integers.py.
 #pragma once
 
 #include "kernels.h"
@@ -6,8 +7,8 @@
 namespace lk::cpu {
 
 // The codes lie by rows of w: int8 [N, K]; uint8 [N, K]; uint8 [N/2, K], whose high nibbles are the first half of the
-// rows and whose low ones the second. Or by columns: int32 [K/8, N] or [K/4, N], each word with elements of one row of w;
-// int32 [K, N/8], each word with elements of one column, in AWQ's order.
+// rows and whose low ones the second. Or by columns: int32 [K/8, N] or [K/4, N], each word with elements of one row of
+// w; int32 [K, N/8], each word with elements of one column, in AWQ's order.
 enum class IntLayout : int { signed_rows = 0, rows = 1, halves = 2, gptq4 = 3, gptq8 = 4, awq4 = 5 };
 
 struct Integers {
@@ -30,8 +31,8 @@ struct Integers {
   i64 groups_in(i64 columns) const { return columns / group + 2; }
 };
 
-// out[i, j] = element (first + i, at + j) of the matrix as it is stored: w, or w^T where it is turned, as floats. `room`
-// is memory for scale_room(w, cols) floats.
+// out[i, j] = element (first + i, at + j) of the matrix as it is stored: w, or w^T where it is turned, as floats.
+// `room` is memory for scale_room(w, cols) floats.
 void decode_stored(const Integers& w, i64 first, i64 rows, i64 at, i64 cols, float* room, float* out);
 
 inline i64 scale_room(const Integers& w, i64 cols) { return w.turned() ? 2 * (cols + 8) : 2 * w.groups_in(cols); }

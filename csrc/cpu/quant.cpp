@@ -9,10 +9,10 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kStrip = 128;      // rows of w per task of few rows of x
-constexpr i64 kDepth = 1024;     // columns of decoded rows per product
+constexpr i64 kStrip = 128;       // rows of w per task of few rows of x
+constexpr i64 kDepth = 1024;      // columns of decoded rows per product
 constexpr i64 kTurnedRows = 128;  // rows of w per task of `dequantize`, where w is turned
-constexpr i64 kDecodeRows = 32;  // rows that are decoded together: a multiple of Gemm::width
+constexpr i64 kDecodeRows = 32;   // rows that are decoded together: a multiple of Gemm::width
 
 float scale_of(const Quantized& w, i64 i) {
   if (!w.table) return static_cast<const float*>(w.scales)[i];

@@ -28,7 +28,7 @@ class Hqq(Reader):
 
     def sources(self, base: Any) -> tuple[Tensor, ...]:
         """Return W_q, and the scales and zeros of its meta-data."""
-        meta = getattr(base, "meta", None)
+        meta: Any = getattr(base, "meta", None)
         require(meta is not None and getattr(base, "W_q", None) is not None, "it is not quantised yet")
         found = base.W_q, meta.get("scale"), meta.get("zero")
         require(all(isinstance(each, Tensor) for each in found), "its scales or zeros are quantised or offloaded")

@@ -82,7 +82,14 @@ def scales_shape(shape: tuple[int, int], format: str, blocksize: int) -> tuple[i
 
 
 def rows(
-    codes: Tensor, scales: Tensor, parts: Integers, format: str, shape: tuple[int, int], blocksize: int, n0: int, n1: int
+    codes: Tensor,
+    scales: Tensor,
+    parts: Integers,
+    format: str,
+    shape: tuple[int, int],
+    blocksize: int,
+    n0: int,
+    n1: int,
 ) -> Tensor:
     """Return the rows ``n0:n1`` of W, in the dtype of the scales: [n1 - n0, K]."""
     dtype, (N, K) = scales.dtype, shape
@@ -105,7 +112,9 @@ def _columns(codes: Tensor, scales: Tensor, parts: Integers, format: str, blocks
     """Return Wᵀ [K, N] in the dtype of the scales."""
     N, K = shape_of(codes, format)
     bits = 32 // _per_word(format)
-    shifts = torch.tensor(_AWQ_SHIFTS if format == "awq4" else range(0, 32, bits), dtype=torch.int32, device=codes.device)
+    shifts = torch.tensor(
+        _AWQ_SHIFTS if format == "awq4" else range(0, 32, bits), dtype=torch.int32, device=codes.device
+    )
     mask, along_n = (1 << bits) - 1, shifts[None, None, :]
     if format == "awq4":
         q = (codes[:, :, None] >> along_n & mask).view(K, N)

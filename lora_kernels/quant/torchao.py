@@ -46,7 +46,9 @@ class Torchao(Reader):
         """Return the format of the weight, and for NF4Tensor its scales in fp32."""
         weight = base._parameters["weight"]
         for name in _CHANGES_X:
-            require(getattr(weight, name, None) is None, f"its weight has {name}: the layer changes x before the product")
+            require(
+                getattr(weight, name, None) is None, f"its weight has {name}: the layer changes x before the product"
+            )
         dtype, shape = weight.dtype, tuple(weight.shape)
         require(dtype in DTYPES and len(shape) == 2, f"its weight is {dtype}, {shape}")
         read = {"NF4Tensor": _nf4, "Float8Tensor": _fp8}.get(type(weight).__name__, _integers)
@@ -58,7 +60,7 @@ class Torchao(Reader):
         w = base._parameters["weight"]
         if facts.format in tables.LEVELS:
             codes = w.quantized_data.view(facts.shape[0], facts.shape[1] // 2)
-            return QuantizedWeight(facts.format, facts.shape, facts.dtype, codes, *facts.copies, facts.blocksize)
+            return QuantizedWeight(facts.format, facts.shape, facts.dtype, codes, facts.copies[0], facts.blocksize)
         codes, scale = w.qdata, w.scale
         if facts.format == "fp8":
             return QuantizedWeight("fp8", facts.shape, facts.dtype, codes, scale)
@@ -106,8 +108,12 @@ def _nf4(w: Any, shape: tuple[int, int]) -> Facts:
     format = tables.TORCHAO[w.dtype]
     levels = tables.levels(format, w.nf4.device)
     require(torch.equal(w.nf4.float(), levels), f"its table is {w.nf4.tolist()}, not that of NF4Tensor")
-    require(K % 2 == 0 and w.quantized_data.numel() * 2 == N * K, f"it has {w.quantized_data.numel()} bytes for {shape}")
-    require(w.block_size in BLOCKSIZES, f"its blocks have {w.block_size} elements, not {', '.join(map(str, BLOCKSIZES))}")
+    require(
+        K % 2 == 0 and w.quantized_data.numel() * 2 == N * K, f"it has {w.quantized_data.numel()} bytes for {shape}"
+    )
+    require(
+        w.block_size in BLOCKSIZES, f"its blocks have {w.block_size} elements, not {', '.join(map(str, BLOCKSIZES))}"
+    )
     require(w.quantized_data.is_contiguous(), "its codes have strides")
     with torch.inference_mode(False):
         scales = w.dequantize_scalers(w.quantized_scalers, w.quantization_factor, w.scaler_block_size)

@@ -150,7 +150,8 @@ class QuantizedWeight:
     def refuse_changed(self) -> None:
         """Raise what `check` raises where a tensor is not contiguous, or codes or scales have another shape. A tensor
         may have been replaced since `check`, and a kernel that takes its address would read beyond its memory."""
-        fits = tuple(self.codes.shape) == codes_shape(self.shape, self.format) and tuple(self.scales.shape) in _scale_shapes(self)
+        fits = tuple(self.codes.shape) == codes_shape(self.shape, self.format)
+        fits = fits and tuple(self.scales.shape) in _scale_shapes(self)
         if not fits or not all(tensor.is_contiguous() for tensor in self.tensors):
             self.check()
 
@@ -350,7 +351,10 @@ def _check_integers(q: QuantizedWeight) -> None:
         _fits("integers.order", order, torch.int32, [(K,)], q)
         groups = shapes[0][0]
         if not turned or (not order.is_meta and (int(order.min()) < 0 or int(order.max()) >= groups)):
-            raise ValueError(f"the order of the columns names groups beside the {groups} there are, or is not for {q.format}")
+            raise ValueError(
+                f"the order of the columns of {q.format} must name groups from 0 to {groups - 1}: give an empty tensor "
+                "for columns in order"
+            )
     if q.scales.dtype not in DTYPES:
         raise TypeError(f"the scales of {q.format} must be fp32, bf16 or fp16, got {q.scales.dtype}")
     _fits("scales", q.scales, q.scales.dtype, shapes, q)
