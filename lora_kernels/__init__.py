@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_kernels.core.many import Adapter, AdapterStack
     from lora_kernels.core.rows import Rows
     from lora_kernels.models.adapters import load_adapter, save_adapter
+    from lora_kernels.models.diffusers_files import load_diffusers
     from lora_kernels.models.inject import (
         adapter_parameters,
         apply_lora,
@@ -75,6 +76,7 @@ __all__ = [
     "explain",
     "fuse",
     "load_adapter",
+    "load_diffusers",
     "load_loralib",
     "load_lycoris",
     "load_reslora",
@@ -109,6 +111,7 @@ _LAZY = {
         "trainable_parameters",
     ),
     "models.loralib": ("load_loralib",),
+    "models.diffusers_files": ("load_diffusers",),
     "models.lycoris": ("load_lycoris",),
     "models.shared": ("apply_tied_lora", "apply_vera"),
     "models.residual": ("apply_reslora",),

@@ -298,11 +298,24 @@ def notes_of(model: nn.Module) -> dict[str, Any]:
     """Return the fields of PEFT's configs that tell what the adapter belongs to."""
     kind = type(bare(model))
     return {
-        "task_type": None,
+        "task_type": _task_of(bare(model)),
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": str(getattr(model, "name_or_path", None) or "") or None,
         "inference_mode": True,
     }
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """Return PEFT's name for the task of a model of transformers, or None where it is not sure, or where PEFT would
+    expect a head in the file (classification, question answering)."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if config is None or getattr(model, "main_input_name", None) != "input_ids":
+        return None
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    return None
 
 
 def target_of(model: nn.Module, names: Collection[str]) -> list[str] | str:

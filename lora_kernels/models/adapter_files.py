@@ -109,6 +109,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return st.load(path.read_bytes())
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the notes in the header of a safetensors file. Raises FileNotFoundError, or ValueError for a broken
+    file."""
+    st = safetensors_torch()
+    with _readable(path), st.safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def read_header(path: Path) -> dict[str, Tensor]:
     """Return the names, shapes and dtypes of the tensors of a safetensors file, as tensors on the meta device. Their
     values are not read. Raises FileNotFoundError, or ValueError for a broken file."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.core import atomic
-from lora_kernels.models import inject, shared_config, shared_files
+from lora_kernels.models import foreign_files, inject, shared_config, shared_files
 from lora_kernels.models.adapter_checks import refuse_unsaved_parts, values_of
 from lora_kernels.models.adapter_config import (
     CONFIG,
@@ -116,8 +116,11 @@ def _contents(model: nn.Module, layers: dict[str, AdapterLayer]) -> tuple[dict[s
     return config_of(model, layers), values
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyReport:
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, prefix: str | None = None) -> ApplyReport:
     """Load an adapter in PEFT's format, made by PEFT or by `save_adapter`, from `directory` into `model`.
+
+    A safetensors file, or a directory without adapter_config.json that has one, is an adapter of another tool: that of
+    diffusers (`load_diffusers`), or of kohya's sd-scripts or LyCORIS (`load_lycoris`), with their `prefix`.
 
     A model with adapters must have them exactly where the file has some, with the same ranks, and with use_dora if the
     file holds DoRA adapters. A, B and m are written into its parameters, rounded to their dtype. lora_alpha, use_rslora
@@ -156,6 +159,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ApplyRe
         After any error, also one that is not listed here, the model is unchanged.
     """
     directory = Path(directory)
+    if (other := foreign_files.foreign_file(directory)) is not None:
+        return foreign_files.load_foreign(model, other, prefix)
+    if prefix is not None:
+        raise ValueError(f"prefix={prefix!r} is for files of diffusers, kohya or LyCORIS, and {directory} is PEFT's")
+    if directory.name == WEIGHTS and directory.is_file():
+        directory = directory.parent
     config, tensors = _read(directory)
     if isinstance(config, shared_config.SharedConfig):
         return shared_files.load(model, directory, config, tensors)

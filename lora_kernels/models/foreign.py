@@ -29,6 +29,12 @@ class Foreign:
     """r of each layer."""
     alphas: Mapping[str, float]
     """lora_alpha of each layer."""
+    rslora: bool | None = False
+    """Whether s is alpha/√r and not alpha/r; None leaves that of existing layers as it is, beside their lora_alpha."""
+    dora: bool = False
+    """Whether every adapter has a magnitude."""
+    dropout: float = 0.0
+    """lora_dropout of new layers."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """‖ΔW - s·B A‖ / ‖ΔW‖ of the layers whose update had to be factored anew."""
 
@@ -38,11 +44,11 @@ def put_foreign(model: nn.Module, foreign: Foreign, others: Sequence[tuple[nn.Pa
     already, and write `others`. Returns and raises as `load_adapter`."""
     stored = foreign.stored
     if lora_layers(model):
-        report = fill_stored(model, stored, dict(foreign.alphas), None, others)
+        report = fill_stored(model, stored, dict(foreign.alphas), foreign.rslora, others)
         return replace(report, converted=dict(foreign.errors))
     exact = "|".join(map(re.escape, stored.layers))
     try:
-        selection = select(model, LoRASettings(), Rules(exact))
+        selection = select(model, LoRASettings(use_dora=foreign.dora, lora_dropout=foreign.dropout), Rules(exact))
     except ValueError as error:
         raise ValueError(f"{stored.source} is of another base, or of layers not supported here: {error}") from None
     targets = [
@@ -56,6 +62,17 @@ def put_foreign(model: nn.Module, foreign: Foreign, others: Sequence[tuple[nn.Pa
 def is_convolution(module: Any) -> bool:
     """Return whether a module is a convolution, plain or with an adapter."""
     return hasattr(module, "kernel_size") and hasattr(module, "out_channels") and hasattr(module, "groups")
+
+
+def fitted(a: Tensor, b: Tensor, module: Any) -> tuple[Tensor, Tensor]:
+    """Return A and B with the dimensions that `module` has: a linear layer may be a convolution of 1 × 1 in the model
+    of the file, and the reverse."""
+    dims = len(module.kernel_size) if is_convolution(module) else 0
+    if dims == 0 and a.ndim > 2 and a.shape[2:].numel() == b.shape[2:].numel() == 1:
+        return a.flatten(1), b.flatten(1)
+    if dims and a.ndim == b.ndim == 2:
+        return a.view(*a.shape, *(1,) * dims), b.view(*b.shape, *(1,) * dims)
+    return a, b
 
 
 def as_convolution(delta: Tensor, rank: int | None, dtype: torch.dtype) -> tuple[Parts, float]:

@@ -110,7 +110,8 @@ def _foreign(
         elif hasattr(module, "num_embeddings"):
             parts = {"lora_embedding_A": a, "lora_embedding_B": b}
         layers[name], ranks[name], alphas[name] = parts, r, 1.0 if alpha is None else alpha
-    return Foreign(StoredAdapters(stored.source, layers), ranks, alphas, errors)
+    rslora = None if lora_alpha is None else False
+    return Foreign(StoredAdapters(stored.source, layers), ranks, alphas, rslora, errors=errors)
 
 
 def _kernel(source: str, name: str, conv: Any, a: Tensor, b: Tensor) -> int:

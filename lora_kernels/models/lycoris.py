@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.models.adapter_files import Parts, StoredAdapters, check_values, read_weights
-from lora_kernels.models.foreign import Foreign, is_convolution, put_foreign
+from lora_kernels.models.foreign import Foreign, fitted, put_foreign
 from lora_kernels.models.names import plain_names
 from lora_kernels.models.reports import ApplyReport
 from lora_kernels.models.targets import some
 
 _KEY = re.compile(r"(?P<layer>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|lora_mid\.weight|alpha)")
+_OTHER_METHOD = re.compile(
+    r"[^.]+\.(hada_w[12](_[ab])?|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2|dora_scale|diff|diff_b|on_input|oft_blocks|"
+    r"oft_diag|rescale|w_norm|b_norm|a1\.weight|a2\.weight|weight)"
+)
+"""The keys of LoHa, LoKr, full differences and others, which are refused by name."""
 _PREFIX = re.compile(r"lora_(?:unet|te\d*|transformer|prior|prior_unet|prior_te)_|lycoris_")
 """What the tools put before the name of a module: which of the models in a pipeline it is in."""
 
@@ -68,6 +73,11 @@ def load_lycoris(
     return report
 
 
+def is_of_lycoris(keys: Iterable[str]) -> bool:
+    """Return whether every key of a file is one that `load_lycoris` knows, or of another method of these tools."""
+    return all(_KEY.fullmatch(key) or _OTHER_METHOD.fullmatch(key) for key in keys)
+
+
 def _by_name(tensors: Mapping[str, Tensor], source: str, prefix: str | None) -> tuple[dict[str, Parts], list[str]]:
     """Return the tensors of each layer by its name in the file without the prefix, and the layers of other prefixes.
     Raises ValueError for keys of other methods, and for layers that lack a part."""
@@ -114,7 +124,9 @@ def _real_names(modules: Mapping[str, nn.Module], written: Mapping[str, Parts], 
     absent = [name for name in written if name not in real]
     if absent:
         raise ValueError(
-            f"{source}: the model has no place for {some(absent)}. Is another prefix= this model's? Nothing was loaded"
+            f"{source}: the model has no place for {some(absent)}. Is another prefix= this model's? If these are the "
+            "names of the original Stable Diffusion or Flux, lora_state_dict of the pipeline's class in diffusers "
+            "converts the file, and load_diffusers takes what it returns. Nothing was loaded"
         )
     double = [f"{name} ({some(real[name])})" for name in written if len(real[name]) > 1]
     if double:
@@ -133,11 +145,7 @@ def _parts(parts: Parts, module: Any, name: str, source: str) -> Parts:
                 "[r, C, 1...]; nothing was loaded"
             )
         a = torch.einsum("pq...,qc->pc...", t.double(), a.flatten(1).double()).to(a.dtype)
-    dims = len(module.kernel_size) if is_convolution(module) else 0
-    if dims == 0 and a.ndim > 2 and a.shape[2:].numel() == b.shape[2:].numel() == 1:
-        a, b = a.flatten(1), b.flatten(1)  # a convolution of 1 × 1 in another version of the model
-    if dims and a.ndim == 2:
-        a, b = (m.view(*m.shape, *(1,) * dims) for m in (a, b))
+    a, b = fitted(a, b, module)
     converted = {"lora_A.weight": a, "lora_B.weight": b}
     check_values(converted, name, source)
     return converted
