@@ -13,25 +13,27 @@ from lora_kernels.quant.weight import QuantizedWeight
 
 
 class _Stamp(NamedTuple):
-    """What tells whether a tensor is the one that was read, with the values that it had."""
+    """What tells whether a tensor is the one that was read."""
 
     storage: StorageWeakRef
     """Held, so that no other storage gets its number while it is compared; it keeps no memory."""
     address: int
     shape: tuple[int, ...]
-    version: int | None
 
 
 class _Kept(NamedTuple):
     stamps: tuple[_Stamp, ...]
+    bits: tuple[int | None, ...]
+    """A number of the values of each tensor on whose values the facts depend."""
     found: Facts | str
     """The facts, or why the weight cannot be read."""
 
 
 class CodesCache:
-    """The facts about the weight of a base layer. They are read again where one of its tensors is another one, lies at
-    another address or was written to: by moving, loading, merging, re-packing, or an in-place operation. Only a write
-    through ``.data`` is not noticed. The codes themselves are never kept. A copy and an unpickled object start empty.
+    """The facts about the weight of a base layer. They are read again where one of its tensors is another one or lies at
+    another address, as after moving, loading, merging and re-packing, and where the values are others of those that the
+    facts depend on. Version counters would not do: torchao's tensors do not count what is written to their parts. The
+    codes themselves are never kept. A copy and an unpickled object start empty.
     """
 
     def __init__(self) -> None:
@@ -45,9 +47,9 @@ class CodesCache:
         try:
             if not compiling:  # a compiler knows no addresses; `prepare` has read the weight before
                 with torch._C.DisableTorchFunctionSubclass():
-                    sources = reader.sources(base)
-                    if kept is None or not _are(sources, kept.stamps):
-                        self.last = kept = _Kept(tuple(map(_stamp, sources)), _facts(reader, base))
+                    sources, bits = reader.sources(base), tuple(map(_bits, reader.values(base)))
+                    if kept is None or bits != kept.bits or not _are(sources, kept.stamps):
+                        self.last = kept = _Kept(tuple(map(_stamp, sources)), bits, _facts(reader, base))
             if kept is None:
                 return "its base weight has not been read before torch.compile"
             if isinstance(kept.found, str):
@@ -75,16 +77,25 @@ def _facts(reader: Reader, base: Any) -> Facts | str:
 
 
 def _stamp(t: Tensor) -> _Stamp:
-    version = None if t.is_inference() else t._version
-    return _Stamp(StorageWeakRef(t.untyped_storage()), t.data_ptr(), tuple(t.shape), version)
+    return _Stamp(StorageWeakRef(t.untyped_storage()), t.data_ptr(), tuple(t.shape))
+
+
+def _bits(t: Tensor) -> int | None:
+    """Return the sum of the memory of t as integers, which changes with practically every write. On another device, where
+    it would have to be waited for, it is the version counter."""
+    if not t.is_cpu:
+        return None if t.is_inference() else t._version
+    flat = t.detach().contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,))  # a single element may have any stride
+    whole = flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    return int(flat.view(torch.int64 if whole else torch.uint8).sum())
 
 
 def _are(sources: tuple[Tensor, ...], stamps: tuple[_Stamp, ...]) -> bool:
     """Return whether `sources` are the tensors that were stamped."""
     if len(sources) != len(stamps):
         return False
-    for t, (storage, address, shape, version) in zip(sources, stamps, strict=True):
-        same = t.untyped_storage()._cdata == storage.cdata and t.data_ptr() == address and t.shape == shape
-        if not same or (None if t.is_inference() else t._version) != version:
+    for t, (storage, address, shape) in zip(sources, stamps, strict=True):
+        if t.untyped_storage()._cdata != storage.cdata or t.data_ptr() != address or t.shape != shape:
             return False
     return True

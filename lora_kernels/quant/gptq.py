@@ -70,6 +70,10 @@ class Gptq(_Packed):
         """Return the tensors of the layer, the groups of its columns among them."""
         return *super().sources(base), base.g_idx
 
+    def values(self, base: Any) -> tuple[Tensor, ...]:
+        """Return the groups of the columns."""
+        return (base.g_idx,)
+
     def facts(self, base: Any) -> Facts:
         """Return the format of the weight, and whether its columns are in order."""
         bits = base.bits

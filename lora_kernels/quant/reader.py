@@ -32,8 +32,12 @@ class Reader:
     """Reads layers of one kind. A subclass has the methods below."""
 
     def sources(self, base: Any) -> tuple[Tensor, ...]:
-        """Return the tensors of `base` that `facts` looks at. Raises Unreadable for another kind of layer."""
+        """Return the tensors of `base` that `weight` takes. Raises Unreadable for another kind of layer."""
         raise NotImplementedError
+
+    def values(self, base: Any) -> tuple[Tensor, ...]:
+        """Return those small tensors of `base` on whose values the facts depend."""
+        return ()
 
     def facts(self, base: Any) -> Facts:
         """Return what there is to know about the weight of `base`. Raises Unreadable where the kernels have no format

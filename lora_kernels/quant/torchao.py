@@ -42,6 +42,14 @@ class Torchao(Reader):
         parts = (getattr(weight, name, None) for name in names or ())
         return tuple(part for part in parts if part is not None)
 
+    def values(self, base: Any) -> tuple[Tensor, ...]:
+        """Return the zeros, or the parts of NF4Tensor's scales."""
+        weight = base._parameters["weight"]
+        if type(weight).__name__ == "NF4Tensor":
+            return weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean
+        zeros = getattr(weight, "zero_point", None)
+        return () if zeros is None else (zeros,)
+
     def facts(self, base: Any) -> Facts:
         """Return the format of the weight, and for NF4Tensor its scales in fp32."""
         weight = base._parameters["weight"]

@@ -157,7 +157,7 @@ def test_dropout_has_our_mask(name, monkeypatch):
     x, dy = torch.randn(24, 96), torch.randn(24, 64)
     keep = dropout.dropout(torch.ones_like(x, dtype=torch.float64), 0.3, torch.tensor(7))
     w = KINDS[name].dense(model[0].base_layer)
-    plain = copy.deepcopy(model)[0]
+    plain = make(name, lora_dropout=0.3).train()[0]
     plain.lora_dropout["default"] = MaskOfSeed(0.3, torch.tensor(7))
     layer = fused(model)
     judge(results(layer, x, dy), results(plain, x, dy), truth(layer, w, x, dy, keep), FP32, rms=2.0)
@@ -233,13 +233,34 @@ def test_rows_with_adapters_of_their_own(name):
 
 
 def test_copies_and_pickles_and_moves(name):
-    model = make(name)
-    layer, x = fused(model), torch.randn(5, 96)
+    K, N = (128, 128) if name == "NF4Tensor" else (96, 64)  # torchao copies it with blocks of 256 scales only
+    model = make(name, K=K, N=N)
+    layer, x = fused(model), torch.randn(5, K)
     want = model(x)
     pickled = [pickle.loads(pickle.dumps(model))] if name == "NF4Tensor" else []  # other bases do not pickle here
     for other in (copy.deepcopy(model), *pickled):
         assert torch.equal(other(x), want) and type(other[0]) is type(layer) and other[0].fused_calls == 2
     assert torch.equal(model.to("cpu")(x), want)
+
+
+def _written(model, other):
+    """Writes to the parts of a weight, past the counters of versions."""
+    for key in (
+        "qdata",
+        "scale",
+        "zero_point",
+        "quantized_data",
+        "quantized_scalers",
+        "quantization_factor",
+        "scaler_mean",
+    ):
+        part = getattr(getattr(model[0].base_layer, "weight", None), key, None)
+        if isinstance(part, torch.Tensor):
+            part.data.copy_(getattr(other[0].base_layer.weight, key))
+    for key, t in model[0].base_layer.named_buffers():
+        t.data.copy_(other[0].base_layer.get_buffer(key))
+    with torch.no_grad():
+        model[0].base_layer.bias.copy_(other[0].base_layer.bias)
 
 
 def _load(model, other):
@@ -263,10 +284,10 @@ def _swap(model, other):
             t.copy_(other[0].base_layer.get_buffer(key))
 
 
-@pytest.mark.parametrize("how", [_load, _load_in_inference_mode, _assign, _swap])
+@pytest.mark.parametrize("how", [_load, _load_in_inference_mode, _assign, _swap, _written])
 @pytest.mark.parametrize("kind", ["int8 by rows", "int4 with zeros", "NF4Tensor", "gptq 4 act-order", "awq 4"])
 def test_a_weight_that_is_loaded_or_swapped_is_read_again(kind, how):
-    if how is _load_in_inference_mode and "int" in kind:
+    if how is _load_in_inference_mode and ("int" in kind or kind == "NF4Tensor"):
         pytest.skip("torchao's own load fails in inference mode")
     model = make(kind)
     x = torch.randn(5, 96)
