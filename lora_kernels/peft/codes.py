@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from lora_kernels.core.rows import Rows
 from lora_kernels.nn.fit import has_hooks
-from lora_kernels.nn.in_force import CURRENT, current_for
-from lora_kernels.nn.recompute import REMEMBERED
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype, autocast_of, device_type, no_autocast
 from lora_kernels.peft import known
@@ -53,15 +51,11 @@ class FusedCodes(Fused):
     reader: ClassVar[Reader]
     _codes_cache: CodesCache
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what PEFT's forward returns for x [..., in_features]."""
-        if torch.compiler.is_compiling():  # a compiler does not know ContextVar.get
-            in_context = current_for(self) is not None
-        else:
-            in_context = CURRENT.get() is not None or bool(REMEMBERED)
-        if not in_context and self.why_around(x):
-            return FusedAround.forward(self, x, *args, **kwargs)  # type: ignore[arg-type]
-        return super().forward(x, *args, **kwargs)
+    def otherwise(self, x: Tensor, args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Return y of a forward around the base, where its codes cannot be had or have no kernel."""
+        if kwargs or not self.why_around(x):
+            return None
+        return FusedAround.forward(self, x, *args)  # type: ignore[arg-type]
 
     def why_around(self, x: Tensor) -> str:
         """Return why a call is computed around the base's own forward, or "" where it is one call of the kernels."""
