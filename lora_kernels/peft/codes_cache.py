@@ -30,10 +30,10 @@ class _Kept(NamedTuple):
 
 
 class CodesCache:
-    """The facts about the weight of a base layer. They are read again where one of its tensors is another one or lies at
-    another address, as after moving, loading, merging and re-packing, and where the values are others of those that the
-    facts depend on. Version counters would not do: torchao's tensors do not count what is written to their parts. The
-    codes themselves are never kept. A copy and an unpickled object start empty.
+    """The facts about the weight of a base layer. They are read again where one of its tensors is another one or lies
+    at another address, as after moving, loading, merging and re-packing, and where the values that they depend on have
+    changed. Version counters would not do: torchao's tensors do not count what is written to their parts. The codes
+    themselves are never kept. A copy and an unpickled object start empty.
     """
 
     def __init__(self) -> None:
@@ -81,8 +81,8 @@ def _stamp(t: Tensor) -> _Stamp:
 
 
 def _bits(t: Tensor) -> int | None:
-    """Return the sum of the memory of t as integers, which changes with practically every write. On another device, where
-    it would have to be waited for, it is the version counter."""
+    """Return the sum of the memory of t as integers, which changes with practically every write. On another device,
+    where it would have to be waited for, it is the version counter."""
     if not t.is_cpu:
         return None if t.is_inference() else t._version
     flat = t.detach().contiguous()

@@ -4,15 +4,15 @@
     uint8-group   codes uint8 [N, K] (HQQ, 8 bits)
     uint4-group   codes uint8 [N/2, K], the first half of the rows in the high nibbles and the second in the low ones
                   (HQQ, 4 bits)
-    gptq4, gptq8  codes int32 [K·bits/32, N], with 32/bits elements of one row of W in each, the first in the lowest bits
+    gptq4, gptq8  codes int32 [K·bits/32, N], with 32/bits elements of one row of W in each, the lowest bits first
     awq4          codes int32 [K, N/8], with 8 elements of one column of W in each, in the order 0 2 4 6 1 3 5 7
 
 In the first three a scale, and a zero, belongs to each `blocksize` consecutive elements of row-major W. In the others
-scales are [groups, N], and column k has those of group k // blocksize, or of group order[k] where GPTQ has reordered the
-columns (act-order). Zeros are numbers of any dtype below, or packed as the codes are, along N.
+scales are [groups, N], and column k has those of group k // blocksize, or of group order[k] where GPTQ has reordered
+the columns (act-order). Zeros are numbers of any dtype below, or packed as the codes are, along N.
 
-(code - zero) and its product with the scale are each rounded to the dtype of the scales. These are the bits that HQQ and
-gptqmodel dequantise to.
+(code - zero) and its product with the scale are each rounded to the dtype of the scales. These are the bits that HQQ
+and gptqmodel dequantise to.
 
 Badri and Shaji, "Half-Quadratic Quantization", 2023 (https://mobiusml.github.io/hqq_blog). Frantar, Ashkboos, Hoefler
 and Alistarh, "GPTQ", 2022 (arXiv:2210.17323). Lin et al., "AWQ", 2023 (arXiv:2306.00978).

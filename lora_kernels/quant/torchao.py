@@ -1,6 +1,6 @@
 """The weights that torchao quantises, as `QuantizedWeight`: int8, integers of up to 8 bits, e4m3, and NF4Tensor.
 
-    Int8Tensor, IntxUnpackedToInt8Tensor   int8-group, with a scale per tensor, row or group, and zeros if there are some
+    Int8Tensor, IntxUnpackedToInt8Tensor   int8-group, a scale per tensor, row or group, and zeros if there are any
     Float8Tensor                           fp8, with a scale per tensor, row or 128 x 128
     NF4Tensor                              nf4 with its own 16 levels; its scales, which it stores in 8 bits, are a copy
 

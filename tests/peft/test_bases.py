@@ -372,3 +372,43 @@ def test_hooks_and_other_dtypes_go_around_the_base(name):
     assert seen == [1] and layer.fused_calls == 2 and not layer.passed_over
     handle.remove()
     assert math.isfinite(model(x).sum()) and seen == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptqmodels_own_layer_is_read_as_it_multiplies(bits, act_order):
+    module = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="gptqmodel is not installed")
+    base = module.TorchLinear(
+        bits=bits, group_size=32, sym=False, desc_act=act_order, in_features=96, out_features=64, bias=True,
+        pack_dtype=torch.int32, register_buffers=True,
+    )  # fmt: skip
+    _compare_with_gptqmodel(base, "gptq 4", act_order)
+
+
+@pytest.mark.slow
+def test_gptqmodels_own_layer_for_awq_is_read_as_it_multiplies():
+    module = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch_awq", reason="gptqmodel is not installed")
+    base = module.AwqTorchLinear(
+        bits=4, group_size=32, sym=False, desc_act=False, in_features=96, out_features=64, bias=True,
+        register_buffers=True,
+    )  # fmt: skip
+    _compare_with_gptqmodel(base, "awq 4", False)
+
+
+def _compare_with_gptqmodel(base: nn.Module, kind: str, act_order: bool) -> None:
+    torch.manual_seed(0)
+    for packed in (base.qweight, base.qzeros):
+        packed.copy_(torch.randint(-(2**31), 2**31, packed.shape).to(torch.int32))
+    base.scales.copy_(torch.rand(base.scales.shape) / 50 + 0.005)
+    if act_order:
+        base.g_idx.copy_(base.g_idx[torch.randperm(96)])
+    base.bias.normal_()
+    base.post_init()
+    model, x = nn.Sequential(layer_over(base.eval(), KINDS[kind])), torch.randn(7, 96).to(FP16)
+    want = model(x)
+    layer = fused(model)
+    torch.testing.assert_close(model(x), want, rtol=0, atol=4e-3 * want.abs().max().item())
+    assert layer.fused_calls == 1 and not layer.passed_over
+    w = base._dequantize_weight_for_inference(x, dtype=FP16) if kind == "awq 4" else base.dequantize_weight()
+    assert torch.equal(layer.read_base(layer)[0].dequantize(torch.float32), w.t().float())
