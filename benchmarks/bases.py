@@ -3,8 +3,8 @@
     python -m benchmarks.bases [--rounds N] [--size N K R] [--json] [--out FILE]
 
 Each base is measured with PEFT's own layer, with the fused layer over its codes, and with the fused layer around its
-own forward: a forward of one row in inference mode, and a training step of 512 rows. The variants of a base take turns, so
-the ratios say more than the times. A package that is not installed is left out, with a note.
+own forward: a forward of one row in inference mode, and a training step of 512 rows. The variants of a base take turns,
+so the ratios say more than the times. A package that is not installed is left out, with a note.
 """
 
 from __future__ import annotations

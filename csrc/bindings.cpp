@@ -343,6 +343,12 @@ py::bytes keep_bits(uint64_t seed, uint32_t threshold, i64 m0, i64 rows, i64 col
   return bits;
 }
 
+py::dict cpu_paths() {
+  py::dict all;
+  for (const lk::cpu::Path& p : lk::cpu::paths()) all[p.name] = py::make_tuple(p.table != nullptr, p.processor);
+  return all;
+}
+
 void set_cpu_isa(const std::string& name) {
   if (lk::cpu::choose_isa(name)) return;
   std::string have;
@@ -352,7 +358,7 @@ void set_cpu_isa(const std::string& name) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   find_names();
   m.doc() = "CPU kernels of a LoRA linear layer";
   m.attr("FEW_ROWS") = lk::cpu::kFewRows;
@@ -364,6 +370,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("cpu_isa", [] { return std::string(lk::cpu::kernels().name); }, "Return the instruction set in use.");
   m.def("cpu_isas", &lk::cpu::available_isas, "Return the instruction sets that this machine can run, best first.");
+  m.def("cpu_paths", &cpu_paths,
+        "Return, for each instruction set of this architecture, best first: whether it was compiled, and whether the "
+        "processor has it.");
   m.def("set_cpu_isa", &set_cpu_isa, "Use another of cpu_isas(). ValueError if this machine cannot run it.");
   m.def("forward", &forward,
         "Compute, for each base and adapter: h = c keep(x) a^T, then y += s h b^T + bias. Where products[i] is True, "

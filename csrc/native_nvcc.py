@@ -24,16 +24,24 @@ OLDEST = (12, 4)
 Version = tuple[int, int]
 
 
+def cuda_choice() -> str:
+    """Return what LORA_KERNELS_CUDA says: "0" (default), "auto" or "1". SystemExit for anything else."""
+    choice = os.environ.get("LORA_KERNELS_CUDA") or "0"
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"LORA_KERNELS_CUDA={choice!r}: expected 0 (the default), auto or 1")
+    return choice
+
+
 def wanted_nvcc() -> str | None:
     """Return the path of the nvcc to build `_cuda` with, or None where LORA_KERNELS_CUDA is 0 or none will do.
+
+    Compiling `_cuda` takes minutes, and only Hopper GPUs run it. So nobody gets it unasked.
 
     It is the one in CUDA_HOME or CUDA_PATH. Without these it is the first on PATH or in /usr/local/cuda* that has the
     CUDA major version of the installed torch, else the first. A warning tells of one that is too old. SystemExit if
     LORA_KERNELS_CUDA is 1 and none will do.
     """
-    choice = os.environ.get("LORA_KERNELS_CUDA", "auto")
-    if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"LORA_KERNELS_CUDA={choice!r}: expected auto, 0 or 1")
+    choice = cuda_choice()
     if choice == "0":
         return None
     found = [(nvcc, version_of(nvcc)) for nvcc in find_nvccs()]
@@ -49,8 +57,8 @@ def wanted_nvcc() -> str | None:
         why = "there is no nvcc in CUDA_HOME or CUDA_PATH, on PATH or in /usr/local/cuda*"
     if choice == "1":
         raise SystemExit(
-            f"LORA_KERNELS_CUDA=1, but {why}: install the CUDA toolkit, point CUDA_HOME at it, or set "
-            "LORA_KERNELS_CUDA=auto"
+            f"LORA_KERNELS_CUDA=1, but {why}: install the CUDA toolkit, point CUDA_HOME at it, or leave "
+            "LORA_KERNELS_CUDA out"
         )
     if found:
         print(f"WARNING: lora_kernels installs without its CUDA kernels: {why}.", file=sys.stderr)

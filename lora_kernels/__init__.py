@@ -7,12 +7,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora_kernels.core.version import __version__
-from lora_kernels.nn import FusedLoRALinear, QuantizedLoRALinear
-from lora_kernels.ops.dora import dora_linear
-from lora_kernels.ops.linear import explain, lora_linear
-from lora_kernels.quant.weight import QuantizedWeight, dequantize_weight, quantize_weight
+
+_torch_error: Exception | None = None
+try:
+    importlib.import_module("torch")
+except Exception as error:  # not installed, or not loading: the package can be imported, so that `doctor` can say so
+    _torch_error = error
+else:
+    from lora_kernels.nn import FusedLoRALinear, QuantizedLoRALinear
+    from lora_kernels.ops.dora import dora_linear
+    from lora_kernels.ops.linear import explain, lora_linear
+    from lora_kernels.quant.weight import QuantizedWeight, dequantize_weight, quantize_weight
 
 if TYPE_CHECKING:
+    from lora_kernels.analysis.usage import usage
+    from lora_kernels.analysis.used import Usage
     from lora_kernels.core.many import Adapter, AdapterStack
     from lora_kernels.core.rows import Rows
     from lora_kernels.models.adapters import load_adapter, save_adapter
@@ -42,7 +51,9 @@ if TYPE_CHECKING:
     from lora_kernels.ops.experts import lora_linear_experts
     from lora_kernels.ops.group import lora_linear_group
     from lora_kernels.ops.multi import lora_linear_multi
-    from lora_kernels.peft.fusing import FuseReport, disable, enable, fuse, unfuse
+    from lora_kernels.peft.enabling import disable, enable, register
+    from lora_kernels.peft.fusing import FuseReport, fuse, unfuse
+    from lora_kernels.peft.merged_models import merge_losses, merged_bytes, unmerge_written
     from lora_kernels.serving.pool import AdapterPool
 
 __all__ = [
@@ -63,6 +74,7 @@ __all__ = [
     "QuantizedWeight",
     "Rows",
     "RowwiseLoRA",
+    "Usage",
     "__version__",
     "adapter_parameters",
     "apply_lora",
@@ -88,16 +100,24 @@ __all__ = [
     "lora_linear_multi",
     "mark_only_lora_as_trainable",
     "merge_and_unload",
+    "merge_losses",
+    "merged_bytes",
     "mixed",
     "quantize_weight",
+    "register",
     "reslora_to_lora",
     "save_adapter",
     "save_reslora",
     "trainable_parameters",
     "unfuse",
+    "unmerge_written",
+    "usage",
 ]
 
 _LAZY = {
+    "peft.merged_models": ("merge_losses", "merged_bytes", "unmerge_written"),
+    "analysis.usage": ("usage",),
+    "analysis.used": ("Usage",),
     "core.many": ("Adapter", "AdapterStack"),
     "core.rows": ("Rows",),
     "nn.embedding": ("FusedLoRAEmbedding",),
@@ -127,7 +147,8 @@ _LAZY = {
     "ops.conv": ("lora_conv",),
     "ops.group": ("lora_linear_group",),
     "ops.multi": ("lora_linear_multi",),
-    "peft.fusing": ("FuseReport", "disable", "enable", "fuse", "unfuse"),
+    "peft.enabling": ("disable", "enable", "register"),
+    "peft.fusing": ("FuseReport", "fuse", "unfuse"),
     "serving.pool": ("AdapterPool",),
 }
 """The names that are imported when they are first asked for, by module. They need PEFT, or few programs use them."""
@@ -136,10 +157,25 @@ _DOORS = ("analysis", "group", "initialise", "jobs", "parallel", "serving", "tra
 """The public modules that are imported when they are first asked for, as in `lora_kernels.initialise.pissa`."""
 
 
+def torch_fault() -> str:
+    """Return why torch cannot be imported, or "" where it can. Without torch every name of this package raises
+    ImportError with this text, and the command `doctor` reports it."""
+    if _torch_error is None:
+        return ""
+    return f"torch cannot be imported ({type(_torch_error).__name__}: {_torch_error})"
+
+
 def __getattr__(name: str) -> Any:
     """Return a name of `_LAZY` or a module of `_DOORS`, importing it when it is first asked for."""
+    if _torch_error is not None and (name in __all__ or name in _DOORS):
+        raise ImportError(f"{name} of lora_kernels needs torch: {torch_fault()}. pip install torch") from _torch_error
     if name in _DOORS:
         return importlib.import_module(f"lora_kernels.{name}")
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"lora_kernels.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'lora_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, also those that are imported when they are first asked for."""
+    return sorted({*globals(), *__all__, *_DOORS})

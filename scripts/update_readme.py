@@ -5,7 +5,7 @@
 Each of them stands between two markers, such as <!-- bench:begin --> and <!-- bench:end -->. Without names the newest
 run of each device type (CPU, CUDA) is taken. So are the newest runs of quantised layers, of generation, of many
 adapters, of layers of other kinds, of the sweep over ranks, of pretraining and of the suites on each GPU, which have
-folders of their own; gpu_report.py fills that of the GPUs.
+folders of their own; gpu_report.py fills that of the GPUs. Relative links of README become absolute, for PyPI.
 ``--check`` changes nothing: its exit status is 1 if a file is stale.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 import gpu_tables
 import kinds_tables
+import links
 import many_tables
 import ranks_tables
 import relora_tables
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name} needs one line {begin(marker)} and one line {end(marker)} after it")
                 return 1
             fresh = found
+        if name == "README.md":
+            fresh = links.absolute(fresh)
         if args.check and fresh != old:
             print(f"{name} is stale: run python scripts/update_readme.py")
         elif not args.check:

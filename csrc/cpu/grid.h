@@ -7,7 +7,7 @@
 #include "kernels.h"
 
 #ifdef _OPENMP
-#include <omp.h>
+extern "C" int omp_get_thread_num();  // not from <omp.h>, which Apple's compiler lacks
 #endif
 
 namespace lk::cpu {

@@ -30,54 +30,80 @@ Features detect() {
   f.avx512_bf16 = f.avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) != 0;
   return f;
 }
-#endif
 
-std::vector<const Kernels*> detect_tables() {
-  std::vector<const Kernels*> tables;
-#if defined(LK_X86)
-  const Features f = detect();
-  if (f.avx512_bf16) {
-    static const Kernels with_bf16 = [] {
-      Kernels k = kernels_avx512();
-      k.name = "avx512_bf16";
-      k.bf16 = &low_rank_avx512_bf16();
-      k.quant_bf16 = &quant_avx512_bf16();
-      k.gemm_bf16 = &gemm_avx512_bf16();
-      return k;
-    }();
-    tables.push_back(&with_bf16);
-  }
-  if (f.avx512) tables.push_back(&kernels_avx512());
-  if (f.avx2) tables.push_back(&kernels_avx2());
+// The tables of the sets that the compiler could compile (LK_HAS_*: csrc/native_build.py); null for others.
+const Kernels* with_avx2() {
+#if defined(LK_HAS_AVX2)
+  return &kernels_avx2();
+#else
+  return nullptr;
 #endif
-  tables.push_back(&kernels_baseline());
-  return tables;
 }
 
-const std::vector<const Kernels*>& tables() {
-  static const std::vector<const Kernels*> found = detect_tables();
-  return found;
+const Kernels* with_avx512() {
+#if defined(LK_HAS_AVX512)
+  return &kernels_avx512();
+#else
+  return nullptr;
+#endif
+}
+
+const Kernels* with_avx512_bf16() {
+#if defined(LK_HAS_AVX512) && defined(LK_HAS_AVX512_BF16)
+  static const Kernels with_bf16 = [] {
+    Kernels k = kernels_avx512();
+    k.name = "avx512_bf16";
+    k.bf16 = &low_rank_avx512_bf16();
+    k.quant_bf16 = &quant_avx512_bf16();
+    k.gemm_bf16 = &gemm_avx512_bf16();
+    return k;
+  }();
+  return &with_bf16;
+#else
+  return nullptr;
+#endif
+}
+#endif
+
+std::vector<Path> detect_paths() {
+  std::vector<Path> paths;
+#if defined(LK_X86)
+  const Features f = detect();
+  paths = {{"avx512_bf16", f.avx512_bf16, with_avx512_bf16()},
+           {"avx512", f.avx512, with_avx512()},
+           {"avx2", f.avx2, with_avx2()}};
+#endif
+  paths.push_back({"baseline", true, &kernels_baseline()});
+  return paths;
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
 
+const std::vector<Path>& paths() {
+  static const std::vector<Path> found = detect_paths();
+  return found;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Kernels* t : tables()) names.emplace_back(t->name);
+  for (const Path& p : paths())
+    if (p.usable()) names.emplace_back(p.name);
   return names;
 }
 
 const Kernels& kernels() {
-  const Kernels* t = chosen.load(std::memory_order_relaxed);
-  return t ? *t : *tables().front();
+  if (const Kernels* t = chosen.load(std::memory_order_relaxed)) return *t;
+  for (const Path& p : paths())
+    if (p.usable()) return *p.table;
+  return kernels_baseline();
 }
 
 bool choose_isa(const std::string& name) {
-  for (const Kernels* t : tables())
-    if (name == t->name) {
-      chosen.store(t, std::memory_order_relaxed);
+  for (const Path& p : paths())
+    if (p.usable() && name == p.name) {
+      chosen.store(p.table, std::memory_order_relaxed);
       return true;
     }
   return false;

@@ -9,7 +9,17 @@
 
 namespace lk::cpu {
 
-std::vector<std::string> available_isas();  // best first
+// An instruction set that the kernels are written for.
+struct Path {
+  const char* name;
+  bool processor;        // whether the processor and the operating system support it
+  const Kernels* table;  // null where the compiler could not compile it
+
+  bool usable() const { return processor && table; }
+};
+
+const std::vector<Path>& paths();           // of this architecture, best first
+std::vector<std::string> available_isas();  // the usable ones, best first
 const Kernels& kernels();                   // the table in use
 bool choose_isa(const std::string& name);   // false if this machine cannot run it
 

@@ -40,7 +40,10 @@ def pick(call: Call, backend: str | None) -> ModuleType:
             )
         return load(backend)
     name = automatic(call)
-    if name == "eager" and (call.dropout or call.w_format != "dense"):
+    if name == "eager" and call.device.type == "cpu" and (missing := _unloadable("cpu")):
+        if call.op.startswith("forward"):  # once is enough
+            warnings.warn(f"LoRA runs on plain torch operations here, because {missing}", stacklevel=2)
+    elif name == "eager" and (call.dropout or call.w_format != "dense"):
         what = "the dropout mask is drawn" if call.w_format == "dense" else f"the {call.w_format} weight is dequantised"
         warnings.warn(
             f"no kernel is chosen for {call.dtype} on {call.device} here: {what} by torch operations, which is slow. "
@@ -63,7 +66,7 @@ def automatic(call: Call) -> str:
 def _proven() -> ModuleType:
     """Return the module that reads evidence. It is imported where a GPU asks, since it would take a quarter of the time
     in which the package is imported."""
-    return importlib.import_module("lora_kernels.backends.proven")
+    return importlib.import_module(f"{__package__}.proven")
 
 
 def cache_clear() -> None:
@@ -79,16 +82,25 @@ def load(name: str) -> ModuleType:
         raise ValueError(
             f"unknown backend {name!r}: one of {', '.join(map(repr, BACKENDS))}, or None for the automatic choice"
         )
-    return importlib.import_module(f"lora_kernels.backends.{name}")
+    return importlib.import_module(f"{__package__}.{name}")
 
 
 def refusals(name: str, call: Call) -> list[str]:
     """Return every reason why a back-end cannot serve `call`. That it could not be loaded is such a reason too."""
+    if why := _unloadable(name):
+        return [f"could not be loaded: {why}"]
+    return list(load(name).why_not(call))
+
+
+def _unloadable(name: str) -> str:
+    """Return why a back-end cannot be loaded, or "" where it can."""
     try:
-        module = load(name)
+        load(name)
     except ImportError as error:
-        return [f"could not be loaded: {error}"]
-    return list(module.why_not(call))
+        return str(error)
+    except Exception as error:  # a package that is there and broken
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,8 @@ class Explanation:
     backward: str
     """The back-end that runs the backward."""
     evidence: dict[str, str]
-    """On a GPU, where the choice is automatic: what is known here about the chosen back-ends, by pass."""
+    """What is known here about the chosen back-ends, by pass, where the choice is automatic. On a CPU: which
+    instruction set of the processor was not compiled, if one was not."""
     passed_over: dict[str, list[str]]
     """Every back-end that is not the choice for both passes, with every reason."""
     rows: str = ""
@@ -147,7 +160,10 @@ def _reasons(name: str, call: Call, known: dict[str, str]) -> list[str]:
 
 
 def _known(call: Call) -> dict[str, str]:
-    """Return what is known about the back-ends for a call on a GPU."""
+    """Return what is known about the back-ends for a call: on a GPU the evidence, on a CPU what its build lacks."""
+    if call.device.type == "cpu":
+        said = "" if _unloadable("cpu") else str(load("cpu").told())
+        return {"cpu": said} if said else {}
     if call.device.type not in BY_EVIDENCE:
         return {}
     able = [name for name in _order(call) if not refusals(name, call)]

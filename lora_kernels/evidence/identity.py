@@ -97,7 +97,7 @@ def source_hash() -> str:
 
 def _extension() -> str | None:
     try:
-        info = importlib.import_module("lora_kernels._cuda").build_info()
+        info = importlib.import_module(".._cuda", __package__).build_info()
     except ImportError:
         return None
     return f"{info.get('sources', 'unknown')} by nvcc {info['nvcc']}"

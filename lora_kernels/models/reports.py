@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels.core.repeated import repeated
 from lora_kernels.models.kinds import lora_layers
 from lora_kernels.models.targets import by_reason, some
 from lora_kernels.nn import dry_run
@@ -36,7 +37,8 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """The layers that `apply_lora` replaced, and those that it left. ``str()`` of it is a table."""
+    """The layers that `apply_lora` replaced, and those that it left. ``str()`` of it is a table, in which layers of
+    repeated blocks share a line."""
 
     layers: tuple[AdaptedLayer, ...]
     passed_over: dict[str, str]
@@ -74,26 +76,36 @@ class ApplyReport:
         watched = {name: _watched(layer) for name, layer in layers.items() if not layer.merged}
         return replace(self, doubted={}, without_effect=dry_run.passed_over(model, watched, inputs))
 
-    def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers] + [len("module")])
-        lines = [f"{'module':<{width}}  {'r':>4}  {'alpha':>6}  in → out"]
+    def table(self, full: bool = False) -> str:
+        """Return the report as text. Layers that differ in the number of their block alone share a line, such as
+        ``layers.{0..31}.q_proj × 32``; with `full` each has its own."""
+        texts = []
         for layer in self.layers:
             kind = f"  {layer.quant}" if layer.quant else "  DoRA" if layer.use_dora else ""
-            lines.append(f"{layer.name:<{width}}  {layer.r:>4}  {layer.lora_alpha:>6g}  {layer.size}{kind}")
+            texts.append((layer.name, f"  {layer.r:>4}  {layer.lora_alpha:>6g}  {layer.size}{kind}"))
+        rows = texts if full else [(line.label, line.text) for line in repeated(texts)]
+        width = max([len(name) for name, _ in rows] + [len("module")])
+        lines = [f"{'module':<{width}}  {'r':>4}  {'alpha':>6}  in → out"]
+        lines += [f"{name:<{width}}{text}" for name, text in rows]
         if self.quantised is not None:
             before, after = self.quantised
             lines.append(f"their weights: {before:,} → {after:,} bytes ({100 * after / before:.1f} %)")
-        lines += [f"passed over, {reason}: {some(names)}" for reason, names in by_reason(self.passed_over).items()]
-        lines += [
-            f"without effect, {reason}: {some(names)}" for reason, names in by_reason(self.without_effect).items()
-        ]
-        lines += [f"in doubt, {reason}: {some(names)}" for reason, names in by_reason(self.doubted).items()]
+        for what, reasons in (
+            ("passed over", self.passed_over),
+            ("without effect", self.without_effect),
+            ("in doubt", self.doubted),
+        ):
+            lines += [f"{what}, {reason}: {_some(names, full)}" for reason, names in by_reason(reasons).items()]
         if self.converted:
             told = [f"{name} ({error:.1e})" for name, error in self.converted.items()]
-            lines.append(f"factored anew, with the relative error of the update: {some(told)}")
+            shown = some(told, len(told)) if full else some(told)
+            lines.append(f"factored anew, with the relative error of the update: {shown}")
         if self.unused:
             lines.append(f"matched nothing: {', '.join(self.unused)}")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,13 @@ class TrainableParameters:
     def __str__(self) -> str:
         percent = 100 * self.trainable / max(self.total, 1)
         return f"trainable: {self.trainable:,} of {self.total:,} ({percent:.2f} %)"
+
+
+def _some(names: list[str], full: bool) -> str:
+    """Return names as text: all of them, or the first few lines of those that share a pattern."""
+    if full:
+        return some(names, len(names))
+    return some([line.label for line in repeated([(name, "") for name in names])])
 
 
 def _watched(layer: AdapterLayer) -> Watched:

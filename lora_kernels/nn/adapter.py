@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lora_kernels.nn.init_values import FIRST_VALUES
@@ -47,6 +48,11 @@ class AdapterLayer(nn.Module):
     """The parameters of the base that are adapted, where PEFT's config names them in target_parameters, and not the
     layer in target_modules."""
 
+    fused_calls = 0
+    """The number of forwards with the adapter, without those inside ``torch.compile``."""
+    base_calls = 0
+    """The number of forwards of the base alone, which holds the merged adapter."""
+
     r: int
     lora_alpha: float
     lora_dropout: float
@@ -66,6 +72,17 @@ class AdapterLayer(nn.Module):
         """Return why a layer of this class cannot take the place of `module`, an instance of `plain`, in a model; ""
         where it can."""
         raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of the layer that this one is a copy of, or was pickled from, but not its counters."""
+        super().__setstate__(state)
+        self.__dict__.update(fused_calls=0, base_calls=0)
+
+    def count_call(self, merged: bool = False) -> None:
+        """Count a forward. `FusedLoRALinear` and its quantised form do so themselves, which saves a call."""
+        if not torch.compiler.is_compiling():
+            name = "base_calls" if merged else "fused_calls"
+            self.__dict__[name] = getattr(self, name) + 1
 
     @property
     def splits_base(self) -> bool:

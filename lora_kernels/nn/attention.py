@@ -179,6 +179,7 @@ class FusedLoRAMultiheadAttention(AdapterLayer):
         Raises what `lora_kernels.ops.attention.multihead_attention` raises."""
         p = self.lora_dropout if self.training else 0.0
         w_in, w_out, scale = self.in_proj_weight, self.out_proj.weight, self.scaling
+        self.count_call(self.merged)
         if self.merged_in is not None and self.merged_out is not None:
             self._warn_of_training()
             inward = Projection(self.merged_in, self.in_proj_bias)

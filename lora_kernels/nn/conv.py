@@ -145,8 +145,10 @@ class AdapterConv(ReplacedWeight):
         gives it, or without B for one sample. Raises what `lora_conv` raises."""
         if self._base is not None:
             self._check_replaced()
+            self.count_call(merged=True)
             moves = window(self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
             return convolve(moves.padded(input), self.weight, self.bias, moves, self.groups)
+        self.count_call()
         return lora_conv(
             input,
             self.weight,

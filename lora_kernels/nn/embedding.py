@@ -164,9 +164,11 @@ class FusedLoRAEmbedding(ReplacedWeight):
         weight = self.weight
         if self._base is not None:
             self._check_replaced()
+            self.count_call(merged=True)
             y = F.embedding(input, weight)
             e = self.embed_scale
             return y * e.to(weight.dtype) if isinstance(e, Tensor) else y if e == 1 else y * e
+        self.count_call()
         return lora_embedding(
             input,
             weight,

@@ -171,6 +171,7 @@ class FusedLoRAExperts(AdapterLayer):
         weights = routing_weights if top_k_weights is None else top_k_weights
         if ids is None or weights is None:
             raise TypeError(f"{type(self).__name__} needs the experts of each token and their weights, both [T, k]")
+        self.count_call(bool(self._base))
         if self._base:
             self._check_merged()
             y: Tensor = self.experts_class.forward(self, hidden_states, ids, weights)

@@ -65,11 +65,12 @@ def why_not_class(kind: type[Any]) -> str:
     return ""
 
 
-def why_not(module: Any) -> str:
-    """Return why the experts of `module` cannot be computed here, or "" where they can."""
+def why_not(module: Any, hooks: bool = True) -> str:
+    """Return why the experts of `module` cannot be computed here, or "" where they can. Without `hooks` the caller has
+    looked at the hooks of the module."""
     if reason := why_not_class(type(module)):
         return reason
-    if has_hooks(module):
+    if hooks and has_hooks(module):
         return f"this {type(module).__name__} has hooks or a forward of its own, which would be passed over"
     if reason := _why_not_implementation(module):
         return reason

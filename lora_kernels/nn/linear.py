@@ -189,14 +189,19 @@ class FusedLoRALinear(AdapterLinear, ReplacedWeight):
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features], which has the name that nn.Linear gives it.
         Raises what `lora_linear` raises."""
-        if torch.compiler.is_compiling() or CURRENT.get() is not None or REMEMBERED:
+        compiling = torch.compiler.is_compiling()
+        if compiling or CURRENT.get() is not None or REMEMBERED:
             context = current_for(self)
             if context is not None:
+                self.count_call(self.merged)
                 return by_row.forward_in(context, self, input)
         weight, bias, a, b = self._parts()
         if self._base is not None:
             self._check_merged(self.weight, self._base, a)
+            self.count_call(merged=True)
             return F.linear(input, weight, bias)
+        if not compiling:
+            self.__dict__["fused_calls"] = self.fused_calls + 1  # nn.Module's setting of an attribute is slow
         p = self.lora_dropout if self.training else 0.0
         if self.use_dora:
             m = self._parameters.get("lora_magnitude_vector")

@@ -140,6 +140,7 @@ class _ShardedLinear(FusedLoRALinear):
 
     def _own_part(self, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, rank: int) -> Tensor:
         """Return y of this process's part of W. `rank` is combined with the seed of its dropout."""
+        self.count_call()
         p = self.lora_dropout if self.training else 0.0
         return lora_linear(
             x,

@@ -146,15 +146,20 @@ class QuantizedLoRALinear(FusedLoRALinear):
     @by_row.asks
     def forward(self, input: Tensor) -> Tensor:
         """Return y [..., out_features] for x = `input` [..., in_features]. Raises what `lora_linear` raises."""
-        if torch.compiler.is_compiling() or CURRENT.get() is not None or REMEMBERED:
+        compiling = torch.compiler.is_compiling()
+        if compiling or CURRENT.get() is not None or REMEMBERED:
             context = current_for(self)
             if context is not None:
+                self.count_call(self.merged)
                 return by_row.forward_in(context, self, input)
         codes, bias, a, b = self._parts()
         w = self._assembled(codes)
         if self._unmerged is not None:
             self._check_merged(codes, self._unmerged.codes, a)
+            self.count_call(merged=True)
             return quantized_linear(input, w, bias, self.backend)
+        if not compiling:
+            self.__dict__["fused_calls"] = self.fused_calls + 1
         p = self.lora_dropout if self.training else 0.0
         s, backend = self.scaling, self.backend
         if self.use_dora:

@@ -80,6 +80,7 @@ class ResLoRALinear(FusedLoRALinear):
         if self.structure == "bs":
             return super().forward(input)
         refuse_compilers()
+        self.count_call()
         weight, bias, a, b = self._parts()
         p = self.lora_dropout if self.training else 0.0
         # One seed for all products over x: the mask is a function of it and of the place of an element.

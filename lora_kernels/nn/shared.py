@@ -204,6 +204,7 @@ class SharedAdapter:
 class _DenseForward(SharedAdapter):
     """The forward over a dense weight."""
 
+    count_call: Any
     _base: Any
     _check_merged: Any
 
@@ -212,7 +213,9 @@ class _DenseForward(SharedAdapter):
         weight, bias, a, b = self._parts()
         if self._base is not None:
             self._check_merged(self.weight, self._base, self._trained(a, b))
+            self.count_call(merged=True)
             return F.linear(input, weight, bias)
+        self.count_call()
         return self._computed(input, weight, bias, a, b)
 
 
@@ -282,7 +285,9 @@ class SharedQuantizedLoRALinear(SharedAdapter, QuantizedLoRALinear):  # type: ig
         w = self._assembled(codes)
         if self._unmerged is not None:
             self._check_merged(codes, self._unmerged.codes, self._trained(a, b))
+            self.count_call(merged=True)
             return quantized_linear(input, w, bias, self.backend)
+        self.count_call()
         return self._computed(input, w, bias, a, b)
 
     def _in_own_format(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from lora_kernels.ops.autograd import (
     needs_plain_mode,
     no_autocast,
     no_graph,
+    outlived,
     refuse_double_backward,
 )
 from lora_kernels.ops.watched import watched
@@ -94,7 +95,13 @@ def add_low_rank(
     with no_autocast(device_type(x)):
         if watched(x, y, lora_a, lora_b, None):
             return _plain(y, x, adapter, backend)
-        return apply(_AddLowRank, y, x, lora_a, lora_b, drawn, (s, dropout_p, backend, may_be_written(y, x)))
+        in_place = may_be_written(y, x)
+        graph = torch.is_grad_enabled() and (
+            y.requires_grad or x.requires_grad or lora_a.requires_grad or lora_b.requires_grad
+        )
+        if not graph and not outlived(y, x, lora_a, lora_b):
+            return _sum(y, x, adapter, backend, in_place, False)[0]
+        return apply(_AddLowRank, y, x, lora_a, lora_b, drawn, (s, dropout_p, backend, in_place))
 
 
 def may_be_written(y: Tensor, x: Tensor) -> bool:
@@ -117,6 +124,20 @@ def _plain(y: Tensor, x: Tensor, adapter: Adapter, backend: str | None) -> Tenso
     return y + (F.linear(F.linear(x.to(a.dtype), a), b) * scale).to(y.dtype)
 
 
+def _sum(
+    y: Tensor, x: Tensor, adapter: Adapter, backend: str | None, in_place: bool, save_h: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return (the sum, h), where y itself is the sum with `in_place`. h is None unless `save_h`."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = y if in_place else y.clone(memory_format=torch.contiguous_format)
+    part = out if out.dtype == x.dtype else x.new_zeros(out.shape)
+    kernels = kernels_for("forward", rows, adapter, backend)
+    h = kernels.add_low_rank(part.view(-1, adapter.b.shape[0]), rows, adapter, save_h)
+    if part is not out:
+        out.add_(part)
+    return out, h
+
+
 class _AddLowRank(torch.autograd.Function):
     """The autograd Function of `add_low_rank`. It saves x only if A needs a gradient, h [M, R] only if B does, the seed
     and references to A and B."""
@@ -134,12 +155,7 @@ class _AddLowRank(torch.autograd.Function):
         """Return the sum. `how` is (scale, p, backend, whether y may be written to)."""
         scale, p, backend, in_place = how
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
-        rows, adapter = x.reshape(-1, x.shape[-1]), Adapter(a, b, scale, p, seed)
-        out = y if in_place else y.clone(memory_format=torch.contiguous_format)
-        part = out if out.dtype == x.dtype else x.new_zeros(out.shape)
-        h = _kernels("forward", rows, adapter, backend).add_low_rank(part.view(-1, b.shape[0]), rows, adapter, need_db)
-        if part is not out:
-            out.add_(part)
+        out, h = _sum(y, x, Adapter(a, b, scale, p, seed), backend, in_place, need_db)
         if in_place:
             ctx.mark_dirty(y)
         ctx.save_for_backward(x if need_da else None, a, b, h if need_db else None, seed)
@@ -169,12 +185,12 @@ def _gradients(
         rows = as_dense(dy, ctx.dtype).reshape(-1, b.shape[0])
         flat = None if x is None else x.reshape(-1, a.shape[1])
         needs = Needs(need_dx, (need_da,), (need_db,))
-        kernels = _kernels("backward", rows, adapter, backend)
+        kernels = kernels_for("backward", rows, adapter, backend)
         dx, da, db = kernels.low_rank_backward(rows, flat, adapter, h, needs)
     return dy if need_dy else None, None if dx is None else dx.view(ctx.shape), da, db
 
 
-def _kernels(op: str, rows: Tensor, adapter: Adapter, backend: str | None) -> Any:
+def kernels_for(op: str, rows: Tensor, adapter: Adapter, backend: str | None) -> Any:
     """Return the back-end that serves a layer of these sizes, or `eager` where the automatic choice has no kernel for
     the half alone. Raises ValueError where the named one has none."""
     (R, K), N, M = adapter.a.shape, adapter.b.shape[0], power_of_two(rows.shape[0])

@@ -5,7 +5,7 @@
 GPTQ, AWQ, AQLM, EETQ, HQQ, Intel's neural compressor, torchao, and every subclass of nn.Linear with a forward of its
 own, such as transformers' FP8Linear. The base's forward and backward run as they are. The low-rank half is added by
 `lora_kernels.ops.around.add_low_rank`, so dropout, fp32 adapters beside 16 bits and the memory that is saved are those
-of this package. Merging and everything else stays PEFT's.
+of this package. While merged, a dense weight stands in the place of a quantised base that can give one.
 
 A class is made when a model first has such a layer, because PEFT defines some of its classes only where the package of
 the base is installed.
@@ -14,6 +14,7 @@ the base is installed.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -26,10 +27,12 @@ from lora_kernels.nn.dry_run import Watched
 from lora_kernels.ops import check
 from lora_kernels.ops.around import add_low_rank
 from lora_kernels.ops.autograd import autocast_of
-from lora_kernels.peft import known
+from lora_kernels.peft import hooked, known, merged_terms
+from lora_kernels.peft.dense_stand_in import is_quantised
 from lora_kernels.peft.fused import LORA_USES
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.linear import FusedLinear
+from lora_kernels.peft.merging import Sum, base_of
 from lora_kernels.peft.reading import PeftAdapter, only_eager
 
 
@@ -76,8 +79,8 @@ class FusedAround(FusedLayer):
         compiling = torch.compiler.is_compiling()
         adapters = FusedAround._read(self, x, args, kwargs)
         if isinstance(adapters, str):
-            if adapters and not compiling:
-                self.passed_over[adapters] += 1
+            if not compiling:
+                self.count_left(adapters)
             y: Tensor = self.peft_class.forward(self, x, *args, **kwargs)
             return y
         if not compiling:
@@ -105,6 +108,8 @@ class FusedAround(FusedLayer):
                 return adapter
             adapters.append(adapter)
             (R, K), N, dtype = adapter.a.shape, adapter.b.shape[0], adapter.a.dtype
+            if x.device != adapter.a.device:
+                return hooked.not_there("x", x, adapter.a)
             if x.dtype not in check.DTYPES:
                 return f"x is {x.dtype}"
             if dtype != x.dtype and not self.cast_input_dtype_enabled and autocast_of(x) is None:
@@ -128,6 +133,20 @@ class FusedAround(FusedLayer):
         if not isinstance(adapter, str) and adapter.b_bias is not None:
             return f"adapter {name!r} has lora_bias"
         return adapter
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum] | None:
+        """Return what merging the adapters `names` adds to W and the bias; None over a base whose weight cannot be
+        read densely, where merging is PEFT's, or its refusal."""
+        base = base_of(self)
+        if not is_quantised(base):
+            if not isinstance(base, nn.Linear) or type(base._parameters.get("weight")) is not nn.Parameter:
+                return None
+            warnings.warn(
+                f"the base is a {type(base).__name__} with a forward of its own: while merged, the adapter goes "
+                "through that forward too, and y is the same only if it is x Wᵀ + bias",
+                stacklevel=5,
+            )
+        return merged_terms.of_lora(self, names)
 
     @classmethod
     def why_not_forward(cls) -> str:

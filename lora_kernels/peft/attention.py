@@ -21,13 +21,14 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
 from lora_kernels.nn.dry_run import Watched
-from lora_kernels.nn.fit import has_hooks
+from lora_kernels.nn.merged_sums import Term
 from lora_kernels.ops import check
 from lora_kernels.ops.attention import Flags, Heads, Projection, multihead_attention
 from lora_kernels.ops.autograd import autocast_of
-from lora_kernels.peft import known, serving
+from lora_kernels.peft import hooked, known, merged_terms, serving
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.linear import FusedLinear
+from lora_kernels.peft.merging import Sum
 from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
 
 _OUT = "out_proj"
@@ -92,17 +93,19 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
     """PEFT's LoRA over an ``nn.MultiheadAttention``. Both of its projections are `lora_kernels.lora_linear`."""
 
     peft_class = peft_layer.MultiheadAttention
-    own: ClassVar = {**FusedLayer.own, "_counted": counted}
+    own: ClassVar = {**FusedLayer.own, "_counted": counted, "_kept_in_forward": lambda: None}
     _counted: Counted
+    _kept_in_forward: Sequence[tuple[nn.Module, str, nn.Parameter | None]] | None
+    """The weights while PEFT's own forward runs, which replaces them; else None."""
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what PEFT's forward returns: y and the attention weights, in query's dtype."""
         compiling = torch.compiler.is_compiling()
         call = self._read(query, args, kwargs)
         if isinstance(call, str):
-            if call and not compiling:
-                self.passed_over[call] += 1
-            return self.peft_class.forward(self, query, *args, **kwargs)
+            if not compiling:
+                self.count_left(call)
+            return self._forward_of_peft(query, args, kwargs)
         if not compiling:
             self.__dict__["fused_calls"] += 1
         y, weights = multihead_attention(call.qkv, *call.projections, call.heads, call.flags, self._backend)
@@ -116,6 +119,8 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         if isinstance(base, str):
             return base
         attention, out, weights, biases = base
+        if query.device != weights[0].device:
+            return hooked.not_there("query", query, weights[0])
         # PEFT's own forward replaces its weights. It has done so in inference mode, and now it does so out of it.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(w.is_inference() for w in weights):
             return "a base weight that PEFT's forward has made in inference mode, which no backward can have"
@@ -162,6 +167,71 @@ class FusedMultiheadAttention(FusedLayer, peft_layer.MultiheadAttention):
         # The value is A's or B's own, because their difference from themselves is 0; the gradient has the weight.
         a, b = (t if gradient == value else torch.lerp(t.detach(), t, gradient / value) for t in (out.a, out.b))
         return out._replace(a=a, b=b, scale=out.scale * value)
+
+    unload_and_optionally_merge_module = peft_layer.MultiheadAttention.unload_and_optionally_merge_module
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge as every fused layer does; in PEFT's own forward, which merges for autograd, as PEFT does."""
+        if self._kept_in_forward is None:
+            super().merge(safe_merge, adapter_names)
+        else:
+            self.peft_class.merge(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Put the base of before `merge` back, bit for bit."""
+        if self._kept_in_forward is None:
+            super().unmerge()
+            return
+        for owner, name, parameter in self._kept_in_forward:
+            owner.__dict__.pop(name, None)
+            owner._parameters[name] = parameter
+        self.note_merged([])
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum]:
+        """Return what merging the adapters `names` adds to both projections."""
+        (attention, in_name), (linear, out_name) = self._places()
+        out: Any = attention._modules[_OUT]
+        terms: tuple[list[Term], list[Term]] = ([], [])
+        for name in names:
+            for layer, counts, into in zip((self, out), (1.0, self._counted.value), terms, strict=True):
+                merged_terms.check_variant(layer, name)
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                into.append(merged_terms.product(a, b, counts * merged_terms.scale_of(layer, name), False))
+        return [Sum(attention, in_name, terms[0]), Sum(linear, out_name, terms[1])]
+
+    def note_merged(self, names: list[str]) -> None:
+        """Take down that `names` are the merged adapters of both projections from now on."""
+        super().note_merged(names)
+        attention: Any = self._modules["base_layer"]
+        attention._modules[_OUT].merged_adapters = list(names)
+
+    def _restore_weights(self) -> None:
+        """Register the weights where PEFT's forward has left plain tensors. PEFT makes new Parameters of them whenever
+        the modules are listed, and the ones that were there would be lost to ties and optimisers."""
+        if any(owner._parameters.get(name) is None for owner, name in self._places()):
+            super()._restore_weights()
+
+    def _places(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
+        """Return the modules that have the weights of the two projections, and their names there."""
+        attention: Any = self._modules["base_layer"]
+        return (attention, "in_proj_weight"), (attention._modules[_OUT].get_base_layer(), "weight")
+
+    def _forward_of_peft(self, query: Tensor, args: Any, kwargs: Any) -> Any:
+        """Return the result of PEFT's forward. Where it merges and unmerges, the Parameters of before are put back."""
+        if self.merged or self.disable_adapters:
+            return self.peft_class.forward(self, query, *args, **kwargs)
+        kept = [(owner, name, owner._parameters[name]) for owner, name in self._places()]
+        if not torch.is_inference_mode_enabled():  # autograd cannot save what a forward of PEFT has made in that mode
+            kept = [
+                (owner, name, nn.Parameter(w.detach().clone(), w.requires_grad) if w.is_inference() else w)
+                for owner, name, w in kept
+                if w is not None
+            ]
+        self._kept_in_forward = kept
+        try:
+            return self.peft_class.forward(self, query, *args, **kwargs)
+        finally:
+            self._kept_in_forward = None
 
     @classmethod
     def why_not_forward(cls) -> str:
@@ -226,8 +296,9 @@ def _read_base(layer: Any) -> _Base | str:
             return f"a base weight is a {type(weight).__name__}"
         if weight.requires_grad:
             return "a base weight is trained"
-    if has_hooks(attention, out, linear):
-        return "its base layer or out_proj has hooks, which the fused path would pass over"
+    for module in (attention, out, linear):
+        if reason := hooked.refusal("its base layer or out_proj", module):
+            return reason
     return _Base(attention, out, weights, (attention.in_proj_bias, linear.bias))
 
 
@@ -237,6 +308,8 @@ def _read_adapter(layer: Any, name: str) -> PeftAdapter | str:
         return f"adapter {name!r} has no lora_A for the out_proj"
     if name in layer.lora_variant:
         return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+    if hooked.converted(layer.lora_A[name]) or hooked.converted(layer.lora_B[name]):
+        return f"adapter {name!r} has layerwise casting, and PEFT reads it as it is stored: leave adapters out of it"
     adapter = FusedLinear.read_adapter(layer, name)
     if isinstance(adapter, str):
         return adapter

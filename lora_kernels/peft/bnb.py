@@ -7,7 +7,8 @@ This module is imported only where PEFT has made such a layer, so that other mod
 
 or DoRA over the same W (`lora_kernels.dora_linear`).
 
-W is the tensor that bitsandbytes stores, shared and not copied. Merging, which quantises W + s·B·A again, stays PEFT's.
+W is the tensor that bitsandbytes stores, shared and not copied. While merged, a dense weight stands beside it
+(`lora_kernels.peft.dense_stand_in`).
 With int8, bitsandbytes also rounds x to 8 bits, except for outliers (LLM.int8, arXiv:2208.07339) and except while
 training on the CPU. Here x is not rounded, so the result is nearer to the product of x and the stored W.
 
@@ -30,10 +31,14 @@ from torch import Tensor
 from lora_kernels.core.rows import Rows
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
+from lora_kernels.ops.apart import lora_linear_apart
 from lora_kernels.ops.autograd import as_dtype, device_type, no_autocast
+from lora_kernels.peft import hooked
+from lora_kernels.peft.dense_stand_in import MergedLinear
 from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.linear import FusedLinear
-from lora_kernels.peft.reading import Operands, PeftAdapter, weight_and_bias
+from lora_kernels.peft.merging import Sum, base_of
+from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter, weight_and_bias
 from lora_kernels.quant.bnb import from_bnb
 from lora_kernels.quant.weight import DTYPES, Nested, QuantizedWeight
 
@@ -157,6 +162,12 @@ def _nothing() -> None:
     return None
 
 
+def _base_of(layer: Any) -> Any:
+    """Return the base of `layer`, which while merged is not in its place."""
+    base = layer._modules["base_layer"]
+    return base_of(layer) if type(base) is MergedLinear else base
+
+
 class _FusedBnb(Fused):
     quantised_base: ClassVar = True
     shares_input: ClassVar = True
@@ -169,13 +180,13 @@ class _FusedBnb(Fused):
     def read_base(cls, layer: Any) -> tuple[QuantizedWeight, Tensor | None] | str:
         """Return the quantised W and the bias, or why they cannot be used. One reason is a base that bitsandbytes has
         not quantised yet."""
-        base = layer._modules["base_layer"]
+        base = _base_of(layer)
         if isinstance(base, BaseTunerLayer):
             return "its base is another tuner's layer"
         if type(base).forward is not cls.kind.forward:
             return f"its base is a {type(base).__name__} with a forward of its own"
-        if has_hooks(base):
-            return "its base layer has hooks, which the fused path would pass over"
+        if has_hooks(base) and (reason := hooked.refusal("its base layer", base)):
+            return reason
         found = cls._weight_of(layer)
         if isinstance(found, str):
             return found
@@ -184,12 +195,12 @@ class _FusedBnb(Fused):
     @staticmethod
     def _weight_of(layer: Any) -> QuantizedWeight | str:
         cache = layer.__dict__.get("_weight_cache")  # a layer that is not fused yet has none
-        return (_WeightCache() if cache is None else cache).read(layer._modules["base_layer"])
+        return (_WeightCache() if cache is None else cache).read(_base_of(layer))
 
     @staticmethod
     def known_dtype(layer: Any) -> torch.dtype | None:
         """Return the compute_dtype of a Linear4bit. A Linear8bitLt computes in x's dtype."""
-        dtype: torch.dtype | None = getattr(layer.base_layer, "compute_dtype", None)
+        dtype: torch.dtype | None = getattr(_base_of(layer), "compute_dtype", None)
         return dtype
 
     @staticmethod
@@ -201,14 +212,14 @@ class _FusedBnb(Fused):
             return FusedLinear.variant_reason(layer, name)
         return f"adapter {name!r} is a {kind.__name__}"
 
+    def sums(self, names: Sequence[str]) -> Sequence[Sum] | None:
+        """Return what merging the adapters `names` adds to W and the bias; None for a weight that cannot be read, whose
+        forwards and merging are PEFT's."""
+        return None if isinstance(self._weight_of(self), str) else super().sums(names)
+
     def prepare(self) -> None:
         """Read the quantised weight now, because a first forward inside ``torch.compile`` could not read it."""
         self.read_base(self)
-
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Merge as PEFT does, and hold none of the tensors that merging has replaced."""
-        self.peft_class.merge(self, *args, **kwargs)
-        self._weight_cache.clear()
 
     def _dtypes(
         self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
@@ -247,9 +258,15 @@ class _FusedBnb(Fused):
 class Over4bit(_FusedBnb):
     """The part of a fused forward that depends on a ``Linear4bit``, nf4 or fp4, with double quantisation or without.
 
-    The fused path converts x to compute_dtype for the base and the adapter. PEFT converts it for the base only. So a
-    call is fused only where the adapter loses nothing by this: without autocast for an x in compute_dtype or where
-    compute_dtype is fp32, under autocast where compute_dtype is autocast's or fp32. PEFT serves the other calls.
+    PEFT converts x to compute_dtype for the base, and gives all bits of x to the adapter. One call computes both where
+    nothing is lost by this: without autocast for an x in compute_dtype or where compute_dtype is fp32, under autocast
+    where compute_dtype is autocast's or fp32. Without autocast beside another compute_dtype, as after
+    ``prepare_model_for_kbit_training`` with an x in fp32 and compute_dtype bf16, there are two (`is_apart`):
+
+        y = to x's dtype(c Wᵀ + bias),  c = x in compute_dtype          then y ← y + s · (dropout(x) Aᵀ) Bᵀ
+
+    DoRA, and rows with adapters of their own, are one call there too, with all bits of x for the base as well. PEFT
+    serves the calls under another autocast.
     """
 
     kind = Linear4bit
@@ -257,7 +274,7 @@ class Over4bit(_FusedBnb):
     @staticmethod
     def base_note(layer: Any) -> str:
         """Return the weight's format and the dtype of the computation."""
-        dtype = layer.base_layer.compute_dtype or "the dtype of x"
+        dtype = _base_of(layer).compute_dtype or "the dtype of x"
         return f", {getattr(_FusedBnb._weight_of(layer), 'format', '')} in {str(dtype).removeprefix('torch.')}"
 
     def _base_dtypes(self, x: Tensor, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype] | str:
@@ -269,12 +286,28 @@ class Over4bit(_FusedBnb):
         if dtype not in DTYPES or inner not in DTYPES:
             return f"x is {dtype}, compute_dtype {inner}"
         if autocast is None:
-            if inner not in (dtype, torch.float32):
-                return f"x is {dtype}, compute_dtype {inner}, and there is no autocast: the adapter has all bits of x"
-            return inner, dtype
+            return torch.promote_types(inner, dtype), dtype
         if inner not in (autocast, torch.float32):
-            return f"compute_dtype is {inner}, autocast asks for {autocast}"
+            return f"compute_dtype is {inner}, autocast asks for {autocast}: make bnb_4bit_compute_dtype the same"
         return inner, torch.promote_types(dtype, autocast)
+
+    def compute_alike(self, x: Tensor, operands: Operands) -> Tensor:
+        """Return y of the base with one adapter, or with several that are neither DoRA nor have dropout."""
+        if not self.is_apart(operands):
+            return super().compute_alike(x, operands)
+        dtype, bias = self._modules["base_layer"].compute_dtype, operands.bias
+        w, a, b, scale, b_biases, p = as_one_adapter(operands._replace(bias=None))
+        assert isinstance(w, QuantizedWeight)
+        bias = None if bias is None else as_dtype(bias, dtype)
+        y = lora_linear_apart(x, w, a, b, dtype=dtype, scale=scale, bias=bias, dropout_p=p, backend=self._backend)
+        return y if b_biases is None else y + b_biases
+
+    def is_apart(self, operands: Operands) -> bool:
+        """Return whether the base is computed in compute_dtype, and the adapters of a call with all bits of x."""
+        dtype = self._modules["base_layer"].compute_dtype
+        if dtype in (None, operands.inner, torch.float32):
+            return False
+        return all(adapter.magnitude is None for adapter in operands.adapters.values())
 
     def settle(self, x: Tensor) -> None:
         """Set compute_dtype by x in the first call, as bitsandbytes does."""

@@ -25,12 +25,14 @@ from lora_kernels.core.rows import Rows
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype, autocast_of, device_type, no_autocast
-from lora_kernels.peft import known
+from lora_kernels.peft import hooked, known
 from lora_kernels.peft.around import FusedAround
 from lora_kernels.peft.codes_cache import CodesCache
+from lora_kernels.peft.dense_stand_in import MergedLinear, is_quantised
 from lora_kernels.peft.fused import LORA_USES, Fused
 from lora_kernels.peft.layer import Survey
 from lora_kernels.peft.linear import FusedLinear
+from lora_kernels.peft.merging import Sum, base_of
 from lora_kernels.peft.reading import Operands, PeftAdapter, only_eager
 from lora_kernels.quant.gptq import AWQ, GPTQ
 from lora_kernels.quant.hqq import HQQ
@@ -74,10 +76,12 @@ class FusedCodes(Fused):
     def read_base(cls, layer: Any) -> tuple[QuantizedWeight, Tensor | None] | str:
         """Return the quantised W and the bias, or why the kernels cannot have them."""
         base = layer._modules["base_layer"]
+        if type(base) is MergedLinear:
+            base = base_of(layer)
         if "forward" in base.__dict__ or not cls.knows_forward(base):
             return f"its base is a {type(base).__name__} with a forward that is not its package's own"
-        if has_hooks(base):
-            return "its base layer has hooks, which the kernels would pass over"
+        if has_hooks(base) and (reason := hooked.refusal("its base layer", base)):
+            return reason
         cache = layer.__dict__.get("_codes_cache")  # a layer that is not fused yet has none
         found = (CodesCache() if cache is None else cache).read(cls.reader, base)
         return found if isinstance(found, str) else (found, base.bias)
@@ -95,7 +99,7 @@ class FusedCodes(Fused):
     @classmethod
     def base_note(cls, layer: Any) -> str:  # type: ignore[override]
         """Return the format of the weight, and what of it is a copy."""
-        return f", {cls.reader.facts(layer._modules['base_layer']).note}"
+        return f", {cls.reader.facts(base_of(layer)).note}"
 
     @staticmethod
     def variant_reason(layer: Any, name: str) -> str | None:
@@ -118,6 +122,11 @@ class FusedCodes(Fused):
         if isinstance(cls.read_base(layer), str):
             return FusedAround.survey(layer)
         return super().survey(layer)
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum] | None:
+        """Return what merging the adapters `names` adds to W and the bias; None where merging is PEFT's, or its
+        refusal."""
+        return super().sums(names) if is_quantised(base_of(self)) else FusedAround.sums(self, names)  # type: ignore[arg-type]
 
     def prepare(self) -> None:
         """Read the weight now, because a first forward inside ``torch.compile`` could not read it."""

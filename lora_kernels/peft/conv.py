@@ -9,7 +9,7 @@ layers agree. The report of `fuse` names such layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,11 +24,19 @@ from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops.autograd import autocast_of
 from lora_kernels.ops.conv import lora_conv, low_rank_conv
 from lora_kernels.ops.conv_window import window
-from lora_kernels.peft import known
+from lora_kernels.peft import hooked, known, merged_terms
 from lora_kernels.peft.fused import LORA_USES
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.linear import OverDense
-from lora_kernels.peft.reading import PeftAdapter, only_eager, probability, weight_and_bias, why_not_biased
+from lora_kernels.peft.merging import Sum
+from lora_kernels.peft.reading import (
+    PeftAdapter,
+    base_weights,
+    only_eager,
+    probability,
+    weight_and_bias,
+    why_not_biased,
+)
 
 _DORA_USES = """
 F Identity adapter_name base_layer base_result bias conv_fn detach dilation dim dropout get_base_layer
@@ -73,8 +81,8 @@ class FusedConv(FusedLayer):
         compiling = torch.compiler.is_compiling()
         operands = self.read(x, args, kwargs)
         if isinstance(operands, str):
-            if operands and not compiling:
-                self.passed_over[operands] += 1
+            if not compiling:
+                self.count_left(operands)
             return cast(Tensor, self.peft_class.forward(self, x, *args, **kwargs))
         if not compiling:
             self.__dict__["fused_calls"] += 1
@@ -120,6 +128,8 @@ class FusedConv(FusedLayer):
         if isinstance(base, str):
             return base
         weight, bias = base
+        if x.device != weight.device:
+            return hooked.not_there("x", x, weight)
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return ""
@@ -160,7 +170,10 @@ class FusedConv(FusedLayer):
         if weight.requires_grad:
             return "its base weight is trained"
         if has_hooks(base):
-            return "its base layer has hooks, which the fused path would pass over"
+            hooks = hooked.of(base)
+            if isinstance(hooks, str):
+                return hooked.refused("its base layer", hooks)
+            return base_weights(base, hooks)
         return weight, bias
 
     @classmethod
@@ -178,10 +191,13 @@ class FusedConv(FusedLayer):
         for weight in (a, b):
             if type(weight) not in (nn.Parameter, Tensor):
                 return f"adapter {name!r} has a {type(weight).__name__}"
+        if has_hooks(down, up):
+            hooks = hooked.of_adapter(layer, name)
+            if isinstance(hooks, str):
+                return hooks
+            a, b, b_bias = hooked.converted_to(hooks, a, b, b_bias)
         if a.dtype != b.dtype:
             return f"adapter {name!r} has lora_A in {a.dtype} and lora_B in {b.dtype}"
-        if has_hooks(down, up):
-            return f"adapter {name!r} has hooks, which the fused path would pass over"
         p = probability(dropout, name)
         if isinstance(p, str):
             return p
@@ -204,9 +220,20 @@ class FusedConv(FusedLayer):
             return f"adapter {name!r} is DoRA over groups, where PEFT takes the norm of no weight"
         if layer.lora_B[name].bias is not None:
             return f"adapter {name!r} is DoRA with a bias of its own"
-        if has_hooks(layer.lora_magnitude_vector[name]):
-            return f"adapter {name!r} is DoRA, and its magnitude has hooks, which the fused path would pass over"
-        return ""
+        return hooked.refusal(f"the magnitude of adapter {name!r}", layer.lora_magnitude_vector[name])
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum]:
+        """Return what merging the adapters `names` adds to the weight [N, C, ...] and the bias."""
+        base = self.base_layer
+        if base.groups > 1:
+            raise NotImplementedError("Merging is not supported for _ConvNd layers with groups > 1!")
+        terms = []
+        for name in names:
+            merged_terms.check_variant(self, name)
+            a, b = self.lora_A[name].weight.flatten(1), self.lora_B[name].weight.flatten(1)
+            scale, magnitude = merged_terms.scale_of(self, name), merged_terms.magnitude(self, name)
+            terms.append(merged_terms.product(a, b, scale, False, magnitude))
+        return [Sum(base, "weight", terms, _as_rows), *merged_terms.biases(self, base, names)]
 
     @classmethod
     def why_not_forward(cls) -> str:
@@ -239,6 +266,11 @@ class FusedConv(FusedLayer):
         return Watched(
             cast(nn.Module, self), [self.base_layer.weight], a, lambda: (self.fused_calls, dict(self.passed_over))
         )
+
+
+def _as_rows(w: Tensor) -> Tensor:
+    """Return the weight of a convolution as a stack of one matrix."""
+    return w.flatten(1)[None]
 
 
 class FusedConv1d(FusedConv, peft_layer.Conv1d):

@@ -7,7 +7,7 @@ The row padding_idx of the table is not adapted: PEFT gives it no gradient eithe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.dry_run import Watched
 from lora_kernels.nn.embedding_fit import is_scaled, why_not_options
-from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
 from lora_kernels.ops.embedding import lora_embedding
-from lora_kernels.peft import known
+from lora_kernels.ops.embedding_passes import without_row
+from lora_kernels.peft import hooked, known, merged_terms
 from lora_kernels.peft.by_row import KEYWORDS
 from lora_kernels.peft.layer import FusedLayer, Survey
+from lora_kernels.peft.merging import Sum
 
 _USES = """
 F T VARIANT_KWARG_KEYS __base__ _check_forward_args _embed _get_embed_scale _mixed_batch_forward active_adapter
@@ -77,8 +78,8 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
         read = self._read(x, args, kwargs)
         compiling = torch.compiler.is_compiling()
         if isinstance(read, str):
-            if read and not compiling:
-                self.passed_over[read] += 1
+            if not compiling:
+                self.count_left(read)
             return self.peft_class.forward(self, x, *args, **kwargs)
         if not compiling:
             self.__dict__["fused_calls"] += 1
@@ -111,6 +112,8 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
             return f"ids are {x.dtype}"
         if reason := self._why_not_base(self):
             return reason
+        if x.device != (weight := self._modules["base_layer"].weight).device:
+            return hooked.not_there("x", x, weight)
         adapters = []
         for name in names:
             adapter = self._read_adapter(self, name)
@@ -140,8 +143,8 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
             return f"its base weight is {base.weight.dtype}"
         if reason := why_not_options(base):
             return reason
-        if has_hooks(base):
-            return "its base layer has hooks, which the fused path would pass over"
+        if reason := hooked.refusal("its base layer", base):
+            return reason
         if getattr(layer, "tp_layer", None) is not None:
             return "its table is distributed by a tensor parallel plan"
         return ""
@@ -164,11 +167,29 @@ class FusedEmbedding(FusedLayer, peft_layer.Embedding):
                 return _DORA_UNKNOWN
             module = layer.lora_magnitude_vector[name]
             magnitude = module.weight
-            if has_hooks(module):
-                return f"adapter {name!r} is DoRA, and its magnitude has hooks, which the fused path would pass over"
+            if reason := hooked.refusal(f"the magnitude of adapter {name!r}", module):
+                return reason
             if magnitude.dtype not in (a.dtype, torch.float32) or (a.dtype == torch.float64 != magnitude.dtype):
                 return f"adapter {name!r} has a magnitude in {magnitude.dtype} beside {a.dtype}"
         return _Adapter(a, b, layer.scaling[name], magnitude)
+
+    def adapters_to_merge(self) -> Container[str]:
+        """Return the names of the adapters that this layer has."""
+        adapters: Container[str] = self.lora_embedding_A
+        return adapters
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum]:
+        """Return what merging the adapters `names` adds to the table [V, D], but for the row padding_idx."""
+        base: Any = self.get_base_layer()
+        terms = []
+        for name in names:
+            merged_terms.check_variant(self, name)
+            a = self.lora_embedding_A[name].detach()
+            if base.padding_idx is not None:
+                a = without_row(a.t(), base.padding_idx).t()
+            scale, magnitude = merged_terms.scale_of(self, name), merged_terms.magnitude(self, name)
+            terms.append(merged_terms.product(a, self.lora_embedding_B[name], scale, True, magnitude))
+        return [Sum(base, "weight", terms)]
 
     @classmethod
     def why_not_forward(cls) -> str:

@@ -7,7 +7,7 @@ module. Here the outermost wrapper computes the whole module, with the adapters 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from lora_kernels.nn import experts_form, experts_forward
 from lora_kernels.nn.dry_run import Watched
 from lora_kernels.nn.experts_forward import StackAdapter
-from lora_kernels.nn.fit import has_hooks
+from lora_kernels.nn.merged_sums import Term
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import autocast_of
-from lora_kernels.peft import known
+from lora_kernels.peft import hooked, known
 from lora_kernels.peft.layer import FusedLayer, Survey
+from lora_kernels.peft.merging import Sum, as_matrix
 
 _USES = """
 ALLOWED_COMPUTE_DTYPES Linear UPCAST_DTYPES ValueError _LoraFactorsProxy _LoraParameterProxy __class__ __name__
@@ -63,8 +64,8 @@ class FusedExperts(FusedLayer, peft_layer.ParamWrapper):
         compiling = torch.compiler.is_compiling()
         operands = self.read(x, args, kwargs)
         if isinstance(operands, str):
-            if operands and not compiling:
-                self.passed_over[operands] += 1
+            if not compiling:
+                self.count_left(operands)
             y: Tensor = self.peft_class.forward(self, x, *args, **kwargs)
             return y
         if not compiling:
@@ -87,12 +88,13 @@ class FusedExperts(FusedLayer, peft_layer.ParamWrapper):
                 continue
             names = [] if wrapper.merged else [name for name in wrapper.active_adapters if name in wrapper.lora_A]
             active = active or bool(names)
-            if names and (reason := experts_form.why_not(base)):  # `enable` does not ask what is in a wrapper
+            # `enable` does not ask what is in a wrapper.
+            if names and (reason := experts_form.why_not(base, hooks=False)):
                 return reason
             if len(set(names)) < len(names):
                 return "an adapter that is active twice"
-            if wrapper is not self and has_hooks(wrapper):
-                return f"the wrapper of {wrapper.parameter_name} has hooks, which the fused path would pass over"
+            if wrapper is not self and (reason := hooked.refusal(f"the wrapper of {wrapper.parameter_name}", wrapper)):
+                return reason
             found = [_read_adapter(wrapper, base, name) for name in names]
             for each in found:
                 if isinstance(each, str):
@@ -107,6 +109,22 @@ class FusedExperts(FusedLayer, peft_layer.ParamWrapper):
         if reason := _why_not_base(self) or experts_forward.why_not(x, *routing) or _why_not_dtypes(x, base, adapters):
             return reason
         return _Operands(base, *routing, adapters)
+
+    unload_and_optionally_merge_module = peft_layer.ParamWrapper.unload_and_optionally_merge_module
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum]:
+        """Return what merging the adapters `names` adds to the wrapped parameter."""
+        base, stacked = _base_of(self), cast(Tensor, self.get_param()).dim() == 3
+        terms = []
+        for name in names:
+            a, b = (getattr(self, part)[name].weight for part in ("lora_A", "lora_B"))
+            adapter = _stacks(a, b, self.num_experts)
+            if self.num_experts > 1 and not self._did_swap_in_out_features:
+                left, right = adapter.a.mT, adapter.b.mT
+            else:
+                left, right = adapter.b, adapter.a  # as PEFT does for one expert, however it is stored
+            terms.append(Term(left, right, float(self.scaling[name])))
+        return [Sum(base, self.parameter_name, terms, _as_it_is if stacked else as_matrix)]
 
     @classmethod
     def why_not_forward(cls) -> str:
@@ -163,7 +181,7 @@ def _base_of(layer: Any) -> Any:
 def _why_not_base(layer: Any) -> str:
     """Return why the module in the wrapper `layer` cannot be computed here, or "" where it can."""
     base = _base_of(layer)
-    if reason := experts_form.why_not(base):
+    if reason := experts_form.why_not(base, hooks=False) or hooked.refusal(f"this {type(base).__name__}", base):
         return reason
     stacks = experts_form.names(base)
     for wrapper in _wrappers(layer):
@@ -188,9 +206,18 @@ def _read_adapter(wrapper: Any, base: Any, name: str) -> StackAdapter | str:
         return f"adapter {name!r} has lora_A in {a.dtype} and lora_B in {b.dtype}"
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] % E or b.shape[1] != a.shape[0]:
         return f"adapter {name!r} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} for {E} experts"
-    # In A the expert is the slowest dimension of the rows, in B the fastest of the columns.
+    return _stacks(a, b, E)._replace(scale=wrapper.scaling[name])
+
+
+def _stacks(a: Tensor, b: Tensor, E: int) -> StackAdapter:
+    """Return PEFT's A and B as stacks of E matrices. In A the expert is the slowest dimension of the rows, in B the
+    fastest of the columns."""
     r = a.shape[0] // E
-    return StackAdapter(a.view(E, r, -1), b.view(-1, r, E).permute(2, 0, 1), wrapper.scaling[name])
+    return StackAdapter(a.view(E, r, -1), b.view(-1, r, E).permute(2, 0, 1), 1.0)
+
+
+def _as_it_is(w: Tensor) -> Tensor:
+    return w
 
 
 def _as_one(adapters: list[StackAdapter]) -> StackAdapter:

@@ -6,7 +6,7 @@
 e [R] are AdaLoRA's singular values and n is its ``ranknum``: it divides by the first rank, whatever is pruned later.
 ‖A_i‖ are the norms of A's rows, ‖B_i‖ of B's columns, both at least 1e-4, and ‖W‖ those of W's columns when the adapter
 was made. A' [R, K] and B' [N, R] are computed in every forward by differentiable torch operations, so that autograd
-gives the gradients of A, B, e and λ, and a change of any of them is seen. Pruning, merging and files stay PEFT's.
+gives the gradients of A, B, e and λ, and a change of any of them is seen. Pruning and files stay PEFT's.
 
 Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023 (arXiv:2303.10512); Bini, Girrbach
 and Akata, "Decoupling Angles and Strength in Low-rank Adaptation", 2025 (arXiv:2503.18225).
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from lora_kernels.core.rows import Rows
 from lora_kernels.ops import check
 from lora_kernels.ops.autograd import as_dtype
-from lora_kernels.peft import known
+from lora_kernels.peft import known, merged_terms
 from lora_kernels.peft.by_row import KEYWORDS
 from lora_kernels.peft.fused import Fused
 from lora_kernels.peft.linear import OverDense, dense_base
+from lora_kernels.peft.merging import Sum, base_of
 from lora_kernels.peft.reading import Operands, PeftAdapter, probability
 
 _ADALORA_USES = """
@@ -103,6 +104,15 @@ class Folded(Fused):
     def folded(layer: Any, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return A' and B' of adapter `name`, in the dtype of its A [R, K] and B [N, R]."""
         raise NotImplementedError
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum]:
+        """Return what merging the adapters `names` adds to W: B' A'."""
+        modules, turned, terms = self._modules, bool(getattr(self, "fan_in_fan_out", False)), []
+        for name in names:
+            a, b = modules[self.first][name], modules[self.second][name]
+            wide = torch.promote_types(a.dtype, torch.float32)
+            terms.append(merged_terms.product(*self.folded(self, name, a.to(wide), b.to(wide)), 1.0, turned))
+        return [Sum(base_of(self), "weight", terms)]
 
 
 class SVD(Folded):

@@ -6,7 +6,10 @@ This module is imported only where PEFT has made such a layer, so that other mod
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.adalora import bnb as peft_layers
+from torch import Tensor
 
 from lora_kernels.peft.bnb import Over4bit, Over8bit
 from lora_kernels.peft.folded import SVD
@@ -17,14 +20,28 @@ lora_A lora_B lora_E lora_dropout ranknum scaling to torch
 """
 
 
-class FusedSVDLinear4bit(SVD, Over4bit, peft_layers.SVDLinear4bit):
+class _Merged:
+    """The forward while merged. PEFT, which does not merge such layers, would add the adapters once more."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return y, of the dense weight alone while merged."""
+        if self.merged:
+            if not self.disable_adapters:
+                y: Tensor = self.base_layer(x, *args, **kwargs)
+                return y
+            self.unmerge()
+        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return y
+
+
+class FusedSVDLinear4bit(_Merged, SVD, Over4bit, peft_layers.SVDLinear4bit):
     """AdaLoRA over a ``Linear4bit``."""
 
     peft_class = peft_layers.SVDLinear4bit
     uses = _USES
 
 
-class FusedSVDLinear8bitLt(SVD, Over8bit, peft_layers.SVDLinear8bitLt):
+class FusedSVDLinear8bitLt(_Merged, SVD, Over8bit, peft_layers.SVDLinear8bitLt):
     """AdaLoRA over a ``Linear8bitLt`` with has_fp16_weights=False. x is not rounded to 8 bits."""
 
     peft_class = peft_layers.SVDLinear8bitLt

@@ -7,7 +7,7 @@ The result, for plain LoRA and for DoRA, is the one that PEFT defines. For plain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
@@ -24,9 +24,10 @@ from lora_kernels.ops.autograd import as_dtype, autocast_of
 from lora_kernels.ops.dora import Update, dora_linear
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.multi import lora_linear_multi
-from lora_kernels.peft import by_row, folds, known, serving, several
+from lora_kernels.peft import by_row, folds, hooked, known, merged_terms, serving, several
 from lora_kernels.peft.groups import Group
 from lora_kernels.peft.layer import FusedLayer, Survey
+from lora_kernels.peft.merging import Sum
 from lora_kernels.peft.reading import (
     OneAdapter,
     Operands,
@@ -104,10 +105,12 @@ class Fused(FusedLayer):
         names = kwargs.get("adapter_names") if kwargs else None
         operands = self.read(x, args, kwargs, names)
         if isinstance(operands, str):
+            if type(operands) is hooked.Elsewhere:
+                return self.forward(x.to(operands.there), *args, **kwargs).to(operands.back)
             if operands and (y := self.otherwise(x, args, kwargs)) is not None:
                 return y
-            if operands and not compiling:
-                self.passed_over[operands] += 1
+            if not compiling:
+                self.count_left(operands)
             return self.peft_class.forward(self, x, *args, **kwargs)
         if not compiling:
             self.__dict__["fused_calls"] += 1
@@ -150,6 +153,8 @@ class Fused(FusedLayer):
         if isinstance(base, str):
             return base
         w, bias = base
+        if x.device != w.device:
+            return hooked.elsewhere(self, x, w, names)
         present, variants = self.adapters_in(self), self.lora_variant
         active = []
         for name in self.active_adapters if names is None else dict.fromkeys(names):
@@ -236,10 +241,13 @@ class Fused(FusedLayer):
         for weight in (a, b):
             if type(weight) not in (nn.Parameter, Tensor):
                 return f"adapter {name!r} has a {type(weight).__name__}"
+        if has_hooks(down, up):
+            hooks = hooked.of_adapter(layer, name)
+            if isinstance(hooks, str):
+                return hooks
+            a, b, b_bias = hooked.converted_to(hooks, a, b, b_bias)
         if a.dtype != b.dtype:
             return f"adapter {name!r} has lora_A in {a.dtype} and lora_B in {b.dtype}"
-        if has_hooks(down) or has_hooks(up):
-            return f"adapter {name!r} has hooks, which the fused path would pass over"
         p = probability(dropout, name)
         if isinstance(p, str):
             return p
@@ -288,6 +296,14 @@ class Fused(FusedLayer):
         text = f"{layer.in_features}→{layer.out_features}{cls.base_note(layer)}, {ranks}"
         return Survey(text, tuple(reasons), tuple(filter(None, calls)))
 
+    def adapters_to_merge(self) -> Container[str]:
+        """Return the names of the adapters that this layer has."""
+        return self.adapters_in(self)
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum] | None:
+        """Return what merging the adapters `names` adds to W and the bias."""
+        return merged_terms.of_lora(self, names)
+
     def leave(self, reason: str) -> None:
         """Leave the group of the layer, if it is in one."""
         if self._group is not None:
@@ -321,6 +337,10 @@ class Fused(FusedLayer):
         """Return the dtypes in which the call is computed and returned (`Operands.inner`, `Operands.outer`), or why the
         dtypes of x, W and the adapters cannot be served together. `autocast` is `autocast_of(x)`."""
         raise NotImplementedError
+
+    def is_apart(self, operands: Operands) -> bool:
+        """Return whether the base of a call is computed in another dtype than its adapters."""
+        return False
 
     def settle(self, x: Tensor) -> None:
         """Make the changes to the base that its own forward makes before it computes."""

@@ -19,11 +19,28 @@ from lora_kernels.peft.layer import FusedLayer
 from lora_kernels.peft.shared import Forward, SharedInput
 
 FAMILIES: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, ViT
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, Phi, CLIP, Whisper, OPT
     ("gate_proj", "up_proj"),
     ("query", "key", "value"),  # BERT, ViT
+    ("q", "k", "v"),  # T5
+    ("wi_0", "wi_1"),  # T5's gated feed-forward
+    ("wq", "wk", "wv"),  # Llama as Meta wrote it, InternLM
+    ("w1", "w3"),  # the same, and Mixtral's experts: w2 reads their product
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+    ("q_a_proj", "q_proj", "kv_a_proj_with_mqa"),  # latent attention of DeepSeek, with q in low rank or not
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),  # linear attention of Qwen3.5
+    ("in_proj_qkvz", "in_proj_ba"),  # the same of Qwen3-Next
+    ("to_q", "to_k", "to_v"),  # diffusers
+    ("add_q_proj", "add_k_proj", "add_v_proj"),  # the text's half of joint attention in diffusers
 )
-"""Names of children of one module that read the same x. GPT-NeoX has one linear for q, k and v, and needs no group."""
+"""Names of children of one module that read the same x. GPT-NeoX has one linear for q, k and v, and needs no group.
+
+Where keys and values read another x than the queries, as in cross-attention, they are one call and the queries another.
+"""
+
+_JOINT = "add_q_proj"
+"""The child by which a module is known to attend jointly: it has projections for the tokens of the text too, so all of
+to_q, to_k and to_v read the first of its two inputs."""
 
 
 class Group:
@@ -95,7 +112,8 @@ class _Begin(_Hook):
             return
         group = self.group()
         if group is not None:
-            group.here.forward = Forward(parent, (*args, *kwargs.values()))
+            joint = _JOINT in parent._modules  # then no layer of a group reads another input than the first of them
+            group.here.forward = Forward(parent, () if joint else (*args, *kwargs.values()))
 
 
 class _End(_Hook):
@@ -119,13 +137,23 @@ def check_families(model: nn.Module, families: Sequence[Sequence[str]]) -> None:
             raise ValueError(f"group: no module of the model has two of {', '.join(map(repr, family))} for children")
 
 
+def not_grouped(families: Sequence[Sequence[str]], groups: dict[str, SharedInput]) -> str:
+    """Return the `families` of which no two layers are in one of `groups`, as text; "" where there is none."""
+    grouped = {frozenset(group.names) for group in groups.values()}
+    alone = [", ".join(names) for names in families if not any(each <= set(names) for each in grouped)]
+    if not alone:
+        return ""
+    return f"{' and '.join(alone)}: two of them must be fused, in one module, of one class and with inputs of one width"
+
+
 def _can_be_grouped(layer: nn.Module | None) -> bool:
     return isinstance(layer, FusedLayer) and layer.shares_input
 
 
 def group(model: nn.Module, families: Sequence[Sequence[str]]) -> dict[str, SharedInput]:
     """Group the fused layers that one of `families` names, where they are children of one parent, have the same
-    in_features, and are of one class that can be grouped (`FusedLayer.shares_input`).
+    in_features, and are of one class that can be grouped (`FusedLayer.shares_input`). Layers of one family that differ
+    in these, as the keys and values of a cross-attention from the queries, make groups of their own.
 
     Returns:
         Name of the parent → the group's report. A second group of the same parent has the key "parent (2)".
@@ -134,16 +162,24 @@ def group(model: nn.Module, families: Sequence[Sequence[str]]) -> dict[str, Shar
     for path, parent in list(model.named_modules()):
         count = 0
         for family in families:
-            names = [name for name in family if _can_be_grouped(parent._modules.get(name))]
-            layers: list[Any] = [parent._modules[name] for name in names]
-            if len(names) < 2 or len({(type(layer), layer.in_features) for layer in layers}) > 1:
-                continue
-            if any(layer._group is not None for layer in layers) or len({id(layer) for layer in layers}) < len(layers):
-                continue
-            count += 1
-            report = reports[path if count == 1 else f"{path} ({count})"] = SharedInput(names)
-            made = Group(report)
-            made.hook(parent)
-            for layer in layers:
-                layer._group = made
+            for names in _alike(parent, family):
+                layers: list[Any] = [parent._modules[name] for name in names]
+                if any(layer._group is not None for layer in layers) or len({*map(id, layers)}) < len(layers):
+                    continue
+                count += 1
+                report = reports[path if count == 1 else f"{path} ({count})"] = SharedInput(names)
+                made = Group(report)
+                made.hook(parent)
+                for layer in layers:
+                    layer._group = made
     return reports
+
+
+def _alike(parent: nn.Module, family: Sequence[str]) -> list[list[str]]:
+    """Return the names of `family` whose layers can be one group, for each group of two layers or more."""
+    alike: dict[tuple[type, int], list[str]] = {}
+    for name in family:
+        layer: Any = parent._modules.get(name)
+        if _can_be_grouped(layer):
+            alike.setdefault((type(layer), layer.in_features), []).append(name)
+    return [names for names in alike.values() if len(names) > 1]

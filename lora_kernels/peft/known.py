@@ -23,6 +23,11 @@ def why_not(owner: type[Any], uses: str, *functions: str) -> str:
     return next(filter(None, (_unknown(owner, name, uses) for name in functions or ("forward",))), "")
 
 
+def unknown_names(code: CodeType, uses: str) -> list[str]:
+    """Return the names that a function uses beside `uses`, which holds names between spaces."""
+    return _new(code, uses)
+
+
 def _unknown(owner: type[Any], name: str, uses: str) -> str:
     function = getattr(owner, name)
     made_by = function.__globals__.get("__name__") if isinstance(function, FunctionType) else ""

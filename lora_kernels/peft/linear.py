@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
-from lora_kernels.peft import folds, known
+from lora_kernels.peft import folds, hooked, known
 from lora_kernels.peft.fused import Fused
-from lora_kernels.peft.reading import DROPOUTS, OneAdapter, PeftAdapter, only_eager, weight_and_bias
+from lora_kernels.peft.reading import DROPOUTS, OneAdapter, PeftAdapter, base_weights, only_eager, weight_and_bias
 
 _any_autocast = torch._C._is_any_autocast_enabled  # without the time of asking for one device by its name
 
@@ -55,7 +55,12 @@ def dense_base(layer: Any, transposed: bool, of_conv1d: bool) -> tuple[Tensor, T
     if weight.requires_grad:
         return "its base weight is trained"
     if has_hooks(base):
-        return "its base layer has hooks, which the fused path would pass over"
+        hooks = hooked.of(base)
+        if isinstance(hooks, str):
+            return hooked.refused("its base layer", hooks)
+        if transposed and hooks.dtype is not None:
+            return hooked.refused("its base layer", f"layerwise casting to {hooks.dtype} of a Conv1D")
+        weight, bias = base_weights(base, hooks)
     return weight.t() if transposed else weight, bias
 
 
@@ -65,8 +70,10 @@ class OverDense(Fused):
     @staticmethod
     def known_dtype(layer: Any) -> torch.dtype:
         """Return the dtype of W."""
-        dtype: torch.dtype = weight_and_bias(layer.base_layer)[0].dtype
-        return dtype
+        base = layer._modules["base_layer"]
+        hooks = hooked.of(base)
+        dtype: torch.dtype = weight_and_bias(base)[0].dtype
+        return hooks.dtype if isinstance(hooks, hooked.Hooks) and hooks.dtype is not None else dtype
 
     def _dtypes(
         self, x: Tensor, w: Any, adapters: dict[str, PeftAdapter], autocast: torch.dtype | None
@@ -158,6 +165,4 @@ class FusedLinear(OverDense, peft_layer.Linear):
             return _DORA_UNKNOWN
         if layer.lora_B[name].bias is not None:
             return f"adapter {name!r} is DoRA with a bias of its own"
-        if has_hooks(layer.lora_magnitude_vector[name]):
-            return f"adapter {name!r} is DoRA, and its magnitude has hooks, which the fused path would pass over"
-        return None
+        return hooked.refusal(f"the magnitude of adapter {name!r}", layer.lora_magnitude_vector[name]) or None

@@ -16,7 +16,8 @@ from lora_kernels.backends import dispatch
 from lora_kernels.core.operands import Call
 from lora_kernels.nn.fit import has_hooks
 from lora_kernels.ops import check
-from lora_kernels.quant.weight import QuantizedWeight
+from lora_kernels.peft import hooked
+from lora_kernels.quant.weight import CODES, DTYPES, QuantizedWeight
 
 DROPOUTS = (nn.Identity, nn.Dropout)
 """PEFT's modules for a dropout of 0, and for others."""
@@ -97,10 +98,29 @@ def probability(dropout: Any, name: str) -> float | str:
     """Return the probability with which `dropout`, the module of adapter `name`, drops an element in this call, or why
     the adapter cannot be fused."""
     kind = type(dropout)
-    if kind not in DROPOUTS or has_hooks(dropout):
-        return f"adapter {name!r} has a dropout of its own: {kind.__name__}"
+    if kind not in DROPOUTS:
+        return f"adapter {name!r} has a dropout of its own, {kind.__name__}: an nn.Dropout is served"
+    if has_hooks(dropout) and isinstance(hooks := hooked.of(dropout), str):
+        return hooked.refused(f"the dropout of adapter {name!r}", hooks)
     p = float(dropout.p) if kind is nn.Dropout and dropout.training else 0.0
     return f"adapter {name!r} drops everything: p = {dropout.p}" if p >= 1 else p
+
+
+def base_weights(module: Any, hooks: hooked.Hooks) -> tuple[Any, Tensor | None]:
+    """Return the weight and the bias of a base whose hooks may convert them in every call, converted. A matrix in e4m3
+    stays as it is where a kernel reads it so: it holds the codes of fp8 with a scale of one."""
+    weight, bias = weight_and_bias(module)
+    dtype = hooks.dtype
+    if dtype is None:
+        return weight, bias
+    if bias is not None:
+        bias = bias.to(dtype)
+    if weight.dtype == CODES["fp8"] and dtype in DTYPES and weight.dim() == 2 and weight.is_contiguous():
+        N, K = weight.shape
+        if not only_eager(weight.device, (dtype, dtype), (N, K, 8), False, "fp8"):
+            scale = torch.ones(1, 1, device=weight.device)
+            return QuantizedWeight("fp8", (N, K), dtype, weight, scale, checked=True), bias
+    return weight.to(dtype), bias
 
 
 def weight_and_bias(module: Any) -> tuple[Any, Any]:

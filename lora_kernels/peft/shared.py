@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 from lora_kernels.ops.autograd import as_dtype, autocast_of, device_type, no_autocast
 from lora_kernels.ops.group import Layer, lora_linear_group
 from lora_kernels.ops.watched import observers
-from lora_kernels.peft import folds
+from lora_kernels.peft import folds, hooked
 from lora_kernels.peft.reading import Operands, PeftAdapter, as_one_adapter
 from lora_kernels.quant.weight import QuantizedWeight
 
@@ -213,6 +213,11 @@ def _sources(layer: Any, x: Tensor) -> tuple[Any, ...] | str:
         return "several adapters, or DoRA"
     if folds.is_folded(layer, name):
         return "its A or B is computed anew in every call"
+    if layer.is_apart(whole):
+        return "its base is computed in another dtype than its adapter"
+    modules = layer._modules
+    if any(hooked.converted(each) for each in (modules["base_layer"], layer.lora_A[name], layer.lora_B[name])):
+        return "hooks convert its weights in every call"
     return whole.w, adapter.a, adapter.b, adapter.scale, whole.bias, adapter.p, adapter.b_bias, whole.inner, whole.outer
 
 

@@ -4,14 +4,14 @@
 
 PEFT's forward keeps an M × N for its backward, and this one keeps h [M, r] alone. Over an ``nn.Linear`` or a Conv1D the
 whole layer is one call. Over another base, such as one in 4 bits, its own forward runs, and the update is added to its
-result. Merging, saving and everything else stays PEFT's.
+result. Saving and everything else stays PEFT's.
 
 Kopiczko, Blankevoort and Asano, "VeRA: Vector-based Random Matrix Adaptation", 2023 (arXiv:2310.11454).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -25,9 +25,10 @@ from lora_kernels.ops.around import add_low_rank
 from lora_kernels.ops.autograd import as_dtype, autocast_of
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.shared import folded, shared_lora_linear
-from lora_kernels.peft import known
+from lora_kernels.peft import known, merged_terms
 from lora_kernels.peft.layer import FusedLayer, Survey
 from lora_kernels.peft.linear import dense_base
+from lora_kernels.peft.merging import Sum, base_of
 from lora_kernels.peft.reading import only_eager, probability
 
 _USES = """
@@ -70,8 +71,8 @@ class FusedVeraLinear(FusedLayer, vera.Linear):
         compiling = torch.compiler.is_compiling()
         adapter = self._read(x, args, kwargs)
         if isinstance(adapter, str):
-            if adapter and not compiling:
-                self.passed_over[adapter] += 1
+            if not compiling:
+                self.count_left(adapter)
             y: Tensor = self.peft_class.forward(self, x, *args, **kwargs)
             return y
         if not compiling:
@@ -148,6 +149,22 @@ class FusedVeraLinear(FusedLayer, vera.Linear):
         if a.shape[0] != R or b.shape[1] != R:
             return f"adapter {name!r} has r={R} beside A {tuple(a.shape)} and B {tuple(b.shape)}"
         return _Adapter(a[:, :K], b[:N], u, v, p)
+
+    def adapters_to_merge(self) -> Container[str]:
+        """Return the names of the adapters that this layer has."""
+        adapters: Container[str] = self._modules["vera_lambda_d"]
+        return adapters
+
+    def sums(self, names: Sequence[str]) -> Sequence[Sum]:
+        """Return what merging the adapters `names` adds to W: (v ⊙ B) (u ⊙ A)."""
+        modules, terms = self._modules, []
+        for name in names:
+            u, v = modules["vera_lambda_d"][name], modules["vera_lambda_b"][name]
+            wide = torch.promote_types(u.dtype, torch.float32)
+            a = modules["vera_A"][name][:, : self.in_features].to(u.device, wide) * u[:, None]
+            b = modules["vera_B"][name][: self.out_features].to(u.device, wide) * v[:, None]
+            terms.append(merged_terms.product(a, b, 1.0, self.fan_in_fan_out))
+        return [Sum(base_of(self), "weight", terms)]
 
     @classmethod
     def why_not_forward(cls) -> str:

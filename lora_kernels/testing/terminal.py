@@ -119,5 +119,8 @@ class RichTerminal(Terminal):
 
 
 def terminal() -> Terminal:
-    """Return the best terminal that is installed."""
-    return RichTerminal() if importlib.util.find_spec("rich") else Terminal()
+    """Return the best terminal that is installed and works."""
+    try:
+        return RichTerminal() if importlib.util.find_spec("rich") else Terminal()
+    except Exception:  # a rich that is there and broken
+        return Terminal()

@@ -13,6 +13,7 @@ from lora_kernels.models.pairs import ATTENTION, CONV, EMBEDDING, EXPERTS, Pair
 from lora_kernels.nn import merging
 from lora_kernels.nn.adapter import AdapterLayer
 from lora_kernels.nn.conv1d import FusedLoRAConv1D
+from lora_kernels.nn.merged_sums import sum_dtype
 from lora_kernels.nn.quantized import QuantizedLoRALinear
 from lora_kernels.ops.embedding_passes import without_row
 from lora_kernels.train import sharded
@@ -98,7 +99,7 @@ class Update:
         """Yield, for one block of [G, P, Q] after the other: where it is, `start`, the update of `sides` and their sum
         there, and a spare block. `start` is itself the block where it has the dtype of the sums, else its copy is in
         the spare block. The memory of the last three is that of the next block."""
-        wide, device = _sum_dtype(self), self.w.device
+        wide, device = sum_dtype(self.w, self.pair.a, self.pair.b), self.w.device
         G, P, Q = self.w.shape
         rows = max(1, (_BLOCK if device.type == "cpu" else _BLOCK_ON_A_GPU) // max(1, Q))
         buffers = torch.empty(3, min(rows, P), Q, dtype=wide, device=device)
@@ -220,15 +221,3 @@ def _in_memory(weight: Tensor) -> list[int]:
     such as channels_last."""
     stride = sharded.local(weight).stride()
     return sorted(range(1, weight.ndim), key=lambda dim: stride[dim], reverse=True)
-
-
-def _sum_dtype(update: Update) -> torch.dtype:
-    """Return the dtype of the sums: fp32 if torch makes products of fp32 in fp32, else fp64."""
-    if update.w.device.type == "mps":
-        return torch.float32
-    try:
-        exact = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # the precision was set for a single back-end
-        exact = False
-    tensors = (update.w, update.pair.a, update.pair.b)
-    return torch.float32 if exact and not any(t.dtype == torch.float64 for t in tensors) else torch.float64

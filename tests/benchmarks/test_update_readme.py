@@ -43,7 +43,8 @@ def test_both_pages_are_written_and_checked(script, root, capsys):
     readme, measuring = ((root / name).read_text() for name in ("README.md", "docs/measuring.md"))
     for text in (readme, measuring):
         assert text.startswith("# before\n") and text.endswith("after\n") and "old" not in text
-    assert "](benchmarks/results/2030-01-01-a.json)" in readme and "](benchmarks/results/2030-01-01-a.png)" in readme
+    assert f"]({script.links.FILES}benchmarks/results/2030-01-01-a.json)" in readme
+    assert f"]({script.links.PICTURES}benchmarks/results/2030-01-01-a.png)" in readme
     assert "](../benchmarks/results/2030-01-01-a.json)" in measuring
     assert "](../benchmarks/results/2030-01-01-a.png)" in measuring
     cells = [e for e in run["timings"] if (e["shape"], e["p"], e["pass"]) == ("gpt2-mlp-up", 0.1, "forward + backward")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import pytest
 import torch
 from support.documentation import PAGES, ROOT, blocks, name_of
 
+import lora_kernels
+
 SETUP = Path(__file__).parent / "setup"
-OPTIONAL = ("peft", "bitsandbytes")
+OPTIONAL = ("peft", "bitsandbytes", "transformers", "trl", "diffusers", "sentence_transformers")
 MOST_NOT_RUN = 1
 """The number of blocks that may be marked as not run."""
 
@@ -33,16 +36,21 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
     setup = SETUP / f"{page.stem.lower()}.py"
     prepared = setup.read_text(encoding="utf-8") if setup.exists() else ""
     for package in OPTIONAL:
-        if any(f"import {package}" in code for code in (prepared, *(block.code for block in run))):
+        asked = re.compile(rf"^\s*(import|from) {package}\b", re.MULTILINE)
+        if any(asked.search(code) for code in (prepared, *(block.code for block in run))):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "documentation"}
     exec(compile(prepared, str(setup), "exec"), namespace)
-    for block in run:
-        exec(block.first, namespace)
-        code = "\n" * (block.line - 1) + block.code  # a traceback then has the page's line numbers
-        exec(compile(code, str(page), "exec"), namespace)
+    try:
+        for block in run:
+            exec(block.first, namespace)
+            code = "\n" * (block.line - 1) + block.code  # a traceback then has the page's line numbers
+            exec(compile(code, str(page), "exec"), namespace)
+    finally:
+        if "peft" in sys.modules:
+            lora_kernels.disable()  # what a page has enabled ends with it, also on an error
 
 
 def test_few_blocks_are_not_run() -> None:

@@ -113,7 +113,7 @@ def test_a_fresh_dora_model_computes_its_base():
     report = apply_lora(model, target_modules=["q_proj"], use_dora=True, lora_dropout=0.5)
     torch.testing.assert_close(run(model, "plain"), want)
     assert all(layer.use_dora for layer in report.layers)
-    assert re.search(r"^blocks\.0\.q_proj +8 +8 +8 → 8  DoRA$", str(report), re.M)
+    assert re.search(r"^blocks\.0\.q_proj +8 +8 +8 → 8  DoRA$", report.table(full=True), re.M)
 
 
 def test_the_settings_reach_the_layers():
@@ -135,10 +135,12 @@ def test_the_report_names_replaced_left_and_unmatched():
         and report.passed_over["first"] == "not in target_modules"
     )
     assert report.unused == ("nonsense", "rank_pattern v_proj")
-    text = str(report)
-    assert re.search(r"^blocks\.0\.q_proj +8 +8 +8 → 8$", text, re.M)
+    text, full = str(report), report.table(full=True)
+    assert re.search(r"^blocks\.\{0,2\}\.q_proj × 2 +8 +8 +8 → 8$", text, re.M)
+    assert re.search(r"^blocks\.2\.q_proj +8 +8 +8 → 8$", full, re.M)
     assert "DoRA" not in text
-    assert "passed over, in exclude_modules: blocks.1.q_proj" in text and "and 3 more" in text
+    assert "passed over, in exclude_modules: blocks.1.q_proj" in text
+    assert "blocks.{0..2}.v_proj × 3" in text and "blocks.0.v_proj, " in full
     assert "matched nothing: nonsense, rank_pattern v_proj" in text
 
 

@@ -24,7 +24,7 @@ ORDER: list[set[str]] = [
     {"ops"},
     {"nn"},
     {"models", "peft"},
-    {"serving", "jobs", "train", "analysis"},
+    {"serving", "jobs", "train", "analysis", "plugins"},
     {"group", "parallel", "initialise", "__init__"},
     {"testing"},
     {"bench"},

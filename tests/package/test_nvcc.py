@@ -17,8 +17,9 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not in a s
 @pytest.fixture
 def nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """Return the module, on a machine that has no nvcc yet."""
-    for name in ("CUDA_HOME", "CUDA_PATH", "LORA_KERNELS_CUDA"):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LORA_KERNELS_CUDA", "auto")
     monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
     monkeypatch.syspath_prepend(ROOT / "csrc")
     module = importlib.import_module("native_nvcc")
@@ -64,6 +65,19 @@ def test_the_first_that_fits_torch_is_taken_else_the_first(
     assert nvcc.wanted_nvcc() is None
 
 
+def test_nobody_gets_minutes_of_compiling_unasked(
+    nvcc: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(tmp_path / "path", "13.0")
+    assert nvcc.wanted_nvcc() is not None
+    for value in ("0", "", None):
+        if value is None:
+            monkeypatch.delenv("LORA_KERNELS_CUDA")
+        else:
+            monkeypatch.setenv("LORA_KERNELS_CUDA", value)
+        assert nvcc.wanted_nvcc() is None
+
+
 def test_an_nvcc_that_is_too_old_is_refused(
     nvcc: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +96,7 @@ def test_requiring_cuda_without_nvcc_is_an_error(nvcc: ModuleType, monkeypatch: 
     with pytest.raises(SystemExit, match=r"LORA_KERNELS_CUDA=1, but there is no nvcc.*CUDA_HOME"):
         nvcc.wanted_nvcc()
     monkeypatch.setenv("LORA_KERNELS_CUDA", "yes")
-    with pytest.raises(SystemExit, match="'yes': expected auto, 0 or 1"):
+    with pytest.raises(SystemExit, match="'yes': expected 0 \\(the default\\), auto or 1"):
         nvcc.wanted_nvcc()
 
 

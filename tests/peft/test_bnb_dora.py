@@ -154,16 +154,14 @@ def test_files_are_pefts(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*rounding errors")
-def test_merging_is_pefts_and_unfuse_gives_back_pefts_forward():
+def test_merging_keeps_the_codes_and_unfuse_gives_back_pefts_forward():
     model, x = dora(), torch.randn(4, 64)
     plain = copy.deepcopy(model)
     lora_kernels.fuse(model, strict=True)
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
-    for other in (model, plain):
-        other.merge_adapter()
+    model.merge_adapter()
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
-    for other in (model, plain):
-        other.unmerge_adapter()
+    model.unmerge_adapter()
     torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
     served(model, 2)
     lora_kernels.unfuse(model)
@@ -175,7 +173,9 @@ def test_what_is_not_served_says_why():
     magnitude = model.base_model.model.up.lora_magnitude_vector["default"]
     handle = magnitude.register_forward_hook(lambda module, args, y: y)
     report = lora_kernels.fuse(model)
-    assert len(report.fused) == 1 and all("magnitude has hooks" in why for why in report.not_fused.values())
+    assert len(report.fused) == 1 and all(
+        "magnitude of adapter 'default' has hooks" in why for why in report.not_fused.values()
+    )
     handle.remove()
     model.add_adapter("second", config(r=2, use_dora=True))
     lora_kernels.fuse(model)

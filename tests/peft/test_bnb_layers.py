@@ -148,8 +148,8 @@ def test_compute_dtype_is_that_of_the_first_x():
     model(torch.randn(3, 64, dtype=BF16))
     assert [layer.base_layer.compute_dtype for layer in fused_layers(model)] == [BF16, BF16]
     model(torch.randn(3, 64))
-    reason = "x is torch.float32, compute_dtype torch.bfloat16, and there is no autocast: the adapter has all bits of x"
-    assert all(layer.passed_over == {reason: 1} and layer.fused_calls == 1 for layer in fused_layers(model))
+    assert all(layer.fused_calls == 2 and not layer.passed_over for layer in fused_layers(model))
+    assert [layer.base_layer.compute_dtype for layer in fused_layers(model)] == [BF16, BF16]
 
 
 @pytest.mark.parametrize("net", [Net, Net8])
@@ -211,21 +211,16 @@ def test_eval_mode_does_not_re_pack_and_reads_what_is_re_packed():
 
 
 @pytest.mark.parametrize("net", [Net, Net8])
-@pytest.mark.filterwarnings("ignore:.*rounding errors")
-def test_merging_is_pefts_and_the_weight_is_read_again(net):
+def test_merging_keeps_the_weight_and_what_was_read_of_it(net, monkeypatch):
     model, x = make(net()), torch.randn(4, 64)
     lora_kernels.fuse(model, strict=True)
-    plain = copy.deepcopy(model)
-    lora_kernels.unfuse(plain)
-    model(x)
-    for other in (model, plain):
-        other.merge_adapter()
-    torch.testing.assert_close(model(x), plain(x))
-    caches = [layer._weight_cache for layer in fused_layers(model)]
-    assert all(cache.last is None for cache in caches), "the weight that was replaced is not kept"
-    for other in (model, plain):
-        other.unmerge_adapter()
-    torch.testing.assert_close(model(x), plain(x))
+    want = model(x)
+    reads = []
+    monkeypatch.setattr("lora_kernels.peft.bnb.from_bnb", lambda base: reads.append(base) or from_bnb(base))
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), want, rtol=2e-3, atol=2e-3)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), want) and not reads
     assert all(layer.fused_calls == 2 and not layer.passed_over for layer in fused_layers(model))
 
 
@@ -338,10 +333,9 @@ def test_what_is_not_served_says_why():
     net = Net()
     net.down = Twice(128, 64, compute_dtype=FP32).to("cpu")
     net.up.register_forward_hook(lambda module, args, y: 2 * y)
-    assert list(lora_kernels.fuse(make(net)).not_fused.values()) == [
-        "its base layer has hooks, which the fused path would pass over",
-        "its base is a Twice with a forward of its own",
-    ]
+    hooks, twice = lora_kernels.fuse(make(net)).not_fused.values()
+    assert hooks.startswith("its base layer has hooks, which the fused path would pass over (a forward hook, ")
+    assert twice.startswith("its base is a Twice with a forward of its own")
     assert all("anew in every call" in why for why in lora_kernels.fuse(make(Net8(True))).not_fused.values())
     model = make()
     lora_kernels.fuse(model, strict=True)

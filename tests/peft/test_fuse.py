@@ -101,9 +101,9 @@ def test_what_cannot_be_fused_is_left_to_peft_and_reported():
     assert not fused_layers(model)
     report = lora_kernels.fuse(model)
     assert list(report.fused) == ["base_model.model.emb", "base_model.model.up"]
-    assert report.not_fused == {
-        "base_model.model.down": "its base layer has hooks, which the fused path would pass over",
-    }
+    (name, why), *others = report.not_fused.items()
+    assert name == "base_model.model.down" and not others
+    assert why.startswith("its base layer has hooks, which the fused path would pass over (a forward hook, ")
     text = str(report)
     assert text.startswith("2 of 3 LoRA layers fused") and "24→40, default r=4" in text and "not fused" in text
     same(run(model, x), want)
@@ -122,11 +122,11 @@ def test_single_calls_are_left_to_peft_with_a_reason():
     up.base_layer.weight.requires_grad_(False)
     up.lora_dropout["default"] = nn.Dropout(1.0)
     model(x)
-    assert up.passed_over == {
-        "adapter 'default' has hooks, which the fused path would pass over": 1,
-        "its base weight is trained": 1,
-        "adapter 'default' drops everything: p = 1.0": 1,
-    }
+    hooks, trained, drops = sorted(up.passed_over, reverse=True, key=lambda why: "hooks" in why)
+    assert hooks.startswith("adapter 'default' has hooks, which the fused path would pass over (a forward hook, ")
+    assert trained.startswith("its base weight is trained")
+    assert drops.startswith("adapter 'default' drops everything: p = 1.0")
+    assert set(up.passed_over.values()) == {1}
     assert (up.fused_calls, down.fused_calls) == (1, 4)
 
 

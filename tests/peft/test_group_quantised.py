@@ -122,7 +122,8 @@ def test_dtypes_are_those_of_single_layers(kwargs, x_dtype, autocast):
             y = attn(model).q_proj(x_of(dtype=x_dtype)), model(x_of(dtype=x_dtype)).detach()
         found.append([*y, [getattr(attn(model), name).base_layer.__dict__.get("compute_dtype") for name in NAMES]])
         if group and not kwargs.get("eight") and fused_layers(model)[0].fused_calls > 1:
-            assert report_of(model).calls == 1
+            apart = kwargs["compute_dtype"] == BF16 and x_dtype == FP32 and autocast is None
+            assert report_of(model).calls == (0 if apart else 1)
     (q, y, dtypes), (q1, y1, dtypes1) = found
     assert y.dtype == y1.dtype and torch.equal(y, y1) and torch.equal(q, q1) and dtypes == dtypes1
 

@@ -202,17 +202,17 @@ def test_named_layers_are_grouped_where_they_are_equally_wide():
     class Mine(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.wq, self.wk, self.wide = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(16, 4)
+            self.w_a, self.w_b, self.wide = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(16, 4)
 
         def forward(self, x):
-            return self.wq(x)[:, :4] + self.wk(x) + self.wide(torch.cat([x, x], 1))
+            return self.w_a(x)[:, :4] + self.w_b(x) + self.wide(torch.cat([x, x], 1))
 
-    model = get_peft_model(Mine(), LoraConfig(r=2, target_modules=["wq", "wk", "wide"]))
+    model = get_peft_model(Mine(), LoraConfig(r=2, target_modules=["w_a", "w_b", "wide"]))
     assert not lora_kernels.fuse(model, group=True).groups
-    assert not lora_kernels.fuse(model, group=[("wq", "wide")]).groups  # they read inputs of different widths
-    (group,) = lora_kernels.fuse(model, group=[("wq", "wk")]).groups.values()
+    assert not lora_kernels.fuse(model, group=[("w_a", "wide")]).groups  # they read inputs of different widths
+    (group,) = lora_kernels.fuse(model, group=[("w_a", "w_b")]).groups.values()
     model(torch.randn(3, 8))
-    assert group.names == ("wq", "wk") and group.calls == 1
+    assert group.names == ("w_a", "w_b") and group.calls == 1
 
 
 def test_fuse_and_unfuse_end_the_groups_of_before():

@@ -109,7 +109,7 @@ def test_a_hook_that_comes_after_fusing_is_left_in_order_by_unfuse():
 def test_a_layer_with_another_patch_is_not_fused():
     model = make()
     layer = model.base_model.model.up
-    layer.forward = types.MethodType(type(layer).forward, layer)
+    layer.forward = types.MethodType(lambda self, x: type(self).forward(self, x), layer)
     report = fuse(model)
     assert "replaced on the instance" in report.not_fused["base_model.model.up"]
     assert not isinstance(layer, Fused)
@@ -137,7 +137,7 @@ def test_the_report_tells_later_which_layers_were_left_to_peft():
     for layer in fused_layers(model):
         layer.base_layer.register_forward_hook(lambda *_: None)
     model(X), model(X)
-    reason = "its base layer has hooks, which the fused path would pass over (2 calls)"
+    reason = "its base layer has hooks, which the fused path would pass over (a forward hook, "
     assert "2 of them had no fused call so far" in str(report)
     assert f"left to PEFT in every call so far: {reason}" in str(report)
 
@@ -172,9 +172,8 @@ def test_verify_finds_a_patched_parent_and_a_call_that_is_left_to_peft():
     report = fuse(model, verify=X)
     assert not report.not_fused
     inner.up.base_layer.register_forward_hook(lambda *_: None)
-    assert list(report.verify(model, X).not_fused.values()) == [
-        "its base layer has hooks, which the fused path would pass over"
-    ]
+    (why,) = report.verify(model, X).not_fused.values()
+    assert why.startswith("its base layer has hooks, which the fused path would pass over (a forward hook, ")
 
 
 def test_strict_with_verify_raises_and_fuses_nothing():
@@ -252,7 +251,20 @@ def test_disabled_and_merged_adapters_are_not_judged():
     assert report.verify(model, X).not_fused == {}
 
 
-def test_strict_refuses_a_model_without_lora():
+def test_strict_and_verify_refuse_a_model_without_lora():
     with pytest.raises(RuntimeError, match="no LoRA layer of PEFT"):
         fuse(Net(), strict=True)
-    assert "the model has none" in str(fuse(Net()))
+    report = fuse(Net())
+    assert "the model has none" in str(report)
+    for call in (lambda: fuse(Net(), verify=X), lambda: report.verify(Net(), X)):
+        with pytest.raises(ValueError, match="nothing to verify: 0 of 0 LoRA layers fused"):
+            call()
+
+
+def test_strict_refuses_a_verification_that_could_judge_no_layer():
+    model = make()
+    model.disable_adapter_layers()
+    with pytest.raises(RuntimeError, match="could judge none of the 2 LoRA layers"):
+        fuse(model, strict=True, verify=X)
+    assert not fused_layers(model)
+    assert not fuse(model, verify=X).not_fused

@@ -17,7 +17,7 @@ from lora_kernels.__main__ import main
 from lora_kernels.backends import dispatch
 from lora_kernels.evidence import file, find
 from lora_kernels.evidence.file import Evidence, Timing, Verdict
-from lora_kernels.tools import doctor
+from lora_kernels.tools import doctor, kernels_here, packages
 
 
 def test_the_report_agrees_with_explain_and_holds_no_paths(capsys):
@@ -71,9 +71,9 @@ def test_a_driver_that_is_too_old_for_the_cuda_kernels_is_told_with_the_way_out(
     assert not any(entry["what"] == "CUDA kernels" for entry in report["missing"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12040, raising=False)
-    told = {entry["what"]: entry["how"] for entry in doctor._missing(report)}
+    told = {entry["what"]: entry["how"] for entry in kernels_here._missing(report)}
     assert "needs driver 580 or later" in told["CUDA kernels"] and "CUDA_HOME" in told["CUDA kernels"]
-    text = dict(doctor._facts(report))["CUDA kernels"]
+    text = dict(kernels_here.facts(report))["CUDA kernels"]
     assert text == "built by nvcc 13.0 for sm_90a; needs driver 580 or later; driver: answers: 0 devices"
 
 
@@ -86,7 +86,7 @@ def test_a_driver_that_is_too_old_for_the_cuda_kernels_is_told_with_the_way_out(
     ],
 )
 def test_absolute_paths_are_cut(text, left):
-    assert doctor._without_paths(text) == left
+    assert packages.without_paths(text) == left
 
 
 def test_what_is_known_about_a_gpu_is_told(tmp_path, monkeypatch, capsys):

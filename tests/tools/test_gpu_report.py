@@ -54,7 +54,7 @@ def test_results_become_tables_pictures_and_shipped_evidence(script, root, resul
     assert file.read(shipped).verdicts == RIGHT
     readme, measuring = ((root / name).read_text() for name in ("README.md", "docs/measuring.md"))
     assert "**Fake GPU** (sm_90, driver 580.65)" in readme
-    assert "(benchmarks/results/gpu/2030-01-01-fake-gpu-llama.json)" in readme
+    assert "/blob/main/benchmarks/results/gpu/2030-01-01-fake-gpu-llama.json)" in readme
     assert "| composite: forward over F.linear | ×1.13 of 24/24 layers, ≤ 1.15 met |" in readme
     assert "| PEFT (fp32 adapters, p=0.05) over ours, fwd + bwd | ×1.77 | 24/24 | ≥ 1.40 | met |" in measuring
     assert "Decoding in a CUDA graph" in measuring and "not yet run" not in readme + measuring

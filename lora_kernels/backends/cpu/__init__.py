@@ -27,6 +27,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.backends.cpu import openmp
+from lora_kernels.core import built
 from lora_kernels.core.operands import (
     Adapter,
     Base,
@@ -40,17 +42,18 @@ from lora_kernels.core.operands import (
 from lora_kernels.quant.weight import QuantizedWeight
 
 try:
+    openmp.provide()
     from lora_kernels import _C
     from lora_kernels.backends.cpu import gemm, quant
     from lora_kernels.backends.cpu.around import add_low_rank, low_rank_backward
     from lora_kernels.backends.cpu.experts import backward_experts, forward_experts
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
     from lora_kernels.backends.cpu.multi import add_multi, backward_multi, forward_multi
-except ImportError as error:
+    from lora_kernels.backends.cpu.paths import told
+except (ImportError, OSError) as error:
     raise ImportError(
-        f"the native CPU kernels are missing ({error}): they are built when lora_kernels is installed, which needs a "
-        "C++17 compiler and Python's headers (Debian: apt install g++ python3-dev), then: "
-        "pip install --force-reinstall --no-deps lora_kernels"
+        f"the native CPU kernels are missing ({error}; {built.why_missing('_C')}). Their build needs {built.COMPILER}, "
+        f"then: {built.reinstall()}"
     ) from error
 
 __all__ = [
@@ -67,6 +70,7 @@ __all__ = [
     "keep_mask",
     "low_rank_backward",
     "name",
+    "told",
     "why_not",
 ]
 
