@@ -86,9 +86,9 @@ struct QuantRows {
   }
 };
 
-// How the codes of a run of consecutive elements of a weight in integers lie in memory. `high` and `low` are the nibbles
-// of bytes. `word` is one code of each of consecutive int32, at a shift. `spread4` and `spread8` are all codes of
-// consecutive int32, the first in the lowest bits, and `spread_awq` those of 4 bits in AWQ's order.
+// How the codes of a run of consecutive elements of a weight in integers lie in memory. `high` and `low` are the
+// nibbles of bytes. `word` is one code of each of consecutive int32, at a shift. `spread4` and `spread8` are all codes
+// of consecutive int32, the first in the lowest bits, and `spread_awq` those of 4 bits in AWQ's order.
 enum class IntCode : int { i8, u8, high, low, word4, word8, spread4, spread8, spread_awq };
 
 // Consecutive elements (code - zero) * scale of a weight in integers. Both results are rounded to `rounded`.
