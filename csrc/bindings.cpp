@@ -21,6 +21,18 @@ using namespace lk::python;
 
 namespace {
 
+// The product of many rows with a w [N, K], dense of any strides or quantised: x w^T, or x w where `transposed`.
+std::unique_ptr<lk::cpu::ManyRows> many_rows(py::handle w, i64 M, i64 N, i64 K, bool transposed, Tile x, Tile y,
+                                             bool add, Tile bias) {
+  if (!is_tensor(w)) return lk::cpu::many_rows(M, quantized(w, N, K), transposed, x, y, add, bias);
+  const View v = view(w);
+  require_size("w", v.size, N, K);
+  if (v.dtype != x.dtype) throw py::type_error("a launch multiplies many rows by a w of their own dtype only");
+  const Two stride = transposed ? Two{v.stride.second, v.stride.first} : v.stride;
+  return lk::cpu::many_rows(M, transposed ? K : N, transposed ? N : K, x, {v.data, stride.first, v.dtype},
+                            stride.second, y, add, bias);
+}
+
 void forward(int threads, py::handle x, py::handle bases, py::handle adapters, py::handle ys, py::handle hs,
              py::handle products) {
   const Items base_list(bases), adapter_list(adapters), y_list(ys), h_list(hs), product_list(products);
@@ -39,7 +51,10 @@ void forward(int threads, py::handle x, py::handle bases, py::handle adapters, p
     if (product_list[i].ptr() == Py_True) {
       const py::object w = get(base_list[i], names.w);
       require(w, "w");
-      if (is_tensor(w))
+      const bool few = M <= lk::cpu::kFewRows, dense = is_tensor(w);
+      if (!few)
+        p.many = many_rows(w, M, p.N, K, false, rows.tile, p.y, false, p.y.dtype == DType::f32 ? Tile{} : p.bias);
+      else if (dense)
         p.base = lk::cpu::few_rows(M, p.N, K, rows.tile, owners.keep(sized(input(w), "w", p.N, K)), p.y);
       else
         p.base = lk::cpu::few_rows(M, quantized(w, p.N, K), rows.tile, p.y);
@@ -82,7 +97,10 @@ void backward(int threads, py::handle dys, py::handle x, py::handle bases, py::h
       const py::object w = get(base_list[i], names.w);
       require(dx, "dx");
       require(w, "w");
-      p.base = lk::cpu::few_rows_back(M, p.N, K, p.dy, owners.keep(sized(input(w), "w", p.N, K)), out, add);
+      if (M <= lk::cpu::kFewRows)
+        p.base = lk::cpu::few_rows_back(M, p.N, K, p.dy, owners.keep(sized(input(w), "w", p.N, K)), out, add);
+      else
+        p.many = many_rows(w, M, p.N, K, true, p.dy, out, add, {});
       add = true;
     }
     branches.push_back(std::move(p));

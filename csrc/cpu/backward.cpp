@@ -7,7 +7,7 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kDepth = 1024;  // columns of dy per step of a pass for g alone
+constexpr i64 kDepth = 1024;  // columns of dy per step: 8 rows of b's panel stay in L1 for all rows of a tile
 
 // Sizes, tasks and memory of a branch, beside its operands.
 struct Work {
@@ -74,13 +74,16 @@ void pass_over_dy(const Branch& p, const Work& w, i64 M) {
     const i64 n0 = w.over_n.k0(t), width = w.over_n.width(t), first = w.over_n.m0(t), last = first + w.over_n.rows(t);
     const Sums D{p.db ? w.db_part + t / w.over_n.C * p.R * w.ldn + n0 : nullptr, w.ldn};
     if (p.db) clear(D, p.R, width);
-    for (i64 m0 = first; m0 < last; m0 += kTileRows) {
-      const i64 n = std::min(kTileRows, last - m0);
-      const Tile tile = p.dy.at(m0, n0);
-      if (w.need_g && w.one_pass)
-        w.l.dot(tile, kKeepAll, {w.b_panel + w.l.dot_column(n0), w.ldn}, {n, width, p.R},
-                {w.g + t % w.over_n.C * M * p.R + m0 * p.R, p.R}, false);
-      if (p.db) w.l.outer(tile, kKeepAll, H.at(m0, 0), {n, width, p.R}, D);
+    for (i64 c0 = 0; c0 < width; c0 += kDepth) {
+      const i64 cols = std::min(kDepth, width - c0);
+      for (i64 m0 = first; m0 < last; m0 += kTileRows) {
+        const i64 n = std::min(kTileRows, last - m0);
+        const Tile tile = p.dy.at(m0, n0 + c0);
+        if (w.need_g && w.one_pass)
+          w.l.dot(tile, kKeepAll, {w.b_panel + w.l.dot_column(n0 + c0), w.ldn}, {n, cols, p.R},
+                  {w.g + t % w.over_n.C * M * p.R + m0 * p.R, p.R}, c0 > 0);
+        if (p.db) w.l.outer(tile, kKeepAll, H.at(m0, 0), {n, cols, p.R}, D.at(0, c0));
+      }
     }
   }
 }
@@ -124,6 +127,34 @@ void sum_da(const Branch& p, const Work& w, i64 K, i64 ldk, i64 slabs) {
   }
 }
 
+// dx and g^T x over the rows and columns of a part: what each branch adds to dx, and to its da. A tile of dx and x
+// serves every branch, and a branch's keep bits serve both products. `bits` is memory for them, `ld` bytes a row.
+struct Last {
+  const std::vector<Branch>& branches;
+  const std::vector<Work>& works;
+  i64 ldk, ld;
+  Tile x, dx;
+
+  // With `da`, sums go to the parts of da from `slab` on. k0 may be any column for dx, and a multiple of 64 for da.
+  void add(i64 m0, i64 rows, i64 k0, i64 cols, bool to_dx, bool to_da, i64 slab, uint8_t* bits) const {
+    for (size_t i = 0; i < works.size(); ++i) {
+      const Branch& p = branches[i];
+      const Work& w = works[i];
+      const bool da = to_da && p.da;
+      if (!w.need_g || !(da || to_dx)) continue;
+      const uint32_t threshold = p.dropout.threshold;
+      const i64 before = threshold ? k0 % 64 : 0;  // keep bits come in groups of 64 columns
+      const Keep keep = Keep{threshold ? bits : nullptr, ld}.at(0, before);
+      if (threshold) kernels().keep_bits(p.dropout.seed, threshold, m0, k0 - before, rows, before + cols, bits, ld);
+      if (da)
+        w.l.outer(x.at(m0, k0), keep, {w.g + m0 * p.R, p.R}, {rows, cols, p.R},
+                  {w.da_part + slab * p.R * ldk + k0, ldk});
+      if (to_dx)
+        w.l.expand(dx.at(m0, k0), keep, nullptr, {w.g_rows + m0 * p.R, p.R}, {w.a_panel + k0, ldk}, {rows, cols, p.R});
+    }
+  }
+};
+
 }  // namespace
 
 void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Branch>& branches) {
@@ -131,10 +162,12 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
   std::vector<Work> works;
   works.reserve(branches.size());
   double products = 0;
-  i64 largest = 0;
+  i64 largest = 0, part = 0;           // the largest rank; the most columns of a part of dx
+  size_t last_many = branches.size();  // the branch whose product completes dx; none if this is beyond the branches
   bool drop = false;
   for (const Branch& p : branches) {
-    if (p.base) products += static_cast<double>(p.N) * K;
+    if (p.base || p.many) products += static_cast<double>(p.N) * K;
+    if (p.many) last_many = works.size();
     const Work& w = works.emplace_back(p, M, K, static_cast<bool>(dx));
     products += static_cast<double>(p.R) * ((w.need_g ? p.N : 0) + (p.db ? p.N : 0) + (dx ? K : 0) + (p.da ? K : 0));
     largest = std::max(largest, p.R);
@@ -145,7 +178,7 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
 
   Scratch scratch;
   uint8_t* bits;
-  const i64 bits_per_thread = drop ? kTileRows * over_k.chunk / 8 : 0;
+  i64 ld = 0, bits_per_thread = 0;  // bytes
   for (int pass = 0; pass < 2; ++pass) {
     if (pass) scratch.reserve();
     for (size_t i = 0; i < works.size(); ++i) {
@@ -159,7 +192,11 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
       w.db_part = scratch.floats(p.db ? w.over_n.S * p.R * w.ldn : 0);
       w.da_part = scratch.floats(p.da ? over_k.S * p.R * ldk : 0);
       if (p.base) p.base->take(scratch, threads);
+      if (p.many) p.many->take(scratch, threads);
+      if (p.many) part = std::max(part, p.many->width());
     }
+    ld = std::max(over_k.chunk, round_up(part, 64) + 64) / 8;
+    bits_per_thread = drop ? kTileRows * ld : 0;
     bits = scratch.bytes(threads * bits_per_thread);
   }
 
@@ -181,31 +218,27 @@ void backward(int threads, i64 M, i64 K, Tile x, Tile dx, const std::vector<Bran
     for (size_t i = 0; i < works.size(); ++i) sum_over_dy(branches[i], works[i], M, static_cast<bool>(dx));
 #pragma omp barrier
 
-    // dx and g^T x: a tile of dx and x serves every branch, and a branch's keep bits serve both products
     uint8_t* const my_bits = drop ? bits + worker() * bits_per_thread : nullptr;
+    const Last last{branches, works, ldk, ld, x, dx};
+    const bool many = last_many < works.size();
+    for (size_t i = 0; i < works.size(); ++i) {
+      if (!branches[i].many) continue;
+      const Tail tail = [&](i64 m0, i64 rows, i64 k0, i64 cols) {
+        last.add(m0, rows, k0, cols, true, false, 0, my_bits);
+      };
+      if (i) {
+#pragma omp barrier
+      }
+#pragma omp for schedule(dynamic, 1) nowait  // a thread goes on to da while another completes dx
+      for (i64 t = 0; t < branches[i].many->tasks(); ++t) branches[i].many->task(t, i == last_many ? tail : Tail{});
+    }
 #pragma omp for schedule(dynamic, 1)
     for (i64 t = 0; t < over_k.size(); ++t) {
-      const i64 k0 = over_k.k0(t), width = over_k.width(t), first = over_k.m0(t), last = first + over_k.rows(t);
+      const i64 k0 = over_k.k0(t), width = over_k.width(t), end = over_k.m0(t) + over_k.rows(t), slab = t / over_k.C;
       for (size_t i = 0; i < works.size(); ++i)
-        if (branches[i].da)
-          clear({works[i].da_part + t / over_k.C * branches[i].R * ldk + k0, ldk}, branches[i].R, width);
-      for (i64 m0 = first; m0 < last; m0 += kTileRows) {
-        const i64 n = std::min(kTileRows, last - m0);
-        for (size_t i = 0; i < works.size(); ++i) {
-          const Branch& p = branches[i];
-          const Work& w = works[i];
-          if (!w.need_g) continue;
-          const uint32_t threshold = p.dropout.threshold;
-          const Keep keep{threshold ? my_bits : nullptr, over_k.chunk / 8};
-          if (threshold) kernels().keep_bits(p.dropout.seed, threshold, m0, k0, n, width, my_bits, keep.ld);
-          if (p.da)
-            w.l.outer(x.at(m0, k0), keep, {w.g + m0 * p.R, p.R}, {n, width, p.R},
-                      {w.da_part + t / over_k.C * p.R * ldk + k0, ldk});
-          if (dx)
-            w.l.expand(dx.at(m0, k0), keep, nullptr, {w.g_rows + m0 * p.R, p.R}, {w.a_panel + k0, ldk},
-                       {n, width, p.R});
-        }
-      }
+        if (branches[i].da) clear({works[i].da_part + slab * branches[i].R * ldk + k0, ldk}, branches[i].R, width);
+      for (i64 m0 = over_k.m0(t); m0 < end; m0 += kTileRows)
+        last.add(m0, std::min(kTileRows, end - m0), k0, width, dx && !many, true, slab, my_bits);
     }
     for (size_t i = 0; i < works.size(); ++i) sum_da(branches[i], works[i], K, ldk, over_k.S);
   }

@@ -30,7 +30,7 @@ struct Work {
       : l(in_place ? *kernels().fp32 : kernels().low_rank(x, p.a.dtype)),
         a_packed(!in_place || p.a.dtype != DType::f32),
         b_packed(!in_place),
-        convert_bias(p.bias && p.bias.dtype != DType::f32),
+        convert_bias(p.bias && p.bias.dtype != DType::f32 && !p.many),
         ldk(panel_stride(K)),
         ldn(panel_stride(p.N)),
         pack_a(make_grid(p.R, K, p.R, 512)),
@@ -95,18 +95,34 @@ void finish_h(const Branch& p, const Work& w, i64 m0, i64 rows) {
 // y += s h b^T, and the bias, unless the base product has it. `column` is memory of the calling thread for kWidth
 // floats, used where b is read in place.
 void add_to_y(const Branch& p, const Work& w, bool in_place, float* column) {
-  const float* const bias = p.base ? nullptr : w.bias(p);
+  const bool has_bias = p.base || (p.many && p.y.dtype != DType::f32);
+  const float* const bias = has_bias ? nullptr : w.bias(p);
+  const auto expand = [&](i64 m0, i64 rows, i64 n0, i64 cols) {
+    w.l.expand(p.y.at(m0, n0), kKeepAll, bias ? bias + n0 : nullptr, w.h(p).at(m0, 0), {w.b_panel + n0, w.ldn},
+               {rows, cols, p.R});
+  };
+  if (p.many) {
+    const Tail tail = expand;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (i64 t = 0; t < p.many->tasks(); ++t) p.many->task(t, tail);
+    return;
+  }
 #pragma omp for schedule(dynamic, 1) nowait
   for (i64 t = 0; t < w.tiles.size(); ++t) {
     const i64 m0 = w.tiles.m0(t), n0 = w.tiles.k0(t), width = w.tiles.width(t), n = w.tiles.rows(t);
-    const float* const bias_n = bias ? bias + n0 : nullptr;
     if (!in_place) {
-      w.l.expand(p.y.at(m0, n0), kKeepAll, bias_n, w.h(p).at(m0, 0), {w.b_panel + n0, w.ldn}, {n, width, p.R});
+      expand(m0, n, n0, width);
       continue;
     }
     const float one = 1.0f;
+    const float* const bias_n = bias ? bias + n0 : nullptr;
     for (i64 m = m0; m < m0 + n; ++m) {
-      w.l.dot(p.b.at(n0, 0), kKeepAll, w.h(p).at(m, 0), {width, p.R, 1}, {column, 1}, false);
+      const Sums h = w.h(p).at(m, 0);
+      if (p.b.dtype == DType::f32)  // with b as the panel, its rows share the sums over lanes; the bits are the same
+        w.l.dot({h.data, h.ld, DType::f32}, kKeepAll, {static_cast<const float*>(p.b.at(n0, 0).data), p.b.ld},
+                {1, p.R, width}, {column, width}, false);
+      else
+        w.l.dot(p.b.at(n0, 0), kKeepAll, h, {width, p.R, 1}, {column, 1}, false);
       w.l.expand(p.y.at(m, n0), kKeepAll, bias_n, {&one, 1}, {column, width}, {1, width, 1});
     }
   }
@@ -123,7 +139,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
   for (const Branch& p : branches) {
     works.emplace_back(p, M, K, x.dtype, in_place);
     products += static_cast<double>(p.R) * (K + p.N);
-    if (p.base) products += static_cast<double>(p.N) * K;
+    if (p.base || p.many) products += static_cast<double>(p.N) * K;
     drop |= p.dropout.threshold != 0;
   }
   threads = team(threads, 2.0 * (in_place ? std::min(M, i64{1}) * kFewWeight : M) * products);
@@ -144,6 +160,7 @@ void forward(int threads, i64 M, i64 K, Tile x, const std::vector<Branch>& branc
       w.b_panel = scratch.floats(w.b_packed ? p.R * w.ldn : 0);
       w.bias32 = scratch.floats(w.convert_bias ? p.N : 0);
       if (p.base) p.base->take(scratch, threads);
+      if (p.many) p.many->take(scratch, threads);
     }
     columns = scratch.floats(in_place ? threads * kWidth : 0);
     bits = scratch.bytes(threads * bits_per_thread);

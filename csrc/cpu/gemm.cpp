@@ -95,10 +95,23 @@ class DenseBack : public FewRows {
 void gemm(int threads, i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add, Tile bias) {
   if (!add && M <= kFewRows && stride_wk == 1)
     return run(team(threads, 2.0 * M * N * K), *few_rows(M, N, K, x, w, y), N, bias);
-  gemm_by_panels(threads, M, N, K, x, y, add, bias, 0, [&](i64 n0, i64 cols, i64 k0, i64 depth, float*, float* P) {
+  run(team(threads, 2.0 * M * N * K), *many_rows(M, N, K, x, w, stride_wk, y, add, bias));
+}
+
+std::unique_ptr<ManyRows> many_rows(i64 M, i64 N, i64 K, Tile x, Tile w, i64 stride_wk, Tile y, bool add, Tile bias) {
+  return by_panels(M, N, K, x, y, add, bias, 0, [=](i64 n0, i64 cols, i64 k0, i64 depth, float*, float* P) {
     const Gemm& g = *kernels().gemm(x.dtype);
     g.pack({w.at(n0, k0 * stride_wk).data, w.ld, stride_wk}, cols, depth, g.floats(depth), P);
   });
+}
+
+void run(int threads, ManyRows& many) {
+  Scratch scratch;
+  many.take(scratch, threads);
+  scratch.reserve();
+  many.take(scratch, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (i64 t = 0; t < many.tasks(); ++t) many.task(t, {});
 }
 
 void gemm_each(int threads, i64 N, i64 K, i64 stride_wk, const std::vector<Product>& products) {

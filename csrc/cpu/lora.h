@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "few.h"
+#include "many.h"
 
 namespace lk::cpu {
 
@@ -37,6 +38,10 @@ struct Branch {
 
   // Writes x w^T to y at the start of a forward, or dy w to dx at the start of a backward; null where they hold it.
   std::unique_ptr<FewRows> base;
+
+  // The same for many rows. What the low-rank half adds to the result follows part by part. A bias of y in fp32 is
+  // added there too, and one in 16 bits belongs to this product.
+  std::unique_ptr<ManyRows> many;
 };
 
 // For each branch, in one pass over x for all of them:

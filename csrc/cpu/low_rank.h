@@ -64,7 +64,7 @@ void dot(Tile x, Keep keep, Panel P, Extent e, Sums out, bool add) {
 
 // The rows of one call are summed from zero and then added to D. Two levels of summation have a smaller error than one.
 
-constexpr i64 kRowsAhead = 24;  // distance of the prefetch
+constexpr i64 kRowsAhead = 48;  // distance of the prefetch
 
 template <class T, bool KEEP, bool TAIL, int RR, int NV>
 void outer_block(Rows<const T> x, Keep keep, Panel G, i64 rows, Sums D, int n) {

@@ -68,7 +68,7 @@ void dot(Tile x, Keep keep, Panel panel, Extent e, Sums out, bool add) {
 
 // ---- D[r, k] += sum_m G[m, r] keep(x)[m, k]: RR values of r by 32 columns, pairs along m ----
 
-constexpr i64 kRowsAhead = 24;  // distance of the prefetch
+constexpr i64 kRowsAhead = 48;  // distance of the prefetch
 
 template <bool KEEP, int RR>
 void outer_block(Rows<const bf16> x, Keep keep, Panel G, i64 rows, i64 cols, Sums D) {

@@ -226,28 +226,32 @@ void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 c
   }
 }
 
-void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y, Tile bias) {
-  if (M <= kFewRows && !transposed) return run(team(threads, 2.0 * M * w.N * w.K), *few_rows(M, w, x, y), w.N, bias);
-  const Gemm& g = *kernels().gemm(x.dtype);
+std::unique_ptr<ManyRows> many_rows(i64 M, const Quantized& w, bool transposed, Tile x, Tile y, bool add, Tile bias) {
   const i64 N = transposed ? w.K : w.N, K = transposed ? w.N : w.K;
+  const Gemm* const g = kernels().gemm(x.dtype);
   // some rows of w are decoded at a time, and stay in L1
-  const i64 most = std::max(g.group, g.pair * g.depth) / g.pair, numbers = kDecodeRows * most;
-  const i64 spare = numbers + room_for(w, kDecodeRows, most * g.pair);
+  const i64 most = g ? std::max(g->group, g->pair * g->depth) / g->pair : 0, numbers = kDecodeRows * most;
+  const i64 spare = numbers + (g ? room_for(w, kDecodeRows, most * g->pair) : 0);
   const bool by_rows = transposed != w.turned();  // whether rows of w as it is stored are those of a panel
-  const auto pack = [&](i64 n0, i64 cols, i64 k0, i64 depth, float* D, float* P) {
-    const i64 column = g.floats(depth);
+  return by_panels(M, N, K, x, y, add, bias, spare, [=](i64 n0, i64 cols, i64 k0, i64 depth, float* D, float* P) {
+    const i64 column = g->floats(depth);
     for (i64 i = 0, rows; i < (by_rows ? depth : cols); i += rows) {
       rows = std::min(kDecodeRows, (by_rows ? depth : cols) - i);
       if (by_rows) {
-        decode_rows(g, w, k0 + i, rows, n0, cols, D + numbers, D);
-        g.pack({D, 1, cols}, cols, rows, column, P + i / g.pair * g.width);
+        decode_rows(*g, w, k0 + i, rows, n0, cols, D + numbers, D);
+        g->pack({D, 1, cols}, cols, rows, column, P + i / g->pair * g->width);
       } else {
-        decode_rows(g, w, n0 + i, rows, k0, depth, D + numbers, D);
-        g.pack({D, depth, 1}, rows, depth, column, P + i * column);
+        decode_rows(*g, w, n0 + i, rows, k0, depth, D + numbers, D);
+        g->pack({D, depth, 1}, rows, depth, column, P + i * column);
       }
     }
-  };
-  gemm_by_panels(threads, M, N, K, x, y, false, bias, spare, pack);
+  });
+}
+
+void quantized_gemm(int threads, i64 M, const Quantized& w, bool transposed, Tile x, Tile y, Tile bias) {
+  threads = team(threads, 2.0 * M * w.N * w.K);
+  if (M <= kFewRows && !transposed) return run(threads, *few_rows(M, w, x, y), w.N, bias);
+  run(threads, *many_rows(M, w, transposed, x, y, false, bias));
 }
 
 }  // namespace lk::cpu

@@ -26,7 +26,7 @@ struct Q {
     v[0] = look_up(all, t);
     v[1] = look_up(_mm_srli_si128(all, 8), t);
   }
-  static reg gather(const float* table, const uint8_t* c) {
+  static reg look_up256(const float* table, const uint8_t* c) {
     return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(c))), 4);
   }
   static reg i8(const uint8_t* c) {

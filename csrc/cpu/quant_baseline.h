@@ -11,7 +11,7 @@ struct Q {
   static void four(const uint8_t* c, const Lut& t, reg (&v)[2]) {  // the high nibble comes first
     for (int i = 0; i < 2 * W; ++i) v[i / W].v[i % W] = t[i % 2 ? c[i / 2] & 15 : c[i / 2] >> 4];
   }
-  static reg gather(const float* table, const uint8_t* c) {
+  static reg look_up256(const float* table, const uint8_t* c) {
     reg r;
     for (int i = 0; i < W; ++i) r.v[i] = table[c[i]];
     return r;

@@ -4,8 +4,8 @@
 namespace lk::cpu {
 namespace {
 
-constexpr i64 kChunk = 128;   // elements of a register of codes
-constexpr i64 kAhead = 4096;  // distance of the prefetch, in bytes
+constexpr i64 kChunk = 128;    // elements of a register of codes
+constexpr i64 kAhead = 16384;  // distance of the prefetch, in bytes: a nearer line would arrive too late
 
 inline __m512i load_codes(const uint8_t* c, i64 count) {
   if (count >= kChunk) return _mm512_loadu_si512(c);

@@ -23,7 +23,7 @@ void rows_dot(const QuantRows& w, Panel X, Sums out) {
     for (; k + kStep <= end; k += kStep) {
       LK_UNROLL for (int i = 0; i < RW; ++i) {
         F::load(c[i] + F::bytes(k), t, v);
-        __builtin_prefetch(c[i] + F::bytes(k) + 1024, 0, 3);
+        ahead(c[i] + F::bytes(k) + RW * w.ldc);  // of the rows that follow these
         LK_UNROLL for (int m = 0; m < XR; ++m) LK_UNROLL for (int j = 0; j < 2; ++j) p[i][m] =
             V::fma(v[j], V::load(X.row(m) + k + j * W), p[i][m]);
       }
@@ -98,11 +98,11 @@ void quant_scales(const uint8_t* codes, i64 first, i64 count, const float* table
   for (i64 i = 0, end; i < count; i = end) {  // up to the end of the scales that share one absmax
     end = ((first + i) / kNested + 1) * kNested - first;
     end = end < count ? end : count;
-    for (; i + W <= end; i += W) V::store(out + i, scaled(Q::gather(table, codes + first + i), first + i));
+    for (; i + W <= end; i += W) V::store(out + i, scaled(Q::look_up256(table, codes + first + i), first + i));
     if (i == end) continue;
     uint8_t padded[W] = {};
     __builtin_memcpy(padded, codes + first + i, static_cast<size_t>(end - i));
-    V::store(out + i, scaled(Q::gather(table, padded), first + i), static_cast<int>(end - i));
+    V::store(out + i, scaled(Q::look_up256(table, padded), first + i), static_cast<int>(end - i));
   }
 }
 

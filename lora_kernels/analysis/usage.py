@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -131,11 +132,17 @@ def _rows_of_peft(model: nn.Module, found: Any, compiled: _Compiled) -> dict[str
             left_calls=dict(counts.passed_over) if fused else {},
             base_calls=counts.base_calls if fused else 0,
             bypass=suspect(model, path),
-            trained=any(p.grad is not None for p in layer.parameters(recurse=True) if p.requires_grad),
+            trained=any(p.grad is not None for p in _adapter_of(layer)),
             compiled=compiled.has(layer),
             not_fused=why,
         )
     return rows
+
+
+def _adapter_of(layer: Any) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the adapters of a layer of PEFT."""
+    names = getattr(layer, "adapter_layer_names", ())
+    return (p for key, p in layer.named_parameters() if key.partition(".")[0] in names)
 
 
 def _groups(model: nn.Module) -> dict[str, tuple[tuple[str, ...], int]]:

@@ -161,13 +161,11 @@ def _reasons(name: str, call: Call, known: dict[str, str]) -> list[str]:
 
 def _known(call: Call) -> dict[str, str]:
     """Return what is known about the back-ends for a call: on a GPU the evidence, on a CPU what its build lacks."""
-    if call.device.type == "cpu":
-        said = "" if _unloadable("cpu") else str(load("cpu").told())
-        return {"cpu": said} if said else {}
-    if call.device.type not in BY_EVIDENCE:
-        return {}
-    able = [name for name in _order(call) if not refusals(name, call)]
-    return dict(_proven().choose(call, able, load).known)
+    if call.device.type in BY_EVIDENCE:
+        able = [name for name in _order(call) if not refusals(name, call)]
+        return dict(_proven().choose(call, able, load).known)
+    said = "" if call.device.type != "cpu" or _unloadable("cpu") else str(load("cpu").told())
+    return {"cpu": said} if said else {}
 
 
 def _order(call: Call) -> tuple[str, ...]:

@@ -73,11 +73,6 @@ class AdapterLayer(nn.Module):
         where it can."""
         raise NotImplementedError
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of the layer that this one is a copy of, or was pickled from, but not its counters."""
-        super().__setstate__(state)
-        self.__dict__.update(fused_calls=0, base_calls=0)
-
     def count_call(self, merged: bool = False) -> None:
         """Count a forward. `FusedLoRALinear` and its quantised form do so themselves, which saves a call."""
         if not torch.compiler.is_compiling():

@@ -101,6 +101,8 @@ def forward_in(context: Mixed, layer: Any, x: Tensor, args: Any, kwargs: Mapping
     operands = "" if layer.disable_adapters else layer.read(x, args, kwargs, [name for name, _ in numbers], True)
     if operands == "" or (unused and (isinstance(operands, str) or operands.activated)):
         # none of these adapters is in this layer, or there is none that could have rows
+        if not torch.compiler.is_compiling():
+            layer.count_left("")
         return layer.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
     if not isinstance(operands, str) and operands.activated and context.rows.per_sample:
         operands = "an activated LoRA needs an id for each token, and mixed was given one for each sample"

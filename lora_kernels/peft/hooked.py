@@ -18,25 +18,28 @@ may be added and removed between two calls.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_kernels.nn.fit import has_hooks
 from lora_kernels.peft import known
 
-_ACCELERATE = "accelerate.hooks.add_hook_to_module.<locals>.new_forward"
-_DIFFUSERS = "diffusers.hooks.hooks.HookRegistry.register_hook.<locals>.create_new_forward.<locals>.new_forward"
-_SWIFT = "swift.tuners.peft.keep_device_forward"
+_ACCELERATE = "accelerate.hooks", "add_hook_to_module.<locals>.new_forward"
+_DIFFUSERS = "diffusers.hooks.hooks", "HookRegistry.register_hook.<locals>.create_new_forward.<locals>.new_forward"
+_SWIFT = "swift.tuners.peft", "keep_device_forward"
 _SWIFT_USES = "device forward_origin hasattr to weight weight0"
-_ALIGN = "accelerate.hooks.AlignDevicesHook"
-_OFFLOAD = "accelerate.hooks.CpuOffload"
-_PLAIN = "accelerate.hooks.ModelHook"
-_SEQUENCE = "accelerate.hooks.SequentialHook"
-_CASTS = ("accelerate.hooks.LayerwiseCastingHook", "diffusers.hooks.layerwise_casting.LayerwiseCastingHook")
-_KEEPS_INPUT = "diffusers.hooks.layerwise_casting.PeftInputAutocastDisableHook"
+_ALIGN = "accelerate.hooks", "AlignDevicesHook"
+_OFFLOAD = "accelerate.hooks", "CpuOffload"
+_PLAIN = "accelerate.hooks", "ModelHook"
+_SEQUENCE = "accelerate.hooks", "SequentialHook"
+_CASTS = (
+    ("accelerate.hooks", "LayerwiseCastingHook"),
+    ("diffusers.hooks.layerwise_casting", "LayerwiseCastingHook"),
+)
+_KEEPS_INPUT = "diffusers.hooks.layerwise_casting", "PeftInputAutocastDisableHook"
 _LISTS = {
     "_forward_hooks": "forward hook",
     "_forward_pre_hooks": "forward pre-hook",
@@ -53,9 +56,6 @@ class Hooks(NamedTuple):
     """The dtype to which they convert the weights for the time of a call; None where they convert nothing."""
     moves: tuple[tuple[bool, bool], ...]
     """For each hook that moves x to the weight's device: whether it does, and whether it moves the result back."""
-
-
-_SWIFT_MOVES = Hooks(None, ((True, False),))
 
 
 class Slot(NamedTuple):
@@ -84,17 +84,32 @@ class Elsewhere(str):
 def of(module: Any) -> Hooks | str:
     """Return what the hooks on `module` come to, or the name of one that a fused forward cannot stand in for."""
     own = module.__dict__
-    for name, what in _LISTS.items():
-        for hook in (own[name] or {}).values():
-            return f"a {what}, {_name_of(hook)}"
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        name, hook = next((name, hook) for name in _LISTS for hook in (own[name] or {}).values())
+        return f"a {_LISTS[name]}, {_name_of(hook)}"
     if "forward" not in own:
         return Hooks(None, ())
     slot = innermost(module)
     if isinstance(slot, str):
         return slot
-    if getattr(slot.forward, "__func__", None) is not type(module).forward:
+    if slot.forward.__func__ is not type(module).forward:
         return f"a forward of its own, {_name_of(slot.forward)}"
     return _served(module, slot)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def only_placed(device: torch.device, *modules: Any) -> bool:
+    """Return whether the hooks of modules do nothing in a call whose x is on `device`: they would move x to where it
+    is, and all weights are there."""
+    for module in modules:
+        if has_hooks(module):
+            hooks = of(module)
+            if isinstance(hooks, str) or hooks.dtype is not None:
+                return False
+        there = _device_of(module)
+        if there is not None and there != device:
+            return False
+    return True
 
 
 def refusal(whose: str, module: Any) -> str:
@@ -146,7 +161,9 @@ def of_adapter(layer: Any, name: str) -> tuple[torch.dtype | None, torch.dtype |
 def _keeps_input_dtype(layer: Any) -> bool:
     """Return whether a hook of diffusers on `layer` keeps PEFT from converting x in a call."""
     slot = innermost(layer) if "forward" in layer.__dict__ else ""
-    return not isinstance(slot, str) and any(_name_of(type(hook)) == _KEEPS_INPUT for hook in slot.hooks)
+    return not isinstance(slot, str) and any(
+        (type(hook).__module__, type(hook).__qualname__) == _KEEPS_INPUT for hook in slot.hooks
+    )
 
 
 def converted_to(
@@ -212,7 +229,7 @@ def innermost(module: Any) -> Slot | str:
             hooks.append(function)
             holder, name = own, "forward_origin"
         elif isinstance(call, functools.partial) and len(call.args) == 1 and call.args[0] is module:
-            made_by = _name_of(call.func)
+            made_by = call.func.__module__, call.func.__qualname__
             if made_by == _ACCELERATE:
                 hooks.append(own.get("_hf_hook"))
                 holder, name = own, "_old_forward"
@@ -223,52 +240,50 @@ def innermost(module: Any) -> Slot | str:
                 name = "forward" if reference.original_forward is None else "original_forward"
                 holder = reference.__dict__
             else:
-                return f"a forward of its own, {made_by}"
+                return f"a forward of its own, {_name_of(call)}"
         else:
             return f"a forward of its own, {_name_of(call)}"
 
 
 def _is_swift(function: Any) -> bool:
     """Return whether `function` is the forward that ms-swift puts on every lora_A and lora_B."""
-    if _name_of(function) != _SWIFT or not isinstance(function, FunctionType):
+    if function.__qualname__ != _SWIFT[1] or function.__module__ != _SWIFT[0]:
         return False
     return not known.unknown_names(function.__code__, _SWIFT_USES)
 
 
 def _served(module: Any, slot: Slot) -> Hooks | str:
     """Return what the hooks of a chain come to, or the name of one that cannot be served."""
-    dtype, moves = None, list[tuple[bool, bool]]()
-    for hook in _each(slot.hooks):
-        if isinstance(hook, FunctionType):
-            moves += _SWIFT_MOVES.moves
-            continue
-        name = _name_of(type(hook))
+    dtype, hooks = None, list(slot.hooks)
+    moves: tuple[tuple[bool, bool], ...] = ()
+    there = _device_of(module)
+    while hooks:
+        hook = hooks.pop(0)
+        kind = type(hook)
+        made_by = kind.__module__, kind.__qualname__
         if getattr(hook, "no_grad", False):
-            return f"{name} with no_grad"
-        if name in _CASTS:
-            dtype = hook.compute_dtype
-        elif name == _ALIGN:
-            if hook.offload:
-                return f"{name} with offload=True, for which device_map must name a device that can hold the layer"
+            return f"{_name_of(kind)} with no_grad"
+        if made_by == _ALIGN:
             device = hook.execution_device
-            if device is not None and (there := _device_of(module)) is not None and _device(device) != there:
-                return f"{name} with execution_device={device} beside a weight on {there}"
-            moves.append((device is not None, hook.io_same_device))
-        elif name == _OFFLOAD:
-            there = _device_of(module)
+            if hook.offload:
+                return (
+                    f"{_name_of(kind)} with offload=True, for which device_map must name a device that holds the layer"
+                )
+            if device is not None and there is not None and _device(device) != there:
+                return f"{_name_of(kind)} with execution_device={device} beside a weight on {there}"
+            moves = (*moves, (device is not None, hook.io_same_device))
+        elif kind is FunctionType:  # ms-swift's
+            moves = (*moves, (True, False))
+        elif made_by in _CASTS:
+            dtype = hook.compute_dtype
+        elif made_by == _SEQUENCE:
+            hooks[:0] = hook.hooks
+        elif made_by == _OFFLOAD:
             if hook.prev_module_hook is not None or (there is not None and _device(hook.execution_device) != there):
-                return f"{name}, which moves the weights of modules: put it on the model"
-        elif name != _PLAIN:
-            return f"a hook of the class {name}"
-    return Hooks(dtype, tuple(moves))
-
-
-def _each(hooks: tuple[Any, ...]) -> Iterator[Any]:
-    for hook in hooks:
-        if _name_of(type(hook)) == _SEQUENCE:
-            yield from _each(hook.hooks)
-        else:
-            yield hook
+                return f"{_name_of(kind)}, which moves the weights of modules: put it on the model"
+        elif made_by != _PLAIN:
+            return f"a hook of the class {_name_of(kind)}"
+    return Hooks(dtype, moves)
 
 
 def _device_of(module: Any) -> torch.device | None:

@@ -138,9 +138,13 @@ class KeptShard(Kept):
         super().__init__(owner, name, None)
         self.before = self._local().detach().clone()
 
+    def is_gathered(self) -> bool:
+        """Return whether FSDP2 has put the whole weight there, as between a forward and its backward."""
+        return not hasattr(self.owner._parameters.get(self.name), "to_local")
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Return the part of the merged parameter."""
-        return (self._local().detach(),) if hasattr(self.owner._parameters.get(self.name), "to_local") else (None,)
+        return (None,) if self.is_gathered() else (self._local().detach(),)
 
     def put_back(self) -> None:
         """Write the values back."""

@@ -79,11 +79,6 @@ class FusedLayer:
         """Return the names, beneath `layer`, of the layers of PEFT inside it that its own forward computes."""
         return ()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of the layer that this one is a copy of, or was pickled from, but not its counters."""
-        super().__setstate__(state)  # type: ignore[misc]
-        self.__dict__.update(fused_calls=0, passed_over=Counter(), base_calls=0)
-
     def count_left(self, reason: str) -> None:
         """Count a forward that is left to PEFT's own; `reason` is "" where it has no adapter to compute."""
         if reason:

@@ -134,7 +134,7 @@ class FusedLinear(OverDense, peft_layer.Linear):
             and b.dtype == adapter_dtype
             and (bias is None or bias.dtype == dtype)
             and p < 1
-            and not has_hooks(base, down, up, dropout)
+            and (not has_hooks(base, down, up, dropout) or hooked.only_placed(x.device, base, down, up, dropout))
             and not _any_autocast()
         )
         if not served:

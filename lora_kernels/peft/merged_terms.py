@@ -63,10 +63,11 @@ def check_variant(layer: Any, name: str) -> None:
     variant = layer.lora_variant.get(name)
     if variant is None or _kind(variant).startswith(_PLAIN):
         return
-    kind = type(variant).__name__
+    if _kind(variant).startswith("ALora"):
+        raise NotImplementedError("aLoRA does not support merging.")  # in PEFT's words; nothing was changed here either
     raise NotImplementedError(
-        f"adapter {name!r} is PEFT's {kind}, which cannot be merged: nothing was changed. "
-        + ("Some tokens do not get its update" if "ALora" in kind else "Merge the other adapters by their names")
+        f"adapter {name!r} is PEFT's {type(variant).__name__}, which cannot be merged: nothing was changed. Merge the "
+        "other adapters by their names"
     )
 
 

@@ -80,7 +80,7 @@ def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | 
             "when it is unmerged: accelerate.hooks.remove_hook_from_module(model, recurse=True) first keeps its bits",
             stacklevel=3,
         )
-    sums = None if offloaded else layer.sums(order)
+    sums = None if offloaded or _is_around_another(layer) else layer.sums(order)
     if sums is None:
         layer.peft_class.merge(layer, safe, wanted)
         return
@@ -126,6 +126,12 @@ def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | 
         raise
 
 
+def _is_around_another(layer: Any) -> bool:
+    """Return whether the base of `layer` is a layer of another method of PEFT, which merges into the same weight."""
+    inner = layer._modules["base_layer"]
+    return "base_layer" in inner._modules and not issubclass(type(inner), layer.peft_class)
+
+
 def _is_sharded(each: Sum) -> bool:
     return hasattr(each.owner._parameters.get(each.name), "placements")
 
@@ -154,10 +160,7 @@ def _quantised(layer: Any, each: Sum, dtype: torch.dtype | None) -> tuple[Kept, 
     if each.name != "weight" or not dense_stand_in.is_quantised(each.owner):
         return None
     total = dense_sum(layer, each, dtype)
-    owner = layer
-    while owner._modules["base_layer"] is not each.owner and "base_layer" in owner._modules["base_layer"]._modules:
-        owner = owner._modules["base_layer"]  # a layer of another method of PEFT around the same base
-    return KeptBase(owner, "base_layer", each.owner), MergedLinear(each.owner, total)
+    return KeptBase(layer, "base_layer", each.owner), MergedLinear(each.owner, total)
 
 
 @torch.no_grad()
@@ -295,6 +298,12 @@ def _refuse_weight(layer: Any, owner: nn.Module, name: str) -> None:
 
 
 def _refuse_written(layer: Any, place: Kept) -> None:
+    if isinstance(place, KeptShard) and place.is_gathered():
+        raise ValueError(
+            f"FSDP2 has gathered the {place.name} of the base of this {type(layer).__name__}, as it does from a "
+            "forward to its backward: nothing was changed. Call reshard() of the modules that fully_shard has returned "
+            "first"
+        )
     if not place.is_written():
         return
     names = ", ".join(layer.merged_adapters)

@@ -236,7 +236,8 @@ def test_calls_that_are_left_to_peft_are_told_with_their_reasons():
     handle.remove()
     up, down = usage(model).rows
     assert (up.state, down.state) == ("partly fused", "fused")
-    assert up.why == "its base layer has hooks, which the fused path would pass over (2 of 3 calls)"
+    assert up.why.startswith("its base layer has hooks, which the fused path would pass over")
+    assert up.why.endswith("(2 of 3 calls)")
     up, down = usage(model).since(before).rows
     assert (up.state, up.calls, down.state, down.calls) == ("left to PEFT", 2, "fused", 2)
 
@@ -268,14 +269,16 @@ def test_calls_without_an_adapter_are_no_fused_calls_and_the_layer_is_called(how
 
 @pytest.mark.parametrize("make_twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("ours", [False, True])
-def test_copies_and_pickles_count_their_own_calls(make_twin, ours):
+def test_copies_and_pickles_begin_with_the_calls_of_their_original(make_twin, ours):
     model = Net() if ours else make()
     lora_kernels.apply_lora(model, target_modules=["up", "down"]) if ours else lora_kernels.fuse(model)
     model(X)
     twin = make_twin(model)
-    assert {row.calls for row in usage(twin).rows} == {0} and min(row.calls for row in usage(model).rows) > 0
+    before = usage(twin)
+    assert {row.calls for row in before.rows} == {1}
     twin(X)
-    assert {row.calls for row in usage(twin).rows} == {1}
+    assert {row.calls for row in usage(twin).since(before).rows} == {1}
+    assert {row.calls for row in usage(model).rows} == {1}
 
 
 def test_nothing_is_never_called_before_the_model_has_run_in_a_period():
@@ -296,6 +299,9 @@ def test_a_layer_that_is_fused_anew_counts_again_from_nothing():
     assert [row.fused_calls for row in usage(model).since(before).rows] == [1, 1]
 
 
+_LONG = ("in place", "a part")
+
+
 class Linears(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +311,7 @@ class Linears(nn.Module):
         return self.layers[1](self.layers[0](x))
 
 
-@pytest.mark.parametrize("how", ["wrapper", pytest.param("in place", marks=pytest.mark.slow), "a part", "a forward"])
+@pytest.mark.parametrize("how", ["wrapper", "a forward", *(pytest.param(x, marks=pytest.mark.slow) for x in _LONG)])
 def test_calls_in_compiled_code_are_not_counted_and_not_never_called(monkeypatch, how):
     torch._dynamo.reset()
     monkeypatch.undo()  # `_has_compiled` is asked here
@@ -329,6 +335,7 @@ def test_calls_in_compiled_code_are_not_counted_and_not_never_called(monkeypatch
     assert "torch.compile, which counts none, has compiled code" in str(report)
 
 
+@pytest.mark.slow
 def test_a_function_that_calls_the_model_in_compiled_code_leaves_it_uncounted(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.undo()

@@ -46,7 +46,7 @@ def build(folder: Path, cxx: str, **more: str) -> tuple[subprocess.CompletedProc
     ("refuses", "left_out"),
     [
         ("-mavx512bf16", {"avx512_bf16"}),
-        ("-mavx512*", {"avx512", "avx512_bf16"}),
+        pytest.param("-mavx512*", {"avx512", "avx512_bf16"}, marks=pytest.mark.slow),
         pytest.param("-mf16c", {"avx2", "avx512", "avx512_bf16"}, marks=pytest.mark.slow),
     ],
 )
@@ -82,7 +82,11 @@ def test_what_the_compiler_cannot_compile_at_all_leaves_a_package_without_kernel
     done, record, links = build(tmp_path, stand_in(tmp_path, refuses))
     assert done.returncode == 0 and not links
     assert "unrecognized" in record["modules"]["_C"] and "installs without its native kernels" in done.stderr
-    done, *_ = build(tmp_path, stand_in(tmp_path, refuses), LORA_KERNELS_REQUIRE_NATIVE="1")
+
+
+@pytest.mark.slow
+def test_kernels_that_are_required_and_cannot_be_compiled_end_the_build(compiler: ModuleType, tmp_path: Path) -> None:
+    done, *_ = build(tmp_path, stand_in(tmp_path, "*bindings.cpp"), LORA_KERNELS_REQUIRE_NATIVE="1")
     assert done.returncode != 0 and "LORA_KERNELS_REQUIRE_NATIVE=1, but the CPU kernels could not" in done.stderr
 
 
@@ -111,7 +115,15 @@ int main() {
 """
 
 
-@pytest.mark.parametrize("there", [[], ["avx2"], ["avx512", "avx512_bf16"], ["avx512_bf16"]])
+@pytest.mark.parametrize(
+    "there",
+    [
+        ["avx2"],
+        ["avx512_bf16"],
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["avx512", "avx512_bf16"], marks=pytest.mark.slow),
+    ],
+)
 def test_the_choice_of_kernels_works_without_some(there: list[str], compiler: ModuleType, tmp_path: Path) -> None:
     """The tables that are not there are not named, so that the module links. The best of the rest is in use."""
     found, why = compiler.find_compiler()

@@ -108,6 +108,7 @@ def test_a_wheel_holds_the_package_with_its_extension_and_nothing_else(sources: 
     assert f"lora_kernels/_C{SUFFIX}" in files and "lora_kernels/py.typed" in files
     assert json.loads(files["lora_kernels/_built.json"])["modules"]["_C"] == ""
     top = {each.split("/")[0] for each in files}
-    assert {each for each in top if not each.endswith(".dist-info")} == {"lora_kernels"}
+    # The module beside the package is what torch loads where LORA_KERNELS=1.
+    assert {each for each in top if not each.endswith(".dist-info")} == {"lora_kernels", "lora_kernels_autoload.py"}
     python_files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "lora_kernels").rglob("*.py")}
     assert python_files <= set(files)

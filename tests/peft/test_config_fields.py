@@ -167,6 +167,10 @@ def results(model: PeftModel) -> dict[str, torch.Tensor]:
     return {"y": y.detach()} | grads | ({} if x.grad is None else {"dx": x.grad})
 
 
+SHARED = {"layer_replication", "ensure_weight_tying"}
+"""The fields with which layers share W. PEFT adds the updates of all of them to it, and its merged model is another."""
+
+
 def equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
     """Assert equality up to rounding in fp32."""
     assert got.keys() == want.keys()
@@ -208,9 +212,14 @@ def test_a_model_with_the_field_set_is_pefts(case: Case, tmp_path: Path):
     equal(results(model), results(plain))
     if not case.left:
         assert all(layer.fused_calls and not layer.passed_over for layer in fused_layers(model))
+    shared = bool(SHARED & case.kwargs.keys())
+    unmerged = results(model) if shared else {}
     if both(model, plain, lambda each: each.merge_adapter()):
-        equal(dict(model.named_parameters()), dict(plain.named_parameters()))
-        equal(results(model), results(plain))
+        if shared:
+            equal({"y": results(model)["y"]}, {"y": unmerged["y"]})
+        else:
+            equal(dict(model.named_parameters()), dict(plain.named_parameters()))
+            equal(results(model), results(plain))
         for each in (model, plain):
             each.unmerge_adapter()
         equal(dict(model.named_parameters()), dict(plain.named_parameters()))
@@ -218,7 +227,9 @@ def test_a_model_with_the_field_set_is_pefts(case: Case, tmp_path: Path):
         each.save_pretrained(tmp_path / name)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("fused", "plain")]
     assert files[0].keys() == files[1].keys() and files[0]
-    assert all(torch.equal(value, files[1][key]) for key, value in files[0].items())
+    drifted = [key for key in files[0] if shared and key.endswith("base_layer.weight")]  # of a table, in PEFT's file
+    equal(*({key: file[key] for key in drifted} for file in files))
+    assert all(torch.equal(value, files[1][key]) for key, value in files[0].items() if key not in drifted)
     lora_kernels.enable()
     try:
         loaded = load(base, tmp_path / "fused", model)

@@ -238,13 +238,17 @@ def test_inference_mode_is_not_shared_and_the_layer_trains_afterwards():
 # --- which layers form a group ---
 
 
-def test_layers_over_bases_of_several_kinds_form_no_group():
+def test_layers_over_bases_of_several_kinds_are_grouped_by_kind():
     model = Model()
     model.attn.k_proj = nn.Linear(WIDTH, WIDTH)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=NAMES))
-    report = lora_kernels.fuse(model, group=True)
-    assert len(report.fused) == 3 and not report.groups
-    torch.testing.assert_close(model(x_of()), model(x_of()))
+    single = get_peft_model(model, LoraConfig(r=4, target_modules=NAMES, init_lora_weights=False))
+    grouped = copy.deepcopy(single)
+    lora_kernels.fuse(single)
+    report = lora_kernels.fuse(grouped, group=True)
+    (group,) = report.groups.values()
+    assert len(report.fused) == 3 and group.names == ("q_proj", "v_proj")
+    same(gradients(grouped, x_of()), gradients(single, x_of()))
+    assert group.calls == 1 and not group.passed_over
 
 
 def test_dora_layers_compute_one_by_one():

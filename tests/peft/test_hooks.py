@@ -15,6 +15,7 @@ hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not instal
 from accelerate import dispatch_model  # noqa: E402
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
+from support.old_torch import compiles_whole_models  # noqa: E402
 from support.peft_models import Net, config, fused_layers, make, run, same  # noqa: E402
 
 import lora_kernels  # noqa: E402
@@ -304,3 +305,13 @@ def test_a_part_on_another_device_is_left_to_peft():
     add_hook_to_module(layer.lora_A["default"], align("meta"))
     (why,) = lora_kernels.fuse(model).not_fused.values()
     assert "adapter 'default' is on meta, and the base weight on cpu: put both on one device" in why
+
+
+@compiles_whole_models
+@pytest.mark.slow
+def test_a_dispatched_model_compiles_into_one_graph():
+    model = make(target_modules=["up"])
+    on_parts(model)
+    lora_kernels.fuse(model, strict=True)
+    want = model(X)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(X), want)

@@ -67,7 +67,7 @@ def test_names_that_a_layer_does_not_have_are_passed_over_and_one_that_is_named_
     assert not layer.merged and layer.base_layer.weight is w
     with pytest.raises(ValueError, match="named twice"):
         layer.merge(adapter_names=["b", "b"])
-    with pytest.raises(TypeError, match="list of strings"):
+    with pytest.raises((TypeError, ValueError), match="list of strings"):
         layer.merge(adapter_names="b")
     assert not layer.merged and layer.base_layer.weight is w
 
@@ -379,6 +379,6 @@ def test_an_activated_lora_is_refused_and_nothing_beside_it_is_merged():
     lora_kernels.fuse(model)
     layer = model.base_model.model.layer
     w = layer.base_layer.weight
-    with pytest.raises(NotImplementedError, match=r"ALora.*nothing was changed"):
+    with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
         layer.merge(adapter_names=["default", "a"])
     assert not layer.merged and layer.base_layer.weight is w

@@ -11,6 +11,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft.tuners.lora import LoraLayer  # noqa: E402
+from support.old_torch import compiles_whole_models  # noqa: E402
 from support.peft_models import Net, fused_layers, make, run, same  # noqa: E402
 
 import lora_kernels  # noqa: E402
@@ -52,6 +53,16 @@ def test_the_forward_of_ms_swift_is_passed_over(kwargs):
     same(run(model, X), want, 1e-4)
     same(run(copy.deepcopy(model), X), want, 1e-4)
     assert all(layer.fused_calls == 1 and not layer.passed_over for layer in fused_layers(model))
+
+
+@compiles_whole_models
+@pytest.mark.slow
+def test_a_model_compiles_into_one_graph():
+    model = make(target_modules=["up"])
+    patch(model, function_of(SAME))
+    lora_kernels.fuse(model, strict=True)
+    want = model(X)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(X), want)
 
 
 def test_a_forward_of_that_name_that_does_more_is_left_to_peft():

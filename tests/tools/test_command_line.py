@@ -99,6 +99,7 @@ def test_a_name_of_the_package_without_torch_is_an_import_error_that_says_so():
     assert run.stdout.count("needs torch: torch cannot be imported") == 3, run.stderr
 
 
+@pytest.mark.slow
 def test_doctor_runs_beside_broken_packages_and_names_them(tmp_path: Path):
     for name, fault in {
         "triton": "RuntimeError",

@@ -9,7 +9,8 @@ neither from run to run nor with the number of threads. h and g stay in fp32 bet
 exception: where x, a and b are bf16 and the processor multiplies bf16 (AVX512_BF16), h and g are rounded to bf16 as
 plain torch rounds them, and subnormals count as zero as in torch's own GEMM. The keep bits come from Philox inside the
 pass over x; no mask and no x̂ exist. Where x has few rows, x wᵀ is part of the same launch, and so is dy w where it
-is small. Nothing of size M×N or M×K is allocated beyond the results.
+is small. For many rows the base products are part of it where that is faster (`launch`), and then y and dx need no
+second pass. Nothing of size M×N or M×K is allocated beyond the results.
 
 In 16 bits the bias is added before x wᵀ is rounded, since the sum may fit where x wᵀ alone overflows. In fp32 it is
 added with s · h bᵀ, which saves torch's GEMM a pass over y.
@@ -22,6 +23,7 @@ is copied first; w may have any strides.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +46,7 @@ from lora_kernels.quant.weight import QuantizedWeight
 try:
     openmp.provide()
     from lora_kernels import _C
-    from lora_kernels.backends.cpu import gemm, quant
+    from lora_kernels.backends.cpu import gemm, launch, quant
     from lora_kernels.backends.cpu.around import add_low_rank, low_rank_backward
     from lora_kernels.backends.cpu.experts import backward_experts, forward_experts
     from lora_kernels.backends.cpu.gemm import base_gemm_choices
@@ -91,10 +93,16 @@ def why_not(call: Call) -> list[str]:
     return reasons
 
 
-def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool]) -> Results:
-    """Return (ys, hs). One pass over x computes every h."""
+def forward(
+    x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_h: Sequence[bool], whole: bool | None = None
+) -> Results:
+    """Return (ys, hs). One pass over x computes every h. `whole` says whether the launch computes base products of
+    many rows; None leaves that to `launch`."""
     if x.stride()[1] != 1:  # the base GEMM and the kernel share one copy
         x = x.contiguous()
+    if whole is None and x.shape[0] > _C.FEW_ROWS:
+        again = functools.partial(_forward, x, bases, adapters, save_h)
+        whole = launch.has_bases("forward", x, bases, adapters, again)
     hs: list[Tensor | None] = []
     for (a, *_), save in zip(adapters, save_h, strict=True):
         hs.append(a.new_empty(x.shape[0], a.shape[0]) if save else None)
@@ -104,7 +112,12 @@ def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_
         w, bias = base
         if not bias_first:
             bias = None
-        y, launched = quant.start(x, w, bias) if isinstance(w, QuantizedWeight) else gemm.start(x, w, bias)
+        if whole:
+            y, launched = x.new_empty(x.shape[0], w.shape[0]), True
+        elif isinstance(w, QuantizedWeight):
+            y, launched = quant.start(x, w, bias, many=True)
+        else:
+            y, launched = gemm.start(x, w, bias)
         ys.append(y)
         rest.append(base if launched or bias is None else Base(w))
         in_launch.append(launched)
@@ -113,24 +126,33 @@ def forward(x: Tensor, bases: Sequence[Base], adapters: Sequence[Adapter], save_
 
 
 def backward(
-    dys: Tensors, x: Tensor | None, bases: Sequence[Base], adapters: Sequence[Adapter], hs: MaybeTensors, needs: Needs
+    dys: Tensors,
+    x: Tensor | None,
+    bases: Sequence[Base],
+    adapters: Sequence[Adapter],
+    hs: MaybeTensors,
+    needs: Needs,
+    whole: bool | None = None,
 ) -> Gradients:
     """Return (dx, das, dbs). Every base GEMM adds to the same dx, those of the launch after the others, and one pass
-    over x and dx does the rest."""
+    over x and dx does the rest. `whole` is that of `forward`: dx then needs no pass."""
     das: list[Tensor | None] = []
     dbs: list[Tensor | None] = []
     for (a, b, *_), need_da, need_db in zip(adapters, needs.da, needs.db, strict=True):
         (R, K), N = a.shape, b.shape[0]  # new_empty(R, K) takes a third less time than new_empty(a.shape)
         das.append(a.new_empty(R, K) if need_da else None)
         dbs.append(b.new_empty(N, R) if need_db else None)
-    rows, in_launch = [], []
+    rows = []
+    for dy in dys:
+        rows.append(dy if dy.stride()[1] == 1 else dy.contiguous())  # the base GEMM and the kernel share one copy
+    if whole is None and needs.dx and rows[0].shape[0] > _C.FEW_ROWS:
+        again = functools.partial(_backward, rows, x, bases, adapters, hs, needs)
+        whole = launch.has_bases("backward", rows[0], bases, adapters, again)
+    in_launch = []
     dx: Tensor | None = None
-    for dy, (w, _) in zip(dys, bases, strict=True):
-        if dy.stride()[1] != 1:  # the base GEMM and the kernel share one copy
-            dy = dy.contiguous()
-        rows.append(dy)
-        launched = needs.dx and not isinstance(w, QuantizedWeight) and gemm.is_small_backward(dy, w)
-        in_launch.append(launched)
+    for dy, (w, _) in zip(rows, bases, strict=True):
+        launched = whole or (needs.dx and not isinstance(w, QuantizedWeight) and gemm.is_small_backward(dy, w))
+        in_launch.append(bool(launched))
         if not needs.dx or launched:
             continue
         if isinstance(w, QuantizedWeight):
@@ -139,9 +161,12 @@ def backward(
         else:
             dx = gemm.base_gemm(dy, w.t(), dx)
     if needs.dx and dx is None:
-        dx = dys[0].new_empty(dys[0].shape[0], bases[0].w.shape[1])
+        dx = rows[0].new_empty(rows[0].shape[0], bases[0].w.shape[1])
     _C.backward(torch.get_num_threads(), rows, x, bases, adapters, hs, dx, das, dbs, in_launch)
     return dx, das, dbs
+
+
+_forward, _backward = forward, backward  # what a race repeats is no call of this module's forward to an observer of it
 
 
 def keep_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -36,25 +36,32 @@ def quantized_gemm(x: Tensor, w: QuantizedWeight, transposed: bool = False, bias
     if not M * N * K:
         return x.new_zeros(M, K if transposed else N)
     y = x.new_empty(M, K if transposed else N)
-    if M <= _C.FEW_ROWS and not transposed:
+    if (M <= _C.FEW_ROWS and not transposed) or own_is_chosen(x, w, transposed, y):
         _own(x, w, transposed, y, bias)
-    elif not _C.has_gemm(x.dtype):
-        _by_blocks(x, w, transposed, y, bias)
     else:
-        kind = f"{w.format} {DTYPES[x.dtype]}"
-        getattr(_RACE, chosen(_RACE, kind, M, N * K, transposed, x, w, transposed, y))(x, w, transposed, y, bias)
+        _by_blocks(x, w, transposed, y, bias)
     return y
 
 
-def start(x: Tensor, w: QuantizedWeight, bias: Tensor | None) -> tuple[Tensor, bool]:
+def own_is_chosen(x: Tensor, w: QuantizedWeight, transposed: bool, y: Tensor) -> bool:
+    """Return whether our own GEMM computes such a product of many rows. `y` has its size, and may be written."""
+    if not (y.numel() and x.numel() and _C.has_gemm(x.dtype)):
+        return False
+    kind = f"{w.format} {DTYPES[x.dtype]}"
+    return chosen(_RACE, kind, x.shape[0], w.shape[0] * w.shape[1], transposed, x, w, transposed, y) == "own"
+
+
+def start(x: Tensor, w: QuantizedWeight, bias: Tensor | None, many: bool = False) -> tuple[Tensor, bool]:
     """Return (y, in_launch). A bias may be given for an x in 16 bits only.
 
     Where `in_launch` is False, y [M, N] is x Wᵀ + bias, rounded once. Where it is True, y is not yet written, and
-    `_C.forward` computes that in its launch: where x has few rows.
+    `_C.forward` computes that in its launch: where x has few rows; and, with `many`, where our own GEMM is chosen.
     """
     M, (N, K) = x.shape[0], w.shape
     if M * N * K and M <= _C.FEW_ROWS:
         return x.new_empty(M, N), True
+    if many and own_is_chosen(x, w, False, y := x.new_empty(M, N)):
+        return y, True
     return quantized_gemm(x, w, bias=bias), False
 
 

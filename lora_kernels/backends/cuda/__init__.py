@@ -23,6 +23,7 @@ from torch import Tensor
 from lora_kernels.backends.cuda import launch
 from lora_kernels.backends.cuda.launch import GradientBuffers
 from lora_kernels.backends.each import backward_each, forward_each
+from lora_kernels.core import built
 from lora_kernels.core.operands import Adapter, Base, Call, Needs
 from lora_kernels.plans import choose
 from lora_kernels.plans.sm90 import Sm90Plan
@@ -54,7 +55,7 @@ def why_not(call: Call) -> list[str]:
     except ImportError as error:
         reasons.append(
             f"the extension lora_kernels._cuda is not there ({error}): "
-            "install from source with LORA_KERNELS_CUDA=1 and nvcc 12.4 or later"
+            f"it is compiled where it is asked for, by nvcc 12.4 or later: {built.reinstall(cuda=True)}"
         )
     else:
         if not reasons and (fault := launch.driver_fault()):

@@ -124,6 +124,7 @@ def test_small_base_products_are_computed_in_the_launch(isa: str, monkeypatch: p
 
     calls: list[str] = []
     monkeypatch.setattr(cpu.gemm, "chosen", lambda *_: calls.append("chosen") or "torch")
+    monkeypatch.setattr(cpu.launch, "has_bases", lambda *_: False)
     needs = Needs(True, (False,), (False,))
     for M, n in ((8, 64), (16, 128), (17, 16), (16, 129)):
         base, adapter = Base(torch.randn(n, n)), Adapter(torch.randn(4, n), torch.randn(n, 4), 1.0)

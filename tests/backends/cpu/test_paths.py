@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from support.paths import ROOT
 
 import lora_kernels
 from lora_kernels import _C
@@ -87,7 +86,7 @@ def test_a_runtime_that_torch_keeps_to_itself_is_lent_to_the_kernels() -> None:
         "-c",
         CHILD,
         torch.__file__,
-        str(ROOT / "lora_kernels" / "backends" / "cpu" / "openmp.py"),
+        openmp.__file__,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,5 @@
+"""The names that docs/entries.md takes for granted."""
+
+from support.page_names import Attention
+
+base = Attention()
