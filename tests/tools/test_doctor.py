@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +60,25 @@ def test_missing_extensions_are_reported_with_a_way_to_get_them(monkeypatch, cap
     assert "g++" in told["CPU kernels"] and "LORA_KERNELS_CUDA=1" in told["CUDA kernels"]
     main(["doctor"])
     assert "not built" in capsys.readouterr().out
+
+
+STALE = """
+import sys
+from lora_kernels import _C
+
+def set_levels(*_):
+    raise ValueError("a format that this build does not know")
+
+_C.set_levels = set_levels
+from lora_kernels.__main__ import main
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_kernels_of_another_version_are_reported_with_the_way_to_build_them():
+    done = subprocess.run([sys.executable, "-c", STALE], capture_output=True, text=True)
+    text = " ".join(done.stdout.split())
+    assert "Traceback" not in done.stderr and "built from another version of this package" in text
 
 
 def test_a_driver_that_is_too_old_for_the_cuda_kernels_is_told_with_the_way_out(monkeypatch):
