@@ -57,8 +57,9 @@ class MergedLinear(nn.Linear):
         package = _package_of(base)
         self.rounds_x = package == "bitsandbytes" and hasattr(base, "compute_dtype")
         self.follows_autocast = package not in ("bitsandbytes", "torchao")
-        """Whether autocast decides the dtype of y, as over HQQ. It does so over int8 of bitsandbytes in training too."""
+        """Whether autocast decides the dtype of y, as over HQQ."""
         self.trains_in_autocast = package == "bitsandbytes"
+        """Whether it does so in training, as over int8 of bitsandbytes."""
         self.has_own_bias = False
         """Whether the bias is merged too, and not the Parameter of the base."""
         self.train(base.training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,23 +61,21 @@ def test_missing_extensions_are_reported_with_a_way_to_get_them(monkeypatch, cap
     assert "not built" in capsys.readouterr().out
 
 
-STALE = """
-import sys
-from lora_kernels import _C
+def test_kernels_of_another_version_are_reported_with_the_way_to_build_them(monkeypatch):
+    def set_levels(*_):
+        raise ValueError("a format that this build does not know")
 
-def set_levels(*_):
-    raise ValueError("a format that this build does not know")
-
-_C.set_levels = set_levels
-from lora_kernels.__main__ import main
-sys.exit(main(["doctor"]))
-"""
-
-
-def test_kernels_of_another_version_are_reported_with_the_way_to_build_them():
-    done = subprocess.run([sys.executable, "-c", STALE], capture_output=True, text=True)
-    text = " ".join(done.stdout.split())
-    assert "Traceback" not in done.stderr and "built from another version of this package" in text
+    monkeypatch.setattr(pytest.importorskip("lora_kernels._C"), "set_levels", set_levels)
+    for name in [name for name in sys.modules if name.startswith("lora_kernels.backends.cpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    dispatch.cache_clear()
+    try:
+        report = doctor.examine()
+    finally:
+        dispatch.cache_clear()
+    assert "built from another version of this package" in report["native"]["reason"]
+    cpu = next(each for each in report["backends"] if each["name"] == "cpu")
+    assert not cpu["ready"] and any("pip install" in reason for reason in cpu["reasons"])
 
 
 def test_a_driver_that_is_too_old_for_the_cuda_kernels_is_told_with_the_way_out(monkeypatch):
