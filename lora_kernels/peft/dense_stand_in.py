@@ -43,7 +43,7 @@ class MergedLinear(nn.Linear):
     """y = x Wᵀ + bias with a merged W in the place of a quantised base, of which it keeps nothing.
 
     Over bitsandbytes' 4 bits x is converted to the dtype of W, as a Linear4bit converts it to its compute_dtype, and y
-    to that of x. Otherwise W is converted to the dtype of x.
+    to that of x. Otherwise W is converted to the dtype of x. Under autocast y has the dtype that the base gives.
     """
 
     def __init__(self, base: Any, weight: Tensor) -> None:
@@ -54,7 +54,12 @@ class MergedLinear(nn.Linear):
         if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter):  # as HQQ has it
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
-        self.rounds_x = hasattr(base, "compute_dtype")
+        package = _package_of(base)
+        self.rounds_x = package == "bitsandbytes" and hasattr(base, "compute_dtype")
+        self.follows_autocast = package not in ("bitsandbytes", "torchao")
+        """Whether autocast decides the dtype of y, as over HQQ."""
+        self.trains_in_autocast = package == "bitsandbytes"
+        """Whether it does so in training, as over int8 of bitsandbytes."""
         self.has_own_bias = False
         """Whether the bias is merged too, and not the Parameter of the base."""
         self.train(base.training)
@@ -79,7 +84,9 @@ class MergedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return y in the dtype of x, or without `rounds_x` in that of torch's linear."""
         if not self.rounds_x:
-            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            kept = self.follows_autocast or (self.trains_in_autocast and self.training)
+            return y if kept else y.to(torch.promote_types(y.dtype, x.dtype))
         dtype = self.weight.dtype
         with no_autocast(device_type(x)):
             y = F.linear(x.to(dtype), self.weight, None if self.bias is None else self.bias.to(dtype))
@@ -88,17 +95,25 @@ class MergedLinear(nn.Linear):
 
 def is_quantised(base: Any) -> bool:
     """Return whether the weight of a base layer has few bits, and can be read densely."""
-    weight = base._parameters.get("weight")
-    package = type(weight).__module__.partition(".")[0]
+    weight, package = base._parameters.get("weight"), _package_of(base)
     if package == "bitsandbytes":
-        return not getattr(getattr(base, "state", None), "has_fp16_weights", False)
+        return not (getattr(getattr(base, "state", None), "has_fp16_weights", False) or weight.is_floating_point())
     return hasattr(weight if package == "torchao" else base, "dequantize")
+
+
+def _package_of(base: Any) -> str:
+    """Return the package whose codes the weight of a base layer holds. A weight of bitsandbytes that was pickled is a
+    plain Parameter afterwards, and its state is the layer's."""
+    weight = base._parameters.get("weight")
+    found = type(weight).__module__.partition(".")[0]
+    if found == "torch" and type(base).__module__.startswith("bitsandbytes."):
+        return "bitsandbytes"
+    return found if weight is not None else type(base).__module__.partition(".")[0]
 
 
 def read(base: Any) -> Dequantised:
     """Return the weight of a base for which `is_quantised` is True."""
-    weight = base._parameters.get("weight")
-    package = type(weight).__module__.partition(".")[0]
+    weight, package = base._parameters.get("weight"), _package_of(base)
     if package == "bitsandbytes":
         q = from_bnb(base)
         bias = getattr(base, "bias", None)

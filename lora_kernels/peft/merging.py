@@ -10,6 +10,8 @@ place. A further merge computes the sum of all adapters from the W that is kept.
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +28,18 @@ from lora_kernels.peft.dense_stand_in import MergedLinear
 from lora_kernels.peft.kept import Kept, KeptBase, KeptParameter, KeptShard
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while a layer is merged or unmerged. PEFT's forward of disabled adapters unmerges, in as many threads as run it.
+Without it the second thread would take the merged weight for W, or put W back twice."""
+
+
+def _one_at_a_time(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> None:
+        with _ONE_AT_A_TIME:
+            function(*args, **kwargs)
+
+    return alone
 
 
 def as_matrix(w: Tensor) -> Tensor:
@@ -51,6 +65,7 @@ def as_vector(w: Tensor) -> Tensor:
 
 @torch.inference_mode(False)  # what is made in inference mode could not be moved or saved later
 @torch.no_grad()
+@_one_at_a_time
 def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | None = None) -> None:
     """Merge the adapters `names` of a fused layer, by default the active ones; those that are merged already stay so.
 
@@ -78,7 +93,7 @@ def merge(layer: Any, safe: bool, names: list[str] | None, dtype: torch.dtype | 
         warnings.warn(
             "a layer that accelerate has offloaded is merged in PEFT's way, which rounds W when it is merged and again "
             "when it is unmerged: accelerate.hooks.remove_hook_from_module(model, recurse=True) first keeps its bits",
-            stacklevel=3,
+            stacklevel=4,
         )
     sums = None if offloaded or _is_around_another(layer) else layer.sums(order)
     if sums is None:
@@ -208,11 +223,12 @@ def _total(
 
 
 @torch.no_grad()
+@_one_at_a_time
 def unmerge(layer: Any) -> None:
     """Put the base of a merged layer back, bit for bit. Raises ValueError, and changes nothing, where the merged weight
     was written to since it was merged."""
     if not layer.merged:
-        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
         return
     if layer._kept_base is None:  # PEFT has merged it, before fuse() or while it was offloaded
         layer.peft_class.unmerge(layer)

@@ -47,8 +47,10 @@ def _native_cpu() -> dict[str, Any]:
     module = _extension("_C")
     if isinstance(module, str):
         return {"built": False, "reason": module}
-    from lora_kernels.backends.cpu import paths
-
+    try:
+        from lora_kernels.backends.cpu import paths
+    except ImportError as error:  # a module from another version of the package
+        return {"built": False, "reason": without_paths(str(error))}
     return {
         "built": True,
         "isa": module.cpu_isa(),

@@ -62,7 +62,11 @@ def test_a_dense_weight_stands_beside_another_packages_codes(base, dtype):
         assert is_rounded_once(merged, dense + layer.scaling["default"] * (b @ a).detach())
         tolerance = 1e-4 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(model(x), want, rtol=tolerance, atol=tolerance)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = model(x).dtype
         model.unmerge_adapter()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == autocast
         now = [*layer.base_layer.parameters(), *layer.base_layer.buffers()]
         assert layer.base_layer is quantised and all(t is other for t, other in zip(now, tensors, strict=True))
         assert torch.equal(model(x), want)

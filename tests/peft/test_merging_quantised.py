@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -122,6 +123,32 @@ def test_settings_of_now_go_to_the_base_that_comes_back(format):
     model.unmerge_adapter()
     handle.remove()
     assert layer.base_layer is base and base.training and base.bias.data.min() > 0.8
+
+
+@every_format
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_changes_no_dtype_under_autocast(format, training, dtype):
+    model, x = over(format, dtype).train(training), torch.randn(3, K, dtype=dtype)
+    lora_kernels.fuse(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(x)
+        model.merge_adapter()
+        assert model(x).dtype == want.dtype
+
+
+@every_format
+def test_a_model_that_was_pickled_is_merged(format):
+    model, x = over(format), torch.randn(3, K)
+    lora_kernels.fuse(model)
+    want = model(x)
+    model = pickle.loads(pickle.dumps(model))
+    base = model.base_model.model.layer.base_layer
+    for _ in range(2):
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+        model.unmerge_adapter()
+    assert model.base_model.model.layer.base_layer is base and torch.equal(model(x), want)
 
 
 @every_format

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from support.merge_models import K, Net, is_rounded_once, make, merged_by_peft, randomised  # noqa: E402
 
 import lora_kernels  # noqa: E402
+from lora_kernels.peft import merging  # noqa: E402
 from lora_kernels.peft.layer import FusedLayer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*[Aa]lready:UserWarning")
@@ -235,6 +238,40 @@ def test_a_copy_of_a_merged_model_unmerges_on_its_own(copied, kind):
         assert torch.equal(got[0], want[0])
     addresses = [{p.data_ptr() for p in each.parameters()} for each in (model, other)]
     assert not addresses[0] & addresses[1]
+
+
+@pytest.mark.parametrize("step", ["merge", "unmerge", "disabled"])
+def test_threads_merge_and_unmerge_a_layer_once(step, monkeypatch):
+    model, layer, w, x = linear()
+    before, want = w.clone(), model(x)
+    if step != "merge":
+        model.merge_adapter()
+    slow = "_total" if step == "merge" else "_refuse_written"
+    whole, failed = getattr(merging, slow), []
+
+    def slowly(*args):
+        time.sleep(0.02)  # long enough for every thread to have come as far as the first
+        return whole(*args)
+
+    def run():
+        try:
+            model(x) if step == "disabled" else getattr(layer, step)()
+        except Exception as error:
+            failed.append(error)
+
+    monkeypatch.setattr(merging, slow, slowly)
+    if step == "disabled":
+        model.base_model.disable_adapter_layers()
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and layer.merged == (step == "merge")
+    model.base_model.enable_adapter_layers()
+    if layer.merged:
+        model.unmerge_adapter()
+    assert layer.base_layer.weight is w and torch.equal(w, before) and torch.equal(model(x), want)
 
 
 def test_unfuse_is_refused_while_merged():

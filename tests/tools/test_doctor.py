@@ -61,6 +61,23 @@ def test_missing_extensions_are_reported_with_a_way_to_get_them(monkeypatch, cap
     assert "not built" in capsys.readouterr().out
 
 
+def test_kernels_of_another_version_are_reported_with_the_way_to_build_them(monkeypatch):
+    def set_levels(*_):
+        raise ValueError("a format that this build does not know")
+
+    monkeypatch.setattr(pytest.importorskip("lora_kernels._C"), "set_levels", set_levels)
+    for name in [name for name in sys.modules if name.startswith("lora_kernels.backends.cpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    dispatch.cache_clear()
+    try:
+        report = doctor.examine()
+    finally:
+        dispatch.cache_clear()
+    assert "built from another version of this package" in report["native"]["reason"]
+    cpu = next(each for each in report["backends"] if each["name"] == "cpu")
+    assert not cpu["ready"] and any("pip install" in reason for reason in cpu["reasons"])
+
+
 def test_a_driver_that_is_too_old_for_the_cuda_kernels_is_told_with_the_way_out(monkeypatch):
     module = SimpleNamespace(
         build_info=lambda: {"nvcc": "13.0", "arch": "sm_90a", "driver": "580", "sources": "abc"},

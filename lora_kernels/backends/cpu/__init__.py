@@ -57,6 +57,10 @@ except (ImportError, OSError) as error:
         f"the native CPU kernels are missing ({error}; {built.why_missing('_C')}). Their build needs {built.COMPILER}, "
         f"then: {built.reinstall()}"
     ) from error
+except (AttributeError, TypeError, ValueError) as error:
+    raise ImportError(
+        f"the native CPU kernels were built from another version of this package ({error}): {built.reinstall()}"
+    ) from error
 
 __all__ = [
     "add_low_rank",
