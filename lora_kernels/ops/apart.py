@@ -26,11 +26,9 @@ from lora_kernels.ops.autograd import (
     apply,
     as_dense,
     device_type,
-    needs_plain_mode,
+    gradients_of,
     no_autocast,
-    no_graph,
     outlived,
-    refuse_double_backward,
 )
 from lora_kernels.ops.sums import column_sum
 from lora_kernels.ops.watched import watched
@@ -115,13 +113,7 @@ class _Base(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx and dbias, and None for each that is not needed."""
-        saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
-        if needs_plain_mode(dy):
-            with no_graph(), no_autocast(device_type(dy)):
-                grads = _gradients(ctx, dy, *saved)
-            grads = refuse_double_backward("lora_linear_apart", grads, dy, *saved)
-        else:
-            grads = _gradients(ctx, dy, *saved)
+        grads = gradients_of("lora_linear_apart", ctx, dy, _gradients)
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 

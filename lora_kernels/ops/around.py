@@ -27,11 +27,9 @@ from lora_kernels.ops.autograd import (
     as_dense,
     autocast_of,
     device_type,
-    needs_plain_mode,
+    gradients_of,
     no_autocast,
-    no_graph,
     outlived,
-    refuse_double_backward,
 )
 from lora_kernels.ops.watched import watched
 
@@ -165,12 +163,7 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dy itself, dx, da and db, and None for each that is not needed."""
-        saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
-        if needs_plain_mode(dy):
-            with no_graph(), no_autocast(device_type(dy)):
-                grads = _gradients(ctx, dy, *saved)
-            return *refuse_double_backward("add_low_rank", grads, dy, *saved), None, None
-        return *_gradients(ctx, dy, *saved), None, None
+        return *gradients_of("add_low_rank", ctx, dy, _gradients), None, None
 
 
 def _gradients(

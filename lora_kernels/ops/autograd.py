@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -94,6 +95,20 @@ def refuse_double_backward(
         anchor = torch.empty(0, device="cpu", requires_grad=True)
         return _RefuseDoubleBackward.apply(name, len(grads), *grads, anchor, *operands)
     return grads
+
+
+def gradients_of(
+    name: str, ctx: Any, dy: Tensor, gradients: Callable[..., tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
+    """Return ``gradients(ctx, dy, *saved)``, where saved are the tensors of `ctx`: the results of a backward of the
+    function `name`. They are computed without a graph and without autocast, and raise RuntimeError where they are
+    differentiated again."""
+    saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
+    if not needs_plain_mode(dy):
+        return gradients(ctx, dy, *saved)
+    with no_graph(), no_autocast(device_type(dy)):
+        grads = gradients(ctx, dy, *saved)
+    return refuse_double_backward(name, grads, dy, *saved)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):

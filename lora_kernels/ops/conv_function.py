@@ -21,7 +21,7 @@ from lora_kernels.ops.autograd import (
     as_dense,
     as_dtype,
     device_type,
-    needs_plain_mode,
+    gradients_of,
     no_autocast,
     no_graph,
     refuse_double_backward,
@@ -122,13 +122,7 @@ class LoRAConvFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, da, db and dbias, and None for each that is not needed."""
-        saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
-        if needs_plain_mode(dy):
-            with no_graph(), no_autocast(device_type(dy)):
-                grads = _gradients(ctx, dy, *saved)
-            grads = refuse_double_backward("lora_conv", grads, dy, *saved)
-        else:
-            grads = _gradients(ctx, dy, *saved)
+        grads = gradients_of("lora_conv", ctx, dy, _gradients)
         return *grads, None, None
 
 

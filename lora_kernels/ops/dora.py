@@ -33,12 +33,9 @@ from lora_kernels.ops import check, direct, plain, registered
 from lora_kernels.ops.autograd import (
     apply,
     as_dense,
-    device_type,
-    needs_plain_mode,
+    gradients_of,
     no_autocast,
-    no_graph,
     outlived,
-    refuse_double_backward,
 )
 from lora_kernels.ops.dora_norm import ratio, weight_norm
 from lora_kernels.ops.dora_passes import add_low_rank, add_scaled, column_dot, excess, scaled_rows
@@ -167,13 +164,7 @@ class DoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, da, db, dd and dbias, and None for each that is not needed."""
-        saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
-        if needs_plain_mode(dy):
-            with no_graph(), no_autocast(device_type(dy)):
-                grads = _gradients(ctx, dy, *saved)
-            grads = refuse_double_backward("dora_linear", grads, dy, *saved)
-        else:
-            grads = _gradients(ctx, dy, *saved)
+        grads = gradients_of("dora_linear", ctx, dy, _gradients)
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 

@@ -21,11 +21,9 @@ from lora_kernels.ops.autograd import (
     apply,
     as_dense,
     device_type,
-    needs_plain_mode,
+    gradients_of,
     no_autocast,
-    no_graph,
     outlived,
-    refuse_double_backward,
 )
 from lora_kernels.ops.dora_norm import ratio
 from lora_kernels.ops.embedding_norm import column_norm
@@ -133,13 +131,7 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of a_t, b and d, and None for each that is not needed."""
-        saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
-        if needs_plain_mode(dy):
-            with no_graph(), no_autocast(device_type(dy)):
-                grads = _gradients(ctx, dy, *saved)
-            grads = refuse_double_backward("lora_embedding", grads, dy, *saved)
-        else:
-            grads = _gradients(ctx, dy, *saved)
+        grads = gradients_of("lora_embedding", ctx, dy, _gradients)
         return *grads, None, None
 
 

@@ -23,10 +23,8 @@ from lora_kernels.ops.autograd import (
     as_dense,
     as_dtype,
     device_type,
-    needs_plain_mode,
+    gradients_of,
     no_autocast,
-    no_graph,
-    refuse_double_backward,
 )
 from lora_kernels.ops.linear import _forward
 from lora_kernels.ops.prepare import bias_beside, prepare, recorded
@@ -172,13 +170,7 @@ class SharedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, dA, dB, du, dv and dbias, and None for each that is not needed."""
-        saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
-        if needs_plain_mode(dy):
-            with no_graph(), no_autocast(device_type(dy)):
-                grads = _gradients(ctx, dy, *saved)
-            grads = refuse_double_backward("shared_lora_linear", grads, dy, *saved)
-        else:
-            grads = _gradients(ctx, dy, *saved)
+        grads = gradients_of("shared_lora_linear", ctx, dy, _gradients)
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 

@@ -19,7 +19,7 @@ from lora_kernels.tools import evidence_here
 from lora_kernels.tools.packages import is_there, without_paths
 
 _COMPILER = f"install {built.COMPILER}, then: {built.reinstall()}"
-_NVCC = f"install the CUDA toolkit, then: {built.reinstall(cuda=True)}"
+_NVCC = f"for Hopper GPUs only: install the CUDA toolkit, then: {built.reinstall(cuda=True)}"
 _TRITON = "pip install 'lora_kernels[triton]' (Linux)"
 _TORCH_CUDA = "install a build of torch for your GPU: https://pytorch.org/get-started/locally"
 _DRIVER = "install or load the GPU's driver (nvidia-smi should list the device)"

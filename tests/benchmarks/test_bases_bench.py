@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 
 import pytest
+from support.silent import Silent
 
 from benchmarks import bases
-
-
-class Silent:
-    @contextmanager
-    def progress(self, total):
-        self.left = total
-
-        def advance(what, steps):
-            self.left -= steps
-
-        yield advance
-
 
 pytestmark = pytest.mark.slow
 

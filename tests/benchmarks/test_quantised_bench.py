@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from contextlib import contextmanager
 
 import pytest
 from support import measured_pages
+from support.silent import Silent
 
 from benchmarks import quantised, quantised_memory
 
 SIZE = (96, 128, 8)
 HAVE_PEER = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "peft"))
-
-
-class Silent:
-    @contextmanager
-    def progress(self, total):
-        self.left = total
-
-        def advance(what, steps):
-            self.left -= steps
-
-        yield advance
 
 
 @pytest.fixture(scope="module")
