@@ -20,12 +20,15 @@ _NAMES = ("libgomp", "libomp", "libiomp5")
 def provide() -> None:
     """Make the runtime's functions visible to `_C`, where torch has not done so.
 
-    The runtime is one that the process has loaded, else one beside torch, else the system's. OSError where none loads.
+    The runtime is one that the process has loaded, torch's before that of another package such as scikit-learn; else
+    one beside torch, else the system's. OSError where none loads.
     """
     process = ctypes.CDLL(None) if sys.platform != "win32" else None
     if process is None or any(hasattr(process, entry) for entry in _ENTRIES):
         return
-    ctypes.CDLL(([*runtimes(), *_beside_torch()] or ["libgomp.so.1"])[0], mode=ctypes.RTLD_GLOBAL)
+    loaded, beside = runtimes(), _beside_torch()
+    order = [*(path for path in beside if path in loaded), *loaded, *beside, "libgomp.so.1"]
+    ctypes.CDLL(order[0], mode=ctypes.RTLD_GLOBAL)
 
 
 def runtimes() -> list[str]:

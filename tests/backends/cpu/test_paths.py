@@ -80,14 +80,8 @@ openmp.provide()
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_a_runtime_that_torch_keeps_to_itself_is_lent_to_the_kernels() -> None:
     """Without it `_C` could not be imported, since it is linked to no runtime."""
-    (used,) = openmp.runtimes()  # of this process
-    command = [
-        sys.executable,
-        "-c",
-        CHILD,
-        torch.__file__,
-        openmp.__file__,
-    ]
+    command = [sys.executable, "-c", CHILD, torch.__file__, openmp.__file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [used]
+    (used,) = done.stdout.split()
+    assert used in openmp.runtimes()  # of this process, beside those of other packages
