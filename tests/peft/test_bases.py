@@ -306,6 +306,17 @@ def test_a_weight_that_is_loaded_or_swapped_is_read_again(kind, how):
     assert model[0].fused_calls == 2
 
 
+def test_an_order_of_columns_that_is_loaded_is_seen():
+    """Though act-order has the groups of the plain order, at other places."""
+    model, x = make("gptq 4", K=128), torch.randn(3, 128)
+    layer = fused(model)
+    layer(x)
+    order = layer.base_layer.g_idx
+    order.copy_(order.view(2, 32, 2).flip(0).reshape(-1).clone())
+    want = truth(layer, KINDS["gptq 4"].dense(layer.base_layer), x, torch.randn(3, 64))["y"]
+    torch.testing.assert_close(layer(x).double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
 def test_after_inference_mode_it_trains(name):
     model = make(name)
     layer, x = fused(model), torch.randn(5, 96)
