@@ -82,7 +82,7 @@ def _stamp(t: Tensor) -> _Stamp:
 
 
 def _bits(t: Tensor) -> int | None:
-    """Return the `checksum` of t. On another device, where it would have to be waited for, it is the version counter."""
+    """Return the `checksum` of t; on another device, where it would have to be waited for, the version counter."""
     if not t.is_cpu:
         return None if t.is_inference() else t._version
     return checksum(t)
