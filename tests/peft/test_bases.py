@@ -15,6 +15,7 @@ from torch import nn
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft import LoraConfig  # noqa: E402
 from support.coded_bases import KINDS, layer_over, make  # noqa: E402
+from support.merge_models import is_rounded_once  # noqa: E402
 from support.old_torch import compiles_whole_models  # noqa: E402
 from support.peft_models import MaskOfSeed  # noqa: E402
 
@@ -340,6 +341,17 @@ def test_merging_keeps_the_codes_and_puts_them_back(kind):
         layer.unmerge()
     torch.testing.assert_close(merged, before, rtol=0, atol=1e-5 * before.abs().max().item())
     assert layer.base_layer is base and torch.equal(KINDS[kind].dense(base), w) and torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("kind", ["int8 by rows", "int4 with zeros", "e4m3", "NF4Tensor", "hqq 4"])
+def test_a_merged_weight_is_rounded_once(kind):
+    """From the codes and scales as they are stored, as the forward reads them."""
+    layer = fused(make(kind, dtype=BF16))
+    q, _ = layer.read_base(layer)
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    exact = q.dequantize(torch.float32).double() + layer.scaling["default"] * b @ a
+    layer.merge()
+    assert is_rounded_once(layer.base_layer.weight.detach(), exact)
 
 
 @pytest.mark.parametrize("kind", ["int8 in groups", "hqq 4", "gptq 4"])
