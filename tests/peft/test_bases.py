@@ -151,6 +151,14 @@ def test_odd_sizes_without_a_bias(name):
         lora_kernels.unfuse(model)
 
 
+@pytest.mark.parametrize("kind", ["gptq 4", "gptq 8", "awq 4"])
+def test_a_bias_beside_more_rows_of_a_weight_than_one_task_has(kind):
+    model, x = make(kind, K=32, N=520), torch.randn(2, 32)
+    w = KINDS[kind].dense(model[0].base_layer)
+    want = truth(model[0], w, x, torch.randn(2, 520))["y"]
+    torch.testing.assert_close(fused(model)(x).double(), want, rtol=0, atol=2e-5 * want.abs().max().item())
+
+
 def test_dropout_has_our_mask(name, monkeypatch):
     model = make(name, lora_dropout=0.3).train()
     seeds = map(torch.tensor, itertools.count(7))
