@@ -115,7 +115,7 @@ def _apply(
     w, bias = base
     given = adapters
     counts = rows.known_counts
-    if counts is not None:
+    if adapters and counts is not None:
         used = rows.used
         if biases:
             biases = {i: biases[i] for i in used if i in biases}

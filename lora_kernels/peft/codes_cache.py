@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lora_kernels.peft.checksum import checksum
 from lora_kernels.quant.reader import Facts, Reader, Unreadable
 from lora_kernels.quant.weight import QuantizedWeight
 
@@ -81,14 +82,10 @@ def _stamp(t: Tensor) -> _Stamp:
 
 
 def _bits(t: Tensor) -> int | None:
-    """Return the sum of the memory of t as integers, which changes with practically every write. On another device,
-    where it would have to be waited for, it is the version counter."""
+    """Return the `checksum` of t; on another device, where it would have to be waited for, the version counter."""
     if not t.is_cpu:
         return None if t.is_inference() else t._version
-    flat = t.detach().contiguous()
-    flat = flat.as_strided((flat.numel(),), (1,))  # a single element may have any stride
-    whole = flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-    return int(flat.view(torch.int64 if whole else torch.uint8).sum())
+    return checksum(t)
 
 
 def _are(sources: tuple[Tensor, ...], stamps: tuple[_Stamp, ...]) -> bool:

@@ -5,26 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from lora_kernels.peft.checksum import checksum
 from lora_kernels.peft.dense_stand_in import MergedLinear
 
 
 def stamp(t: Tensor | None) -> int | None:
-    """Return a number of the bits of t, which changes with practically every write; None for a tensor without values.
-
-    It is the sum of the memory as integers of 64 bits. Version counters would not do: a write through ``.data`` leaves
-    them as they are, and a load of equal values changes them.
-    """
+    """Return the `checksum` of t; None for a tensor without values."""
     if t is None or t.is_meta or type(t) not in (Tensor, nn.Parameter):
         return None
-    flat = t.detach().contiguous().view(-1)
-    offset, size = flat.storage_offset() * flat.element_size(), flat.nbytes
-    for width, dtype in ((8, torch.int64), (4, torch.int32), (2, torch.int16)):
-        if size % width == 0 and offset % width == 0 and flat.element_size() <= width:
-            return int(flat.view(dtype).sum().item())
-    return int(flat.view(torch.uint8).sum().item())
+    return checksum(t)
 
 
 class Kept:

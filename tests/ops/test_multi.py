@@ -184,6 +184,20 @@ def test_a_layer_without_adapters_is_the_frozen_layer(adapters):
     )
 
 
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_rows_of_an_adapter_that_the_layer_lacks_beside_a_trained_one_without_rows(format):
+    """The frozen layer computes them, and its backward gives the trained adapter no gradient."""
+    x, w = torch.randn(5, 64, requires_grad=True), torch.randn(8, 64)
+    w = w if format is None else quantize_weight(w, format)
+    a, b = torch.randn(2, 64, requires_grad=True), torch.randn(8, 2, requires_grad=True)
+    y = lora_linear_multi(x, w, [None, Adapter(a, b, 1.0)], Rows.by_id([0] * 5, 2))
+    dense = w if format is None else w.dequantize(torch.float32)
+    torch.testing.assert_close(y, F.linear(x, dense))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, dense.sum(0).expand(5, -1))
+    assert a.grad is None and b.grad is None
+
+
 def test_explain_tells_ranks_rows_and_the_backends_of_both_passes():
     m = mixed(12, 12, 8, (2, None, 5), ids=torch.tensor([0, 0, 2, -1] * 3))
     told = explain_multi(m.x, m.w, m.adapters, m.rows, bias=m.bias, backend="eager")

@@ -15,6 +15,7 @@ from torch import nn
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft import LoraConfig  # noqa: E402
 from support.coded_bases import KINDS, layer_over, make  # noqa: E402
+from support.merge_models import is_rounded_once  # noqa: E402
 from support.old_torch import compiles_whole_models  # noqa: E402
 from support.peft_models import MaskOfSeed  # noqa: E402
 
@@ -148,6 +149,14 @@ def test_odd_sizes_without_a_bias(name):
             torch.testing.assert_close(got[each], value, rtol=0, atol=2e-5 * max(1, most))
         assert got["y"].shape == (*shape[:-1], N)
         lora_kernels.unfuse(model)
+
+
+@pytest.mark.parametrize("kind", ["gptq 4", "gptq 8", "awq 4"])
+def test_a_bias_beside_more_rows_of_a_weight_than_one_task_has(kind):
+    model, x = make(kind, K=32, N=520), torch.randn(2, 32)
+    w = KINDS[kind].dense(model[0].base_layer)
+    want = truth(model[0], w, x, torch.randn(2, 520))["y"]
+    torch.testing.assert_close(fused(model)(x).double(), want, rtol=0, atol=2e-5 * want.abs().max().item())
 
 
 def test_dropout_has_our_mask(name, monkeypatch):
@@ -306,6 +315,17 @@ def test_a_weight_that_is_loaded_or_swapped_is_read_again(kind, how):
     assert model[0].fused_calls == 2
 
 
+def test_an_order_of_columns_that_is_loaded_is_seen():
+    """Though act-order has the groups of the plain order, at other places."""
+    model, x = make("gptq 4", K=128), torch.randn(3, 128)
+    layer = fused(model)
+    layer(x)
+    order = layer.base_layer.g_idx
+    order.copy_(order.view(2, 32, 2).flip(0).reshape(-1).clone())
+    want = truth(layer, KINDS["gptq 4"].dense(layer.base_layer), x, torch.randn(3, 64))["y"]
+    torch.testing.assert_close(layer(x).double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
 def test_after_inference_mode_it_trains(name):
     model = make(name)
     layer, x = fused(model), torch.randn(5, 96)
@@ -329,6 +349,17 @@ def test_merging_keeps_the_codes_and_puts_them_back(kind):
         layer.unmerge()
     torch.testing.assert_close(merged, before, rtol=0, atol=1e-5 * before.abs().max().item())
     assert layer.base_layer is base and torch.equal(KINDS[kind].dense(base), w) and torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("kind", ["int8 by rows", "int4 with zeros", "e4m3", "NF4Tensor", "hqq 4"])
+def test_a_merged_weight_is_rounded_once(kind):
+    """From the codes and scales as they are stored, as the forward reads them."""
+    layer = fused(make(kind, dtype=BF16))
+    q, _ = layer.read_base(layer)
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    exact = q.dequantize(torch.float32).double() + layer.scaling["default"] * b @ a
+    layer.merge()
+    assert is_rounded_once(layer.base_layer.weight.detach(), exact)
 
 
 @pytest.mark.parametrize("kind", ["int8 in groups", "hqq 4", "gptq 4"])

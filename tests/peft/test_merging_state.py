@@ -18,6 +18,7 @@ from support.merge_models import K, Net, is_rounded_once, make, merged_by_peft, 
 
 import lora_kernels  # noqa: E402
 from lora_kernels.peft import merging  # noqa: E402
+from lora_kernels.peft.checksum import checksum  # noqa: E402
 from lora_kernels.peft.layer import FusedLayer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*[Aa]lready:UserWarning")
@@ -419,3 +420,29 @@ def test_an_activated_lora_is_refused_and_nothing_beside_it_is_merged():
     with pytest.raises(NotImplementedError, match="aLoRA does not support merging"):
         layer.merge(adapter_names=["default", "a"])
     assert not layer.merged and layer.base_layer.weight is w
+
+
+def test_elements_that_change_places_in_a_merged_weight_are_noticed():
+    """As where heads are permuted for another format: a plain sum over the bits would be the same."""
+    model, layer, w, _ = linear()
+    for order in (lambda t: t.flip(0), lambda t: t.flip(1), lambda t: t.roll(8, 0), lambda t: t.roll(4, 1)):
+        model.merge_adapter()
+        layer.base_layer.weight.data.copy_(order(layer.base_layer.weight.data.clone()))
+        with pytest.raises(ValueError, match="was written to"):
+            model.unmerge_adapter()
+        lora_kernels.unmerge_written(model, keep=False)
+        assert layer.base_layer.weight is w
+
+
+def test_checksums_of_any_tensor():
+    """Of every dtype, size and stride. Equal values have the same one, and one element that differs changes it."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.complex128):
+        for size in (0, 1, 3, 8, 4093, 9001):
+            t = torch.arange(3 * size).to(dtype).view(-1, 3)[:, 1]
+            assert checksum(t) == checksum(t.clone())
+            for place in {0, size // 2, size - 1} if size else ():
+                other = t.clone()
+                other[place] = 5 if t[place] == 3 else 3
+                assert checksum(other) != checksum(t)
+            if size > 8:
+                assert checksum(t.roll(1)) != checksum(t)

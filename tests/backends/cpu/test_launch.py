@@ -19,8 +19,9 @@ from lora_kernels.core.operands import Adapter, Base, Needs  # noqa: E402
 from lora_kernels.quant.weight import QuantizedWeight  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16)
-SIZES = [(17, 33, 45, 3), (67, 300, 1000, 16), (210, 513, 64, 33), (97, 96, 128, 1)]
-"""M, N, K, R: columns that end within a group of keep bits, and rows that end within a part."""
+SIZES = [(17, 33, 45, 3), (67, 300, 1000, 16), (210, 513, 64, 33), (97, 96, 128, 1), (211, 30, 400, 5)]
+"""M, N, K, R: columns that end within a group of keep bits, rows that end within a part, and so few
+columns that threads share the rows."""
 
 
 def nan(like: Tensor, rows: int, cols: int) -> Tensor:
