@@ -26,6 +26,7 @@ from lora_kernels.ops.autograd import (
     apply,
     as_dense,
     device_type,
+    keeps_hooks,
     needs_plain_mode,
     no_autocast,
     no_graph,
@@ -113,6 +114,7 @@ class _Base(torch.autograd.Function):
         return _product(x, whole_weight(codes, scales, w_format, blocksize, x.dtype), backend, bias)
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx and dbias, and None for each that is not needed."""
         saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once

@@ -27,6 +27,7 @@ from lora_kernels.ops.autograd import (
     as_dense,
     autocast_of,
     device_type,
+    keeps_hooks,
     needs_plain_mode,
     no_autocast,
     no_graph,
@@ -163,6 +164,7 @@ class _AddLowRank(torch.autograd.Function):
         return out
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dy itself, dx, da and db, and None for each that is not needed."""
         saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once

@@ -23,6 +23,7 @@ from lora_kernels.ops.autograd import (
     as_dense,
     as_dtype,
     device_type,
+    keeps_hooks,
     needs_plain_mode,
     no_autocast,
     no_graph,
@@ -170,6 +171,7 @@ class SharedLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, dA, dB, du, dv and dbias, and None for each that is not needed."""
         saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once
