@@ -6,14 +6,17 @@ SHORT ?=
 PEFT ?=
 
 NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
-PYTHON_FILES := lora_kernels tests benchmarks docs examples scripts csrc setup.py
+PYTHON_FILES := lora_kernels tests benchmarks docs examples scripts csrc setup.py conftest.py lora_kernels_autoload.py
 
-.PHONY: help test test-slow demo bench bench-many bench-kinds bench-training doctor docs lint format clean
+.PHONY: help test test-slow test-plugins notebook compatibility demo bench bench-many bench-kinds bench-training doctor docs lint format clean
 
 help:
 	@echo "make test       set up and run the tests that a contributor runs (about 9 minutes on 2 cores)"
 	@echo "                (PEFT=0.19.1: with that version of PEFT instead of the pinned one)"
 	@echo "make test-slow  run the rest: emulated and interpreted GPU kernels, ahead-of-time compiles, long runs"
+	@echo "make test-plugins  run the tests of the plug-ins with axolotl, ms-swift and LLaMA-Factory"
+	@echo "make compatibility run the tests and record the versions for docs/compatibility.md"
+	@echo "make notebook   run examples/first_steps.ipynb anew"
 	@echo "make demo       fine-tune a small vision transformer on real data (SHORT=1: half a minute)"
 	@echo "make bench      measure against PEFT and the frozen layer; writes benchmarks/results/ and the docs' figures"
 	@echo "make bench-many measure many adapters in one batch, the layer and generation (about seven minutes)"
@@ -23,15 +26,17 @@ help:
 	@echo "make docs       build the documentation into build/site; a warning is an error"
 	@echo "make lint       ruff, mypy, clang-format (make format repairs)"
 
-$(VENV)/.requirements: requirements-dev.txt
+$(VENV)/.requirements: requirements-dev.txt requirements-extra.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade --quiet pip
 	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-extra.txt
 	@touch $@
 
-# The install is editable. The extension is built into lora_kernels/, and again when one of its sources has changed.
+# The install is editable. The extensions are built into lora_kernels/, that for CUDA where nvcc is found, and again when
+# one of their sources has changed.
 $(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
-	LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	LORA_KERNELS_CUDA=auto LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
 # Another PEFT lies in a folder of its own, before .venv on the path.
@@ -46,6 +51,20 @@ test: $(VENV)/.installed $(OTHER_PEFT)
 
 test-slow: $(VENV)/.installed $(OTHER_PEFT)
 	$(WITH_PEFT) LORA_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest tests -m slow
+
+# The trainers are installed without their dependencies, in a folder of their own.
+build/plugins: $(VENV)/.installed requirements-plugins.txt
+	$(BIN)/pip install --quiet --no-deps --target $@ -r requirements-plugins.txt
+
+test-plugins: build/plugins
+	PYTHONPATH=$(CURDIR)/build/plugins $(BIN)/python -m pytest tests/plugins
+
+compatibility: $(VENV)/.installed
+	$(BIN)/python scripts/compatibility.py --record
+	$(BIN)/python scripts/compatibility.py --table
+
+notebook: $(VENV)/.installed
+	$(BIN)/python scripts/notebook.py
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits.py $(if $(SHORT),--short)

@@ -339,8 +339,9 @@ void column_sums(int threads, py::handle w, py::handle a_t, py::handle square, p
 }
 
 void set_levels(const std::string& format, const std::array<float, 16>& values) {
-  if (format != "nf4" && format != "fp4") throw std::invalid_argument("only nf4 and fp4 have levels, not " + format);
-  levels[format == "fp4"] = values;
+  const size_t index = position(py::str(format), names.formats);
+  if (index >= levels.size()) throw std::invalid_argument("only formats of nf4 and fp4 have levels, not " + format);
+  levels[index] = values;
 }
 
 py::tuple dropout_rule(double p) {
@@ -430,7 +431,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "at most FEW_ROWS rows.");
   m.def("dequantize", &dequantize,
         "Write to out, dequantised, as many rows and columns of w as out has, from row n0 and column k0 on.");
-  m.def("set_levels", &set_levels, "Set the 16 numbers that the codes of nf4 or fp4 stand for.");
+  m.def("set_levels", &set_levels, "Set the 16 numbers that the codes of a format of nf4 or fp4 stand for.");
   m.def("keep_mask", &keep_mask, "Write 1 to out where dropout keeps an element, else 0.");
   m.def("column_sums", &column_sums, "Write the sums of the norms of w + s (b a)^T by columns, in float32.");
   m.def("row_norm", &row_norm, "Write n = ||w + scale b a|| by rows, in float32.");

@@ -13,25 +13,31 @@ namespace lk::python {
 
 // The Python objects that reading an operand compares with or looks up. They are made once, at import.
 struct Names {
-  std::array<PyObject*, 4> formats;                        // in the order of Format
+  std::array<PyObject*, 7> formats;                        // those with levels first
+  std::array<PyObject*, 6> layouts;                        // the formats of weights in integers, as in IntLayout
   PyObject *w, *bias;                                      // fields of a Base
   PyObject *a, *b, *scale, *p, *seed;                      // fields of an Adapter
   PyObject *format, *codes, *scales, *blocksize, *nested;  // fields of a QuantizedWeight
+  PyObject* integers;                                      // and one more: (zeros, order), which may be empty
 };
 
 inline Names names;
 
-// The 16 numbers that the codes of nf4 and fp4 stand for, in the order of Format. `set_levels` fills them.
-inline std::array<std::array<float, 16>, 2> levels{};
+// The 16 numbers that the codes of 4-bit formats stand for, in the order of Names::formats. `set_levels` fills them.
+inline std::array<std::array<float, 16>, 5> levels{};
 
 inline void find_names() {
   find_tensor_names();
   const auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
-  names.formats = {name("nf4"), name("fp4"), name("int8"), name("fp8")};
+  names.formats = {name("nf4"),  name("fp4"), name("nf4-torchao"), name("nf4-torchao-bf16"), name("nf4-torchao-fp16"),
+                   name("int8"), name("fp8")};
+  names.layouts = {name("int8-group"), name("uint8-group"), name("uint4-group"),
+                   name("gptq4"),      name("gptq8"),       name("awq4")};
   names.w = name("w"), names.bias = name("bias");
   names.a = name("a"), names.b = name("b"), names.scale = name("scale"), names.p = name("p"), names.seed = name("seed");
   names.format = name("format"), names.codes = name("codes"), names.scales = name("scales");
   names.blocksize = name("blocksize"), names.nested = name("nested");
+  names.integers = name("integers");
 }
 
 inline double real(py::handle number) {
@@ -111,15 +117,82 @@ inline void require_fp8_scales(const cpu::Quantized& w) {
   require_size("the scales", {rows, cols}, blocks(w.N), blocks(w.K));
 }
 
+// The position of `text` in `known`, or the number of texts that it has.
+template <size_t COUNT>
+inline size_t position(const py::object& text, const std::array<PyObject*, COUNT>& known) {
+  size_t i = 0;
+  while (i < COUNT && PyUnicode_Compare(text.ptr(), known[i])) ++i;
+  return i;
+}
+
+inline bool is_empty(py::handle tensor) { return integer(call(tensor, tensor_names.numel)) == 0; }
+
+// The parts of a weight in integers. Their sizes must be those of its layout, and the groups of its columns must exist.
+inline cpu::Integers integers(py::handle weight, cpu::IntLayout layout) {
+  cpu::Integers w{};
+  w.layout = layout;
+  const Two size = two(get(weight, tensor_names.shape));
+  w.N = size.first;
+  w.K = size.second;
+  w.group = integer(get(weight, names.blocksize));
+  if (w.group < 1) throw std::invalid_argument("a weight in integers needs a blocksize of at least 1");
+  const bool halves = layout == cpu::IntLayout::halves, gptq8 = layout == cpu::IntLayout::gptq8;
+  const i64 per_word = gptq8 ? 4 : 8, elements_of = w.N * w.K;
+  const i64 words = w.turned() ? elements_of / per_word : halves ? elements_of / 2 : elements_of;
+  if ((w.turned() && (w.N % 8 || (layout != cpu::IntLayout::awq4 && w.K % per_word))) || (halves && w.N % 2))
+    throw std::invalid_argument("the sizes of a weight in integers are not whole words: QuantizedWeight.check() tells");
+  w.codes = elements(get(weight, names.codes), "the codes", words, w.turned() ? 32 : 8);
+  const py::object scales = get(weight, names.scales);
+  i64 found = (elements_of + w.group - 1) / w.group;
+  if (w.turned()) {
+    const Two groups = two(get(scales, tensor_names.shape));
+    found = groups.first;
+    require_size("the scales", groups, found, w.N);
+  }
+  const i64 columns = w.turned() ? w.N : 1;
+  const DType type = dtype(get(scales, tensor_names.dtype));
+  const void* const read = elements(scales, "the scales", found * columns, static_cast<int>(8 * cpu::size_of(type)));
+  w.scales = {const_cast<void*>(read), columns, type};
+  const Items parts(get(weight, names.integers));
+  if (parts.size() != 2) throw std::invalid_argument("a weight in integers needs (zeros, order)");
+  const i64 count = found * columns;
+  if (!is_empty(parts[0])) {
+    const i64 bytes = integer(call(parts[0], tensor_names.element_size));
+    const py::object of = get(parts[0], tensor_names.dtype);
+    const bool packed = w.turned() && bytes == 4 && of.ptr() != tensor_names.dtypes[0];
+    w.zeros = elements(parts[0], "the zeros", packed ? count / per_word : count, static_cast<int>(8 * bytes));
+    w.zero_type = packed ? cpu::Integers::kPacked : bytes == 1 ? cpu::Integers::kInt8 : static_cast<int>(dtype(of));
+  }
+  if (w.turned() && is_empty(parts[1]) && found < (w.K + w.group - 1) / w.group)
+    throw std::invalid_argument("the scales of a weight in integers are too few for its columns");
+  if (!is_empty(parts[1])) {
+    w.order = static_cast<const int32_t*>(elements(parts[1], "the order", w.K, 32));
+    for (i64 k = 0; k < w.K; ++k)
+      if (w.order[k] < 0 || w.order[k] >= found)
+        throw std::invalid_argument("the groups of the columns must lie in 0.." + std::to_string(found - 1));
+  }
+  return w;
+}
+
 inline cpu::Quantized quantized(py::handle weight) {
   cpu::Quantized w{};
   const py::object format = get(weight, names.format), nested = get(weight, names.nested);
   if (!PyUnicode_Check(format.ptr())) throw py::type_error("the format of a quantised weight must be a string");
-  size_t index = 0;
-  while (index < names.formats.size() && PyUnicode_Compare(format.ptr(), names.formats[index])) ++index;
-  if (index == names.formats.size())
-    throw std::invalid_argument("the CPU kernels have no format " + std::string(py::str(format)));
-  w.format = static_cast<cpu::Format>(index);
+  const size_t index = position(format, names.formats);
+  if (index == names.formats.size()) {
+    const size_t layout = position(format, names.layouts);
+    if (layout == names.layouts.size())
+      throw std::invalid_argument("the CPU kernels have no format " + std::string(py::str(format)));
+    w.format = cpu::Format::integers;
+    w.integers = integers(weight, static_cast<cpu::IntLayout>(layout));
+    w.N = w.integers.N;
+    w.K = w.integers.K;
+    w.codes = static_cast<const uint8_t*>(w.integers.codes);
+    return w;
+  }
+  constexpr cpu::Format kinds[] = {cpu::Format::nf4, cpu::Format::fp4,  cpu::Format::nf4, cpu::Format::nf4,
+                                   cpu::Format::nf4, cpu::Format::int8, cpu::Format::fp8};
+  w.format = kinds[index];
   const Two size = two(get(weight, tensor_names.shape));
   w.N = size.first;
   w.K = size.second;

@@ -32,6 +32,7 @@ inline void add_bias(Sums part, i64 rows, i64 M, const float* bias, float factor
 
 std::unique_ptr<FewRows> few_rows(i64 M, i64 N, i64 K, Tile x, Tile w, Tile y);
 std::unique_ptr<FewRows> few_rows(i64 M, const Quantized& w, Tile x, Tile y);
+std::unique_ptr<FewRows> few_rows_turned(i64 M, const Integers& w, Tile x, Tile y);
 
 // Whether x w^T and dy w are faster within the launch of the low-rank half than as calls of any GEMM. They are not
 // without vector instructions, for a w outside of L2, or for many elements of y of which each is a short sum.

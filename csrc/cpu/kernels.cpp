@@ -2,6 +2,7 @@
 // function that returns the table has external linkage.
 #include "convert.h"
 #include "gemm_tile.h"
+#include "integers_tile.h"
 #include "low_rank.h"
 #include "quant_decode.h"
 #include "quant_tile.h"
@@ -86,6 +87,7 @@ constexpr Kernels kTable = {
     quant_dot,
     quant_x,
     quant_scales,
+    integers,
     [](Tile src, i64 rows, i64 cols, float factor, Sums out) {
       LK_BY_DTYPE(src.dtype, (read<T>(src, rows, cols, factor, out)))
     },

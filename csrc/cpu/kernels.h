@@ -61,7 +61,7 @@ struct Extent {
   i64 rows, cols, R;
 };
 
-enum class Format : int { nf4 = 0, fp4 = 1, int8 = 2, fp8 = 3 };
+enum class Format : int { nf4 = 0, fp4 = 1, int8 = 2, fp8 = 3, integers = 4 };
 
 // The factor that decoding applies beside the scales.
 constexpr float quant_factor(Format f) { return f == Format::fp8 ? 256.0f : f == Format::int8 ? 1.0f / 127.0f : 1.0f; }
@@ -70,7 +70,8 @@ constexpr i64 kQuantRows = 4;   // rows of codes that quant_dot takes at a time
 constexpr i64 kQuantPad = 128;  // rows of X are padded to a multiple of this many floats
 constexpr i64 kNested = 256;    // the number of scales that share one absmax in double quantisation
 
-// Rows of a quantised weight. Every `segment` columns have a scale, which for int8 and fp8 lacks quant_factor.
+// Rows of a quantised weight. Every `segment` columns have a scale, which for int8 and fp8 lacks quant_factor. Integers
+// are int8 here, with scales that lack nothing.
 struct QuantRows {
   Format format;
   const uint8_t* codes;
@@ -83,6 +84,22 @@ struct QuantRows {
     const i64 n = rows - first < most ? rows - first : most;
     return {format, codes + first * ldc, ldc, levels, scales + first * lds, lds, segment, n, K};
   }
+};
+
+// How the codes of a run of consecutive elements of a weight in integers lie in memory. `high` and `low` are the
+// nibbles of bytes. `word` is one code of each of consecutive int32, at a shift. `spread4` and `spread8` are all codes
+// of consecutive int32, the first in the lowest bits, and `spread_awq` those of 4 bits in AWQ's order.
+enum class IntCode : int { i8, u8, high, low, word4, word8, spread4, spread8, spread_awq };
+
+// Consecutive elements (code - zero) * scale of a weight in integers. Both results are rounded to `rounded`.
+struct IntRun {
+  IntCode code;
+  const void* codes;
+  int shift;  // of word4 and word8
+  i64 count;
+  const float *scales, *zeros;  // without scales the codes themselves are the result; zeros may be null
+  i64 head, segment;            // the elements that share the first scale, and each next; 0: every element has its own
+  DType rounded;
 };
 
 // The three products of the low-rank half, and the packing of their operands. A packed operand lies in a buffer of
@@ -179,6 +196,8 @@ struct Kernels {
   // out[i] = table[codes[first + i]] absmax[(first + i) / 256] + offset
   void (*quant_scales)(const uint8_t* codes, i64 first, i64 count, const float* table, const float* absmax,
                        float offset, float* out);
+
+  void (*integers)(const IntRun& run, float* out);
 
   // out[i, j] = factor * src[i, j], to fp32 and from fp32
   void (*read)(Tile src, i64 rows, i64 cols, float factor, Sums out);

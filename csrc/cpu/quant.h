@@ -1,6 +1,7 @@
 // A frozen weight [N, K] in 4 or 8 bits, in the layout of lora_kernels/quant/weight.py, and its products.
 #pragma once
 
+#include "integers.h"
 #include "kernels.h"
 
 namespace lk::cpu {
@@ -17,7 +18,9 @@ struct Quantized {
   i64 blocksize;                // 4 bits: the elements of row-major w that share a scale
   const float *table, *absmax;  // double quantisation: scale i is table[scales[i]] absmax[i / 256] + offset; else null
   float offset;
+  Integers integers;  // the whole weight, where the format is `integers`
 
+  bool turned() const { return format == Format::integers && integers.turned(); }
   bool four_bits() const { return format == Format::nf4 || format == Format::fp4; }
   i64 row_bytes() const { return four_bits() ? K / 2 : K; }
 };
@@ -25,11 +28,11 @@ struct Quantized {
 // out [rows, cols] = w[n0.., k0..], dequantised. For 4 bits k0 and cols are even.
 void dequantize(int threads, const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, Tile out);
 
-// The number of floats for each row that `decode` needs for scales.
-i64 scales_per_row(const Quantized& w);
+// The number of floats that `decode` needs for rows of w.
+i64 decode_room(const Quantized& w, i64 rows);
 
 // out [rows, cols] = w[n0.., k0..] as floats, by the calling thread; k0 and cols are as in `dequantize`. `room` is
-// memory for rows * scales_per_row(w) floats.
+// memory for decode_room(w, rows) floats.
 void decode(const Quantized& w, i64 n0, i64 rows, i64 k0, i64 cols, float* room, float* out);
 
 // y = x w^T [M, N], or, transposed, y = x w [M, K]. x has a dtype of gemm_of, or, not transposed, at most kFewRows

@@ -98,6 +98,7 @@ template <class To>
 void decode(const QuantRows& w, i64 k0, i64 count, void* out) {
   typename To::T* const to = static_cast<typename To::T*>(out);
   if (w.format == Format::int8) return decode_as<Int8, To, true>(w, k0, count, 1.0f, 1.0f / 127.0f, to);
+  if (w.format == Format::integers) return decode_as<Int8, To, false>(w, k0, count, 1.0f, 0.0f, to);
   if (w.format == Format::fp8) return decode_as<Fp8, To, false>(w, k0, count, 256.0f, 0.0f, to);
   decode_as<FourBits, To, false>(w, k0, count, 1.0f, 0.0f, to);
 }

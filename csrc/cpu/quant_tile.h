@@ -59,7 +59,7 @@ void quant_dot_as(const QuantRows& w, Panel X, i64 M, Sums out) {
 
 // out[i, m] = sum_k w[i, k] x[m, k], for at most kQuantRows rows i. X comes from quant_x.
 void quant_dot(const QuantRows& w, Panel X, i64 M, Sums out) {
-  if (w.format == Format::int8) return quant_dot_as<Int8>(w, X, M, out);
+  if (w.format == Format::int8 || w.format == Format::integers) return quant_dot_as<Int8>(w, X, M, out);
   if (w.format == Format::fp8) return quant_dot_as<Fp8>(w, X, M, out);
 #if defined(LK_ISA_AVX512)
   i64 m = 0;

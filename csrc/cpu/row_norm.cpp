@@ -34,7 +34,7 @@ struct Dense {
 struct Codes {
   const Quantized& w;
 
-  i64 room() const { return kRows * (kDepth + scales_per_row(w)); }
+  i64 room() const { return kRows * kDepth + decode_room(w, kRows); }
   Tile rows(i64 n0, i64 rows, i64 k, i64 depth, float* room) const {
     decode(w, n0, rows, k, depth, room + kRows * kDepth, room);
     return {room, depth, DType::f32};

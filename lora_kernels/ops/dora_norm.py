@@ -109,7 +109,7 @@ def _run_norm(w, a, b, scale, w_scales=None, w_format="dense", w_blocksize=0):  
 
 def _fake_norm(w, a, b, scale, w_scales=None, w_format="dense", w_blocksize=0):  # type: ignore
     dtype = w.dtype if w_format == "dense" else torch.float32
-    return a.new_empty(w.shape[0], dtype=torch.promote_types(torch.promote_types(dtype, a.dtype), torch.float32))
+    return a.new_empty(b.shape[0], dtype=torch.promote_types(torch.promote_types(dtype, a.dtype), torch.float32))
 
 
 registered.library.define(f"dora_norm(Tensor w, Tensor a, Tensor b, float scale, {registered.QUANTISED}) -> Tensor")

@@ -86,12 +86,9 @@ def _backward_group(  # type: ignore[no-untyped-def]
     return sum(_backward(dy, x, w, a, b, *[None] * 5, need_dx, da, db) for dy, w, a, b, da, db in rows)
 
 
-def _base_gemm(  # type: ignore[no-untyped-def]
-    x, w, backend=None, bias=None, adapter_dtype=None, transposed=False, w_scales=None, w_format="dense", w_blocksize=0,
-    **_: Any,
-) -> int:  # fmt: skip
-    columns = w[1] * (2 if w_blocksize else 1) if transposed else w[0]  # 4-bit codes lie two to a byte
-    total: int = 2 * x[0] * x[1] * columns
+def _base_gemm(x: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    (M, inner), columns = x, out_shape[-1]  # N and K in either order; the codes of W do not tell them
+    total: int = 2 * M * inner * columns
     return total
 
 

@@ -182,7 +182,7 @@ def dense_weight(w: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 def _recorded(w: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Return W, dequantised to `dtype` by operations that TorchScript and ONNX have."""
-    if w.blocksize:
+    if w.blocksize and w.integers is None:
         return _four_bits(w).to(dtype)
     if w.codes.dtype == torch.int8 and w.format == "fp8":
         w = replace(w, codes=_fp8(w.codes))

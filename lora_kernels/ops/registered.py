@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_kernels.core.operands import Adapter, Base, Gradients, MaybeTensors, Needs, Results, Tensors
 from lora_kernels.ops import check, direct, flops
 from lora_kernels.ops.weights import each_weight, each_weight_parts, weight_parts, whole_weight
-from lora_kernels.quant.weight import QuantizedWeight
+from lora_kernels.quant.weight import QuantizedWeight, shape_of
 
 QUANTISED = 'Tensor[]? w_scales=None, str w_format="dense", int w_blocksize=0'
 """The last arguments of an operator with one weight. They say what w holds, if that is not a dense W."""
@@ -161,7 +161,7 @@ def _run_forward(  # type: ignore[no-untyped-def]
 
 
 def _fake_forward(x, w, a, b, bias, scale, p, seed, backend, save_h, *quantised, **named):  # type: ignore
-    return x.new_empty(x.shape[0], w.shape[0]), a.new_empty(x.shape[0], a.shape[0]) if save_h else a.new_empty(0)
+    return x.new_empty(x.shape[0], b.shape[0]), a.new_empty(x.shape[0], a.shape[0]) if save_h else a.new_empty(0)
 
 
 def _run_backward(  # type: ignore[no-untyped-def]
@@ -200,7 +200,8 @@ def _fake_keep_mask(x, p, seed, backend):  # type: ignore
 def _fake_base_gemm(  # type: ignore
     x, w, backend, bias=None, adapter_dtype=None, transposed=False, w_scales=None, w_format="dense", w_blocksize=0
 ):
-    return x.new_empty(x.shape[0], w.shape[1] * (2 if w_blocksize else 1) if transposed else w.shape[0])
+    N, K = w.shape if w_format == "dense" else shape_of(w, w_format)
+    return x.new_empty(x.shape[0], K if transposed else N)
 
 
 def _run_forward_group(  # type: ignore[no-untyped-def]
@@ -214,7 +215,7 @@ def _run_forward_group(  # type: ignore[no-untyped-def]
 
 
 def _fake_forward_group(x, w, a, b, bias, scale, p, seed, backend, save_h, *quantised, **named):  # type: ignore
-    ys = [x.new_empty(x.shape[0], each.shape[0]) for each in w]
+    ys = [x.new_empty(x.shape[0], each.shape[0]) for each in b]
     hs = [
         each.new_empty(x.shape[0], each.shape[0]) if save else each.new_empty(0)
         for each, save in zip(a, save_h, strict=True)

@@ -18,6 +18,7 @@ from lora_kernels.core.rows import Rows
 from lora_kernels.ops import check, direct, flops
 from lora_kernels.ops.registered import library
 from lora_kernels.ops.weights import weight_parts, whole_weight
+from lora_kernels.quant.weight import shape_of
 
 _ADAPTERS = "Tensor?[] a, Tensor?[] b, float[] scale, float[] p, Tensor?[] seed, Tensor order, Tensor starts, "
 _QUANTISED = 'Tensor[]? w_scales=None, str w_format="dense", int w_blocksize=0'
@@ -98,9 +99,12 @@ def _run_forward(  # type: ignore[no-untyped-def]
     return y, whole
 
 
-def _fake_forward(x, w, bias, a, b, scale, p, seed, order, starts, backend, save_h, *quantised, **named):  # type: ignore
+def _fake_forward(  # type: ignore
+    x, w, bias, a, b, scale, p, seed, order, starts, backend, save_h, w_scales=None, w_format="dense", w_blocksize=0
+):
     size, like = _size_of_h(x.shape[0], a)
-    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(0) if like is None or not save_h else like.new_empty(size)
+    N = w.shape[0] if w_format == "dense" else shape_of(w, w_format)[0]
+    return x.new_empty(x.shape[0], N), x.new_empty(0) if like is None or not save_h else like.new_empty(size)
 
 
 def _run_backward(  # type: ignore[no-untyped-def]

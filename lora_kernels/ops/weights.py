@@ -35,13 +35,13 @@ def each_weight(
     dtype: torch.dtype,
 ) -> list[Tensor | QuantizedWeight]:
     """Return the weights that the arguments of a group's operator or Function stand for, in `dtype`. Scales in uint8
-    are quantised themselves, and the three tensors of `Nested` follow them."""
+    are quantised themselves, and the three tensors of `Nested` follow them; those of `Integers` follow its scales."""
     if w_format is None:
         return [as_dtype(w, dtype) for w in ws]
     scales, first = w_scales or (), 0
     whole: list[Tensor | QuantizedWeight] = []
     for w, format, blocksize in zip(ws, w_format, w_blocksize or (), strict=True):
-        count = 0 if format == "dense" else 4 if scales[first].dtype == torch.uint8 else 1
+        count = 0 if format == "dense" else quant.parts_in(format, scales[first])
         whole.append(whole_weight(w, scales[first : first + count], format, blocksize, dtype))
         first += count
     return whole

@@ -77,7 +77,7 @@ class FusedAround(FusedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's forward returns for x [..., in_features]."""
         compiling = torch.compiler.is_compiling()
-        adapters = self._read(x, args, kwargs)
+        adapters = FusedAround._read(self, x, args, kwargs)
         if isinstance(adapters, str):
             if not compiling:
                 self.count_left(adapters)
@@ -103,7 +103,7 @@ class FusedAround(FusedLayer):
             return ""
         adapters = []
         for name in names:
-            adapter = self.read_adapter(self, name)
+            adapter = FusedAround.read_adapter(self, name)
             if isinstance(adapter, str):
                 return adapter
             adapters.append(adapter)

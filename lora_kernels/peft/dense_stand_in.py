@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lora_kernels.nn import offload
 from lora_kernels.ops.autograd import device_type, no_autocast
 from lora_kernels.quant.bnb import from_bnb
+from lora_kernels.quant.reader import Unreadable
+from lora_kernels.quant.torchao import TORCHAO
 
 _HOOKS = (
     "_forward_hooks",
@@ -103,6 +105,14 @@ def read(base: Any) -> Dequantised:
         # A Linear8bitLt computes in the dtype of x, and its model's is known from a bias alone.
         dtype = getattr(base, "compute_dtype", None) or (q.dtype if bias is None else bias.dtype)
         return Dequantised(q.shape, dtype, q.device, lambda g, block: q.rows(block.start, block.stop, torch.float32))
+    if package == "torchao":
+        try:
+            q = TORCHAO.read(base)
+            return Dequantised(
+                q.shape, weight.dtype, q.device, lambda g, block: q.rows(block.start, block.stop, torch.float32)
+            )
+        except Unreadable:
+            pass
     w = (weight if package == "torchao" else base).dequantize()
     return Dequantised((w.shape[0], w.shape[1]), w.dtype, w.device, lambda g, block: w[block])
 

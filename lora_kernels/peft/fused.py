@@ -107,6 +107,8 @@ class Fused(FusedLayer):
         if isinstance(operands, str):
             if type(operands) is hooked.Elsewhere:
                 return self.forward(x.to(operands.there), *args, **kwargs).to(operands.back)
+            if operands and (y := self.otherwise(x, args, kwargs)) is not None:
+                return y
             if not compiling:
                 self.count_left(operands)
             return self.peft_class.forward(self, x, *args, **kwargs)
@@ -117,6 +119,10 @@ class Fused(FusedLayer):
         self._check_forward_args(x, adapter_names=names)
         numbers, rows = by_row.rows_for(x, operands, names, kwargs.get("alora_offsets"))
         return self.compute_rows(x, operands, numbers, rows)
+
+    def otherwise(self, x: Tensor, args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Return y of a forward that `read` does not serve, where the layer has another way than PEFT's own forward."""
+        return None
 
     def plain_operands(self, x: Tensor) -> OneAdapter | None:
         """Return the operands of a forward without further arguments in the most frequent case, or None where `read`

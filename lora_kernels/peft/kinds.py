@@ -58,6 +58,10 @@ def fused_kind(kind: type, layer: Any = None) -> type[FusedLayer] | str:
     if (left := _LEFT.get(_name(kind))) is not None:
         return left
     place = _FUSED.get(_name(kind))
+    if layer is not None and place is not None and _may_hold_codes(place, layer):
+        codes = importlib.import_module("lora_kernels.peft.codes").class_for(kind, layer)
+        if codes is not None:
+            return codes.why_not_forward() or codes
     if layer is not None and _name(kind) == _LINEAR and _computes_itself(layer):
         place = "around", "FusedLinearAround"
     if place is None:
@@ -65,6 +69,12 @@ def fused_kind(kind: type, layer: Any = None) -> type[FusedLayer] | str:
     module, name = place
     found: type[FusedLayer] = getattr(importlib.import_module(f"lora_kernels.peft.{module}"), name)
     return found.why_not_forward() or found
+
+
+def _may_hold_codes(place: tuple[str, str], layer: Any) -> bool:
+    """Return whether the base of `layer` may hold codes that the kernels read, which `class_for` then finds out."""
+    weight = layer._modules["base_layer"]._parameters.get("weight")
+    return place[0] == "around" or (place == _FUSED[_LINEAR] and type(weight).__module__.startswith("torchao."))
 
 
 def _computes_itself(layer: Any) -> bool:

@@ -12,6 +12,7 @@ dynamic  the 256 levels in which double quantisation stores absmax: for i = 0 ..
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 
 import torch
@@ -37,7 +38,31 @@ NF4 = (
 )
 _FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4 = _FP4_MAGNITUDES + tuple(0.0 - value for value in _FP4_MAGNITUDES)  # both zeros are +0
-LEVELS = {"nf4": NF4, "fp4": FP4}
+
+
+def _in_halves(level: float, dtype: torch.dtype) -> float:
+    """Return the level rounded to bf16 or fp16, and itself for fp32."""
+    if dtype == torch.float16:
+        half: float = struct.unpack("<e", struct.pack("<e", level))[0]
+        return half
+    if dtype == torch.float32:
+        return level
+    bits = struct.unpack("<I", struct.pack("<f", level))[0]
+    bfloat: float = struct.unpack("<f", struct.pack("<I", (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16))[0]
+    return bfloat
+
+
+TORCHAO = {
+    torch.float32: "nf4-torchao",
+    torch.bfloat16: "nf4-torchao-bf16",
+    torch.float16: "nf4-torchao-fp16",
+}
+"""The formats of torchao's NF4Tensor, by the dtype of the weight: it rounds the levels to 4 digits, then to it."""
+LEVELS = {
+    "nf4": NF4,
+    "fp4": FP4,
+    **{name: tuple(_in_halves(round(level, 4), dtype) for level in NF4) for dtype, name in TORCHAO.items()},
+}
 
 # The codes in the order of their values. FP4 has two zeros: numbers that round to zero get code 0 from below and code 8
 # from above.

@@ -7,6 +7,11 @@
     fp8        w = e4m3 code · scale, one scale for W, for each row or for each block of 128 x 128
                (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433)
 
+What other packages have quantised comes in these formats, in nf4 with the levels of torchao (`tables.TORCHAO`), or in
+integers (`lora_kernels.quant.integers`):
+
+    integers   w = (code - zero) · scale
+
 nf4, fp4 and int8 are bitsandbytes' formats. `lora_kernels.quant.bnb.from_bnb` reads its weights without a copy, and on
 the CPU both packages give the same bits from the same weight. (With AVX512, bitsandbytes 0.50.2 departs from the
 formula above in two cases: for blocks of more than K elements, and for bf16 results below 2⁻¹²⁶, which it makes zero.)
@@ -21,14 +26,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.quant import encode, tables
+from lora_kernels.quant import encode, integers, tables
 from lora_kernels.quant.encode import FP8_BLOCK, NESTED_BLOCKSIZE
+from lora_kernels.quant.integers import Integers
 
 FORMATS = ("nf4", "fp4", "int8", "fp8")
+"""The formats that `quantize_weight` makes. A `QuantizedWeight` has one of `CODES`."""
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SCALINGS = ("tensor", "row", "block")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODES = {"nf4": torch.uint8, "fp4": torch.uint8, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CODES = {
+    **dict.fromkeys(tables.LEVELS, torch.uint8),
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    **integers.CODES,
+}
 ODD_K = "pad W with a column of zeros, or take int8 or fp8"
 """The way out for a W whose rows have an odd number of elements, which 4 bits cannot pack."""
 
@@ -53,23 +65,26 @@ class QuantizedWeight:
     """
 
     format: str
-    """nf4, fp4, int8 or fp8."""
+    """nf4, fp4, int8 or fp8, or one that only other packages make: in `tables.TORCHAO` or `integers.CODES`."""
     shape: tuple[int, int]
     """(N, K)."""
     dtype: torch.dtype
     """The dtype of the weight that was quantised, which `dequantize` gives by default: fp32, bf16 or fp16."""
     codes: Tensor
     """nf4 and fp4: uint8 [N, K/2], with element 2j of a row in the high nibble of byte j and element 2j + 1 in the low
-    one. int8: int8 [N, K]. fp8: float8_e4m3fn [N, K]. The same bytes as int8 stand for them in every format."""
+    one. int8: int8 [N, K]. fp8: float8_e4m3fn [N, K]. The same bytes as int8 stand for them in these formats. Integers:
+    see `lora_kernels.quant.integers`."""
     scales: Tensor
     """nf4 and fp4: absmax of each block, [⌈NK / blocksize⌉], in fp32, or in uint8 beside `nested`. int8: absmax of each
-    row, fp32 [N]. fp8: fp32 [1, 1], [N, 1] or [⌈N/128⌉, ⌈K/128⌉]."""
+    row, fp32 [N]. fp8: fp32 [1, 1], [N, 1] or [⌈N/128⌉, ⌈K/128⌉]. Integers: of each group, in fp32, bf16 or fp16."""
     blocksize: int = 0
-    """The number of elements in a block of nf4 or fp4; 0 for the other formats."""
+    """The number of elements in a block of nf4 or fp4, or in a group of integers; 0 for int8 and fp8."""
     nested: Nested | None = None
     """The second level, where the scales of nf4 or fp4 are quantised themselves."""
     checked: bool = field(default=False, repr=False)
     """Whether the parts are known to fit together: `check` has passed, or they come from a weight that it passed."""
+    integers: Integers | None = None
+    """The further parts of a weight in integers; None for the other formats."""
 
     @property
     def device(self) -> torch.device:
@@ -92,8 +107,8 @@ class QuantizedWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every stored tensor: the codes, the scales, and the parts of `nested`."""
-        return (self.codes, self.scales, *(self.nested or ()))
+        """Every stored tensor: the codes, the scales, and the parts of `nested` or `integers`."""
+        return (self.codes, self.scales, *(self.nested or self.integers or ()))
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +118,10 @@ class QuantizedWeight:
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """Return the same weight on `device`. A tensor that lies there already is not copied."""
         nested = self.nested and Nested(*(tensor.to(device) for tensor in self.nested))
-        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), nested=nested)
+        further = self.integers and Integers(*(tensor.to(device) for tensor in self.integers))
+        return replace(
+            self, codes=self.codes.to(device), scales=self.scales.to(device), nested=nested, integers=further
+        )
 
     def absmax(self, first: int = 0, last: int | None = None) -> Tensor:
         """Return the fp32 absmax of the blocks ``first:last`` of nf4 or fp4, dequantised where they are `nested`."""
@@ -119,6 +137,9 @@ class QuantizedWeight:
         was quantised. No temporary is larger than these rows in fp32. Raises ValueError for rows outside W."""
         if not 0 <= n0 <= n1 <= self.shape[0]:
             raise ValueError(f"rows {n0} to {n1} of a weight of {self.shape[0]} rows: 0 <= n0 <= n1 <= N must hold")
+        if self.integers is not None:
+            parts = self.codes, self.scales, self.integers, self.format, self.shape, self.blocksize
+            return integers.rows(*parts, n0, n1).to(dtype or self.dtype)
         make = {"int8": _rows_int8, "fp8": _rows_fp8}.get(self.format, _rows_4bit)
         return make(self, n0, n1).to(dtype or self.dtype)
 
@@ -129,8 +150,8 @@ class QuantizedWeight:
     def refuse_changed(self) -> None:
         """Raise what `check` raises where a tensor is not contiguous, or codes or scales have another shape. A tensor
         may have been replaced since `check`, and a kernel that takes its address would read beyond its memory."""
-        (N, K), packed = self.shape, 2 if self.blocksize else 1
-        fits = self.codes.shape == (N, K // packed) and tuple(self.scales.shape) in _scale_shapes(self)
+        fits = tuple(self.codes.shape) == codes_shape(self.shape, self.format)
+        fits = fits and tuple(self.scales.shape) in _scale_shapes(self)
         if not fits or not all(tensor.is_contiguous() for tensor in self.tensors):
             self.check()
 
@@ -146,10 +167,33 @@ def assemble(
     codes: Tensor, scales: Sequence[Tensor], format: str, blocksize: int, dtype: torch.dtype
 ) -> QuantizedWeight:
     """Return the weight whose `tensors` are `codes` and `scales`. They must come from a weight that was checked."""
-    N, stored = codes.shape
-    shape = (N, stored * 2 if format in ("nf4", "fp4") else stored)
+    shape = shape_of(codes, format)
+    if format in integers.CODES:
+        further = Integers(*scales[1:])
+        return QuantizedWeight(format, shape, dtype, codes, scales[0], blocksize, None, True, further)
     nested = Nested(*scales[1:]) if len(scales) > 1 else None
     return QuantizedWeight(format, shape, dtype, codes, scales[0], blocksize, nested, checked=True)
+
+
+def parts_in(format: str, scales: Tensor) -> int:
+    """Return the number of tensors that `assemble` needs beside the codes, for a weight with these scales."""
+    return 3 if format in integers.CODES else 4 if scales.dtype == torch.uint8 else 1
+
+
+def shape_of(codes: Tensor, format: str) -> tuple[int, int]:
+    """Return (N, K) of the weight with these codes."""
+    if format in integers.CODES:
+        return integers.shape_of(codes, format)
+    N, stored = codes.shape
+    return N, stored * 2 if format in tables.LEVELS else stored
+
+
+def codes_shape(shape: tuple[int, int], format: str) -> tuple[int, int]:
+    """Return the shape of the codes of a weight of this shape."""
+    if format in integers.CODES:
+        return integers.codes_shape(shape, format)
+    N, K = shape
+    return N, K // 2 if format in tables.LEVELS else K
 
 
 def quantize_weight(
@@ -205,6 +249,11 @@ def quantize_weight(
 
 def quantize_like(w: Tensor, q: QuantizedWeight) -> QuantizedWeight:
     """Return w [N, K] quantised in the way that q is, with q's dtype. Raises what `quantize_weight` raises."""
+    if q.format not in FORMATS:
+        raise ValueError(
+            f"a weight in {q.format} cannot be quantised again here: the package that made it can, or quantize_weight "
+            f"into one of {', '.join(map(repr, FORMATS))}"
+        )
     if q.format == "fp8":
         shape = tuple(q.scales.shape)
         scaling = "tensor" if shape == (1, 1) else "row" if shape == (q.shape[0], 1) else "block"
@@ -260,9 +309,9 @@ def _in_format(q: QuantizedWeight) -> Tensor:
 
 
 def _check(q: QuantizedWeight) -> None:
-    if q.format not in FORMATS:
-        raise ValueError(f"unknown format {q.format!r}: it is one of {', '.join(map(repr, FORMATS))}")
-    four_bit = q.format in ("nf4", "fp4")
+    if q.format not in CODES:
+        raise ValueError(f"unknown format {q.format!r}: it is one of {', '.join(map(repr, CODES))}")
+    four_bit, whole = q.format in tables.LEVELS, q.format in integers.CODES
     if q.dtype not in DTYPES:
         raise TypeError(f"the dtype of a quantised weight is fp32, bf16 or fp16, got {q.dtype}")
     if len(q.shape) != 2 or min(q.shape) < 0:
@@ -270,6 +319,10 @@ def _check(q: QuantizedWeight) -> None:
     N, K = q.shape
     if four_bit and K % 2:
         raise ValueError(f"{q.format} packs two elements of a row in a byte, and K is odd in {(N, K)}: {ODD_K}")
+    if (q.integers is not None) != whole:
+        raise ValueError(f"`integers` goes with {', '.join(integers.CODES)}, got {q.integers} with {q.format}")
+    if whole:
+        return _check_integers(q)
     if q.blocksize not in (BLOCKSIZES if four_bit else (0,)):
         allowed = f"one of {', '.join(map(str, BLOCKSIZES))}" if four_bit else "0: it has no blocks of this kind"
         raise ValueError(f"the blocksize of {q.format} is {allowed}; got {q.blocksize}")
@@ -283,6 +336,38 @@ def _check(q: QuantizedWeight) -> None:
         _fits("nested.table", q.nested.table, torch.float32, [(256,)], q)
         _fits("nested.absmax", q.nested.absmax, torch.float32, [(-(-scales[0][0] // NESTED_BLOCKSIZE),)], q)
         _fits("nested.offset", q.nested.offset, torch.float32, [()], q)
+    _on_one_device(q)
+
+
+def _check_integers(q: QuantizedWeight) -> None:
+    assert q.integers is not None
+    zeros, order = q.integers
+    (N, K), turned = q.shape, q.format in integers.TURNED
+    if q.blocksize < 1:
+        raise ValueError(f"the blocksize of {q.format} is the size of a group, at least 1; got {q.blocksize}")
+    _fits("codes", q.codes, CODES[q.format], [codes_shape(q.shape, q.format)], q)
+    shapes = _scale_shapes(q)
+    if order.numel():
+        _fits("integers.order", order, torch.int32, [(K,)], q)
+        groups = shapes[0][0]
+        if not turned or (not order.is_meta and (int(order.min()) < 0 or int(order.max()) >= groups)):
+            raise ValueError(
+                f"the order of the columns of {q.format} must name groups from 0 to {groups - 1}: give an empty tensor "
+                "for columns in order"
+            )
+    if q.scales.dtype not in DTYPES:
+        raise TypeError(f"the scales of {q.format} must be fp32, bf16 or fp16, got {q.scales.dtype}")
+    _fits("scales", q.scales, q.scales.dtype, shapes, q)
+    if zeros.numel():
+        packed = turned and zeros.dtype == torch.int32
+        if not packed and zeros.dtype not in integers.ZEROS:
+            raise TypeError(f"the zeros of {q.format} must be floating or int8, or packed in int32; got {zeros.dtype}")
+        per_word = 4 if q.format == "gptq8" else 8
+        _fits("integers.zeros", zeros, zeros.dtype, [(shapes[0][0], N // per_word)] if packed else shapes, q)
+    _on_one_device(q)
+
+
+def _on_one_device(q: QuantizedWeight) -> None:
     if len({tensor.device for tensor in q.tensors}) > 1:
         raise ValueError(
             "the tensors of a quantised weight lie on different devices: "
@@ -295,6 +380,10 @@ def _scale_shapes(q: QuantizedWeight) -> list[tuple[int, ...]]:
     N, K = q.shape
     if q.format == "int8":
         return [(N,)]
+    if q.format in integers.CODES:
+        if q.integers is not None and q.integers.order.numel():
+            return [(q.scales.shape[0], N)]
+        return [integers.scales_shape(q.shape, q.format, q.blocksize)]
     if q.format == "fp8":
         return [(1, 1), (N, 1), (-(-N // FP8_BLOCK), -(-K // FP8_BLOCK))]
     return [(-(-N * K // q.blocksize),)]
