@@ -299,8 +299,12 @@ def test_export_and_trace_record_operations_of_torch_alone():
     q = problem(30, 12, 4, (5, 6), dora=True, embed_scale=3.0)
 
     class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.a_t, self.b, self.m = map(nn.Buffer, (q.w, q.a_t, q.b, q.m))  # torch 2.6 wants that
+
         def forward(self, ids):
-            return lora_embedding(ids, q.w, q.a_t, q.b, scale=q.scale, embed_scale=3.0, magnitude=q.m)
+            return lora_embedding(ids, self.w, self.a_t, self.b, scale=q.scale, embed_scale=3.0, magnitude=self.m)
 
     want = Layer()(q.ids)
     with warnings.catch_warnings():

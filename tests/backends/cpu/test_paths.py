@@ -80,7 +80,7 @@ openmp.provide()
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_a_runtime_that_torch_keeps_to_itself_is_lent_to_the_kernels() -> None:
     """Without it `_C` could not be imported, since it is linked to no runtime."""
-    (used,) = openmp.runtimes()  # of this process
+    used = openmp.runtimes()  # of this process, in which other packages may have one of their own
     command = [
         sys.executable,
         "-c",
@@ -90,4 +90,5 @@ def test_a_runtime_that_torch_keeps_to_itself_is_lent_to_the_kernels() -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [used]
+    (lent,) = done.stdout.split()
+    assert lent in used
