@@ -82,7 +82,7 @@ def apply(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Any
     return super(torch.autograd.Function, function).apply(x, *rest)  # type: ignore[misc]
 
 
-_LOSES_HOOKS = torch.__version__ < (2, 13)
+_LOSES_HOOKS: bool = torch.__version__ < (2, 13)  # type: ignore[operator]
 """Whether this torch may lose hooks, as `keeps_hooks` tells: 2.6 and 2.8 do, 2.13 does not."""
 
 
