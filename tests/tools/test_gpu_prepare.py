@@ -263,8 +263,8 @@ def test_the_kernels_that_verify_runs_are_compiled(monkeypatch):
         launched.add((frame.kernel.__name__, str(specialised), str(sorted(options.items()))))
 
     monkeypatch.setattr(gpu_triton_cache, "_c_code", lambda machine: contextlib.nullcontext())
-    with gpu_triton_cache._without_gpu(gpu_triton_cache.Machine("sm_90", 132)):
-        monkeypatch.setattr(device.Frame, "run", record)
+    with gpu_triton_cache._without_gpu(gpu_triton_cache.Machine("sm_90", 132)), monkeypatch.context() as patch:
+        patch.setattr(device.Frame, "run", record)  # and undone first, since _without_gpu has set another
         for problem, name in itertools.product(gpu_triton_cache.problems(), gpu_triton_cache.BACKENDS):
             assert gpu_triton_cache._compile(problem, name) is None
         compiled, launched = launched, set()
