@@ -243,7 +243,7 @@ class Rows:
         for i in used:
             ends += [first, first + counts[i] - 1]
             first += counts[i]
-        at = self.order[torch.tensor(ends, device=self.order.device)].tolist()
+        at = _values(self.order[torch.tensor(ends, device=self.order.device)])
         order, found = self.order.long(), dict[int, slice | Tensor]()
         for j, i in enumerate(used):
             first, last = at[2 * j : 2 * j + 2]
@@ -304,10 +304,15 @@ class Rows:
 
 
 def _values(t: Tensor) -> list[int]:
-    """Return ``t.tolist()``, also for a tensor of a gradient of torch.func, out of which torch 2.6 reads no list."""
+    """Return ``t.tolist()``, also within a gradient of torch.func, where torch 2.6 reads no list out of any tensor."""
+    if not torch._C._are_functorch_transforms_active():
+        return t.tolist()  # type: ignore[no-any-return]
     while torch._C._functorch.is_gradtrackingtensor(t):  # type: ignore[attr-defined]
         t = torch._C._functorch.get_unwrapped(t)  # type: ignore[attr-defined]
-    return t.tolist()  # type: ignore[no-any-return]
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):  # type: ignore[attr-defined]
+        return t.tolist()  # type: ignore[no-any-return]  # of vmap, which raises
+    with torch._C._DisableFuncTorch():  # type: ignore[attr-defined]
+        return t.tolist()  # type: ignore[no-any-return]
 
 
 def _numbers(order: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from support.documentation import PAGES, ROOT, blocks, name_of
 import lora_kernels
 
 SETUP = Path(__file__).parent / "setup"
-OPTIONAL = ("peft", "bitsandbytes", "transformers", "trl", "diffusers", "sentence_transformers")
+OPTIONAL = ("peft", "bitsandbytes", "transformers", "trl", "diffusers", "sentence_transformers", "torchao")
 MOST_NOT_RUN = 1
 """The number of blocks that may be marked as not run."""
 
