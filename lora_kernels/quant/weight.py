@@ -167,10 +167,11 @@ def assemble(
     codes: Tensor, scales: Sequence[Tensor], format: str, blocksize: int, dtype: torch.dtype
 ) -> QuantizedWeight:
     """Return the weight whose `tensors` are `codes` and `scales`. They must come from a weight that was checked."""
-    shape = shape_of(codes, format)
     if format in integers.CODES:
-        further = Integers(*scales[1:])
+        further, shape = Integers(*scales[1:]), integers.shape_of(codes, format)
         return QuantizedWeight(format, shape, dtype, codes, scales[0], blocksize, None, True, further)
+    N, stored = codes.shape  # as in `shape_of`, without the frame: every forward and backward comes here
+    shape = N, stored * 2 if format in tables.LEVELS else stored
     nested = Nested(*scales[1:]) if len(scales) > 1 else None
     return QuantizedWeight(format, shape, dtype, codes, scales[0], blocksize, nested, checked=True)
 
