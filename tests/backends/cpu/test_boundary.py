@@ -84,7 +84,7 @@ def test_the_boundary_refuses_what_the_kernels_cannot_address() -> None:
         _C.backward(1, [], x, [], [], [], None, [], [], [])
     with pytest.raises(TypeError, match="norms in float32"):
         _C.row_norm(1, w, torch.randn(2, 8), torch.randn(4, 2), 1.0, torch.empty(4).half())
-    with pytest.raises(ValueError, match="only nf4 and fp4"):
+    with pytest.raises(ValueError, match="only formats of nf4 and fp4"):
         _C.set_levels("int8", [0.0] * 16)
 
 
