@@ -98,7 +98,7 @@ class Rows:
         if not ids.shape[0]:
             rows._counts = (0,) * n
             return rows
-        low, high, *starts = torch.cat([torch.stack(torch.aminmax(ids)), rows.starts]).tolist()  # waits for a GPU once
+        low, high, *starts = _values(torch.cat([torch.stack(torch.aminmax(ids)), rows.starts]))  # waits for a GPU once
         if low < BASE or high >= n:
             raise ValueError(f"{_allowed(n)}, got {low}..{high}")
         rows._counts = _differences(starts)
@@ -164,7 +164,7 @@ class Rows:
         """The number of rows of each adapter, on the host. The first reading waits for a GPU, if the rows were made
         while the call was recorded."""
         if self._counts is None:
-            self._counts = _differences(self.starts.tolist())
+            self._counts = _differences(_values(self.starts))
         return self._counts
 
     @property
@@ -243,7 +243,7 @@ class Rows:
         for i in used:
             ends += [first, first + counts[i] - 1]
             first += counts[i]
-        at = self.order[torch.tensor(ends, device=self.order.device)].tolist()
+        at = _values(self.order[torch.tensor(ends, device=self.order.device)])
         order, found = self.order.long(), dict[int, slice | Tensor]()
         for j, i in enumerate(used):
             first, last = at[2 * j : 2 * j + 2]
@@ -301,6 +301,18 @@ class Rows:
     def __repr__(self) -> str:
         what = "samples" if self.per_sample else "rows"
         return f"Rows({self.M} {what}, {self.n} adapters, counts={self._counts})"
+
+
+def _values(t: Tensor) -> list[int]:
+    """Return ``t.tolist()``, also within a gradient of torch.func, where torch 2.6 reads no list out of any tensor."""
+    if not torch._C._are_functorch_transforms_active():
+        return t.tolist()  # type: ignore[no-any-return]
+    while torch._C._functorch.is_gradtrackingtensor(t):  # type: ignore[attr-defined]
+        t = torch._C._functorch.get_unwrapped(t)  # type: ignore[attr-defined]
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):  # type: ignore[attr-defined]
+        return t.tolist()  # type: ignore[no-any-return]  # of vmap, which raises
+    with torch._C._DisableFuncTorch():  # type: ignore[attr-defined]
+        return t.tolist()  # type: ignore[no-any-return]
 
 
 def _numbers(order: Tensor) -> Tensor:

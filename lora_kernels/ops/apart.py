@@ -27,6 +27,7 @@ from lora_kernels.ops.autograd import (
     as_dense,
     device_type,
     gradients_of,
+    keeps_hooks,
     no_autocast,
     outlived,
 )
@@ -111,6 +112,7 @@ class _Base(torch.autograd.Function):
         return _product(x, whole_weight(codes, scales, w_format, blocksize, x.dtype), backend, bias)
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx and dbias, and None for each that is not needed."""
         grads = gradients_of("lora_linear_apart", ctx, dy, _gradients)

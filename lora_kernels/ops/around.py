@@ -28,6 +28,7 @@ from lora_kernels.ops.autograd import (
     autocast_of,
     device_type,
     gradients_of,
+    keeps_hooks,
     no_autocast,
     outlived,
 )
@@ -161,6 +162,7 @@ class _AddLowRank(torch.autograd.Function):
         return out
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dy itself, dx, da and db, and None for each that is not needed."""
         return *gradients_of("add_low_rank", ctx, dy, _gradients), None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -79,6 +80,33 @@ def apply(function: type[torch.autograd.Function], x: Tensor, *rest: Any) -> Any
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or outlived(x, *rest):
         return function.apply(x, *rest)
     return super(torch.autograd.Function, function).apply(x, *rest)  # type: ignore[misc]
+
+
+_LOSES_HOOKS: bool = torch.__version__ < (2, 13)  # type: ignore[operator]
+"""Whether this torch may lose hooks, as `keeps_hooks` tells: 2.6 and 2.8 do, 2.13 does not."""
+
+
+def keeps_hooks(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the backward of an autograd Function so that the hooks of its operands (``Tensor.register_hook``) stay.
+
+    A backward that reads ``ctx.saved_tensors`` under activation checkpointing (``use_reentrant=False``) gets new
+    tensors in place of the parameters. As they are released, torch before 2.13 takes the hooks off the parameters
+    themselves, for good, and none runs any more. They are put back when these tensors are gone, before they are due.
+    """
+    if not _LOSES_HOOKS:
+        return backward
+
+    @functools.wraps(backward)
+    def kept(ctx: Any, *dys: Tensor | None) -> Any:
+        grads = backward(ctx, *dys)
+        if not torch.compiler.is_compiling():
+            for node, _ in ctx.next_functions:
+                leaf = getattr(node, "variable", None)
+                if leaf is not None and leaf._backward_hooks:
+                    leaf._backward_hooks = leaf._backward_hooks  # torch sets its own reference to them anew
+        return grads
+
+    return kept
 
 
 def refuse_double_backward(

@@ -22,6 +22,7 @@ from lora_kernels.ops.autograd import (
     as_dtype,
     device_type,
     gradients_of,
+    keeps_hooks,
     no_autocast,
     no_graph,
     refuse_double_backward,
@@ -120,6 +121,7 @@ class LoRAConvFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, da, db and dbias, and None for each that is not needed."""
         grads = gradients_of("lora_conv", ctx, dy, _gradients)

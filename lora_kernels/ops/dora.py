@@ -34,6 +34,7 @@ from lora_kernels.ops.autograd import (
     apply,
     as_dense,
     gradients_of,
+    keeps_hooks,
     no_autocast,
     outlived,
 )
@@ -162,6 +163,7 @@ class DoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, da, db, dd and dbias, and None for each that is not needed."""
         grads = gradients_of("dora_linear", ctx, dy, _gradients)

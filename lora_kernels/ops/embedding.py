@@ -22,6 +22,7 @@ from lora_kernels.ops.autograd import (
     as_dense,
     device_type,
     gradients_of,
+    keeps_hooks,
     no_autocast,
     outlived,
 )
@@ -129,6 +130,7 @@ class LoRAEmbeddingFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of a_t, b and d, and None for each that is not needed."""
         grads = gradients_of("lora_embedding", ctx, dy, _gradients)

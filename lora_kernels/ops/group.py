@@ -21,6 +21,7 @@ from lora_kernels.ops.autograd import (
     apply,
     as_dense,
     device_type,
+    keeps_hooks,
     needs_plain_mode,
     no_autocast,
     no_graph,
@@ -117,6 +118,7 @@ class LoRALinearGroupFunction(torch.autograd.Function):
         return tuple(ys)
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return one dx, and da, db and dbias of each layer; None for each that is not needed."""
         x, *saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once

@@ -21,6 +21,7 @@ from lora_kernels.ops.autograd import (
     apply,
     as_dense,
     device_type,
+    keeps_hooks,
     needs_plain_mode,
     no_autocast,
     no_graph,
@@ -174,6 +175,7 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, da, db and dbias, and None for each that is not needed."""
         saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once

@@ -19,6 +19,7 @@ from lora_kernels.ops.autograd import (
     as_dense,
     as_dtype,
     device_type,
+    keeps_hooks,
     needs_plain_mode,
     no_autocast,
     no_graph,
@@ -95,6 +96,7 @@ class LoRALinearMultiFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, every da, db and dbias; None for each that is not needed, or whose adapter has no rows."""
         saved = ctx.saved_tensors  # activation checkpointing lets a backward read this only once

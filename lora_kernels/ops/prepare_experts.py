@@ -49,7 +49,9 @@ def check_operands(x: Tensor, layer: Layer, any_w: bool) -> None:
     w, a, b, scale, bias, p, _ = layer
     if not isinstance(w, Tensor):
         raise TypeError(f"weight must be a tensor [E, N, K], got a {type(w).__name__}: no experts are quantised")
-    given = {"x": x, "weight": w, "lora_a": a, "lora_b": b} | ({} if bias is None else {"bias": bias})
+    given = {"x": x, "weight": w, "lora_a": a, "lora_b": b}
+    if bias is not None:  # without `|` of two dicts, which torch 2.6 cannot trace
+        given["bias"] = bias
     if x.dim() != 2 or w.dim() != 3 or a.dim() != 3 or b.dim() != 3 or (bias is not None and bias.dim() != 2):
         raise ValueError(
             "x must be [M, K], weight [E, N, K], lora_a [E, R, K], lora_b [E, N, R] and bias [E, N]; got "

@@ -24,6 +24,7 @@ from lora_kernels.ops.autograd import (
     as_dtype,
     device_type,
     gradients_of,
+    keeps_hooks,
     no_autocast,
 )
 from lora_kernels.ops.linear import _forward
@@ -168,6 +169,7 @@ class SharedLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @keeps_hooks
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, dA, dB, du, dv and dbias, and None for each that is not needed."""
         grads = gradients_of("shared_lora_linear", ctx, dy, _gradients)

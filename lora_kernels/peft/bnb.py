@@ -296,7 +296,7 @@ class Over4bit(_FusedBnb):
         if not self.is_apart(operands):
             return super().compute_alike(x, operands)
         dtype, bias = self._modules["base_layer"].compute_dtype, operands.bias
-        w, a, b, scale, b_biases, p = as_one_adapter(operands._replace(bias=None))
+        w, a, b, scale, b_biases, p = as_one_adapter(operands.with_bias(None))
         assert isinstance(w, QuantizedWeight)
         bias = None if bias is None else as_dtype(bias, dtype)
         y = lora_linear_apart(x, w, a, b, dtype=dtype, scale=scale, bias=bias, dropout_p=p, backend=self._backend)

@@ -164,7 +164,7 @@ class FusedCodes(Fused):
 
 def _with_bias_in(operands: Operands) -> Operands:
     bias, inner = operands.bias, operands.inner
-    return operands if bias is None or bias.dtype == inner else operands._replace(bias=bias.to(inner))
+    return operands if bias is None or bias.dtype == inner else operands.with_bias(bias.to(inner))
 
 
 class OverTorchao(FusedCodes):

@@ -115,6 +115,8 @@ def only_placed(device: torch.device, *modules: Any) -> bool:
 def refusal(whose: str, module: Any) -> str:
     """Return why the hooks of `module` leave a call to PEFT, "" where they do not. A fused forward that asks here
     reads the weights as they are stored, so it is not one for weights that hooks convert."""
+    if not has_hooks(module):  # torch 2.6 cannot trace `of` for some modules of PEFT
+        return ""
     found = of(module)
     if isinstance(found, str):
         return refused(whose, found)
@@ -129,7 +131,7 @@ def refused(whose: str, what: str) -> str:
 
 def converted(module: Any) -> bool:
     """Return whether hooks convert the weights of `module` in every call."""
-    found = of(module)
+    found = of(module) if has_hooks(module) else None
     return isinstance(found, Hooks) and found.dtype is not None
 
 

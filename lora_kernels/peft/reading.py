@@ -58,6 +58,14 @@ class Operands(NamedTuple):
     activated: bool = False
     """Whether one of the adapters is an activated LoRA."""
 
+    def with_bias(self, bias: Tensor | None) -> Operands:
+        """Return the same with another bias. torch 2.6 can trace this, but not ``_replace``."""
+        return Operands(self.w, bias, self.adapters, self.inner, self.outer, self.activated)
+
+    def with_adapters(self, adapters: dict[str, PeftAdapter]) -> Operands:
+        """Return the same with other adapters."""
+        return Operands(self.w, self.bias, adapters, self.inner, self.outer, self.activated)
+
 
 OneAdapter = tuple[Tensor | QuantizedWeight, Tensor, Tensor, float | Tensor, Tensor | None, float]
 """(w, a, b, scale, bias, p), as `lora_linear` takes them."""

@@ -51,7 +51,7 @@ def compute(layer: Any, x: Tensor, operands: Operands) -> Tensor:
     """Return y of the base with the adapters of `operands`, in their order."""
     names = list(operands.adapters)
     first = _together(operands)
-    y = _in_one_call(layer, x, operands._replace(adapters={name: operands.adapters[name] for name in names[:first]}))
+    y = _in_one_call(layer, x, operands.with_adapters({name: operands.adapters[name] for name in names[:first]}))
     dtype = y.dtype
     for name in names[first:]:
         adapter = operands.adapters[name]

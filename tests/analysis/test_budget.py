@@ -101,6 +101,9 @@ def tiny(family: str) -> nn.Module:
 )
 def test_the_projections_are_found_and_the_adapters_have_as_many_parameters(family, targets, layers):
     model = tiny(family)
+    if family == "ViT" and not any(name.endswith("q_proj") for name, _ in model.named_modules()):
+        dense = [f"attention.attention.{name}" for name in ("key", "query", "value")]
+        targets = [["query"], ["query", "value"], [*dense, "attention.output.dense"]]  # in transformers 5.4
     found = budget(model, r=2)
     assert [len(choice.layers) for choice in found.choices] == list(layers)
     assert [choice.target_modules for choice in found.choices[:3]] == targets

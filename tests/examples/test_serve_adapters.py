@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import continuous
 from support.paths import ROOT
 
 pytest.importorskip("transformers")
@@ -72,6 +73,8 @@ def _loaded(model: torch.nn.Module, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    if reason := continuous.lacks():
+        pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.syspath_prepend(str(ROOT / "examples"))
         import _serve

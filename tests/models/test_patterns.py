@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -99,6 +100,8 @@ def test_what_people_write_means_what_it_means_to_peft(tmp_path, target):
     ids=["a group", "a set", "deep", "a repetition", "flags", "a reference"],
 )
 def test_a_key_that_is_no_regular_expression_is_named(tmp_path, pattern, words):
+    if pattern.startswith("(?i)") and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 takes flags in the middle of an expression, with a DeprecationWarning")
     save_adapter(adapted(net()), tmp_path)
     edit_config(tmp_path, rank_pattern={pattern: 4})
     with pytest.raises(ValueError, match=f"rank_pattern: .*{words}"):

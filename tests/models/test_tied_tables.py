@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from pathlib import Path
 
@@ -100,8 +101,9 @@ def test_a_model_that_computes_otherwise_without_the_tie_stays_tied(tmp_path):
     model.lm_head.scaling *= 2  # now the two updates differ
     with pytest.raises(ValueError, match="shares its weight"):
         merge_and_unload(model)
-    with pytest.raises(ValueError, match="forward of UMT5ForConditionalGeneration computes something else"):
-        merge_and_unload(model, untie=True)
+    if "tie_word_embeddings" in inspect.unwrap(type(model).forward).__code__.co_names:  # not from transformers 5.24 on
+        with pytest.raises(ValueError, match="forward of UMT5ForConditionalGeneration computes something else"):
+            merge_and_unload(model, untie=True)
     model.lm_head.scaling /= 2
     save_adapter(model, tmp_path)
     again = copy.deepcopy(plain)

@@ -76,9 +76,12 @@ def test_experts_without_a_gate_with_a_norm_and_transposed_without_biases(kind):
         module = unusual_experts(kind)
     except (ImportError, AttributeError):
         pytest.skip(f"this transformers has no {kind}")
+    if not hasattr(module, "has_gate"):
+        pytest.skip(f"this transformers lets nobody choose an implementation of {kind}")
+    normed = getattr(module, "has_post_expert_norm", False)
     layer, given = layer_of(module), inputs(torch.float64)
     got = step(layer, given)
-    same(got, truth(layer, given, adapters_of(layer)), 1e-6 if module.has_post_expert_norm else 1e-12)  # a norm in fp32
+    same(got, truth(layer, given, adapters_of(layer)), 1e-6 if normed else 1e-12)  # a norm in fp32
     layer.merge()
     torch.testing.assert_close(layer(*given[:3]), got["y"], rtol=1e-6, atol=1e-6)
     assert layer.size == f"{E} × ({experts.H} → {experts.I * (1 + module.has_gate)}, {experts.I} → {experts.H})"

@@ -258,7 +258,8 @@ def test_a_compiled_model_without_graph_breaks_refuses_tasks_whose_contexts_over
     async def both() -> list[list[float]]:
         return await asyncio.gather(run("a"), run("c"))
 
-    with pytest.raises(Exception, match="several tasks of this thread"):
+    says = torch.__version__ >= (2, 7)  # torch 2.6 tells only that the traced code has raised
+    with pytest.raises(Exception, match="several tasks of this thread" if says else "Observed exception"):
         asyncio.run(both())
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.embedding_problems import check, evaluate, plain, problem, truth
+from support.old_torch import TORCH
 from support.wrapper import Wrapper
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -299,8 +300,12 @@ def test_export_and_trace_record_operations_of_torch_alone():
     q = problem(30, 12, 4, (5, 6), dora=True, embed_scale=3.0)
 
     class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.a_t, self.b, self.m = map(nn.Buffer, (q.w, q.a_t, q.b, q.m))  # torch 2.6 wants that
+
         def forward(self, ids):
-            return lora_embedding(ids, q.w, q.a_t, q.b, scale=q.scale, embed_scale=3.0, magnitude=q.m)
+            return lora_embedding(ids, self.w, self.a_t, self.b, scale=q.scale, embed_scale=3.0, magnitude=self.m)
 
     want = Layer()(q.ids)
     with warnings.catch_warnings():
@@ -309,7 +314,8 @@ def test_export_and_trace_record_operations_of_torch_alone():
     torch.testing.assert_close(traced(q.ids), want)
     exported = torch.export.export(Layer(), (q.ids,))
     torch.testing.assert_close(exported.module()(q.ids), want)
-    assert not any("lora_kernels" in str(node.target) for node in exported.graph.nodes)
+    if TORCH >= (2, 7):  # torch 2.6 does not tell that it exports, and the operator is recorded
+        assert not any("lora_kernels" in str(node.target) for node in exported.graph.nodes)
 
 
 def test_a_subclass_that_knows_torchs_operators_only_is_served_by_them():

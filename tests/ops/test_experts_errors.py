@@ -64,11 +64,17 @@ def test_settings_that_do_not_fit_are_refused(m):
     refused(TypeError, "seed must be an int", m, dropout_p=0.1, seed=1.5)
     refused(ValueError, r"weight .* requires a gradient.*requires_grad_\(False\)", m, w=m.w.detach().requires_grad_())
     refused(ValueError, "unknown backend 'tpu'", m, backend="tpu")
+
+
+def test_composite_names_the_device_that_it_does_not_serve(m):
+    pytest.importorskip("triton", "3.6")
     refused(ValueError, r"not on cpu", m, backend="composite")
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_backends_for_one_layer_refuse_by_name(m, name):
+    if name == "triton":
+        pytest.importorskip("triton", "3.6")
     call = call_of_experts("forward_experts", m.x, m.base, m.adapter)
     assert any("the back-end composite serves the experts of a layer" in each for each in dispatch.refusals(name, call))
 

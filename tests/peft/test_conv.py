@@ -306,7 +306,8 @@ def test_verify_finds_the_layers_computed():
 def test_a_compiler_traces_a_fused_layer():
     torch._dynamo.reset()
     fused, x = fused_copy(of_peft(conv={"padding": 1})), inputs()
-    torch.testing.assert_close(torch.compile(fused, fullgraph=True, backend="aot_eager")(x), fused(x))
+    inner = fused.base_model  # torch 2.6 cannot trace the forward of PeftModel around it
+    torch.testing.assert_close(torch.compile(inner, fullgraph=True, backend="aot_eager")(x), fused(x))
 
 
 # --- models without PEFT, and files in both directions ---

@@ -171,6 +171,8 @@ class Within(Attention):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("parent", [ByLayer, OneOfThem, Within])
 def test_checkpoints_within_the_parent_recompute_what_they_computed(parent, reentrant, monkeypatch):
+    if not reentrant and torch.__version__ < (2, 8):
+        pytest.skip("torch before 2.8 does not tell whether a layer is checkpointed within its parent")
     monkeypatch.setattr(parent, "reentrant", reentrant)
     xs = inputs(5)
     same(gradients(make(parent, p=0.4), *xs), gradients(make(parent, p=0.4, group=False), *xs))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import continuous as continuous_batching
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -18,10 +19,9 @@ import lora_kernels  # noqa: E402
 from lora_kernels.serving import continuous  # noqa: E402
 from lora_kernels.serving.continuous import Requests, generate_batch  # noqa: E402
 
-try:
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-except ImportError:
-    pytest.skip("this transformers has no continuous batching", allow_module_level=True)
+if reason := continuous_batching.lacks():
+    pytest.skip(reason, allow_module_level=True)
+from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
 
 PROMPT = list(range(1, 70))
 """More than a page of the cache, so that it would be shared."""

@@ -152,7 +152,7 @@ def test_a_folder_that_is_too_large_cannot_be_used(prepared, tmp_path, monkeypat
 
 def wheel_of_triton(path: Path, change: bytes = b"") -> Path:
     """Write a wheel with the Python files of the installed Triton and another native library."""
-    triton = Path(pytest.importorskip("triton").__file__).parent
+    triton = Path(pytest.importorskip("triton", "3.6").__file__).parent
     with zipfile.ZipFile(path, "w") as packed:
         for file in sorted(triton.rglob("*.py")):
             name = file.relative_to(triton.parent).as_posix()
@@ -162,7 +162,7 @@ def wheel_of_triton(path: Path, change: bytes = b"") -> Path:
 
 
 def test_the_key_of_another_python_differs_in_the_native_library_alone(tmp_path):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.6")
     from triton.runtime import cache
 
     theirs, mine = gpu_triton_cache.key_of_wheel(wheel_of_triton(tmp_path / "a.whl")).split("-"), cache.triton_key()
@@ -236,7 +236,7 @@ def in_a_process(folder: Path, code: str) -> list[str]:
 def test_kernels_are_found_where_they_were_brought(tmp_path):
     """A process that calls the back-ends with a driver, which is a stand-in, finds every kernel and every module of C
     code, in another folder and without the intermediate languages. With the key of another Triton it finds none."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.6")
     made, moved = tmp_path / "made", tmp_path / "moved"
     faults, counts = compile_in_a_process(made, None)
     hits, compiled = map(int, counts.split())
@@ -252,7 +252,7 @@ def test_kernels_are_found_where_they_were_brought(tmp_path):
 
 def test_the_kernels_that_verify_runs_are_compiled(monkeypatch):
     """All of them have the types, constants and options of a kernel that is compiled."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", "3.6")
     from lora_kernels.backends.triton import device
 
     launched: set[tuple[str, str, str]] = set()
@@ -263,8 +263,8 @@ def test_the_kernels_that_verify_runs_are_compiled(monkeypatch):
         launched.add((frame.kernel.__name__, str(specialised), str(sorted(options.items()))))
 
     monkeypatch.setattr(gpu_triton_cache, "_c_code", lambda machine: contextlib.nullcontext())
-    with gpu_triton_cache._without_gpu(gpu_triton_cache.Machine("sm_90", 132)):
-        monkeypatch.setattr(device.Frame, "run", record)
+    with gpu_triton_cache._without_gpu(gpu_triton_cache.Machine("sm_90", 132)), monkeypatch.context() as patch:
+        patch.setattr(device.Frame, "run", record)  # and undone first, since _without_gpu has set another
         for problem, name in itertools.product(gpu_triton_cache.problems(), gpu_triton_cache.BACKENDS):
             assert gpu_triton_cache._compile(problem, name) is None
         compiled, launched = launched, set()

@@ -118,9 +118,7 @@ def test_the_fraction_0_takes_none_and_1_takes_all() -> None:
 
 
 def test_pruning_has_no_limit_of_16_million_elements() -> None:
-    large = torch.arange(17_000_000, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="too large"):
-        torch.quantile(large, 0.9)
+    large = torch.arange(17_000_000, dtype=torch.float32)  # torch.quantile refuses so many before torch 2.14
     assert smallest(large, 0.9).sum() == math.floor(0.9 * (large.numel() - 1)) + 1
 
 

@@ -3,6 +3,7 @@ rows, with the part of the dropout mask that belongs to these."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -57,7 +58,7 @@ class Experts:
 
     def spans(self) -> list[tuple[int, int, int]]:
         """Return (expert, first row, row after the last) of every expert, with rows or without."""
-        ends = torch.tensor([0, *self.counts]).cumsum(0).tolist()
+        ends = [0, *itertools.accumulate(self.counts)]
         return [(e, ends[e], ends[e + 1]) for e in range(len(self.counts))]
 
 
