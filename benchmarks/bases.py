@@ -1,10 +1,12 @@
 """Times of PEFT's layers over the quantised bases of other packages, on the CPU. Run it from the checkout:
 
-    python -m benchmarks.bases [--rounds N] [--size N K R] [--json] [--out FILE]
+    python -m benchmarks.bases [--rounds N] [--size N K R] [--json] [--out benchmarks/results/bases/DATE-MACHINE.json]
+    python -m benchmarks.bases --table
 
 Each base is measured with PEFT's own layer, with the fused layer over its codes, and with the fused layer around its
 own forward: a forward of one row in inference mode, and a training step of 512 rows. The variants of a base take turns,
-so the ratios say more than the times. A package that is not installed is left out, with a note.
+so the ratios say more than the times. A package that is not installed is left out, with a note. ``--table`` measures
+nothing, and writes the newest run on record into docs/bases.md.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from lora_kernels.peft import codes
 from lora_kernels.testing import documents, timing
 from lora_kernels.testing.terminal import terminal
 
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS = ROOT / "docs" / "bases.md", ROOT / "benchmarks" / "results" / "bases"
 SIZE = (4096, 4096, 16)
 DECODE, TRAINING = 1, 512
 PEFT, OVER, AROUND = "PEFT", "over the codes", "around the base"
@@ -216,6 +220,27 @@ def table(document: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     return title, ["base", "M", PEFT, OVER, f"{OVER} / PEFT", f"{AROUND} / PEFT"], rows
 
 
+def rendered(page: str, document: dict[str, Any]) -> str:
+    """Return the page with its measured table made anew, between two markers."""
+    first, last = "<!-- bases:begin -->", "<!-- bases:end -->"
+    head, _, rest = page.partition(first)
+    _, _, tail = rest.partition(last)
+    title, header, rows = table(document)
+    device = document["device"]
+    machine = f"{device['name']} ({device['isa']}), {device['threads']} threads, torch {document['versions']['torch']}"
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join(
+        [f"{title}. {machine}, {document['date'][:10]}:", "", *(f"| {' | '.join(row)} |" for row in lines)]
+    )
+    return f"{head}{first}\n{text}\n{last}{tail}"
+
+
+def newest() -> dict[str, Any]:
+    """Return the newest run on record."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
+    return max(runs, key=lambda run: run["date"])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Return 1 if a fused layer differs from PEFT's, else 0."""
     parser = argparse.ArgumentParser(
@@ -227,7 +252,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON too")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON to write")
+    parser.add_argument("--table", action="store_true", help="measure nothing: write docs/bases.md's table")
     args = parser.parse_args(argv)
+    if args.table:
+        PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8"), newest()), encoding="utf-8")
+        return 0
     if args.rounds < 1 or min(args.size) < 1:
         parser.error(f"--rounds and --size must be at least 1, got {args.rounds} and {args.size}")
     show = terminal()

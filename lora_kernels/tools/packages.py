@@ -13,7 +13,7 @@ from lora_kernels.core.version import __version__
 TESTED: dict[str, tuple[str, str]] = {
     "torch": ("2.6", "2.14"),
     "triton": ("3.6", "3.8"),
-    "peft": ("0.19.1", "0.21"),
+    "peft": ("0.19", "0.21"),
     "transformers": ("5.4", "5.24"),
     "bitsandbytes": ("0.50", "0.50"),
     "accelerate": ("1.15", "1.15"),

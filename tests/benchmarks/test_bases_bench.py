@@ -36,3 +36,7 @@ def test_a_wrong_layer_gets_no_numbers(one_base, monkeypatch):
     monkeypatch.setattr(bases, "_fault", lambda models, x: "over the codes differs from PEFT by 1 of its norm")
     document = bases.measure((64, 64, 4), (bases.DECODE,), 1, Silent())
     assert document["rows"] == [] and all(entry["faults"] for entry in document["gate"])
+
+
+def test_the_page_shows_the_newest_run():
+    assert bases.rendered(page := bases.PAGE.read_text(encoding="utf-8"), bases.newest()) == page
