@@ -229,9 +229,9 @@ def rendered(page: str, document: dict[str, Any]) -> str:
     device = document["device"]
     machine = f"{device['name']} ({device['isa']}), {device['threads']} threads, torch {document['versions']['torch']}"
     lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join(
-        [f"{title}. {machine}, {document['date'][:10]}:", "", *(f"| {' | '.join(row)} |" for row in lines)]
-    )
+    told = f"{title}. {machine}, {document['date'][:10]}, medians of {document['rounds']} interleaved rounds:"
+    notes = "".join(f"\n\nIn this run {note}." for note in document["notes"])
+    text = "\n".join([told, "", *(f"| {' | '.join(row)} |" for row in lines)]) + notes
     return f"{head}{first}\n{text}\n{last}{tail}"
 
 

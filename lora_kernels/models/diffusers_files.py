@@ -77,6 +77,9 @@ def load_diffusers(
     dora = [name for name, parts in layers.items() if MAGNITUDE in parts]
     if dora and len(dora) < len(layers):
         raise ValueError(f"{source} has DoRA for some layers only ({some(dora)}); nothing was loaded")
+    if config is not None and config.settings.use_dora != bool(dora):
+        has = "has magnitudes" if dora else "lacks the magnitudes"
+        raise ValueError(f"{source} {has} of DoRA, and use_dora in its {METADATA} is {not dora}; nothing was loaded")
     ranks = {name: int(parts[_A].shape[0]) for name, parts in layers.items()}
     dropout = 0.0 if config is None else config.settings.lora_dropout
     foreign = Foreign(StoredAdapters(source, layers), ranks, alphas, dora=bool(dora), dropout=dropout)
@@ -93,7 +96,7 @@ def is_of_diffusers(keys: Mapping[str, Any]) -> bool:
 def _divided(key: str) -> tuple[str, str] | None:
     """Return the layer of a key and which part of its adapter it is; None for a key that is not known."""
     if match := _PROCESSOR.search(key):
-        which = {"out": "to_out.0"}.get(match[1], f"to_{match[1]}")
+        which = "to_out.0" if match[1] == "out" else f"to_{match[1]}"
         return f"{key[: match.start()]}.{which}", _A if match[2] == "down" else _B
     for ending, part in _ENDINGS.items():
         if match := re.search(ending + "$", key):

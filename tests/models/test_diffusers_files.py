@@ -195,6 +195,16 @@ def test_notes_that_are_broken_or_ask_for_more_are_refused(tmp_path, notes):
     assert_unchanged(m, before)
 
 
+def test_notes_that_ask_for_dora_without_its_magnitudes_are_refused(tmp_path):
+    notes = json.dumps({"r": 2, "use_dora": True, "target_modules": ["to_q", "to_k", "to_out.0"]})
+    st.save_file(keys(factors()), tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": notes})
+    m = model()
+    before = state(m)
+    with pytest.raises(ValueError, match="lacks the magnitudes of DoRA, and use_dora"):
+        load_adapter(m, tmp_path / "a.safetensors")
+    assert_unchanged(m, before)
+
+
 KOHYA = {
     f"lora_unet_blocks_0_{n.replace('.', '_')}.{key}": t
     for n, (a, b) in factors().items()
